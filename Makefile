@@ -1,0 +1,88 @@
+# make help lists what a person types. Every target first makes .venv if it is missing or older than
+# pyproject.toml or constraints.txt: with uv where it is installed, else with venv and pip.
+
+# The interpreter that .venv is made from:  make demo PYTHON=python3.12
+PYTHON ?= python3
+# Which faiss, cpu or gpu:  make demo FAISS=gpu  (remembered by the stamp, so that the next plain `make` keeps it)
+FAISS ?= $(if $(wildcard .venv/.stamp-gpu),gpu,cpu)
+# Passed on to pytest or the workflow:  make test ARGS="-k density"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/.stamp-$(FAISS)
+OTHER_FAISS := $(if $(filter gpu,$(FAISS)),cpu,gpu)
+# a uv that is only a version manager's shim does not answer
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv)
+# the folders that hold Python
+SOURCES := $(patsubst %/,%,$(sort $(dir $(wildcard $(addsuffix /*.py,pd_core workflows demo benchmarks tests infra)))))
+
+ifeq ($(filter $(FAISS),cpu gpu),)
+$(error FAISS=$(FAISS): it must be cpu or gpu)
+endif
+
+.PHONY: help demo test test-slow check bench lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo       demo images on disk, build_index on them; prints where the report is'
+	@echo 'make test       the tests that take seconds              ARGS="-k density" goes to pytest'
+	@echo 'make test-slow  the tests that take longer than 20 s each'
+	@echo 'make check      ruff (lint, format), mypy, import directions'
+	@echo 'make bench      the benchmarks; writes docs/benchmarks.md'
+	@echo 'make lock       constraints.txt from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade for the newest versions)'
+	@echo 'make clean      remove .venv and caches; what runs wrote (runs/) stays'
+	@echo 'FAISS=cpu|gpu chooses the faiss package, PYTHON=... the interpreter (3.11 or newer); now $(FAISS), $(PYTHON)'
+
+demo: $(STAMP)
+	$(PY) demo/make_digits.py --output runs/demo-data
+	$(PY) workflows/build_index.py --config workflows/configs/default.yaml $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m slow $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(PY) benchmarks/run.py $(ARGS)
+
+# The stamp is written last: an install that broke off is done again. The two faiss packages write into the same
+# folder, so the one that is not wanted goes before the other comes.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(PY) && $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'pd_core needs Python 3.11 or newer; "$(PYTHON)" is not. Name one: make $(MAKECMDGOALS) PYTHON=python3.11' >&2; \
+	    exit 1; }; \
+	  rm -rf $(VENV) && \
+	  if test -n '$(UV)'; then '$(UV)' venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV); \
+	  else $(PYTHON) -m venv $(VENV); fi; }
+	@rm -f $(VENV)/.stamp-*
+	@echo 'installing the versions of constraints.txt into $(VENV) (6 GB with torch and its CUDA libraries; minutes the first time)'
+ifneq ($(UV),)
+	'$(UV)' pip uninstall --quiet --python $(PY) faiss-$(OTHER_FAISS)
+	'$(UV)' pip install --python $(PY) --editable '.[$(FAISS),demo,dev]' --constraint constraints.txt
+else
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	$(PY) -m pip uninstall --quiet --yes faiss-$(OTHER_FAISS)
+	$(PY) -m pip install --quiet --editable '.[$(FAISS),demo,dev]' --constraint constraints.txt
+endif
+	@touch $@
+
+# For the platform that the tests run on; elsewhere a pin holds for the packages that exist there. No index address is written down.
+lock:
+	@test -n '$(UV)' || { echo 'make lock needs uv (pip install uv)' >&2; exit 1; }
+	'$(UV)' pip compile pyproject.toml --extra cpu --extra demo --extra dev --output-file constraints.txt --quiet \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(LOCK_FLAGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

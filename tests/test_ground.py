@@ -1,0 +1,183 @@
+"""The ground the project stands on: pinned versions, the demo's input, the import directions."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo.make_digits import SCALE, TIMM_MODEL, write_checkpoint, write_digits
+
+ROOT = Path(__file__).resolve().parents[1]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+
+
+# --- constraints.txt --------------------------------------------------------------------------------------------------
+
+
+def test_constraints_are_pins_and_name_no_place() -> None:
+    """Plain `name==version` lines: no index, host, file or folder of the machine that resolved them."""
+    lines = [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
+    assert len(lines) > 100
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.!]+", line)] == []
+    comments = " ".join(line for line in CONSTRAINTS.splitlines() if line.startswith("#"))
+    assert not re.search(r"://|/\w|--\w*index|--find-links", comments)
+
+
+@pytest.mark.parametrize("package", ["torch", "torchvision", "ray", "timm", "pyarrow", "numpy", "mlflow", "faiss-cpu"])
+def test_what_runs_is_what_is_pinned(package: str) -> None:
+    """Holds what the file claims: the versions in it are those the tests ran on."""
+    pinned = re.search(rf"^{package}==(.+)$", CONSTRAINTS, re.MULTILINE)
+    assert pinned is not None
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        assert package == "faiss-cpu"
+        pytest.skip(f"the gpu extra is installed: faiss-gpu {version('faiss-gpu')}")
+    assert installed.partition("+")[0] == pinned.group(1)  # +cu130: the same release, another build
+
+
+# --- the demo's input -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("demo data")
+    write_digits(root)
+    return root
+
+
+def test_digits_are_all_there_under_their_labels(demo_data: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    files = sorted(path for path in (demo_data / "digits").rglob("*") if path.is_file())
+    counts = Counter(path.parent.name for path in files)
+    assert len(files) == 1797
+    assert counts == Counter(str(label) for label in load_digits().target)
+    assert [path for path in demo_data.iterdir() if path.name != "digits"] == []  # no partial file is left
+
+
+def test_digits_hold_the_data_set_and_nothing_else(demo_data: Path) -> None:
+    """Every value comes back out of the PNG, and each is a whole block."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for path in (demo_data / "digits").rglob("*.png"):
+        grey = np.asarray(Image.open(path))
+        blocks = grey[::SCALE, ::SCALE]
+        np.testing.assert_array_equal(np.rint(blocks / 255 * 16), digits.images[int(path.stem)], err_msg=str(path))
+        np.testing.assert_array_equal(grey, np.kron(blocks, np.ones((SCALE, SCALE), dtype=np.uint8)))
+        assert path.parent.name == str(digits.target[int(path.stem)])
+
+
+def test_writing_again_heals_what_is_missing_and_touches_nothing_else(demo_data: Path) -> None:
+    files = sorted((demo_data / "digits").rglob("*.png"))
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    files[7].unlink()
+    write_digits(demo_data)
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    assert after.keys() == before.keys()
+    assert {path for path in files if after[path] != before[path]} == {files[7]}
+    assert after[files[7]][1] == before[files[7]][1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "efficientnet_lite0.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("photo", "imagenet_class"), [("china.jpg", 698), ("flower.jpg", 985)], ids=["palace", "daisy"]
+)
+def test_checkpoint_knows_what_it_sees(checkpoint: Path, photo: str, imagenet_class: int) -> None:
+    """Two of scikit-learn's photographs, preprocessed as these weights were trained."""
+    import timm
+    import torch
+    from safetensors.torch import load_file
+    from sklearn.datasets import load_sample_image
+    from timm.data.transforms_factory import create_transform
+
+    model = timm.create_model(TIMM_MODEL, pretrained=False).eval()
+    model.load_state_dict(load_file(checkpoint), strict=True)
+    transform = create_transform(
+        input_size=(3, 224, 224), interpolation="bicubic", crop_pct=0.875, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    with torch.inference_mode():
+        logits = model(transform(Image.fromarray(load_sample_image(photo)))[None])
+    assert logits.argmax().item() == imagenet_class
+
+
+def test_checkpoint_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("demo.make_digits.TIMM_MODEL", "tf_efficientnet_lite1")
+    with pytest.raises(RuntimeError, match="tensors in the package"):
+        write_checkpoint(tmp_path / "wrong.safetensors")
+    monkeypatch.setattr("demo.make_digits.TIMM_MODEL", "efficientnet_b0")  # has other tensors in other places
+    with pytest.raises(RuntimeError, match="EfficientNet-lite0"):
+        write_checkpoint(tmp_path / "wrong.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- import directions ------------------------------------------------------------------------------------------------
+
+ROOMS = "errors storage config schemas cluster tracking sources images features "
+ROOMS += "index knn indexing density estimator report"
+
+
+def _lint_imports(folder: Path, **sources: str) -> subprocess.CompletedProcess[str]:
+    """lint-imports with the project's own contracts over a package of the same rooms that holds `sources`."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "pd_core").mkdir()
+    for room in {"__init__", *ROOMS.split(), *sources}:
+        (folder / "pd_core" / f"{room}.py").write_text(sources.get(room, ""))
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_imports_up_the_list_are_allowed(tmp_path: Path) -> None:
+    result = _lint_imports(
+        tmp_path,
+        storage="from pd_core.errors import x",
+        index="import faiss\nfrom pd_core import features, storage",
+        knn="import faiss\nfrom pd_core.index import x",
+        report="from pd_core import schemas, storage",
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("importer", "statement"),
+    [
+        ("errors", "from pd_core import storage"),
+        ("storage", "from pd_core.features import x"),
+        ("tracking", "import pd_core.report"),
+        ("index", "from pd_core.knn import x"),
+        ("features", "from pd_core import index"),
+        ("index", "from pd_core import indexing"),
+        ("images", "from pd_core import sources"),
+        ("density", "from pd_core import knn"),
+        ("density", "from pd_core import images"),
+        ("report", "from pd_core import estimator"),
+        ("features", "def late():\n    from pd_core import index"),
+        ("features", "import faiss"),
+        ("estimator", "def late():\n    import faiss"),
+    ],
+)
+def test_a_planted_wrong_import_is_caught(tmp_path: Path, importer: str, statement: str) -> None:
+    result = _lint_imports(tmp_path, **{importer: statement})
+    imported = "faiss" if "faiss" in statement else r"pd_core\.\w+"
+    assert result.returncode != 0
+    assert re.search(rf"pd_core\.{importer} -> {imported} ", result.stdout), result.stdout
+
+
+def test_a_new_module_must_be_given_its_place(tmp_path: Path) -> None:
+    result = _lint_imports(tmp_path, helpers="")
+    assert result.returncode != 0
+    assert "helpers" in result.stdout
