@@ -1,0 +1,192 @@
+"""Connection to Ray, the resources of each stage, the retry policy, progress. The only place that sizes anything."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pd_core.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+# Infrastructure is retried, with a cap; a mistake in data or settings raises UserError, which Ray does not retry.
+TASK_OPTIONS: dict[str, Any] = {"max_retries": 5, "retry_exceptions": False}
+ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": 20, "max_task_retries": 5}
+
+# A task that mostly waits for storage or for actors claims little, so that it never keeps a computing actor off a core.
+IO_CPUS = 0.25
+DECODE_CPUS = 0.5
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the run can count on at its start. An autoscaling cluster may hold more later."""
+
+    cpus: float
+    gpus: float
+    local: bool
+    address: str
+
+
+def connect() -> Cluster:
+    """Join the cluster that RAY_ADDRESS or the Ray job names, else start one on this machine.
+
+    A cluster that we start ourselves has twice as many logical CPUs as cores: stages that stream into each other
+    (read, decode, extract) must all hold a slot at once, or a pool that fills the machine starves its own input.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return _describe(local=False)
+    address = os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise RunError(
+                f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
+            ) from None
+        return _describe(local=False)
+    ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)
+    return _describe(local=True)
+
+
+@contextlib.contextmanager
+def session(output: str) -> Iterator[Cluster]:
+    """`connect` for the time of a run; a cluster that was started for it ends with it."""
+    import ray
+
+    joined = ray.is_initialized()
+    now = connect()
+    where = "on this machine" if now.local else f"at {now.address}"
+    say(f"ray: {now.cpus:g} CPUs and {now.gpus:g} GPUs {where}")
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and "://" not in output:
+        say(f"ray: {nodes} nodes and a local --output; every node must see {output} (a shared disk), or use s3://")
+    try:
+        yield now
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def _describe(local: bool) -> Cluster:
+    import ray
+
+    resources = ray.cluster_resources()
+    return Cluster(
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        local=local,
+        address=ray.get_runtime_context().gcs_address,
+    )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def computing_cpus(cluster: Cluster) -> float:
+    """CPUs that computing actors may fill: cores on a cluster of our own, else all but a quarter, kept for input."""
+    return max(1.0, float(cores()) if cluster.local else cluster.cpus * 0.75)
+
+
+def extractor_pool(
+    cluster: Cluster, actors: int | None, cpus: int, gpus: float | None
+) -> tuple[int, int, float, float]:
+    """(fewest actors, most actors, CPUs each, GPUs each) of the feature stage.
+
+    Without `actors` the pool grows from 1 to what the cluster holds now; GPUs are used where there are any.
+    """
+    per_gpu = gpus if gpus is not None else (1.0 if cluster.gpus else 0.0)
+    if per_gpu:
+        fits = int(cluster.gpus / per_gpu) or 1
+        return actors or 1, actors or fits, 1.0, per_gpu
+    fits = int(computing_cpus(cluster) // cpus) or 1
+    return (actors or 1), (actors or fits), float(cpus), 0.0
+
+
+def search_actors(cluster: Cluster, actors: int | None, cpus: int, shards: int) -> int:
+    """Search processes: as many as asked for or as fit, never more than shards."""
+    return min(shards, actors or int(computing_cpus(cluster) // cpus) or 1)
+
+
+def bounded(submit: Callable[[Any], Any], items: Iterable[Any], in_flight: int) -> Iterator[tuple[Any, Any]]:
+    """Submit `items` as Ray tasks, at most `in_flight` at once; yield (item, result) as they finish.
+
+    The driver never holds more than `in_flight` references, whatever the number of items.
+    """
+    import ray
+
+    pending: dict[Any, Any] = {}
+    iterator = iter(items)
+    for item in itertools.islice(iterator, in_flight):
+        pending[submit(item)] = item
+    while pending:
+        (done,), _ = ray.wait(list(pending), num_returns=1)
+        item = pending.pop(done)
+        for following in itertools.islice(iterator, 1):
+            pending[submit(following)] = following
+        yield item, get(done)
+
+
+def get(reference: Any) -> Any:
+    """`ray.get` that raises the task's own UserError or RunError instead of Ray's wrapping of it."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise_cause(error)
+        raise
+
+
+def raise_cause(error: BaseException) -> None:
+    """Raise the UserError or RunError that a Ray error wraps, at any depth; return if there is none."""
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        current = chain.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if type(current) in (UserError, RunError):  # Ray's own wrappers are made subclasses of the cause's type
+            raise current from None
+        chain += [getattr(current, "cause", None), current.__cause__, current.__context__]
+
+
+@contextlib.contextmanager
+def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[tqdm[Any]]:
+    """A progress bar on standard error; on a non-terminal one line per 10 s."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=total,
+        initial=done,
+        desc=stage,
+        unit=f" {unit}",
+        mininterval=0.2 if terminal else 10.0,
+        ascii=None if terminal else True,
+        dynamic_ncols=terminal,
+        file=sys.stderr,
+    ) as bar:
+        yield bar
+
+
+def say(line: str) -> None:
+    """One line to the user, on standard output, at once."""
+    print(line, flush=True)

@@ -1,0 +1,386 @@
+"""Typed settings of each workflow: one place for every name, default, bound and unit.
+
+Precedence, lowest first: defaults, `--preset`, the YAML file of `--config`, environment (`PD_CORE_DATA__SOURCE`),
+command line (`--data.source`). Unknown names are refused with the nearest known one, wherever they come from.
+This module imports neither torch nor Ray, so `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from pd_core.errors import EXIT_BAD_INPUT, UserError
+
+ENV_PREFIX = "PD_CORE_"
+MIB = 1 << 20
+
+SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
+IndexKind = Literal["auto", "flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
+
+
+class Section(BaseModel):
+    """A group of settings; unknown names are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Section):
+    """Where the images are and which of them are acceptable."""
+
+    source: str | None = Field(
+        None, description="images: a directory, a glob, Parquet file(s) or WebDataset tar(s); local or s3://"
+    )
+    kind: SourceKind = Field("auto", description="how to read the source; auto decides by its names")
+    labels: str = Field(
+        "none",
+        description="none; parent (name of the image's folder); column:NAME (Parquet); member:EXT (tar, e.g. member:cls)",
+    )
+    image_column: str = Field("image", description="Parquet: column of bytes or struct<bytes, path>")
+    key_column: str | None = Field(None, description="Parquet: column that names each image; default FILE#ROW")
+    metadata_columns: list[str] | None = Field(
+        None, description="Parquet: columns to carry to every table; default all but image, key and label"
+    )
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="stop when more than this share is quarantined")
+    max_image_bytes: int = Field(64 * MIB, gt=0, description="larger files are quarantined unread, bytes")
+    max_image_pixels: int = Field(100_000_000, gt=0, description="larger images are quarantined undecoded, px")
+    background: tuple[int, int, int] = Field(
+        (255, 255, 255), description="RGB 0..255 that transparent images are laid over"
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_form(cls, value: str) -> str:
+        if value in ("none", "parent") or (value.partition(":")[0] in ("column", "member") and value.partition(":")[2]):
+            return value
+        raise ValueError("expected none, parent, column:NAME or member:EXT")
+
+    @field_validator("background")
+    @classmethod
+    def _background_range(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        if not all(0 <= channel <= 255 for channel in value):
+            raise ValueError("expected three values in 0..255")
+        return value
+
+
+class FeatureSettings(Section):
+    """The frozen extractor F and how its stage runs."""
+
+    model: str = Field("vit_base_patch16_224", description="timm model name, or hf_hub:ORG/NAME")
+    checkpoint: str | None = Field(
+        None, description="weights file, local or s3:// (.safetensors, or torch with weights only); default: timm's hub"
+    )
+    preprocess: Literal["model", "paper"] = Field(
+        "model", description="model: timm's own config for the model; paper: 224x224 without crop, ImageNet mean/std"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the model")
+    batch_size: int = Field(64, gt=0, description="images per forward pass; part of the features' identity")
+    part_rows: int = Field(4096, gt=0, description="images per committed part, rounded up to whole batches")
+    actors: int | None = Field(None, gt=0, description="model replicas; default: autoscale from 1 to what fits")
+    actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
+    actor_gpus: float | None = Field(
+        None, ge=0, description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any"
+    )
+
+
+class IndexSettings(Section):
+    """The sharded FAISS index over the features."""
+
+    kind: IndexKind = Field("auto", description="auto: exact where that is cheaper at the target recall")
+    shards: int | None = Field(None, gt=0, description="index files; default: one per GiB of vectors")
+    cells: int | None = Field(None, gt=0, description="cells of the coarse quantizer (nlist); default 4*sqrt(N)")
+    target_recall: float = Field(0.99, gt=0, le=1, description="recall@k that the self-join must reach")
+    max_scan_fraction: float = Field(
+        0.9, gt=0, le=1, description="largest share of the cells a query may probe before the target is out of reach"
+    )
+    train_rows_per_cell: int = Field(64, ge=39, description="training sample of the quantizer, rows per cell")
+    calibration_queries: int = Field(1000, gt=0, description="rows searched exactly to measure recall and error")
+    pq_bytes: int = Field(48, gt=0, description="ivf_pq: bytes per vector; must divide the feature dimension")
+    actors: int | None = Field(None, gt=0, description="search processes; default: one per core, at most one per shard")
+    actor_cpus: int = Field(1, gt=0, description="threads of one search process, cores")
+    seed: int = Field(0, ge=0, description="seed of the training sample and of k-means")
+
+
+class DensitySettings(Section):
+    """Pseudo density: k and n of METHOD section 1."""
+
+    k: int = Field(20, gt=0, description="nearest neighbors per image")
+    volume_dim: float = Field(1.0, gt=0, description="n in density ~ mean_knn_distance**-n: a sharpness")
+    exact: bool = Field(False, description="compare with every row, whatever the index")
+    block_rows: int = Field(65_536, gt=0, description="queries searched together and committed together, rows")
+
+
+class EstimatorSettings(Section):
+    """The density predictor: a small MLP from features to density."""
+
+    hidden: tuple[int, ...] = Field((512, 256, 128), description="widths of the hidden layers")
+    learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    batch_size: int = Field(256, gt=0, description="rows per step")
+    epochs: int = Field(100, gt=0, description="at most")
+    patience: int = Field(10, ge=0, description="epochs without better held-out loss before the stop; 0: never stop")
+    standardize: bool = Field(True, description="standardise inputs and target, statistics kept in the model")
+    target: Literal["log_density", "density"] = Field("log_density", description="what the network regresses")
+    split: Literal["hash", "random"] = Field("hash", description="held-out rows by hash of sample_id, or drawn")
+    holdout_fraction: float = Field(0.2, gt=0, lt=1, description="share of rows never trained on")
+    seed: int = Field(0, ge=0, description="of initial weights, shuffling and the random split")
+    threads: int = Field(1, gt=0, description="of the training process, cores")
+
+
+class ReportSettings(Section):
+    """report/index.html."""
+
+    images: int = Field(32, gt=0, description="images in each grid")
+    neighbors: int = Field(6, gt=0, description="images shown with their nearest neighbors")
+    thresholds: list[str] = Field(["p20", "p50", "p80"], description="marked in the histogram; pNN or a density")
+
+
+class TrackingSettings(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="log the run to MLflow")
+    uri: str | None = Field(
+        None, description="default: MLFLOW_TRACKING_URI, else mlflow.db (SQLite) beside a local output, else off"
+    )
+    experiment: str = Field("pd_core", description="MLflow experiment")
+
+
+class WorkflowSettings(BaseSettings):
+    """What every workflow takes."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+        populate_by_name=True,
+        frozen=True,
+    )
+
+    config: str | None = Field(None, description="YAML file of settings")
+    output: str | None = Field(None, description="where the artifacts go; local directory or s3://")
+    overwrite: bool = Field(False, description="replace stages that were made with other settings")
+    dry_run: bool = Field(False, alias="dry-run", description="print the settings and the plan, then stop")
+    tracking: TrackingSettings = TrackingSettings()
+
+
+class BuildIndexSettings(WorkflowSettings):
+    """Settings of workflows/build_index.py."""
+
+    preset: Literal["default", "paper", "million"] = Field(
+        "default", description="paper: the authors' settings; million: settings for 10^6 images and more"
+    )
+    data: DataSettings = DataSettings()
+    features: FeatureSettings = FeatureSettings()
+    index: IndexSettings = IndexSettings()
+    density: DensitySettings = DensitySettings()
+    estimator: EstimatorSettings = EstimatorSettings()
+    report: ReportSettings = ReportSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BuildIndexSettings:
+        if self.density.exact and self.index.kind not in ("auto", "flat"):
+            raise ValueError(
+                f"density.exact compares with every row, which makes index.kind {self.index.kind!r} idle; "
+                "set index.kind to flat or drop density.exact"
+            )
+        if self.index.kind == "flat" and self.index.cells is not None:
+            raise ValueError("index.cells has no meaning for index.kind 'flat'; drop one of them")
+        return self
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": {
+        "features": {"model": "vit_base_patch16_224", "preprocess": "paper", "precision": "fp32"},
+        "index": {"kind": "flat"},
+        "density": {"k": 20, "volume_dim": 1.0, "exact": True},
+        "estimator": {
+            "hidden": (512, 256, 128),
+            "learning_rate": 1e-3,
+            "batch_size": 64,
+            "epochs": 100,
+            "patience": 0,
+            "standardize": False,
+            "target": "density",
+            "split": "random",
+            "holdout_fraction": 0.2,
+        },
+    },
+    "million": {
+        "features": {"precision": "bf16", "batch_size": 128, "part_rows": 8192},
+        "density": {"block_rows": 131_072},
+        "estimator": {"batch_size": 4096, "epochs": 20, "patience": 3},
+    },
+}
+
+Settings = TypeVar("Settings", bound=WorkflowSettings)
+
+
+def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted name of every leaf setting, e.g. `data.source`."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from setting_names(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{field.alias or name}"
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?` or a pointer to --help, for an unknown setting."""
+    canonical = {candidate.replace("-", "_"): candidate for candidate in known}
+    wanted = name.replace("-", "_")
+    match = difflib.get_close_matches(wanted, list(canonical), n=1, cutoff=0.6)
+    if not match:  # right leaf in the wrong section, or without its section
+        leaf = wanted.rpartition(".")[2]
+        by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in canonical}
+        match = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
+    return f"did you mean '{canonical[match[0]]}'?" if match else "see --help for all settings"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports a wrong option as one line with the nearest name."""
+
+    known: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else None
+        if unknown and unknown.startswith("-"):
+            name = unknown.lstrip("-").partition("=")[0]
+            message = f"unknown setting --{name}; {nearest_name(name, self.known)}"
+        elif unknown:
+            message = f"unexpected argument {unknown!r}; settings are written --section.name value"
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
+
+
+def _flat_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
+    from pd_core import storage
+
+    try:
+        values = yaml.safe_load(storage.read_bytes(path)) or {}
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file; check the path") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected 'section:' entries, found {type(values).__name__}; mend the file")
+    accepted = {name.replace("-", "_") for name in known}
+    for key in _flat_keys(values):
+        if key.replace("-", "_") not in accepted:
+            raise UserError(f"--config {path}: unknown setting '{key}'; {nearest_name(key, known)}")
+    return values
+
+
+def _refuse_unknown_environment(known: Sequence[str]) -> None:
+    accepted = {ENV_PREFIX + name.replace(".", "__").replace("-", "_").upper() for name in known}
+    for variable in os.environ:
+        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in accepted:
+            name = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
+            raise UserError(f"environment {variable}: unknown setting '{name}'; {nearest_name(name, known)}")
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"]) or "settings"
+        message = item["msg"].removeprefix("Value error, ")
+        found = f" (found {item['input']!r})" if item["loc"] and not isinstance(item["input"], BaseModel) else ""
+        lines.append(f"{name}: {message[0].lower()}{message[1:]}{found}")
+    return "; ".join(lines)
+
+
+def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Settings:
+    """Resolve settings from presets, YAML, environment and command line.
+
+    Args:
+        settings_class: the workflow's settings.
+        argv: arguments without the program name.
+        prog: program name shown by --help.
+
+    Raises:
+        UserError: a file, a variable or a value is wrong.
+        SystemExit: --help (0), or an unknown option (2, after one line on standard error).
+    """
+    known = list(setting_names(settings_class))
+    _refuse_unknown_environment(known)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=os.environ.get(f"{ENV_PREFIX}CONFIG"))
+    first.add_argument("--preset", default=os.environ.get(f"{ENV_PREFIX}PRESET"))
+    early, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    from_yaml = _read_yaml(early.config, known) if early.config else {}
+    preset = early.preset or from_yaml.get("preset", "default")
+    from_preset = dict(PRESETS.get(preset, {})) if "preset" in settings_class.model_fields else {}
+
+    parser = _Parser(prog=prog, description=settings_class.__doc__, allow_abbrev=False)
+    parser.known = known
+
+    class Resolved(settings_class):  # type: ignore[valid-type, misc]
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            # pydantic-settings puts the command line in front of these by itself
+            return (
+                EnvSettingsSource(settings_cls),
+                InitSettingsSource(settings_cls, from_yaml),
+                InitSettingsSource(settings_cls, from_preset),
+            )
+
+    cli = CliSettingsSource(
+        Resolved,
+        root_parser=parser,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+    try:
+        resolved = Resolved(_cli_settings_source=cli(args=list(argv)))
+        return settings_class.model_construct(**{name: getattr(resolved, name) for name in settings_class.model_fields})
+    except ValidationError as error:
+        raise UserError(f"settings: {_explain(error)}") from None
+
+
+def to_json(settings: BaseModel) -> str:
+    """Resolved settings as indented JSON, the form that is printed and saved."""
+    return json.dumps(settings.model_dump(mode="json"), indent=2)
+
+
+def to_yaml(settings: BaseModel) -> str:
+    """Resolved settings as YAML that `--config` accepts again."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def default_config() -> Path:
+    """The configuration a workflow runs with when it is given no settings at all."""
+    return Path(__file__).resolve().parent.parent / "workflows" / "configs" / "default.yaml"

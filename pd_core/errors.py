@@ -1,0 +1,39 @@
+"""The two ways a run ends early, and the exit code of each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """The settings or the input are wrong. Exit code 2; the message is one line: what, where, what to do."""
+
+
+class RunError(RuntimeError):
+    """A stage could not finish. Exit code 1; the message names the stage, the part and the next step."""
+
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def exit_code(program: Callable[[], None]) -> int:
+    """Run a workflow; what went wrong becomes one line on standard error and an exit code.
+
+    An exception that is neither kind of error is a defect of this program and keeps its traceback.
+    """
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted: what is done is kept; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_DONE

@@ -1,0 +1,95 @@
+"""Arrow schema of every table that is written, with its version.
+
+Schemas are stated, never inferred from rows. A change that readers can notice raises the version of that table.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+VERSIONS = {
+    "listing": 1,
+    "features": 1,
+    "quarantine": 1,
+    "index": 1,
+    "neighbors": 1,
+    "densities": 1,
+    "estimator": 1,
+    "report": 1,
+}
+
+METADATA = "metadata"  # struct column of whatever else the source said of an image; absent where it said nothing
+
+
+def _with_metadata(fields: list[pa.Field], metadata: pa.StructType | None) -> pa.Schema:
+    return pa.schema([*fields, pa.field(METADATA, metadata)] if metadata is not None else fields)
+
+
+def listing(metadata: pa.StructType | None = None) -> pa.Schema:
+    """One row per image of the source, in the order that fixes parts and batches.
+
+    `container` is the file that holds the image (the image file itself in a directory), relative to the source's
+    root; `offset` and `size` locate it inside: byte range in a tar, (row, -1) in a Parquet file, (0, file size) otherwise.
+    """
+    fields = [
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("container", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("label", pa.string()),
+    ]
+    return _with_metadata(fields, metadata)
+
+
+def features(dim: int, metadata: pa.StructType | None = None) -> pa.Schema:
+    """One row per image that has a feature; `width` and `height` in px after EXIF orientation; feature: float32 [dim]."""
+    fields = [
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("feature", pa.list_(pa.field("item", pa.float32(), nullable=False), dim), nullable=False),
+    ]
+    return _with_metadata(fields, metadata)
+
+
+def quarantine() -> pa.Schema:
+    """One row per image without a feature; `reason` is one of images.Reason."""
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.int64(), nullable=False),
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("reason", pa.string(), nullable=False),
+            pa.field("detail", pa.string(), nullable=False),
+        ]
+    )
+
+
+def neighbors(k: int) -> pa.Schema:
+    """Neighbors of every row, in the order of the features part; distances Euclidean, ascending."""
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.int64(), nullable=False),
+            pa.field("neighbor_ids", pa.list_(pa.field("item", pa.int64(), nullable=False), k), nullable=False),
+            pa.field("neighbor_distances", pa.list_(pa.field("item", pa.float32(), nullable=False), k), nullable=False),
+        ]
+    )
+
+
+def densities(k: int, metadata: pa.StructType | None = None) -> pa.Schema:
+    """Pseudo density of every image; distances Euclidean (not squared), percentile in [0, 100] of the real set."""
+    fields = [
+        pa.field("sample_id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("mean_knn_distance", pa.float64(), nullable=False),
+        pa.field("log_density", pa.float64(), nullable=False),
+        pa.field("density", pa.float64(), nullable=False),
+        pa.field("percentile", pa.float64(), nullable=False),
+        pa.field("neighbor_ids", pa.list_(pa.field("item", pa.int64(), nullable=False), k), nullable=False),
+        pa.field("neighbor_distances", pa.list_(pa.field("item", pa.float32(), nullable=False), k), nullable=False),
+    ]
+    return _with_metadata(fields, metadata)

@@ -1,0 +1,384 @@
+"""Files at URIs, written whole or not at all; the Artifact commit record; fingerprints.
+
+A stage writes parts, and after each part a small record of it in `_parts/`. `artifact.json`, written last, is the commit.
+What lies in a stage's directory without a record is not there. Object stores have no rename: a part is one PUT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pd_core.errors import RunError, UserError
+
+ARTIFACT = "artifact.json"
+STARTED = "started.json"
+RECORDS = "_parts"
+
+
+# ---- URIs ------------------------------------------------------------------------------------------------------------
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URI and the path in it. Listings are never cached: other processes write there."""
+    options = {"use_listings_cache": False} if uri.startswith("s3://") else {}
+    return fsspec.core.url_to_fs(uri, **options)
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path of this machine."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """The URI, or the absolute path of a local one, so that it means the same in every process."""
+    return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri.rstrip("/")
+
+
+def join(uri: str, *names: str) -> str:
+    """`uri/name/name`."""
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def explain(error: BaseException, uri: str) -> UserError | RunError:
+    """One clear line for a storage error; throttling is told apart from denial, and both from absence."""
+    chain = f"{error} {error.__cause__ or ''}"
+    text = " ".join(chain.split())[:200]
+    kind = type(error).__name__
+    if any(
+        word in chain
+        for word in ("SlowDown", "Throttl", "RequestLimitExceeded", "TooManyRequests", "reduce your request")
+    ):
+        return RunError(
+            f"{uri}: the store throttles requests ({text}); run the same command again later or with fewer workers"
+        )
+    if kind in ("NoCredentialsError", "PartialCredentialsError") or "Unable to locate credentials" in chain:
+        return UserError(f"{uri}: no credentials found; set them in the environment or use an instance role")
+    if "ExpiredToken" in chain:
+        return UserError(f"{uri}: the credentials have expired; refresh them and run the same command again")
+    if any(word in chain for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch")):
+        return UserError(
+            f"{uri}: the store does not accept these credentials ({text}); check the access key and secret"
+        )
+    if isinstance(error, PermissionError) or "AccessDenied" in chain or "Forbidden" in chain:
+        return UserError(f"{uri}: permission denied ({text}); check the credentials and the rights they give")
+    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in chain:
+        return UserError(f"{uri}: not found; check the path or bucket name")
+    if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
+        return UserError(f"{uri}: {text}; check the path")
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError") or "Could not connect" in chain:
+        return RunError(f"{uri}: cannot reach the store ({text}); check the endpoint and the network, then run again")
+    return RunError(f"{uri}: {kind}: {text}")
+
+
+def read_bytes(uri: str) -> bytes:
+    """All bytes at a URI. Raises FileNotFoundError."""
+    fs, path = filesystem(uri)
+    return fs.cat_file(path)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write the file whole or not at all: rename on a local disk, one PUT on an object store."""
+    fs, path = filesystem(uri)
+    if not is_local(uri):
+        fs.pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or directory is at the URI."""
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def sizes(uri: str) -> dict[str, int]:
+    """Name to bytes of the files directly in a directory; empty where there is none."""
+    fs, path = filesystem(uri)
+    try:
+        entries = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+
+
+def delete(uri: str) -> None:
+    """Delete a directory and all in it; nothing there is fine."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """The Parquet file of a table; the same table gives the same bytes."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", store_schema=True)
+    return sink.getvalue()
+
+
+def read_table(uri: str, columns: Sequence[str] | None = None, without: Collection[str] = ()) -> pa.Table:
+    """A Parquet file as a table: all of it in one request, or some columns, the bytes of the others unread."""
+    if columns is None and not without:
+        return pq.ParquetFile(io.BytesIO(read_bytes(uri))).read()
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        return parquet.read([n for n in columns or parquet.schema_arrow.names if n not in without])
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def canonical(values: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Hash of everything that decides what an artifact holds."""
+    return sha256(canonical(identity).encode())
+
+
+# ---- artifacts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A committed file of a stage. `counts` holds what the stage wants to add up, e.g. quarantined rows by reason."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What `artifact.json` says of a finished stage."""
+
+    kind: str
+    schema_version: int
+    fingerprint: str
+    identity: dict[str, Any]
+    parts: tuple[Part, ...]
+    totals: dict[str, Any]
+    versions: dict[str, str]
+    timings_s: dict[str, float]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(part.rows for part in self.parts)
+
+
+def load_artifact(uri: str) -> Artifact | None:
+    """The commit record in a stage's directory, or None where the stage is not finished."""
+    try:
+        values = json.loads(read_bytes(join(uri, ARTIFACT)))
+    except FileNotFoundError:
+        return None
+    values["parts"] = tuple(Part(**part) for part in values["parts"])
+    return Artifact(**values)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`name: old -> new` for every leaf in which two identities differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "…"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The directory of one stage of one run: its parts, their records and the commit.
+
+    Attributes:
+        uri: the directory.
+        kind: name of the stage, e.g. `features`.
+        schema_version: of its tables.
+        identity: JSON-able settings and inputs that decide the content; its hash is the fingerprint.
+    """
+
+    uri: str
+    kind: str
+    schema_version: int
+    identity: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of kind, schema version and identity."""
+        return fingerprint({"kind": self.kind, "schema_version": self.schema_version, **self.identity})
+
+    def begin(self, overwrite: bool) -> Artifact | None:
+        """Claim the directory. Returns the commit record if the stage is already done with this fingerprint.
+
+        Raises:
+            UserError: the directory holds a stage of another fingerprint and `overwrite` is off.
+        """
+        done = load_artifact(self.uri)
+        if done is not None and done.fingerprint == self.fingerprint:
+            return done
+        other = done.identity if done is not None else self._started_identity()
+        if other is not None and (done is not None or fingerprint_of(other, self) != self.fingerprint):
+            if not overwrite:
+                what = "; ".join(differences(other, self.identity)[:6]) or "the schema version"
+                raise UserError(
+                    f"{self.uri}: holds {self.kind} made with other settings or input ({what}); "
+                    "choose another --output or pass --overwrite"
+                )
+            delete(self.uri)
+        elif other is None and exists(self.uri) and sizes(self.uri):
+            raise UserError(f"{self.uri}: holds files that are not of this program; choose another --output")
+        write_bytes(join(self.uri, STARTED), canonical(self.identity).encode())
+        return None
+
+    def _started_identity(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(read_bytes(join(self.uri, STARTED)))
+        except FileNotFoundError:
+            return None
+
+    def write_part(self, name: str, data: bytes, rows: int, counts: Mapping[str, int] | None = None) -> Part:
+        """Write one file of the stage and, after its bytes are seen in place, its record."""
+        uri = join(self.uri, name)
+        write_bytes(uri, data)
+        fs, path = filesystem(uri)
+        found = fs.size(path)
+        if found != len(data):
+            raise RunError(f"{uri}: wrote {len(data)} bytes and found {found}; run the same command again")
+        part = Part(name, rows, len(data), sha256(data), dict(counts or {}))
+        write_bytes(join(self.uri, RECORDS, f"{name}.json"), canonical(dataclasses.asdict(part)).encode())
+        return part
+
+    def write_table(self, name: str, table: pa.Table, counts: Mapping[str, int] | None = None) -> Part:
+        """`write_part` of a Parquet table."""
+        return self.write_part(name, table_bytes(table), table.num_rows, counts)
+
+    def finished_parts(self) -> dict[str, Part]:
+        """Recorded parts whose file is in place with its recorded size; others are to be made again."""
+        records = sizes(join(self.uri, RECORDS))
+        names = [join(self.uri, RECORDS, name) for name in sorted(records)]
+        if not names:
+            return {}
+        fs, _ = filesystem(self.uri)
+        contents = fs.cat([filesystem(name)[1] for name in names])
+        present = sizes(self.uri)
+        parts = [Part(**json.loads(content)) for content in contents.values()]
+        return {part.name: part for part in sorted(parts, key=lambda p: p.name) if present.get(part.name) == part.bytes}
+
+    def commit(
+        self,
+        parts: Iterable[Part],
+        totals: Mapping[str, Any],
+        timings_s: Mapping[str, float],
+    ) -> Artifact:
+        """Write `artifact.json`: from now on the stage is done."""
+        artifact = Artifact(
+            kind=self.kind,
+            schema_version=self.schema_version,
+            fingerprint=self.fingerprint,
+            identity=self.identity,
+            parts=tuple(sorted(parts, key=lambda part: part.name)),
+            totals=dict(totals),
+            versions=package_versions(),
+            timings_s={name: round(value, 3) for name, value in timings_s.items()},
+        )
+        write_bytes(join(self.uri, ARTIFACT), json.dumps(dataclasses.asdict(artifact), indent=1).encode())
+        return artifact
+
+    def complete(self, make: Callable[[], tuple[Iterable[Part], Mapping[str, Any]]], overwrite: bool) -> Artifact:
+        """The commit record of the stage: the one that is there, or that of what `make` makes now.
+
+        `make` writes the parts that `finished_parts` does not have and returns all parts and the totals.
+        """
+        done = self.begin(overwrite)
+        if done is not None:
+            return done
+        watch = Stopwatch()
+        parts, totals = make()
+        return self.commit(parts, totals, {self.kind: watch.seconds})
+
+
+def fingerprint_of(identity: Mapping[str, Any], stage: Stage) -> str:
+    """The fingerprint that `stage` would have with another identity."""
+    return dataclasses.replace(stage, identity=dict(identity)).fingerprint
+
+
+def part_name(number: int, suffix: str = ".parquet") -> str:
+    """`part-00042.parquet`; names sort in part order up to 10^8 parts."""
+    return f"part-{number:08d}{suffix}"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides numbers and formats, for the artifacts."""
+    names = (
+        "pd-core",
+        "torch",
+        "torchvision",
+        "timm",
+        "ray",
+        "faiss-cpu",
+        "faiss-gpu-cu12",
+        "pyarrow",
+        "numpy",
+        "pillow",
+    )
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+class Stopwatch:
+    """Wall-clock seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Elapsed, s."""
+        return time.perf_counter() - self.start

@@ -1,0 +1,134 @@
+"""Settings: precedence, refusals with the nearest name, --help at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pd_core import config
+from pd_core.config import BuildIndexSettings
+from pd_core.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(*argv: str) -> BuildIndexSettings:
+    return config.load(BuildIndexSettings, argv, prog="build_index.py")
+
+
+def test_precedence_command_line_over_environment_over_yaml_over_preset_over_default(tmp_path, monkeypatch):
+    file = tmp_path / "settings.yaml"
+    file.write_text("preset: paper\ndensity: {k: 7}\nestimator: {batch_size: 32, seed: 5}\nfeatures: {batch_size: 3}\n")
+    monkeypatch.setenv("PD_CORE_ESTIMATOR__SEED", "6")
+    monkeypatch.setenv("PD_CORE_FEATURES__BATCH_SIZE", "4")
+    settings = load("--config", str(file), "--features.batch_size", "5")
+    assert settings.features.batch_size == 5  # command line
+    assert settings.estimator.seed == 6  # environment
+    assert settings.density.k == 7 and settings.estimator.batch_size == 32  # file, over the preset's 20 and 64
+    assert settings.estimator.target == "density"  # preset
+    assert settings.index.target_recall == 0.99  # default
+
+
+def test_paper_preset_is_the_reference_of_the_paper():
+    settings = load("--preset", "paper")
+    assert (settings.features.model, settings.features.preprocess) == ("vit_base_patch16_224", "paper")
+    assert (settings.density.k, settings.density.volume_dim, settings.density.exact) == (20, 1.0, True)
+    fit = settings.estimator
+    assert (fit.hidden, fit.learning_rate, fit.batch_size, fit.epochs) == ((512, 256, 128), 1e-3, 64, 100)
+    assert (fit.standardize, fit.target, fit.split, fit.holdout_fraction, fit.patience) == (False, "density", "random", 0.2, 0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--data.sourc=x", "did you mean 'data.source'?"),
+        ("--k=3", "did you mean 'density.k'?"),
+        ("--dryrun", "did you mean 'dry-run'?"),
+        ("--zzzzzz=1", "see --help"),
+        ("--data.so=x", "unknown setting"),  # an abbreviation is not a name
+    ],
+)
+def test_unknown_option_exits_2_with_one_line(argument, expected, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(argument)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert expected in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--density.k", "0"], "density.k"),
+        (["--density.k", "many"], "density.k"),
+        (["--preset", "papr"], "'default', 'paper' or 'million'"),
+        (["--index.kind", "hnsw"], "index.kind"),
+        (["--data.labels", "folder"], "none, parent, column:NAME or member:EXT"),
+        (["--data.background", "1,2,300"], "0..255"),
+        (["--density.exact", "--index.kind", "ivf_flat"], "drop density.exact"),
+        (["--index.kind", "flat", "--index.cells", "8"], "index.cells"),
+        (["--config", "/nowhere/at/all.yaml"], "no such file"),
+    ],
+)
+def test_wrong_values_are_one_line_that_names_the_setting(argv, expected):
+    with pytest.raises(UserError) as error:
+        load(*argv)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: {sorce: x}", "unknown setting 'data.sorce'; did you mean 'data.source'?"),
+        ("dat: {source: x}", "unknown setting 'dat.source'"),
+        ("- a list", "expected 'section:' entries"),
+        ("a: [", "not YAML"),
+        ("density: 3", "density"),
+    ],
+)
+def test_wrong_yaml_is_one_line(text, expected, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load("--config", str(file))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_environment_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("PD_CORE_DATA__SORCE", "x")
+    with pytest.raises(UserError, match=r"PD_CORE_DATA__SORCE.*did you mean 'data.source'"):
+        load()
+
+
+def test_printed_settings_are_accepted_again(tmp_path):
+    first = load("--preset", "paper", "--data.source", "images", "--data.background", "1,2,3", "--output", "out")
+    file = tmp_path / "resolved.yaml"
+    file.write_text(config.to_yaml(first))
+    assert load("--config", str(file)).model_copy(update={"config": None}) == first
+
+
+def test_help_names_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for name in config.setting_names(BuildIndexSettings):
+        assert f"--{name}" in text
+    assert "(default: 0.99)" in text and "(default: 67108864)" in text
+
+
+def test_help_and_refusals_import_neither_torch_nor_ray():
+    code = (
+        "import sys, runpy; sys.argv = ['build_index.py', '--help']\n"
+        "try: runpy.run_path('workflows/build_index.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'ray', 'faiss', 'timm', 'mlflow', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "workflows" / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configurations_load(file):
+    assert load("--config", str(file)).output

@@ -1,0 +1,150 @@
+"""Artifacts: whole or not at all, resumed part by part, refused under another fingerprint."""
+
+import json
+import os
+
+import pyarrow as pa
+import pytest
+
+from pd_core import storage
+from pd_core.errors import RunError, UserError
+from pd_core.storage import Stage
+
+
+def stage(uri, **identity):
+    return Stage(str(uri), "features", 1, identity or {"model": "a", "nested": {"k": 3}})
+
+
+def table(n=3):
+    return pa.table({"x": pa.array(range(n), pa.int64())})
+
+
+def test_parts_then_commit_then_skip(tmp_path):
+    made = stage(tmp_path / "features")
+    assert made.begin(overwrite=False) is None
+    parts = [made.write_table(storage.part_name(i), table(i + 1), {"bad": i}) for i in range(3)]
+    assert made.finished_parts() == {part.name: part for part in parts}
+    artifact = made.commit(parts, {"rows": 6}, {"features": 1.23456})
+    assert artifact.rows == 6
+    assert stage(tmp_path / "features").begin(overwrite=False) == artifact == storage.load_artifact(made.uri)
+
+
+def test_same_identity_resumes_and_leaves_finished_parts(tmp_path):
+    made = stage(tmp_path)
+    made.begin(overwrite=False)
+    part = made.write_table("part-0.parquet", table())
+    before = os.stat(tmp_path / "part-0.parquet").st_mtime_ns
+    assert made.begin(overwrite=False) is None
+    assert made.finished_parts() == {"part-0.parquet": part}
+    assert os.stat(tmp_path / "part-0.parquet").st_mtime_ns == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_identity_is_refused_naming_what_differs_and_replaced_on_request(tmp_path, finished):
+    old = stage(tmp_path, model="a", nested={"k": 3})
+    old.begin(overwrite=False)
+    part = old.write_table("part-0.parquet", table())
+    if finished:
+        old.commit([part], {}, {})
+    new = stage(tmp_path, model="a", nested={"k": 4})
+    with pytest.raises(UserError, match=r"nested.k: 3 -> 4.*--overwrite"):
+        new.begin(overwrite=False)
+    assert (tmp_path / "part-0.parquet").exists()
+    assert new.begin(overwrite=True) is None
+    assert new.finished_parts() == {} and not (tmp_path / "part-0.parquet").exists()
+
+
+def test_a_folder_of_somebody_else_is_never_touched(tmp_path):
+    (tmp_path / "holiday.jpg").write_bytes(b"precious")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="not of this program"):
+            stage(tmp_path).begin(overwrite)
+    assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("damage", ["gone", "truncated", "no record"])
+def test_a_part_without_its_bytes_or_its_record_is_made_again(tmp_path, damage):
+    made = stage(tmp_path)
+    made.begin(overwrite=False)
+    made.write_table("part-0.parquet", table())
+    kept = made.write_table("part-1.parquet", table())
+    target = tmp_path / "part-0.parquet"
+    if damage == "gone":
+        target.unlink()
+    elif damage == "truncated":
+        target.write_bytes(target.read_bytes()[:-1])
+    else:
+        (tmp_path / "_parts" / "part-0.parquet.json").unlink()
+    assert made.finished_parts() == {"part-1.parquet": kept}
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    target = tmp_path / "file"
+    storage.write_bytes(str(target), b"old")
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_bytes(str(target), b"new")
+    assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_part_whose_bytes_are_not_in_place_is_not_recorded(tmp_path, monkeypatch):
+    made = stage(tmp_path)
+    made.begin(overwrite=False)
+    write = storage.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, data: write(uri, data[:-1]))
+    with pytest.raises(RunError, match="wrote"):
+        made.write_part("part-0", b"12345", 1)
+    assert made.finished_parts() == {}
+
+
+def test_fingerprint_follows_identity_and_not_the_order_of_its_keys():
+    a = stage("x", model="a", k=1).fingerprint
+    assert a == Stage("elsewhere", "features", 1, {"k": 1, "model": "a"}).fingerprint
+    assert a != stage("x", model="a", k=2).fingerprint
+    assert a != Stage("x", "features", 2, {"model": "a", "k": 1}).fingerprint
+    assert a != Stage("x", "index", 1, {"model": "a", "k": 1}).fingerprint
+
+
+def test_same_table_gives_same_bytes():
+    assert storage.table_bytes(table(1000)) == storage.table_bytes(table(1000))
+
+
+def test_columns_can_be_left_out(tmp_path):
+    uri = str(tmp_path / "t.parquet")
+    storage.write_bytes(uri, storage.table_bytes(pa.table({"a": [1], "b": [2], "c": [3]})))
+    assert storage.read_table(uri).column_names == ["a", "b", "c"]
+    assert storage.read_table(uri, ["c", "a"]).column_names == ["c", "a"]
+    assert storage.read_table(uri, without=["b"]).column_names == ["a", "c"]
+
+
+class SlowDown(OSError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "expected"),
+    [
+        (PermissionError("Access Denied"), UserError, "permission denied"),
+        (FileNotFoundError("The specified bucket does not exist"), UserError, "not found"),
+        (OSError(16, "Please reduce your request rate."), RunError, "throttles"),
+        (PermissionError("Access Denied: SlowDown"), RunError, "throttles"),  # throttling that looks like a denial
+        (PermissionError("The provided token has expired ExpiredToken"), UserError, "expired"),
+        (OSError(5, "InternalError"), RunError, "OSError"),
+    ],
+)
+def test_storage_errors_become_one_line(error, kind, expected):
+    explained = storage.explain(error, "s3://bucket/x")
+    assert type(explained) is kind and expected in str(explained) and "s3://bucket/x" in str(explained)
+    assert "\n" not in str(explained)
+
+
+def test_artifact_is_plain_json(tmp_path):
+    made = stage(tmp_path)
+    made.begin(overwrite=False)
+    made.commit([made.write_table("part-0.parquet", table())], {"rows": 3}, {"features": 2.0})
+    record = json.loads((tmp_path / "artifact.json").read_text())
+    assert record["kind"] == "features" and record["parts"][0]["rows"] == 3 and record["versions"]["python"]
