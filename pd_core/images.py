@@ -1,0 +1,546 @@
+"""From the bytes of a file to the pixels a model sees: decode, validate, resize.
+
+`decode` returns the RGB picture a careful viewer would show; a file that cannot give one raises `BadImage` with a
+`Reason` from a closed list, which is what the quarantine table stores. The content decides, never the file name.
+
+What is decided here, so that the same bytes always give the same picture:
+
+- Formats: PNG, JPEG (and the first picture of MPO), WebP, GIF, BMP, TIFF, PNM (P1 to P6), JPEG 2000, AVIF. No other
+  parser of Pillow ever sees the bytes; in particular EPS never starts Ghostscript.
+- Animations and multi-page files give their first frame. EXIF orientation is applied; EXIF that cannot be parsed
+  states no orientation.
+- Alpha, palette transparency and colour keys are composited over `DecodeLimits.background`.
+- 16-bit grey becomes 8-bit by dropping the low byte (`Image.convert` would clip at 255 and give white). 32-bit
+  integers are read as 16-bit where all values lie in 0..65535. Other integers, and floats, do not say which value is
+  white; a guess per image would change brightness from one image to the next, so they are `UNSUPPORTED_FORMAT`.
+- ICC profiles are ignored: samples are taken as sRGB, as torchvision, timm and the published extractors do. CMYK goes
+  through Pillow's plain conversion, Adobe's inverted JPEGs included.
+
+Only Pillow and numpy are imported: decode workers stay light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import re
+import struct
+import warnings
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    ImageOps,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
+
+from pd_core.errors import UserError
+
+
+class Reason(StrEnum):
+    """Why an image is in quarantine; the closed list."""
+
+    EMPTY = "empty"
+    TRUNCATED = "truncated"
+    NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    TOO_MANY_BYTES = "too_many_bytes"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    UNREADABLE = "unreadable"
+    CORRUPT = "corrupt"
+    FEATURE_NOT_FINITE = "feature_not_finite"
+
+
+_MAX_DETAIL_CHARS = 300
+
+
+class BadImage(Exception):
+    """One image that cannot be used; the run goes on without it.
+
+    `detail` is one printable line of at most 300 characters that depends on the image's bytes alone.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        line = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(detail.split()))
+        self.reason = reason
+        self.detail = "".join(c if c.isprintable() else "?" for c in line)[:_MAX_DETAIL_CHARS]
+        super().__init__(reason, self.detail)  # both in args: the exception crosses process borders by pickle
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """Limits checked before any pixel is decoded, and the RGB colour (0..255) behind transparent pixels."""
+
+    max_bytes: int
+    max_pixels: int
+    background: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}, expected at least 1; raise it")
+        if not all(0 <= c <= 255 for c in self.background):
+            raise UserError(f"background = {self.background}, expected three values in 0..255; give R, G, B")
+
+
+# ---------------------------------------------------------------------------------------------------------- recognise
+
+_DECODERS: dict[str, type[ImageFile.ImageFile]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "PNM": PpmImagePlugin.PpmImageFile,
+    "JPEG 2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+}
+
+_OPTIONAL_CODECS = {"WebP": "webp", "AVIF": "avif", "JPEG 2000": "jpg_2000"}  # names of PIL.features
+
+_SIGNATURES: tuple[tuple[str, bytes], ...] = (
+    ("PNG", b"\x89PNG\r\n\x1a\n"),
+    ("JPEG", b"\xff\xd8\xff"),
+    ("GIF", b"GIF87a"),
+    ("GIF", b"GIF89a"),
+    ("Canon RAW", b"II*\0\x10\0\0\0CR"),  # before TIFF, which it would pass for
+    ("TIFF", b"II*\0"),
+    ("TIFF", b"MM\0*"),
+    ("TIFF", b"II+\0"),
+    ("TIFF", b"MM\0+"),
+    ("JPEG 2000", b"\0\0\0\x0cjP  \r\n\x87\n"),
+    ("JPEG 2000", b"\xff\x4f\xff\x51"),
+    # Pictures, but not ones that are decoded here: the user is told what they are.
+    ("PSD", b"8BPS"),
+    ("EPS", b"%!PS"),
+    ("EPS", b"\xc5\xd0\xd3\xc6"),
+    ("ICO", b"\0\0\1\0"),
+    ("ICNS", b"icns"),
+    ("JPEG XL", b"\xff\x0a"),
+    ("JPEG XL", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    ("JPEG XR", b"II\xbc\1"),
+    ("QOI", b"qoif"),
+    ("DDS", b"DDS "),
+    ("OpenEXR", b"\x76\x2f\x31\x01"),
+    ("Radiance HDR", b"#?RADIANCE"),
+    ("FITS", b"SIMPLE  ="),
+    ("PFM", b"PF\n"),
+    ("PFM", b"Pf\n"),
+    ("SGI", b"\x01\xda"),
+    ("Sun raster", b"\x59\xa6\x6a\x95"),
+    ("WMF", b"\xd7\xcd\xc6\x9a"),
+    ("XPM", b"/* XPM */"),
+    ("DjVu", b"AT&TFORM"),
+    ("Fuji RAW", b"FUJIFILMCCD-RAW"),
+    ("Panasonic RAW", b"IIU\0"),
+    ("Olympus RAW", b"IIRO"),
+)
+_BMP_HEADER_BYTES = {12, 16, 40, 52, 56, 64, 108, 124}
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+
+def _container(data: bytes) -> str | None:
+    """The format that the first bytes announce, or None where they announce no picture."""
+    for name, signature in _SIGNATURES:
+        if data.startswith(signature):
+            return name
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP"
+    if data[4:8] == b"ftyp":
+        brands = {data[i : i + 4] for i in range(8, min(int.from_bytes(data[:4], "big"), len(data), 256), 4)}
+        return "AVIF" if brands & {b"avif", b"avis"} else "HEIF" if brands & _HEIF_BRANDS else None
+    if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADER_BYTES:
+        return "BMP"
+    if re.match(rb"P[1-6][\s#]", data):
+        return "PNM"
+    text = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in text and b"<html" not in text:
+        return "SVG"
+    return None
+
+
+def _reject_unusable(data: bytes, limits: DecodeLimits) -> str:
+    """The name of a container that may be decoded; everything else raises before a parser is called."""
+    if not data:
+        raise BadImage(Reason.EMPTY, "0 bytes")
+    if len(data) > limits.max_bytes:
+        raise BadImage(Reason.TOO_MANY_BYTES, f"{len(data)} bytes, the limit is {limits.max_bytes}")
+    container = _container(data)
+    if container is None:
+        if any(signature.startswith(data) for name, signature in _SIGNATURES if name in _DECODERS):
+            raise BadImage(Reason.TRUNCATED, f"only {len(data)} bytes")
+        raise BadImage(Reason.NOT_AN_IMAGE, f"starts with {data[:24]!r}")
+    if container not in _DECODERS:
+        raise BadImage(Reason.UNSUPPORTED_FORMAT, f"{container}; convert it to one of {', '.join(_DECODERS)}")
+    if container in _OPTIONAL_CODECS and not features.check(_OPTIONAL_CODECS[container]):
+        raise BadImage(Reason.UNSUPPORTED_FORMAT, f"{container}: this Pillow is built without it")
+    return container
+
+
+# ------------------------------------------------------------------------------------------------------------- decode
+
+
+def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
+    """Decode the bytes of one file into an RGB image, upright, transparency composited (rules: module docstring).
+
+    Raises `BadImage` and nothing else. A file longer than `limits.max_bytes`, or whose header declares more than
+    `limits.max_pixels`, is refused before its pixels are decoded.
+    """
+    container = _reject_unusable(data, limits)
+    _silence_pillow()
+    image: ImageFile.ImageFile | None = None
+    try:
+        # The plugin itself and not Image.open: that one checks the size against a global that belongs to the whole
+        # process, and hides why a header could not be read.
+        image = _DECODERS[container](io.BytesIO(data))
+        _check_pixels(image.size, limits)
+        _reject_thumbnail(image)
+        color_key = _color_key(image, data)
+        image.load()
+        _check_pixels(image.size, limits)
+        return _upright(_to_rgb(image, color_key, limits.background), _orientation(image))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(Reason.TOO_MANY_PIXELS, f"{container}: {error}") from error
+    except Exception as error:  # hostile bytes make Pillow raise nearly anything; see the fuzz test
+        raise BadImage(_failure_reason(error, data, container, image), f"{container}: {_cause(error)}") from error
+
+
+def _silence_pillow() -> None:
+    """Drop Pillow's warnings about odd files: what matters of them comes out as `BadImage`.
+
+    The filter stays. `warnings.catch_warnings` around each image would save and restore state of the whole process,
+    and so lose what other threads set in the meantime.
+    """
+    if not warnings.filters or warnings.filters[0] != _PILLOW_FILTER:
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
+
+
+_PILLOW_MODULES = r"PIL\."
+_PILLOW_FILTER = ("ignore", None, Warning, re.compile(_PILLOW_MODULES), 0)
+
+
+def _check_pixels(size: tuple[int, int], limits: DecodeLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise BadImage(
+            Reason.TOO_MANY_PIXELS, f"{width}x{height} = {width * height} pixels, the limit is {limits.max_pixels}"
+        )
+
+
+def _reject_thumbnail(image: ImageFile.ImageFile) -> None:
+    """Camera RAW files built on TIFF (DNG, NEF, ARW) put a thumbnail first: it is not the picture."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        subfile_type = image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)
+        if isinstance(subfile_type, int) and subfile_type & 1:  # TIFF 6.0, NewSubfileType: bit 0, reduced resolution
+            raise BadImage(Reason.UNSUPPORTED_FORMAT, "TIFF: the first page is a thumbnail (a camera RAW file?)")
+
+
+_NEW_SUBFILE_TYPE = 254
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+_SAYS_TRUNCATED = re.compile(r"truncated|EOF|end of file|not enough image data|Expected to read", re.IGNORECASE)
+_SAYS_UNSUPPORTED = re.compile(r"unsupported|unknown pixel mode|decoder .* not available|not installed", re.IGNORECASE)
+
+
+def _failure_reason(error: Exception, data: bytes, container: str, image: ImageFile.ImageFile | None) -> Reason:
+    if _SAYS_TRUNCATED.search(str(error)) or _ends_early(data, container, image):
+        return Reason.TRUNCATED
+    if container in {"TIFF", "BMP", "JPEG 2000"} and _SAYS_UNSUPPORTED.search(str(error)):
+        return Reason.UNSUPPORTED_FORMAT  # containers with many legal layouts, of which Pillow knows the usual ones
+    return Reason.CORRUPT
+
+
+def _ends_early(data: bytes, container: str, image: ImageFile.ImageFile | None) -> bool:
+    """Does the container say that it is longer than `data`? Asked only once decoding has failed."""
+    match container:
+        case "PNG":
+            return b"IEND" not in data
+        case "JPEG":
+            return b"\xff\xd9" not in data[-1024:]  # not the whole file: an EXIF thumbnail ends with it too
+        case "GIF":
+            return not data.rstrip(b"\0").endswith(b";")
+        case "WebP":
+            return len(data) < 12 or int.from_bytes(data[4:8], "little") + 8 > len(data)
+        case "BMP":
+            return int.from_bytes(data[2:6], "little") > len(data)
+        case "TIFF":
+            return _tiff_ends_early(data, image)
+        case "JPEG 2000" if data.startswith(b"\xff\x4f"):
+            return not data.endswith(b"\xff\xd9")
+        case "JPEG 2000" | "AVIF":
+            return _box_ends_early(data)
+    return False
+
+
+def _tiff_ends_early(data: bytes, image: ImageFile.ImageFile | None) -> bool:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        big = data[2:4] in (b"+\0", b"\0+")
+        offset = data[8:16] if big else data[4:8]
+        entry_bytes, count_bytes = (20, 8) if big else (12, 2)
+        order: Any = "little" if data[:2] == b"II" else "big"
+        start = int.from_bytes(offset, order)
+        entries = int.from_bytes(data[start : start + count_bytes], order)
+        return start + count_bytes + entries * entry_bytes > len(data)
+    tags = image.tag_v2
+    starts = tags.get(TiffImagePlugin.STRIPOFFSETS) or tags.get(TiffImagePlugin.TILEOFFSETS) or ()
+    sizes = tags.get(TiffImagePlugin.STRIPBYTECOUNTS) or tags.get(TiffImagePlugin.TILEBYTECOUNTS) or ()
+    return any(start + size > len(data) for start, size in zip(starts, sizes, strict=False))
+
+
+def _box_ends_early(data: bytes) -> bool:
+    """Walk the top-level boxes of an ISO base media file (ISO/IEC 14496-12, section 4.2)."""
+    position = 0
+    while position < len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 1:  # a 64-bit size follows the type
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8:  # 0: to the end of the file; 2..7 are not legal
+            return size == 0 and not data.endswith(b"\xff\xd9")
+        position += size
+    return position > len(data)
+
+
+# -------------------------------------------------------------------------------------------------------- to RGB
+
+_Key = int | tuple[int, int, int]
+
+
+def _color_key(image: ImageFile.ImageFile, data: bytes) -> _Key | None:
+    """The one grey or RGB value that a PNG declares transparent, in the units of Pillow's samples.
+
+    The file states it in its own bit depth (PNG specification, tRNS); Pillow scales the samples but not the key.
+    """
+    key = image.info.get("transparency")
+    if image.mode in {"P", "PA"} or key is None or isinstance(key, bytes):
+        return None
+    depth = data[24] if data[12:16] == b"IHDR" else 8
+    if image.mode == "RGB" and depth == 16:
+        return tuple(c >> 8 for c in key)  # the low bytes of the samples are gone
+    if image.mode == "L" and depth in (2, 4):
+        return key * (255 // (2**depth - 1))
+    return key
+
+
+def _to_rgb(image: Image.Image, color_key: _Key | None, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "F":
+        raise BadImage(Reason.UNSUPPORTED_FORMAT, "float samples do not say which value is white; convert to 8 bit")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        samples = _grey16(image)
+        grey = Image.fromarray((samples >> 8).astype(np.uint8))
+        if color_key is None:
+            return grey.convert("RGB")
+        alpha = Image.fromarray(np.where(samples == color_key, 0, 255).astype(np.uint8))
+        return _composite(Image.merge("LA", (grey, alpha)), background)
+    if color_key is not None:
+        image.info["transparency"] = color_key
+    if image.has_transparency_data:
+        return _composite(image, background)
+    return image.convert("RGB")
+
+
+def _grey16(image: Image.Image) -> np.ndarray:
+    """Grey samples as int64 [height, width] in 0..65535, 0 = black."""
+    samples = np.asarray(image).astype(np.int64)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I;16"):
+        bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        samples <<= 16 - bits  # 12-bit scanners; Pillow unpacks but does not scale them
+        if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # WhiteIsZero, which Pillow ignores here
+            samples = 65535 - samples
+    low, high = int(samples.min()), int(samples.max())
+    if low < 0 or high > 65535:
+        raise BadImage(
+            Reason.UNSUPPORTED_FORMAT,
+            f"integer samples in {low}..{high} do not say which value is white; convert to 8 or 16 bit",
+        )
+    return samples
+
+
+def _composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    backdrop = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(backdrop, image.convert("RGBA")).convert("RGB")
+
+
+_ORIENTATION_TAG = 0x0112
+# EXIF 2.32, section 4.6.4: the value names where row 0 and column 0 of the stored picture belong.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UNPARSABLE_EXIF = (SyntaxError, ValueError, TypeError, LookupError, OverflowError, OSError, EOFError, struct.error)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 of a loaded image (a PNG may carry it after its pixels; TIFF has applied it by then)."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _UNPARSABLE_EXIF:  # it states no orientation; the pixels are whole
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+# ------------------------------------------------------------------------------------------------------------- resize
+
+_INTERPOLATION = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_CROP_MODES = ("center", "squash", "border")
+# A picture of 1 x 100,000 px grows to 224 x 22,400,000 before its centre is cut out. The bound is on that growth
+# alone: aspect ratios up to about 1,300 pass at 224 px.
+_MAX_RESIZED_PIXELS = 2**26
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What happens between an RGB image and the model's input; part of the feature fingerprint.
+
+    The image is resized to `height / crop_pct` x `width / crop_pct` px and its centre `height` x `width` px is kept:
+    `squash` ignores the aspect ratio; `center` keeps it and cuts the longer side; `border` keeps it, shows all of the
+    image and pads with the mean colour. Then `(pixel / 255 - mean) / std` per channel (done by the extractor).
+    The fields mean what they mean in timm's `pretrained_cfg`.
+    """
+
+    height: int
+    width: int
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise UserError(f"preprocess size {self.height}x{self.width}, expected at least 1x1 px; raise it")
+        if self.interpolation not in _INTERPOLATION:
+            raise UserError(
+                f"interpolation = {self.interpolation!r} in preprocess; use one of {_names(_INTERPOLATION)}"
+            )
+        if self.crop_mode not in _CROP_MODES:
+            raise UserError(f"crop_mode = {self.crop_mode!r} in preprocess; use one of {_names(_CROP_MODES)}")
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"crop_pct = {self.crop_pct} in preprocess; use a value in (0, 1]")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(math.isfinite(v) for v in values):
+                raise UserError(f"{name} = {values} in preprocess; use three finite values, for R, G, B")
+        if min(self.std) <= 0:
+            raise UserError(f"std = {self.std} in preprocess; use values above 0")
+
+    @classmethod
+    def paper(cls) -> Preprocess:
+        """The reference settings of pseudo density (arXiv 2407.08659): squash to 224x224, ImageNet mean and std."""
+        return cls(224, 224, "bilinear", 1.0, "squash", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; `from_json` gives an equal object back."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Preprocess:
+        """The inverse of `to_json`. Missing or unknown fields raise UserError."""
+        expected = set(cls.__dataclass_fields__)
+        if set(fields) != expected:
+            raise UserError(f"preprocess has the fields {_names(sorted(fields))}; give {_names(sorted(expected))}")
+        return cls(**fields | {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+
+
+def _names(names: Any) -> str:
+    return ", ".join(names)
+
+
+def resize(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Resize and crop an RGB image: uint8 [height, width, 3], C-contiguous and writable.
+
+    Bit for bit what `timm.data.create_transform(is_training=False)` does before ToTensor and Normalize; where timm
+    cannot go on (a side of less than half a pixel in `border`), the side is 1 px.
+    Raises BadImage(TOO_MANY_PIXELS) where keeping an extreme aspect ratio would need an absurd intermediate image.
+    """
+    height, width = _resized_size(image.height, image.width, preprocess)
+    if height * width > max(_MAX_RESIZED_PIXELS, 4 * preprocess.height * preprocess.width / preprocess.crop_pct**2):
+        raise BadImage(
+            Reason.TOO_MANY_PIXELS,
+            f"aspect ratio of {image.width}x{image.height} needs an intermediate image of {width}x{height} px",
+        )
+    if (height, width) != (image.height, image.width):
+        image = image.resize((width, height), _INTERPOLATION[preprocess.interpolation])
+    return np.array(_center_crop(image, preprocess))
+
+
+def _resized_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    scaled_height = math.floor(preprocess.height / preprocess.crop_pct)
+    scaled_width = math.floor(preprocess.width / preprocess.crop_pct)
+    if preprocess.crop_mode == "squash":
+        return scaled_height, scaled_width
+    if preprocess.crop_mode == "center" and scaled_height == scaled_width:
+        # the shorter side is met exactly, the longer one rounded down
+        long = int(scaled_height * max(height, width) / min(height, width))
+        return (long, scaled_width) if width <= height else (scaled_height, long)
+    ratios = height / scaled_height, width / scaled_width
+    ratio = max(ratios) if preprocess.crop_mode == "border" else min(ratios)
+    return max(1, round(height / ratio)), max(1, round(width / ratio))
+
+
+def _center_crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    missing_height = max(0, preprocess.height - image.height)
+    missing_width = max(0, preprocess.width - image.width)
+    if missing_height or missing_width:
+        left, top = missing_width // 2, missing_height // 2
+        fill = tuple(round(255 * m) for m in preprocess.mean)
+        image = ImageOps.expand(image, (left, top, missing_width - left, missing_height - top), fill)
+    # round half to even, as timm and torchvision do
+    top = round((image.height - preprocess.height) / 2)
+    left = round((image.width - preprocess.width) / 2)
+    return image.crop((left, top, left + preprocess.width, top + preprocess.height))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A decoded image: `pixels` uint8 [height, width, 3] as the model wants them, and facts of the source."""
+
+    pixels: np.ndarray
+    width: int  # of the source after its orientation is applied, px
+    height: int
+    content_hash: str  # SHA-256 of the file's bytes, hex
+
+
+def prepare(data: bytes, limits: DecodeLimits, preprocess: Preprocess) -> Prepared:
+    """Decode and resize the bytes of one file. Raises `BadImage` and nothing else."""
+    image = decode(data, limits)
+    return Prepared(resize(image, preprocess), image.width, image.height, hashlib.sha256(data).hexdigest())

@@ -1,0 +1,334 @@
+"""Parquet files with an image column of bytes or struct<bytes, path>. Images stay in file order: (file, row)."""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pd_core.config import DataSettings
+from pd_core.errors import UserError
+from pd_core.images import BadImage, Reason
+from pd_core.sources import names, stores
+from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
+from pd_core.sources.stores import Sleep, Span
+
+Store = stores.Local | stores.S3
+
+READ_BUFFER_BYTES = 8 << 20
+BATCH_BYTES = 32 << 20  # images decoded from a row group at a time
+MAX_BATCH_ROWS = 256
+
+_CORRUPT = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a Parquet source, by role, with the types they must have in every file."""
+
+    image: str
+    key: str | None
+    label: str | None
+    metadata: tuple[str, ...]
+    types: dict[str, pa.DataType]
+
+    @property
+    def metadata_type(self) -> pa.StructType | None:
+        """The metadata columns as one struct; dictionaries become their values."""
+        fields = [pa.field(name, _plain(self.types[name])) for name in self.metadata]
+        return pa.struct(fields) if fields else None
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def open_columns(source: Source) -> Columns:
+    """The columns that the settings name, from the first file; checks that some file has rows.
+
+    Raises:
+        UserError: a column is missing or of a wrong type, a file is not Parquet, or there are no rows.
+    """
+    store = source.store()
+    first: Columns | None = None
+    for entry in containers(source, Counter()):
+        with _open(store, entry.name) as file:
+            first = first or _resolve(file.schema_arrow, source.settings, entry.name)
+            if file.metadata.num_rows:
+                return first
+    raise UserError(f"{names.printable(source.settings.source or '')}: the Parquet files have no rows")
+
+
+@contextmanager
+def _open(store: Store, name: str) -> Iterator[pq.ParquetFile]:
+    with stores.explained(store, name):
+        file = store.open(name)
+    with file:
+        try:
+            parquet_file = _parquet(file)
+        except _CORRUPT as error:
+            uri = names.printable(f"{store.uri}/{name}")
+            raise UserError(f"{uri}: not a readable Parquet file ({_line(error)}); repair or remove it") from error
+        yield parquet_file
+
+
+def _parquet(file: object) -> pq.ParquetFile:
+    # buffered, page by page: a row group can be gigabytes of images
+    return pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, page_checksum_verification=True)
+
+
+def _line(error: BaseException) -> str:
+    return names.printable(" ".join(str(error).split()))[:200]
+
+
+def _resolve(schema: pa.Schema, settings: DataSettings, where: str) -> Columns:
+    label = settings.labels.partition(":")[2] if settings.labels.startswith("column:") else None
+    used = {"image_column": settings.image_column, "key_column": settings.key_column, "labels": label}
+    for setting, name in [*used.items(), *(("metadata_columns", name) for name in settings.metadata_columns or ())]:
+        if name is not None and name not in schema.names:
+            raise UserError(
+                f"data.{setting}: {names.printable(where)} has no column {name!r}; {names.nearest(name, schema.names)}"
+            )
+    metadata = settings.metadata_columns
+    if metadata is None:
+        metadata = [name for name in schema.names if name not in used.values()]
+    if settings.image_column in metadata:
+        raise UserError(f"data.metadata_columns: {settings.image_column!r} is the image column; leave it out")
+    types = {name: schema.field(name).type for name in schema.names}
+    _check_image_type(settings.image_column, types[settings.image_column])
+    for setting in ("key_column", "labels"):
+        _check_text_type(setting, used[setting], types)
+    wanted = {settings.image_column, settings.key_column, label, *metadata} - {None}
+    return Columns(
+        settings.image_column, settings.key_column, label, tuple(metadata), {n: types[n] for n in types if n in wanted}
+    )
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _check_image_type(name: str, kind: pa.DataType) -> None:
+    if pa.types.is_struct(kind):
+        children = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        if "bytes" in children and _is_bytes(children["bytes"]):
+            return
+    elif _is_bytes(kind):
+        return
+    raise UserError(
+        f"data.image_column: {name!r} is {kind}, expected bytes or struct<bytes, path>; name another column"
+    )
+
+
+def _check_text_type(setting: str, name: str | None, types: dict[str, pa.DataType]) -> None:
+    if name is None:
+        return
+    try:
+        pa.array([], _plain(types[name])).cast(pa.string())
+    except pa.ArrowException:
+        raise UserError(f"data.{setting}: column {name!r} is {types[name]}, which has no text form") from None
+
+
+# ---- listing ---------------------------------------------------------------------------------------------------------
+
+
+def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:
+    """Tables of the listing, by file name and row; `offset` is the row in the file, `size` -1.
+
+    Raises:
+        UserError: files differ in a column that is used, a key is null, or a column other than the image is corrupt.
+    """
+    store = source.store()
+    columns: Columns | None = None
+    for entry in containers(source, skipped):
+        with _open(store, entry.name) as file:
+            found = _resolve(file.schema_arrow, source.settings, entry.name)
+            columns = columns or found
+            _check_same(columns, found, entry.name)
+            yield from _file_tables(source, file, entry.name, columns)
+
+
+def _check_same(expected: Columns, found: Columns, name: str) -> None:
+    for column in sorted({*expected.types, *found.types}):
+        a, b = expected.types.get(column), found.types.get(column)
+        if a != b:
+            raise UserError(
+                f"{names.printable(name)}: column {column!r} is {b or 'missing'} but {a or 'missing'} in the first file; "
+                "all files must agree (choose fewer with --data.metadata_columns)"
+            )
+
+
+def _file_tables(source: Source, file: pq.ParquetFile, name: str, columns: Columns) -> Iterator[pa.Table]:
+    try:
+        yield from _rows(source, file, name, columns)
+    except pa.ArrowMemoryError:
+        raise
+    except _CORRUPT as error:
+        uri = names.printable(f"{source.root}/{name}")
+        raise UserError(
+            f"{uri}: a key, label or metadata column is corrupt ({_line(error)}); repair or remove the file"
+        ) from error
+
+
+def _rows(source: Source, file: pq.ParquetFile, name: str, columns: Columns) -> Iterator[pa.Table]:
+    read = list(dict.fromkeys(c for c in (columns.key, columns.label, *columns.metadata) if c is not None))
+    start = 0
+    for rows, batch in _row_batches(file, read):
+        offsets = list(range(start, start + rows))
+        start += rows
+        keys = [f"{name}#{row}" for row in offsets] if columns.key is None else _keys(batch, columns.key, name, offsets)
+        labels = [None] * rows if columns.label is None else _column(batch, columns.label).cast(pa.string())
+        metadata = None
+        if source.metadata_type is not None:
+            metadata = pa.StructArray.from_arrays(
+                [_column(batch, field.name) for field in source.metadata_type], fields=list(source.metadata_type)
+            )
+        yield listing_table(source, keys, [name] * rows, offsets, [-1] * rows, labels, metadata)
+
+
+def _row_batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch | None]]:
+    if columns:
+        for batch in file.iter_batches(batch_size=TABLE_ROWS, columns=columns, use_threads=False):
+            yield batch.num_rows, batch
+        return
+    for start in range(0, file.metadata.num_rows, TABLE_ROWS):
+        yield min(TABLE_ROWS, file.metadata.num_rows - start), None
+
+
+def _column(batch: pa.RecordBatch | None, name: str) -> pa.Array:
+    assert batch is not None
+    column = batch.column(batch.schema.get_field_index(name))
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _keys(batch: pa.RecordBatch | None, column: str, name: str, rows: Sequence[int]) -> list[str]:
+    keys = _column(batch, column).cast(pa.string())
+    if keys.null_count:
+        row = rows[keys.is_null().index(True).as_py()]
+        raise UserError(
+            f"data.key_column: {column!r} is null in {names.printable(name)} row {row}; every image needs a key"
+        )
+    return keys.to_pylist()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(store: Store, settings: DataSettings, rows: pa.Table, sleep: Sleep) -> Iterator[bytes | BadImage]:
+    """Images of consecutive rows of the listing; of a file only the image column of their row groups is read."""
+    files = rows["container"].to_pylist()
+    offsets = rows["offset"].to_pylist()
+    start = 0
+    for stop in range(1, len(files) + 1):
+        if stop == len(files) or files[stop] != files[start]:
+            reader = _Reader(store, settings, files[start], sleep)
+            yield from reader.images(offsets[start:stop])
+            start = stop
+
+
+def _unreadable(error: BaseException | str) -> BadImage:
+    return BadImage(Reason.UNREADABLE, error if isinstance(error, str) else _line(error))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The images of one file."""
+
+    store: Store
+    settings: DataSettings
+    name: str
+    sleep: Sleep
+
+    def images(self, offsets: Sequence[int]) -> Iterator[bytes | BadImage]:
+        """The images at these rows of the file, which ascend."""
+        assert all(a < b for a, b in itertools.pairwise(offsets))
+        try:
+            file = self.store.open(self.name)
+        except OSError as error:
+            yield from [_unreadable(error)] * len(offsets)
+            return
+        with file:
+            yield from self._opened(file, offsets)
+
+    def _opened(self, opened: BinaryIO, offsets: Sequence[int]) -> Iterator[bytes | BadImage]:
+        try:
+            file = _parquet(opened)
+            if self.settings.image_column not in file.schema_arrow.names:
+                raise pa.ArrowInvalid("the image column is gone: the file has changed since it was listed")
+        except _CORRUPT as error:
+            yield from [_unreadable(error)] * len(offsets)
+            return
+        start = done = 0
+        for group in range(file.metadata.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            inside = [offset - start for offset in offsets[done:] if offset < stop]
+            yield from self._group(file, group, inside)
+            done += len(inside)
+            start = stop
+        yield from [_unreadable("the file has fewer rows than when it was listed")] * (len(offsets) - done)
+
+    def _group(self, file: pq.ParquetFile, group: int, rows: Sequence[int]) -> Iterator[bytes | BadImage]:
+        if not rows:
+            return
+        done = position = 0
+        batches = self._batches(file, group)
+        while done < len(rows):
+            try:
+                batch = next(batches)
+            except pa.ArrowMemoryError:
+                raise
+            except _CORRUPT as error:
+                yield from [_unreadable(f"row group {group} is corrupt: {_line(error)}")] * (len(rows) - done)
+                return
+            inside = [row - position for row in rows[done:] if row < position + len(batch)]
+            yield from self._values(batch, inside)
+            done += len(inside)
+            position += len(batch)
+
+    def _batches(self, file: pq.ParquetFile, group: int) -> Iterator[pa.Array]:
+        column = self.settings.image_column
+        metadata = file.metadata.row_group(group)
+        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+        held = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
+        per_row = max(held // max(metadata.num_rows, 1), 1)
+        size = min(max(BATCH_BYTES // per_row, 1), MAX_BATCH_ROWS)
+        for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[column], use_threads=False):
+            yield batch.column(0)
+        raise pa.ArrowInvalid("it has fewer rows than its header says")
+
+    def _values(self, batch: pa.Array, rows: Sequence[int]) -> Iterator[bytes | BadImage]:
+        """Bytes at these rows of a batch; a struct without bytes names a file beside the Parquet file."""
+        if not rows:
+            return
+        paths = None
+        if pa.types.is_struct(batch.type):
+            fields = [batch.type.field(i).name for i in range(batch.type.num_fields)]
+            children = dict(zip(fields, batch.flatten(), strict=True))  # flatten: a null struct has null children
+            batch, paths = children["bytes"], children.get("path")
+        sizes = pc.binary_length(batch)
+        limit = self.settings.max_image_bytes
+        for row in rows:
+            size = sizes[row].as_py()
+            if size is None:
+                yield self._beside(paths[row].as_py() if paths is not None else None)
+            elif size > limit:
+                yield BadImage(Reason.TOO_MANY_BYTES, f"{size} bytes, the limit is {limit}")
+            else:
+                yield batch[row].as_py()
+
+    def _beside(self, path: str | None) -> bytes | BadImage:
+        if not path:
+            return BadImage(Reason.EMPTY, "null in the image column")
+        relative = posixpath.normpath(posixpath.join(posixpath.dirname(names.unescape(self.name)), path))
+        if path.startswith("/") or relative.split("/")[0] == "..":
+            return _unreadable(f"path {path!r} leads out of the source")
+        span = Span(names.escape(relative), None, 0)
+        return next(iter(self.store.fetch([span], self.settings.max_image_bytes, self.sleep)))

@@ -1,0 +1,455 @@
+"""Files under a root, local or on S3: walk them, read them, tell a lost image from a lost connection.
+
+Names are keys (see names.py), relative to the root. Paths are taken literally: fsspec's own path rules would read `*`,
+`[` and `?versionId=` in a name as commands, so S3 is spoken through the raw calls of s3fs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import os
+import stat
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeVar
+
+import fsspec.asyn
+
+from pd_core import storage
+from pd_core.errors import RunError, UserError
+from pd_core.images import BadImage, Reason
+from pd_core.sources import names
+
+RETRY_DELAYS_S = (0.5, 2.0, 8.0)  # on top of the retries inside botocore and s3fs
+GROUP_BYTES = 64 << 20  # fetched from S3 at a time
+GROUP_REQUESTS = 128
+MERGE_GAP_BYTES = 64 << 10  # spans of one object closer than this are one request
+MERGED_BYTES = 8 << 20
+PAGE_KEYS = 1000  # of one listing request; S3 gives no more
+REMOTE_BLOCK_BYTES = 1 << 20  # read-ahead of `open` on S3
+
+HIDDEN = "(hidden)"
+IRREGULAR = "(not a regular file)"
+LOOP = "(link to a folder around it)"
+
+Sleep = Callable[[float], None]
+Chooser = Callable[[str], bool]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file: its name, bytes, and a text that changes when its content does (mtime in ns; ETag on S3)."""
+
+    name: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes to read: `size` bytes from `start`, or with `start` None the whole file, listed with `size` bytes."""
+
+    name: str
+    start: int | None
+    size: int
+
+
+def open_store(root: str) -> Local | S3:
+    """The files under a local path or an s3:// URI. Raises UserError for any other scheme."""
+    if root.startswith("s3://"):
+        return S3(root)
+    if not storage.is_local(root):
+        raise UserError(f"{root}: only local paths and s3:// are read; copy the images to one of them")
+    return Local(root)
+
+
+@contextmanager
+def explained(store: Local | S3, name: str = "") -> Iterator[None]:
+    """Turn storage errors into the one-line UserError or RunError of `storage.explain`."""
+    try:
+        yield
+    except store.errors as error:
+        uri = storage.join(store.uri, names.printable(names.unescape(name))) if name else store.uri
+        raise storage.explain(error, uri) from error
+
+
+def retrying(call: Callable[[], Result], transient: Callable[[BaseException], bool], sleep: Sleep) -> Result:
+    """`call()`, again after each of RETRY_DELAYS_S while its OSError is transient."""
+    for delay_s in RETRY_DELAYS_S:
+        try:
+            return call()
+        except Exception as error:
+            if not transient(error):
+                raise
+            sleep(delay_s)
+    return call()
+
+
+def _too_many_bytes(size: int, limit: int) -> BadImage:
+    return BadImage(Reason.TOO_MANY_BYTES, f"{size} bytes, the limit is {limit}")
+
+
+def _shorter(found: int, expected: int) -> BadImage:
+    return BadImage(Reason.UNREADABLE, f"{found} bytes where the listing found {expected}: the file has changed")
+
+
+# ---- local -----------------------------------------------------------------------------------------------------------
+
+# A file that will be no better next time. Anything else may be the network behind a mount.
+_LOST_FILE = frozenset(
+    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
+)
+
+
+class Local:
+    """Files under a folder of this machine."""
+
+    errors: tuple[type[Exception], ...] = (OSError,)
+
+    def __init__(self, root: str) -> None:
+        self.uri = root
+        self.root = root.rstrip("/")
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{names.unescape(name)}"
+
+    def kind(self) -> Literal["file", "directory"] | None:
+        """What the root itself is."""
+        try:
+            mode = Path(self.uri).stat().st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+            return None
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # a long pattern is no file name
+                return None
+            raise
+        return "directory" if stat.S_ISDIR(mode) else "file"
+
+    def walk(self, choose: Chooser, max_depth: int | None, stem: str, skipped: Counter[str]) -> Iterator[Entry]:
+        """The files whose name (unescaped) is chosen, in no order; links are followed, hidden folders are not entered.
+
+        Args:
+            choose: is asked before a file is looked at.
+            max_depth: 1 is the root alone; None is no limit.
+            stem: every chosen name starts with it; S3 uses it.
+            skipped: counts what is left out here.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
+        pending: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(self.root or "/", "", ())]
+        while pending:
+            path, prefix, ancestors = pending.pop()
+            status = Path(path).stat()
+            here = (status.st_dev, status.st_ino)
+            if here in ancestors:
+                skipped[LOOP] += 1
+                continue
+            deeper = max_depth is None or prefix.count("/") + 1 < max_depth
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    if _is_directory(entry):
+                        if entry.name.startswith("."):
+                            skipped[HIDDEN] += 1
+                        elif deeper:
+                            pending.append((entry.path, f"{name}/", (*ancestors, here)))
+                    elif choose(name) and (found := _entry(entry, name, skipped)):
+                        yield found
+
+    def fetch(self, spans: Sequence[Span], limit_bytes: int, sleep: Sleep) -> Iterator[bytes | BadImage]:
+        """The bytes of each span, in order; a file that cannot be read, or is too big, gives a BadImage.
+
+        Raises:
+            RunError: the file system fails in a way that says nothing of the file, after all retries.
+        """
+        for span in spans:
+            try:
+                yield retrying(
+                    partial(self._read, span, limit_bytes),
+                    lambda error: isinstance(error, OSError) and error.errno not in _LOST_FILE,
+                    sleep,
+                )
+            except OSError as error:
+                if error.errno not in {*_LOST_FILE, errno.EIO}:  # EIO that stays is a bad sector
+                    raise storage.explain(error, names.printable(self._path(span.name))) from error
+                yield BadImage(Reason.UNREADABLE, error.strerror or type(error).__name__)
+
+    def _read(self, span: Span, limit_bytes: int) -> bytes | BadImage:
+        # O_NONBLOCK: a pipe that took the file's place must not hang the run
+        descriptor = os.open(self._path(span.name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return BadImage(Reason.UNREADABLE, "not a regular file")
+            size = status.st_size if span.start is None else span.size
+            if size > limit_bytes:
+                return _too_many_bytes(size, limit_bytes)
+            data = _pread(descriptor, span.start or 0, size)
+        finally:
+            os.close(descriptor)
+        return data if len(data) == size else _shorter(len(data), size)
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable file. Raises OSError."""
+        return Path(self._path(name)).open("rb")
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _entry(entry: os.DirEntry[str], name: str, skipped: Counter[str]) -> Entry | None:
+    try:
+        status = entry.stat()
+    except OSError as error:  # a dangling link: it is listed, and reading it says why it is lost
+        return Entry(names.escape(name), 0, f"{errno.errorcode.get(error.errno or 0, 'unknown')}")
+    if not stat.S_ISREG(status.st_mode):
+        skipped[IRREGULAR] += 1
+        return None
+    return Entry(names.escape(name), status.st_size, str(status.st_mtime_ns))
+
+
+def _pread(descriptor: int, start: int, size: int) -> bytes:
+    chunks = []
+    while size and (chunk := os.pread(descriptor, size, start)):  # one call gives at most 2 GiB
+        chunks.append(chunk)
+        start += len(chunk)
+        size -= len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+# ---- S3 --------------------------------------------------------------------------------------------------------------
+
+_DENIED_OBJECT = frozenset({"AccessDenied", "AllAccessDisabled", "InvalidObjectState", "403", "Forbidden"})
+_WRONG_SETTINGS = frozenset({"NoSuchBucket", "InvalidBucketName", "InvalidToken", "AuthorizationHeaderMalformed"})
+
+
+def _code(error: BaseException) -> str:
+    """The error code that the server sent; empty if it did not get to answer."""
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _lost_object(error: BaseException) -> bool:
+    """Whether the store says that this one object cannot be had, with credentials that it accepts."""
+    code = _code(error)
+    if isinstance(error, FileNotFoundError):
+        return code != "NoSuchBucket"
+    return isinstance(error, PermissionError) and code in _DENIED_OBJECT
+
+
+def _beyond_end(error: BaseException) -> bool:
+    return _code(error) in ("InvalidRange", "416")
+
+
+def _transient(error: BaseException) -> bool:
+    settled = isinstance(error, FileNotFoundError | PermissionError) or _beyond_end(error)
+    credentials = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+    return not (settled or credentials or _code(error) in _WRONG_SETTINGS or isinstance(error, RunError | UserError))
+
+
+@dataclass
+class _Request:
+    """One GET: bytes start..stop (exclusive) of an object, for the spans with these indices."""
+
+    name: str
+    start: int
+    stop: int
+    indices: list[int]
+
+
+class S3:
+    """Objects under a prefix of a bucket. Credentials come from the environment, as s3fs finds them."""
+
+    def __init__(self, root: str) -> None:
+        import aiohttp
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        self.uri = root.rstrip("/")
+        self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.fs = storage.filesystem(f"s3://{self.bucket}")[0]
+        self.errors: tuple[type[Exception], ...] = (OSError, BotoCoreError, ClientError, aiohttp.ClientError)
+
+    def _key(self, name: str) -> str:
+        return self.prefix + names.unescape(name)
+
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        return self.fs.call_s3(method, Bucket=self.bucket, **arguments)
+
+    def kind(self) -> Literal["file", "directory"] | None:
+        """What the root itself is. Raises OSError and botocore's errors."""
+        # the listing comes first: unlike HEAD, it says in words what is wrong with bucket or credentials
+        page = self._call("list_objects_v2", Prefix=self.prefix, MaxKeys=1)
+        if page.get("KeyCount", 0) or not self.prefix:
+            return "directory"
+        try:
+            self._call("head_object", Key=self.prefix.rstrip("/"))
+        except FileNotFoundError:
+            return None
+        return "file"
+
+    def walk(self, choose: Chooser, max_depth: int | None, stem: str, skipped: Counter[str]) -> Iterator[Entry]:
+        """As Local.walk; `stem` narrows the listing on the server."""
+        more: dict[str, Any] = {"MaxKeys": PAGE_KEYS, **({"Delimiter": "/"} if max_depth == 1 else {})}
+        while True:
+            page = self._call("list_objects_v2", Prefix=self.prefix + stem, **more)
+            for item in page.get("Contents", ()):
+                name = item["Key"][len(self.prefix) :]
+                if (name.endswith("/") and not item["Size"]) or not name:
+                    continue  # what a console leaves to show an empty folder
+                if any(folder.startswith(".") for folder in name.split("/")[:-1]):
+                    skipped[HIDDEN] += 1
+                elif (max_depth is None or name.count("/") < max_depth) and choose(name):
+                    yield Entry(names.escape(name), item["Size"], item.get("ETag", "").strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            more["ContinuationToken"] = page["NextContinuationToken"]
+
+    async def _get(self, name: str, start: int, stop: int) -> bytes:
+        response = await self.fs._call_s3(
+            "get_object", Bucket=self.bucket, Key=self._key(name), Range=f"bytes={start}-{stop - 1}"
+        )
+        async with response["Body"] as body:
+            return await body.read()
+
+    def _gather(self, calls: Sequence[Awaitable[bytes]]) -> list[bytes | BaseException]:
+        async def all_of_them() -> list[bytes | BaseException]:
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        return fsspec.asyn.sync(self.fs.loop, all_of_them)
+
+    def fetch(self, spans: Sequence[Span], limit_bytes: int, sleep: Sleep) -> Iterator[bytes | BadImage]:
+        """As Local.fetch: concurrent requests, at most about GROUP_BYTES at a time; neighbors share a request."""
+        for group in _groups(spans, limit_bytes):
+            results: list[bytes | BadImage | None] = [None] * len(group)
+            for index, span in enumerate(group):
+                if span.size > limit_bytes:
+                    results[index] = _too_many_bytes(span.size, limit_bytes)
+            requests = _merge([(i, span) for i, span in enumerate(group) if results[i] is None], limit_bytes)
+            for request, answer in zip(requests, self._answers(requests, sleep), strict=True):
+                for index in request.indices:
+                    results[index] = _cut(group[index], request, answer, limit_bytes)
+            for result in results:
+                assert result is not None
+                yield result
+
+    def _answers(self, requests: Sequence[_Request], sleep: Sleep) -> list[bytes | BaseException]:
+        """Bytes or the settled error of each request. Raises RunError or UserError for what concerns all of them."""
+        answers: list[bytes | BaseException] = [b""] * len(requests)
+        open_ones = list(range(len(requests)))
+        for delay_s in (*RETRY_DELAYS_S, None):
+            calls = [self._get(requests[i].name, requests[i].start, requests[i].stop) for i in open_ones]
+            for i, answer in zip(open_ones, self._gather(calls), strict=True):
+                answers[i] = answer
+            open_ones = [i for i in open_ones if isinstance(e := answers[i], BaseException) and not _settled(e)]
+            if not open_ones:
+                return answers
+            error = next(e for i in open_ones if isinstance(e := answers[i], BaseException))
+            if delay_s is None or not _transient(error):
+                if isinstance(error, self.errors):
+                    raise storage.explain(
+                        error, f"{self.uri}/{names.printable(requests[open_ones[0]].name)}"
+                    ) from error
+                raise error
+            sleep(delay_s)
+        raise AssertionError("unreachable")
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable file with read-ahead. Raises OSError and botocore's errors."""
+        size = self._call("head_object", Key=self._key(name))["ContentLength"]
+        return io.BufferedReader(_S3File(self, name, size), REMOTE_BLOCK_BYTES)
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start..stop (exclusive) of an object that has them. Raises OSError if it is lost, else RunError."""
+        answer = self._answers([_Request(name, start, stop, [])], time.sleep)[0]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def _settled(error: BaseException) -> bool:
+    return _lost_object(error) or _beyond_end(error)
+
+
+def _groups(spans: Sequence[Span], limit_bytes: int) -> Iterator[list[Span]]:
+    group: list[Span] = []
+    held = 0
+    for span in spans:
+        size = span.size if span.size <= limit_bytes else 0
+        if group and (held + size > GROUP_BYTES or len(group) >= GROUP_REQUESTS):
+            yield group
+            group, held = [], 0
+        group.append(span)
+        held += size
+    if group:
+        yield group
+
+
+def _merge(spans: Sequence[tuple[int, Span]], limit_bytes: int) -> list[_Request]:
+    """The requests that cover the spans. A whole object is asked for up to one byte more than it may have."""
+    requests: list[_Request] = []
+    for index, span in spans:
+        if span.start is None:
+            requests.append(_Request(span.name, 0, limit_bytes + 1, [index]))
+            continue
+        stop = span.start + max(span.size, 1)
+        last = requests[-1] if requests else None
+        near = last is not None and last.name == span.name and 0 <= span.start - last.stop <= MERGE_GAP_BYTES
+        if last is not None and near and stop - last.start <= MERGED_BYTES:
+            last.stop = stop
+            last.indices.append(index)
+        else:
+            requests.append(_Request(span.name, span.start, stop, [index]))
+    return requests
+
+
+def _cut(span: Span, request: _Request, answer: bytes | BaseException, limit_bytes: int) -> bytes | BadImage:
+    if isinstance(answer, BaseException):
+        if not _beyond_end(answer):
+            text = "object not found" if isinstance(answer, FileNotFoundError) else f"access denied ({_code(answer)})"
+            return BadImage(Reason.UNREADABLE, text)
+        answer = b""
+    if span.start is None:
+        return answer if len(answer) <= limit_bytes else _too_many_bytes(len(answer), limit_bytes)
+    data = answer[span.start - request.start :][: span.size]
+    return data if len(data) == span.size else _shorter(len(data), span.size)
+
+
+class _S3File(io.RawIOBase):
+    """An object as an unbuffered file."""
+
+    def __init__(self, store: S3, name: str, size: int) -> None:
+        self._store, self._name, self._size, self._position = store, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._size)
+        if stop <= self._position:
+            return 0
+        data = self._store.read_range(self._name, self._position, stop)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

@@ -1,0 +1,229 @@
+"""WebDataset tars: members that share a name up to its first dot are one sample; its image members are the images.
+
+Only the headers and the small text members are read for the listing. Text members become metadata: a field per
+extension seen in the first tar (its first PEEK_MEMBERS members), and `other_members`, a JSON object of those seen later.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from pd_core.errors import UserError
+from pd_core.images import BadImage, Reason
+from pd_core.sources import names, stores
+from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
+from pd_core.sources.stores import Span
+
+Store = stores.Local | stores.S3
+
+OTHER = "other_members"
+BROKEN_SIZE = -1  # the listing's `size` of the row that stands for what lies behind a break
+PEEK_MEMBERS = 1000
+MAX_TEXT_BYTES = 64 << 10
+BLOCK_BYTES = 512
+SCANS = 8  # tars scanned at the same time on S3
+
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+
+
+@dataclass
+class Tar:
+    """What one tar holds.
+
+    Attributes:
+        images: (member name, sample, first byte, bytes), in file order.
+        texts: text members of each sample by extension.
+        broken_at: byte from which the tar cannot be read; None if it is whole.
+    """
+
+    images: list[tuple[str, str, int, int]] = field(default_factory=list)
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    broken_at: int | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def scan(file: BinaryIO, shown: str, max_members: int | None = None) -> Tar:
+    """The members of a tar, up to its end, its first break or `max_members`.
+
+    Raises:
+        UserError: the tar is compressed.
+        OSError: the file cannot be read.
+    """
+    if file.read(6).startswith(_PACKED):
+        raise UserError(f"{shown}: a compressed tar cannot be read at random; unpack it to a plain .tar")
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    tar = Tar()
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+            _scan_members(archive, file, size, tar, max_members)
+    except tarfile.TarError:
+        tar.broken_at = 0
+    return tar
+
+
+def _scan_members(archive: tarfile.TarFile, file: BinaryIO, size: int, tar: Tar, max_members: int | None) -> None:
+    count = 0
+    while max_members is None or count < max_members:
+        here = archive.offset if count else 0
+        try:
+            member = archive.next()
+        except (tarfile.TarError, ValueError, OverflowError):  # ValueError: pax headers of noise
+            tar.broken_at = here
+            return
+        if member is None:
+            tar.broken_at = None if _ends_here(file, archive.offset) else archive.offset
+            return
+        if member.isreg() and member.offset_data + member.size > size:
+            tar.broken_at = member.offset
+            return
+        _add(member, file, tar)
+        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+        count += 1
+
+
+def _ends_here(file: BinaryIO, offset: int) -> bool:
+    """Whether the end marker is at `offset`: tarfile takes a damaged header, or nothing at all, for the end too."""
+    file.seek(offset)
+    return file.read(BLOCK_BYTES) == bytes(BLOCK_BYTES)
+
+
+def _add(member: tarfile.TarInfo, file: BinaryIO, tar: Tar) -> None:
+    folder, slash, base = member.name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    extension = extension.lower()
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse():
+        tar.skipped["(link or special file in a tar)"] += 1
+    elif base.startswith("."):
+        tar.skipped[stores.HIDDEN] += 1
+    elif f".{extension.rpartition('.')[2]}" in names.IMAGE_SUFFIXES:
+        tar.images.append((member.name, f"{folder}{slash}{stem}", member.offset_data, member.size))
+    elif (text := _text(member, file)) is not None:
+        tar.texts.setdefault(f"{folder}{slash}{stem}", {})[extension] = text
+    else:
+        tar.skipped[f".{extension} (in a tar)"] += 1
+
+
+def _text(member: tarfile.TarInfo, file: BinaryIO) -> str | None:
+    if member.size > MAX_TEXT_BYTES:
+        return None
+    file.seek(member.offset_data)
+    try:
+        return file.read(member.size).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def open_metadata(source: Source) -> pa.StructType:
+    """The metadata type, from the first tar that has images.
+
+    Raises:
+        UserError: no tar has images, a tar is compressed or cannot be opened, or no sample has the label's member.
+    """
+    store = source.store()
+    entries = containers(source, Counter())
+    for entry in entries:
+        tar = _scan_entry(store, entry.name, PEEK_MEMBERS)
+        if tar.images:
+            break
+    else:
+        shown = names.printable(source.settings.source or "")
+        raise UserError(f"{shown}: no image members in {len(entries)} tars; check data.source")
+    extensions = {extension for texts in tar.texts.values() for extension in texts}
+    label = _label_extension(source)
+    if label is not None and label not in extensions:
+        raise UserError(
+            f"data.labels: {names.printable(entry.name)} has no text member {label!r}; {names.nearest(label, extensions)}"
+        )
+    fields = sorted(names.escape(e) for e in extensions - {label, OTHER, ""})
+    return pa.struct([pa.field(name, pa.string()) for name in [*fields, OTHER]])
+
+
+def _label_extension(source: Source) -> str | None:
+    form, _, extension = source.settings.labels.partition(":")
+    return extension.lstrip(".").lower() if form == "member" else None
+
+
+def _scan_entry(store: Store, name: str, max_members: int | None = None) -> Tar:
+    with stores.explained(store, name), store.open(name) as file:
+        return scan(file, names.printable(f"{store.uri}/{name}"), max_members)
+
+
+# ---- listing ---------------------------------------------------------------------------------------------------------
+
+
+def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:
+    """Tables of the listing, by tar and place in it; `offset` and `size` are the image's byte range.
+
+    A tar that breaks off gives one more row, with size BROKEN_SIZE, at the byte where it does.
+    """
+    store = source.store()
+    found = [entry.name for entry in containers(source, skipped)]
+    workers = SCANS if isinstance(store, stores.S3) else 1
+    for name, tar in _ahead(lambda name: _scan_entry(store, name), found, workers):
+        skipped.update(tar.skipped)
+        for start in range(0, len(tar.images), TABLE_ROWS):
+            yield _table(source, name, tar, start)
+        if tar.broken_at is not None:
+            metadata = pa.nulls(1, source.metadata_type)
+            key = f"{name}#{tar.broken_at}"
+            yield listing_table(source, [key], [name], [tar.broken_at], [BROKEN_SIZE], [None], metadata)
+
+
+def _ahead(work: Callable[[str], Tar], items: list[str], workers: int) -> Iterator[tuple[str, Tar]]:
+    """`work` of each item, in order, with at most `workers` of them under way or waiting."""
+    waiting: deque[tuple[str, Future[Tar]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            if len(waiting) == workers:
+                name, future = waiting.popleft()
+                yield name, future.result()
+            waiting.append((item, pool.submit(work, item)))
+        while waiting:
+            name, future = waiting.popleft()
+            yield name, future.result()
+
+
+def _table(source: Source, name: str, tar: Tar, start: int) -> pa.Table:
+    images = tar.images[start : start + TABLE_ROWS]
+    label = _label_extension(source)
+    texts = [tar.texts.get(sample, {}) for _, sample, _, _ in images]
+    return listing_table(
+        source,
+        [f"{name}#{names.escape(member)}" for member, _, _, _ in images],
+        [name] * len(images),
+        [offset for _, _, offset, _ in images],
+        [size for _, _, _, size in images],
+        [text[label].strip() if label in text else None for text in texts],
+        _metadata(source, texts, label),
+    )
+
+
+def _metadata(source: Source, texts: list[dict[str, str]], label: str | None) -> pa.Array:
+    assert source.metadata_type is not None
+    fields = [f.name for f in source.metadata_type if f.name != OTHER]
+    rows = []
+    for text in texts:
+        escaped = {names.escape(extension): value for extension, value in text.items() if extension != label}
+        row = {name: escaped.pop(name, None) for name in fields}
+        row[OTHER] = json.dumps(escaped, sort_keys=True, ensure_ascii=False) if escaped else None
+        rows.append(row)
+    return pa.array(rows, source.metadata_type)
+
+
+def span(name: str, offset: int, size: int) -> Span | BadImage:
+    """Where to read a row of the listing."""
+    if size == BROKEN_SIZE:
+        return BadImage(Reason.UNREADABLE, f"the tar ends in the middle, or is corrupt, at byte {offset}")
+    return Span(name, offset, size)

@@ -1,0 +1,136 @@
+"""A real S3 server (SeaweedFS) on loopback, for tests; nothing of it outlives the session."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+ACCESS_KEY = "test-key"
+SECRET_KEY = "test-secret"
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server.
+
+    Attributes:
+        url: the endpoint, http://127.0.0.1:PORT.
+        env: environment variables with which s3fs, pyarrow and a workflow in a subprocess reach it.
+        log: what the server wrote.
+    """
+
+    url: str
+    env: dict[str, str]
+    log: Path
+
+    def filesystem(self, **credentials: str) -> fsspec.AbstractFileSystem:
+        """s3fs on this server, whatever the environment says; `key=`, `secret=` replace the good credentials."""
+        return fsspec.filesystem(
+            "s3",
+            endpoint_url=self.url,
+            **{"key": ACCESS_KEY, "secret": SECRET_KEY, **credentials},
+            use_listings_cache=False,
+        )
+
+    def make_bucket(self, name: str | None = None) -> str:
+        """Make a bucket (by default one that no other test has) and return its name."""
+        name = name or f"b{uuid.uuid4().hex[:12]}"
+        self.filesystem().call_s3("create_bucket", Bucket=name)
+        return name
+
+    def put(self, bucket: str, key: str, data: bytes) -> None:
+        """One PUT with the literal key: fsspec's own path rules have no say."""
+        self.filesystem().call_s3("put_object", Bucket=bucket, Key=key, Body=data)
+
+    def delete(self, bucket: str, key: str) -> None:
+        """Delete one object."""
+        self.filesystem().call_s3("delete_object", Bucket=bucket, Key=key)
+
+
+def _free_ports(count: int) -> list[int]:
+    # SeaweedFS also listens on each port + 10000 (gRPC): both must be free, and both valid
+    ports: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(ports) < count:
+            first, second = (held.enter_context(socket.socket()) for _ in range(2))
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 10_000))
+            except (OSError, OverflowError):
+                continue
+            ports.append(port)
+    return ports
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the data goes too, and an orderly end takes over ten seconds
+    process.wait(10)
+
+
+def _wait_until_up(server: S3Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            server.make_bucket("ready")
+            return
+        except Exception as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = server.log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"the S3 server did not start: {error}\n{tail}") from error
+            time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def running_server(directory: Path) -> Iterator[S3Server]:
+    """Start a server that keeps its data and its log in `directory`, and end it afterwards."""
+    (directory / "data").mkdir(parents=True)
+    master, volume, filer, s3 = _free_ports(4)
+    identity = {
+        "name": "test",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    # a bucket is a collection of its own volumes: one each (the default is seven), or the server runs out of volumes
+    (directory / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
+    log = directory / "server.log"
+    command = [
+        str(Path(sys.executable).parent / "weed"),
+        *("server", f"-dir={directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+        *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"),
+        *("-s3", f"-s3.port={s3}", f"-s3.config={directory / 's3.json'}"),
+        *("-master.volumeSizeLimitMB=64", "-volume.max=500"),
+    ]
+    url = f"http://127.0.0.1:{s3}"
+    env = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=directory, start_new_session=True
+        )
+        try:
+            server = S3Server(url, env, log)
+            _wait_until_up(server, process)
+            yield server
+        finally:
+            _end(process)
