@@ -1,0 +1,280 @@
+"""From k-NN distances to pseudo densities and thresholds on them: pure functions, float64 inside.
+
+Pseudo density (arXiv 2407.08659): a real image i takes the volume of an n-ball whose radius is its mean k-NN distance,
+V_i = pi^(n/2) / Gamma(n/2 + 1) * d_i^n, and rho_i is proportional to 1 / V_i with mean 1 over the real set. All of it is
+computed in logs, log rho_i = -n log d_i + c, because d^n leaves float64 long before n reaches the size of a feature.
+
+n (`volume_dim`) is a sharpness, not the feature dimension. (n, c, floor) are stored with the index and used again for
+every other image: densities compare only under one (extractor, k, n, c).
+
+A real set:   d, n_floored = apply_distance_floor(d, floor := distance_floor(d)); c = log_normalizer(d, n)
+Anything:     d, n_floored = apply_distance_floor(d, floor); log_rho = log_pseudo_density(d, n, c)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pd_core.errors import UserError
+
+Float64Array = NDArray[np.float64]
+
+N_QUANTILES = 1001  # p0, p0.1 ... p100
+_LOG_FLOAT64_MAX = math.log(np.finfo(np.float64).max)
+_DISTANCE_FLOOR_OF_MEDIAN = 1e-3
+_THRESHOLD_TEXT = re.compile(r"(p?)([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
+
+
+# --- distances ---------------------------------------------------------------------------------------------------------
+
+
+def mean_knn_distance(neighbor_distances: ArrayLike) -> Float64Array:
+    """Mean distance to the k nearest neighbours: d_i = (1/k) sum_j ||x_i - x_j||.
+
+    neighbor_distances: [N, k], Euclidean, NOT squared (take the root of what a FAISS L2 index returns), self left out.
+    Returns float64 [N]. Raises ValueError if the array is not [N, k >= 1], or holds a negative or non-finite value
+    (search libraries pad missing neighbours with inf).
+    """
+    distances = np.asarray(neighbor_distances, dtype=np.float64)
+    if distances.ndim != 2 or distances.shape[1] == 0:
+        raise ValueError(f"neighbor_distances must be [N, k] with k >= 1, has shape {distances.shape}")
+    _check_distances(distances, "neighbor_distances")
+    return distances.mean(axis=1)
+
+
+def distance_floor(mean_knn_distance: ArrayLike) -> float:
+    """The distance that stands in for zero: 1e-3 of the median positive one, or the smallest positive one if smaller.
+
+    A row has d = 0 when its k neighbours are all exact duplicates, and its density would be infinite. With the floor it
+    gets at most max(1000^n times the median row's density, the density of the densest other row), which keeps a few
+    duplicates from taking over the mean. As no positive distance lies below the floor, it touches zeros only, keeps the
+    order of the rows, and changes nothing in a set without such duplicates.
+
+    mean_knn_distance: [N], of the whole real set. Raises UserError if no distance is positive.
+    """
+    distances = _distance_vector(mean_knn_distance)
+    positive = distances[distances > 0]
+    if positive.size == 0:
+        raise UserError(
+            f"all {distances.size} images are identical in feature space (every k-NN distance is 0); "
+            "check the data source for copies of one image, or use another extractor"
+        )
+    # The floor itself must not underflow to 0 where distances are near the smallest float64.
+    return float(min(_DISTANCE_FLOOR_OF_MEDIAN * np.median(positive), positive.min()) or positive.min())
+
+
+def apply_distance_floor(mean_knn_distance: ArrayLike, floor: float) -> tuple[Float64Array, int]:
+    """Raises every distance below `floor` (see `distance_floor`) to it.
+
+    Returns (float64 [N], all > 0; the number of rows that were raised, to be reported).
+    """
+    if not (math.isfinite(floor) and floor > 0):
+        raise ValueError(f"floor must be finite and > 0, is {floor}")
+    distances = _distance_vector(mean_knn_distance)
+    return np.maximum(distances, floor), int(np.count_nonzero(distances < floor))
+
+
+# --- densities ---------------------------------------------------------------------------------------------------------
+
+
+def log_volume(mean_knn_distance: ArrayLike, volume_dim: float) -> Float64Array:
+    """log V_i of the n-ball of radius d_i: (n/2) log pi - log Gamma(n/2 + 1) + n log d_i (arXiv 2407.08659).
+
+    mean_knn_distance: [N], all > 0. volume_dim: n > 0, need not be an integer. Returns float64 [N].
+    """
+    n = _volume_dim(volume_dim)
+    unit_ball = 0.5 * n * math.log(math.pi) - math.lgamma(0.5 * n + 1.0)
+    return unit_ball - _log_inverse_power(mean_knn_distance, n)
+
+
+def log_normalizer(mean_knn_distance: ArrayLike, volume_dim: float) -> float:
+    """The c for which the mean of exp(-n log d_i + c) over the real set is 1: log N - logsumexp(-n log d).
+
+    The constants pi^(n/2) / Gamma(n/2 + 1) of the volume are the same for every row and cancel in this scaling, so c is
+    defined without them. mean_knn_distance: [N], N >= 1, all > 0. For blocks: `log_normalizer_sum`.
+    """
+    return merge_log_normalizer_sums([log_normalizer_sum(mean_knn_distance, volume_dim)]).log_normalizer
+
+
+@dataclass(frozen=True)
+class LogNormalizerSum:
+    """What one block of the real set adds to the normaliser: sum_i exp(-n log d_i) = scaled_sum * exp(log_max)."""
+
+    log_max: float
+    scaled_sum: float
+    count: int
+
+    @property
+    def log_normalizer(self) -> float:
+        """c of the rows in this sum."""
+        return math.log(self.count) - self.log_max - math.log(self.scaled_sum)
+
+
+def log_normalizer_sum(mean_knn_distance: ArrayLike, volume_dim: float) -> LogNormalizerSum:
+    """The part of the normaliser's sum that comes from one block: distances [B], B >= 1, all > 0."""
+    log_density = _log_inverse_power(mean_knn_distance, volume_dim)
+    if log_density.size == 0:
+        raise ValueError("the normaliser of an empty set of distances is not defined")
+    log_max = float(log_density.max())
+    return LogNormalizerSum(log_max, math.fsum(np.exp(log_density - log_max)), log_density.size)
+
+
+def merge_log_normalizer_sums(sums: Iterable[LogNormalizerSum]) -> LogNormalizerSum:
+    """The sum over all blocks, merged in one call.
+
+    The terms are brought to the largest log_max and added with a correctly rounded sum (math.fsum): the result does not
+    depend on the order of `sums`, nor on the order of rows in a block. Another cut into blocks moves c by rounding only
+    (about 1e-16 relative to the sum); merge all blocks in one call, not pairwise, to keep it so.
+    """
+    blocks = list(sums)
+    if not blocks:
+        raise ValueError("there is no block to merge")
+    log_max = max(block.log_max for block in blocks)
+    scaled_sum = math.fsum(block.scaled_sum * math.exp(block.log_max - log_max) for block in blocks)
+    return LogNormalizerSum(log_max, scaled_sum, sum(block.count for block in blocks))
+
+
+def log_pseudo_density(mean_knn_distance: ArrayLike, volume_dim: float, log_normalizer: float) -> Float64Array:
+    """log rho = -n log d + c, for real images and for any other image alike.
+
+    mean_knn_distance: [N], all > 0 (see `apply_distance_floor`): of a real image to the other real features, of another
+    image to its k nearest real features. log_normalizer: the c of the real set. Returns float64 [N], finite.
+    """
+    if not math.isfinite(log_normalizer):
+        raise ValueError(f"log_normalizer must be finite, is {log_normalizer}")
+    return _log_inverse_power(mean_knn_distance, volume_dim) + log_normalizer
+
+
+def density_of(log_density: ArrayLike) -> Float64Array:
+    """rho = exp(log rho), float64, held at the largest float64 instead of inf; far below the mean it may be 0.
+
+    Over the real set rho <= N, so the limit is never met; an image that is a copy of a real one can meet it when n is
+    in the hundreds. Rank and compare by log_density where that matters.
+    """
+    return np.exp(np.minimum(np.asarray(log_density, dtype=np.float64), _LOG_FLOAT64_MAX))
+
+
+def pseudo_density(mean_knn_distance: ArrayLike, volume_dim: float = 1.0) -> Float64Array:
+    """Pseudo densities of a whole real set, with mean 1 (arXiv 2407.08659).
+
+    mean_knn_distance: [N], N >= 1, Euclidean. Zeros are raised to `distance_floor`. Returns float64 [N], finite. For
+    n = 1 and without zeros this is the authors' rho_i = N (1/d_i) / sum(1/d). Raises UserError if all are zero.
+    """
+    distances, _ = apply_distance_floor(mean_knn_distance, distance_floor(mean_knn_distance))
+    return density_of(log_pseudo_density(distances, volume_dim, log_normalizer(distances, volume_dim)))
+
+
+# --- ranks and thresholds ----------------------------------------------------------------------------------------------
+
+
+def percentile_of(log_density: ArrayLike, sorted_log_density: ArrayLike) -> Float64Array:
+    """Percentile of each log density among those of the real set.
+
+    log_density: [M]. sorted_log_density: [N], ascending. Returns float64 [M] in [0, 100]. Ties take their mid-rank:
+    100 (number below + half the number equal) / N; so the real set's own percentiles have mean 50, and 0 and 100 are
+    reached only outside its range.
+    """
+    values = _finite_vector(log_density, "log_density")
+    reference = _ascending_vector(sorted_log_density, "sorted_log_density")
+    below = np.searchsorted(reference, values, side="left")
+    below_or_equal = np.searchsorted(reference, values, side="right")
+    return 50.0 * (below + below_or_equal) / reference.size
+
+
+def density_quantiles(density: ArrayLike) -> Float64Array:
+    """p0, p0.1 ... p100 of the real set's densities, float64 [1001], by linear interpolation between ranks."""
+    values = _finite_vector(density, "density")
+    if values.size == 0:
+        raise ValueError("the quantiles of an empty set of densities are not defined")
+    # Interpolation can miss the order by one rounding between equal values.
+    return np.maximum.accumulate(np.quantile(values, np.linspace(0.0, 1.0, N_QUANTILES)))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold tau on the pseudo density: a percentile of the real set in [0, 100], or a density > 0."""
+
+    kind: Literal["percentile", "density"]
+    value: float
+
+    def density(self, quantiles_or_sorted_density: ArrayLike) -> float:
+        """tau on the rho scale.
+
+        quantiles_or_sorted_density: ascending densities at equal steps of rank from p0 to p100, that is the result of
+        `density_quantiles` or the sorted densities of the whole real set. Interpolates linearly between ranks.
+        """
+        if self.kind == "density":
+            return self.value
+        densities = _ascending_vector(quantiles_or_sorted_density, "quantiles_or_sorted_density")
+        rank = self.value * (densities.size - 1) / 100.0
+        return float(np.interp(rank, np.arange(densities.size), densities))
+
+
+def parse_threshold(text: str | float) -> Threshold:
+    """Reads "p80" (a percentile of the real set) or "1.1869" (a density). Raises UserError on anything else."""
+    match = _THRESHOLD_TEXT.fullmatch(str(text).strip())
+    forms = "give a percentile of the real images such as p80, or a density such as 1.1869"
+    if match is None:
+        raise UserError(f"threshold {str(text)!r} cannot be read; {forms}")
+    value = float(match[2])
+    if match[1]:
+        if not 0.0 <= value <= 100.0:
+            raise UserError(f"threshold {str(text)!r}: a percentile lies between p0 and p100; {forms}")
+        return Threshold("percentile", value)
+    if not (math.isfinite(value) and value > 0.0):
+        raise UserError(f"threshold {str(text)!r}: a density is finite and greater than 0; {forms}")
+    return Threshold("density", value)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _log_inverse_power(mean_knn_distance: ArrayLike, volume_dim: float) -> Float64Array:
+    """-n log d."""
+    distances = _distance_vector(mean_knn_distance)
+    if np.any(distances == 0):
+        raise ValueError("mean_knn_distance holds zeros; call apply_distance_floor first")
+    return -_volume_dim(volume_dim) * np.log(distances)
+
+
+def _volume_dim(volume_dim: float) -> float:
+    if not (math.isfinite(volume_dim) and volume_dim > 0):
+        raise UserError(f"volume_dim is {volume_dim}; it must be finite and > 0 (the default is 1)")
+    return float(volume_dim)
+
+
+def _distance_vector(mean_knn_distance: ArrayLike) -> Float64Array:
+    distances = np.asarray(mean_knn_distance, dtype=np.float64)
+    if distances.ndim != 1:
+        raise ValueError(f"mean_knn_distance must be [N], has shape {distances.shape}")
+    _check_distances(distances, "mean_knn_distance")
+    return distances
+
+
+def _check_distances(distances: Float64Array, name: str) -> None:
+    # One expression catches NaN, inf and negatives: a NaN fails both comparisons.
+    if not np.all((distances >= 0) & (distances < np.inf)):
+        raise ValueError(f"{name} must be finite and >= 0; it holds a NaN, an infinite or a negative value")
+
+
+def _finite_vector(values: ArrayLike, name: str) -> Float64Array:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, has shape {vector.shape}")
+    if not np.all(np.isfinite(vector)):
+        raise ValueError(f"{name} must be finite; it holds a NaN or an infinite value")
+    return vector
+
+
+def _ascending_vector(values: ArrayLike, name: str) -> Float64Array:
+    vector = _finite_vector(values, name)
+    if vector.size == 0 or np.any(np.diff(vector) < 0):
+        raise ValueError(f"{name} must be in ascending order and not empty")
+    return vector
