@@ -1,0 +1,615 @@
+"""The frozen feature extractor F, and the stage that runs it over every image of a source.
+
+One row of the Ray Data stream is one batch of images, always the same images: numbers then depend neither on how many
+actors there are nor on which of them a batch meets. Parts are committed one by one and a run resumes at the first missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from pd_core import cluster, images, schemas, sources, storage
+from pd_core.config import DataSettings, FeatureSettings
+from pd_core.errors import RunError, UserError
+from pd_core.images import Preprocess, Reason
+from pd_core.listing import Listing
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_TASKS = 8192  # read tasks of one execution: the driver's plan stays this small for any number of images
+PARQUET_ROWS = 1024
+ROUNDS = 4  # executions that the stage tries when infrastructure fails and parts are still missing
+
+
+# ---- the extractor ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExtractorSpec:
+    """What decides a feature: METHOD section 1's fingerprint of F.
+
+    Attributes:
+        model: timm name.
+        checkpoint: URI of the weights, or None for timm's hub. Where it lies does not decide a feature, its hash does.
+        weights_sha256: hash of every tensor of the backbone, by name.
+        feature_dim: D.
+        preprocess: from RGB image to model input.
+        precision: fp32, bf16 or fp16.
+        timm_version: other versions give other features.
+    """
+
+    model: str
+    checkpoint: str | None
+    weights_sha256: str
+    feature_dim: int
+    preprocess: Preprocess
+    precision: str
+    timm_version: str
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able, without the place the weights came from."""
+        values = asdict(self)
+        del values["checkpoint"]
+        return json.loads(storage.canonical(values))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, all of it."""
+        return {**self.identity(), "checkpoint": self.checkpoint}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ExtractorSpec:
+        """Inverse of `to_json`."""
+        return cls(**{**values, "preprocess": Preprocess.from_json(values["preprocess"])})
+
+
+class Extractor:
+    """F on one device: uint8 images to float32 features.
+
+    Args:
+        spec: what to load; the loaded weights must have its hash.
+        device: `cpu`, `cuda`, `cuda:1`.
+        threads: of the CPU arithmetic; Ray workers start with one.
+
+    Raises:
+        UserError: unknown model, or weights other than those of the spec.
+    """
+
+    def __init__(self, spec: ExtractorSpec, device: str = "cpu", threads: int = 1) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        model = load_model(spec.model, spec.checkpoint)
+        found = weights_hash(model)
+        if found != spec.weights_sha256:
+            raise UserError(
+                f"{spec.checkpoint or spec.model}: weights {found[:12]} are not those of the run ({spec.weights_sha256[:12]}); "
+                "make the same file visible on every node"
+            )
+        self.spec = spec
+        self.device = torch.device(device)
+        self.model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shape = (1, 3, 1, 1)
+        self.mean = torch.tensor(spec.preprocess.mean, device=self.device).view(shape)
+        self.std = torch.tensor(spec.preprocess.std, device=self.device).view(shape)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 or float [b, 3, H, W] in 0..255 to the model's input range; differentiable."""
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Normalised float [b, 3, H, W] to float32 features [b, D]; differentiable."""
+        import torch
+
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.spec.precision]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            return self.model(inputs.contiguous(memory_format=torch.channels_last)).float()
+
+    def extract(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [b, H, W, 3] to float32 [b, D]."""
+        import torch
+
+        with torch.inference_mode():
+            batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            return self.forward(self.normalize(batch)).cpu().numpy()
+
+
+def load_model(name: str, checkpoint: str | None) -> torch.nn.Module:
+    """A timm model without its classifier, in eval mode, weights from the hub or from a file.
+
+    Raises:
+        UserError: no such model, no such file, or weights of another architecture.
+    """
+    import timm
+
+    try:
+        model = timm.create_model(name, pretrained=checkpoint is None, num_classes=0)
+    except RuntimeError as error:
+        if "Unknown model" not in str(error) and "Invalid pretrained tag" not in str(error):
+            raise UserError(f"--features.model {name}: {_one_line(error)}") from None
+        raise UserError(f"--features.model {name}: timm has no such model; {_nearest_model(name)}") from None
+    except Exception as error:  # the hub raises dozens of types: offline, gated, renamed, full disk
+        raise UserError(
+            f"--features.model {name}: cannot load its weights from the hub ({type(error).__name__}: {_one_line(error)}); "
+            "check the network, or give --features.checkpoint"
+        ) from None
+    if checkpoint is not None:
+        _load_weights(model, name, checkpoint)
+    return model.eval().requires_grad_(False)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _nearest_model(name: str) -> str:
+    import difflib
+
+    import timm
+
+    match = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+    return f"did you mean '{match[0]}'?" if match else "timm.list_models() lists all"
+
+
+def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
+    tensors = _read_checkpoint(checkpoint)
+    classifier = model.default_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    wanted = model.state_dict()
+    tensors = {
+        key: t for key, t in tensors.items() if key in wanted or not key.startswith(tuple(f"{h}." for h in heads))
+    }
+    missing = sorted(set(wanted) - set(tensors))
+    surplus = sorted(set(tensors) - set(wanted))
+    shapes = [key for key in wanted if key in tensors and wanted[key].shape != tensors[key].shape]
+    if missing or surplus or shapes:
+        example = (missing or surplus or shapes)[0]
+        raise UserError(
+            f"--features.checkpoint {checkpoint}: not weights of {name} ({len(missing)} tensors missing, {len(surplus)} "
+            f"unknown, {len(shapes)} of another shape, e.g. '{example}'); give --features.model the checkpoint's architecture"
+        )
+    model.load_state_dict(tensors)
+
+
+def _read_checkpoint(uri: str) -> dict[str, torch.Tensor]:
+    import pickle
+
+    import safetensors
+    import safetensors.torch
+    import torch
+
+    try:
+        data = storage.read_bytes(uri)
+    except Exception as error:
+        failure = storage.explain(error, uri)
+        raise type(failure)(f"--features.checkpoint {failure}") from None
+    try:
+        if uri.endswith(".safetensors"):
+            return safetensors.torch.load(data)
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"--features.checkpoint {uri}: not a file of weights only ({_one_line(error)}); save it as .safetensors"
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise UserError(f"--features.checkpoint {uri}: holds no state dict; save model.state_dict()")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """sha256 over name, type, shape and bytes of every tensor of the model, by name."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe(settings: FeatureSettings) -> ExtractorSpec:
+    """Load the model once to learn its weights' hash, its feature dimension and its preprocessing.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    import timm
+    from timm.data import resolve_model_data_config
+
+    model = load_model(settings.model, settings.checkpoint)
+    if settings.preprocess == "paper":
+        preprocess = Preprocess.paper()
+    else:
+        data = resolve_model_data_config(model)
+        _, height, width = data["input_size"]
+        preprocess = Preprocess(
+            height=height,
+            width=width,
+            interpolation=data["interpolation"],
+            crop_pct=float(data["crop_pct"]),
+            crop_mode=data["crop_mode"],
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+        )
+    return ExtractorSpec(
+        model=settings.model,
+        checkpoint=settings.checkpoint,
+        weights_sha256=weights_hash(model),
+        feature_dim=_feature_dim(model, settings.model, preprocess),
+        preprocess=preprocess,
+        precision=settings.precision,
+        timm_version=timm.__version__,
+    )
+
+
+def describe_remotely(settings: FeatureSettings) -> Any:
+    """Reference to the ExtractorSpec: the driver itself never loads a model."""
+    import ray
+
+    return ray.remote(describe).options(num_cpus=1, **cluster.TASK_OPTIONS).remote(settings)
+
+
+def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> int:
+    import torch
+
+    try:
+        with torch.inference_mode():
+            output = model(torch.zeros(1, 3, preprocess.height, preprocess.width))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"--features.model {name}: does not take {preprocess.height}x{preprocess.width} px images ({_one_line(error)}); "
+            "choose another --features.preprocess"
+        ) from None
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        raise UserError(f"--features.model {name}: gives no pooled feature vector; choose a classification backbone")
+    return int(output.shape[1])
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def stage_of(output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, batch_size: int) -> storage.Stage:
+    """The features stage under `output`."""
+    import PIL
+
+    identity = {
+        "listing": listing.fingerprint,
+        "extractor": spec.identity(),
+        "decode": {
+            "max_image_bytes": data.max_image_bytes,
+            "max_image_pixels": data.max_image_pixels,
+            "background": list(data.background),
+            "pillow": PIL.__version__,
+        },
+        "batch_size": batch_size,
+    }
+    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process of the stage needs to know; small and picklable."""
+
+    source: sources.Source
+    listing: Listing
+    spec: ExtractorSpec
+    limits: images.DecodeLimits
+    batch_size: int
+    features: storage.Stage
+    missing: tuple[int, ...] = field(default=(), repr=False)  # parts to make, ascending
+
+    @property
+    def quarantine(self) -> storage.Stage:
+        """Beside the features, of the same identity: what one has of an image the other has not."""
+        uri = self.features.uri.removesuffix("features") + "quarantine"
+        return replace(self.features, uri=uri, kind="quarantine", schema_version=schemas.VERSIONS["quarantine"])
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that one task reads: of Parquet many, since a row group is decoded whole for any of its rows."""
+        return min(PARQUET_ROWS, self.listing.part_rows) if self.source.kind == "parquet" else self.batch_size
+
+    @property
+    def batches_per_part(self) -> int:
+        """Batches of a full part."""
+        return -(-self.listing.part_rows // self.batch_size)
+
+    def batches(self) -> int:
+        """Batches of all missing parts; only the last part of the listing may have fewer than the others."""
+        last = self.missing[-1]
+        short = self.batches_per_part - -(-self.listing.rows_of(last) // self.batch_size)
+        return len(self.missing) * self.batches_per_part - short
+
+
+def run(
+    work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad_fraction: float
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Make the missing parts of features/ and quarantine/; returns the parts and totals of features/ to commit.
+
+    Args:
+        work: what is to be done.
+        now: the cluster.
+        settings: of the stage.
+        max_bad_fraction: share of the listed images that may be quarantined.
+
+    Raises:
+        UserError: more images than that are unusable.
+        RunError: parts are still missing after `ROUNDS` executions.
+    """
+    watch = storage.Stopwatch()
+    max_bad = int(max_bad_fraction * work.listing.rows)
+    parts = _complete(work, now, settings, max_bad)
+    reasons = _reasons(parts.values())
+    stop_if_mostly_bad(reasons, work.listing.rows, max_bad, work.quarantine.uri)
+    good, bad = sum(part.rows for part in parts.values()), sum(reasons.values())
+    if good + bad != work.listing.rows:
+        raise RunError(
+            f"features: {work.listing.rows} images listed, but {good} features and {bad} quarantined; "
+            "this is a defect: keep the output and report it"
+        )
+    if good == 0:
+        raise UserError(f"{work.source.root}: none of the {bad} images is usable; see {work.quarantine.uri}")
+    kept = {name: part for name, part in work.quarantine.finished_parts().items() if parts[name].counts}
+    quarantine = {"rows": bad, "reasons": reasons}
+    work.quarantine.commit(kept.values(), quarantine, {"quarantine": watch.seconds})
+    totals = {
+        "rows": good,
+        "listed": work.listing.rows,
+        "quarantined": bad,
+        "dim": work.spec.feature_dim,
+        "extractor": work.spec.to_json(),
+    }
+    return list(parts.values()), totals
+
+
+def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, storage.Part]:
+    """All parts by name, after as many executions as it takes."""
+    import ray
+
+    work.quarantine.begin(overwrite=True)  # the features stage has been begun: what lies here is its, or stale
+    failure: Exception | None = None
+    for _ in range(ROUNDS):
+        done = work.features.finished_parts()
+        missing = tuple(p for p in range(work.listing.parts) if storage.part_name(p) not in done)
+        if not missing:
+            return done
+        before = len(missing)
+        try:
+            _execute(replace(work, missing=missing), now, settings, max_bad, done)
+        except ray.exceptions.RayError as error:
+            cluster.raise_cause(error)
+            failure = error
+            left = work.listing.parts - len(work.features.finished_parts())
+            cluster.say(f"features: {type(error).__name__}; {left} of {before} parts still to do, trying again")
+            if left == before:
+                break
+    done = work.features.finished_parts()
+    if len(done) == work.listing.parts:
+        return done
+    raise RunError(
+        f"features: {work.listing.parts - len(done)} of {work.listing.parts} parts are missing after repeated failures "
+        f"({_one_line(failure) if failure else 'no error was reported'}); what is done is kept, run the same command again"
+    )
+
+
+def _execute(
+    work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int, done: Mapping[str, storage.Part]
+) -> None:
+    bad = _reasons(done.values())
+    stop_if_mostly_bad(bad, work.listing.rows, max_bad, work.quarantine.uri)
+    rows_done = sum(part.rows + sum(part.counts.values()) for part in done.values())
+    with cluster.progress("features", work.listing.rows, "images", rows_done) as bar:
+        for record in _stream(work, now, settings).iter_rows():
+            bar.update(record["rows"])
+            for reason, count in json.loads(record["quarantined"]).items():
+                bad[reason] = bad.get(reason, 0) + count
+            stop_if_mostly_bad(bad, work.listing.rows, max_bad, work.quarantine.uri)
+
+
+def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
+    """The Ray Data plan: batch numbers -> decoded batches -> features -> committed parts, in order."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    fewest, most, cpus, gpus = cluster.extractor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
+    batches = work.batches()
+    together = max(1, work.rows_together // work.batch_size, -(-batches // MAX_TASKS))
+    numbers = ray.data.range(batches, override_num_blocks=-(-batches // together))
+    decoded = numbers.map_batches(
+        functools.partial(_decode, work), batch_size=None, batch_format="pyarrow", num_cpus=cluster.DECODE_CPUS
+    )
+    extracted = decoded.map_batches(
+        _ExtractBatch,
+        fn_constructor_args=(work.spec, settings.actor_cpus, gpus > 0),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+    )
+    parts = extracted.repartition(target_num_rows_per_block=work.listing.part_rows, strict=True)
+    return parts.map_batches(
+        functools.partial(_write_part, work), batch_size=None, batch_format="pyarrow", num_cpus=cluster.IO_CPUS
+    )
+
+
+# A decoded batch is one row: pixels of the good images, and for every image of the batch what is known of it.
+_BATCH = pa.schema(
+    [
+        ("part", pa.int64()),
+        ("first_row", pa.int64()),
+        ("pixels", pa.large_binary()),
+        ("width", pa.list_(pa.int32())),
+        ("height", pa.list_(pa.int32())),
+        ("content_hash", pa.list_(pa.string())),
+        ("reason", pa.list_(pa.string())),  # null where the image is good
+        ("detail", pa.list_(pa.string())),
+    ]
+)
+
+
+def _extracted_schema(dim: int) -> pa.Schema:
+    """One row per image, good or not, in listing order."""
+    return pa.schema(
+        [
+            ("part", pa.int64()),
+            ("row", pa.int64()),
+            ("feature", pa.list_(pa.float32(), dim)),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("content_hash", pa.string()),
+            ("reason", pa.string()),
+            ("detail", pa.string()),
+        ]
+    )
+
+
+def _decode(work: Work, numbers: pa.Table) -> Iterator[pa.Table]:
+    """Batch numbers to decoded batches, read in one go where they stand side by side."""
+    places = [(work.missing[n // work.batches_per_part], n % work.batches_per_part) for n in numbers["id"].to_pylist()]
+    for part in dict.fromkeys(part for part, _ in places):
+        inside = [batch for p, batch in places if p == part]
+        first, stop = inside[0] * work.batch_size, (inside[-1] + 1) * work.batch_size
+        rows = work.listing.read(part)[first:stop]
+        contents = sources.read(work.source, rows)
+        for start in range(0, rows.num_rows, work.batch_size):
+            count = min(work.batch_size, rows.num_rows - start)
+            yield _decode_batch(work, part, first + start, [next(contents) for _ in range(count)])
+
+
+def _decode_batch(work: Work, part: int, first_row: int, contents: Sequence[bytes | images.BadImage]) -> pa.Table:
+    good: list[np.ndarray] = []
+    facts: list[dict[str, Any]] = []
+    for content in contents:
+        try:
+            if isinstance(content, images.BadImage):
+                raise content
+            prepared = images.prepare(content, work.limits, work.spec.preprocess)
+        except images.BadImage as bad:
+            facts.append({"reason": bad.reason.value, "detail": bad.detail})
+            continue
+        good.append(prepared.pixels)
+        facts.append({"width": prepared.width, "height": prepared.height, "content_hash": prepared.content_hash})
+    columns: dict[str, list[Any]] = {
+        name: [[fact.get(name) for fact in facts]] for name in ("width", "height", "content_hash", "reason", "detail")
+    }
+    pixels = np.stack(good).tobytes() if good else b""
+    return pa.table({"part": [part], "first_row": [first_row], "pixels": [pixels], **columns}, schema=_BATCH)
+
+
+class _ExtractBatch:
+    """Ray Data actor: a decoded batch to its features."""
+
+    def __init__(self, spec: ExtractorSpec, threads: int, gpu: bool) -> None:
+        self.extractor = Extractor(spec, "cuda" if gpu else "cpu", threads)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        assert batch.num_rows == 1, batch.num_rows
+        spec = self.extractor.spec
+        columns = {name: batch[name].combine_chunks().flatten() for name in _BATCH.names[3:]}
+        reasons, details = columns["reason"].to_pylist(), columns["detail"].to_pylist()
+        count = len(reasons)
+        good = np.array([reason is None for reason in reasons], dtype=bool)
+        features = np.zeros((count, spec.feature_dim), dtype=np.float32)
+        if good.any():
+            raw = batch["pixels"].combine_chunks().buffers()[2]
+            shape = (int(good.sum()), spec.preprocess.height, spec.preprocess.width, 3)
+            with np.errstate(all="ignore"):
+                features[good] = self.extractor.extract(
+                    np.frombuffer(raw, np.uint8, count=int(np.prod(shape))).reshape(shape)
+                )
+        for row in np.flatnonzero(~np.isfinite(features).all(axis=1)):
+            features[row] = 0
+            reasons[row] = Reason.FEATURE_NOT_FINITE.value
+            details[row] = f"{spec.model} in {spec.precision} gave NaN or infinity"
+        first = batch["first_row"][0].as_py()
+        arrays = {
+            "part": pa.array(np.full(count, batch["part"][0].as_py())),
+            "row": pa.array(np.arange(first, first + count)),
+            "feature": _fixed_size_list(features),
+            **columns,
+            "reason": pa.array(reasons, pa.string()),
+            "detail": pa.array(details, pa.string()),
+        }
+        schema = _extracted_schema(spec.feature_dim)
+        return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+
+def _fixed_size_list(values: np.ndarray) -> pa.FixedSizeListArray:
+    _, dim = values.shape
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), dim)
+
+
+def _write_part(work: Work, rows: pa.Table) -> pa.Table:
+    """All images of one part, in order, to its committed files; returns what the driver counts."""
+    part = rows["part"][0].as_py()
+    expected = work.listing.rows_of(part)
+    order = rows["row"].to_numpy()
+    if rows.num_rows != expected or not np.array_equal(order, np.arange(expected)) or len(rows["part"].unique()) != 1:
+        raise RunError(f"features: part {part} arrived with {rows.num_rows} rows out of order, expected {expected}")
+    listed = work.listing.read(part)
+    bad = rows["reason"].is_valid().to_numpy(zero_copy_only=False)
+    name = storage.part_name(part)
+    reasons: dict[str, int] = {}
+    if bad.any():
+        kept = pa.array(bad)
+        table = pa.table(
+            [
+                listed["sample_id"].filter(kept),
+                listed["key"].filter(kept),
+                rows["reason"].filter(kept),
+                rows["detail"].filter(kept),
+            ],
+            schema=schemas.quarantine(),
+        )
+        for reason in table["reason"].to_pylist():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        work.quarantine.write_table(name, table, reasons)
+    good = pa.array(~bad)
+    schema = schemas.features(work.spec.feature_dim, work.listing.metadata)
+    columns = {**{c: listed[c] for c in listed.column_names}, **{c: rows[c] for c in rows.column_names}}
+    table = pa.table([columns[c].filter(good).cast(schema.field(c).type) for c in schema.names], schema=schema)
+    work.features.write_table(name, table, dict(sorted(reasons.items())))
+    return pa.table({"rows": [rows.num_rows], "quarantined": [json.dumps(reasons)]})
+
+
+def _reasons(parts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in parts:
+        for reason, count in part.counts.items():
+            total[reason] = total.get(reason, 0) + count
+    return total
+
+
+def stop_if_mostly_bad(bad: Mapping[str, int], listed: int, max_bad: int, quarantine: str) -> None:
+    """Raise UserError once more than `max_bad` images are quarantined."""
+    total = sum(bad.values())
+    if total > max_bad:
+        what = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
+        raise UserError(
+            f"data: {total} of {listed} images are unusable so far ({what}), more than --data.max_bad_fraction allows; "
+            f"see {quarantine}, mend them or raise the limit; what is done is kept"
+        )
+
+
+def load_features(uri: str) -> tuple[pa.Table, np.ndarray]:
+    """One features part: its columns without `feature`, and the features float32 [n, D]."""
+    table = storage.read_table(uri)
+    column = table["feature"].combine_chunks()
+    dim = column.type.list_size
+    values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+    return table.drop_columns(["feature"]), values

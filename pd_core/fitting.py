@@ -1,0 +1,83 @@
+"""The estimator stage on Ray: fit the density predictor to the committed features and densities."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pd_core import cluster, estimator, schemas, storage
+from pd_core.config import EstimatorSettings
+from pd_core.features import load_features
+
+HELDOUT = "heldout.parquet"
+
+
+def stage_of(output: str, densities: storage.Stage, settings: EstimatorSettings) -> storage.Stage:
+    """The estimator stage under `output`."""
+    import torch
+
+    identity = {
+        "densities": densities.fingerprint,
+        "settings": settings.model_dump(mode="json"),
+        "torch": torch.__version__,
+    }
+    uri = storage.join(output, "estimator")
+    return storage.Stage(uri, "estimator", schemas.VERSIONS["estimator"], identity)
+
+
+def run(
+    stage: storage.Stage,
+    features_uri: str,
+    densities_uri: str,
+    densities: storage.Artifact,
+    feature_dim: int,
+    settings: EstimatorSettings,
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Fit in one Ray task that streams the parts; returns the parts and totals to commit."""
+    import ray
+
+    task = ray.remote(_fit).options(num_cpus=settings.threads, **cluster.TASK_OPTIONS)
+    names = [part.name for part in densities.parts]
+    cluster.say(f"estimator: fitting to {densities.rows} rows")
+    totals = cluster.get(task.remote(stage, features_uri, densities_uri, names, feature_dim, settings))
+    return list(stage.finished_parts().values()), totals
+
+
+def _fit(
+    stage: storage.Stage,
+    features_uri: str,
+    densities_uri: str,
+    names: Sequence[str],
+    feature_dim: int,
+    settings: EstimatorSettings,
+) -> dict[str, Any]:
+    def loader(name: str) -> estimator.LoadPart:
+        return lambda: _load(features_uri, densities_uri, name)
+
+    result = estimator.fit([loader(name) for name in names], settings, feature_dim=feature_dim)
+    for name, data in estimator.to_bytes(result.predictor, result.metrics).items():
+        stage.write_part(name, data, 0)
+    heldout = {
+        "log_density": result.heldout_log_density,
+        "predicted_log_density": result.heldout_predicted_log_density,
+    }
+    stage.write_table(HELDOUT, pa.table(heldout))
+    metrics = result.metrics
+    return {
+        "heldout": dataclasses.asdict(metrics.heldout),
+        "n_train": metrics.n_train,
+        "n_heldout": metrics.n_heldout,
+        "epochs": len(metrics.losses),
+        "best_epoch": metrics.best_epoch,
+    }
+
+
+def _load(features_uri: str, densities_uri: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    table, features = load_features(storage.join(features_uri, name))
+    density = storage.read_table(storage.join(densities_uri, name), ["sample_id", "log_density"])
+    assert density["sample_id"].equals(table["sample_id"]), name
+    return table["sample_id"].to_numpy(), features, density["log_density"].to_numpy()

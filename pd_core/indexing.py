@@ -1,0 +1,345 @@
+"""Build the sharded index on Ray: train, spread the rows over shards by cell, measure recall, commit."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pd_core import cluster, ids, index, knn, schemas, search, storage
+from pd_core.config import DensitySettings, IndexSettings
+from pd_core.errors import UserError
+from pd_core.features import load_features
+
+FLAT_ROWS = 20_000  # below, exact search costs seconds and a quantizer is not worth training
+GROUP_ROWS = 65_536  # rows that one task of this stage reads
+
+
+def resolve_kind(settings: IndexSettings, exact: bool, rows: int) -> str:
+    """The kind of index to build; `auto` for few rows, and exact densities, need no cells."""
+    if settings.kind == "auto":
+        return "flat" if exact or rows <= FLAT_ROWS else "ivf_flat"
+    return settings.kind
+
+
+def stage_of(
+    output: str, features: storage.Artifact, settings: IndexSettings, density: DensitySettings
+) -> tuple[storage.Stage, IndexSettings]:
+    """The index stage under `output`, and the settings with kind, shards and cells resolved.
+
+    Raises:
+        UserError: k is not below the number of images, or the kind does not fit the features.
+    """
+    import faiss
+
+    rows, dim = features.rows, features.totals["dim"]
+    if density.k >= rows:
+        raise UserError(
+            f"--density.k {density.k}: needs more than k images, found {rows} good ones; lower k or add images"
+        )
+    kind = resolve_kind(settings, density.exact, rows)
+    if kind == "ivf_pq" and dim % settings.pq_bytes:
+        raise UserError(
+            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {_divisor(dim, settings.pq_bytes)}"
+        )
+    cells = 0 if kind == "flat" else min(settings.cells or index.default_cells(rows), max(1, rows // 39))
+    shards = min(settings.shards or index.default_shards(rows, dim), max(1, cells or len(features.parts)))
+    resolved = settings.model_copy(update={"kind": kind, "shards": shards, "cells": cells or None})
+    identity: dict[str, Any] = {
+        "features": features.fingerprint,
+        "kind": kind,
+        "shards": shards,
+        "faiss": faiss.__version__,
+    }
+    if kind != "flat":
+        identity |= {
+            "cells": cells,
+            "target_recall": settings.target_recall,
+            "max_scan_fraction": settings.max_scan_fraction,
+            "train_rows_per_cell": settings.train_rows_per_cell,
+            "calibration_queries": settings.calibration_queries,
+            "auto": settings.kind == "auto",
+            "k": density.k,
+            "seed": settings.seed,
+        }
+    if kind == "ivf_pq":
+        identity["pq_bytes"] = settings.pq_bytes
+    uri = storage.join(output, "index")
+    return storage.Stage(uri, "index", schemas.VERSIONS["index"], identity), resolved
+
+
+def _divisor(dim: int, near: int) -> int:
+    return min((d for d in range(1, dim + 1) if dim % d == 0), key=lambda d: abs(d - near))
+
+
+def run(
+    stage: storage.Stage,
+    features_uri: str,
+    features: storage.Artifact,
+    settings: IndexSettings,
+    density: DensitySettings,
+    now: cluster.Cluster,
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Build what is missing of the index; returns the parts and totals to commit.
+
+    Args:
+        stage: from `stage_of`, begun.
+        features_uri: directory of the features.
+        features: their commit record.
+        settings: from `stage_of`, resolved.
+        density: k.
+        now: the cluster.
+
+    Raises:
+        UserError: the target recall is out of reach.
+    """
+    groups = list(_groups(features_uri, features))
+    rows, dim = features.rows, features.totals["dim"]
+    facts: dict[str, Any] = {"kind": settings.kind, "rows": rows, "dim": dim, "shards": settings.shards, "nprobe": 0}
+    if settings.kind == "flat":
+        _fill_flat(stage, groups, settings)
+        return list(stage.finished_parts().values()), facts
+    assert settings.cells is not None and settings.shards is not None
+    template = _train(stage, groups, settings, rows, dim)
+    owners = _fill_cells(stage, groups, template, settings)
+    info = search.IndexInfo(
+        stage.uri,
+        stage.fingerprint,
+        str(settings.kind),
+        rows,
+        dim,
+        settings.shards,
+        settings.cells,
+        tuple(owners.tolist()),
+    )
+    facts |= {"cells": settings.cells} | _calibrate(stage, info, groups, settings, density.k, now)
+    return list(stage.finished_parts().values()), facts
+
+
+def _groups(uri: str, features: storage.Artifact) -> Iterator[list[str]]:
+    """Feature parts, as URIs, in runs of about GROUP_ROWS rows."""
+    group: list[str] = []
+    rows = 0
+    for part in features.parts:
+        group.append(storage.join(uri, part.name))
+        rows += part.rows
+        if rows >= GROUP_ROWS:
+            yield group
+            group, rows = [], 0
+    if group:
+        yield group
+
+
+def _task(function: Any, **options: Any) -> Any:
+    import ray
+
+    return ray.remote(function).options(num_cpus=1, **{**cluster.TASK_OPTIONS, **options})
+
+
+def load_group(group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """sample_id int64 [n] and features float32 [n, D] of some parts."""
+    loaded = [load_features(uri) for uri in group]
+    return (
+        np.concatenate([table["sample_id"].to_numpy() for table, _ in loaded]),
+        np.concatenate([features for _, features in loaded]),
+    )
+
+
+# ---- fill ------------------------------------------------------------------------------------------------------------
+
+
+def _fill_flat(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings) -> None:
+    """Shards of a flat index are runs of whole parts."""
+    assert settings.shards is not None
+    parts = [uri for group in groups for uri in group]
+    done = stage.finished_parts()
+    wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
+    runs = np.array_split(np.arange(len(parts)), settings.shards)
+    build = _task(_build_flat)
+    with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
+        for _ in cluster.bounded(lambda s: build.remote(stage, s, [parts[p] for p in runs[s]]), wanted, 2):
+            bar.update(1)
+
+
+def _build_flat(stage: storage.Stage, shard: int, group: Sequence[str]) -> None:
+    sample_id, features = load_group(group)
+    filled = index.build_shard(index.train_template("flat", features.shape[1]), features, sample_id)
+    stage.write_part(search.shard_name(shard), index.serialize(filled), len(sample_id))
+
+
+def _train(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings, rows: int, dim: int) -> Any:
+    """Reference to the trained, empty index that every shard starts from; committed as QUANTIZER."""
+    import ray
+
+    if search.QUANTIZER in stage.finished_parts():
+        return ray.put(storage.read_bytes(storage.join(stage.uri, search.QUANTIZER)))
+    assert settings.cells is not None
+    wanted = settings.cells * settings.train_rows_per_cell
+    sample = _task(_sample)
+    picked = [sample.remote(group, settings.seed, min(1.0, wanted / rows)) for group in groups]
+    cluster.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
+    return cluster.get_reference(_task(_train_template).remote(stage, settings, *picked))
+
+
+def _sample(group: Sequence[str], seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    sample_id, features = load_group(group)
+    chosen = ids.uniform(sample_id, seed) < fraction
+    return sample_id[chosen], features[chosen]
+
+
+def _train_template(stage: storage.Stage, settings: IndexSettings, *picked: tuple[np.ndarray, np.ndarray]) -> bytes:
+    sample = np.concatenate([features for _, features in picked])
+    assert settings.cells is not None
+    centroids = index.train_quantizer(sample, settings.cells, settings.seed, threads=settings.actor_cpus)
+    template = index.train_template(
+        settings.kind,
+        sample.shape[1],
+        centroids,
+        sample,
+        pq_bytes=settings.pq_bytes,
+        seed=settings.seed,
+        threads=settings.actor_cpus,
+    )
+    stage.write_part(search.QUANTIZER, template, 0)
+    return template
+
+
+def _fill_cells(
+    stage: storage.Stage, groups: Sequence[Sequence[str]], template: Any, settings: IndexSettings
+) -> np.ndarray:
+    """Count rows per cell, deal the cells to shards, send every row to its shard; returns the shard of each cell."""
+    import ray
+
+    assert settings.shards is not None
+    assign = _task(_assign)
+    with cluster.progress("index: cells", len(groups), "groups") as bar:
+        cells: list[Any] = [None] * len(groups)
+        counts = np.zeros(settings.cells, dtype=np.int64)
+        refs = {g: assign.options(num_returns=2).remote(template, group) for g, group in enumerate(groups)}
+        for g, (numbers, count) in refs.items():
+            cells[g] = numbers
+            counts += cluster.get(count)
+            bar.update(1)
+    owners = index.assign_cells(index.centroids_of(cluster.get(template)), counts, settings.shards)
+    done = stage.finished_parts()
+    table = {"shard_of_cell": owners.tolist(), "rows_of_cell": counts.tolist()}
+    if search.CELLS not in done:
+        stage.write_part(search.CELLS, storage.canonical(table).encode(), 0)
+    wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
+    if not wanted:
+        return owners
+    deal = _task(_deal, num_returns=len(wanted))
+    dealt = [deal.remote(group, numbers, owners, wanted) for group, numbers in zip(groups, cells, strict=True)]
+    pieces = [[d] for d in dealt] if len(wanted) == 1 else dealt
+    build = _task(_build_shard)
+    with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
+        order = list(range(len(wanted)))
+        for _ in cluster.bounded(lambda i: build.remote(stage, wanted[i], template, *[p[i] for p in pieces]), order, 2):
+            bar.update(1)
+    return owners
+
+
+def _assign(template: bytes, group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    quantizer = index.open_quantizer(template)
+    _, features = load_group(group)
+    cells = index.cell_of(quantizer, features)
+    return cells, np.bincount(cells, minlength=quantizer.ntotal)
+
+
+def _deal(group: Sequence[str], cells: np.ndarray, owners: np.ndarray, wanted: Sequence[int]) -> Any:
+    sample_id, features = load_group(group)
+    owner = owners[cells]
+    pieces = [(sample_id[owner == s], features[owner == s], cells[owner == s]) for s in wanted]
+    return pieces if len(wanted) > 1 else pieces[0]
+
+
+def _build_shard(stage: storage.Stage, shard: int, template: bytes, *pieces: tuple[np.ndarray, ...]) -> None:
+    sample_id, features, cells = (np.concatenate([piece[i] for piece in pieces]) for i in range(3))
+    stage.write_part(search.shard_name(shard), index.build_shard(template, features, sample_id, cells), len(sample_id))
+
+
+# ---- calibrate -------------------------------------------------------------------------------------------------------
+
+
+def _calibrate(
+    stage: storage.Stage,
+    info: search.IndexInfo,
+    groups: Sequence[Sequence[str]],
+    settings: IndexSettings,
+    k: int,
+    now: cluster.Cluster,
+) -> dict[str, Any]:
+    """Choose nprobe for the target recall by exact search on a sample, and measure what it gives."""
+    import ray
+
+    sample = _task(_sample)
+    fraction = min(1.0, settings.calibration_queries / info.rows)
+    picked = cluster.get([sample.remote(group, settings.seed + 1, fraction) for group in groups])
+    query_ids = np.concatenate([i for i, _ in picked])
+    queries = np.concatenate([f for _, f in picked])
+    exact_distances, exact_ids, neighbor_cells = _exact(stage, ray.put(queries), query_ids, groups, k)
+
+    quantizer = index.open_quantizer(storage.read_bytes(storage.join(stage.uri, search.QUANTIZER)))
+    ranked = index.coarse_probes(quantizer, queries, quantizer.ntotal)
+    counts = np.array(json.loads(storage.read_bytes(storage.join(stage.uri, search.CELLS)))["rows_of_cell"])
+    choice = knn.choose_nprobe(neighbor_cells, ranked, counts, settings.target_recall)
+    facts: dict[str, Any] = {
+        "nprobe": choice.nprobe,
+        "scan_fraction": choice.scan_fraction,
+        "target_recall": settings.target_recall,
+    }
+    if stage.identity["auto"] and choice.exact_is_cheaper:
+        return facts | {"nprobe": 0, "nprobe_at_target": choice.nprobe, "calibration_queries": len(queries)}
+    if choice.scan_fraction > settings.max_scan_fraction:
+        raise UserError(
+            f"index: recall {settings.target_recall} needs {choice.nprobe} of {info.shards and len(info.shard_of_cell)} cells "
+            f"per query ({choice.scan_fraction:.0%} of the rows); use --index.kind auto or flat, or lower --index.target_recall"
+        )
+    with search.open_pool(replace(info, nprobe=choice.nprobe), now, settings) as pool:
+        distances, found, _ = search.search(pool, queries, k, query_ids)
+    measured = knn.recall_and_error(exact_ids, exact_distances, found, distances)
+    if measured.recall < settings.target_recall:
+        raise UserError(
+            f"index: {info.kind} reaches recall {measured.recall:.4f} at nprobe {choice.nprobe}, below --index.target_recall "
+            f"{settings.target_recall}, since its codes lose precision; use ivf_flat or lower the target"
+        )
+    return facts | {
+        "calibration_queries": len(queries),
+        "recall": measured.recall,
+        "recall_interval": list(measured.recall_interval),
+        "mean_distance_relative_error": measured.mean_relative_error,
+        "max_distance_relative_error": measured.max_relative_error,
+    }
+
+
+def _exact(
+    stage: storage.Stage, queries: Any, query_ids: np.ndarray, groups: Sequence[Sequence[str]], k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Exact neighbors of the calibration queries over all rows, streamed: distances, ids, and the cells they lie in."""
+    exact = _task(functools.partial(_exact_in_group, stage, k + 1))
+    best: tuple[np.ndarray, np.ndarray] | None = None
+    cell_of_id: dict[int, int] = {}
+    with cluster.progress("index: recall", len(groups), "groups") as bar:
+        for _, (distances, found, cells) in cluster.bounded(lambda g: exact.remote(queries, g), groups, 2):
+            cell_of_id.update(zip(found.ravel().tolist(), cells.ravel().tolist(), strict=True))
+            best = (distances, found) if best is None else knn.merge_topk([best, (distances, found)], k + 1)
+            bar.update(1)
+    assert best is not None
+    distances, found = knn.merge_topk([best], k, query_ids)
+    return distances, found, np.vectorize(cell_of_id.__getitem__, otypes=[np.int32])(found)
+
+
+def _exact_in_group(
+    stage: storage.Stage, k: int, queries: np.ndarray, group: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    sample_id, features = load_group(group)
+    distances, found = knn.exact_search(queries, [(sample_id, features)], k)
+    quantizer = index.open_quantizer(storage.read_bytes(storage.join(stage.uri, search.QUANTIZER)))
+    order = np.argsort(sample_id)
+    at = order[np.searchsorted(sample_id, np.where(found < 0, sample_id[0], found), sorter=order)]
+    cells = index.cell_of(quantizer, features)[at]
+    return distances, found, cells.astype(np.int32)

@@ -1,0 +1,145 @@
+"""The listing stage: which images there are, in an order that fixes every later part and batch."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from pd_core import cluster, schemas, sources, storage
+from pd_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The committed listing of a source: which image is in which part, in which place.
+
+    Attributes:
+        uri: directory of the listing stage.
+        fingerprint: of the listing, hence of the source's state.
+        rows: images listed.
+        part_rows: images of every part but the last.
+        metadata: Arrow type of the metadata column, or None.
+    """
+
+    uri: str
+    fingerprint: str
+    rows: int
+    part_rows: int
+    metadata: pa.StructType | None
+
+    @property
+    def parts(self) -> int:
+        """Number of parts."""
+        return -(-self.rows // self.part_rows)
+
+    def rows_of(self, part: int) -> int:
+        """Images in a part."""
+        return min(self.part_rows, self.rows - part * self.part_rows)
+
+    def read(self, part: int) -> pa.Table:
+        """The listing rows of a part, `schemas.listing`."""
+        return storage.read_table(storage.join(self.uri, storage.part_name(part)))
+
+
+def run(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, storage.Artifact]:
+    """List the source into committed parts, in one Ray task; a source that has not changed is not listed again.
+
+    Raises:
+        UserError: two images of one key, nothing to read, or a listing of another source in the way.
+    """
+    import ray
+
+    task = ray.remote(_list).options(num_cpus=1, **cluster.TASK_OPTIONS)
+    return cluster.get(task.remote(source, output, part_rows, overwrite))
+
+
+def count(source: sources.Source) -> dict[str, Any]:
+    """Images, bytes and a few sample rows of a source, without writing anything; for --dry-run."""
+    import ray
+
+    return cluster.get(ray.remote(_count).options(num_cpus=1, **cluster.TASK_OPTIONS).remote(source))
+
+
+def _count(source: sources.Source) -> dict[str, Any]:
+    rows, size, sample = 0, 0, []
+    for table in sources.list_images(source):
+        rows += table.num_rows
+        size += int(np.maximum(table["size"].to_numpy(), 0).sum())
+        if not sample:
+            sample.append(table.slice(0, 512))
+    return {"rows": rows, "bytes": size, "sample": sample[0] if sample else None}
+
+
+def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, storage.Artifact]:
+    watch = storage.Stopwatch()
+    identity = {"source": sources.identity(source), "state": sources.state(source), "part_rows": part_rows}
+    stage = storage.Stage(storage.join(output, "listing"), "listing", schemas.VERSIONS["listing"], identity)
+    done = stage.begin(overwrite)
+    if done is None:
+        parts: list[storage.Part] = []
+        ids: list[np.ndarray] = []
+        skipped: Counter[str] = Counter()
+        for number, table in enumerate(_parts(sources.list_images(source, skipped), part_rows)):
+            parts.append(stage.write_table(storage.part_name(number), table))
+            ids.append(table["sample_id"].to_numpy())
+        if not parts:
+            raise UserError(f"{source.root}: no images there; check --data.source")
+        sources.check_unique(np.concatenate(ids), functools.partial(_keys_of, stage, part_rows))
+        totals = {
+            "rows": sum(part.rows for part in parts),
+            "skipped": dict(sorted(skipped.items())),
+            "metadata": _type_to_text(source.metadata_type),
+        }
+        done = stage.commit(parts, totals, {"listing": watch.seconds})
+    return _listing_of(stage, done, part_rows), done
+
+
+def _listing_of(stage: storage.Stage, done: storage.Artifact, part_rows: int) -> Listing:
+    return Listing(
+        uri=stage.uri,
+        fingerprint=done.fingerprint,
+        rows=done.totals["rows"],
+        part_rows=part_rows,
+        metadata=_type_from_text(done.totals["metadata"]),
+    )
+
+
+def _parts(tables: Iterator[pa.Table], part_rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly `part_rows`, the last one shorter."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        while rows >= part_rows:
+            together = pa.concat_tables(held)
+            yield together.slice(0, part_rows).combine_chunks()
+            held, rows = [together.slice(part_rows)], rows - part_rows
+    if rows:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _keys_of(stage: storage.Stage, part_rows: int, rows: np.ndarray) -> list[str]:
+    parts = {int(part): None for part in rows // part_rows}
+    keys = {
+        part: storage.read_table(storage.join(stage.uri, storage.part_name(part)), ["key"])["key"] for part in parts
+    }
+    return [keys[int(row) // part_rows][int(row) % part_rows].as_py() for row in rows]
+
+
+def _type_to_text(metadata: pa.StructType | None) -> str | None:
+    if metadata is None:
+        return None
+    return base64.b64encode(pa.schema([pa.field(schemas.METADATA, metadata)]).serialize()).decode()
+
+
+def _type_from_text(text: str | None) -> pa.StructType | None:
+    return None if text is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text))).field(0).type

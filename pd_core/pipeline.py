@@ -1,0 +1,188 @@
+"""The stages of build_index in their order, each committed and tracked: what the workflow file calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pd_core import (
+    cluster,
+    config,
+    features,
+    fitting,
+    images,
+    indexing,
+    listing,
+    planning,
+    reporting,
+    search,
+    selfjoin,
+    sources,
+    storage,
+    tracking,
+)
+from pd_core.config import BuildIndexSettings
+from pd_core.errors import UserError
+
+RUN = "run.json"
+REPORT = "index.html"
+
+
+def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.Source]:
+    """Check what can be checked without Ray; a local output becomes an absolute path.
+
+    Raises:
+        UserError: no output, no source, or a source that cannot be read.
+    """
+    if not settings.output:
+        raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
+    settings = settings.model_copy(update={"output": storage.absolute(settings.output)})
+    return settings, sources.open_source(settings.data)
+
+
+def build_index(settings: BuildIndexSettings) -> None:
+    """Images to committed features, index, densities, predictor and report under `settings.output`."""
+    settings, source = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output = str(settings.output)
+    watch = storage.Stopwatch()
+    tags = {"workflow": "build_index"}
+    with cluster.session(output) as now, tracking.start(settings.tracking, output, "build_index", tags) as tracker:
+        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
+        run = Run(settings, output, now, tracker)
+        _build(run, source)
+        run.record(watch.seconds)
+        cluster.say(f"done in {watch.seconds:.0f} s: {output}")
+        if tracker.hint:
+            cluster.say(f"tracking: {tracker.hint}")
+        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+
+
+def plan_build_index(settings: BuildIndexSettings) -> None:
+    """Print the resolved settings and the plan; write nothing."""
+    settings, source = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    with cluster.session(str(settings.output)) as now:
+        cluster.say(planning.plan(settings, source, now, limits_of(settings)))
+
+
+@dataclass
+class Run:
+    """One run of the workflow: what every stage needs, and the commit records so far."""
+
+    settings: BuildIndexSettings
+    output: str
+    now: cluster.Cluster
+    tracker: tracking.Tracker
+    artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
+
+    def stage(
+        self, stage: storage.Stage, make: Callable[[], tuple[Iterable[storage.Part], Mapping[str, Any]]]
+    ) -> storage.Artifact:
+        """Complete a stage inside a tracked run of its own."""
+        with self.tracker.stage(stage.kind) as nested:
+            artifact = stage.complete(make, self.settings.overwrite)
+            self.done(stage.uri, artifact, nested)
+        return artifact
+
+    def done(self, uri: str, artifact: storage.Artifact, nested: tracking.Tracker) -> None:
+        """Remember and track a finished stage."""
+        self.artifacts[artifact.kind] = artifact
+        numbers = {n: v for n, v in flatten(artifact.totals) if isinstance(v, int | float) and not isinstance(v, bool)}
+        nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
+        nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
+
+    @property
+    def timings_s(self) -> dict[str, float]:
+        """Seconds that each stage took when it was made."""
+        return {name: value for artifact in self.artifacts.values() for name, value in artifact.timings_s.items()}
+
+    def record(self, elapsed_s: float) -> None:
+        """Write run.json and log what the whole run made."""
+        values = {
+            "workflow": "build_index",
+            "settings": self.settings.model_dump(mode="json"),
+            "stages": {name: artifact.fingerprint for name, artifact in self.artifacts.items()},
+            "timings_s": self.timings_s,
+            "elapsed_s": round(elapsed_s, 3),
+            "versions": storage.package_versions(),
+        }
+        storage.write_bytes(storage.join(self.output, RUN), json.dumps(values, indent=1).encode())
+        self.tracker.metrics({"elapsed_s": elapsed_s})
+        for stage in ("report", "estimator"):
+            for part in self.artifacts[stage].parts:
+                uri = storage.join(self.output, stage, part.name)
+                self.tracker.artifact_bytes(f"{stage}/{part.name}", storage.read_bytes(uri))
+
+
+def _build(run: Run, source: sources.Source) -> None:
+    settings, output, now = run.settings, run.output, run.now
+    describing = features.describe_remotely(settings.features)  # loads the model while the source is listed
+    with run.tracker.stage("listing") as nested:
+        listed, artifact = listing.run(source, output, part_rows(settings), settings.overwrite)
+        run.done(listed.uri, artifact, nested)
+        nested.dataset("images", source.root, listed.fingerprint, "source", {"rows": listed.rows})
+    spec: features.ExtractorSpec = cluster.get(describing)
+
+    featuring = features.stage_of(output, listed, spec, settings.data, settings.features.batch_size)
+    work = features.Work(source, listed, spec, limits_of(settings), settings.features.batch_size, featuring)
+    featured = run.stage(featuring, lambda: features.run(work, now, settings.features, settings.data.max_bad_fraction))
+
+    indexing_stage, index_settings = indexing.stage_of(output, featured, settings.index, settings.density)
+    indexed = run.stage(
+        indexing_stage,
+        lambda: indexing.run(indexing_stage, featuring.uri, featured, index_settings, settings.density, now),
+    )
+    info = search.open_index(indexing_stage.uri)
+
+    neighbors_stage = selfjoin.neighbors_stage(output, info, settings.density)
+    neighbors = run.stage(
+        neighbors_stage,
+        lambda: selfjoin.find_neighbors(
+            neighbors_stage, info, featuring.uri, featured, settings.density, index_settings, now
+        ),
+    )
+    densities_stage = selfjoin.stage_of(output, neighbors_stage, settings.density)
+    densities = run.stage(
+        densities_stage,
+        lambda: selfjoin.write_densities(
+            densities_stage, neighbors_stage.uri, neighbors, featuring.uri, settings.density
+        ),
+    )
+
+    fitting_stage = fitting.stage_of(output, densities_stage, settings.estimator)
+    fitted = run.stage(
+        fitting_stage,
+        lambda: fitting.run(
+            fitting_stage, featuring.uri, densities_stage.uri, densities, spec.feature_dim, settings.estimator
+        ),
+    )
+
+    reporting_stage = reporting.stage_of(output, densities_stage, fitting_stage, settings)
+    inputs = reporting.Inputs(
+        source, listed, limits_of(settings), settings, artifact, featured, indexed, densities, fitted, run.timings_s
+    )
+    run.stage(reporting_stage, lambda: reporting.run(reporting_stage, output, inputs))
+
+
+def part_rows(settings: BuildIndexSettings) -> int:
+    """Images per part: whole batches."""
+    batch = settings.features.batch_size
+    return -(-settings.features.part_rows // batch) * batch
+
+
+def limits_of(settings: BuildIndexSettings) -> images.DecodeLimits:
+    """The decode limits of the settings."""
+    data = settings.data
+    return images.DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and leaves of nested settings or totals."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,296 @@
+"""The report stage: gather what the report shows from the committed artifacts and the source's images."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pd_core import cluster, density, fitting, ids, images, report, schemas, sources, storage
+from pd_core.config import BuildIndexSettings, to_yaml
+from pd_core.listing import Listing
+
+SAMPLE_ROWS = 1_000_000  # densities that histogram and label quantiles are drawn from
+NEIGHBORS_SHOWN = 8
+QUARANTINE_EXAMPLES = 12
+LIGHT_COLUMNS = ["sample_id", "key", "label", "mean_knn_distance", "density", "percentile"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads; picklable."""
+
+    source: sources.Source
+    listing: Listing
+    limits: images.DecodeLimits
+    settings: BuildIndexSettings
+    listed: storage.Artifact
+    features: storage.Artifact
+    index: storage.Artifact
+    densities: storage.Artifact
+    estimator: storage.Artifact
+    timings_s: Mapping[str, float]
+
+
+def stage_of(
+    output: str, densities: storage.Stage, estimator: storage.Stage, settings: BuildIndexSettings
+) -> storage.Stage:
+    """The report stage under `output`."""
+    identity = {
+        "densities": densities.fingerprint,
+        "estimator": estimator.fingerprint,
+        "settings": settings.report.model_dump(mode="json"),
+    }
+    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+
+
+def run(stage: storage.Stage, output: str, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Make `index.html` in a Ray task, since images are read again; returns the parts and totals to commit."""
+    import ray
+
+    task = ray.remote(_make).options(num_cpus=1, **cluster.TASK_OPTIONS)
+    cluster.say("report: drawing")
+    totals = cluster.get(task.remote(stage, output, inputs))
+    return list(stage.finished_parts().values()), totals
+
+
+def _make(stage: storage.Stage, output: str, inputs: Inputs) -> dict[str, Any]:
+    data = _gather(output, inputs)
+    for name, png in report.figures(data).items():
+        stage.write_part(name, png, 0)
+    page = report.render(data)
+    stage.write_part("index.html", page, 0)
+    return {"bytes": len(page)}
+
+
+def _gather(output: str, inputs: Inputs) -> report.ReportData:
+    settings = inputs.settings
+    uri = storage.join(output, "densities")
+    chosen = _choose(uri, inputs)
+    pictures = _Pictures(inputs, chosen)
+    totals = inputs.densities.totals
+    quantiles = np.asarray(totals["density_quantiles"])
+    quarantined = _add_up(inputs.features.parts)
+    extractor = inputs.features.totals["extractor"]
+    return report.ReportData(
+        title="Pseudo density",
+        source=str(settings.data.source),
+        output=output,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        n_images=inputs.densities.rows,
+        n_quarantined=sum(quarantined.values()),
+        k=totals["k"],
+        volume_dim=totals["volume_dim"],
+        log_normalizer=totals["log_normalizer"],
+        floored_rows=totals["floored_rows"],
+        density=chosen.sample["density"].to_numpy(),
+        quantiles=quantiles,
+        thresholds=[(text, density.parse_threshold(text).density(quantiles)) for text in settings.report.thresholds],
+        index=_index_facts(inputs.index),
+        lowest=[pictures.of(row) for row in chosen.lowest],
+        highest=[pictures.of(row) for row in chosen.highest],
+        neighbors=[(pictures.of(row), pictures.neighbors_of(row)) for row in chosen.shown],
+        labels=_labels(chosen),
+        calibration=_calibration(output, inputs.estimator),
+        quarantine=quarantined,
+        quarantine_examples=_examples(output, inputs.features),
+        skipped=inputs.listed.totals["skipped"],
+        timings_s=inputs.timings_s,
+        versions=inputs.densities.versions,
+        settings_yaml=to_yaml(settings),
+        feature={
+            "model": extractor["model"],
+            "checkpoint": extractor["checkpoint"] or "timm's hub",
+            "precision": extractor["precision"],
+            "dimension": str(extractor["feature_dim"]),
+            "preprocessing": storage.canonical(extractor["preprocess"]),
+            "weights sha256": extractor["weights_sha256"],
+            "timm": extractor["timm_version"],
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows of the densities that the report shows (as dicts), and a sample of all."""
+
+    lowest: list[dict[str, Any]]
+    highest: list[dict[str, Any]]
+    shown: list[dict[str, Any]]  # with their neighbors
+    sample: pa.Table
+    label_counts: Mapping[str, int]
+    label_sums: Mapping[str, float]
+
+
+def _choose(uri: str, inputs: Inputs) -> _Chosen:
+    """One pass over the densities, holding one part, the extremes and a sample."""
+    many = inputs.settings.report.images
+    targets = np.linspace(0, 100, inputs.settings.report.neighbors + 2)[1:-1]
+    fraction = SAMPLE_ROWS / max(1, inputs.densities.rows)
+    lowest: pa.Table | None = None
+    highest: pa.Table | None = None
+    nearest: pa.Table | None = None
+    sample: list[pa.Table] = []
+    counts: dict[str, int] = {}
+    sums: dict[str, float] = {}
+    for part in inputs.densities.parts:
+        table = storage.read_table(storage.join(uri, part.name), LIGHT_COLUMNS)
+        table = table.append_column("part", pa.array([part.name] * table.num_rows))
+        lowest = _first(lowest, table, [("density", "ascending"), ("sample_id", "ascending")], many)
+        highest = _first(highest, table, [("density", "descending"), ("sample_id", "ascending")], many)
+        nearest = _closest(nearest, table, targets)
+        keep = ids.uniform(table["sample_id"].to_numpy(), seed=0) < fraction
+        sample.append(table.select(["label", "density"]).filter(pa.array(keep)))
+        for group in table.group_by("label").aggregate([("density", "count"), ("density", "sum")]).to_pylist():
+            if group["label"] is not None:
+                counts[group["label"]] = counts.get(group["label"], 0) + group["density_count"]
+                sums[group["label"]] = sums.get(group["label"], 0.0) + group["density_sum"]
+    assert lowest is not None and highest is not None and nearest is not None
+    shown = [_with_neighbors(uri, row) for row in nearest.to_pylist()]
+    return _Chosen(lowest.to_pylist(), highest.to_pylist(), shown, pa.concat_tables(sample), counts, sums)
+
+
+def _first(best: pa.Table | None, table: pa.Table, order: list[tuple[str, str]], many: int) -> pa.Table:
+    both = table if best is None else pa.concat_tables([best, table])
+    return both.take(pc.select_k_unstable(both, k=min(many, both.num_rows), sort_keys=order))
+
+
+def _closest(best: pa.Table | None, table: pa.Table, percentiles: np.ndarray) -> pa.Table:
+    """For each wanted percentile the row nearest to it."""
+    both = table if best is None else pa.concat_tables([best, table])
+    at = np.abs(both["percentile"].to_numpy()[:, None] - percentiles[None]).argmin(axis=0)
+    return both.take(pa.array(at))
+
+
+def _with_neighbors(uri: str, row: dict[str, Any]) -> dict[str, Any]:
+    table = storage.read_table(storage.join(uri, row["part"]), ["sample_id", "neighbor_ids", "neighbor_distances"])
+    full = table.filter(pc.equal(table["sample_id"], row["sample_id"])).to_pylist()[0]
+    return row | {
+        "neighbors": list(zip(full["neighbor_ids"], full["neighbor_distances"], strict=True))[:NEIGHBORS_SHOWN]
+    }
+
+
+class _Pictures:
+    """Thumbnails of the chosen rows and their neighbors, each image read once."""
+
+    def __init__(self, inputs: Inputs, chosen: _Chosen) -> None:
+        rows = {row["sample_id"]: row for row in [*chosen.lowest, *chosen.highest, *chosen.shown]}
+        others = {i for row in chosen.shown for i, _ in row["neighbors"]} - set(rows)
+        self.rows: dict[int, dict[str, Any]] = rows | _find_densities(inputs, others)
+        self.thumbnails = _thumbnails(inputs, set(self.rows))
+
+    def of(self, row: Mapping[str, Any], distance: float | None = None) -> report.Picture:
+        """The picture of a densities row."""
+        return report.Picture(
+            key=row["key"],
+            label=row["label"],
+            density=row["density"],
+            percentile=row["percentile"],
+            mean_knn_distance=row["mean_knn_distance"],
+            thumbnail=self.thumbnails.get(row["sample_id"]),
+            distance=distance,
+        )
+
+    def neighbors_of(self, row: Mapping[str, Any]) -> list[report.Picture]:
+        """Pictures of a row's neighbors with their distances."""
+        return [self.of(self.rows[i], distance) for i, distance in row["neighbors"] if i in self.rows]
+
+
+def _find_densities(inputs: Inputs, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Densities rows by id: one pass over the parts, light columns only."""
+    value_set = pa.array(sorted(wanted), pa.int64())
+    found: dict[int, dict[str, Any]] = {}
+    uri = storage.join(str(inputs.settings.output), "densities")
+    for part in inputs.densities.parts:
+        if len(found) == len(value_set):
+            break
+        table = storage.read_table(storage.join(uri, part.name), LIGHT_COLUMNS)
+        for row in table.filter(pc.is_in(table["sample_id"], value_set=value_set)).to_pylist():
+            found[row["sample_id"]] = row
+    return found
+
+
+def _thumbnails(inputs: Inputs, wanted: set[int]) -> dict[int, bytes]:
+    value_set = pa.array(sorted(wanted), pa.int64())
+    found: dict[int, bytes] = {}
+    for part in range(inputs.listing.parts):
+        if len(found) == len(wanted):
+            break
+        rows = inputs.listing.read(part)
+        rows = rows.filter(pc.is_in(rows["sample_id"], value_set=value_set))
+        for sample_id, content in zip(rows["sample_id"].to_pylist(), sources.read(inputs.source, rows), strict=True):
+            if isinstance(content, images.BadImage):
+                continue  # gone since its features were taken: the report says so in its place
+            try:
+                found[sample_id] = report.thumbnail(images.decode(content, inputs.limits))
+            except images.BadImage:
+                continue  # likewise changed since
+    return found
+
+
+def _labels(chosen: _Chosen) -> list[report.LabelRow]:
+    labels = chosen.sample["label"].to_numpy(zero_copy_only=False)
+    densities = chosen.sample["density"].to_numpy()
+    rows = []
+    for label in sorted(chosen.label_counts):
+        inside = densities[labels == label]
+        if len(inside):
+            p10, p50, p90 = np.percentile(inside, [10, 50, 90])
+            mean = chosen.label_sums[label] / chosen.label_counts[label]
+            rows.append(report.LabelRow(label, chosen.label_counts[label], mean, float(p10), float(p50), float(p90)))
+    return rows
+
+
+def _index_facts(index: storage.Artifact) -> report.IndexFacts:
+    totals = index.totals
+    exact = totals["nprobe"] == 0
+    interval = totals.get("recall_interval")
+    return report.IndexFacts(
+        kind=totals["kind"],
+        exact=exact,
+        shards=totals["shards"],
+        cells=totals.get("cells"),
+        nprobe=None if exact else totals["nprobe"],
+        target_recall=totals.get("target_recall"),
+        measured_recall=totals.get("recall"),
+        recall_interval=tuple(interval) if interval else None,
+        distance_error=totals.get("mean_distance_relative_error"),
+        calibration_queries=totals.get("calibration_queries"),
+    )
+
+
+def _calibration(output: str, estimator: storage.Artifact) -> report.Calibration:
+    heldout = storage.read_table(storage.join(output, "estimator", fitting.HELDOUT))
+    facts = dict(estimator.totals["heldout"])
+    return report.Calibration(
+        log_density=heldout["log_density"].to_numpy(),
+        predicted_log_density=heldout["predicted_log_density"].to_numpy(),
+        r2=facts.pop("r2_log_density"),
+        spearman=facts.pop("spearman"),
+        n_holdout=estimator.totals["n_heldout"],
+        more=facts,
+    )
+
+
+def _add_up(parts: Sequence[storage.Part]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in parts:
+        for reason, count in part.counts.items():
+            total[reason] = total.get(reason, 0) + count
+    return total
+
+
+def _examples(output: str, features: storage.Artifact) -> list[tuple[str, str, str]]:
+    rows: list[tuple[str, str, str]] = []
+    for part in features.parts:
+        if len(rows) >= QUARANTINE_EXAMPLES:
+            break
+        if part.counts:
+            table = storage.read_table(storage.join(output, "quarantine", part.name))
+            rows += [(row["key"], row["reason"], row["detail"]) for row in table.to_pylist()]
+    return rows[:QUARANTINE_EXAMPLES]

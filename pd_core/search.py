@@ -1,0 +1,197 @@
+"""Search over shards on Ray: a query travels to the shards that own the cells it probes, and the answers are merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pd_core import cluster, index, knn, storage
+from pd_core.config import IndexSettings
+from pd_core.errors import RunError, UserError
+
+QUANTIZER = "quantizer.faiss"
+CELLS = "cells.json"
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """A committed index, as much of it as a query needs to find its shards; small and picklable.
+
+    Attributes:
+        uri: directory of the index stage.
+        fingerprint: of the stage.
+        kind: flat, ivf_flat, ivf_sq8 or ivf_pq.
+        rows: N. dim: D.
+        shards: number of shard files.
+        nprobe: cells a query probes; 0 where every search is exact.
+        shard_of_cell: shard that owns each cell; empty for `flat`.
+    """
+
+    uri: str
+    fingerprint: str
+    kind: str
+    rows: int
+    dim: int
+    shards: int
+    nprobe: int
+    shard_of_cell: tuple[int, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether a search compares with every row."""
+        return self.nprobe == 0
+
+
+def shard_name(shard: int) -> str:
+    """File of a shard."""
+    return f"shard-{shard:05d}.faiss"
+
+
+def open_index(uri: str) -> IndexInfo:
+    """The index in a directory. Raises UserError where none is committed."""
+    artifact = storage.load_artifact(uri)
+    if artifact is None or artifact.kind != "index":
+        raise UserError(f"{uri}: no finished index there; run build_index.py with this --output first")
+    totals = artifact.totals
+    owners: Sequence[int] = ()
+    if totals["kind"] != "flat":
+        owners = json.loads(storage.read_bytes(storage.join(uri, CELLS)))["shard_of_cell"]
+    return IndexInfo(
+        uri=uri,
+        fingerprint=artifact.fingerprint,
+        kind=totals["kind"],
+        rows=totals["rows"],
+        dim=totals["dim"],
+        shards=totals["shards"],
+        nprobe=totals["nprobe"],
+        shard_of_cell=tuple(owners),
+    )
+
+
+class _Searcher:
+    """Ray actor that holds some shards in memory; after a restart it opens them again."""
+
+    def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int) -> None:
+        files = [storage.read_bytes(storage.join(info.uri, shard_name(shard))) for shard in shards]
+        self.rows = knn.ShardSearch.open(files, threads=threads)
+
+    def search(self, queries: np.ndarray, probes: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Within the probed cells that are held here, or within all rows."""
+        if probes is None:
+            return self.rows.search_all(queries, k)
+        return self.rows.search_cells(queries, probes, k)
+
+
+@dataclass(frozen=True)
+class SearchPool:
+    """Handles of the actors that hold an index; picklable, so tasks route their own queries."""
+
+    info: IndexInfo
+    actors: tuple[Any, ...]
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+@contextmanager
+def open_pool(info: IndexInfo, now: cluster.Cluster, settings: IndexSettings) -> Iterator[SearchPool]:
+    """Search actors for a while; shard s is held by actor s modulo their number."""
+    import ray
+
+    count = cluster.search_actors(now, settings.actors, settings.actor_cpus, info.shards)
+    actor = ray.remote(_Searcher).options(
+        num_cpus=settings.actor_cpus, num_gpus=1 if now.gpus >= count else 0, **cluster.ACTOR_OPTIONS
+    )
+    owned = [range(first, info.shards, count) for first in range(count)]
+    pool = SearchPool(info, tuple(actor.remote(info, list(shards), settings.actor_cpus) for shards in owned))
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a search moved: rows sent to shards, each D float32, beside the rows that asked."""
+
+    queries: int
+    rows_sent: int
+
+
+def search(
+    pool: SearchPool, queries: np.ndarray, k: int, exclude_ids: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, Traffic]:
+    """The k nearest rows of the index for each query; runs inside a Ray task or the driver.
+
+    Args:
+        pool: the open index.
+        queries: float32 [m, D].
+        k: neighbors.
+        exclude_ids: int64 [m], an id that is not a neighbor of its query (leave-one-out), or None.
+
+    Returns:
+        Euclidean distances float32 [m, k] ascending, ids int64 [m, k], and what travelled.
+    """
+    import ray
+
+    wanted = k + (exclude_ids is not None)
+    everything = ray.put(queries)
+    pending: dict[Any, np.ndarray | None] = {}
+    sent = 0
+    for actor, rows, probes in _routes(pool, queries):
+        whole = len(rows) == len(queries)
+        pending[actor.search.remote(everything if whole else queries[rows], probes, wanted)] = None if whole else rows
+        sent += len(rows)
+    best: tuple[np.ndarray, np.ndarray] | None = None
+    while pending:
+        (done,), _ = ray.wait(list(pending), num_returns=1)
+        found = _spread(cluster.get(done), pending.pop(done), len(queries))
+        best = found if best is None else knn.merge_topk([best, found], wanted)
+    assert best is not None
+    distances, ids = knn.merge_topk([best], k, exclude_ids)
+    if not np.isfinite(distances).all():
+        raise RunError("search: a query found fewer than k rows in the cells it probes; lower --index.cells")
+    return distances, ids, Traffic(len(queries), sent)
+
+
+def _routes(pool: SearchPool, queries: np.ndarray) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
+    """(actor, rows of the queries that go there, cells they probe); None: every cell."""
+    info = pool.info
+    if info.exact:
+        yield from ((actor, np.arange(len(queries)), None) for actor in pool.actors)
+        return
+    probes = index.coarse_probes(_quantizer(info), queries, info.nprobe)
+    holder = np.asarray(info.shard_of_cell, dtype=np.int32) % len(pool.actors)
+    holders = holder[probes]
+    for number, actor in enumerate(pool.actors):
+        rows = np.flatnonzero((holders == number).any(axis=1))
+        if len(rows):
+            yield actor, rows, probes[rows]  # cells held elsewhere count as empty there
+
+
+_open_quantizers: dict[str, Any] = {}  # one per process: tasks of one run share it
+
+
+def _quantizer(info: IndexInfo) -> Any:
+    if info.fingerprint not in _open_quantizers:
+        _open_quantizers.clear()
+        _open_quantizers[info.fingerprint] = index.open_quantizer(storage.read_bytes(storage.join(info.uri, QUANTIZER)))
+    return _open_quantizers[info.fingerprint]
+
+
+def _spread(found: tuple[np.ndarray, np.ndarray], rows: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
+    if rows is None:
+        return found
+    distances = np.full((count, found[0].shape[1]), np.inf, dtype=np.float32)
+    ids = np.full((count, found[1].shape[1]), -1, dtype=np.int64)
+    distances[rows], ids[rows] = found
+    return distances, ids

@@ -1,0 +1,188 @@
+"""The densities stage on Ray: every row's neighbors over all shards, block by block, then pseudo densities (METHOD 1).
+
+Two passes. The first writes each row's k nearest others (neighbors/), in parts that match those of the features. The
+second needs numbers of the whole set, the normaliser c and the ranks, and writes densities/; another n repeats only it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pd_core import cluster, density, schemas, search, storage
+from pd_core.config import DensitySettings, IndexSettings
+from pd_core.features import load_features
+
+GROUP_PARTS = 64  # parts that one task of the second pass handles
+
+
+def neighbors_stage(output: str, info: search.IndexInfo, settings: DensitySettings) -> storage.Stage:
+    """First pass: neighbors."""
+    identity = {"index": info.fingerprint, "nprobe": info.nprobe, "k": settings.k, "block_rows": settings.block_rows}
+    if info.exact:  # a distance depends on its pair alone, so how queries are grouped changes nothing
+        del identity["block_rows"]
+    return storage.Stage(storage.join(output, "neighbors"), "neighbors", schemas.VERSIONS["neighbors"], identity)
+
+
+def stage_of(output: str, neighbors: storage.Stage, settings: DensitySettings) -> storage.Stage:
+    """Second pass: densities."""
+    identity = {"neighbors": neighbors.fingerprint, "volume_dim": settings.volume_dim}
+    return storage.Stage(storage.join(output, "densities"), "densities", schemas.VERSIONS["densities"], identity)
+
+
+# ---- first pass ------------------------------------------------------------------------------------------------------
+
+
+def find_neighbors(
+    stage: storage.Stage,
+    info: search.IndexInfo,
+    features_uri: str,
+    features: storage.Artifact,
+    settings: DensitySettings,
+    index_settings: IndexSettings,
+    now: cluster.Cluster,
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Write the missing neighbors parts; returns the parts and totals to commit."""
+    import ray
+
+    done = stage.finished_parts()
+    blocks = [b for b in make_blocks(features, settings.block_rows) if any(name not in done for name in b)]
+    join = ray.remote(_join_block).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
+    rows_done = sum(part.rows for part in done.values())
+    asked, sent = 0, 0
+    with (
+        search.open_pool(info, now, index_settings) as pool,
+        cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
+    ):
+        submit = lambda block: join.remote(stage, pool, features_uri, block, settings.k)  # noqa: E731
+        for _, traffic in cluster.bounded(submit, blocks, len(pool.actors) + 1):
+            bar.update(traffic.queries)
+            asked, sent = asked + traffic.queries, sent + traffic.rows_sent
+    totals = {"rows": features.rows, "k": settings.k, "dim": info.dim, "nprobe": info.nprobe}
+    if asked:  # of this call: a resumed run did not move what it found done
+        totals["rows_sent_per_query"] = round(sent / asked, 4)
+    return list(stage.finished_parts().values()), totals
+
+
+def make_blocks(features: storage.Artifact, block_rows: int) -> list[list[str]]:
+    """Part names of each block of queries.
+
+    Every B-th part goes to the same of B blocks: a source sorted by class then does not send a whole block to one shard.
+    """
+    parts = [part for part in features.parts if part.rows]
+    count = max(1, -(-sum(part.rows for part in parts) // block_rows))
+    return [[part.name for part in parts[b::count]] for b in range(min(count, len(parts)))]
+
+
+def _join_block(
+    stage: storage.Stage, pool: search.SearchPool, features_uri: str, names: Sequence[str], k: int
+) -> search.Traffic:
+    loaded = [load_features(storage.join(features_uri, name)) for name in names]
+    sample_ids = [table["sample_id"].to_numpy() for table, _ in loaded]
+    queries = np.concatenate([features for _, features in loaded])
+    del loaded
+    distances, neighbor_ids, traffic = search.search(pool, queries, k, np.concatenate(sample_ids))
+    start = 0
+    for name, sample_id in zip(names, sample_ids, strict=True):
+        stop = start + len(sample_id)
+        columns = [
+            pa.array(sample_id),
+            pa.FixedSizeListArray.from_arrays(pa.array(neighbor_ids[start:stop].reshape(-1)), k),
+            pa.FixedSizeListArray.from_arrays(pa.array(distances[start:stop].reshape(-1)), k),
+        ]
+        schema = schemas.neighbors(k)
+        stage.write_table(name, pa.table([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema))
+        start = stop
+    return traffic
+
+
+# ---- second pass -----------------------------------------------------------------------------------------------------
+
+
+def write_densities(
+    stage: storage.Stage,
+    neighbors_uri: str,
+    neighbors: storage.Artifact,
+    features_uri: str,
+    settings: DensitySettings,
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Densities of every row from its neighbors; returns the parts and the totals to commit."""
+    import ray
+
+    names = [part.name for part in neighbors.parts]
+    groups = [names[i : i + GROUP_PARTS] for i in range(0, len(names), GROUP_PARTS)]
+    options = {"num_cpus": 1, **cluster.TASK_OPTIONS}
+    means = ray.remote(_mean_distances).options(**options)
+    calibrate = ray.remote(_calibrate).options(num_returns=2, **options)
+    totals_ref, ranks = calibrate.remote(
+        settings.volume_dim, *[means.remote(neighbors_uri, group, settings.k) for group in groups]
+    )
+    totals = cluster.get(totals_ref)
+    done = stage.finished_parts()
+    wanted = [[name for name in group if name not in done] for group in groups]
+    write = ray.remote(_write_group).options(**options)
+    with cluster.progress("densities", len(names), "parts", len(done)) as bar:
+        submit = lambda group: write.remote(stage, neighbors_uri, features_uri, group, settings, totals, ranks)  # noqa: E731
+        for group, _ in cluster.bounded(submit, [group for group in wanted if group], 4):
+            bar.update(len(group))
+    parts = stage.finished_parts()
+    return [parts[name] for name in names], totals | {"k": settings.k, "volume_dim": settings.volume_dim}
+
+
+def _distances(neighbors_uri: str, name: str, k: int) -> tuple[pa.Table, np.ndarray]:
+    table = storage.read_table(storage.join(neighbors_uri, name))
+    flat = table["neighbor_distances"].combine_chunks().flatten().to_numpy()
+    return table, flat.reshape(-1, k)
+
+
+def _mean_distances(neighbors_uri: str, names: Sequence[str], k: int) -> np.ndarray:
+    return np.concatenate([density.mean_knn_distance(_distances(neighbors_uri, name, k)[1]) for name in names])
+
+
+def _calibrate(volume_dim: float, *mean_distances: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """What the whole set decides: floor, c, quantiles; and all log densities, ascending, for the ranks."""
+    distances = np.concatenate(mean_distances)
+    floor = density.distance_floor(distances)
+    floored, touched = density.apply_distance_floor(distances, floor)
+    c = density.log_normalizer(floored, volume_dim)
+    log_density = np.sort(density.log_pseudo_density(floored, volume_dim, c))
+    totals = {
+        "rows": len(distances),
+        "log_normalizer": c,
+        "distance_floor": floor,
+        "floored_rows": touched,
+        "density_quantiles": density.density_quantiles(density.density_of(log_density)).tolist(),
+    }
+    return totals, log_density
+
+
+def _write_group(
+    stage: storage.Stage,
+    neighbors_uri: str,
+    features_uri: str,
+    names: Sequence[str],
+    settings: DensitySettings,
+    totals: Mapping[str, Any],
+    ranks: np.ndarray,
+) -> None:
+    for name in names:
+        neighbors, distances = _distances(neighbors_uri, name, settings.k)
+        described = storage.read_table(storage.join(features_uri, name), without=["feature"])
+        assert described["sample_id"].equals(neighbors["sample_id"]), name
+        mean = density.mean_knn_distance(distances)
+        floored, _ = density.apply_distance_floor(mean, totals["distance_floor"])
+        log_density = density.log_pseudo_density(floored, settings.volume_dim, totals["log_normalizer"])
+        columns = {
+            **{column: described[column] for column in described.column_names},
+            **{column: neighbors[column] for column in neighbors.column_names},
+            "mean_knn_distance": pa.array(mean),
+            "log_density": pa.array(log_density),
+            "density": pa.array(density.density_of(log_density)),
+            "percentile": pa.array(density.percentile_of(log_density, ranks)),
+        }
+        metadata = described.schema.field(schemas.METADATA).type if schemas.METADATA in described.column_names else None
+        schema = schemas.densities(settings.k, metadata)
+        stage.write_table(name, pa.table([columns[c] for c in schema.names], schema=schema))
