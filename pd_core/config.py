@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -357,7 +357,7 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
                 InitSettingsSource(settings_cls, from_preset),
             )
 
-    cli = CliSettingsSource(
+    cli: CliSettingsSource[Any] = CliSettingsSource(
         Resolved,
         root_parser=parser,
         cli_implicit_flags=True,
@@ -366,7 +366,8 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
     )
     try:
         resolved = Resolved(_cli_settings_source=cli(args=list(argv)))
-        return settings_class.model_construct(**{name: getattr(resolved, name) for name in settings_class.model_fields})
+        values = {name: getattr(resolved, name) for name in settings_class.model_fields}
+        return cast(Settings, settings_class.model_construct(**values))
     except ValidationError as error:
         raise UserError(f"settings: {_explain(error)}") from None
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pd_core import ids
 from pd_core.density import density_of
 from pd_core.errors import RunError, UserError
 
@@ -562,16 +563,8 @@ def _split_position(sample_id: NDArray[np.int64], part: int, settings: Estimator
     from (seed, part).
     """
     if settings.split == "hash":
-        return (_splitmix64(sample_id.astype(np.uint64)) >> np.uint64(11)).astype(np.float64) / 2.0**53
+        return ids.uniform(sample_id, seed=0)
     return np.random.default_rng([settings.seed, 0, part]).random(len(sample_id))
-
-
-def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The SplitMix64 output function (Steele, Lea & Flood 2014) of state x, modulo 2^64."""
-    z = x + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _concatenate(loaded: Iterator[_Rows], rows: int, feature_dim: int) -> _Rows:

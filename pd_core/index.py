@@ -22,6 +22,12 @@ try:
 except ImportError as error:
     raise UserError("faiss is not installed; pip install 'pd-core[cpu]' or 'pd-core[gpu]'") from error
 
+
+def faiss_version() -> str:
+    """Version of faiss, part of every index's identity."""
+    return str(faiss.__version__)
+
+
 ShardKind = Literal["flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
 
 ROWS_PER_CELL = 39  # training rows each centroid needs; below it faiss's k-means warns (ClusteringParameters)
@@ -82,6 +88,11 @@ def quantizer_of(centroids: np.ndarray) -> Any:
     quantizer = faiss.IndexFlatL2(centroids.shape[1])
     quantizer.add(np.ascontiguousarray(centroids, np.float32))
     return quantizer
+
+
+def centroids_of(template: Any) -> np.ndarray:
+    """Centroids of an IVF index: float32 [cells, D]."""
+    return faiss.downcast_index(template.quantizer).reconstruct_n(0, template.nlist)
 
 
 def coarse_probes(quantizer: Any, queries: np.ndarray, nprobe: int, threads: int = 1) -> np.ndarray:

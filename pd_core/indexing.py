@@ -34,8 +34,6 @@ def stage_of(
     Raises:
         UserError: k is not below the number of images, or the kind does not fit the features.
     """
-    import faiss
-
     rows, dim = features.rows, features.totals["dim"]
     if density.k >= rows:
         raise UserError(
@@ -53,7 +51,7 @@ def stage_of(
         "features": features.fingerprint,
         "kind": kind,
         "shards": shards,
-        "faiss": faiss.__version__,
+        "faiss": index.faiss_version(),
     }
     if kind != "flat":
         identity |= {
@@ -182,7 +180,7 @@ def _train(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: Inde
     sample = _task(_sample)
     picked = [sample.remote(group, settings.seed, min(1.0, wanted / rows)) for group in groups]
     cluster.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
-    return cluster.get_reference(_task(_train_template).remote(stage, settings, *picked))
+    return _task(_train_template).remote(stage, settings, *picked)
 
 
 def _sample(group: Sequence[str], seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +191,7 @@ def _sample(group: Sequence[str], seed: int, fraction: float) -> tuple[np.ndarra
 
 def _train_template(stage: storage.Stage, settings: IndexSettings, *picked: tuple[np.ndarray, np.ndarray]) -> bytes:
     sample = np.concatenate([features for _, features in picked])
-    assert settings.cells is not None
+    assert settings.cells is not None and settings.kind != "auto"
     centroids = index.train_quantizer(sample, settings.cells, settings.seed, threads=settings.actor_cpus)
     template = index.train_template(
         settings.kind,
@@ -212,19 +210,17 @@ def _fill_cells(
     stage: storage.Stage, groups: Sequence[Sequence[str]], template: Any, settings: IndexSettings
 ) -> np.ndarray:
     """Count rows per cell, deal the cells to shards, send every row to its shard; returns the shard of each cell."""
-    import ray
-
-    assert settings.shards is not None
-    assign = _task(_assign)
+    assert settings.shards is not None and settings.cells is not None
+    assign = _task(_assign, num_returns=2)
     with cluster.progress("index: cells", len(groups), "groups") as bar:
         cells: list[Any] = [None] * len(groups)
         counts = np.zeros(settings.cells, dtype=np.int64)
-        refs = {g: assign.options(num_returns=2).remote(template, group) for g, group in enumerate(groups)}
+        refs = {g: assign.remote(template, group) for g, group in enumerate(groups)}
         for g, (numbers, count) in refs.items():
             cells[g] = numbers
             counts += cluster.get(count)
             bar.update(1)
-    owners = index.assign_cells(index.centroids_of(cluster.get(template)), counts, settings.shards)
+    owners = index.assign_cells(index.centroids_of(index.deserialize(cluster.get(template))), counts, settings.shards)
     done = stage.finished_parts()
     table = {"shard_of_cell": owners.tolist(), "rows_of_cell": counts.tolist()}
     if search.CELLS not in done:
@@ -244,7 +240,7 @@ def _fill_cells(
 
 
 def _assign(template: bytes, group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    quantizer = index.open_quantizer(template)
+    quantizer = index.quantizer_of(index.centroids_of(index.deserialize(template)))
     _, features = load_group(group)
     cells = index.cell_of(quantizer, features)
     return cells, np.bincount(cells, minlength=quantizer.ntotal)
@@ -259,7 +255,11 @@ def _deal(group: Sequence[str], cells: np.ndarray, owners: np.ndarray, wanted: S
 
 def _build_shard(stage: storage.Stage, shard: int, template: bytes, *pieces: tuple[np.ndarray, ...]) -> None:
     sample_id, features, cells = (np.concatenate([piece[i] for piece in pieces]) for i in range(3))
-    stage.write_part(search.shard_name(shard), index.build_shard(template, features, sample_id, cells), len(sample_id))
+    stage.write_part(
+        search.shard_name(shard),
+        index.serialize(index.build_shard(template, features, sample_id, cells)),
+        len(sample_id),
+    )
 
 
 # ---- calibrate -------------------------------------------------------------------------------------------------------
@@ -283,34 +283,37 @@ def _calibrate(
     queries = np.concatenate([f for _, f in picked])
     exact_distances, exact_ids, neighbor_cells = _exact(stage, ray.put(queries), query_ids, groups, k)
 
-    quantizer = index.open_quantizer(storage.read_bytes(storage.join(stage.uri, search.QUANTIZER)))
-    ranked = index.coarse_probes(quantizer, queries, quantizer.ntotal)
+    quantizer = search.read_quantizer(stage.uri)
+    cells = quantizer.ntotal
+    ranked = index.coarse_probes(quantizer, queries, cells)
     counts = np.array(json.loads(storage.read_bytes(storage.join(stage.uri, search.CELLS)))["rows_of_cell"])
-    choice = knn.choose_nprobe(neighbor_cells, ranked, counts, settings.target_recall)
+    curve = knn.recall_curve(knn.neighbor_ranks(neighbor_cells, ranked), cells)
+    nprobe = knn.choose_nprobe(curve, settings.target_recall) or cells
+    scanned = knn.scan_fraction(ranked[:, :nprobe], counts)
     facts: dict[str, Any] = {
-        "nprobe": choice.nprobe,
-        "scan_fraction": choice.scan_fraction,
+        "nprobe": nprobe,
+        "scan_fraction": scanned,
         "target_recall": settings.target_recall,
+        "calibration_queries": len(queries),
     }
-    if stage.identity["auto"] and choice.exact_is_cheaper:
-        return facts | {"nprobe": 0, "nprobe_at_target": choice.nprobe, "calibration_queries": len(queries)}
-    if choice.scan_fraction > settings.max_scan_fraction:
+    if stage.identity["auto"] and knn.relative_cost(scanned, info.rows, cells) >= 1:
+        return facts | {"nprobe": 0, "nprobe_at_target": nprobe}
+    if scanned > settings.max_scan_fraction:
         raise UserError(
-            f"index: recall {settings.target_recall} needs {choice.nprobe} of {info.shards and len(info.shard_of_cell)} cells "
-            f"per query ({choice.scan_fraction:.0%} of the rows); use --index.kind auto or flat, or lower --index.target_recall"
+            f"index: recall {settings.target_recall} needs {nprobe} of {cells} cells per query ({scanned:.0%} of the rows); "
+            "use --index.kind auto or flat, or lower --index.target_recall"
         )
-    with search.open_pool(replace(info, nprobe=choice.nprobe), now, settings) as pool:
+    with search.open_pool(replace(info, nprobe=nprobe), now, settings) as pool:
         distances, found, _ = search.search(pool, queries, k, query_ids)
     measured = knn.recall_and_error(exact_ids, exact_distances, found, distances)
     if measured.recall < settings.target_recall:
         raise UserError(
-            f"index: {info.kind} reaches recall {measured.recall:.4f} at nprobe {choice.nprobe}, below --index.target_recall "
+            f"index: {info.kind} reaches recall {measured.recall:.4f} at nprobe {nprobe}, below --index.target_recall "
             f"{settings.target_recall}, since its codes lose precision; use ivf_flat or lower the target"
         )
     return facts | {
-        "calibration_queries": len(queries),
         "recall": measured.recall,
-        "recall_interval": list(measured.recall_interval),
+        "recall_lower": measured.recall_lower,
         "mean_distance_relative_error": measured.mean_relative_error,
         "max_distance_relative_error": measured.max_relative_error,
     }
@@ -338,7 +341,7 @@ def _exact_in_group(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sample_id, features = load_group(group)
     distances, found = knn.exact_search(queries, [(sample_id, features)], k)
-    quantizer = index.open_quantizer(storage.read_bytes(storage.join(stage.uri, search.QUANTIZER)))
+    quantizer = search.read_quantizer(stage.uri)
     order = np.argsort(sample_id)
     at = order[np.searchsorted(sample_id, np.where(found < 0, sample_id[0], found), sorter=order)]
     cells = index.cell_of(quantizer, features)[at]

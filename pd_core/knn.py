@@ -34,6 +34,7 @@ MISSING_ID = -1  # pads results where there are fewer than k rows; its distance 
 SPARE = 8  # candidates kept beyond k, so that rounding of the scores does not decide who is among the k
 CHUNK_QUERIES = 32768  # queries that one thread works on at a time
 TILE_QUERIES, TILE_ROWS = 512, 1024  # largest block of scores: 2 MiB per thread, within its cache
+DIRECT_ROWS = 8192  # compared at once with a query that is searched directly
 DECODED_VALUES = 1 << 22  # values decoded at once for step 2 of the compressed kinds (16 MiB)
 _UNIT_ROUNDOFF = 2.0**-24  # of float32
 
@@ -120,6 +121,8 @@ class ShardSearch:
         assert dim == self.rows.dim and queries.dtype == np.float32 and k >= 1
         distances, ids = np.full((m, k), np.inf, np.float32), np.full((m, k), MISSING_ID, np.int64)
         size = max(1, min(CHUNK_QUERIES, math.ceil(m / self.threads)))
+        if len(self.rows.ids) == 0:
+            return distances, ids
 
         def chunk(start: int) -> None:
             faiss.omp_set_num_threads(1)  # a setting of the calling thread
@@ -202,13 +205,17 @@ class ShardSearch:
 
     def _direct(self, query: np.ndarray, ranges: list[tuple[int, int]], k: int) -> Found:
         """The k nearest within ranges of rows, squared, without step 1: for float32 [1, D], float32 [k], int64 [k]."""
-        squared, found = np.full((1, k), np.inf, np.float32), np.full((1, k), MISSING_ID, np.int64)
-        for first, last in ranges:
-            for start in range(first, last, TILE_ROWS):
-                positions = np.arange(start, min(start + TILE_ROWS, last))[None]
-                part = self._squared_distances(query, positions), self.rows.ids[positions]
-                squared, found = merge_topk([(squared, found), part], k)
-        return squared[0], found[0]
+        positions = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+        squared, found = np.full(k, np.inf, np.float32), np.full(k, MISSING_ID, np.int64)
+        for start in range(0, len(positions), DIRECT_ROWS):
+            some = positions[start : start + DIRECT_ROWS]
+            squared = np.concatenate([squared, self._squared_distances(query, some[None])[0]])
+            found = np.concatenate([found, self.rows.ids[some]])
+            near = squared <= np.partition(squared, k - 1)[k - 1]  # at least k, more where the k-th has ties
+            squared, found = squared[near], found[near]
+            order = np.lexsort((found, squared))[:k]
+            squared, found = squared[order], found[order]
+        return squared, found
 
 
 # --- candidates --------------------------------------------------------------------------------------------------------

@@ -69,13 +69,13 @@ def count(source: sources.Source) -> dict[str, Any]:
 
 
 def _count(source: sources.Source) -> dict[str, Any]:
-    rows, size, sample = 0, 0, []
+    rows, size = 0, 0
+    sample: pa.Table | None = None
     for table in sources.list_images(source):
         rows += table.num_rows
         size += int(np.maximum(table["size"].to_numpy(), 0).sum())
-        if not sample:
-            sample.append(table.slice(0, 512))
-    return {"rows": rows, "bytes": size, "sample": sample[0] if sample else None}
+        sample = table.slice(0, 512) if sample is None else sample
+    return {"rows": rows, "bytes": size, "sample": sample}
 
 
 def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, storage.Artifact]:

@@ -99,7 +99,7 @@ class IndexFacts:
     Attributes:
         kind: flat, ivf_flat, ivf_sq8 or ivf_pq.
         exact: every query was compared with every row.
-        recall_interval: confidence interval (low, high) of measured_recall.
+        recall_lower: one-sided 95% confidence bound of measured_recall.
         distance_error: mean relative error of the mean k-NN distance against exact search.
         calibration_queries: rows that recall and error were measured on.
         reason: why this kind was taken, one sentence.
@@ -112,7 +112,7 @@ class IndexFacts:
     nprobe: int | None = None
     target_recall: float | None = None
     measured_recall: float | None = None
-    recall_interval: tuple[float, float] | None = None
+    recall_lower: float | None = None
     distance_error: float | None = None
     calibration_queries: int | None = None
     reason: str | None = None
@@ -563,7 +563,7 @@ def _index_rows(index: IndexFacts) -> list[tuple[str, str]]:
     """(what, value) of every fact that is known."""
     texts: dict[str, Callable[[Any], str]] = {
         "exact": lambda v: "exact: every image compared with every other" if v else "approximate: some cells per image",
-        "recall_interval": lambda v: f"{v[0]:.4f} to {v[1]:.4f}",
+        "recall_lower": lambda v: f"{v:.4f}",
         "measured_recall": lambda v: f"{v:.4f}",
         "distance_error": lambda v: f"{100 * v:.2g}%",
     }
@@ -575,7 +575,7 @@ def _index_rows(index: IndexFacts) -> list[tuple[str, str]]:
         "nprobe": "cells searched per image (nprobe)",
         "target_recall": "recall@k asked for",
         "measured_recall": "recall@k measured",
-        "recall_interval": "its confidence interval",
+        "recall_lower": "its lower 95% confidence bound",
         "distance_error": "mean relative error of the mean k-NN distance",
         "calibration_queries": "images that recall and error were measured on",
         "reason": "why this index",

@@ -249,7 +249,6 @@ def _labels(chosen: _Chosen) -> list[report.LabelRow]:
 def _index_facts(index: storage.Artifact) -> report.IndexFacts:
     totals = index.totals
     exact = totals["nprobe"] == 0
-    interval = totals.get("recall_interval")
     return report.IndexFacts(
         kind=totals["kind"],
         exact=exact,
@@ -258,7 +257,7 @@ def _index_facts(index: storage.Artifact) -> report.IndexFacts:
         nprobe=None if exact else totals["nprobe"],
         target_recall=totals.get("target_recall"),
         measured_recall=totals.get("recall"),
-        recall_interval=tuple(interval) if interval else None,
+        recall_lower=totals.get("recall_lower"),
         distance_error=totals.get("mean_distance_relative_error"),
         calibration_queries=totals.get("calibration_queries"),
     )

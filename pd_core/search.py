@@ -184,8 +184,13 @@ _open_quantizers: dict[str, Any] = {}  # one per process: tasks of one run share
 def _quantizer(info: IndexInfo) -> Any:
     if info.fingerprint not in _open_quantizers:
         _open_quantizers.clear()
-        _open_quantizers[info.fingerprint] = index.open_quantizer(storage.read_bytes(storage.join(info.uri, QUANTIZER)))
+        _open_quantizers[info.fingerprint] = read_quantizer(info.uri)
     return _open_quantizers[info.fingerprint]
+
+
+def read_quantizer(uri: str) -> Any:
+    """The coarse quantizer of the index stage in a directory."""
+    return index.quantizer_of(index.centroids_of(index.deserialize(storage.read_bytes(storage.join(uri, QUANTIZER)))))
 
 
 def _spread(found: tuple[np.ndarray, np.ndarray], rows: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:

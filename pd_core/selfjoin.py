@@ -52,7 +52,7 @@ def find_neighbors(
     blocks = [b for b in make_blocks(features, settings.block_rows) if any(name not in done for name in b)]
     join = ray.remote(_join_block).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
     rows_done = sum(part.rows for part in done.values())
-    asked, sent = 0, 0
+    asked = sent = 0
     with (
         search.open_pool(info, now, index_settings) as pool,
         cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,

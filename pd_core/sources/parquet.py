@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import posixpath
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pd_core import storage
 from pd_core.config import DataSettings
 from pd_core.errors import UserError
 from pd_core.images import BadImage, Reason
@@ -70,7 +72,7 @@ def open_columns(source: Source) -> Columns:
 @contextmanager
 def _open(store: Store, name: str) -> Iterator[pq.ParquetFile]:
     with stores.explained(store, name):
-        file = store.open(name)
+        file = store.open(name, time.sleep)
     with file:
         try:
             parquet_file = _parquet(file)
@@ -86,7 +88,8 @@ def _parquet(file: object) -> pq.ParquetFile:
 
 
 def _line(error: BaseException) -> str:
-    return names.printable(" ".join(str(error).split()))[:200]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # without the path
+    return names.printable(" ".join(text.split()))[:200]
 
 
 def _resolve(schema: pa.Schema, settings: DataSettings, where: str) -> Columns:
@@ -234,8 +237,8 @@ def read(store: Store, settings: DataSettings, rows: pa.Table, sleep: Sleep) -> 
             start = stop
 
 
-def _unreadable(error: BaseException | str) -> BadImage:
-    return BadImage(Reason.UNREADABLE, error if isinstance(error, str) else _line(error))
+def _unreadable(text: str) -> BadImage:
+    return BadImage(Reason.UNREADABLE, text)
 
 
 @dataclass(frozen=True)
@@ -251,12 +254,19 @@ class _Reader:
         """The images at these rows of the file, which ascend."""
         assert all(a < b for a, b in itertools.pairwise(offsets))
         try:
-            file = self.store.open(self.name)
+            file = self.store.open(self.name, self.sleep)
         except OSError as error:
-            yield from [_unreadable(error)] * len(offsets)
+            yield from [self._lost(error)] * len(offsets)
             return
         with file:
             yield from self._opened(file, offsets)
+
+    def _lost(self, error: Exception, where: str = "") -> BadImage:
+        """What becomes of the images behind an error; it is raised if it says nothing of the file."""
+        # pyarrow's own complaints about the content are OSErrors without a number
+        if isinstance(error, OSError) and error.errno is not None and not self.store.lost(error):
+            raise storage.explain(error, names.printable(f"{self.store.uri}/{self.name}")) from error
+        return _unreadable(where + _line(error))
 
     def _opened(self, opened: BinaryIO, offsets: Sequence[int]) -> Iterator[bytes | BadImage]:
         try:
@@ -264,7 +274,7 @@ class _Reader:
             if self.settings.image_column not in file.schema_arrow.names:
                 raise pa.ArrowInvalid("the image column is gone: the file has changed since it was listed")
         except _CORRUPT as error:
-            yield from [_unreadable(error)] * len(offsets)
+            yield from [self._lost(error)] * len(offsets)
             return
         start = done = 0
         for group in range(file.metadata.num_row_groups):
@@ -286,7 +296,7 @@ class _Reader:
             except pa.ArrowMemoryError:
                 raise
             except _CORRUPT as error:
-                yield from [_unreadable(f"row group {group} is corrupt: {_line(error)}")] * (len(rows) - done)
+                yield from [self._lost(error, f"row group {group} is corrupt: ")] * (len(rows) - done)
                 return
             inside = [row - position for row in rows[done:] if row < position + len(batch)]
             yield from self._values(batch, inside)

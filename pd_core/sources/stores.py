@@ -11,7 +11,6 @@ import errno
 import io
 import os
 import stat
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +81,7 @@ def explained(store: Local | S3, name: str = "") -> Iterator[None]:
 
 
 def retrying(call: Callable[[], Result], transient: Callable[[BaseException], bool], sleep: Sleep) -> Result:
-    """`call()`, again after each of RETRY_DELAYS_S while its OSError is transient."""
+    """`call()`, again after each of RETRY_DELAYS_S while its error is transient."""
     for delay_s in RETRY_DELAYS_S:
         try:
             return call()
@@ -173,13 +172,9 @@ class Local:
         """
         for span in spans:
             try:
-                yield retrying(
-                    partial(self._read, span, limit_bytes),
-                    lambda error: isinstance(error, OSError) and error.errno not in _LOST_FILE,
-                    sleep,
-                )
+                yield retrying(partial(self._read, span, limit_bytes), _passing, sleep)
             except OSError as error:
-                if error.errno not in {*_LOST_FILE, errno.EIO}:  # EIO that stays is a bad sector
+                if not self.lost(error):
                     raise storage.explain(error, names.printable(self._path(span.name))) from error
                 yield BadImage(Reason.UNREADABLE, error.strerror or type(error).__name__)
 
@@ -198,9 +193,21 @@ class Local:
             os.close(descriptor)
         return data if len(data) == size else _shorter(len(data), size)
 
-    def open(self, name: str) -> BinaryIO:
+    def lost(self, error: OSError) -> bool:
+        """Whether an error is of this one file; any other is of the disk or the network, and ends the run."""
+        return error.errno in _LOST_FILE or error.errno == errno.EIO  # EIO that stays is a bad sector
+
+    def open(self, name: str, sleep: Sleep) -> BinaryIO:
         """A seekable file. Raises OSError."""
-        return Path(self._path(name)).open("rb")
+
+        def opened() -> BinaryIO:
+            return Path(self._path(name)).open("rb")
+
+        return retrying(opened, _passing, sleep)
+
+
+def _passing(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno not in _LOST_FILE
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:
@@ -319,17 +326,20 @@ class S3:
             more["ContinuationToken"] = page["NextContinuationToken"]
 
     async def _get(self, name: str, start: int, stop: int) -> bytes:
-        response = await self.fs._call_s3(
-            "get_object", Bucket=self.bucket, Key=self._key(name), Range=f"bytes={start}-{stop - 1}"
-        )
+        response = await self._object(name, start, stop)
         async with response["Body"] as body:
             return await body.read()
 
-    def _gather(self, calls: Sequence[Awaitable[bytes]]) -> list[bytes | BaseException]:
-        async def all_of_them() -> list[bytes | BaseException]:
-            return await asyncio.gather(*calls, return_exceptions=True)
+    async def _size(self, name: str) -> int:
+        # not HEAD, whose answer to a refusal has no body to say why
+        response = await self._object(name, 0, 1)
+        response["Body"].close()
+        return int(response["ContentRange"].rpartition("/")[2])
 
-        return fsspec.asyn.sync(self.fs.loop, all_of_them)
+    async def _object(self, name: str, start: int, stop: int) -> dict[str, Any]:
+        return await self.fs._call_s3(
+            "get_object", Bucket=self.bucket, Key=self._key(name), Range=f"bytes={start}-{stop - 1}"
+        )
 
     def fetch(self, spans: Sequence[Span], limit_bytes: int, sleep: Sleep) -> Iterator[bytes | BadImage]:
         """As Local.fetch: concurrent requests, at most about GROUP_BYTES at a time; neighbors share a request."""
@@ -347,34 +357,57 @@ class S3:
                 yield result
 
     def _answers(self, requests: Sequence[_Request], sleep: Sleep) -> list[bytes | BaseException]:
-        """Bytes or the settled error of each request. Raises RunError or UserError for what concerns all of them."""
-        answers: list[bytes | BaseException] = [b""] * len(requests)
-        open_ones = list(range(len(requests)))
+        calls = [partial(self._get, request.name, request.start, request.stop) for request in requests]
+        return self._settle(calls, [request.name for request in requests], sleep)
+
+    def _settle(
+        self, calls: Sequence[Callable[[], Awaitable[Result]]], called: Sequence[str], sleep: Sleep
+    ) -> list[Result | BaseException]:
+        """The result of each call, or the error that says its object is lost; all run at the same time.
+
+        Raises:
+            UserError, RunError: for an error that concerns more than its object, after the retries it deserves.
+        """
+        answers: dict[int, Result | BaseException] = {}
+        left = list(range(len(calls)))
         for delay_s in (*RETRY_DELAYS_S, None):
-            calls = [self._get(requests[i].name, requests[i].start, requests[i].stop) for i in open_ones]
-            for i, answer in zip(open_ones, self._gather(calls), strict=True):
-                answers[i] = answer
-            open_ones = [i for i in open_ones if isinstance(e := answers[i], BaseException) and not _settled(e)]
-            if not open_ones:
-                return answers
-            error = next(e for i in open_ones if isinstance(e := answers[i], BaseException))
-            if delay_s is None or not _transient(error):
+            answers.update(zip(left, self._gather([calls[i] for i in left]), strict=True))
+            errors = {i: e for i in left if isinstance(e := answers[i], BaseException) and not _settled(e)}
+            if not errors:
+                return [answers[i] for i in range(len(calls))]
+            left = list(errors)
+            lasting = [i for i, error in errors.items() if delay_s is None or not _transient(error)]
+            if lasting:
+                error = errors[lasting[0]]
                 if isinstance(error, self.errors):
-                    raise storage.explain(
-                        error, f"{self.uri}/{names.printable(requests[open_ones[0]].name)}"
-                    ) from error
+                    raise storage.explain(error, f"{self.uri}/{names.printable(called[lasting[0]])}") from error
                 raise error
+            assert delay_s is not None
             sleep(delay_s)
-        raise AssertionError("unreachable")
+        raise AssertionError("the last round returns or raises")
 
-    def open(self, name: str) -> BinaryIO:
-        """A seekable file with read-ahead. Raises OSError and botocore's errors."""
-        size = self._call("head_object", Key=self._key(name))["ContentLength"]
-        return io.BufferedReader(_S3File(self, name, size), REMOTE_BLOCK_BYTES)
+    def _gather(self, calls: Sequence[Callable[[], Awaitable[Result]]]) -> list[Result | BaseException]:
+        async def all_of_them() -> list[Result | BaseException]:
+            return await asyncio.gather(*(call() for call in calls), return_exceptions=True)
 
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes start..stop (exclusive) of an object that has them. Raises OSError if it is lost, else RunError."""
-        answer = self._answers([_Request(name, start, stop, [])], time.sleep)[0]
+        return fsspec.asyn.sync(self.fs.loop, all_of_them)
+
+    def lost(self, error: OSError) -> bool:
+        """Whether an error is of this one object; any other is of the store, and ends the run."""
+        return _settled(error)
+
+    def open(self, name: str, sleep: Sleep) -> BinaryIO:
+        """A seekable file with read-ahead. Raises OSError if the object is lost, else UserError or RunError."""
+        (size,) = self._settle([partial(self._size, name)], [name], sleep)
+        if isinstance(size, BaseException):
+            if not _beyond_end(size):
+                raise size
+            size = 0
+        return io.BufferedReader(_S3File(self, name, size, sleep), REMOTE_BLOCK_BYTES)
+
+    def read_range(self, name: str, start: int, stop: int, sleep: Sleep) -> bytes:
+        """Bytes start..stop (exclusive) of an object that has them. Raises as `open`."""
+        (answer,) = self._answers([_Request(name, start, stop, [])], sleep)
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -431,8 +464,9 @@ def _cut(span: Span, request: _Request, answer: bytes | BaseException, limit_byt
 class _S3File(io.RawIOBase):
     """An object as an unbuffered file."""
 
-    def __init__(self, store: S3, name: str, size: int) -> None:
-        self._store, self._name, self._size, self._position = store, name, size, 0
+    def __init__(self, store: S3, name: str, size: int, sleep: Sleep) -> None:
+        self._store, self._name, self._size, self._sleep = store, name, size, sleep
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -449,7 +483,7 @@ class _S3File(io.RawIOBase):
         stop = min(self._position + len(buffer), self._size)
         if stop <= self._position:
             return 0
-        data = self._store.read_range(self._name, self._position, stop)
+        data = self._store.read_range(self._name, self._position, stop, self._sleep)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

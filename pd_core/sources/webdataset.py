@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,7 +157,7 @@ def _label_extension(source: Source) -> str | None:
 
 
 def _scan_entry(store: Store, name: str, max_members: int | None = None) -> Tar:
-    with stores.explained(store, name), store.open(name) as file:
+    with stores.explained(store, name), store.open(name, time.sleep) as file:
         return scan(file, names.printable(f"{store.uri}/{name}"), max_members)
 
 
