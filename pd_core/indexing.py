@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -323,11 +322,13 @@ def _exact(
     stage: storage.Stage, queries: Any, query_ids: np.ndarray, groups: Sequence[Sequence[str]], k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Exact neighbors of the calibration queries over all rows, streamed: distances, ids, and the cells they lie in."""
-    exact = _task(functools.partial(_exact_in_group, stage, k + 1))
+    exact = _task(_exact_in_group)
     best: tuple[np.ndarray, np.ndarray] | None = None
     cell_of_id: dict[int, int] = {}
     with cluster.progress("index: recall", len(groups), "groups") as bar:
-        for _, (distances, found, cells) in cluster.bounded(lambda g: exact.remote(queries, g), groups, 2):
+        for _, (distances, found, cells) in cluster.bounded(
+            lambda g: exact.remote(stage, k + 1, queries, g), groups, 2
+        ):
             cell_of_id.update(zip(found.ravel().tolist(), cells.ravel().tolist(), strict=True))
             best = (distances, found) if best is None else knn.merge_topk([best, (distances, found)], k + 1)
             bar.update(1)

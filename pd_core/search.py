@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -158,8 +158,14 @@ def search(
         best = found if best is None else knn.merge_topk([best, found], wanted)
     assert best is not None
     distances, ids = knn.merge_topk([best], k, exclude_ids)
-    if not np.isfinite(distances).all():
-        raise RunError("search: a query found fewer than k rows in the cells it probes; lower --index.cells")
+    short = np.flatnonzero(~np.isfinite(distances[:, -1]))
+    if len(short) and not pool.info.exact:  # its cells hold fewer than k rows: such a query is compared with every row
+        everywhere = replace(pool, info=replace(pool.info, nprobe=0))
+        own = None if exclude_ids is None else exclude_ids[short]
+        distances[short], ids[short], more = search(everywhere, queries[short], k, own)
+        sent += more.rows_sent
+    elif len(short):
+        raise RunError(f"search: the index holds fewer than k = {k} other rows")
     return distances, ids, Traffic(len(queries), sent)
 
 

@@ -65,13 +65,13 @@ def test_quantizer_is_as_good_as_plain_faiss():
 
 
 def test_more_cells_than_rows_is_refused():
-    with pytest.raises(UserError, match="index.cells is 11 for 10 rows"):
+    with pytest.raises(UserError, match=r"index\.cells is 11 for 10 rows"):
         ix.train_quantizer(clustered(10), 11, seed=0)
 
 
 def test_pq_bytes_must_divide_and_the_message_names_the_nearest():
     features = clustered(400)
-    with pytest.raises(UserError, match="pq_bytes 7 does not divide 24 dimensions; set it to (6|8)"):
+    with pytest.raises(UserError, match=r"pq_bytes 7 does not divide 24 dimensions; set it to (6|8)"):
         ix.train_template("ivf_pq", DIM, features[:4], features, pq_bytes=7)
 
 
