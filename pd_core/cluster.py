@@ -27,6 +27,8 @@ ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": 20, "max_task_retries": 5}
 # A task that mostly waits for storage or for actors claims little, so that it never keeps a computing actor off a core.
 IO_CPUS = 0.25
 DECODE_CPUS = 0.5
+START_ATTEMPTS = 4
+FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,15 @@ def connect() -> Cluster:
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
             ) from None
         return _describe(local=False)
-    ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)
+            break
+        except Exception as error:  # Ray has no type for it: a node that a busy machine did not start within 30 s
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
+                raise
+            say("ray: the machine is busy and did not start a cluster within 30 s; trying again")
     return _describe(local=True)
 
 
@@ -116,14 +126,25 @@ def extractor_pool(
     per_gpu = gpus if gpus is not None else (1.0 if cluster.gpus else 0.0)
     if per_gpu:
         fits = int(cluster.gpus / per_gpu) or 1
-        return actors or 1, actors or fits, 1.0, per_gpu
+        return actors or 1, actors or fits, _claim(cluster, actors or fits, 1), per_gpu
     fits = int(computing_cpus(cluster) // cpus) or 1
-    return (actors or 1), (actors or fits), float(cpus), 0.0
+    return (actors or 1), (actors or fits), _claim(cluster, actors or fits, cpus), 0.0
 
 
-def search_actors(cluster: Cluster, actors: int | None, cpus: int, shards: int) -> int:
-    """Search processes: as many as asked for or as fit, never more than shards."""
-    return min(shards, actors or int(computing_cpus(cluster) // cpus) or 1)
+def _claim(cluster: Cluster, actors: int, cpus: int) -> float:
+    """CPUs that each actor claims: `cpus`, or less where that would leave nothing for the tasks that feed the actors.
+
+    Actors that fill the cluster starve their own input, a silent deadlock; that they share cores only makes them slower.
+    """
+    free = max(cluster.cpus - FEED_CPUS, cluster.cpus / 2) / actors
+    share = min(float(cpus), free)
+    return float(int(share)) if share >= 1 else round(share, 3)
+
+
+def search_actors(cluster: Cluster, actors: int | None, cpus: int, shards: int) -> tuple[int, float]:
+    """Number of search processes and CPUs each: as many as asked for or as fit, never more than shards."""
+    count = min(shards, actors or int(computing_cpus(cluster) // cpus) or 1)
+    return count, _claim(cluster, count, cpus)
 
 
 def bounded(submit: Callable[[Any], Any], items: Iterable[Any], in_flight: int) -> Iterator[tuple[Any, Any]]:

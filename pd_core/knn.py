@@ -44,8 +44,8 @@ Found = tuple[np.ndarray, np.ndarray]  # Euclidean distances float32 [m, k] asce
 class ShardSearch:
     """Exact search within the cells a query probes (or within all rows), in shards held in memory.
 
-    Memory beyond the rows: per thread CHUNK_QUERIES·(D + 6·(k + SPARE))·4 bytes, one block of scores and one of rows;
-    8 bytes per (query, probe) of a call.
+    Memory beyond the rows, about: per thread CHUNK_QUERIES·(5·D + 10·(k + SPARE) + 12·probes)·4 bytes, one block of
+    scores and one of rows; per call 16 bytes per (query, probe). Nothing grows with the number of pairs compared.
 
     Args:
         rows: of index.open_rows or index.flat_rows.
@@ -368,8 +368,11 @@ def exact_search(
 Z_95 = 1.6448536269514722  # one-sided 95%
 TIE = 1e-6  # relative; distances of two paths to one pair differ by float32 rounding at most
 
-PAIR_COST_RATIO = 1.5
-"""Time per pair of search_cells over time per pair of search_all, as benchmarks measured them on 2 CPU cores (D = 384)."""
+# Cost in pairs of search_all, measured on 2 CPU cores at N = 20k to 50k, D = 384, k = 20 where the two searches cost the
+# same (a quarter of the rows scanned): small products and gathered queries make a pair of search_cells dearer; the
+# coarse step keeps a long list of cells per query.
+PAIR_COST_RATIO = 3.0
+COARSE_COST_RATIO = 5.0
 
 
 def neighbor_ranks(neighbor_cells: np.ndarray, probes_ranked: np.ndarray) -> np.ndarray:
@@ -458,7 +461,7 @@ def relative_cost(scanned: float, rows: int, cells: int) -> float:
         rows: N.
         cells: number of cells.
     """
-    return scanned * PAIR_COST_RATIO + cells / rows
+    return scanned * PAIR_COST_RATIO + COARSE_COST_RATIO * cells / rows
 
 
 @dataclass(frozen=True)

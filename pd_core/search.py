@@ -107,9 +107,9 @@ def open_pool(info: IndexInfo, now: cluster.Cluster, settings: IndexSettings) ->
     """Search actors for a while; shard s is held by actor s modulo their number."""
     import ray
 
-    count = cluster.search_actors(now, settings.actors, settings.actor_cpus, info.shards)
+    count, cpus = cluster.search_actors(now, settings.actors, settings.actor_cpus, info.shards)
     actor = ray.remote(_Searcher).options(
-        num_cpus=settings.actor_cpus, num_gpus=1 if now.gpus >= count else 0, **cluster.ACTOR_OPTIONS
+        num_cpus=cpus, num_gpus=1 if now.gpus >= count else 0, **cluster.ACTOR_OPTIONS
     )
     owned = [range(first, info.shards, count) for first in range(count)]
     pool = SearchPool(info, tuple(actor.remote(info, list(shards), settings.actor_cpus) for shards in owned))

@@ -359,7 +359,7 @@ def test_scan_fraction_and_cost():
     assert knn.scan_fraction(probes, rows) == pytest.approx(0.5)
     assert knn.relative_cost(1.0, 100, 4) >= 1  # scanning everything cell by cell never pays
     assert knn.relative_cost(0.05, 100_000, 1265) < 1
-    assert knn.relative_cost(0.5, 100, 4) == pytest.approx(0.5 * knn.PAIR_COST_RATIO + 0.04)
+    assert knn.relative_cost(0.5, 100, 4) == pytest.approx(0.5 * knn.PAIR_COST_RATIO + 0.04 * knn.COARSE_COST_RATIO)
 
 
 def test_recall_and_error_by_hand():
