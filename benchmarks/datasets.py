@@ -83,34 +83,52 @@ def repeat_files(files: Sequence[Path], rows: int, folder: Path, per_folder: int
 
 
 def clusters(
-    rows: int, count: int, latent_dim: int, separation: float, dim: int = DIM, noise: float = 0.05, seed: int = 0
+    rows: int,
+    count: int,
+    latent_dim: int,
+    separation: float,
+    shared: bool = False,
+    dim: int = DIM,
+    noise: float = 0.05,
+    seed: int = 0,
 ) -> np.ndarray:
-    """A mixture of Gaussians, each on an affine subspace of its own, plus isotropic noise: float32 [rows, dim].
+    """A mixture of Gaussians on affine subspaces, plus isotropic noise: float32 [rows, dim].
 
-    x = m_j + B_j z + noise·e with j uniform, z and e standard normal, B_j orthonormal [dim, latent_dim] and uniform, and
-    m_j normal with E‖m_j‖² = separation²·latent_dim. Rows are independent, so any slice is a sample of the mixture.
+    x = m_j + B_j z + noise·e with j uniform, z and e standard normal, B_j orthonormal [dim, latent_dim]. Each cluster has
+    a subspace of its own and E‖m_j‖² = separation²·latent_dim over all dim directions; or all share one subspace, B_j = B,
+    and their centres lie in it. Rows are independent, so any slice is a sample of the same mixture.
 
     Args:
         rows: N.
         count: of clusters.
         latent_dim: of the subspaces.
         separation: distance of two centres over that of two points of one cluster (root mean square).
+        shared: one subspace for all.
         dim: D.
         noise: standard deviation in each of the D directions; 1 within the subspace.
         seed: of everything.
     """
     rng = np.random.default_rng(seed)
-    centers = rng.standard_normal((count, dim)) * separation * np.sqrt(latent_dim / dim)
+    basis = _orthonormal(rng, dim, latent_dim)
+    if shared:
+        centers = rng.standard_normal((count, latent_dim)) @ basis.T * separation
+    else:
+        centers = rng.standard_normal((count, dim)) * separation * np.sqrt(latent_dim / dim)
     x = np.empty((rows, dim), np.float32)
     members = rng.integers(count, size=rows)
     order = np.argsort(members, kind="stable")
     bounds = np.searchsorted(members[order], np.arange(count + 1))
     for j in range(count):
         own = order[bounds[j] : bounds[j + 1]]
-        basis, _ = np.linalg.qr(rng.standard_normal((dim, latent_dim)))
+        if not shared:
+            basis = _orthonormal(rng, dim, latent_dim)
         z = rng.standard_normal((len(own), latent_dim))
         x[own] = centers[j] + z @ basis.T + noise * rng.standard_normal((len(own), dim))
     return x
+
+
+def _orthonormal(rng: np.random.Generator, dim: int, columns: int) -> np.ndarray:
+    return np.linalg.qr(rng.standard_normal((dim, columns)))[0]
 
 
 def save_clusters(path: str, **parameters: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,6 @@ def run(
     features: storage.Artifact,
     settings: IndexSettings,
     density: DensitySettings,
-    now: cluster.Cluster,
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Build what is missing of the index; returns the parts and totals to commit.
 
@@ -89,7 +87,6 @@ def run(
         features: their commit record.
         settings: from `stage_of`, resolved.
         density: k.
-        now: the cluster.
 
     Raises:
         UserError: the target recall is out of reach.
@@ -113,7 +110,7 @@ def run(
         settings.cells,
         tuple(owners.tolist()),
     )
-    facts |= {"cells": settings.cells} | _calibrate(stage, info, groups, settings, density.k, now)
+    facts |= {"cells": settings.cells} | _calibrate(stage, info, groups, settings, density.k)
     return list(stage.finished_parts().values()), facts
 
 
@@ -270,7 +267,6 @@ def _calibrate(
     groups: Sequence[Sequence[str]],
     settings: IndexSettings,
     k: int,
-    now: cluster.Cluster,
 ) -> dict[str, Any]:
     """Choose nprobe for the target recall by exact search on a sample, and measure what it gives."""
     import ray
@@ -302,8 +298,7 @@ def _calibrate(
             f"index: recall {settings.target_recall} needs {nprobe} of {cells} cells per query ({scanned:.0%} of the rows); "
             "use --index.kind auto or flat, or lower --index.target_recall"
         )
-    with search.open_pool(replace(info, nprobe=nprobe), now, settings) as pool:
-        distances, found, _ = search.search(pool, queries, k, query_ids)
+    distances, found = _approximate(info, queries, query_ids, ranked[:, :nprobe], k)
     measured = knn.recall_and_error(exact_ids, exact_distances, found, distances)
     if measured.recall < settings.target_recall:
         raise UserError(
@@ -316,6 +311,28 @@ def _calibrate(
         "mean_distance_relative_error": measured.mean_relative_error,
         "max_distance_relative_error": measured.max_relative_error,
     }
+
+
+def _approximate(
+    info: search.IndexInfo, queries: np.ndarray, query_ids: np.ndarray, probes: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a search of the probed cells finds, shard by shard in tasks: no search process has to start for it."""
+    import ray
+
+    shared = ray.put((queries, probes))
+    probe = _task(_probe_shard)
+    best: tuple[np.ndarray, np.ndarray] | None = None
+    for _, part in cluster.bounded(lambda s: probe.remote(info.uri, s, shared, k + 1), range(info.shards), 2):
+        best = part if best is None else knn.merge_topk([best, part], k + 1)
+    assert best is not None
+    return knn.merge_topk([best], k, query_ids)
+
+
+def _probe_shard(uri: str, shard: int, shared: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    queries, probes = shared
+    return knn.ShardSearch.open([storage.read_bytes(storage.join(uri, search.shard_name(shard)))]).search_cells(
+        queries, probes, k
+    )
 
 
 def _exact(

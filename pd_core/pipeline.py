@@ -133,7 +133,7 @@ def _build(run: Run, source: sources.Source) -> None:
     indexing_stage, index_settings = indexing.stage_of(output, featured, settings.index, settings.density)
     indexed = run.stage(
         indexing_stage,
-        lambda: indexing.run(indexing_stage, featuring.uri, featured, index_settings, settings.density, now),
+        lambda: indexing.run(indexing_stage, featuring.uri, featured, index_settings, settings.density),
     )
     info = search.open_index(indexing_stage.uri)
 
