@@ -1,0 +1,114 @@
+"""`ray job submit` against `ray start --head`, with the workflow's own defaults of a job: nothing installed by hand."""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+
+pytestmark = pytest.mark.slow  # a head with a dashboard takes 10 s, a job 15 s more, on top of the workflow
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A head node of our own; its processes are ended by pid, never through `ray stop`."""
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    log = (tmp_path / "head.log").open("w")
+    ports = free_ports(3)
+    process = subprocess.Popen(
+        [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=4",
+            f"--port={ports[0]}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={ports[1]}",
+            f"--ray-client-server-port={ports[2]}",
+        ],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{ports[1]}"
+    deadline = time.monotonic() + 120
+    ready = [RAY, "job", "list", "--address", address]
+    while subprocess.run(ready, env=environment, capture_output=True).returncode != 0:
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+        time.sleep(1)
+    yield address, environment
+    family = [process_of(process.pid), *process_of(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=30)
+    for one in left:
+        one.kill()
+    log.close()
+
+
+def process_of(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
+
+
+def free_ports(count: int) -> list[int]:
+    import socket
+
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def submit(head, *argv):
+    address, environment = head
+    return subprocess.run(
+        [
+            RAY,
+            "job",
+            "submit",
+            "--address",
+            address,
+            "--working-dir",
+            str(tiny.ROOT),
+            "--",
+            sys.executable,
+            "workflows/build_index.py",
+            *argv,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def test_a_job_runs_the_workflow(head, tmp_path):
+    images, checkpoint = tiny.write_images(tmp_path / "images"), tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+    done = submit(head, *tiny.arguments(images, checkpoint, tmp_path / "out", "--no-tracking.enabled"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "run.json").exists()
+    assert re.search(r"ray: 4 CPUs and 0 GPUs at ", done.stdout)
+
+
+def test_a_job_with_bad_input_fails_with_the_line(head, tmp_path):
+    done = submit(head, "--data.source=/nowhere/at/all", f"--output={tmp_path / 'out'}")
+    assert done.returncode != 0
+    assert "error: /nowhere/at/all: no such file or directory" in done.stdout + done.stderr

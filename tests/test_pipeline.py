@@ -1,0 +1,280 @@
+"""The whole workflow on a real Ray cluster: conservation, resume after kills, actor counts, refusals."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.ROOT / "workflows"))
+import build_index  # noqa: E402
+
+from pd_core import cluster, errors, storage  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    return tiny.write_images(root / "images"), tiny.write_checkpoint(root / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    with cluster.session("") as now:
+        yield now
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, ray_cluster, tmp_path_factory):
+    """One run from start to end, nothing killed."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run(*inputs, output) == 0
+    return output
+
+
+def run(images, checkpoint, output, *more, tracking=False):
+    argv = tiny.arguments(images, checkpoint, output, *more)
+    return errors.exit_code(lambda: build_index.main(argv if tracking else [*argv, "--no-tracking.enabled"]))
+
+
+def rows(output, stage):
+    return pq.ParquetDataset(sorted(str(f) for f in (output / stage).glob("*.parquet"))).read()
+
+
+def test_listed_is_features_plus_quarantine_and_every_key_is_there_once(undisturbed):
+    features, quarantine = rows(undisturbed, "features"), rows(undisturbed, "quarantine")
+    keys = features["key"].to_pylist() + quarantine["key"].to_pylist()
+    assert sorted(keys) == sorted(tiny.files())
+    assert features.num_rows == tiny.GOOD
+    reasons = dict(zip(quarantine["key"].to_pylist(), quarantine["reason"].to_pylist(), strict=True))
+    assert reasons == {"broken/empty.png": "empty", "broken/text.jpg": "not_an_image", "broken/cut.png": "truncated"}
+    totals = json.loads((undisturbed / "features" / "artifact.json").read_text())["totals"]
+    assert (totals["listed"], totals["rows"], totals["quarantined"]) == (153, 150, 3)
+
+
+def test_features_are_those_of_timm_itself(undisturbed, inputs):
+    import safetensors.torch
+    import timm
+    import torch
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    images, checkpoint = inputs
+    model = timm.create_model(tiny.MODEL, num_classes=3)
+    model.load_state_dict(safetensors.torch.load_file(checkpoint))
+    model.reset_classifier(0)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    table = rows(undisturbed, "features").slice(0, 24)
+    with torch.inference_mode():
+        batch = torch.stack([transform(Image.open(images / key).convert("RGB")) for key in table["key"].to_pylist()])
+        expected = model.eval()(batch).numpy()
+    found = np.array(table["feature"].to_pylist(), np.float32)
+    # other memory format and batch size: convolutions sum in another order; a few hundred terms of relative 6e-8 each
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_labels_and_order_are_kept_to_the_densities(undisturbed):
+    features, densities = rows(undisturbed, "features"), rows(undisturbed, "densities")
+    for name in ("sample_id", "key", "label"):
+        assert densities[name].equals(features[name])
+    assert densities["label"].to_pylist() == [key.split("/")[0] for key in densities["key"].to_pylist()]
+    assert abs(np.mean(densities["density"].to_numpy()) - 1) < 1e-9
+
+
+def test_the_report_and_the_run_record_are_there(undisturbed):
+    page = (undisturbed / "report" / "index.html").read_text()
+    assert "153 listed" in page and "not_an_image" in page and page.count("data:image") > 10
+    record = json.loads((undisturbed / "run.json").read_text())
+    assert set(record["stages"]) == {"listing", "features", "index", "neighbors", "densities", "estimator", "report"}
+
+
+def test_the_predictor_loads_without_ray(undisturbed):
+    from pd_core import estimator
+
+    predictor = estimator.load(undisturbed / "estimator")
+    features = np.array(rows(undisturbed, "features")["feature"].to_pylist(), np.float32)
+    assert np.isfinite(predictor.predict(features).density).all()
+
+
+def test_the_same_command_again_does_nothing(undisturbed, inputs):
+    before = {f: f.stat().st_mtime_ns for f in undisturbed.rglob("*") if f.suffix in (".parquet", ".faiss", ".html")}
+    assert run(*inputs, undisturbed) == 0
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+
+
+@pytest.mark.parametrize("actors", [1, 4])
+def test_same_tables_with_other_numbers_of_actors(undisturbed, inputs, tmp_path, actors):
+    output = tmp_path / "out"
+    assert run(*inputs, output, f"--features.actors={actors}", f"--index.actors={actors}") == 0
+    assert tiny.tables(output) == tiny.tables(undisturbed)
+
+
+def test_a_killed_extractor_changes_nothing(undisturbed, inputs, tmp_path):
+    output = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill_an_extractor_once_parts_arrive():
+        while not killed:
+            time.sleep(0.05)
+            if not list(output.glob("features/_parts/*.json")):
+                continue
+            for process in psutil.process_iter(["cmdline"]):
+                name = " ".join(process.info["cmdline"] or [])
+                if name.startswith("ray::MapWorker(MapBatches(_ExtractBatch))") and is_ours(process):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            if (output / "features" / "artifact.json").exists():
+                return
+
+    killer = threading.Thread(target=kill_an_extractor_once_parts_arrive)
+    killer.start()
+    code = run(*inputs, output, "--features.actors=1")
+    killer.join()
+    assert killed and code == 0
+    assert tiny.tables(output) == tiny.tables(undisturbed)
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Whether a process belongs to the cluster that this test session started."""
+    try:
+        return any(parent.pid == os.getpid() for parent in process.parents())
+    except psutil.NoSuchProcess:
+        return False
+
+
+KILL_POINTS = {
+    "features": "features/_parts/*.json",
+    "index": "index/started.json",
+    "neighbors": "neighbors/_parts/*.json",
+    "densities": "densities/_parts/*.json",
+    "estimator": "estimator/started.json",
+}
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["features", *(pytest.param(p, marks=pytest.mark.slow) for p in ("index", "neighbors", "densities", "estimator"))],
+)
+def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, inputs, tmp_path, point):
+    output = tmp_path / "out"
+    argv = tiny.arguments(*inputs, output, "--no-tracking.enabled")
+    first = tiny.start(*argv)
+    deadline = time.monotonic() + 240
+    while not list(output.glob(KILL_POINTS[point])) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert first.poll() is None, first.communicate()[0]
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert not (output / "run.json").exists()
+    done = {f: f.stat().st_mtime_ns for f in finished(output)}
+    assert run(*inputs, output) == 0
+    assert tiny.tables(output) == tiny.tables(undisturbed)
+    kept = [f for f, when in done.items() if f.stat().st_mtime_ns == when]
+    assert len(kept) == len(done), "a finished part was made again"
+
+
+def finished(output: Path) -> list[Path]:
+    """Parts whose record was written before the kill."""
+    records = output.glob("*/_parts/*.json")
+    return [record.parent.parent / record.name.removesuffix(".json") for record in records]
+
+
+def test_a_truncated_part_is_made_again(undisturbed, inputs, tmp_path):
+    output = tmp_path / "out"
+    assert run(*inputs, output) == 0
+    part = output / "features" / storage.part_name(2)
+    part.write_bytes(part.read_bytes()[:-100])
+    (output / "features" / "artifact.json").unlink()
+    assert run(*inputs, output) == 0
+    assert tiny.tables(output) == tiny.tables(undisturbed)
+
+
+def test_a_mostly_broken_source_stops_and_says_what_is_wrong(inputs, tmp_path, capsys, ray_cluster):
+    output = tmp_path / "out"
+    assert run(*inputs, output, "--data.max_bad_fraction=0.01") == 2
+    error = capsys.readouterr().err
+    assert "of 153 images are unusable" in error and "1 empty" in error and "raise the limit" in error
+    assert "Traceback" not in error
+    assert run(*inputs, output, "--data.max_bad_fraction=0.02") == 0  # goes on from there
+
+
+def test_other_settings_on_the_same_output_are_refused(undisturbed, inputs, capsys):
+    assert run(*inputs, undisturbed, "--density.k=6") == 2
+    error = capsys.readouterr().err
+    assert "k: 5 -> 6" in error and "--overwrite" in error
+
+
+def test_a_source_that_changed_is_noticed(inputs, tmp_path, capsys, ray_cluster):
+    images = tiny.write_images(tmp_path / "images")
+    assert run(images, inputs[1], tmp_path / "out", "--report.images=2") == 0
+    (images / "a" / "image 000.png").write_bytes(tiny.png(999))
+    assert run(images, inputs[1], tmp_path / "out", "--report.images=2") == 2
+    assert "state.hash" in capsys.readouterr().err
+
+
+def test_odd_file_names_pass_unharmed(inputs, tmp_path, ray_cluster):
+    names = [
+        "sp ace.png",
+        'quo"te.png',
+        "new\nline.png",
+        "übergröße.png",
+        "no extension",
+        "100%.png",
+        "wrong.txt.jpg",
+        "#?[x].png",
+    ]
+    names.append("x" * 250 + ".png")
+    root = tmp_path / "images"
+    root.mkdir()
+    for i, name in enumerate(names):
+        (root / name).write_bytes(tiny.png(i))
+    assert run(root, inputs[1], tmp_path / "out", "--data.labels=none", "--density.k=3") == 0
+    assert sorted(rows(tmp_path / "out", "densities")["key"].to_pylist()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--data.source=/nowhere/at/all"], "no such file or directory"),
+        (["--density.k=150"], "needs more than k images, found 150"),
+        (["--features.model=test_efficientnett"], "did you mean 'test_efficientnet"),
+        (["--features.model=test_resnet"], "not weights of test_resnet"),
+        (["--features.checkpoint=/nowhere.safetensors"], "not found"),
+        (["--data.labels=column:x"], "does not fit a directory source"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(inputs, tmp_path, capsys, ray_cluster, more, expected):
+    assert run(*inputs, tmp_path / "out", *more) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and expected in error[0], error
+
+
+def test_an_empty_source_is_refused(inputs, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    assert run(tmp_path / "images", inputs[1], tmp_path / "out") == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_a_folder_of_somebody_else_is_refused_as_output(inputs, tmp_path, capsys, ray_cluster):
+    (tmp_path / "out" / "features").mkdir(parents=True)
+    (tmp_path / "out" / "features" / "thesis.doc").write_bytes(b"precious")
+    assert run(*inputs, tmp_path / "out") == 2
+    assert "not of this program" in capsys.readouterr().err
+    assert (tmp_path / "out" / "features" / "thesis.doc").read_bytes() == b"precious"
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(inputs, tmp_path, capsys, ray_cluster):
+    assert run(*inputs, tmp_path / "out", "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "images:    153 listed" in text and "256 dimensions" in text and "5 parts of 32 images" in text
+    assert "time:" in text and "memory:" in text
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,66 @@
+"""build_index from a bucket to a bucket, on a real S3 server."""
+
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+sys.path.insert(0, str(tiny.ROOT / "workflows"))
+import build_index  # noqa: E402
+
+from pd_core import errors, storage  # noqa: E402
+
+
+@pytest.fixture
+def bucket(s3_environment):
+    name = s3_environment.make_bucket()
+    for key, data in tiny.files().items():
+        s3_environment.put(name, f"images/{key}", data)
+    return f"s3://{name}"
+
+
+def run(*argv):
+    return errors.exit_code(lambda: build_index.main(list(argv)))
+
+
+def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+    storage.write_bytes(f"{bucket}/models/tiny.safetensors", checkpoint.read_bytes())
+    weights = f"{bucket}/models/tiny.safetensors"
+    argv = tiny.arguments(f"{bucket}/images", weights, f"{bucket}/out")
+    assert run(*argv) == 0
+    printed = capsys.readouterr().out
+    assert "tracking: off" in printed and f"report: {bucket}/out/report/index.html" in printed
+    images = tiny.write_images(tmp_path / "images")
+    assert run(*tiny.arguments(images, weights, tmp_path / "out", "--no-tracking.enabled")) == 0
+    for stage in ("features", "quarantine", "densities"):
+        local = pq.ParquetDataset(sorted(str(f) for f in (tmp_path / "out" / stage).glob("*.parquet"))).read()
+        names = [name for name in sorted(storage.sizes(f"{bucket}/out/{stage}")) if name.endswith(".parquet")]
+        remote = [storage.read_table(f"{bucket}/out/{stage}/{name}") for name in names]
+        assert sum(table.num_rows for table in remote) == local.num_rows
+        assert [k for t in remote for k in t["key"].to_pylist()] == local["key"].to_pylist()
+    densities = [storage.read_table(f"{bucket}/out/densities/{n}")["density"].to_pylist() for n in names]
+    assert [d for part in densities for d in part] == local["density"].to_pylist()
+    assert run(*argv) == 0  # done: nothing is made again
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "credentials"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "credentials"),
+    ],
+)
+def test_wrong_credentials_are_one_line_and_exit_2(bucket, tmp_path, change, expected):
+    process = tiny.start(*tiny.arguments(f"{bucket}/images", "x", tmp_path / "out", "--no-tracking.enabled"), **change)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, text
+    line = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(line) == 1 and expected in line[0] and "wrong" not in line[0] and "Traceback" not in text
+
+
+def test_a_bucket_that_does_not_exist_is_one_line_and_exit_2(s3_environment, tmp_path, capsys):
+    assert run(*tiny.arguments("s3://no-such-bucket-here/x", "x", tmp_path / "out")) == 2
+    assert "no-such-bucket-here" in capsys.readouterr().err
