@@ -28,6 +28,8 @@ ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": 20, "max_task_retries": 5}
 IO_CPUS = 0.25
 DECODE_CPUS = 0.5
 START_ATTEMPTS = 4
+AUTOSCALED_ACTORS = 64  # replicas that the pool may ask an autoscaling cluster for
+SMALL_CPUS = 8  # a joined cluster up to this size is treated as one machine that does not grow
 FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
 
@@ -121,13 +123,17 @@ def extractor_pool(
 ) -> tuple[int, int, float, float]:
     """(fewest actors, most actors, CPUs each, GPUs each) of the feature stage.
 
-    Without `actors` the pool grows from 1 to what the cluster holds now; GPUs are used where there are any.
+    Without `actors` the pool grows from 1: on this machine to what fits, on a cluster that was joined as far as Ray Data
+    finds work and the autoscaler finds nodes. GPUs are used where there are any.
     """
     per_gpu = gpus if gpus is not None else (1.0 if cluster.gpus else 0.0)
     if per_gpu:
-        fits = int(cluster.gpus / per_gpu) or 1
+        fits = int(cluster.gpus / per_gpu) if cluster.local else max(int(cluster.gpus / per_gpu), AUTOSCALED_ACTORS)
+        fits = fits or 1
         return actors or 1, actors or fits, _claim(cluster, actors or fits, 1), per_gpu
     fits = int(computing_cpus(cluster) // cpus) or 1
+    if not cluster.local and cluster.cpus > SMALL_CPUS:
+        fits = max(fits, AUTOSCALED_ACTORS)
     return (actors or 1), (actors or fits), _claim(cluster, actors or fits, cpus), 0.0
 
 
@@ -136,8 +142,11 @@ def _claim(cluster: Cluster, actors: int, cpus: int) -> float:
 
     Actors that fill the cluster starve their own input, a silent deadlock; that they share cores only makes them slower.
     """
-    free = max(cluster.cpus - FEED_CPUS, cluster.cpus / 2) / actors
-    share = min(float(cpus), free)
+    if not cluster.local and (cluster.cpus < 1 or cluster.cpus >= actors * cpus + FEED_CPUS):
+        return float(cpus)  # what is missing is for the autoscaler to add, and it adds what is asked for
+    if not cluster.local and cluster.cpus > SMALL_CPUS:
+        return float(cpus)
+    share = min(float(cpus), max(cluster.cpus - FEED_CPUS, cluster.cpus / 2) / actors)
     return float(int(share)) if share >= 1 else round(share, 3)
 
 
@@ -158,12 +167,16 @@ def bounded(submit: Callable[[Any], Any], items: Iterable[Any], in_flight: int) 
     iterator = iter(items)
     for item in itertools.islice(iterator, in_flight):
         pending[submit(item)] = item
-    while pending:
-        (done,), _ = ray.wait(list(pending), num_returns=1)
-        item = pending.pop(done)
-        for following in itertools.islice(iterator, 1):
-            pending[submit(following)] = following
-        yield item, get(done)
+    try:
+        while pending:
+            (done,), _ = ray.wait(list(pending), num_returns=1)
+            item = pending.pop(done)
+            for following in itertools.islice(iterator, 1):
+                pending[submit(following)] = following
+            yield item, get(done)
+    finally:
+        for reference in pending:  # after an error nothing goes on writing
+            ray.cancel(reference)
 
 
 def get(reference: Any) -> Any:
@@ -175,6 +188,28 @@ def get(reference: Any) -> Any:
     except ray.exceptions.RayError as error:
         raise_cause(error)
         raise
+
+
+def in_flight() -> int:
+    """Tasks of one CPU worth keeping submitted: what the cluster holds now, and one more that waits."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1)) + 1
+
+
+def feasible_cpus(cpus: int) -> float:
+    """`cpus`, or as many as the largest node has: a task that fits on no node would wait for ever."""
+    import ray
+
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    return float(min(cpus, int(largest))) if largest >= 1 else float(cpus)
+
+
+def assigned_device() -> str:
+    """The torch device that Ray gave this worker; one that holds no GPU must not use those it can see."""
+    import ray
+
+    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
 
 
 def raise_cause(error: BaseException) -> None:

@@ -108,7 +108,7 @@ class IndexSettings(Section):
     cells: int | None = Field(None, gt=0, description="cells of the coarse quantizer (nlist); default 4*sqrt(N)")
     target_recall: float = Field(0.99, gt=0, le=1, description="recall@k that the self-join must reach")
     max_scan_fraction: float = Field(
-        0.9, gt=0, le=1, description="largest share of the cells a query may probe before the target is out of reach"
+        0.9, gt=0, le=1, description="largest mean share of the rows a query may scan before the target is out of reach"
     )
     train_rows_per_cell: int = Field(64, ge=39, description="training sample of the quantizer, rows per cell")
     calibration_queries: int = Field(1000, gt=0, description="rows searched exactly to measure recall and error")
@@ -149,6 +149,15 @@ class ReportSettings(Section):
     images: int = Field(32, gt=0, description="images in each grid")
     neighbors: int = Field(6, gt=0, description="images shown with their nearest neighbors")
     thresholds: list[str] = Field(["p20", "p50", "p80"], description="marked in the histogram; pNN or a density")
+
+    @field_validator("thresholds")
+    @classmethod
+    def _thresholds_form(cls, value: list[str]) -> list[str]:
+        from pd_core.density import parse_threshold
+
+        for text in value:
+            parse_threshold(text)
+        return value
 
 
 class TrackingSettings(Section):
@@ -193,6 +202,11 @@ class BuildIndexSettings(WorkflowSettings):
     estimator: EstimatorSettings = EstimatorSettings()
     report: ReportSettings = ReportSettings()
 
+    @property
+    def part_rows(self) -> int:
+        """Images per features part: whole batches."""
+        return -(-self.features.part_rows // self.features.batch_size) * self.features.batch_size
+
     @model_validator(mode="after")
     def _consistent(self) -> BuildIndexSettings:
         if self.density.exact and self.index.kind not in ("auto", "flat"):
@@ -208,7 +222,12 @@ class BuildIndexSettings(WorkflowSettings):
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "paper": {
-        "features": {"model": "vit_base_patch16_224", "preprocess": "paper", "precision": "fp32"},
+        # timm 0.5.4, which the authors used, knew these weights as vit_base_patch16_224; today that name means newer ones
+        "features": {
+            "model": "vit_base_patch16_224.augreg_in21k_ft_in1k",
+            "preprocess": "paper",
+            "precision": "fp32",
+        },
         "index": {"kind": "flat"},
         "density": {"k": 20, "volume_dim": 1.0, "exact": True},
         "estimator": {

@@ -40,6 +40,7 @@ DESCRIPTION_FILE = "predictor.json"
 WINDOW_ROWS = 131_072  # rows in memory at once while fitting: 0.4 GB of float32 features at D = 768
 HELDOUT_ROWS = 65_536  # held-out rows kept in memory; R2 and Spearman are then good to about 1/sqrt(65536) = 0.004
 CALIBRATION_ROWS = 5_000  # held-out rows returned for the calibration plot
+INPUT_SCALE_FLOOR = 0.01
 MIN_TRAIN_ROWS = 10
 MIN_HELDOUT_ROWS = 4
 _PREDICT_ROWS = 65_536
@@ -298,7 +299,7 @@ def fit(
     data = _scan(parts, settings, feature_dim, window_rows)
     if settings.standardize:
         predictor.feature_mean.copy_(torch.from_numpy(data.statistics.mean[:-1]))
-        predictor.feature_std.copy_(torch.from_numpy(data.statistics.std()[:-1]))
+        predictor.feature_std.copy_(torch.from_numpy(_input_scale(data.statistics.std()[:-1])))
         predictor.target_mean.fill_(data.statistics.mean[-1])
         predictor.target_std.fill_(data.statistics.std()[-1])
     predictor.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -308,6 +309,15 @@ def fit(
     true = data.heldout.log_density
     metrics = FitMetrics(calibration(true, predicted), data.statistics.count, data.n_heldout, best_epoch, tuple(losses))
     return FitResult(predictor.to("cpu"), metrics, true[:CALIBRATION_ROWS], predicted[:CALIBRATION_ROWS])
+
+
+def _input_scale(std: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divisors of the inputs: their standard deviations, held above a hundredth of the root mean square of all.
+
+    Backbones have units that are all but dead: divided by their own deviation, a held-out row that wakes one lies
+    thousands of deviations out and its prediction with it (docs/log.md has the figures).
+    """
+    return np.maximum(std, INPUT_SCALE_FLOOR * np.sqrt(np.mean(std**2)))
 
 
 def _train(
@@ -563,7 +573,7 @@ def _split_position(sample_id: NDArray[np.int64], part: int, settings: Estimator
     from (seed, part).
     """
     if settings.split == "hash":
-        return ids.uniform(sample_id, seed=0)
+        return ids.uniform(sample_id)
     return np.random.default_rng([settings.seed, 0, part]).random(len(sample_id))
 
 

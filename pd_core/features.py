@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_TASKS = 8192  # read tasks of one execution: the driver's plan stays this small for any number of images
 PARQUET_ROWS = 1024
-ROUNDS = 4  # executions that the stage tries when infrastructure fails and parts are still missing
+ROUNDS = 4  # executions that the stage tries when infrastructure fails and parts are missing
 
 
 # ---- the extractor ---------------------------------------------------------------------------------------------------
@@ -96,6 +96,11 @@ class Extractor:
             )
         self.spec = spec
         self.device = torch.device(device)
+        if self.device.type == "cuda":  # fp32 means fp32, and the same bits every time
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.deterministic = True
         self.model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         shape = (1, 3, 1, 1)
         self.mean = torch.tensor(spec.preprocess.mean, device=self.device).view(shape)
@@ -280,8 +285,10 @@ def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> i
 # ---- the stage -------------------------------------------------------------------------------------------------------
 
 
-def stage_of(output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, batch_size: int) -> storage.Stage:
-    """The features stage under `output`."""
+def stage_of(
+    output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, settings: FeatureSettings
+) -> storage.Stage:
+    """The features stage under `output`; batch size and threads are part of it, since they may move the last bits."""
     import PIL
 
     identity = {
@@ -293,7 +300,8 @@ def stage_of(output: str, listing: Listing, spec: ExtractorSpec, data: DataSetti
             "background": list(data.background),
             "pillow": PIL.__version__,
         },
-        "batch_size": batch_size,
+        "batch_size": settings.batch_size,
+        "threads": settings.actor_cpus,
     }
     return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
 
@@ -315,6 +323,12 @@ class Work:
         """Beside the features, of the same identity: what one has of an image the other has not."""
         uri = self.features.uri.removesuffix("features") + "quarantine"
         return replace(self.features, uri=uri, kind="quarantine", schema_version=schemas.VERSIONS["quarantine"])
+
+    def finished_parts(self) -> dict[str, storage.Part]:
+        """Parts of features/ that are in place together with their quarantined rows."""
+        done, quarantined = self.features.finished_parts(), self.quarantine.finished_parts()
+        bad = {name: sum(part.counts.values()) for name, part in done.items()}
+        return {n: p for n, p in done.items() if bad[n] == (quarantined[n].rows if n in quarantined else 0)}
 
     @property
     def rows_together(self) -> int:
@@ -351,7 +365,7 @@ def run(
     watch = storage.Stopwatch()
     max_bad = int(max_bad_fraction * work.listing.rows)
     parts = _complete(work, now, settings, max_bad)
-    reasons = _reasons(parts.values())
+    reasons = reasons_of(parts.values())
     stop_if_mostly_bad(reasons, work.listing.rows, max_bad, work.quarantine.uri)
     good, bad = sum(part.rows for part in parts.values()), sum(reasons.values())
     if good + bad != work.listing.rows:
@@ -361,9 +375,8 @@ def run(
         )
     if good == 0:
         raise UserError(f"{work.source.root}: none of the {bad} images is usable; see {work.quarantine.uri}")
-    kept = {name: part for name, part in work.quarantine.finished_parts().items() if parts[name].counts}
     quarantine = {"rows": bad, "reasons": reasons}
-    work.quarantine.commit(kept.values(), quarantine, {"quarantine": watch.seconds})
+    work.quarantine.commit(work.quarantine.finished_parts().values(), quarantine, {"quarantine": watch.seconds})
     totals = {
         "rows": good,
         "listed": work.listing.rows,
@@ -381,7 +394,7 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
     work.quarantine.begin(overwrite=True)  # the features stage has been begun: what lies here is its, or stale
     failure: Exception | None = None
     for _ in range(ROUNDS):
-        done = work.features.finished_parts()
+        done = work.finished_parts()
         missing = tuple(p for p in range(work.listing.parts) if storage.part_name(p) not in done)
         if not missing:
             return done
@@ -391,11 +404,9 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
         except ray.exceptions.RayError as error:
             cluster.raise_cause(error)
             failure = error
-            left = work.listing.parts - len(work.features.finished_parts())
+            left = work.listing.parts - len(work.finished_parts())
             cluster.say(f"features: {type(error).__name__}; {left} of {before} parts still to do, trying again")
-            if left == before:
-                break
-    done = work.features.finished_parts()
+    done = work.finished_parts()
     if len(done) == work.listing.parts:
         return done
     raise RunError(
@@ -407,7 +418,7 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
 def _execute(
     work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int, done: Mapping[str, storage.Part]
 ) -> None:
-    bad = _reasons(done.values())
+    bad = reasons_of(done.values())
     stop_if_mostly_bad(bad, work.listing.rows, max_bad, work.quarantine.uri)
     rows_done = sum(part.rows + sum(part.counts.values()) for part in done.values())
     with cluster.progress("features", work.listing.rows, "images", rows_done) as bar:
@@ -425,16 +436,17 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
     fewest, most, cpus, gpus = cluster.extractor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
     batches = work.batches()
     together = max(1, work.rows_together // work.batch_size, -(-batches // MAX_TASKS))
-    numbers = ray.data.range(batches, override_num_blocks=-(-batches // together))
+    numbers = ray.data.range(batches, override_num_blocks=-(-batches // together))  # fused with the decoding
     decoded = numbers.map_batches(
         functools.partial(_decode, work), batch_size=None, batch_format="pyarrow", num_cpus=cluster.DECODE_CPUS
     )
     extracted = decoded.map_batches(
         _ExtractBatch,
-        fn_constructor_args=(work.spec, settings.actor_cpus, gpus > 0),
+        fn_constructor_args=(work.spec, settings.actor_cpus),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
@@ -514,10 +526,16 @@ def _decode_batch(work: Work, part: int, first_row: int, contents: Sequence[byte
 class _ExtractBatch:
     """Ray Data actor: a decoded batch to its features."""
 
-    def __init__(self, spec: ExtractorSpec, threads: int, gpu: bool) -> None:
-        self.extractor = Extractor(spec, "cuda" if gpu else "cpu", threads)
+    def __init__(self, spec: ExtractorSpec, threads: int) -> None:
+        self.failure: UserError | RunError | None = None
+        try:
+            self.extractor = Extractor(spec, cluster.assigned_device(), threads)
+        except (UserError, RunError) as error:  # an actor that dies in its constructor would take the reason with it
+            self.failure = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self.failure is not None:
+            raise self.failure
         assert batch.num_rows == 1, batch.num_rows
         spec = self.extractor.spec
         columns = {name: batch[name].combine_chunks().flatten() for name in _BATCH.names[3:]}
@@ -579,6 +597,8 @@ def _write_part(work: Work, rows: pa.Table) -> pa.Table:
         for reason in table["reason"].to_pylist():
             reasons[reason] = reasons.get(reason, 0) + 1
         work.quarantine.write_table(name, table, reasons)
+    else:  # an attempt that died may have left rows here that this one could read
+        work.quarantine.drop_part(name)
     good = pa.array(~bad)
     schema = schemas.features(work.spec.feature_dim, work.listing.metadata)
     columns = {**{c: listed[c] for c in listed.column_names}, **{c: rows[c] for c in rows.column_names}}
@@ -587,7 +607,8 @@ def _write_part(work: Work, rows: pa.Table) -> pa.Table:
     return pa.table({"rows": [rows.num_rows], "quarantined": [json.dumps(reasons)]})
 
 
-def _reasons(parts: Any) -> dict[str, int]:
+def reasons_of(parts: Iterable[storage.Part]) -> dict[str, int]:
+    """Quarantined images by reason, added up over features parts."""
     total: dict[str, int] = {}
     for part in parts:
         for reason, count in part.counts.items():

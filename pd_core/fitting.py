@@ -40,7 +40,7 @@ def run(
     """Fit in one Ray task that streams the parts; returns the parts and totals to commit."""
     import ray
 
-    task = ray.remote(_fit).options(num_cpus=settings.threads, **cluster.TASK_OPTIONS)
+    task = ray.remote(_fit).options(num_cpus=cluster.feasible_cpus(settings.threads), **cluster.TASK_OPTIONS)
     names = [part.name for part in densities.parts]
     cluster.say(f"estimator: fitting to {densities.rows} rows")
     totals = cluster.get(task.remote(stage, features_uri, densities_uri, names, feature_dim, settings))
@@ -58,7 +58,7 @@ def _fit(
     def loader(name: str) -> estimator.LoadPart:
         return lambda: _load(features_uri, densities_uri, name)
 
-    result = estimator.fit([loader(name) for name in names], settings, feature_dim=feature_dim)
+    result = estimator.fit([loader(name) for name in names], settings, feature_dim=feature_dim, device="cpu")
     for name, data in estimator.to_bytes(result.predictor, result.metrics).items():
         stage.write_part(name, data, 0)
     heldout = {

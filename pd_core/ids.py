@@ -13,7 +13,9 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def uniform(sample_id: np.ndarray, seed: int) -> np.ndarray:
-    """One number in [0, 1) for each id: float64 [N]. Other seeds give independent numbers."""
-    start = splitmix64(np.array([seed], dtype=np.uint64))
-    return (splitmix64(sample_id.astype(np.uint64) ^ start) >> np.uint64(11)).astype(np.float64) / 2.0**53
+def uniform(sample_id: np.ndarray, seed: int | None = None) -> np.ndarray:
+    """One number in [0, 1) for each id: float64 [N]. Other seeds give other numbers; None is the plain hash of the id."""
+    state = sample_id.astype(np.uint64)
+    if seed is not None:
+        state ^= splitmix64(np.array([seed], dtype=np.uint64))
+    return (splitmix64(state) >> np.uint64(11)).astype(np.float64) / 2.0**53

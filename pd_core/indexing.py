@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from pd_core.errors import UserError
 from pd_core.features import load_features
 
 FLAT_ROWS = 20_000  # below, exact search costs seconds and a quantizer is not worth training
+SHARDS_AT_ONCE = 16  # shards whose rows are in the object store together, a GiB each at the default size
 GROUP_ROWS = 65_536  # rows that one task of this stage reads
 
 
@@ -61,6 +63,7 @@ def stage_of(
             "auto": settings.kind == "auto",
             "k": density.k,
             "seed": settings.seed,
+            "threads": settings.actor_cpus,  # k-means sums per thread
         }
     if kind == "ivf_pq":
         identity["pq_bytes"] = settings.pq_bytes
@@ -119,6 +122,8 @@ def _groups(uri: str, features: storage.Artifact) -> Iterator[list[str]]:
     group: list[str] = []
     rows = 0
     for part in features.parts:
+        if part.rows == 0:
+            continue
         group.append(storage.join(uri, part.name))
         rows += part.rows
         if rows >= GROUP_ROWS:
@@ -131,7 +136,7 @@ def _groups(uri: str, features: storage.Artifact) -> Iterator[list[str]]:
 def _task(function: Any, **options: Any) -> Any:
     import ray
 
-    return ray.remote(function).options(num_cpus=1, **{**cluster.TASK_OPTIONS, **options})
+    return ray.remote(function).options(**{"num_cpus": 1, **cluster.TASK_OPTIONS, **options})
 
 
 def load_group(group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +160,9 @@ def _fill_flat(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: 
     runs = np.array_split(np.arange(len(parts)), settings.shards)
     build = _task(_build_flat)
     with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
-        for _ in cluster.bounded(lambda s: build.remote(stage, s, [parts[p] for p in runs[s]]), wanted, 2):
+        for _ in cluster.bounded(
+            lambda s: build.remote(stage, s, [parts[p] for p in runs[s]]), wanted, cluster.in_flight()
+        ):
             bar.update(1)
 
 
@@ -176,7 +183,8 @@ def _train(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: Inde
     sample = _task(_sample)
     picked = [sample.remote(group, settings.seed, min(1.0, wanted / rows)) for group in groups]
     cluster.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
-    return _task(_train_template).remote(stage, settings, *picked)
+    train = _task(_train_template, num_cpus=cluster.feasible_cpus(settings.actor_cpus))
+    return train.remote(stage, settings, *picked)
 
 
 def _sample(group: Sequence[str], seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -206,6 +214,13 @@ def _fill_cells(
     stage: storage.Stage, groups: Sequence[Sequence[str]], template: Any, settings: IndexSettings
 ) -> np.ndarray:
     """Count rows per cell, deal the cells to shards, send every row to its shard; returns the shard of each cell."""
+    import ray
+
+    done = stage.finished_parts()
+    names = [search.CELLS, *(search.shard_name(s) for s in range(settings.shards or 0))]
+    if all(name in done for name in names):
+        table = json.loads(storage.read_bytes(storage.join(stage.uri, search.CELLS)))
+        return np.array(table["shard_of_cell"], dtype=np.int32)
     assert settings.shards is not None and settings.cells is not None
     assign = _task(_assign, num_returns=2)
     with cluster.progress("index: cells", len(groups), "groups") as bar:
@@ -217,22 +232,28 @@ def _fill_cells(
             counts += cluster.get(count)
             bar.update(1)
     owners = index.assign_cells(index.centroids_of(index.deserialize(cluster.get(template))), counts, settings.shards)
-    done = stage.finished_parts()
     table = {"shard_of_cell": owners.tolist(), "rows_of_cell": counts.tolist()}
     if search.CELLS not in done:
         stage.write_part(search.CELLS, storage.canonical(table).encode(), 0)
     wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
-    if not wanted:
-        return owners
-    deal = _task(_deal, num_returns=len(wanted))
-    dealt = [deal.remote(group, numbers, owners, wanted) for group, numbers in zip(groups, cells, strict=True)]
-    pieces = [[d] for d in dealt] if len(wanted) == 1 else dealt
     build = _task(_build_shard)
+    shared = ray.put(owners)
     with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
-        order = list(range(len(wanted)))
-        for _ in cluster.bounded(lambda i: build.remote(stage, wanted[i], template, *[p[i] for p in pieces]), order, 2):
-            bar.update(1)
+        for first in range(0, len(wanted), SHARDS_AT_ONCE):
+            some = wanted[first : first + SHARDS_AT_ONCE]
+            deal = _task(_deal, num_returns=len(some))
+            dealt = [deal.remote(group, numbers, shared, some) for group, numbers in zip(groups, cells, strict=True)]
+            pieces = [[d] for d in dealt] if len(some) == 1 else dealt
+            submit = functools.partial(_submit_build, build, stage, template, some, pieces)
+            for _ in cluster.bounded(submit, range(len(some)), cluster.in_flight()):
+                bar.update(1)
     return owners
+
+
+def _submit_build(
+    build: Any, stage: storage.Stage, template: Any, shards: Sequence[int], pieces: Sequence[Any], number: int
+) -> Any:
+    return build.remote(stage, shards[number], template, *[piece[number] for piece in pieces])
 
 
 def _assign(template: bytes, group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -322,7 +343,9 @@ def _approximate(
     shared = ray.put((queries, probes))
     probe = _task(_probe_shard)
     best: tuple[np.ndarray, np.ndarray] | None = None
-    for _, part in cluster.bounded(lambda s: probe.remote(info.uri, s, shared, k + 1), range(info.shards), 2):
+    for _, part in cluster.bounded(
+        lambda s: probe.remote(info.uri, s, shared, k + 1), range(info.shards), cluster.in_flight()
+    ):
         best = part if best is None else knn.merge_topk([best, part], k + 1)
     assert best is not None
     return knn.merge_topk([best], k, query_ids)
@@ -330,9 +353,8 @@ def _approximate(
 
 def _probe_shard(uri: str, shard: int, shared: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
     queries, probes = shared
-    return knn.ShardSearch.open([storage.read_bytes(storage.join(uri, search.shard_name(shard)))]).search_cells(
-        queries, probes, k
-    )
+    data = storage.read_bytes(storage.join(uri, search.shard_name(shard)))
+    return knn.ShardSearch.open([data], device="cpu").search_cells(queries, probes, k)
 
 
 def _exact(
@@ -348,6 +370,7 @@ def _exact(
         ):
             cell_of_id.update(zip(found.ravel().tolist(), cells.ravel().tolist(), strict=True))
             best = (distances, found) if best is None else knn.merge_topk([best, (distances, found)], k + 1)
+            cell_of_id = {i: cell_of_id[i] for i in best[1].ravel().tolist()}  # only what is still among the nearest
             bar.update(1)
     assert best is not None
     distances, found = knn.merge_topk([best], k, query_ids)
@@ -358,7 +381,7 @@ def _exact_in_group(
     stage: storage.Stage, k: int, queries: np.ndarray, group: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sample_id, features = load_group(group)
-    distances, found = knn.exact_search(queries, [(sample_id, features)], k)
+    distances, found = knn.exact_search(queries, [(sample_id, features)], k, device="cpu")
     quantizer = search.read_quantizer(stage.uri)
     order = np.argsort(sample_id)
     at = order[np.searchsorted(sample_id, np.where(found < 0, sample_id[0], found), sorter=order)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +25,14 @@ from pd_core import (
     tracking,
 )
 from pd_core.config import BuildIndexSettings
-from pd_core.errors import UserError
+from pd_core.errors import RunError, UserError
+
+Made = tuple[Iterable[storage.Part], Mapping[str, Any]]
+Make = Callable[[], Made]
 
 RUN = "run.json"
 REPORT = "index.html"
+STAGES = ("listing", "features", "index", "neighbors", "densities", "estimator", "report")
 
 
 def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.Source]:
@@ -38,6 +43,10 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     """
     if not settings.output:
         raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
+    if set(settings.output) & set("*?[]"):
+        raise UserError(
+            f"--output {settings.output}: must hold none of * ? [ ], which stores take for patterns; rename it"
+        )
     settings = settings.model_copy(update={"output": storage.absolute(settings.output)})
     return settings, sources.open_source(settings.data)
 
@@ -78,14 +87,19 @@ class Run:
     tracker: tracking.Tracker
     artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
 
-    def stage(
-        self, stage: storage.Stage, make: Callable[[], tuple[Iterable[storage.Part], Mapping[str, Any]]]
-    ) -> storage.Artifact:
+    def stage(self, stage: storage.Stage, make: Make) -> storage.Artifact:
         """Complete a stage inside a tracked run of its own."""
-        with self.tracker.stage(stage.kind) as nested:
-            artifact = stage.complete(make, self.settings.overwrite)
+        with self.tracker.stage(stage.kind) as nested, failures(stage.kind, stage.uri):
+            artifact = stage.complete(lambda: self._make(stage.kind, make), self.settings.overwrite)
             self.done(stage.uri, artifact, nested)
         return artifact
+
+    def _make(self, kind: str, make: Make) -> Made:
+        """What was made of an older state of this stage is finished no more; then make the stage."""
+        for later in STAGES[STAGES.index(kind) + 1 :]:
+            storage.delete_file(storage.join(self.output, later, storage.ARTIFACT))
+        storage.delete_file(storage.join(self.output, RUN))
+        return make()
 
     def done(self, uri: str, artifact: storage.Artifact, nested: tracking.Tracker) -> None:
         """Remember and track a finished stage."""
@@ -120,13 +134,16 @@ class Run:
 def _build(run: Run, source: sources.Source) -> None:
     settings, output, now = run.settings, run.output, run.now
     describing = features.describe_remotely(settings.features)  # loads the model while the source is listed
-    with run.tracker.stage("listing") as nested:
-        listed, artifact = listing.run(source, output, part_rows(settings), settings.overwrite)
+    with run.tracker.stage("listing") as nested, failures("listing", source.root):
+        listed, artifact = listing.run(source, output, settings.part_rows, settings.overwrite)
         run.done(listed.uri, artifact, nested)
         nested.dataset("images", source.root, listed.fingerprint, "source", {"rows": listed.rows})
-    spec: features.ExtractorSpec = cluster.get(describing)
+    if settings.density.k >= listed.rows:
+        raise UserError(f"--density.k {settings.density.k}: needs more than k images, found {listed.rows}; lower k")
+    with failures("features", output):
+        spec: features.ExtractorSpec = cluster.get(describing)
 
-    featuring = features.stage_of(output, listed, spec, settings.data, settings.features.batch_size)
+    featuring = features.stage_of(output, listed, spec, settings.data, settings.features)
     work = features.Work(source, listed, spec, limits_of(settings), settings.features.batch_size, featuring)
     featured = run.stage(featuring, lambda: features.run(work, now, settings.features, settings.data.max_bad_fraction))
 
@@ -167,10 +184,26 @@ def _build(run: Run, source: sources.Source) -> None:
     run.stage(reporting_stage, lambda: reporting.run(reporting_stage, output, inputs))
 
 
-def part_rows(settings: BuildIndexSettings) -> int:
-    """Images per part: whole batches."""
-    batch = settings.features.batch_size
-    return -(-settings.features.part_rows // batch) * batch
+@contextmanager
+def failures(stage: str, uri: str) -> Iterator[None]:
+    """Turn what storage and cluster raise inside a stage into one line with the next step."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cluster.raise_cause(error)
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, OSError):
+            raise storage.explain(cause, uri) from error
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise  # a defect of this program keeps its traceback
+        line = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
+        ) from error
+    except OSError as error:
+        raise storage.explain(error, uri) from error
 
 
 def limits_of(settings: BuildIndexSettings) -> images.DecodeLimits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from pd_core import cluster, density, fitting, ids, images, report, schemas, sources, storage
 from pd_core.config import BuildIndexSettings, to_yaml
+from pd_core.features import reasons_of
 from pd_core.listing import Listing
 
 SAMPLE_ROWS = 1_000_000  # densities that histogram and label quantiles are drawn from
@@ -75,7 +76,7 @@ def _gather(output: str, inputs: Inputs) -> report.ReportData:
     pictures = _Pictures(inputs, chosen)
     totals = inputs.densities.totals
     quantiles = np.asarray(totals["density_quantiles"])
-    quarantined = _add_up(inputs.features.parts)
+    quarantined = reasons_of(inputs.features.parts)
     extractor = inputs.features.totals["extractor"]
     return report.ReportData(
         title="Pseudo density",
@@ -234,15 +235,18 @@ def _thumbnails(inputs: Inputs, wanted: set[int]) -> dict[int, bytes]:
 
 
 def _labels(chosen: _Chosen) -> list[report.LabelRow]:
-    labels = chosen.sample["label"].to_numpy(zero_copy_only=False)
-    densities = chosen.sample["density"].to_numpy()
+    order = pc.sort_indices(chosen.sample, sort_keys=[("label", "ascending")])
+    ordered = chosen.sample.take(order)
+    ordered = ordered.filter(pc.is_valid(ordered["label"]))
+    runs = pc.value_counts(ordered["label"].combine_chunks()).to_pylist()
+    ends = np.cumsum([run["counts"] for run in runs]).astype(np.int64)
+    densities = ordered["density"].to_numpy()
     rows = []
-    for label in sorted(chosen.label_counts):
-        inside = densities[labels == label]
-        if len(inside):
-            p10, p50, p90 = np.percentile(inside, [10, 50, 90])
-            mean = chosen.label_sums[label] / chosen.label_counts[label]
-            rows.append(report.LabelRow(label, chosen.label_counts[label], mean, float(p10), float(p50), float(p90)))
+    for run, end in zip(runs, ends, strict=True):
+        label = run["values"]
+        p10, p50, p90 = np.percentile(densities[end - run["counts"] : end], [10, 50, 90])
+        mean = chosen.label_sums[label] / chosen.label_counts[label]
+        rows.append(report.LabelRow(label, chosen.label_counts[label], mean, float(p10), float(p50), float(p90)))
     return rows
 
 
@@ -274,14 +278,6 @@ def _calibration(output: str, estimator: storage.Artifact) -> report.Calibration
         n_holdout=estimator.totals["n_heldout"],
         more=facts,
     )
-
-
-def _add_up(parts: Sequence[storage.Part]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for part in parts:
-        for reason, count in part.counts.items():
-            total[reason] = total.get(reason, 0) + count
-    return total
 
 
 def _examples(output: str, features: storage.Artifact) -> list[tuple[str, str, str]]:

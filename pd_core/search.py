@@ -78,7 +78,7 @@ class _Searcher:
 
     def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int) -> None:
         files = [storage.read_bytes(storage.join(info.uri, shard_name(shard))) for shard in shards]
-        self.rows = knn.ShardSearch.open(files, threads=threads)
+        self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
 
     def search(self, queries: np.ndarray, probes: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Within the probed cells that are held here, or within all rows."""

@@ -6,7 +6,7 @@ second needs numbers of the whole set, the normaliser c and the ranks, and write
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,19 +49,21 @@ def find_neighbors(
     import ray
 
     done = stage.finished_parts()
-    blocks = [b for b in make_blocks(features, settings.block_rows) if any(name not in done for name in b)]
-    join = ray.remote(_join_block).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
+    blocks = make_blocks(features, settings.block_rows)
+    todo = [(block, [n for n in block if n not in done]) for block in blocks if any(n not in done for n in block)]
+    join: Any = ray.remote(_join_block).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
     rows_done = sum(part.rows for part in done.values())
     asked = sent = 0
     with (
         search.open_pool(info, now, index_settings) as pool,
         cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
     ):
-        submit = lambda block: join.remote(stage, pool, features_uri, block, settings.k)  # noqa: E731
-        for _, traffic in cluster.bounded(submit, blocks, len(pool.actors) + 1):
+        submit = lambda item: join.remote(stage, pool, features_uri, *item, settings.k)  # noqa: E731
+        for _, traffic in cluster.bounded(submit, todo, len(pool.actors) + 1):
             bar.update(traffic.queries)
-            asked, sent = asked + traffic.queries, sent + traffic.rows_sent
-    totals = {"rows": features.rows, "k": settings.k, "dim": info.dim, "nprobe": info.nprobe}
+            asked += traffic.queries
+            sent += traffic.rows_sent
+    totals: dict[str, Any] = {"rows": features.rows, "k": settings.k, "dim": info.dim, "nprobe": info.nprobe}
     if asked:  # of this call: a resumed run did not move what it found done
         totals["rows_sent_per_query"] = round(sent / asked, 4)
     return list(stage.finished_parts().values()), totals
@@ -78,8 +80,14 @@ def make_blocks(features: storage.Artifact, block_rows: int) -> list[list[str]]:
 
 
 def _join_block(
-    stage: storage.Stage, pool: search.SearchPool, features_uri: str, names: Sequence[str], k: int
+    stage: storage.Stage,
+    pool: search.SearchPool,
+    features_uri: str,
+    names: Sequence[str],
+    missing: Collection[str],
+    k: int,
 ) -> search.Traffic:
+    """Search a whole block, always the same, and write those of its parts that are missing."""
     loaded = [load_features(storage.join(features_uri, name)) for name in names]
     sample_ids = [table["sample_id"].to_numpy() for table, _ in loaded]
     queries = np.concatenate([features for _, features in loaded])
@@ -88,6 +96,9 @@ def _join_block(
     start = 0
     for name, sample_id in zip(names, sample_ids, strict=True):
         stop = start + len(sample_id)
+        if name not in missing:
+            start = stop
+            continue
         columns = [
             pa.array(sample_id),
             pa.FixedSizeListArray.from_arrays(pa.array(neighbor_ids[start:stop].reshape(-1)), k),
@@ -126,7 +137,7 @@ def write_densities(
     write = ray.remote(_write_group).options(**options)
     with cluster.progress("densities", len(names), "parts", len(done)) as bar:
         submit = lambda group: write.remote(stage, neighbors_uri, features_uri, group, settings, totals, ranks)  # noqa: E731
-        for group, _ in cluster.bounded(submit, [group for group in wanted if group], 4):
+        for group, _ in cluster.bounded(submit, [group for group in wanted if group], cluster.in_flight()):
             bar.update(len(group))
     parts = stage.finished_parts()
     return [parts[name] for name in names], totals | {"k": settings.k, "volume_dim": settings.volume_dim}
@@ -168,20 +179,24 @@ def _write_group(
     totals: Mapping[str, Any],
     ranks: np.ndarray,
 ) -> None:
-    for name in names:
-        neighbors, distances = _distances(neighbors_uri, name, settings.k)
+    tables = [_distances(neighbors_uri, name, settings.k) for name in names]
+    means = [density.mean_knn_distance(distances) for _, distances in tables]
+    floored, _ = density.apply_distance_floor(np.concatenate(means), totals["distance_floor"])
+    every = density.log_pseudo_density(floored, settings.volume_dim, totals["log_normalizer"])
+    cuts = np.cumsum([len(mean) for mean in means])[:-1]
+    percentiles = np.split(density.percentile_of(every, ranks), cuts)  # once per group: it checks all N ranks
+    log_densities = np.split(every, cuts)
+    rows = zip(names, tables, means, log_densities, percentiles, strict=True)
+    for name, (neighbors, _), mean, log_density, percentile in rows:
         described = storage.read_table(storage.join(features_uri, name), without=["feature"])
         assert described["sample_id"].equals(neighbors["sample_id"]), name
-        mean = density.mean_knn_distance(distances)
-        floored, _ = density.apply_distance_floor(mean, totals["distance_floor"])
-        log_density = density.log_pseudo_density(floored, settings.volume_dim, totals["log_normalizer"])
         columns = {
             **{column: described[column] for column in described.column_names},
             **{column: neighbors[column] for column in neighbors.column_names},
             "mean_knn_distance": pa.array(mean),
             "log_density": pa.array(log_density),
             "density": pa.array(density.density_of(log_density)),
-            "percentile": pa.array(density.percentile_of(log_density, ranks)),
+            "percentile": pa.array(percentile),
         }
         metadata = described.schema.field(schemas.METADATA).type if schemas.METADATA in described.column_names else None
         schema = schemas.densities(settings.k, metadata)

@@ -16,6 +16,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,6 +30,7 @@ from pd_core.errors import RunError, UserError
 ARTIFACT = "artifact.json"
 STARTED = "started.json"
 RECORDS = "_parts"
+READERS = 16  # threads that read records
 
 
 # ---- URIs ------------------------------------------------------------------------------------------------------------
@@ -128,11 +130,11 @@ def sizes(uri: str) -> dict[str, int]:
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
 
-def delete(uri: str) -> None:
-    """Delete a directory and all in it; nothing there is fine."""
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing there is fine."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -268,11 +270,19 @@ class Stage:
                     f"{self.uri}: holds {self.kind} made with other settings or input ({what}); "
                     "choose another --output or pass --overwrite"
                 )
-            delete(self.uri)
+            self._clear()
         elif other is None and exists(self.uri) and sizes(self.uri):
             raise UserError(f"{self.uri}: holds files that are not of this program; choose another --output")
         write_bytes(join(self.uri, STARTED), canonical(self.identity).encode())
         return None
+
+    def _clear(self) -> None:
+        """Delete the stage in an order that can break off anywhere: what is left is unfinished, and still known as ours."""
+        delete_file(join(self.uri, ARTIFACT))
+        for folder in (join(self.uri, RECORDS), self.uri):
+            for name in sorted(sizes(folder)):
+                if name != STARTED:
+                    delete_file(join(folder, name))
 
     def _started_identity(self) -> dict[str, Any] | None:
         try:
@@ -289,7 +299,8 @@ class Stage:
         if found != len(data):
             raise RunError(f"{uri}: wrote {len(data)} bytes and found {found}; run the same command again")
         part = Part(name, rows, len(data), sha256(data), dict(counts or {}))
-        write_bytes(join(self.uri, RECORDS, f"{name}.json"), canonical(dataclasses.asdict(part)).encode())
+        record = {"stage": self.fingerprint, "part": dataclasses.asdict(part)}
+        write_bytes(join(self.uri, RECORDS, f"{name}.json"), canonical(record).encode())
         return part
 
     def write_table(self, name: str, table: pa.Table, counts: Mapping[str, int] | None = None) -> Part:
@@ -297,16 +308,24 @@ class Stage:
         return self.write_part(name, table_bytes(table), table.num_rows, counts)
 
     def finished_parts(self) -> dict[str, Part]:
-        """Recorded parts whose file is in place with its recorded size; others are to be made again."""
-        records = sizes(join(self.uri, RECORDS))
-        names = [join(self.uri, RECORDS, name) for name in sorted(records)]
+        """Recorded parts whose file is in place with its recorded size; others are to be made again.
+
+        A record names its stage's fingerprint: what a late task of an earlier run writes here is not taken for ours.
+        """
+        names = sorted(sizes(join(self.uri, RECORDS)))
         if not names:
             return {}
-        fs, _ = filesystem(self.uri)
-        contents = fs.cat([filesystem(name)[1] for name in names])
+        with ThreadPoolExecutor(READERS) as readers:
+            contents = list(readers.map(lambda name: read_bytes(join(self.uri, RECORDS, name)), names))
+        records = [json.loads(content) for content in contents]
+        parts = [Part(**record["part"]) for record in records if record["stage"] == self.fingerprint]
         present = sizes(self.uri)
-        parts = [Part(**json.loads(content)) for content in contents.values()]
-        return {part.name: part for part in sorted(parts, key=lambda p: p.name) if present.get(part.name) == part.bytes}
+        return {part.name: part for part in parts if present.get(part.name) == part.bytes}
+
+    def drop_part(self, name: str) -> None:
+        """Forget a part and delete its file, if there is one."""
+        delete_file(join(self.uri, RECORDS, f"{name}.json"))
+        delete_file(join(self.uri, name))
 
     def commit(
         self,

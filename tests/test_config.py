@@ -32,7 +32,10 @@ def test_precedence_command_line_over_environment_over_yaml_over_preset_over_def
 
 def test_paper_preset_is_the_reference_of_the_paper():
     settings = load("--preset", "paper")
-    assert (settings.features.model, settings.features.preprocess) == ("vit_base_patch16_224", "paper")
+    assert (settings.features.model, settings.features.preprocess) == (
+        "vit_base_patch16_224.augreg_in21k_ft_in1k",
+        "paper",
+    )
     assert (settings.density.k, settings.density.volume_dim, settings.density.exact) == (20, 1.0, True)
     fit = settings.estimator
     assert (fit.hidden, fit.learning_rate, fit.batch_size, fit.epochs) == ((512, 256, 128), 1e-3, 64, 100)
@@ -74,6 +77,7 @@ def test_unknown_option_exits_2_with_one_line(argument, expected, capsys):
         (["--data.background", "1,2,300"], "0..255"),
         (["--density.exact", "--index.kind", "ivf_flat"], "drop density.exact"),
         (["--index.kind", "flat", "--index.cells", "8"], "index.cells"),
+        (["--report.thresholds", "p8o"], "p8o"),
         (["--config", "/nowhere/at/all.yaml"], "no such file"),
     ],
 )

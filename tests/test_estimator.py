@@ -72,6 +72,19 @@ def _is_heldout(rows: tuple[np.ndarray, ...], fraction: float = 0.2) -> np.ndarr
 # --- what it learns ----------------------------------------------------------------------------------------------------
 
 
+def test_a_unit_that_is_all_but_dead_does_not_spoil_held_out_rows():
+    sample_id, features, log_density = _rows(4000)
+    features[:, 6] = 3.0  # a dead unit ...
+    features[::50, 6] += 1e-3  # ... that hardly moves in the rows it was fitted on
+    wide = features.copy()
+    heldout = _is_heldout((sample_id,))
+    wide[heldout & (np.arange(len(wide)) % 7 == 0), 6] = 3.1  # and wakes up elsewhere
+    plain = _fit((sample_id, features, log_density), epochs=20).metrics.heldout
+    woken = _fit((sample_id, wide, log_density), epochs=20).metrics.heldout
+    assert plain.r2_log_density is not None and woken.r2_log_density is not None
+    assert plain.r2_log_density > 0.5 and woken.r2_log_density > plain.r2_log_density - 0.1
+
+
 @pytest.mark.parametrize("target", ["log_density", "density"])
 def test_it_recovers_a_smooth_function(target: str) -> None:
     result = _fit(_rows(6000), hidden=(64, 64), epochs=40, patience=10, target=target)

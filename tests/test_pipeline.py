@@ -15,9 +15,9 @@ import pytest
 import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "workflows"))
-import build_index  # noqa: E402
+import build_index
 
-from pd_core import cluster, errors, storage  # noqa: E402
+from pd_core import cluster, errors, storage
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_the_same_command_again_does_nothing(undisturbed, inputs):
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 
-@pytest.mark.parametrize("actors", [1, 4])
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_same_tables_with_other_numbers_of_actors(undisturbed, inputs, tmp_path, actors):
     output = tmp_path / "out"
     assert run(*inputs, output, f"--features.actors={actors}", f"--index.actors={actors}") == 0
@@ -188,6 +188,7 @@ def finished(output: Path) -> list[Path]:
     return [record.parent.parent / record.name.removesuffix(".json") for record in records]
 
 
+@pytest.mark.slow
 def test_a_truncated_part_is_made_again(undisturbed, inputs, tmp_path):
     output = tmp_path / "out"
     assert run(*inputs, output) == 0
@@ -213,6 +214,7 @@ def test_other_settings_on_the_same_output_are_refused(undisturbed, inputs, caps
     assert "k: 5 -> 6" in error and "--overwrite" in error
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_is_noticed(inputs, tmp_path, capsys, ray_cluster):
     images = tiny.write_images(tmp_path / "images")
     assert run(images, inputs[1], tmp_path / "out", "--report.images=2") == 0
@@ -232,7 +234,7 @@ def test_odd_file_names_pass_unharmed(inputs, tmp_path, ray_cluster):
         "wrong.txt.jpg",
         "#?[x].png",
     ]
-    names.append("x" * 250 + ".png")
+    names += ["x" * 250 + ".png", *(f"plain {i}.png" for i in range(20))]
     root = tmp_path / "images"
     root.mkdir()
     for i, name in enumerate(names):

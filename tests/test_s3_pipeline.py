@@ -7,9 +7,9 @@ import pytest
 import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "workflows"))
-import build_index  # noqa: E402
+import build_index
 
-from pd_core import errors, storage  # noqa: E402
+from pd_core import errors, storage
 
 
 @pytest.fixture
