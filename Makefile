@@ -68,7 +68,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'installing the versions of constraints.txt into $(VENV) (6 GB with torch and its CUDA libraries; minutes the first time)'
 ifneq ($(UV),)
 	'$(UV)' pip uninstall --quiet --python $(PY) faiss-$(OTHER_FAISS)
-	'$(UV)' pip install --python $(PY) --editable '.[$(FAISS),demo,dev]' --constraint constraints.txt
+	'$(UV)' pip install --compile-bytecode --python $(PY) --editable '.[$(FAISS),demo,dev]' --constraint constraints.txt
 else
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PY) -m pip uninstall --quiet --yes faiss-$(OTHER_FAISS)

@@ -43,7 +43,9 @@ def emoji() -> Path:
         raise MissingInputError(f"npm is not installed, and the images come out of its package {EMOJI}; install npm")
     CACHE.mkdir(parents=True, exist_ok=True)
     packed = subprocess.run(
-        [npm, "pack", EMOJI, "--ignore-scripts", "--json", "--pack-destination", str(CACHE)], capture_output=True, text=True
+        [npm, "pack", EMOJI, "--ignore-scripts", "--json", "--pack-destination", str(CACHE)],
+        capture_output=True,
+        text=True,
     )
     if packed.returncode:
         raise MissingInputError(f"npm pack {EMOJI} failed: {' '.join(packed.stderr.split())[-300:]}")
@@ -194,7 +196,9 @@ def _views(images: str | None, rows: int) -> Iterator[np.ndarray]:
 
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     digits = [
-        Image.fromarray(np.rint(d * 255 / 16).astype(np.uint8)).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+        Image.fromarray(np.rint(d * 255 / 16).astype(np.uint8))
+        .convert("RGB")
+        .resize((64, 64), Image.Resampling.BICUBIC)
         for d in load_digits().images
     ]
     pools = [photographs, digits]
@@ -217,8 +221,8 @@ def _over_white(path: Path) -> Any:
 def _view(pools: Sequence[Sequence[Any]], rng: np.random.Generator) -> np.ndarray:
     from PIL import Image
 
-    pool = pools[rng.integers(len(pools))]
-    image = pool[rng.integers(len(pool))]
+    pool = pools[int(rng.integers(len(pools)))]
+    image = pool[int(rng.integers(len(pool)))]
     short = min(image.size)
     side = rng.integers(32, 257) if short > 256 else rng.integers(round(0.4 * short), short + 1)
     left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)

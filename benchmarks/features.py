@@ -118,7 +118,7 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
         spec = _at(cluster.get(features.describe_remotely(settings)), px)
         opened = sources.open_source(data)
         listed, _ = listing.run(opened, output, PART, overwrite=False)
-        featuring = features.stage_of(output, listed, spec, data, BATCH)
+        featuring = features.stage_of(output, listed, spec, data, settings)
         work = features.Work(opened, listed, spec, _limits(data), BATCH, featuring)
         called = time.time()
         done = featuring.complete(lambda: features.run(work, now, settings, max_bad_fraction=0.0), overwrite=False)

@@ -14,18 +14,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 
 from pd_core import cluster, index, indexing, knn, schemas, search, selfjoin, storage
 from pd_core.config import DensitySettings, IndexSettings
-from pd_core.features import load_features
 
 K = 20
 THREADS = 2
 PART_ROWS = 4096
-TINY_ROWS = 32  # queries of a join that is all start-up
+TINY_ROWS, TINY_PARTS = 32, 4  # a join that is all start-up, in as many blocks
 WARM_UP = 64
 
 
@@ -40,23 +40,23 @@ def build(vectors: str, work: str) -> dict[str, Any]:
     """
     x = np.load(vectors, mmap_mode="r")
     featured = write_features(x, work, "features")
-    write_features(x[:TINY_ROWS], work, "tiny")
+    write_features(x[:TINY_ROWS], work, "tiny", TINY_ROWS // TINY_PARTS)
     watch = storage.Stopwatch()
-    with cluster.session(work) as now:
-        one = _build_index(work, featured, 1, now)
+    with cluster.session(work):
+        one = _build_index(work, featured, 1)
         seconds = watch.seconds
-        _build_index(work, featured, 2, now)
+        _build_index(work, featured, 2)
     return {"index": one.totals, "build_s": seconds, "auto_is_exact": _auto_is_exact(one.totals)}
 
 
-def write_features(x: np.ndarray, work: str, name: str) -> storage.Artifact:
+def write_features(x: np.ndarray, work: str, name: str, part_rows: int = PART_ROWS) -> storage.Artifact:
     """A committed features stage of the given rows; sample_id is the row's number."""
     n, dim = x.shape
     stage = storage.Stage(storage.join(work, name), "features", schemas.VERSIONS["features"], {"rows": n, "dim": dim})
     stage.begin(overwrite=False)
     schema = schemas.features(dim)
-    for part, start in enumerate(range(0, n, PART_ROWS)):
-        rows = np.ascontiguousarray(x[start : start + PART_ROWS], np.float32)
+    for part, start in enumerate(range(0, n, part_rows)):
+        rows = np.ascontiguousarray(x[start : start + part_rows], np.float32)
         ids = np.arange(start, start + len(rows))
         columns: dict[str, Any] = {
             "sample_id": pa.array(ids),
@@ -65,13 +65,15 @@ def write_features(x: np.ndarray, work: str, name: str) -> storage.Artifact:
             "width": pa.array(np.full(len(rows), 64, np.int32)),
             "height": pa.array(np.full(len(rows), 64, np.int32)),
             "label": pa.nulls(len(rows), pa.string()),
-            "feature": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), dim).cast(schema.field("feature").type),
+            "feature": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), dim).cast(
+                schema.field("feature").type
+            ),
         }
         stage.write_table(storage.part_name(part), pa.table(columns, schema=schema))
     return stage.commit(stage.finished_parts().values(), {"rows": n, "dim": dim}, {})
 
 
-def _build_index(work: str, featured: storage.Artifact, shards: int, now: cluster.Cluster) -> storage.Artifact:
+def _build_index(work: str, featured: storage.Artifact, shards: int) -> storage.Artifact:
     # every cell may be probed: whether the target is then worth its price is what the benchmark shows
     settings = IndexSettings(kind="ivf_flat", shards=shards, max_scan_fraction=1.0, actor_cpus=THREADS)
     density = DensitySettings(k=K)
@@ -81,7 +83,7 @@ def _build_index(work: str, featured: storage.Artifact, shards: int, now: cluste
     if shards > 1:  # the same quantizer, without training it again
         stage.write_part(search.QUANTIZER, trained.read_bytes(), 0)
     features = storage.join(work, "features")
-    return stage.complete(lambda: indexing.run(stage, features, featured, resolved, density, now), overwrite=False)
+    return stage.complete(lambda: indexing.run(stage, features, featured, resolved, density), overwrite=False)
 
 
 def index_folder(work: str, shards: int) -> str:
@@ -147,14 +149,16 @@ def faiss_ivf(vectors: str, work: str, nprobe: int, step: int, answers: str) -> 
     return {"seconds": seconds, "queries": len(queries)}
 
 
-def faiss_batch(vectors: str, work: str, nprobe: int, step: int, answers: str) -> dict[str, float]:
+def faiss_batch(
+    vectors: str, work: str, nprobe: int, step: int, answers: str, threads: int = THREADS
+) -> dict[str, float]:
     """(b) big_batch_search of all rows at once, k + 1 neighbors; removing the row itself is not timed."""
     from faiss.contrib.big_batch_search import big_batch_search
 
     queries = _load(vectors, 1)
     ivf = index.faiss.read_index(str(shard_file(work)))
     ivf.nprobe = nprobe
-    index.faiss.omp_set_num_threads(THREADS)
+    index.faiss.omp_set_num_threads(threads)
 
     def run(q: np.ndarray) -> knn.Found:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a line per cell, whatever `verbose` says
@@ -181,7 +185,7 @@ def faiss_exact(vectors: str, work: str, nprobe: int, step: int, answers: str) -
 def ours(vectors: str, work: str, nprobe: int, step: int, answers: str) -> dict[str, float]:
     """What one search process does, in blocks of the default size: probes, search_cells, self removed by id."""
     queries = _load(vectors, 1)
-    searcher = knn.ShardSearch.open([shard_file(work).read_bytes()], THREADS)
+    searcher = knn.ShardSearch.open([shard_file(work).read_bytes()], THREADS, "cpu")
     quantizer = search.read_quantizer(storage.join(index_folder(work, 1), "index"))
     rows = np.arange(len(queries))
     blocks = -(-len(queries) // DensitySettings().block_rows)
@@ -203,7 +207,7 @@ def ours_exact(vectors: str, work: str, nprobe: int, step: int, answers: str) ->
     """What one search process does where the index is flat: search_all of every step-th row, self removed by id."""
     x = np.load(vectors)
     queries, rows = np.ascontiguousarray(x[::step]), np.arange(0, len(x), step)
-    searcher = knn.ShardSearch(index.flat_rows(np.arange(len(x)), x), THREADS)
+    searcher = knn.ShardSearch(index.flat_rows(np.arange(len(x)), x), THREADS, "cpu")
     run = lambda q: knn.merge_topk([searcher.search_all(q, K + 1)], K, rows[: len(q)])  # noqa: E731
     seconds, found = _timed(run, queries)
     _answer(found, rows, 1, answers)
@@ -211,39 +215,48 @@ def ours_exact(vectors: str, work: str, nprobe: int, step: int, answers: str) ->
 
 
 def ours_on_ray(
-    vectors: str, work: str, nprobe: int, step: int, answers: str, actors: int, threads: int
-) -> dict[str, float]:
-    """The stage itself, committed features to committed neighbors, with one shard per actor.
+    vectors: str, work: str, nprobe: int, step: int, answers: str, actors: int, threads: int, repeats: int
+) -> dict[str, Any]:
+    """The stage itself, committed features to committed neighbors, with one shard per actor, `repeats` times.
 
-    A join of 32 rows is all start-up (actors, imports, opening shards). It runs twice: `startup_s` is the first, and the
-    second, with the session's processes warm as the full join finds them, is subtracted from the full one.
+    Start-up: the search actors open their shards and answer a join of a few rows, in blocks enough to wake every process
+    that a full join will use. The full joins find all of them awake.
     """
     info = replace(search.open_index(storage.join(index_folder(work, actors), "index")), nprobe=nprobe)
+    settings = IndexSettings(actors=actors, actor_cpus=threads)
+    seconds = []
     with cluster.session(work) as now:
-        cold, _ = _join(info, work, "tiny", f"{answers}.cold", actors, threads, now)
-        warm, _ = _join(info, work, "tiny", f"{answers}.warm", actors, threads, now)
-        full, artifact = _join(info, work, "features", f"{answers}.full", actors, threads, now)
-    _save_neighbors(f"{answers}.full/neighbors", artifact, step, answers)
+        watch = storage.Stopwatch()
+        with (
+            search.open_pool(info, now, settings) as pool,
+            # find_neighbors would open a pool of its own, and end it, in every call
+            mock.patch.object(search, "open_pool", return_value=contextlib.nullcontext(pool)),
+        ):
+            few = DensitySettings(k=K, block_rows=TINY_ROWS // TINY_PARTS)
+            _join(info, work, "tiny", f"{answers}.tiny", few, now)
+            startup_s = watch.seconds
+            for turn in range(repeats):
+                took, artifact = _join(info, work, "features", f"{answers}.{turn}", DensitySettings(k=K), now)
+                seconds.append(took)
+    _save_neighbors(f"{answers}.0/neighbors", artifact, step, answers)
     return {
-        "seconds": full - warm,
+        "seconds": seconds,
         "queries": artifact.rows,
-        "startup_s": cold,
-        "whole_s": full,
+        "startup_s": startup_s,
         "rows_sent_per_query": artifact.totals["rows_sent_per_query"],
     }
 
 
 def _join(
-    info: search.IndexInfo, work: str, features: str, output: str, actors: int, threads: int, now: cluster.Cluster
+    info: search.IndexInfo, work: str, features: str, output: str, density: DensitySettings, now: cluster.Cluster
 ) -> tuple[float, storage.Artifact]:
     uri = storage.join(work, features)
     featured = storage.load_artifact(uri)
     assert featured is not None
-    density, settings = DensitySettings(k=K), IndexSettings(actors=actors, actor_cpus=threads)
     stage = selfjoin.neighbors_stage(output, info, density)
     watch = storage.Stopwatch()
     artifact = stage.complete(
-        lambda: selfjoin.find_neighbors(stage, info, uri, featured, density, settings, now), overwrite=False
+        lambda: selfjoin.find_neighbors(stage, info, uri, featured, density, IndexSettings(), now), overwrite=False
     )
     return watch.seconds, artifact
 

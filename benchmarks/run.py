@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,11 +29,16 @@ NAMES = ("features", "selfjoin", "memory", "startup")
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmarks one after the other; each writes its section when it is done."""
-    parser = argparse.ArgumentParser(prog="make bench", description="Write docs/benchmarks.md and docs/benchmarks.json.")
-    parser.add_argument("--only", choices=NAMES, action="append", help="run this one, keep the other sections; repeatable")
+    parser = argparse.ArgumentParser(
+        prog="make bench", description="Write docs/benchmarks.md and docs/benchmarks.json."
+    )
+    parser.add_argument(
+        "--only", choices=NAMES, action="append", help="run this one, keep the other sections; repeatable"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--output", type=Path, help="folder (default: docs; with --quick: runs/bench-quick)")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that process.call ends what it started
     output = arguments.output or ROOT / ("runs/bench-quick" if arguments.quick else "docs")
     for name in arguments.only or NAMES:
         print(f"{name}: started", flush=True)

@@ -122,7 +122,7 @@ def write(folder: Path, results: Mapping[str, Mapping[str, Any]], order: Sequenc
     """
     path = folder / "benchmarks.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known |= results
+    known.update(results)
     ordered = {name: known[name] for name in [*order, *sorted(set(known) - set(order))] if name in known}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ordered, indent=1) + "\n")
