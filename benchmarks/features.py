@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 
 from benchmarks import datasets, process, table
 from pd_core import cluster, features, images, listing, sources, storage
@@ -17,16 +21,17 @@ BATCH = 64
 PART = 256
 ACTORS = 2
 THREADS = 2
-DRAIN = 2  # the last parts, while the pipeline runs empty, are left out of the steady rate
+LOG_FOLDER = "BENCHMARK_LOG_FOLDER"  # environment of Ray's workers
 
 TEXT = f"""\
-Ours: `features.run` on a Ray of its own, files to committed Parquet, {ACTORS} model replicas of 1 thread. Plain loop: one
-process reads, decodes, resizes and runs the same model (`images.prepare`, `features.Extractor`; torch with {THREADS}
-threads, channels_last), model loading and a first batch left out, nothing written. Same PNG files (3,786 emoji of 64 px,
-repeated by hard links where more images are given), batches of {BATCH}, EfficientNet-lite0 in fp32. In turn, each run in a
-new process. Steady rate: images per second between the commit of the first part ({PART} images) and of the last but
-{DRAIN}, since the last parts are finished while nothing is decoded any more, which flatters. Start-up: from the call of
-the stage to the first commit, less what the steady rate needs for those images; Ray's own start is apart."""
+Ours: `features.run` on a Ray of its own, files to committed Parquet (parts of {PART}), {ACTORS} model replicas of 1 thread.
+Plain loop: one process reads, decodes, resizes and runs the same model (`images.prepare`, `features.Extractor`; torch with
+{THREADS} threads, channels_last), model loading and a first batch left out, nothing written. Same PNG files (3,786 emoji of
+64 px, repeated by hard links where more images are given), batches of {BATCH}, EfficientNet-lite0 in fp32. In turn, each run
+in a new process. Steady rate: images per second from when every replica has done a batch to the last commit. Images that
+were decoded by then, while the models were loading, had part of their work for nothing: each is counted less by the share
+of decoding in the work, as timed in the run. Start-up: from the call of the stage to that moment, less what the steady rate
+needs for the images done by then; Ray's own start is apart."""
 
 
 def measure(quick: bool) -> table.Section:
@@ -35,12 +40,18 @@ def measure(quick: bool) -> table.Section:
         files = sorted(datasets.emoji().glob("*.png"))
     except datasets.MissingInputError as missing:
         return table.Section("Features", TEXT, skipped=[str(missing)])
-    cases = [(64, 1536, 1), (224, 1536, 1)] if quick else [(64, 4 * len(files), 3), (224, len(files), 3)]
     section = table.Section("Features", TEXT)
+    cases = [(64, 1536, 1), (224, 512, 1)] if quick else [(64, 3 * len(files), 3), (224, len(files), 2)]
+    if process.short:
+        cases = [(px, rows, 1) for px, rows, _ in cases]
+        section.skipped.append("all but one turn of each side (--short)")
     results = table.Table(
         "Images per second", ["input px", "images", "side", "median", "lowest to highest", "ours / loop"]
     )
-    startup = table.Table("Seconds that are paid once per run", ["input px", "Ray", "model replicas and first part"])
+    startup = table.Table(
+        "Start-up, paid once per run (median)",
+        ["input px", "Ray s", "stage s", "images decoded ahead by then", "share of decoding in the work"],
+    )
     for px, rows, repeats in cases:
         runs = _compare(files, px, rows, repeats)
         section.raw += runs
@@ -51,8 +62,8 @@ def measure(quick: bool) -> table.Section:
         section.claims.append(table.at_least(f"{px} px: our images/s over the plain loop's", ratio, 0.95))
         results.rows.append([px, rows, "plain loop", table.middle(loop), table.spread(loop), None])
         results.rows.append([px, rows, "features stage", table.middle(rates), table.spread(rates), ratio])
-        waits = [table.middle([run[name] for run in ours]) for name in ("ray_s", "startup_s")]
-        startup.rows.append([px, *waits])
+        names = ("ray_s", "startup_s", "ahead", "decode_share")
+        startup.rows.append([px, *(table.middle([run[name] for run in ours]) for name in names)])
     section.tables += [results, startup]
     return section
 
@@ -65,17 +76,10 @@ def _compare(files: list[Path], px: int, rows: int, repeats: int) -> list[dict[s
         loop = process.call("benchmarks.features.plain_loop", common, threads=THREADS).value
         output = str(process.WORK / f"features-{px}-{turn}")
         ours = process.call("benchmarks.features.stage", common | {"output": output}).value
-        for side, found in (("loop", loop), ("ours", ours | steady(ours["commits"]))):
+        for side, found in (("loop", loop), ("ours", ours)):
             runs.append({"side": side, "px": px, "images": rows, "turn": turn, **found})
             print(f"features: {px} px, {side}: {found['images_per_s']:.1f} images/s", flush=True)
     return runs
-
-
-def steady(commits: list[tuple[float, int]]) -> dict[str, float]:
-    """Rate and start-up from the commits (seconds since the call, images) in order of time."""
-    first, counted = commits[0], commits[1:-DRAIN]
-    rate = sum(count for _, count in counted) / (counted[-1][0] - first[0])
-    return {"images_per_s": rate, "startup_s": first[0] - first[1] / rate}
 
 
 # ---- the sides, each in a process of its own -------------------------------------------------------------------------
@@ -109,9 +113,12 @@ def plain_loop(source: str, px: int, checkpoint: str) -> dict[str, float]:
 
 
 def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
-    """Run the stage; when its parts were committed tells how fast it was."""
+    """Run the stage, with the times of every batch logged by the processes that handle it."""
     settings = FeatureSettings(model=datasets.MODEL, checkpoint=checkpoint, batch_size=BATCH, actors=ACTORS)
     data = DataSettings(source=source)
+    log = Path(f"{output}-log")
+    log.mkdir(parents=True)
+    os.environ[LOG_FOLDER] = str(log)  # before Ray starts: its workers inherit it
     watch = storage.Stopwatch()
     with cluster.session(output) as now:
         ray_s = watch.seconds
@@ -121,9 +128,64 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
         featuring = features.stage_of(output, listed, spec, data, settings)
         work = features.Work(opened, listed, spec, _limits(data), BATCH, featuring)
         called = time.time()
-        done = featuring.complete(lambda: features.run(work, now, settings, max_bad_fraction=0.0), overwrite=False)
+        with mock.patch.multiple(features, _decode=timed_decode, _ExtractBatch=TimedExtract):
+            done = featuring.complete(lambda: features.run(work, now, settings, max_bad_fraction=0.0), overwrite=False)
         seconds = time.time() - called
     assert done.rows == listed.rows
     records = Path(featuring.uri, storage.RECORDS)
-    commits = sorted(((records / f"{part.name}.json").stat().st_mtime - called, part.rows) for part in done.parts)
-    return {"ray_s": ray_s, "stage_s": seconds, "commits": commits}
+    last_commit = max((records / f"{part.name}.json").stat().st_mtime for part in done.parts)
+    return {"ray_s": ray_s, "stage_s": seconds, **steady(_logged(log), called, last_commit)}
+
+
+def steady(logs: dict[str, np.ndarray], called: float, last_commit: float) -> dict[str, float]:
+    """Steady rate and start-up, as TEXT says, from float64 [batches, 3] per process: time done, seconds, images."""
+    decoded = np.concatenate([log for name, log in logs.items() if name.startswith("decode")])
+    extractors = [log for name, log in logs.items() if name.startswith("extract")]
+    extracted = np.concatenate(extractors)
+    assert len(extractors) == ACTORS and decoded[:, 2].sum() == extracted[:, 2].sum()
+    ready = max(log[:, 0].min() for log in extractors)
+    already = extracted[extracted[:, 0] <= ready, 2].sum()
+    ahead = decoded[decoded[:, 0] <= ready, 2].sum() - already
+    share = decoded[:, 1].sum() / (decoded[:, 1].sum() + extracted[:, 1].sum())
+    rate = (extracted[:, 2].sum() - already - share * ahead) / (last_commit - ready)
+    return {
+        "images_per_s": rate,
+        "startup_s": ready - called - already / rate,
+        "ahead": ahead,
+        "decode_share": share,
+        "window_s": last_commit - ready,
+    }
+
+
+def _note(kind: str, seconds: float, count: int) -> None:
+    with Path(os.environ[LOG_FOLDER], f"{kind}-{os.getpid()}").open("a") as file:
+        file.write(f"{time.time()} {seconds} {count}\n")
+
+
+def _logged(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.loadtxt(path, ndmin=2) for path in sorted(folder.iterdir())}
+
+
+_decode, _ExtractBatch = (
+    features._decode,
+    features._ExtractBatch,
+)  # as they are, before `stage` puts these in their place
+
+
+def timed_decode(work: features.Work, numbers: pa.Table) -> Iterator[pa.Table]:
+    """features._decode, logged."""
+    watch = storage.Stopwatch()
+    for batch in _decode(work, numbers):
+        _note("decode", watch.seconds, len(batch["reason"][0]))
+        yield batch
+        watch = storage.Stopwatch()
+
+
+class TimedExtract(features._ExtractBatch):
+    """features._ExtractBatch, logged."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        watch = storage.Stopwatch()
+        rows = super().__call__(batch)
+        _note("extract", watch.seconds, rows.num_rows)
+        return rows

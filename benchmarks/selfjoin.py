@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,9 @@ def _data(quick: bool, skipped: list[str]) -> list[Data]:
         Data("separated", text, _synthetic("separated", large, separated), large, max(1, repeats - 1)),
         Data("overlapping", wide, _synthetic("overlapping", small, overlapping), small, max(1, repeats - 1)),
     ]
+    if process.short:
+        skipped.append("real features, and all but one turn of each side (--short)")
+        return [replace(data, repeats=1, fixed=()) for data in found]
     return [*found, _real(2_000 if quick else small, repeats, skipped)]
 
 

@@ -89,7 +89,7 @@ def example(n: int = 2000, **changes) -> ReportData:
         density=rho,
         quantiles=quantiles,
         thresholds=[("p20", float(quantiles[200])), ("1.1869", 1.1869)],
-        index=IndexFacts("ivf_flat", False, 3, 179, 12, 0.99, 0.9931, (0.9911, 0.9947), 0.00042, 1000),
+        index=IndexFacts("ivf_flat", False, 3, 179, 12, 0.99, 0.9931, 0.9911, 0.00042, 1000),
         lowest=[picture(i) for i in range(4)],
         highest=[picture(100 - i) for i in range(4)],
         neighbors=[(picture(50), [picture(51, distance=3.217), picture(52, distance=4.681)])],
