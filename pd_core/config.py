@@ -150,15 +150,6 @@ class ReportSettings(Section):
     neighbors: int = Field(6, gt=0, description="images shown with their nearest neighbors")
     thresholds: list[str] = Field(["p20", "p50", "p80"], description="marked in the histogram; pNN or a density")
 
-    @field_validator("thresholds")
-    @classmethod
-    def _thresholds_form(cls, value: list[str]) -> list[str]:
-        from pd_core.density import parse_threshold
-
-        for text in value:
-            parse_threshold(text)
-        return value
-
 
 class TrackingSettings(Section):
     """MLflow."""

@@ -11,6 +11,7 @@ from typing import Any
 from pd_core import (
     cluster,
     config,
+    density,
     features,
     fitting,
     images,
@@ -39,7 +40,7 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     """Check what can be checked without Ray; a local output becomes an absolute path.
 
     Raises:
-        UserError: no output, no source, or a source that cannot be read.
+        UserError: no output, no source, a threshold that is none, or a source that cannot be read.
     """
     if not settings.output:
         raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
@@ -47,6 +48,8 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
         raise UserError(
             f"--output {settings.output}: must hold none of * ? [ ], which stores take for patterns; rename it"
         )
+    for text in settings.report.thresholds:
+        density.parse_threshold(text)
     settings = settings.model_copy(update={"output": storage.absolute(settings.output)})
     return settings, sources.open_source(settings.data)
 

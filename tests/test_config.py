@@ -77,7 +77,6 @@ def test_unknown_option_exits_2_with_one_line(argument, expected, capsys):
         (["--data.background", "1,2,300"], "0..255"),
         (["--density.exact", "--index.kind", "ivf_flat"], "drop density.exact"),
         (["--index.kind", "flat", "--index.cells", "8"], "index.cells"),
-        (["--report.thresholds", "p8o"], "p8o"),
         (["--config", "/nowhere/at/all.yaml"], "no such file"),
     ],
 )

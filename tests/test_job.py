@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny
+
+from tests import tiny
 
 pytestmark = pytest.mark.slow  # a head with a dashboard takes 10 s, a job 15 s more, on top of the workflow
 

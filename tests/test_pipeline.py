@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,12 +11,10 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import tiny
-
-sys.path.insert(0, str(tiny.ROOT / "workflows"))
-import build_index
 
 from pd_core import cluster, errors, storage
+from tests import tiny
+from workflows import build_index
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +67,7 @@ def test_features_are_those_of_timm_itself(undisturbed, inputs):
     images, checkpoint = inputs
     model = timm.create_model(tiny.MODEL, num_classes=3)
     model.load_state_dict(safetensors.torch.load_file(checkpoint))
-    model.reset_classifier(0)
+    model.reset_classifier(0)  # type: ignore[operator]
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     table = rows(undisturbed, "features").slice(0, 24)
     with torch.inference_mode():
@@ -247,6 +244,7 @@ def test_odd_file_names_pass_unharmed(inputs, tmp_path, ray_cluster):
     ("more", "expected"),
     [
         (["--data.source=/nowhere/at/all"], "no such file or directory"),
+        (["--report.thresholds=p8o"], "p8o"),
         (["--density.k=150"], "needs more than k images, found 150"),
         (["--features.model=test_efficientnett"], "did you mean 'test_efficientnet"),
         (["--features.model=test_resnet"], "not weights of test_resnet"),

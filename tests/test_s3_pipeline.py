@@ -1,15 +1,11 @@
 """build_index from a bucket to a bucket, on a real S3 server."""
 
-import sys
-
 import pyarrow.parquet as pq
 import pytest
-import tiny
-
-sys.path.insert(0, str(tiny.ROOT / "workflows"))
-import build_index
 
 from pd_core import errors, storage
+from tests import tiny
+from workflows import build_index
 
 
 @pytest.fixture

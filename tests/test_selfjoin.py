@@ -6,11 +6,11 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from ray_session import clustered, commit_features, session
 
 from pd_core import density, index, indexing, knn, search, selfjoin, storage
 from pd_core.config import DensitySettings, IndexSettings
 from pd_core.errors import UserError
+from tests.ray_session import clustered, commit_features, session
 
 K = 10
 
