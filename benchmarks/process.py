@@ -20,7 +20,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "runs" / "bench-data"  # downloads and features, kept from run to run
 short = False  # --short: each side once
-WORK = ROOT / "runs" / "bench-work"  # artifacts and logs of the last run
+WORK = ROOT / "runs" / "bench-work" / str(os.getpid())  # artifacts and logs of this run; stays where it fails
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 SAMPLE_S = 0.25
 TIMEOUT_S = 1800.0

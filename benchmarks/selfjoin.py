@@ -100,7 +100,7 @@ def measure(quick: bool) -> table.Section:
 
 
 def _data(quick: bool, skipped: list[str]) -> list[Data]:
-    small, large = (20_000, 30_000) if quick else (100_000, 300_000)
+    small, large = (8_000, 16_000) if quick else (100_000, 300_000)
     repeats = 1 if quick else 3
     separated = {"count": 50, "latent_dim": 16, "separation": 1.5}
     overlapping = {"count": 1000, "latent_dim": 24, "separation": 1.0, "shared": True}
@@ -114,7 +114,7 @@ def _data(quick: bool, skipped: list[str]) -> list[Data]:
     if process.short:
         skipped.append("real features, and all but one turn of each side (--short)")
         return [replace(data, repeats=1, fixed=()) for data in found]
-    return [*found, _real(2_000 if quick else small, repeats, skipped)]
+    return [*found, _real(4_000 if quick else small, repeats, skipped)]
 
 
 def _synthetic(name: str, rows: int, parameters: dict[str, Any]) -> Path:

@@ -53,8 +53,6 @@ def connect() -> Cluster:
 
     if ray.is_initialized():
         return _describe(local=False)
-    for name in ("ray.data", "ray._private.authentication"):  # plans and hints that are not for the user of a workflow
-        logging.getLogger(name).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:

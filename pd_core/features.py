@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -433,6 +434,9 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     """The Ray Data plan: batch numbers -> decoded batches -> features -> committed parts, in order."""
     import ray
 
+    logging.getLogger("ray.data").setLevel(
+        logging.ERROR
+    )  # its plans are not for the user; importing it resets the level
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
