@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
@@ -382,16 +380,6 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
         raise UserError(f"settings: {_explain(error)}") from None
 
 
-def to_json(settings: BaseModel) -> str:
-    """Resolved settings as indented JSON, the form that is printed and saved."""
-    return json.dumps(settings.model_dump(mode="json"), indent=2)
-
-
 def to_yaml(settings: BaseModel) -> str:
     """Resolved settings as YAML that `--config` accepts again."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-
-
-def default_config() -> Path:
-    """The configuration a workflow runs with when it is given no settings at all."""
-    return Path(__file__).resolve().parent.parent / "workflows" / "configs" / "default.yaml"
