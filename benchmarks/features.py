@@ -129,7 +129,7 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
         ray_s = watch.seconds
         spec = _at(cluster.get(features.describe_remotely(settings)), px)
         opened = sources.open_source(data)
-        listed, _ = listing.run(opened, output, PART, overwrite=False)
+        listed, _ = cluster.get(listing.start(opened, output, PART, overwrite=False))
         featuring = features.stage_of(output, listed, spec, data, settings)
         work = features.Work(opened, listed, spec, _limits(data), BATCH, featuring)
         called = time.time()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_core.errors import RunError, UserError
@@ -30,6 +32,7 @@ DECODE_CPUS = 0.5
 START_ATTEMPTS = 4
 AUTOSCALED_ACTORS = 64  # replicas that the pool may ask an autoscaling cluster for
 SMALL_CPUS = 8  # a joined cluster up to this size is treated as one machine that does not grow
+WAIT_S = 60.0  # between two lines that say what a stage waits for
 FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
 
@@ -41,6 +44,12 @@ class Cluster:
     gpus: float
     local: bool
     address: str
+    node_cpus: float = 0.0  # of the largest node
+
+    @property
+    def elastic(self) -> bool:
+        """Whether it may grow: joined, and either without workers yet or too large to be one machine."""
+        return not self.local and (self.cpus < 1 or self.cpus > SMALL_CPUS)
 
 
 def connect() -> Cluster:
@@ -54,10 +63,11 @@ def connect() -> Cluster:
     if ray.is_initialized():
         return _describe(local=False)
     address = os.environ.get("RAY_ADDRESS")
+    package = {"py_modules": [os.path.dirname(__file__)]}  # its nodes need what pd_core imports, not pd_core itself
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, runtime_env=None if in_job_copy() else package, **quiet)
         except ConnectionError as error:
             raise RunError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
@@ -103,12 +113,29 @@ def _describe(local: bool) -> Cluster:
         gpus=resources.get("GPU", 0.0),
         local=local,
         address=ray.get_runtime_context().gcs_address,
+        node_cpus=max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0),
     )
 
 
+def refreshed(cluster: Cluster) -> Cluster:
+    """The cluster as it is now: it may have grown since the run began."""
+    return _describe(cluster.local)
+
+
+def in_job_copy() -> bool:
+    """Whether this is the driver of a Ray job in a temporary copy of its --working-dir, which Ray deletes after the job."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return bool((job.get("runtime_env") or {}).get("working_dir"))
+
+
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those of its affinity, or fewer where a container has a CPU quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):  # no cgroup v2
+        return allowed
+    return allowed if quota == "max" else min(allowed, max(1, int(quota) // int(period)))
 
 
 def computing_cpus(cluster: Cluster) -> float:
@@ -122,55 +149,89 @@ def extractor_pool(
     """(fewest actors, most actors, CPUs each, GPUs each) of the feature stage.
 
     Without `actors` the pool grows from 1: on this machine to what fits, on a cluster that was joined as far as Ray Data
-    finds work and the autoscaler finds nodes. GPUs are used where there are any.
+    finds work and the autoscaler finds nodes. GPUs are used where there are any; where they scale from zero, `gpus` says
+    so. Actors asked for on a joined cluster are what the pool grows to, since Ray Data keeps room for its other tasks only
+    while it decides on the growth.
     """
     per_gpu = gpus if gpus is not None else (1.0 if cluster.gpus else 0.0)
-    if per_gpu:
-        fits = int(cluster.gpus / per_gpu) if cluster.local else max(int(cluster.gpus / per_gpu), AUTOSCALED_ACTORS)
-        fits = fits or 1
-        return actors or 1, actors or fits, _claim(cluster, actors or fits, 1), per_gpu
-    fits = int(computing_cpus(cluster) // cpus) or 1
-    if not cluster.local and cluster.cpus > SMALL_CPUS:
+    each, fits = (1, int(cluster.gpus / per_gpu)) if per_gpu else (cpus, int(computing_cpus(cluster) // cpus))
+    if cluster.elastic:
         fits = max(fits, AUTOSCALED_ACTORS)
-    return (actors or 1), (actors or fits), _claim(cluster, actors or fits, cpus), 0.0
+    most = actors or fits or 1
+    return (most if actors and cluster.local else 1), most, _claim(cluster, most, each), per_gpu
 
 
 def _claim(cluster: Cluster, actors: int, cpus: int) -> float:
     """CPUs that each actor claims: `cpus`, or less where that would leave nothing for the tasks that feed the actors.
 
     Actors that fill the cluster starve their own input, a silent deadlock; that they share cores only makes them slower.
+    No actor claims more than the largest node has, or it would wait for ever.
     """
-    if not cluster.local and (cluster.cpus < 1 or cluster.cpus >= actors * cpus + FEED_CPUS):
-        return float(cpus)  # what is missing is for the autoscaler to add, and it adds what is asked for
-    if not cluster.local and cluster.cpus > SMALL_CPUS:
+    if cluster.node_cpus >= 1:
+        cpus = min(cpus, int(cluster.node_cpus))
+    if cluster.elastic:  # what is missing is for the autoscaler to add, and it adds what is asked for
         return float(cpus)
-    share = min(float(cpus), max(cluster.cpus - FEED_CPUS, cluster.cpus / 2) / actors)
-    return float(int(share)) if share >= 1 else round(share, 3)
+    share = min(float(cpus), max(cluster.cpus - FEED_CPUS, 0.0) / actors)
+    return float(int(share)) if share >= 1 else int(share * 1000) / 1000
 
 
-def search_actors(cluster: Cluster, actors: int | None, cpus: int, shards: int) -> tuple[int, float]:
-    """Number of search processes and CPUs each: as many as asked for or as fit, never more than shards."""
+def search_actors(cluster: Cluster, actors: int | None, cpus: int, shards: int) -> tuple[int, int, float]:
+    """Number of search processes, threads of each and CPUs that each claims.
+
+    As many processes as asked for or as fit, never more than shards; where they are fewer than cores, each gets more
+    threads, on which no number depends.
+    """
     count = min(shards, actors or int(computing_cpus(cluster) // cpus) or 1)
-    return count, _claim(cluster, count, cpus)
+    threads = max(cpus, int(computing_cpus(cluster) // count))
+    if cluster.node_cpus >= 1 and not cluster.local:
+        threads = max(cpus, min(threads, int(cluster.node_cpus)))
+    return count, threads, _claim(cluster, count, threads)
 
 
-def bounded(submit: Callable[[Any], Any], items: Iterable[Any], in_flight: int) -> Iterator[tuple[Any, Any]]:
-    """Submit `items` as Ray tasks, at most `in_flight` at once; yield (item, result) as they finish.
+def wait_for(actors: Sequence[Any], what: str) -> None:
+    """Return when every actor answers its `ready`; say once a minute which resources it waits for.
 
-    The driver never holds more than `in_flight` references, whatever the number of items.
+    Raises:
+        UserError, RunError: of an actor's constructor.
+    """
+    import ray
+
+    waiting = [actor.ready.remote() for actor in actors]
+    while True:
+        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=WAIT_S)
+        for reference in done:
+            get(reference)
+        if not waiting:
+            return
+        free = ray.available_resources()
+        say(
+            f"{what}: {len(waiting)} of {len(actors)} processes do not run yet; free are {free.get('CPU', 0):g} CPUs and "
+            f"{free.get('GPU', 0):g} GPUs"
+        )
+
+
+def bounded(
+    submit: Callable[[Any], Any], items: Iterable[Any], in_flight: Callable[[], int]
+) -> Iterator[tuple[Any, Any]]:
+    """Submit `items` as Ray tasks, at most `in_flight()` at once; yield (item, result) as they finish.
+
+    The driver never holds more references than that, whatever the number of items; the cluster may grow meanwhile.
     """
     import ray
 
     pending: dict[Any, Any] = {}
     iterator = iter(items)
-    for item in itertools.islice(iterator, in_flight):
-        pending[submit(item)] = item
+
+    def fill() -> None:
+        for item in itertools.islice(iterator, max(0, in_flight() - len(pending))):
+            pending[submit(item)] = item
+
     try:
+        fill()
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             item = pending.pop(done)
-            for following in itertools.islice(iterator, 1):
-                pending[submit(following)] = following
+            fill()
             yield item, get(done)
     finally:
         for reference in pending:  # after an error nothing goes on writing
@@ -189,10 +250,10 @@ def get(reference: Any) -> Any:
 
 
 def in_flight() -> int:
-    """Tasks of one CPU worth keeping submitted: what the cluster holds now, and one more that waits."""
+    """Tasks of one CPU worth keeping submitted: as many again as the cluster runs, for an autoscaler to see."""
     import ray
 
-    return int(ray.cluster_resources().get("CPU", 1)) + 1
+    return max(4, 2 * int(ray.cluster_resources().get("CPU", 0)))
 
 
 def feasible_cpus(cpus: int) -> float:
@@ -211,7 +272,14 @@ def assigned_device() -> str:
 
 
 def raise_cause(error: BaseException) -> None:
-    """Raise the UserError or RunError that a Ray error wraps, at any depth; return if there is none."""
+    """Raise the UserError or RunError that a Ray error wraps; return if there is none."""
+    found = cause(error)
+    if found is not None:
+        raise found from None
+
+
+def cause(error: BaseException) -> UserError | RunError | None:
+    """The UserError or RunError that a Ray error wraps, at any depth."""
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]
     while chain:
@@ -219,9 +287,10 @@ def raise_cause(error: BaseException) -> None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if type(current) in (UserError, RunError):  # Ray's own wrappers are made subclasses of the cause's type
-            raise current from None
+        if isinstance(current, UserError | RunError) and type(current) in (UserError, RunError):
+            return current  # Ray's own wrappers are made subclasses of the cause's type
         chain += [getattr(current, "cause", None), current.__cause__, current.__context__]
+    return None
 
 
 @contextlib.contextmanager

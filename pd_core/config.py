@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, cast
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -37,7 +39,7 @@ IndexKind = Literal["auto", "flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
 class Section(BaseModel):
     """A group of settings; unknown names are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSettings(Section):
@@ -94,7 +96,9 @@ class FeatureSettings(Section):
     actors: int | None = Field(None, gt=0, description="model replicas; default: autoscale from 1 to what fits")
     actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
     actor_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any"
+        None,
+        ge=0,
+        description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any at the start",
     )
 
 
@@ -109,10 +113,14 @@ class IndexSettings(Section):
         0.9, gt=0, le=1, description="largest mean share of the rows a query may scan before the target is out of reach"
     )
     train_rows_per_cell: int = Field(64, ge=39, description="training sample of the quantizer, rows per cell")
-    calibration_queries: int = Field(1000, gt=0, description="rows searched exactly to measure recall and error")
+    calibration_queries: int = Field(1000, ge=100, description="rows searched exactly to measure recall and error")
     pq_bytes: int = Field(48, gt=0, description="ivf_pq: bytes per vector; must divide the feature dimension")
-    actors: int | None = Field(None, gt=0, description="search processes; default: one per core, at most one per shard")
-    actor_cpus: int = Field(1, gt=0, description="threads of one search process, cores")
+    actors: int | None = Field(
+        None, gt=0, description="search processes; default: one per core; never more than shards"
+    )
+    actor_cpus: int = Field(
+        1, gt=0, description="threads of one search process, cores; more where there are fewer shards than cores"
+    )
     seed: int = Field(0, ge=0, description="seed of the training sample and of k-means")
 
 
@@ -128,7 +136,7 @@ class DensitySettings(Section):
 class EstimatorSettings(Section):
     """The density predictor: a small MLP from features to density."""
 
-    hidden: tuple[int, ...] = Field((512, 256, 128), description="widths of the hidden layers")
+    hidden: tuple[PositiveInt, ...] = Field((512, 256, 128), description="widths of the hidden layers")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
     batch_size: int = Field(256, gt=0, description="rows per step")
     epochs: int = Field(100, gt=0, description="at most")
@@ -157,6 +165,16 @@ class TrackingSettings(Section):
         None, description="default: MLFLOW_TRACKING_URI, else mlflow.db (SQLite) beside a local output, else off"
     )
     experiment: str = Field("pd_core", description="MLflow experiment")
+
+    @field_validator("uri")
+    @classmethod
+    def _no_secret(cls, value: str | None) -> str | None:
+        if value and not value.startswith("sqlite") and "@" in urlsplit(value).netloc:
+            raise ValueError(
+                "must not hold a name or password, since settings are printed and stored; "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return value
 
 
 class WorkflowSettings(BaseSettings):
@@ -319,6 +337,7 @@ def _explain(error: ValidationError) -> str:
         name = ".".join(str(part) for part in item["loc"]) or "settings"
         message = item["msg"].removeprefix("Value error, ")
         found = f" (found {item['input']!r})" if item["loc"] and not isinstance(item["input"], BaseModel) else ""
+        found = re.sub(r"//[^/@]*@", "//***@", found)  # a URL with a password in it
         lines.append(f"{name}: {message[0].lower()}{message[1:]}{found}")
     return "; ".join(lines)
 

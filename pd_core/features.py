@@ -143,7 +143,11 @@ def load_model(name: str, checkpoint: str | None) -> torch.nn.Module:
             raise UserError(f"--features.model {name}: {_one_line(error)}") from None
         raise UserError(f"--features.model {name}: timm has no such model; {_nearest_model(name)}") from None
     except Exception as error:  # the hub raises dozens of types: offline, gated, renamed, full disk
-        raise UserError(
+        status = getattr(getattr(error, "response", None), "status_code", 0) or 0
+        passing = (
+            status == 429 or status >= 500 or "Timeout" in type(error).__name__
+        )  # the same may work a minute later
+        raise (RunError if passing else UserError)(
             f"--features.model {name}: cannot load its weights from the hub ({type(error).__name__}: {_one_line(error)}); "
             "check the network, or give --features.checkpoint"
         ) from None
@@ -403,10 +407,11 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
         try:
             _execute(replace(work, missing=missing), now, settings, max_bad, done)
         except ray.exceptions.RayError as error:
-            cluster.raise_cause(error)
-            failure = error
+            failure = cluster.cause(error) or error
+            if isinstance(failure, UserError):
+                raise failure from None
             left = work.listing.parts - len(work.finished_parts())
-            cluster.say(f"features: {type(error).__name__}; {left} of {before} parts still to do, trying again")
+            cluster.say(f"features: {_one_line(failure)}; {left} of {before} parts still to do, trying again")
     done = work.finished_parts()
     if len(done) == work.listing.parts:
         return done
@@ -444,7 +449,9 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     fewest, most, cpus, gpus = cluster.extractor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
     batches = work.batches()
     together = max(1, work.rows_together // work.batch_size, -(-batches // MAX_TASKS))
-    numbers = ray.data.range(batches, override_num_blocks=-(-batches // together))  # fused with the decoding
+    ids = pa.array(np.arange(batches))
+    # not ray.data.range, which would read the numbers in tasks of a CPU each
+    numbers = ray.data.from_arrow([pa.table({"id": ids[i : i + together]}) for i in range(0, batches, together)])
     decoded = numbers.map_batches(
         functools.partial(_decode, work), batch_size=None, batch_format="pyarrow", num_cpus=cluster.DECODE_CPUS
     )
@@ -500,11 +507,16 @@ def _decode(work: Work, numbers: pa.Table) -> Iterator[pa.Table]:
     for part in dict.fromkeys(part for part, _ in places):
         inside = [batch for p, batch in places if p == part]
         first, stop = inside[0] * work.batch_size, (inside[-1] + 1) * work.batch_size
-        rows = work.listing.read(part)[first:stop]
+        rows = _listed(work.listing, part)[first:stop]
         contents = sources.read(work.source, rows)
         for start in range(0, rows.num_rows, work.batch_size):
             count = min(work.batch_size, rows.num_rows - start)
             yield _decode_batch(work, part, first + start, [next(contents) for _ in range(count)])
+
+
+@functools.lru_cache(maxsize=2)  # the batches of a part mostly meet the same few workers
+def _listed(listing: Listing, part: int) -> pa.Table:
+    return listing.read(part)
 
 
 def _decode_batch(work: Work, part: int, first_row: int, contents: Sequence[bytes | images.BadImage]) -> pa.Table:

@@ -8,7 +8,7 @@ row ranges. A cell is the Voronoi region of one centroid; `cells` counts them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,8 +52,10 @@ def training_rows(cells: int) -> int:
     return max(cells * MAX_ROWS_PER_CELL, _PQ_ROWS)
 
 
-def train_quantizer(sample: np.ndarray, cells: int, seed: int, threads: int = 1, iterations: int = 10) -> np.ndarray:
-    """Centroids of the coarse quantizer by k-means (faiss.Clustering), on the GPUs where faiss sees some.
+def train_quantizer(
+    sample: np.ndarray, cells: int, seed: int, threads: int = 1, iterations: int = 10, gpu: bool = False
+) -> np.ndarray:
+    """Centroids of the coarse quantizer by k-means (faiss.Clustering).
 
     Args:
         sample: float32 [n, D], n >= cells, in an order that does not depend on the cluster.
@@ -61,6 +63,7 @@ def train_quantizer(sample: np.ndarray, cells: int, seed: int, threads: int = 1,
         seed: of the choice of initial centroids and of the sub-sample.
         threads: OpenMP threads. Bits are reproducible for a fixed count only (the update step sums per thread).
         iterations: Lloyd iterations.
+        gpu: on the first GPU, if this faiss has GPUs at all.
 
     Returns:
         float32 [cells, D].
@@ -77,8 +80,8 @@ def train_quantizer(sample: np.ndarray, cells: int, seed: int, threads: int = 1,
     clustering.min_points_per_centroid = 1  # default_cells sees to ROWS_PER_CELL; asking for more cells is the user's
     clustering.max_points_per_centroid = MAX_ROWS_PER_CELL
     assign = faiss.IndexFlatL2(dim)
-    if faiss.get_num_gpus() > 0:
-        assign = faiss.index_cpu_to_all_gpus(assign)
+    if gpu and faiss.get_num_gpus() > 0:
+        assign = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, assign)
     clustering.train(np.ascontiguousarray(sample, np.float32), assign)
     return faiss.vector_to_array(clustering.centroids).reshape(cells, dim).copy()
 
@@ -329,10 +332,14 @@ class Rows:
         return decoded
 
 
-def open_rows(sources: Sequence[bytes | str | Path]) -> Rows:
-    """Rows of the given shards (bytes of a `.faiss` file, or a local path), which are of one kind and share no cell.
+Shard = bytes | str | Path | Callable[[], bytes]  # a `.faiss` file: its bytes, a local path, or what reads it
 
-    Memory: all rows once, plus the shard being read.
+
+def open_rows(sources: Sequence[Shard]) -> Rows:
+    """Rows of the given shards, which are of one kind and share no cell.
+
+    Memory: all rows once, plus twice the shard being read (its bytes and faiss's copy) where sources are not bytes held by
+    the caller. With cells every shard but the first is read twice: for the sizes of its cells, then for its rows.
     """
     assert sources, "no shard to open"
     first = _read(sources[0])
@@ -361,13 +368,15 @@ def open_rows(sources: Sequence[bytes | str | Path]) -> Rows:
     return Rows(dim, ids, offsets, rank_of, codes=codes, codec=codec, owner=first, centroids=centroids[order])
 
 
-def _each(first: Any, others: Sequence[bytes | str | Path]) -> Iterator[Any]:
+def _each(first: Any, others: Sequence[Shard]) -> Iterator[Any]:
     yield first
     for source in others:
         yield _read(source)
 
 
-def _read(source: bytes | str | Path) -> Any:
+def _read(source: Shard) -> Any:
+    if callable(source):
+        source = source()
     return deserialize(source) if isinstance(source, bytes) else faiss.read_index(str(source))
 
 
@@ -380,7 +389,7 @@ def _copy_lists(lists: Any, order: np.ndarray, offsets: np.ndarray, codes: np.nd
             ids[own] = faiss.rev_swig_ptr(lists.get_ids(cell), size)
 
 
-def _flat_rows(first: Any, others: Sequence[bytes | str | Path]) -> Rows:
+def _flat_rows(first: Any, others: Sequence[Shard]) -> Rows:
     vectors, ids = [], []
     for index in _each(first, others):
         n = index.ntotal

@@ -11,11 +11,12 @@ import numpy as np
 
 from pd_core import cluster, ids, index, knn, schemas, search, storage
 from pd_core.config import DensitySettings, IndexSettings
-from pd_core.errors import UserError
+from pd_core.errors import RunError, UserError
 from pd_core.features import load_features
 
 FLAT_ROWS = 20_000  # below, exact search costs seconds and a quantizer is not worth training
-SHARDS_AT_ONCE = 16  # shards whose rows are in the object store together, a GiB each at the default size
+FEWEST_SHARDS_AT_ONCE = 4  # whose rows are in the object store together; beyond its memory Ray spills to disk
+STORE_SHARE = 0.5  # of the object store that those rows may take
 GROUP_ROWS = 65_536  # rows that one task of this stage reads
 
 
@@ -45,7 +46,10 @@ def stage_of(
             f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {_divisor(dim, settings.pq_bytes)}"
         )
     cells = 0 if kind == "flat" else min(settings.cells or index.default_cells(rows), max(1, rows // 39))
-    shards = min(settings.shards or index.default_shards(rows, dim), max(1, cells or len(features.parts)))
+    shards = min(
+        settings.shards or index.default_shards(rows, dim),
+        max(1, cells or sum(part.rows > 0 for part in features.parts)),
+    )
     resolved = settings.model_copy(update={"kind": kind, "shards": shards, "cells": cells or None})
     identity: dict[str, Any] = {
         "features": features.fingerprint,
@@ -99,10 +103,10 @@ def run(
     facts: dict[str, Any] = {"kind": settings.kind, "rows": rows, "dim": dim, "shards": settings.shards, "nprobe": 0}
     if settings.kind == "flat":
         _fill_flat(stage, groups, settings)
-        return list(stage.finished_parts().values()), facts
+        return _all_parts(stage, rows), facts
     assert settings.cells is not None and settings.shards is not None
     template = _train(stage, groups, settings, rows, dim)
-    owners = _fill_cells(stage, groups, template, settings)
+    owners = _fill_cells(stage, groups, template, settings, rows * dim * 4 // settings.shards)
     info = search.IndexInfo(
         stage.uri,
         stage.fingerprint,
@@ -114,7 +118,14 @@ def run(
         tuple(owners.tolist()),
     )
     facts |= {"cells": settings.cells} | _calibrate(stage, info, groups, settings, density.k)
-    return list(stage.finished_parts().values()), facts
+    return _all_parts(stage, rows), facts
+
+
+def _all_parts(stage: storage.Stage, rows: int) -> list[storage.Part]:
+    parts = list(stage.finished_parts().values())
+    if (found := sum(part.rows for part in parts)) != rows:
+        raise RunError(f"{stage.uri}: the shards hold {found} of {rows} rows; run the same command again")
+    return parts
 
 
 def _groups(uri: str, features: storage.Artifact) -> Iterator[list[str]]:
@@ -157,11 +168,11 @@ def _fill_flat(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: 
     parts = [uri for group in groups for uri in group]
     done = stage.finished_parts()
     wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
-    runs = np.array_split(np.arange(len(parts)), settings.shards)
+    runs = np.array_split(np.arange(len(parts)), settings.shards)  # none empty: there are no more shards than parts
     build = _task(_build_flat)
     with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
         for _ in cluster.bounded(
-            lambda s: build.remote(stage, s, [parts[p] for p in runs[s]]), wanted, cluster.in_flight()
+            lambda s: build.remote(stage, s, [parts[p] for p in runs[s]]), wanted, cluster.in_flight
         ):
             bar.update(1)
 
@@ -183,7 +194,8 @@ def _train(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: Inde
     sample = _task(_sample)
     picked = [sample.remote(group, settings.seed, min(1.0, wanted / rows)) for group in groups]
     cluster.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
-    train = _task(_train_template, num_cpus=cluster.feasible_cpus(settings.actor_cpus))
+    gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
+    train = _task(_train_template, num_cpus=cluster.feasible_cpus(settings.actor_cpus), num_gpus=gpus)
     return train.remote(stage, settings, *picked)
 
 
@@ -196,7 +208,8 @@ def _sample(group: Sequence[str], seed: int, fraction: float) -> tuple[np.ndarra
 def _train_template(stage: storage.Stage, settings: IndexSettings, *picked: tuple[np.ndarray, np.ndarray]) -> bytes:
     sample = np.concatenate([features for _, features in picked])
     assert settings.cells is not None and settings.kind != "auto"
-    centroids = index.train_quantizer(sample, settings.cells, settings.seed, threads=settings.actor_cpus)
+    on_gpu = cluster.assigned_device() == "cuda"
+    centroids = index.train_quantizer(sample, settings.cells, settings.seed, settings.actor_cpus, gpu=on_gpu)
     template = index.train_template(
         settings.kind,
         sample.shape[1],
@@ -211,7 +224,7 @@ def _train_template(stage: storage.Stage, settings: IndexSettings, *picked: tupl
 
 
 def _fill_cells(
-    stage: storage.Stage, groups: Sequence[Sequence[str]], template: Any, settings: IndexSettings
+    stage: storage.Stage, groups: Sequence[Sequence[str]], template: Any, settings: IndexSettings, shard_bytes: int
 ) -> np.ndarray:
     """Count rows per cell, deal the cells to shards, send every row to its shard; returns the shard of each cell."""
     import ray
@@ -231,7 +244,7 @@ def _fill_cells(
             cells[g] = numbers
             counts += cluster.get(count)
             bar.update(1)
-    owners = index.assign_cells(index.centroids_of(index.deserialize(cluster.get(template))), counts, settings.shards)
+    owners = cluster.get(_task(_deal_cells).remote(template, counts, settings.shards))
     table = {"shard_of_cell": owners.tolist(), "rows_of_cell": counts.tolist()}
     if search.CELLS not in done:
         stage.write_part(search.CELLS, storage.canonical(table).encode(), 0)
@@ -239,13 +252,14 @@ def _fill_cells(
     build = _task(_build_shard)
     shared = ray.put(owners)
     with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
-        for first in range(0, len(wanted), SHARDS_AT_ONCE):
-            some = wanted[first : first + SHARDS_AT_ONCE]
+        together = _shards_at_once(shard_bytes)
+        for first in range(0, len(wanted), together):
+            some = wanted[first : first + together]
             deal = _task(_deal, num_returns=len(some))
             dealt = [deal.remote(group, numbers, shared, some) for group, numbers in zip(groups, cells, strict=True)]
             pieces = [[d] for d in dealt] if len(some) == 1 else dealt
             submit = functools.partial(_submit_build, build, stage, template, some, pieces)
-            for _ in cluster.bounded(submit, range(len(some)), cluster.in_flight()):
+            for _ in cluster.bounded(submit, range(len(some)), cluster.in_flight):
                 bar.update(1)
     return owners
 
@@ -254,6 +268,18 @@ def _submit_build(
     build: Any, stage: storage.Stage, template: Any, shards: Sequence[int], pieces: Sequence[Any], number: int
 ) -> Any:
     return build.remote(stage, shards[number], template, *[piece[number] for piece in pieces])
+
+
+def _shards_at_once(shard_bytes: int) -> int:
+    """Shards whose rows are in the object store together: each round reads all features once, so few rounds are best."""
+    import ray
+
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    return max(FEWEST_SHARDS_AT_ONCE, int(STORE_SHARE * store / max(shard_bytes, 1)))
+
+
+def _deal_cells(template: bytes, counts: np.ndarray, shards: int) -> np.ndarray:
+    return index.assign_cells(index.centroids_of(index.deserialize(template)), counts, shards)
 
 
 def _assign(template: bytes, group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -296,9 +322,22 @@ def _calibrate(
     fraction = min(1.0, settings.calibration_queries / info.rows)
     picked = cluster.get([sample.remote(group, settings.seed + 1, fraction) for group in groups])
     query_ids = np.concatenate([i for i, _ in picked])
-    queries = np.concatenate([f for _, f in picked])
-    exact_distances, exact_ids, neighbor_cells = _exact(stage, ray.put(queries), query_ids, groups, k)
+    queries = ray.put(np.concatenate([f for _, f in picked]))
+    exact = _exact(stage, queries, query_ids, groups, k)
+    return cluster.get(_task(_choose).remote(stage, info, settings, k, queries, query_ids, exact))
 
+
+def _choose(
+    stage: storage.Stage,
+    info: search.IndexInfo,
+    settings: IndexSettings,
+    k: int,
+    queries: np.ndarray,
+    query_ids: np.ndarray,
+    exact: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> dict[str, Any]:
+    """A task, since the distance of every query to every cell is more than a driver should hold."""
+    exact_distances, exact_ids, neighbor_cells = exact
     quantizer = search.read_quantizer(stage.uri)
     cells = quantizer.ntotal
     ranked = index.coarse_probes(quantizer, queries, cells)
@@ -344,7 +383,7 @@ def _approximate(
     probe = _task(_probe_shard)
     best: tuple[np.ndarray, np.ndarray] | None = None
     for _, part in cluster.bounded(
-        lambda s: probe.remote(info.uri, s, shared, k + 1), range(info.shards), cluster.in_flight()
+        lambda s: probe.remote(info.uri, s, shared, k + 1), range(info.shards), cluster.in_flight
     ):
         best = part if best is None else knn.merge_topk([best, part], k + 1)
     assert best is not None
@@ -366,7 +405,7 @@ def _exact(
     cell_of_id: dict[int, int] = {}
     with cluster.progress("index: recall", len(groups), "groups") as bar:
         for _, (distances, found, cells) in cluster.bounded(
-            lambda g: exact.remote(stage, k + 1, queries, g), groups, 2
+            lambda g: exact.remote(stage, k + 1, queries, g), groups, cluster.in_flight
         ):
             cell_of_id.update(zip(found.ravel().tolist(), cells.ravel().tolist(), strict=True))
             best = (distances, found) if best is None else knn.merge_topk([best, (distances, found)], k + 1)
@@ -385,5 +424,5 @@ def _exact_in_group(
     quantizer = search.read_quantizer(stage.uri)
     order = np.argsort(sample_id)
     at = order[np.searchsorted(sample_id, np.where(found < 0, sample_id[0], found), sorter=order)]
-    cells = index.cell_of(quantizer, features)[at]
-    return distances, found, cells.astype(np.int32)
+    rows, place = np.unique(at, return_inverse=True)  # most rows are nobody's neighbor
+    return distances, found, index.cell_of(quantizer, features[rows])[place.reshape(at.shape)]

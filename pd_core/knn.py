@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core.index import Rows, faiss, flat_rows, open_rows
+from pd_core.index import Rows, Shard, faiss, flat_rows, open_rows
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +68,8 @@ class ShardSearch:
         self.center = sample.mean(0, dtype=np.float64).astype(np.float32) if len(sample) else np.zeros(rows.dim, "f4")
 
     @classmethod
-    def open(cls, sources: Sequence[bytes | str | Path], threads: int = 1, device: str = "auto") -> ShardSearch:
-        """Open shards: bytes of `.faiss` files or local paths, of one kind, their cells disjoint."""
+    def open(cls, sources: Sequence[Shard], threads: int = 1, device: str = "auto") -> ShardSearch:
+        """Open shards of one kind, their cells disjoint; see index.open_rows."""
         return cls(open_rows(sources), threads, device)
 
     def search_cells(self, queries: np.ndarray, probes: np.ndarray, k: int) -> Found:
@@ -130,8 +129,15 @@ class ShardSearch:
             own = np.ascontiguousarray(queries[chosen])
             positions, worst = self._candidates(own, work(chosen), k + SPARE)
             squared, found, sure = self._rescore(own, positions, worst, k)
+            answers: dict[tuple[bytes, tuple[tuple[int, int], ...]], Found] = {}
             for i in np.flatnonzero(~sure).tolist():
-                squared[i], found[i] = self._direct(own[i : i + 1], ranges(int(chosen[i])), k)
+                asked = (
+                    own[i].tobytes(),
+                    tuple(ranges(int(chosen[i]))),
+                )  # copies of one image ask the same: once is enough
+                if asked not in answers:
+                    answers[asked] = self._direct(own[i : i + 1], asked[1], k)
+                squared[i], found[i] = answers[asked]
             distances[chosen], ids[chosen] = np.sqrt(squared), found
 
         with _single_threaded_torch(), ThreadPoolExecutor(self.threads) as pool:
@@ -203,7 +209,7 @@ class ShardSearch:
             )
         return out
 
-    def _direct(self, query: np.ndarray, ranges: list[tuple[int, int]], k: int) -> Found:
+    def _direct(self, query: np.ndarray, ranges: Sequence[tuple[int, int]], k: int) -> Found:
         """The k nearest within ranges of rows, squared, without step 1: for float32 [1, D], float32 [k], int64 [k]."""
         positions = np.concatenate([np.arange(start, stop) for start, stop in ranges])
         squared, found = np.full(k, np.inf, np.float32), np.full(k, MISSING_ID, np.int64)

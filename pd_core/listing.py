@@ -49,16 +49,15 @@ class Listing:
         return storage.read_table(storage.join(self.uri, storage.part_name(part)))
 
 
-def run(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, storage.Artifact]:
-    """List the source into committed parts, in one Ray task; a source that has not changed is not listed again.
+def start(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> Any:
+    """Reference to (Listing, Artifact): one Ray task lists the source into committed parts, unless it is listed already.
 
-    Raises:
-        UserError: two images of one key, nothing to read, or a listing of another source in the way.
+    `cluster.get` of it raises UserError: two images of one key, nothing to read, or a listing of another source in the way.
     """
     import ray
 
     task = ray.remote(_list).options(num_cpus=1, **cluster.TASK_OPTIONS)
-    return cluster.get(task.remote(source, output, part_rows, overwrite))
+    return task.remote(source, output, part_rows, overwrite)
 
 
 def count(source: sources.Source) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,10 +38,11 @@ STAGES = ("listing", "features", "index", "neighbors", "densities", "estimator",
 
 
 def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.Source]:
-    """Check what can be checked without Ray; a local output becomes an absolute path.
+    """Check what can be checked without Ray; local paths become absolute, for workers that run elsewhere.
 
     Raises:
-        UserError: no output, no source, a threshold that is none, or a source that cannot be read.
+        UserError: no output or one that would be lost, no source, a threshold that is none, or a source that cannot be
+            read.
     """
     if not settings.output:
         raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
@@ -48,10 +50,26 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
         raise UserError(
             f"--output {settings.output}: must hold none of * ? [ ], which stores take for patterns; rename it"
         )
+    if cluster.in_job_copy() and storage.is_local(settings.output) and not os.path.isabs(settings.output):
+        raise UserError(
+            f"--output {settings.output}: would lie in this job's temporary copy of the working directory, which Ray "
+            "deletes; give an absolute path or an s3:// prefix"
+        )
     for text in settings.report.thresholds:
         density.parse_threshold(text)
-    settings = settings.model_copy(update={"output": storage.absolute(settings.output)})
-    return settings, sources.open_source(settings.data)
+    checkpoint = settings.features.checkpoint
+    featuring = settings.features.model_copy(
+        update={"checkpoint": None if checkpoint is None else storage.absolute(checkpoint)}
+    )
+    settings = settings.model_copy(update={"output": storage.absolute(settings.output), "features": featuring})
+    source = sources.open_source(settings.data)
+    recursive = source.kind == "directory" or any("**" in pattern for pattern in source.patterns)
+    if recursive and f"{settings.output}/".startswith(f"{storage.absolute(source.root)}/"):
+        raise UserError(
+            f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it wrote "
+            "for images; choose an --output outside"
+        )
+    return settings, source
 
 
 def build_index(settings: BuildIndexSettings) -> None:
@@ -65,7 +83,8 @@ def build_index(settings: BuildIndexSettings) -> None:
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
         run = Run(settings, output, now, tracker)
         _build(run, source)
-        run.record(watch.seconds)
+        with failures("run", output):
+            run.record(watch.seconds)
         cluster.say(f"done in {watch.seconds:.0f} s: {output}")
         if tracker.hint:
             cluster.say(f"tracking: {tracker.hint}")
@@ -137,14 +156,15 @@ class Run:
 def _build(run: Run, source: sources.Source) -> None:
     settings, output, now = run.settings, run.output, run.now
     describing = features.describe_remotely(settings.features)  # loads the model while the source is listed
-    with run.tracker.stage("listing") as nested, failures("listing", source.root):
-        listed, artifact = listing.run(source, output, settings.part_rows, settings.overwrite)
+    listing_it = listing.start(source, output, settings.part_rows, settings.overwrite)
+    with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
+        spec: features.ExtractorSpec = cluster.get(describing)
+    with run.tracker.stage("listing") as nested, failures("listing", storage.join(output, "listing")):
+        listed, artifact = cluster.get(listing_it)
         run.done(listed.uri, artifact, nested)
         nested.dataset("images", source.root, listed.fingerprint, "source", {"rows": listed.rows})
     if settings.density.k >= listed.rows:
         raise UserError(f"--density.k {settings.density.k}: needs more than k images, found {listed.rows}; lower k")
-    with failures("features", output):
-        spec: features.ExtractorSpec = cluster.get(describing)
 
     featuring = features.stage_of(output, listed, spec, settings.data, settings.features)
     work = features.Work(source, listed, spec, limits_of(settings), settings.features.batch_size, featuring)
@@ -197,7 +217,7 @@ def failures(stage: str, uri: str) -> Iterator[None]:
     except ray.exceptions.RayError as error:
         cluster.raise_cause(error)
         cause = getattr(error, "cause", None)
-        if isinstance(cause, OSError):
+        if storage.is_failure(cause):
             raise storage.explain(cause, uri) from error
         if isinstance(error, ray.exceptions.RayTaskError):
             raise  # a defect of this program keeps its traceback
@@ -205,8 +225,10 @@ def failures(stage: str, uri: str) -> Iterator[None]:
         raise RunError(
             f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
         ) from error
-    except OSError as error:
-        raise storage.explain(error, uri) from error
+    except Exception as error:
+        if storage.is_failure(error):
+            raise storage.explain(error, uri) from error
+        raise
 
 
 def limits_of(settings: BuildIndexSettings) -> images.DecodeLimits:

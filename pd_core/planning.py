@@ -114,7 +114,7 @@ def _sizes(
     cells = 0 if kind == "flat" else settings.index.cells or index.default_cells(rows)
     part_rows = settings.part_rows
     vector = {"ivf_sq8": dim, "ivf_pq": settings.index.pq_bytes}.get(kind, 4 * dim)
-    searchers, _ = cluster.search_actors(now, settings.index.actors, settings.index.actor_cpus, shards)
+    searchers, _, _ = cluster.search_actors(now, settings.index.actors, settings.index.actor_cpus, shards)
     block = min(rows, settings.density.block_rows) * (4 * dim * 2 + 36 * k)
     train = cells * settings.index.train_rows_per_cell * dim * 4
     written = rows * (4 * dim + vector + 2 * 12 * k + 300)
@@ -139,7 +139,7 @@ def _times(
     )
     cores = cluster.computing_cpus(now)
     # a GPU replica is not probed: its model time is taken as nothing, decoding as the limit
-    model_s = 0.0 if gpus else unit.extract_s / max(1.0, min(most, cores / cpus))
+    model_s = 0.0 if gpus else unit.extract_s / max(1.0, min(most, cores / (cpus or 1.0)))
     features_s = rows * (model_s + unit.decode_s / cores)
     exact_s = 2.0 * rows * rows * spec.feature_dim / (unit.flops * cores)
     return [

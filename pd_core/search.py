@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,8 +78,11 @@ class _Searcher:
     """Ray actor that holds some shards in memory; after a restart it opens them again."""
 
     def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int) -> None:
-        files = [storage.read_bytes(storage.join(info.uri, shard_name(shard))) for shard in shards]
+        files = [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
         self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
+
+    def ready(self) -> None:
+        """Answers once the shards are open."""
 
     def search(self, queries: np.ndarray, probes: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Within the probed cells that are held here, or within all rows."""
@@ -104,19 +108,26 @@ class SearchPool:
 
 @contextmanager
 def open_pool(info: IndexInfo, now: cluster.Cluster, settings: IndexSettings) -> Iterator[SearchPool]:
-    """Search actors for a while; shard s is held by actor s modulo their number."""
+    """Search actors for a while. Each holds shards that follow each other: their cells are near, queries share them."""
     import ray
 
-    count, cpus = cluster.search_actors(now, settings.actors, settings.actor_cpus, info.shards)
+    count, threads, cpus = cluster.search_actors(now, settings.actors, settings.actor_cpus, info.shards)
     actor = ray.remote(_Searcher).options(
         num_cpus=cpus, num_gpus=1 if now.gpus >= count else 0, **cluster.ACTOR_OPTIONS
     )
-    owned = [range(first, info.shards, count) for first in range(count)]
-    pool = SearchPool(info, tuple(actor.remote(info, list(shards), settings.actor_cpus) for shards in owned))
+    holders = _holder(np.arange(info.shards), info.shards, count)
+    owned = [np.flatnonzero(holders == number).tolist() for number in range(count)]
+    pool = SearchPool(info, tuple(actor.remote(info, shards, threads) for shards in owned))
     try:
+        cluster.wait_for(pool.actors, "search")
         yield pool
     finally:
         pool.close()
+
+
+def _holder(shard: np.ndarray, shards: int, actors: int) -> np.ndarray:
+    """Number of the actor that holds each shard."""
+    return shard.astype(np.int64) * actors // shards
 
 
 @dataclass(frozen=True)
@@ -176,7 +187,7 @@ def _routes(pool: SearchPool, queries: np.ndarray) -> Iterator[tuple[Any, np.nda
         yield from ((actor, np.arange(len(queries)), None) for actor in pool.actors)
         return
     probes = index.coarse_probes(_quantizer(info), queries, info.nprobe)
-    holder = np.asarray(info.shard_of_cell, dtype=np.int32) % len(pool.actors)
+    holder = _holder(np.asarray(info.shard_of_cell), info.shards, len(pool.actors))
     holders = holder[probes]
     for number, actor in enumerate(pool.actors):
         rows = np.flatnonzero((holders == number).any(axis=1))

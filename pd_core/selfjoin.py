@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pd_core import cluster, density, schemas, search, storage
 from pd_core.config import DensitySettings, IndexSettings
+from pd_core.errors import RunError
 from pd_core.features import load_features
 
 GROUP_PARTS = 64  # parts that one task of the second pass handles
@@ -51,22 +52,27 @@ def find_neighbors(
     done = stage.finished_parts()
     blocks = make_blocks(features, settings.block_rows)
     todo = [(block, [n for n in block if n not in done]) for block in blocks if any(n not in done for n in block)]
-    join: Any = ray.remote(_join_block).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
+    join: Any = ray.remote(_join_block).options(
+        num_cpus=0, **cluster.TASK_OPTIONS
+    )  # waits for actors, and must run beside them
     rows_done = sum(part.rows for part in done.values())
     asked = sent = 0
     with (
-        search.open_pool(info, now, index_settings) as pool,
+        search.open_pool(info, cluster.refreshed(now), index_settings) as pool,
         cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
     ):
         submit = lambda item: join.remote(stage, pool, features_uri, *item, settings.k)  # noqa: E731
-        for _, traffic in cluster.bounded(submit, todo, len(pool.actors) + 1):
+        for _, traffic in cluster.bounded(submit, todo, lambda: len(pool.actors) + 1):
             bar.update(traffic.queries)
             asked += traffic.queries
             sent += traffic.rows_sent
     totals: dict[str, Any] = {"rows": features.rows, "k": settings.k, "dim": info.dim, "nprobe": info.nprobe}
     if asked:  # of this call: a resumed run did not move what it found done
         totals["rows_sent_per_query"] = round(sent / asked, 4)
-    return list(stage.finished_parts().values()), totals
+    parts = list(stage.finished_parts().values())
+    if (found := sum(part.rows for part in parts)) != features.rows:
+        raise RunError(f"{stage.uri}: {found} of {features.rows} rows are there; run the same command again")
+    return parts, totals
 
 
 def make_blocks(features: storage.Artifact, block_rows: int) -> list[list[str]]:
@@ -137,7 +143,7 @@ def write_densities(
     write = ray.remote(_write_group).options(**options)
     with cluster.progress("densities", len(names), "parts", len(done)) as bar:
         submit = lambda group: write.remote(stage, neighbors_uri, features_uri, group, settings, totals, ranks)  # noqa: E731
-        for group, _ in cluster.bounded(submit, [group for group in wanted if group], cluster.in_flight()):
+        for group, _ in cluster.bounded(submit, [group for group in wanted if group], cluster.in_flight):
             bar.update(len(group))
     parts = stage.finished_parts()
     return [parts[name] for name in names], totals | {"k": settings.k, "volume_dim": settings.volume_dim}
@@ -184,7 +190,7 @@ def _write_group(
     floored, _ = density.apply_distance_floor(np.concatenate(means), totals["distance_floor"])
     every = density.log_pseudo_density(floored, settings.volume_dim, totals["log_normalizer"])
     cuts = np.cumsum([len(mean) for mean in means])[:-1]
-    percentiles = np.split(density.percentile_of(every, ranks), cuts)  # once per group: it checks all N ranks
+    percentiles = np.split(density.mid_ranks(every, ranks), cuts)
     log_densities = np.split(every, cuts)
     rows = zip(names, tables, means, log_densities, percentiles, strict=True)
     for name, (neighbors, _), mean, log_density, percentile in rows:

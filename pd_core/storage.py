@@ -13,13 +13,14 @@ import io
 import json
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeGuard
 
 import fsspec
 import pyarrow as pa
@@ -30,7 +31,9 @@ from pd_core.errors import RunError, UserError
 ARTIFACT = "artifact.json"
 STARTED = "started.json"
 RECORDS = "_parts"
-READERS = 16  # threads that read records
+READERS = 16  # threads that read or delete small files
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+_NUMBERED = re.compile(r"(part|shard)-\d+\.\w+$")
 
 
 # ---- URIs ------------------------------------------------------------------------------------------------------------
@@ -49,7 +52,7 @@ def is_local(uri: str) -> bool:
 
 def absolute(uri: str) -> str:
     """The URI, or the absolute path of a local one, so that it means the same in every process."""
-    return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://"))) if is_local(uri) else uri.rstrip("/")
 
 
 def join(uri: str, *names: str) -> str:
@@ -86,6 +89,15 @@ def explain(error: BaseException, uri: str) -> UserError | RunError:
     if kind in ("EndpointConnectionError", "ConnectTimeoutError") or "Could not connect" in chain:
         return RunError(f"{uri}: cannot reach the store ({text}); check the endpoint and the network, then run again")
     return RunError(f"{uri}: {kind}: {text}")
+
+
+def is_failure(error: BaseException | None) -> TypeGuard[BaseException]:
+    """Whether an error is one of a file system or object store; s3fs lets some of botocore's through as they are."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
+        "botocore",
+        "aiobotocore",
+        "aiohttp",
+    )
 
 
 def read_bytes(uri: str) -> bytes:
@@ -262,6 +274,7 @@ class Stage:
         done = load_artifact(self.uri)
         if done is not None and done.fingerprint == self.fingerprint:
             return done
+        self._drop_temporaries()
         other = done.identity if done is not None else self._started_identity()
         if other is not None and (done is not None or fingerprint_of(other, self) != self.fingerprint):
             if not overwrite:
@@ -276,13 +289,25 @@ class Stage:
         write_bytes(join(self.uri, STARTED), canonical(self.identity).encode())
         return None
 
-    def _clear(self) -> None:
-        """Delete the stage in an order that can break off anywhere: what is left is unfinished, and still known as ours."""
-        delete_file(join(self.uri, ARTIFACT))
-        for folder in (join(self.uri, RECORDS), self.uri):
-            for name in sorted(sizes(folder)):
-                if name != STARTED:
+    def _drop_temporaries(self) -> None:
+        """Delete what a killed process left half-written; on an object store there is no such thing."""
+        if is_local(self.uri):
+            for folder in (self.uri, join(self.uri, RECORDS)):
+                for name in filter(_TEMPORARY.search, sizes(folder)):
                     delete_file(join(folder, name))
+
+    def _clear(self) -> None:
+        """Delete the stage in an order that can break off anywhere: what is left is unfinished, and still known as ours.
+
+        Files that no stage writes are somebody else's and stay.
+        """
+        delete_file(join(self.uri, ARTIFACT))
+        records = sorted(sizes(join(self.uri, RECORDS)))
+        recorded = {name.removesuffix(".json") for name in records}
+        ours = [name for name in sorted(sizes(self.uri)) if name in recorded or _NUMBERED.match(name)]
+        with ThreadPoolExecutor(READERS) as deleters:
+            list(deleters.map(lambda name: delete_file(join(self.uri, name)), ours))
+            list(deleters.map(lambda name: delete_file(join(self.uri, RECORDS, name)), records))
 
     def _started_identity(self) -> dict[str, Any] | None:
         try:
@@ -366,7 +391,7 @@ def fingerprint_of(identity: Mapping[str, Any], stage: Stage) -> str:
 
 
 def part_name(number: int, suffix: str = ".parquet") -> str:
-    """`part-00042.parquet`; names sort in part order up to 10^8 parts."""
+    """`part-00000042.parquet`; names sort in part order up to 10^8 parts."""
     return f"part-{number:08d}{suffix}"
 
 

@@ -114,6 +114,7 @@ def running_server(directory: Path) -> Iterator[S3Server]:
         *("server", f"-dir={directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
         *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"),
         *("-s3", f"-s3.port={s3}", f"-s3.config={directory / 's3.json'}"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0"),  # fixed ports otherwise: a second server could not start
         *("-master.volumeSizeLimitMB=64", "-volume.max=500"),
     ]
     url = f"http://127.0.0.1:{s3}"

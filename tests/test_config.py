@@ -78,6 +78,9 @@ def test_unknown_option_exits_2_with_one_line(argument, expected, capsys):
         (["--density.exact", "--index.kind", "ivf_flat"], "drop density.exact"),
         (["--index.kind", "flat", "--index.cells", "8"], "index.cells"),
         (["--config", "/nowhere/at/all.yaml"], "no such file"),
+        (["--density.volume_dim", "inf"], "density.volume_dim: input should be a finite number"),
+        (["--estimator.hidden", "512,0"], "estimator.hidden.1: input should be greater than 0"),
+        (["--tracking.uri", "https://me:secret@host"], "MLFLOW_TRACKING_PASSWORD (found 'https://***@host')"),
     ],
 )
 def test_wrong_values_are_one_line_that_names_the_setting(argv, expected):

@@ -97,7 +97,7 @@ def submit(head, *argv):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
 
 
@@ -113,3 +113,18 @@ def test_a_job_with_bad_input_fails_with_the_line(head, tmp_path):
     done = submit(head, "--data.source=/nowhere/at/all", f"--output={tmp_path / 'out'}")
     assert done.returncode != 0
     assert "error: /nowhere/at/all: no such file or directory" in done.stdout + done.stderr
+
+
+def test_a_job_refuses_an_output_that_would_go_with_it(head):
+    done = submit(head, f"--data.source={tiny.ROOT / 'demo'}", "--output=runs/lost")
+    assert done.returncode != 0
+    assert "error: --output runs/lost: would lie in this job's temporary copy" in done.stdout + done.stderr
+
+
+def test_a_job_without_settings_runs_the_demo_and_says_so(head):
+    done = submit(head)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no settings given: using workflows/configs/default.yaml" in done.stdout
+    assert "making the demo images in runs/demo-data" in done.stdout
+    assert re.search(r"ray: /\S+/runs/digits is in the job's temporary copy .* give --output", done.stdout)
+    assert re.search(r"report: (/\S+/runs/digits/report/index.html)", done.stdout)

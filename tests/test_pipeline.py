@@ -185,6 +185,35 @@ def finished(output: Path) -> list[Path]:
     return [record.parent.parent / record.name.removesuffix(".json") for record in records]
 
 
+IVF = ("--index.kind=ivf_flat", "--index.shards=3", "--index.cells=3", "--index.target_recall=0.5", "--index.actors=2")
+
+
+@pytest.mark.slow
+def test_ivf_gives_the_same_tables_with_one_actor_and_after_a_kill_of_a_searcher(inputs, ray_cluster, tmp_path):
+    assert run(*inputs, tmp_path / "one", *IVF[:-1], "--index.actors=1") == 0
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_once, args=("ray::_Searcher", tmp_path / "two" / "neighbors", killed))
+    killer.start()
+    code = run(*inputs, tmp_path / "two", *IVF)
+    killer.join()
+    assert killed and code == 0
+    assert tiny.tables(tmp_path / "one") == tiny.tables(tmp_path / "two")
+    assert len(list((tmp_path / "two" / "index").glob("shard*.faiss"))) == 3
+
+
+def kill_once(title: str, stage: Path, killed: list[int]) -> None:
+    """Kill one process of ours with this title while the stage is under way; its pid goes to `killed`."""
+    while not killed and not (stage / "artifact.json").exists():
+        time.sleep(0.02)
+        if not (stage / "started.json").exists():
+            continue
+        for process in psutil.process_iter(["cmdline"]):
+            if " ".join(process.info["cmdline"] or []).startswith(title) and is_ours(process):
+                process.kill()
+                killed.append(process.pid)
+                return
+
+
 @pytest.mark.slow
 def test_a_truncated_part_is_made_again(undisturbed, inputs, tmp_path):
     output = tmp_path / "out"
@@ -209,6 +238,17 @@ def test_other_settings_on_the_same_output_are_refused(undisturbed, inputs, caps
     assert run(*inputs, undisturbed, "--density.k=6") == 2
     error = capsys.readouterr().err
     assert "k: 5 -> 6" in error and "--overwrite" in error
+
+
+@pytest.mark.slow
+def test_a_missing_quarantine_part_is_made_again_with_its_features(undisturbed, inputs, tmp_path):
+    output = tmp_path / "out"
+    assert run(*inputs, output) == 0
+    lost = next((output / "quarantine").glob("*.parquet"))
+    lost.unlink()
+    (output / "features" / "artifact.json").unlink()
+    assert run(*inputs, output) == 0
+    assert tiny.tables(output) == tiny.tables(undisturbed)
 
 
 @pytest.mark.slow
@@ -270,6 +310,20 @@ def test_a_folder_of_somebody_else_is_refused_as_output(inputs, tmp_path, capsys
     assert run(*inputs, tmp_path / "out") == 2
     assert "not of this program" in capsys.readouterr().err
     assert (tmp_path / "out" / "features" / "thesis.doc").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("inside", [".", "pd", "a/pd"])
+def test_an_output_inside_the_source_is_refused(inputs, capsys, inside):
+    assert run(*inputs, inputs[0] / inside) == 2
+    assert "lies in the source" in capsys.readouterr().err
+
+
+def test_a_file_as_output_is_refused(inputs, tmp_path, capsys, ray_cluster):
+    (tmp_path / "out").write_bytes(b"precious")
+    assert run(*inputs, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'out'}" in error and "Traceback" not in error
+    assert (tmp_path / "out").read_bytes() == b"precious"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(inputs, tmp_path, capsys, ray_cluster):

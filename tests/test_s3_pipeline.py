@@ -57,6 +57,22 @@ def test_wrong_credentials_are_one_line_and_exit_2(bucket, tmp_path, change, exp
     assert len(line) == 1 and expected in line[0] and "wrong" not in line[0] and "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("output", "change", "expected"),
+    [
+        ("s3://no-such-bucket-here/out", {}, "s3://no-such-bucket-here/out"),
+        ("s3://no-such-bucket-here/out", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "credentials"),
+        ("s3://no-such-bucket-here/out", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(s3_environment, tmp_path, output, change, expected):
+    images, weights = tiny.write_images(tmp_path / "images"), tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+    process = tiny.start(*tiny.arguments(images, weights, output, "--no-tracking.enabled"), **change)
+    text, _ = process.communicate(timeout=120)
+    line = [line for line in text.splitlines() if line.startswith("error:")]
+    assert process.returncode == 2 and len(line) == 1 and expected in line[0] and "Traceback" not in text, text
+
+
 def test_a_bucket_that_does_not_exist_is_one_line_and_exit_2(s3_environment, tmp_path, capsys):
     assert run(*tiny.arguments("s3://no-such-bucket-here/x", "x", tmp_path / "out")) == 2
     assert "no-such-bucket-here" in capsys.readouterr().err

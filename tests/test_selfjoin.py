@@ -1,5 +1,6 @@
 """Index, neighbors and densities on a real Ray cluster, held to a float64 brute force and to plain faiss."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -162,6 +163,14 @@ def test_a_target_out_of_reach_is_an_error(tmp_path, now, settings, expected):
     with pytest.raises(UserError) as error:
         run(tmp_path, clustered(1500), now, index_settings=settings)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_flat_index_has_no_shard_without_rows(tmp_path):
+    _, featured = commit_features(str(tmp_path), clustered(30), part_rows=15)
+    hollow = storage.Part("part-00000001.parquet", 0, 1, "")  # every image of it was quarantined
+    featured = dataclasses.replace(featured, parts=(featured.parts[0], hollow, featured.parts[1]))
+    _, resolved = indexing.stage_of(str(tmp_path), featured, IndexSettings(kind="flat", shards=3), DensitySettings(k=K))
+    assert resolved.shards == 2
 
 
 def test_k_must_be_below_the_number_of_images(tmp_path, now):

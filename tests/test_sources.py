@@ -297,6 +297,19 @@ def test_any_slice_reads_the_same_bytes(tmp_path: Path) -> None:
         assert found == [files[key] for key in rows["key"].to_pylist()[start : start + length]]
 
 
+@pytest.mark.parametrize("gone", ["emptied", "removed"])
+def test_a_disk_that_is_not_mounted_ends_the_run_and_quarantines_nothing(tmp_path: Path, gone: str) -> None:
+    source = opened(write(tmp_path / "images", {"a.png": b"a", "b.png": b"b"}))
+    rows = listed(source)
+    (tmp_path / "images" / "a.png").unlink()
+    assert [outcome(item) for item in sources.read(source, rows)] == [Reason.UNREADABLE, b"b"]  # one lost file is lost
+    (tmp_path / "images" / "b.png").unlink()
+    if gone == "removed":
+        (tmp_path / "images").rmdir()
+    with pytest.raises(RunError, match="nothing is there any more"):
+        list(sources.read(source, rows))
+
+
 def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
     write(tmp_path, {"ok.png": b"12345678", "over.png": b"123456789", "empty.png": b""})
     with (tmp_path / "sparse.png").open("wb") as file:

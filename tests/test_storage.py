@@ -62,6 +62,33 @@ def test_a_folder_of_somebody_else_is_never_touched(tmp_path):
     assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
 
 
+def test_what_a_killed_process_left_half_written_is_in_nobodys_way(tmp_path):
+    half = tmp_path / f"started.json.{'0f' * 16}.tmp"
+    half.write_bytes(b"{")
+    made = stage(tmp_path)
+    assert made.begin(overwrite=False) is None
+    (tmp_path / "_parts").mkdir()
+    other = tmp_path / "_parts" / f"part-0.parquet.json.{'a1' * 16}.tmp"
+    other.write_bytes(b"{")
+    assert made.begin(overwrite=False) is None
+    assert not half.exists() and not other.exists() and made.finished_parts() == {}
+
+
+def test_overwrite_leaves_the_files_of_others_and_no_part_of_the_old_stage(tmp_path):
+    old = stage(tmp_path, model="a")
+    old.begin(overwrite=False)
+    old.write_part("index.html", b"report", 0)
+    (tmp_path / storage.part_name(7)).write_bytes(b"a part that a crash left without its record")
+    (tmp_path / "notes.md").write_bytes(b"precious")
+    stage(tmp_path, model="b").begin(overwrite=True)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"started.json", "notes.md"}
+
+
+def test_a_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert storage.absolute("~/pd") == "/somewhere/pd"
+
+
 @pytest.mark.parametrize("damage", ["gone", "truncated", "no record"])
 def test_a_part_without_its_bytes_or_its_record_is_made_again(tmp_path, damage):
     made = stage(tmp_path)

@@ -10,6 +10,7 @@ import asyncio
 import errno
 import io
 import os
+import platform
 import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -176,7 +177,22 @@ class Local:
             except OSError as error:
                 if not self.lost(error):
                     raise storage.explain(error, names.printable(self._path(span.name))) from error
+                if error.errno == errno.ENOENT and not self._is_there():
+                    raise RunError(
+                        f"{self.uri}: nothing is there any more on {platform.node()}; make the disk visible on every "
+                        "node, then run the same command again"
+                    ) from None
                 yield BadImage(Reason.UNREADABLE, error.strerror or type(error).__name__)
+
+    def _is_there(self) -> bool:
+        """Whether the root holds anything: a disk that is not mounted is an empty folder, or none."""
+        try:
+            with os.scandir(self.root or "/") as entries:
+                return any(entries)
+        except NotADirectoryError:  # the root is a file
+            return True
+        except OSError:
+            return False
 
     def _read(self, span: Span, limit_bytes: int) -> bytes | BadImage:
         # O_NONBLOCK: a pipe that took the file's place must not hang the run

@@ -1,0 +1,75 @@
+"""Sizes of the stages' processes: a table over clusters of 0 to 64 CPUs. None of it starts Ray."""
+
+import pytest
+
+from pd_core import cluster
+from pd_core.cluster import FEED_CPUS, Cluster
+
+
+def joined(cpus: float, gpus: float = 0.0, node_cpus: float | None = None) -> Cluster:
+    return Cluster(cpus, gpus, local=False, address="", node_cpus=cpus if node_cpus is None else node_cpus)
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    monkeypatch.setattr(cluster, "cores", lambda: 2)
+
+
+LOCAL = Cluster(4.0, 0.0, local=True, address="", node_cpus=4.0)
+FIXED = [LOCAL, *(joined(cpus) for cpus in (1.0, 2.0, 4.0, 8.0))]
+
+
+@pytest.mark.parametrize("now", FIXED, ids=str)
+@pytest.mark.parametrize("actors", [None, 1, 3, 12])
+@pytest.mark.parametrize("cpus", [1, 2, 16])
+def test_actors_leave_a_cpu_to_the_tasks_that_feed_them(now, actors, cpus):
+    fewest, most, claim, gpus = cluster.extractor_pool(now, actors, cpus, None)
+    assert 1 <= fewest <= most == (actors or most) and gpus == 0
+    assert most * claim + FEED_CPUS <= now.cpus
+    count, threads, claim = cluster.search_actors(now, actors, cpus, shards=100)
+    assert count * claim <= now.cpus - FEED_CPUS and threads >= cpus and count == (actors or count)
+
+
+@pytest.mark.parametrize("now", [joined(0.0), joined(12.0), joined(64.0, node_cpus=16.0)], ids=str)
+def test_an_elastic_cluster_is_asked_for_more_than_it_has(now):
+    fewest, most, claim, _ = cluster.extractor_pool(now, None, 2, None)
+    assert (fewest, most, claim) == (1, cluster.AUTOSCALED_ACTORS, 2.0)
+    # actors asked for are grown to, one by one: twelve at once on twelve CPUs would leave none to decode
+    assert cluster.extractor_pool(now, 12, 1, None)[:3] == (1, 12, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("now", "gpus", "expected"),
+    [
+        (joined(64.0, 4.0), None, (1, 64, 1.0, 1.0)),
+        (joined(64.0, 4.0), 0.5, (1, 64, 1.0, 0.5)),
+        (joined(0.0, 0.0), 1.0, (1, 64, 1.0, 1.0)),  # GPUs that scale from zero, as the user says
+        (joined(64.0, 4.0), 0.0, (1, 64, 1.0, 0.0)),  # the user wants none
+        (Cluster(32.0, 2.0, True, "", 32.0), None, (1, 2, 1.0, 1.0)),
+    ],
+    ids=str,
+)
+def test_gpus_are_used_where_there_are_any_or_the_user_says_so(now, gpus, expected):
+    assert cluster.extractor_pool(now, None, 1, gpus) == expected
+
+
+def test_no_actor_claims_more_than_the_largest_node_has():
+    now = joined(16.0, node_cpus=4.0)
+    assert cluster.extractor_pool(now, None, 8, None)[2] == 4.0
+    assert cluster.search_actors(now, 2, 8, shards=4) == (2, 8, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("now", "actors", "shards", "expected"),
+    [
+        (LOCAL, None, 1, (1, 2, 2.0)),  # one shard: one process with both cores
+        (LOCAL, None, 9, (2, 1, 1.0)),
+        (LOCAL, 1, 9, (1, 2, 2.0)),
+        (joined(64.0, node_cpus=16.0), None, 1, (1, 16, 16.0)),
+        (joined(64.0, node_cpus=16.0), None, 100, (48, 1, 1.0)),
+        (joined(0.0), None, 3, (1, 1, 1.0)),
+    ],
+    ids=str,
+)
+def test_search_processes_use_the_cores_that_shards_leave_idle(now, actors, shards, expected):
+    assert cluster.search_actors(now, actors, 1, shards) == expected
