@@ -73,6 +73,9 @@ def connect() -> Cluster:
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
             ) from None
         return _describe(local=False)
+    # Nobody scrapes the metrics of such a cluster, and their exporter leaves a thread behind (one per session) that can
+    # crash a process that is done: seen as a segmentation fault in its exit.
+    os.environ.setdefault("RAY_enable_open_telemetry", "0")
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)

@@ -19,6 +19,7 @@ import fsspec
 
 ACCESS_KEY = "test-key"
 SECRET_KEY = "test-secret"
+READER_KEY = "reader-key"  # with the same secret: may read everything and write nothing
 START_TIMEOUT_S = 60.0
 
 
@@ -105,7 +106,12 @@ def running_server(directory: Path) -> Iterator[S3Server]:
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
-    (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    reader = {
+        "name": "reader",
+        "credentials": [{"accessKey": READER_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Read", "List"],
+    }
+    (directory / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
     # a bucket is a collection of its own volumes: one each (the default is seven), or the server runs out of volumes
     (directory / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
     log = directory / "server.log"

@@ -5,6 +5,7 @@ import pytest
 
 from pd_core import errors, storage
 from tests import tiny
+from tests.s3 import READER_KEY
 from workflows import build_index
 
 
@@ -58,14 +59,16 @@ def test_wrong_credentials_are_one_line_and_exit_2(bucket, tmp_path, change, exp
 
 
 @pytest.mark.parametrize(
-    ("output", "change", "expected"),
+    ("change", "expected"),
     [
-        ("s3://no-such-bucket-here/out", {}, "s3://no-such-bucket-here/out"),
-        ("s3://no-such-bucket-here/out", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "credentials"),
-        ("s3://no-such-bucket-here/out", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials"),
+        ({"AWS_ACCESS_KEY_ID": READER_KEY}, "permission denied"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "credentials"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(s3_environment, tmp_path, output, change, expected):
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(s3_environment, tmp_path, change, expected):
+    # a bucket that does not exist is not among them: this server makes one on the first PUT, others refuse it
+    output = f"s3://{s3_environment.make_bucket()}/out"
     images, weights = tiny.write_images(tmp_path / "images"), tiny.write_checkpoint(tmp_path / "tiny.safetensors")
     process = tiny.start(*tiny.arguments(images, weights, output, "--no-tracking.enabled"), **change)
     text, _ = process.communicate(timeout=120)

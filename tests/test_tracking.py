@@ -248,7 +248,7 @@ def test_store_that_cannot_be_opened_is_given_up_at_once(tmp_path, capsys):
         ("mlruns", "use sqlite:///mlruns/mlflow.db"),
         ("/data/mlruns/", "use sqlite:////data/mlruns/mlflow.db"),
         ("gopher://host", "unknown or unsupported store 'gopher'"),
-        ("postgresql://me:hunter2@db/mlflow", "put an MLflow server in front"),
+        ("postgresql://db/mlflow", "put an MLflow server in front"),
         ("http://", "expected http(s)://HOST:PORT"),
         ("http://host:port", "expected http(s)://HOST:PORT"),
         ("http://me:hun/ter2@host:80", "expected http(s)://HOST:PORT"),
@@ -269,6 +269,15 @@ def test_wrong_uri_is_refused_before_the_run(monkeypatch, tmp_path, uri, expecte
     assert origin in message
     assert "\n" not in message
     assert "hun" not in message
+
+
+def test_a_refused_uri_of_the_environment_is_shown_without_its_password(monkeypatch, tmp_path):
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", "postgresql://me:hunter2@db/mlflow"
+    )  # in the settings it is refused at once
+    with pytest.raises(UserError, match="put an MLflow server in front") as caught, start(tmp_path):
+        raise AssertionError("the body must not run")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_precedence_of_the_uri(monkeypatch, tmp_path):
@@ -294,11 +303,12 @@ def test_redact(text, shown):
     assert tracking.redact(text) == shown
 
 
-def test_credentials_reach_neither_lines_nor_store(out, capsys):
+def test_credentials_reach_neither_lines_nor_store(out, capsys, monkeypatch):
     with start(out, tags={"server": "http://me:hunter2@host"}) as tracker:
         tracker.params({"tracking.uri": "http://me:hunter2@host", "index.kind": "auto"})
         tracker.dataset("images", "s3://me:hunter2@bucket/x", "1", "source", None)
-    with start(out, uri="http://me:hunter2@127.0.0.1:9") as tracker:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
+    with start(out) as tracker:
         use(tracker)
     lines = said(capsys)
     assert len(lines) == 1
