@@ -41,7 +41,7 @@ def measure(quick: bool) -> table.Section:
     except datasets.MissingInputError as missing:
         return table.Section("Features", TEXT, skipped=[str(missing)])
     section = table.Section("Features", TEXT)
-    cases = [(64, 1536, 1), (224, 512, 1)] if quick else [(64, 3 * len(files), 3), (224, len(files), 2)]
+    cases = [(64, 1536, 1), (224, 512, 1)] if quick else [(64, 6 * len(files), 3), (224, len(files), 2)]
     if process.short:
         cases = [(px, rows, 1) for px, rows, _ in cases]
         section.skipped.append("all but one turn of each side (--short)")

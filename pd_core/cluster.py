@@ -32,6 +32,7 @@ DECODE_CPUS = 0.5
 START_ATTEMPTS = 4
 AUTOSCALED_ACTORS = 64  # replicas that the pool may ask an autoscaling cluster for
 SMALL_CPUS = 8  # a joined cluster up to this size is treated as one machine that does not grow
+WORKERS_PER_CPU = 4  # idle processes that a cluster of our own keeps
 WAIT_S = 60.0  # between two lines that say what a stage waits for
 FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
@@ -76,6 +77,9 @@ def connect() -> Cluster:
     # Nobody scrapes the metrics of such a cluster, and their exporter leaves a thread behind (one per session) that can
     # crash a process that is done: seen as a segmentation fault in its exit.
     os.environ.setdefault("RAY_enable_open_telemetry", "0")
+    # Tasks of a fraction of a CPU make more workers than CPUs; Ray would end the idle ones of these after a second, and
+    # start them again for the next task, at 2 s of imports each (a fifth of the machine while small images stream).
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(WORKERS_PER_CPU * 2 * cores()))
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)

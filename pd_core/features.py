@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_TASKS = 8192  # read tasks of one execution: the driver's plan stays this small for any number of images
+FEWEST_TASKS = 16  # of one execution, where there are so many batches
+TASK_BATCHES = 8
+TASK_BYTES = 32 << 20  # pixels that a task hands over
 PARQUET_ROWS = 1024
 ROUNDS = 4  # executions that the stage tries when infrastructure fails and parts are missing
 
@@ -336,9 +339,16 @@ class Work:
         return {n: p for n, p in done.items() if bad[n] == (quarantined[n].rows if n in quarantined else 0)}
 
     @property
-    def rows_together(self) -> int:
-        """Rows that one task reads: of Parquet many, since a row group is decoded whole for any of its rows."""
-        return min(PARQUET_ROWS, self.listing.part_rows) if self.source.kind == "parquet" else self.batch_size
+    def batches_together(self) -> int:
+        """Batches that one task decodes: so many that Ray's own work of a millisecond or more per task weighs little.
+
+        Of Parquet more, since a row group is decoded whole for any of its rows.
+        """
+        if self.source.kind == "parquet":
+            return max(1, min(PARQUET_ROWS, self.listing.part_rows) // self.batch_size)
+        size = self.spec.preprocess.height * self.spec.preprocess.width * 3 * self.batch_size
+        few = self.batches() // FEWEST_TASKS
+        return max(1, min(TASK_BYTES // size, TASK_BATCHES, few), -(-self.batches() // MAX_TASKS))
 
     @property
     def batches_per_part(self) -> int:
@@ -448,7 +458,7 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
     fewest, most, cpus, gpus = cluster.extractor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
     batches = work.batches()
-    together = max(1, work.rows_together // work.batch_size, -(-batches // MAX_TASKS))
+    together = work.batches_together
     ids = pa.array(np.arange(batches))
     # not ray.data.range, which would read the numbers in tasks of a CPU each
     numbers = ray.data.from_arrow([pa.table({"id": ids[i : i + together]}) for i in range(0, batches, together)])
