@@ -26,7 +26,7 @@ K = 20
 THREADS = 2
 PART_ROWS = 4096
 TINY_ROWS, TINY_PARTS = 32, 4  # a join that is all start-up, in as many blocks
-WARM_UP = 64
+WARM_UP = 4096  # big_batch_search refuses fewer (query, probe) pairs than there are cells
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
