@@ -183,10 +183,10 @@ _decode, _ExtractBatch = (
 )  # as they are, before `stage` puts these in their place
 
 
-def timed_decode(work: features.Work, numbers: pa.Table) -> Iterator[pa.Table]:
+def timed_decode(work: features.Work, runs: pa.Table) -> Iterator[pa.Table]:
     """features._decode, logged."""
     watch = storage.Stopwatch()
-    for batch in _decode(work, numbers):
+    for batch in _decode(work, runs):
         _note("decode", watch.seconds, len(batch["reason"][0]))
         yield batch
         watch = storage.Stopwatch()

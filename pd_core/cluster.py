@@ -32,7 +32,9 @@ DECODE_CPUS = 0.5
 START_ATTEMPTS = 4
 AUTOSCALED_ACTORS = 64  # replicas that the pool may ask an autoscaling cluster for
 SMALL_CPUS = 8  # a joined cluster up to this size is treated as one machine that does not grow
-WORKERS_PER_CPU = 4  # idle processes that a cluster of our own keeps
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a job
+WORKERS_PER_CORE = 8  # idle processes that a cluster of our own keeps, unless memory for that is short
+WORKER_BYTES = 1 << 30
 WAIT_S = 60.0  # between two lines that say what a stage waits for
 FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
@@ -64,11 +66,12 @@ def connect() -> Cluster:
     if ray.is_initialized():
         return _describe(local=False)
     address = os.environ.get("RAY_ADDRESS")
-    package = {"py_modules": [os.path.dirname(__file__)]}  # its nodes need what pd_core imports, not pd_core itself
+    # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
+    package = {"py_modules": [os.path.dirname(__file__)], "excludes": ["**/__pycache__"]}
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:
         try:
-            ray.init(address=address, runtime_env=None if in_job_copy() else package, **quiet)
+            ray.init(address=address, runtime_env=None if JOB_VARIABLE in os.environ else package, **quiet)
         except ConnectionError as error:
             raise RunError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
@@ -79,7 +82,7 @@ def connect() -> Cluster:
     os.environ.setdefault("RAY_enable_open_telemetry", "0")
     # Tasks of a fraction of a CPU make more workers than CPUs; Ray would end the idle ones of these after a second, and
     # start them again for the next task, at 2 s of imports each (a fifth of the machine while small images stream).
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(WORKERS_PER_CPU * 2 * cores()))
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(_idle_workers()))
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)
@@ -129,9 +132,14 @@ def refreshed(cluster: Cluster) -> Cluster:
     return _describe(cluster.local)
 
 
+def _idle_workers() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(2 * cores(), min(WORKERS_PER_CORE * cores(), memory // WORKER_BYTES))
+
+
 def in_job_copy() -> bool:
     """Whether this is the driver of a Ray job in a temporary copy of its --working-dir, which Ray deletes after the job."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    job = json.loads(os.environ.get(JOB_VARIABLE, "{}"))
     return bool((job.get("runtime_env") or {}).get("working_dir"))
 
 
@@ -186,13 +194,18 @@ def search_actors(cluster: Cluster, actors: int | None, cpus: int, shards: int) 
     """Number of search processes, threads of each and CPUs that each claims.
 
     As many processes as asked for or as fit, never more than shards; where they are fewer than cores, each gets more
-    threads, on which no number depends.
+    threads, on which no number depends. Those are not claimed: a claim of many CPUs may fit on no node beside the others.
     """
     count = min(shards, actors or int(computing_cpus(cluster) // cpus) or 1)
     threads = max(cpus, int(computing_cpus(cluster) // count))
     if cluster.node_cpus >= 1 and not cluster.local:
         threads = max(cpus, min(threads, int(cluster.node_cpus)))
-    return count, threads, _claim(cluster, count, threads)
+    return count, threads, _claim(cluster, count, cpus)
+
+
+def io_cpus(cluster: Cluster, claimed: float) -> float:
+    """CPUs that a task claims which waits for actors: next to nothing, and nothing where the actors have claimed all."""
+    return IO_CPUS if cluster.cpus < 1 or cluster.cpus - claimed >= IO_CPUS else 0.0
 
 
 def wait_for(actors: Sequence[Any], what: str) -> None:
@@ -238,8 +251,9 @@ def bounded(
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             item = pending.pop(done)
+            result = get(done)
             fill()
-            yield item, get(done)
+            yield item, result
     finally:
         for reference in pending:  # after an error nothing goes on writing
             ray.cancel(reference)

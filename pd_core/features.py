@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ FEWEST_TASKS = 16  # of one execution, where there are so many batches
 TASK_BATCHES = 8
 TASK_BYTES = 32 << 20  # pixels that a task hands over
 PARQUET_ROWS = 1024
-ROUNDS = 4  # executions that the stage tries when infrastructure fails and parts are missing
+ROUND_DELAYS_S = (1.0, 10.0, 30.0, 0.0)  # after each execution that infrastructure ended with parts missing
 
 
 # ---- the extractor ---------------------------------------------------------------------------------------------------
@@ -344,11 +345,11 @@ class Work:
 
         Of Parquet more, since a row group is decoded whole for any of its rows.
         """
+        least = max(1, -(-self.batches() // MAX_TASKS))
         if self.source.kind == "parquet":
-            return max(1, min(PARQUET_ROWS, self.listing.part_rows) // self.batch_size)
+            return max(least, min(PARQUET_ROWS, self.listing.part_rows) // self.batch_size)
         size = self.spec.preprocess.height * self.spec.preprocess.width * 3 * self.batch_size
-        few = self.batches() // FEWEST_TASKS
-        return max(1, min(TASK_BYTES // size, TASK_BATCHES, few), -(-self.batches() // MAX_TASKS))
+        return max(least, min(TASK_BYTES // size, TASK_BATCHES, self.batches() // FEWEST_TASKS))
 
     @property
     def batches_per_part(self) -> int:
@@ -375,7 +376,7 @@ def run(
 
     Raises:
         UserError: more images than that are unusable.
-        RunError: parts are still missing after `ROUNDS` executions.
+        RunError: parts are still missing after as many executions as `ROUND_DELAYS_S`.
     """
     watch = storage.Stopwatch()
     max_bad = int(max_bad_fraction * work.listing.rows)
@@ -408,7 +409,7 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
 
     work.quarantine.begin(overwrite=True)  # the features stage has been begun: what lies here is its, or stale
     failure: Exception | None = None
-    for _ in range(ROUNDS):
+    for delay_s in ROUND_DELAYS_S:
         done = work.finished_parts()
         missing = tuple(p for p in range(work.listing.parts) if storage.part_name(p) not in done)
         if not missing:
@@ -418,17 +419,27 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
             _execute(replace(work, missing=missing), now, settings, max_bad, done)
         except ray.exceptions.RayError as error:
             failure = cluster.cause(error) or error
-            if isinstance(failure, UserError):
+            if isinstance(failure, UserError) or _is_defect(failure):
                 raise failure from None
             left = work.listing.parts - len(work.finished_parts())
             cluster.say(f"features: {_one_line(failure)}; {left} of {before} parts still to do, trying again")
+            time.sleep(delay_s)
     done = work.finished_parts()
     if len(done) == work.listing.parts:
         return done
+    if isinstance(failure, RunError):
+        raise failure
     raise RunError(
         f"features: {work.listing.parts - len(done)} of {work.listing.parts} parts are missing after repeated failures "
         f"({_one_line(failure) if failure else 'no error was reported'}); what is done is kept, run the same command again"
     )
+
+
+def _is_defect(error: Exception) -> bool:
+    """Whether our own code raised what it never should: another round would only raise it again."""
+    import ray
+
+    return isinstance(error, ray.exceptions.RayTaskError) and not storage.is_failure(error.cause)
 
 
 def _execute(
@@ -459,9 +470,9 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     fewest, most, cpus, gpus = cluster.extractor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
     batches = work.batches()
     together = work.batches_together
-    ids = pa.array(np.arange(batches))
-    # not ray.data.range, which would read the numbers in tasks of a CPU each
-    numbers = ray.data.from_arrow([pa.table({"id": ids[i : i + together]}) for i in range(0, batches, together)])
+    runs = [{"first": n, "stop": min(n + together, batches)} for n in range(0, batches, together)]
+    # not ray.data.range or from_arrow: these run a task of a CPU for every block, to read or to look at it
+    numbers = ray.data.from_items(runs, override_num_blocks=len(runs))
     decoded = numbers.map_batches(
         functools.partial(_decode, work), batch_size=None, batch_format="pyarrow", num_cpus=cluster.DECODE_CPUS
     )
@@ -511,9 +522,10 @@ def _extracted_schema(dim: int) -> pa.Schema:
     )
 
 
-def _decode(work: Work, numbers: pa.Table) -> Iterator[pa.Table]:
-    """Batch numbers to decoded batches, read in one go where they stand side by side."""
-    places = [(work.missing[n // work.batches_per_part], n % work.batches_per_part) for n in numbers["id"].to_pylist()]
+def _decode(work: Work, runs: pa.Table) -> Iterator[pa.Table]:
+    """Runs of batch numbers (first, stop) to decoded batches; within a part they are read in one go."""
+    numbers = [n for run in runs.to_pylist() for n in range(run["first"], run["stop"])]
+    places = [(work.missing[n // work.batches_per_part], n % work.batches_per_part) for n in numbers]
     for part in dict.fromkeys(part for part, _ in places):
         inside = [batch for p, batch in places if p == part]
         first, stop = inside[0] * work.batch_size, (inside[-1] + 1) * work.batch_size

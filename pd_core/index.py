@@ -23,6 +23,9 @@ except ImportError as error:
     raise UserError("faiss is not installed; pip install 'pd-core[cpu]' or 'pd-core[gpu]'") from error
 
 
+HAS_GPUS = hasattr(faiss, "StandardGpuResources")  # this build of faiss, whatever the machine
+
+
 def faiss_version() -> str:
     """Version of faiss, part of every index's identity."""
     return str(faiss.__version__)
@@ -80,7 +83,7 @@ def train_quantizer(
     clustering.min_points_per_centroid = 1  # default_cells sees to ROWS_PER_CELL; asking for more cells is the user's
     clustering.max_points_per_centroid = MAX_ROWS_PER_CELL
     assign = faiss.IndexFlatL2(dim)
-    if gpu and faiss.get_num_gpus() > 0:
+    if gpu and HAS_GPUS and faiss.get_num_gpus() > 0:
         assign = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, assign)
     clustering.train(np.ascontiguousarray(sample, np.float32), assign)
     return faiss.vector_to_array(clustering.centroids).reshape(cells, dim).copy()

@@ -16,6 +16,8 @@ from pd_core.features import load_features
 
 FLAT_ROWS = 20_000  # below, exact search costs seconds and a quantizer is not worth training
 FEWEST_SHARDS_AT_ONCE = 4  # whose rows are in the object store together; beyond its memory Ray spills to disk
+MOST_SHARDS_AT_ONCE = 64
+MOST_PIECES = 100_000
 STORE_SHARE = 0.5  # of the object store that those rows may take
 GROUP_ROWS = 65_536  # rows that one task of this stage reads
 
@@ -194,8 +196,9 @@ def _train(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: Inde
     sample = _task(_sample)
     picked = [sample.remote(group, settings.seed, min(1.0, wanted / rows)) for group in groups]
     cluster.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
-    gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
-    train = _task(_train_template, num_cpus=cluster.feasible_cpus(settings.actor_cpus), num_gpus=gpus)
+    gpu = index.HAS_GPUS and ray.cluster_resources().get("GPU", 0.0) >= 1
+    cpus = 1 if gpu else cluster.feasible_cpus(settings.actor_cpus)
+    train = _task(_train_template, num_cpus=cpus, num_gpus=int(gpu))
     return train.remote(stage, settings, *picked)
 
 
@@ -252,7 +255,7 @@ def _fill_cells(
     build = _task(_build_shard)
     shared = ray.put(owners)
     with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
-        together = _shards_at_once(shard_bytes)
+        together = _shards_at_once(shard_bytes, len(groups))
         for first in range(0, len(wanted), together):
             some = wanted[first : first + together]
             deal = _task(_deal, num_returns=len(some))
@@ -270,12 +273,16 @@ def _submit_build(
     return build.remote(stage, shards[number], template, *[piece[number] for piece in pieces])
 
 
-def _shards_at_once(shard_bytes: int) -> int:
-    """Shards whose rows are in the object store together: each round reads all features once, so few rounds are best."""
+def _shards_at_once(shard_bytes: int, groups: int) -> int:
+    """Shards whose rows are in the object store together: each round reads all features once, so few rounds are best.
+
+    The driver holds a reference for each piece, shards times groups of them, and Ray keeps small pieces themselves there.
+    """
     import ray
 
     store = ray.cluster_resources().get("object_store_memory", 0.0)
-    return max(FEWEST_SHARDS_AT_ONCE, int(STORE_SHARE * store / max(shard_bytes, 1)))
+    fit = min(int(STORE_SHARE * store / max(shard_bytes, 1)), MOST_SHARDS_AT_ONCE, MOST_PIECES // groups)
+    return max(FEWEST_SHARDS_AT_ONCE, fit)
 
 
 def _deal_cells(template: bytes, counts: np.ndarray, shards: int) -> np.ndarray:

@@ -63,8 +63,8 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     )
     settings = settings.model_copy(update={"output": storage.absolute(settings.output), "features": featuring})
     source = sources.open_source(settings.data)
-    recursive = source.kind == "directory" or any("**" in pattern for pattern in source.patterns)
-    if recursive and f"{settings.output}/".startswith(f"{storage.absolute(source.root)}/"):
+    recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
+    if recursive and storage.is_inside(str(settings.output), source.root):
         raise UserError(
             f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it wrote "
             "for images; choose an --output outside"

@@ -97,6 +97,7 @@ class SearchPool:
 
     info: IndexInfo
     actors: tuple[Any, ...]
+    io_cpus: float = 0.0  # that a task which asks them should claim
 
     def close(self) -> None:
         """End the actors."""
@@ -117,7 +118,9 @@ def open_pool(info: IndexInfo, now: cluster.Cluster, settings: IndexSettings) ->
     )
     holders = _holder(np.arange(info.shards), info.shards, count)
     owned = [np.flatnonzero(holders == number).tolist() for number in range(count)]
-    pool = SearchPool(info, tuple(actor.remote(info, shards, threads) for shards in owned))
+    pool = SearchPool(
+        info, tuple(actor.remote(info, shards, threads) for shards in owned), cluster.io_cpus(now, count * cpus)
+    )
     try:
         cluster.wait_for(pool.actors, "search")
         yield pool

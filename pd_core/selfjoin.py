@@ -52,15 +52,13 @@ def find_neighbors(
     done = stage.finished_parts()
     blocks = make_blocks(features, settings.block_rows)
     todo = [(block, [n for n in block if n not in done]) for block in blocks if any(n not in done for n in block)]
-    join: Any = ray.remote(_join_block).options(
-        num_cpus=0, **cluster.TASK_OPTIONS
-    )  # waits for actors, and must run beside them
     rows_done = sum(part.rows for part in done.values())
     asked = sent = 0
     with (
         search.open_pool(info, cluster.refreshed(now), index_settings) as pool,
         cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
     ):
+        join: Any = ray.remote(_join_block).options(num_cpus=pool.io_cpus, **cluster.TASK_OPTIONS)
         submit = lambda item: join.remote(stage, pool, features_uri, *item, settings.k)  # noqa: E731
         for _, traffic in cluster.bounded(submit, todo, lambda: len(pool.actors) + 1):
             bar.update(traffic.queries)

@@ -33,6 +33,7 @@ STARTED = "started.json"
 RECORDS = "_parts"
 READERS = 16  # threads that read or delete small files
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+TEMPORARY_S = 3600.0  # no file takes longer to write
 _NUMBERED = re.compile(r"(part|shard)-\d+\.\w+$")
 
 
@@ -53,6 +54,12 @@ def is_local(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """The URI, or the absolute path of a local one, so that it means the same in every process."""
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://"))) if is_local(uri) else uri.rstrip("/")
+
+
+def is_inside(uri: str, folder: str) -> bool:
+    """Whether the URI is the folder or lies under it, links on a local disk followed."""
+    uri, folder = (os.path.realpath(absolute(u)) if is_local(u) else absolute(u) for u in (uri, folder))
+    return f"{uri}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def join(uri: str, *names: str) -> str:
@@ -274,7 +281,6 @@ class Stage:
         done = load_artifact(self.uri)
         if done is not None and done.fingerprint == self.fingerprint:
             return done
-        self._drop_temporaries()
         other = done.identity if done is not None else self._started_identity()
         if other is not None and (done is not None or fingerprint_of(other, self) != self.fingerprint):
             if not overwrite:
@@ -284,17 +290,24 @@ class Stage:
                     "choose another --output or pass --overwrite"
                 )
             self._clear()
-        elif other is None and exists(self.uri) and sizes(self.uri):
+        elif other is None and any(not _TEMPORARY.search(name) for name in sizes(self.uri)):
             raise UserError(f"{self.uri}: holds files that are not of this program; choose another --output")
+        self._drop_temporaries()
         write_bytes(join(self.uri, STARTED), canonical(self.identity).encode())
         return None
 
     def _drop_temporaries(self) -> None:
-        """Delete what a killed process left half-written; on an object store there is no such thing."""
-        if is_local(self.uri):
-            for folder in (self.uri, join(self.uri, RECORDS)):
-                for name in filter(_TEMPORARY.search, sizes(folder)):
-                    delete_file(join(folder, name))
+        """Delete what a killed process left half-written; on an object store there is no such thing.
+
+        Only what is old: a run that was thought dead may still be writing.
+        """
+        if not is_local(self.uri):
+            return
+        for folder in (self.uri, join(self.uri, RECORDS)):
+            for name in filter(_TEMPORARY.search, sizes(folder)):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - os.stat(join(folder, name)).st_mtime > TEMPORARY_S:
+                        delete_file(join(folder, name))
 
     def _clear(self) -> None:
         """Delete the stage in an order that can break off anywhere: what is left is unfinished, and still known as ours.

@@ -57,15 +57,16 @@ def test_no_actor_claims_more_than_the_largest_node_has():
     now = joined(16.0, node_cpus=4.0)
     assert cluster.extractor_pool(now, None, 8, None)[2] == 4.0
     assert cluster.search_actors(now, 2, 8, shards=4) == (2, 8, 4.0)
+    assert cluster.search_actors(joined(64.0, node_cpus=16.0), None, 1, shards=5) == (5, 9, 1.0)  # 5 x 9 fit no 4 x 16
 
 
 @pytest.mark.parametrize(
     ("now", "actors", "shards", "expected"),
     [
-        (LOCAL, None, 1, (1, 2, 2.0)),  # one shard: one process with both cores
+        (LOCAL, None, 1, (1, 2, 1.0)),  # one shard: one process with both cores
         (LOCAL, None, 9, (2, 1, 1.0)),
-        (LOCAL, 1, 9, (1, 2, 2.0)),
-        (joined(64.0, node_cpus=16.0), None, 1, (1, 16, 16.0)),
+        (LOCAL, 1, 9, (1, 2, 1.0)),
+        (joined(64.0, node_cpus=16.0), None, 1, (1, 16, 1.0)),
         (joined(64.0, node_cpus=16.0), None, 100, (48, 1, 1.0)),
         (joined(0.0), None, 3, (1, 1, 1.0)),
     ],
@@ -73,3 +74,10 @@ def test_no_actor_claims_more_than_the_largest_node_has():
 )
 def test_search_processes_use_the_cores_that_shards_leave_idle(now, actors, shards, expected):
     assert cluster.search_actors(now, actors, 1, shards) == expected
+
+
+def test_tasks_that_ask_actors_run_beside_them_whatever_these_claimed():
+    for now in (*FIXED, joined(12.0), joined(64.0, node_cpus=16.0)):
+        for actors in (None, 1, 12, 64):
+            count, _, claim = cluster.search_actors(now, actors, 1, shards=100)
+            assert count * claim + cluster.io_cpus(now, count * claim) <= max(now.cpus, count * claim)

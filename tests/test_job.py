@@ -14,7 +14,8 @@ import pytest
 
 from tests import tiny
 
-pytestmark = pytest.mark.slow  # a head with a dashboard takes 10 s, a job 15 s more, on top of the workflow
+# a head with a dashboard takes 10 s, a job 15 s more, on top of the workflow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 RAY = str(Path(sys.executable).parent / "ray")
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import cluster, errors, storage
+from pd_core import cluster, errors, features, storage
 from tests import tiny
 from workflows import build_index
 
@@ -108,7 +109,8 @@ def test_the_same_command_again_does_nothing(undisturbed, inputs):
 
 
 @pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_same_tables_with_other_numbers_of_actors(undisturbed, inputs, tmp_path, actors):
+def test_same_tables_with_other_numbers_of_actors(undisturbed, inputs, tmp_path, actors, monkeypatch):
+    monkeypatch.setattr(features, "FEWEST_TASKS", 1)  # and with tasks of 8 batches, which reach over 3 parts
     output = tmp_path / "out"
     assert run(*inputs, output, f"--features.actors={actors}", f"--index.actors={actors}") == 0
     assert tiny.tables(output) == tiny.tables(undisturbed)
@@ -192,18 +194,23 @@ IVF = ("--index.kind=ivf_flat", "--index.shards=3", "--index.cells=3", "--index.
 def test_ivf_gives_the_same_tables_with_one_actor_and_after_a_kill_of_a_searcher(inputs, ray_cluster, tmp_path):
     assert run(*inputs, tmp_path / "one", *IVF[:-1], "--index.actors=1") == 0
     killed: list[int] = []
-    killer = threading.Thread(target=kill_once, args=("ray::_Searcher", tmp_path / "two" / "neighbors", killed))
+    over = threading.Event()
+    arguments = ("ray::_Searcher", tmp_path / "two" / "neighbors", killed, over)
+    killer = threading.Thread(target=kill_once, args=arguments, daemon=True)
     killer.start()
-    code = run(*inputs, tmp_path / "two", *IVF)
+    try:
+        code = run(*inputs, tmp_path / "two", *IVF)
+    finally:
+        over.set()
     killer.join()
     assert killed and code == 0
     assert tiny.tables(tmp_path / "one") == tiny.tables(tmp_path / "two")
     assert len(list((tmp_path / "two" / "index").glob("shard*.faiss"))) == 3
 
 
-def kill_once(title: str, stage: Path, killed: list[int]) -> None:
+def kill_once(title: str, stage: Path, killed: list[int], over: threading.Event) -> None:
     """Kill one process of ours with this title while the stage is under way; its pid goes to `killed`."""
-    while not killed and not (stage / "artifact.json").exists():
+    while not over.is_set() and not (stage / "artifact.json").exists():
         time.sleep(0.02)
         if not (stage / "started.json").exists():
             continue
@@ -238,6 +245,20 @@ def test_other_settings_on_the_same_output_are_refused(undisturbed, inputs, caps
     assert run(*inputs, undisturbed, "--density.k=6") == 2
     error = capsys.readouterr().err
     assert "k: 5 -> 6" in error and "--overwrite" in error
+
+
+@pytest.mark.slow
+def test_parquet_gives_the_numbers_of_the_files(undisturbed, inputs, tmp_path):
+    rows_of = {key: data for key, data in tiny.files().items() if not key.startswith("broken/")}
+    table = pa.table({"key": list(rows_of), "image": list(rows_of.values())})
+    pq.write_table(table, tmp_path / "images.parquet", row_group_size=40)
+    output = tmp_path / "out"
+    assert run(tmp_path / "images.parquet", inputs[1], output, "--data.labels=none", "--data.key_column=key") == 0
+    found, expected = rows(output, "densities"), rows(undisturbed, "densities")
+    by_key = dict(zip(expected["key"].to_pylist(), expected["density"].to_pylist(), strict=True))
+    assert found.num_rows == tiny.GOOD
+    for key, value in zip(found["key"].to_pylist(), found["density"].to_pylist(), strict=True):
+        assert value == pytest.approx(by_key[key], rel=1e-3)  # batches differ, and with them the last bits
 
 
 @pytest.mark.slow

@@ -66,10 +66,12 @@ def test_what_a_killed_process_left_half_written_is_in_nobodys_way(tmp_path):
     half = tmp_path / f"started.json.{'0f' * 16}.tmp"
     half.write_bytes(b"{")
     made = stage(tmp_path)
-    assert made.begin(overwrite=False) is None
+    assert made.begin(overwrite=False) is None and half.exists()  # its writer may be alive
     (tmp_path / "_parts").mkdir()
     other = tmp_path / "_parts" / f"part-0.parquet.json.{'a1' * 16}.tmp"
     other.write_bytes(b"{")
+    for file in (half, other):
+        os.utime(file, (0, 0))
     assert made.begin(overwrite=False) is None
     assert not half.exists() and not other.exists() and made.finished_parts() == {}
 
@@ -82,6 +84,28 @@ def test_overwrite_leaves_the_files_of_others_and_no_part_of_the_old_stage(tmp_p
     (tmp_path / "notes.md").write_bytes(b"precious")
     stage(tmp_path, model="b").begin(overwrite=True)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"started.json", "notes.md"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder", "inside"),
+    [
+        ("/a/b", "/a", True),
+        ("/a", "/a", True),
+        ("/ab", "/a", False),
+        ("/a", "/", True),
+        ("s3://b/x/out", "s3://b/x/", True),
+        ("s3://b/xy", "s3://b/x", False),
+        ("s3://b/x", "/b", False),
+    ],
+)
+def test_inside(uri, folder, inside):
+    assert storage.is_inside(uri, folder) is inside
+
+
+def test_inside_follows_links(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    assert storage.is_inside(str(tmp_path / "link" / "out"), str(tmp_path / "images"))
 
 
 def test_a_home_folder_is_expanded(monkeypatch):
