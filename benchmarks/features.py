@@ -177,10 +177,8 @@ def _logged(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.loadtxt(path, ndmin=2) for path in sorted(folder.iterdir())}
 
 
-_decode, _ExtractBatch = (
-    features._decode,
-    features._ExtractBatch,
-)  # as they are, before `stage` puts these in their place
+# as they are, before `stage` puts these in their place
+_decode, _ExtractBatch = features._decode, features._ExtractBatch
 
 
 def timed_decode(work: features.Work, runs: pa.Table) -> Iterator[pa.Table]:

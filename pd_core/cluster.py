@@ -66,10 +66,10 @@ def connect() -> Cluster:
     if ray.is_initialized():
         return _describe(local=False)
     address = os.environ.get("RAY_ADDRESS")
-    # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
-    package = {"py_modules": [os.path.dirname(__file__)], "excludes": ["**/__pycache__"]}
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:
+        # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
+        package = {"py_modules": [os.path.dirname(__file__)], "excludes": ["**/__pycache__"]}
         try:
             ray.init(address=address, runtime_env=None if JOB_VARIABLE in os.environ else package, **quiet)
         except ConnectionError as error:
@@ -123,8 +123,15 @@ def _describe(local: bool) -> Cluster:
         gpus=resources.get("GPU", 0.0),
         local=local,
         address=ray.get_runtime_context().gcs_address,
-        node_cpus=max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0),
+        node_cpus=_largest_node(),
     )
+
+
+def _largest_node() -> float:
+    """CPUs of the node that has most; 0 where no node has any."""
+    import ray
+
+    return max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
 def refreshed(cluster: Cluster) -> Cluster:
@@ -279,9 +286,7 @@ def in_flight() -> int:
 
 def feasible_cpus(cpus: int) -> float:
     """`cpus`, or as many as the largest node has: a task that fits on no node would wait for ever."""
-    import ray
-
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    largest = _largest_node()
     return float(min(cpus, int(largest))) if largest >= 1 else float(cpus)
 
 

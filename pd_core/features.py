@@ -32,7 +32,7 @@ FEWEST_TASKS = 16  # of one execution, where there are so many batches
 TASK_BATCHES = 8
 TASK_BYTES = 32 << 20  # pixels that a task hands over
 PARQUET_ROWS = 1024
-ROUND_DELAYS_S = (1.0, 10.0, 30.0, 0.0)  # after each execution that infrastructure ended with parts missing
+ROUND_DELAYS_S = (0.0, 1.0, 10.0, 30.0)  # before each execution; infrastructure ended those before it
 
 
 # ---- the extractor ---------------------------------------------------------------------------------------------------
@@ -148,9 +148,8 @@ def load_model(name: str, checkpoint: str | None) -> torch.nn.Module:
         raise UserError(f"--features.model {name}: timm has no such model; {_nearest_model(name)}") from None
     except Exception as error:  # the hub raises dozens of types: offline, gated, renamed, full disk
         status = getattr(getattr(error, "response", None), "status_code", 0) or 0
-        passing = (
-            status == 429 or status >= 500 or "Timeout" in type(error).__name__
-        )  # the same may work a minute later
+        # the same may work a minute later
+        passing = status == 429 or status >= 500 or "Timeout" in type(error).__name__
         raise (RunError if passing else UserError)(
             f"--features.model {name}: cannot load its weights from the hub ({type(error).__name__}: {_one_line(error)}); "
             "check the network, or give --features.checkpoint"
@@ -414,16 +413,17 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
         missing = tuple(p for p in range(work.listing.parts) if storage.part_name(p) not in done)
         if not missing:
             return done
-        before = len(missing)
+        if failure is not None:
+            cluster.say(
+                f"features: {_one_line(failure)}; trying the {len(missing)} missing parts again in {delay_s:g} s"
+            )
+            time.sleep(delay_s)
         try:
             _execute(replace(work, missing=missing), now, settings, max_bad, done)
         except ray.exceptions.RayError as error:
             failure = cluster.cause(error) or error
             if isinstance(failure, UserError) or _is_defect(failure):
                 raise failure from None
-            left = work.listing.parts - len(work.finished_parts())
-            cluster.say(f"features: {_one_line(failure)}; {left} of {before} parts still to do, trying again")
-            time.sleep(delay_s)
     done = work.finished_parts()
     if len(done) == work.listing.parts:
         return done
@@ -460,9 +460,8 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     """The Ray Data plan: batch numbers -> decoded batches -> features -> committed parts, in order."""
     import ray
 
-    logging.getLogger("ray.data").setLevel(
-        logging.ERROR
-    )  # its plans are not for the user; importing it resets the level
+    # its plans are not for the user; importing it resets the level
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

@@ -50,6 +50,11 @@ def default_shards(rows: int, dim: int) -> int:
     return max(1, math.ceil(rows * dim * 4 / SHARD_BYTES))
 
 
+def nearest_divisor(dim: int, near: int) -> int:
+    """The divisor of `dim` that is nearest to `near`: what to set pq_bytes to."""
+    return min((d for d in range(1, dim + 1) if dim % d == 0), key=lambda d: abs(d - near))
+
+
 def training_rows(cells: int) -> int:
     """How many rows k-means uses at most; a larger sample brings nothing."""
     return max(cells * MAX_ROWS_PER_CELL, _PQ_ROWS)
@@ -169,8 +174,7 @@ def _empty_ivf(kind: ShardKind, quantizer: Any, cells: int, dim: int, pq_bytes: 
         )
     elif kind == "ivf_pq":
         if dim % pq_bytes:
-            divisors = [b for b in range(1, dim + 1) if dim % b == 0]
-            nearest = min(divisors, key=lambda b: abs(b - pq_bytes))
+            nearest = nearest_divisor(dim, pq_bytes)
             raise UserError(f"index.pq_bytes {pq_bytes} does not divide {dim} dimensions; set it to {nearest}")
         index = faiss.IndexIVFPQ(quantizer, dim, cells, pq_bytes, 8)
         index.pq.cp.seed = seed

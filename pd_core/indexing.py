@@ -45,9 +45,10 @@ def stage_of(
     kind = resolve_kind(settings, density.exact, rows)
     if kind == "ivf_pq" and dim % settings.pq_bytes:
         raise UserError(
-            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {_divisor(dim, settings.pq_bytes)}"
+            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {index.nearest_divisor(dim, settings.pq_bytes)}"
         )
-    cells = 0 if kind == "flat" else min(settings.cells or index.default_cells(rows), max(1, rows // 39))
+    most_cells = max(1, rows // index.ROWS_PER_CELL)
+    cells = 0 if kind == "flat" else min(settings.cells or index.default_cells(rows), most_cells)
     shards = min(
         settings.shards or index.default_shards(rows, dim),
         max(1, cells or sum(part.rows > 0 for part in features.parts)),
@@ -75,10 +76,6 @@ def stage_of(
         identity["pq_bytes"] = settings.pq_bytes
     uri = storage.join(output, "index")
     return storage.Stage(uri, "index", schemas.VERSIONS["index"], identity), resolved
-
-
-def _divisor(dim: int, near: int) -> int:
-    return min((d for d in range(1, dim + 1) if dim % d == 0), key=lambda d: abs(d - near))
 
 
 def run(

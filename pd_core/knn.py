@@ -131,10 +131,8 @@ class ShardSearch:
             squared, found, sure = self._rescore(own, positions, worst, k)
             answers: dict[tuple[bytes, tuple[tuple[int, int], ...]], Found] = {}
             for i in np.flatnonzero(~sure).tolist():
-                asked = (
-                    own[i].tobytes(),
-                    tuple(ranges(int(chosen[i]))),
-                )  # copies of one image ask the same: once is enough
+                # copies of one image ask the same: once is enough
+                asked = own[i].tobytes(), tuple(ranges(int(chosen[i])))
                 if asked not in answers:
                     answers[asked] = self._direct(own[i : i + 1], asked[1], k)
                 squared[i], found[i] = answers[asked]

@@ -32,8 +32,8 @@ ARTIFACT = "artifact.json"
 STARTED = "started.json"
 RECORDS = "_parts"
 READERS = 16  # threads that read or delete small files
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 TEMPORARY_S = 3600.0  # no file takes longer to write
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 _NUMBERED = re.compile(r"(part|shard)-\d+\.\w+$")
 
 
@@ -100,11 +100,8 @@ def explain(error: BaseException, uri: str) -> UserError | RunError:
 
 def is_failure(error: BaseException | None) -> TypeGuard[BaseException]:
     """Whether an error is one of a file system or object store; s3fs lets some of botocore's through as they are."""
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
-        "botocore",
-        "aiobotocore",
-        "aiohttp",
-    )
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or library in ("botocore", "aiobotocore", "aiohttp")
 
 
 def read_bytes(uri: str) -> bytes:
