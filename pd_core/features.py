@@ -458,9 +458,9 @@ def _execute(
 
 def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     """The Ray Data plan: batch numbers -> decoded batches -> features -> committed parts, in order."""
-    import ray
+    import ray.data
 
-    # its plans are not for the user; importing it resets the level
+    # its plans are not for the user; set after the import, which sets another level
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
