@@ -2,7 +2,7 @@
 
     python demo/make_digits.py --output runs/demo-data
 
-    runs/demo-data/digits/<label>/<index>.png        1,797 grey images, 32x32
+    runs/demo-data/digits/<label>/<index>.png        1,797 grey images, 8x8
     runs/demo-data/efficientnet_lite0.safetensors    for timm's tf_efficientnet_lite0
 
 Both come out of packages of the `demo` extra: nothing is downloaded. Files that are there are kept; each is written
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 NUM_DIGITS = 1797
-SCALE = 4  # 8x8 is too small to look at; whole blocks of 4x4 show the pixels as they are and lose none of them
 TIMM_MODEL = "tf_efficientnet_lite0"
 CHECKPOINT_NAME = "efficientnet_lite0.safetensors"
 
@@ -29,8 +28,7 @@ CHECKPOINT_NAME = "efficientnet_lite0.safetensors"
 def write_digits(root: str | os.PathLike[str]) -> Path:
     """Writes the digits that are missing under `root`/digits/<label>/<index:04d>.png and returns `root`/digits.
 
-    Pixel values 0..16 of the data set become round(v * 255 / 16), each a SCALE x SCALE block (nearest neighbour:
-    bicubic would look smoother and show values that nobody measured). `<index>` is the row in scikit-learn's arrays.
+    Pixel values 0..16 of the data set become round(v * 255 / 16). `<index>` is the row in scikit-learn's arrays.
     """
     root = Path(root)
     folder = root / "digits"
@@ -46,7 +44,7 @@ def write_digits(root: str | os.PathLike[str]) -> Path:
         if path.exists():
             continue
         grey = np.rint(values * 255 / 16).astype(np.uint8)
-        image = Image.fromarray(grey.repeat(SCALE, axis=0).repeat(SCALE, axis=1))
+        image = Image.fromarray(grey)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(root)  # not beside the images: a kill would leave it among them
         image.save(partial, format="PNG")

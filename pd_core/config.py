@@ -90,6 +90,9 @@ class FeatureSettings(Section):
     preprocess: Literal["model", "paper"] = Field(
         "model", description="model: timm's own config for the model; paper: 224x224 without crop, ImageNet mean/std"
     )
+    image_size: int | None = Field(
+        None, gt=0, description="side of the model's input instead of the one in its config, px; small images need less"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the model")
     batch_size: int = Field(64, gt=0, description="images per forward pass; part of the features' identity")
     part_rows: int = Field(4096, gt=0, description="images per committed part, rounded up to whole batches")
@@ -220,6 +223,10 @@ class BuildIndexSettings(WorkflowSettings):
             raise ValueError(
                 f"density.exact compares with every row, which makes index.kind {self.index.kind!r} idle; "
                 "set index.kind to flat or drop density.exact"
+            )
+        if self.features.preprocess == "paper" and self.features.image_size is not None:
+            raise ValueError(
+                "features.image_size has no meaning for features.preprocess 'paper' (224 px); drop one of them"
             )
         if self.index.kind == "flat" and self.index.cells is not None:
             raise ValueError("index.cells has no meaning for index.kind 'flat'; drop one of them")

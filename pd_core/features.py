@@ -248,8 +248,8 @@ def describe(settings: FeatureSettings) -> ExtractorSpec:
         data = resolve_model_data_config(model)
         _, height, width = data["input_size"]
         preprocess = Preprocess(
-            height=height,
-            width=width,
+            height=settings.image_size or height,
+            width=settings.image_size or width,
             interpolation=data["interpolation"],
             crop_pct=float(data["crop_pct"]),
             crop_mode=data["crop_mode"],
@@ -283,7 +283,7 @@ def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> i
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"--features.model {name}: does not take {preprocess.height}x{preprocess.width} px images ({_one_line(error)}); "
-            "choose another --features.preprocess"
+            "choose another --features.image_size or --features.preprocess"
         ) from None
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise UserError(f"--features.model {name}: gives no pooled feature vector; choose a classification backbone")

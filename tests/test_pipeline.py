@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pd_core import cluster, errors, features, storage
+from pd_core.config import FeatureSettings
 from tests import tiny
 from workflows import build_index
 
@@ -77,6 +78,13 @@ def test_features_are_those_of_timm_itself(undisturbed, inputs):
     found = np.array(table["feature"].to_pylist(), np.float32)
     # other memory format and batch size: convolutions sum in another order; a few hundred terms of relative 6e-8 each
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_another_input_size_is_part_of_the_extractor(inputs):
+    own = features.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(inputs[1])))
+    smaller = features.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(inputs[1]), image_size=64))
+    assert (own.preprocess.height, smaller.preprocess.height, smaller.preprocess.width) == (160, 64, 64)
+    assert own.identity() != smaller.identity()
 
 
 def test_labels_and_order_are_kept_to_the_densities(undisturbed):
@@ -164,21 +172,26 @@ KILL_POINTS = {
     ["features", *(pytest.param(p, marks=pytest.mark.slow) for p in ("index", "neighbors", "densities", "estimator"))],
 )
 def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, inputs, tmp_path, point):
-    output = tmp_path / "out"
-    argv = tiny.arguments(*inputs, output, "--no-tracking.enabled")
+    kill_and_resume(tiny.arguments(*inputs, tmp_path / "out"), tmp_path / "out", KILL_POINTS[point])
+    assert tiny.tables(tmp_path / "out") == tiny.tables(undisturbed)
+
+
+def kill_and_resume(argv: list[str], output: Path, point: str) -> None:
+    """Run until a file of this pattern is there, kill -9, run again; nothing that was finished is made again."""
+    argv = [*argv, "--no-tracking.enabled"]
     first = tiny.start(*argv)
     deadline = time.monotonic() + 240
-    while not list(output.glob(KILL_POINTS[point])) and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while not list(output.glob(point)) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
     assert first.poll() is None, first.communicate()[0]
     first.send_signal(signal.SIGKILL)
     first.communicate()
+    assert list(output.glob(point)), "the stage was never reached"
     assert not (output / "run.json").exists()
     done = {f: f.stat().st_mtime_ns for f in finished(output)}
-    assert run(*inputs, output) == 0
-    assert tiny.tables(output) == tiny.tables(undisturbed)
-    kept = [f for f, when in done.items() if f.stat().st_mtime_ns == when]
-    assert len(kept) == len(done), "a finished part was made again"
+    assert errors.exit_code(lambda: build_index.main(argv)) == 0
+    again = [f.name for f, when in done.items() if f.stat().st_mtime_ns != when]
+    assert not again, "finished parts were made again"
 
 
 def finished(output: Path) -> list[Path]:
@@ -187,25 +200,41 @@ def finished(output: Path) -> list[Path]:
     return [record.parent.parent / record.name.removesuffix(".json") for record in records]
 
 
-IVF = ("--index.kind=ivf_flat", "--index.shards=3", "--index.cells=3", "--index.target_recall=0.5", "--index.actors=2")
+IVF = ("--index.kind=ivf_flat", "--index.shards=3", "--index.cells=3", "--index.target_recall=0.5")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_ivf(inputs, ray_cluster, tmp_path_factory):
+    """One run with an IVF index in three shards, one search actor, nothing killed."""
+    output = tmp_path_factory.mktemp("undisturbed_ivf") / "out"
+    assert run(*inputs, output, *IVF, "--index.actors=1") == 0
+    assert len(list((output / "index").glob("shard*.faiss"))) == 3
+    return output
 
 
 @pytest.mark.slow
-def test_ivf_gives_the_same_tables_with_one_actor_and_after_a_kill_of_a_searcher(inputs, ray_cluster, tmp_path):
-    assert run(*inputs, tmp_path / "one", *IVF[:-1], "--index.actors=1") == 0
+def test_ivf_with_two_search_actors_one_of_them_killed(undisturbed_ivf, inputs, tmp_path):
+    output = tmp_path / "out"
     killed: list[int] = []
     over = threading.Event()
-    arguments = ("ray::_Searcher", tmp_path / "two" / "neighbors", killed, over)
+    arguments = ("ray::_Searcher", output / "neighbors", killed, over)
     killer = threading.Thread(target=kill_once, args=arguments, daemon=True)
     killer.start()
     try:
-        code = run(*inputs, tmp_path / "two", *IVF)
+        code = run(*inputs, output, *IVF, "--index.actors=2")
     finally:
         over.set()
     killer.join()
     assert killed and code == 0
-    assert tiny.tables(tmp_path / "one") == tiny.tables(tmp_path / "two")
-    assert len(list((tmp_path / "two" / "index").glob("shard*.faiss"))) == 3
+    assert tiny.tables(output) == tiny.tables(undisturbed_ivf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["quantizer.faiss", "cells.json", "shard-*.faiss"])
+def test_a_driver_killed_within_the_ivf_build_resumes_to_the_same_bytes(undisturbed_ivf, inputs, tmp_path, point):
+    output = tmp_path / "out"
+    kill_and_resume(tiny.arguments(*inputs, output, *IVF), output, f"index/_parts/{point}.json")
+    assert tiny.tables(output) == tiny.tables(undisturbed_ivf)
 
 
 def kill_once(title: str, stage: Path, killed: list[int], over: threading.Event) -> None:
@@ -311,6 +340,7 @@ def test_odd_file_names_pass_unharmed(inputs, tmp_path, ray_cluster):
         (["--features.model=test_resnet"], "not weights of test_resnet"),
         (["--features.checkpoint=/nowhere.safetensors"], "not found"),
         (["--data.labels=column:x"], "does not fit a directory source"),
+        (["--features.preprocess=paper", "--features.image_size=64"], "features.image_size has no meaning"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(inputs, tmp_path, capsys, ray_cluster, more, expected):
