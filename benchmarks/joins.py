@@ -223,12 +223,11 @@ def ours_on_ray(
     that a full join will use. The full joins find all of them awake.
     """
     info = replace(search.open_index(storage.join(index_folder(work, actors), "index")), nprobe=nprobe)
-    settings = IndexSettings(actors=actors, actor_cpus=threads)
     seconds = []
     with cluster.session(work) as now:
         watch = storage.Stopwatch()
         with (
-            search.open_pool(info, now, settings) as pool,
+            search.open_pool(info, now, actors, threads) as pool,
             # find_neighbors would open a pool of its own, and end it, in every call
             mock.patch.object(search, "open_pool", return_value=contextlib.nullcontext(pool)),
         ):

@@ -36,9 +36,7 @@ def main(argv: Sequence[str]) -> int:
         "--only", choices=NAMES, action="append", help="run this one, keep the other sections; repeatable"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument(
-        "--short", action="store_true", help="full sizes, but each side once and no real features in selfjoin"
-    )
+    parser.add_argument("--short", action="store_true", help="full sizes, but each side once")
     parser.add_argument("--output", type=Path, help="folder (default: docs; with --quick: runs/bench-quick)")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that process.call ends what it started

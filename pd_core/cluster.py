@@ -8,11 +8,13 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pd_core import storage
 from pd_core.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a j
 WORKERS_PER_CORE = 8  # idle processes that a cluster of our own keeps, unless memory for that is short
 WORKER_BYTES = 1 << 30
 WAIT_S = 60.0  # between two lines that say what a stage waits for
+ROUND_DELAYS_S = (0.0, 1.0, 10.0, 30.0)  # before each execution; infrastructure ended those before it
 FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
 
@@ -165,10 +168,8 @@ def computing_cpus(cluster: Cluster) -> float:
     return max(1.0, float(cores()) if cluster.local else cluster.cpus * 0.75)
 
 
-def extractor_pool(
-    cluster: Cluster, actors: int | None, cpus: int, gpus: float | None
-) -> tuple[int, int, float, float]:
-    """(fewest actors, most actors, CPUs each, GPUs each) of the feature stage.
+def actor_pool(cluster: Cluster, actors: int | None, cpus: int, gpus: float | None) -> tuple[int, int, float, float]:
+    """(fewest actors, most actors, CPUs each, GPUs each) of a stage whose actors run a model.
 
     Without `actors` the pool grows from 1: on this machine to what fits, on a cluster that was joined as far as Ray Data
     finds work and the autoscaler finds nodes. GPUs are used where there are any; where they scale from zero, `gpus` says
@@ -264,6 +265,45 @@ def bounded(
     finally:
         for reference in pending:  # after an error nothing goes on writing
             ray.cancel(reference)
+
+
+def persist(stage: str, execute: Callable[[], None]) -> None:
+    """Call `execute`, which makes what is missing of a stage; where infrastructure ends it, after a pause again.
+
+    Raises:
+        UserError: of `execute`, at once. A defect of this program likewise, as it was raised.
+        RunError: after as many executions as `ROUND_DELAYS_S`, the last failure.
+    """
+    import ray
+
+    failure: Exception | None = None
+    for delay_s in ROUND_DELAYS_S:
+        if failure is not None:
+            say(f"{stage}: {_one_line(failure)}; trying what is missing again in {delay_s:g} s")
+            time.sleep(delay_s)
+        try:
+            return execute()
+        except (ray.exceptions.RayError, RunError) as error:
+            failure = cause(error) or error
+            if isinstance(failure, UserError) or _is_defect(failure):
+                raise failure from None
+    if isinstance(failure, RunError):
+        raise failure
+    assert failure is not None
+    raise RunError(
+        f"{stage}: repeated failures ({_one_line(failure)}); what is done is kept, run the same command again"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _is_defect(error: Exception) -> bool:
+    """Whether our own code raised what it never should: another round would only raise it again."""
+    import ray
+
+    return isinstance(error, ray.exceptions.RayTaskError) and not storage.is_failure(error.cause)
 
 
 def get(reference: Any) -> Any:

@@ -194,9 +194,14 @@ def mid_ranks(log_density: Float64Array, sorted_log_density: Float64Array) -> Fl
 
 def density_quantiles(density: ArrayLike) -> Float64Array:
     """p0, p0.1 ... p100 of the real set's densities, float64 [1001], by linear interpolation between ranks."""
-    values = _finite_vector(density, "density")
+    return permille_quantiles(density, "density")
+
+
+def permille_quantiles(values: ArrayLike, name: str) -> Float64Array:
+    """p0, p0.1 ... p100 of any finite values, float64 [1001], by linear interpolation between ranks."""
+    values = _finite_vector(values, name)
     if values.size == 0:
-        raise ValueError("the quantiles of an empty set of densities are not defined")
+        raise ValueError(f"the quantiles of an empty set of values ({name}) are not defined")
     # Interpolation can miss the order by one rounding between equal values.
     return np.maximum.accumulate(np.quantile(values, np.linspace(0.0, 1.0, N_QUANTILES)))
 

@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,6 @@ FEWEST_TASKS = 16  # of one execution, where there are so many batches
 TASK_BATCHES = 8
 TASK_BYTES = 32 << 20  # pixels that a task hands over
 PARQUET_ROWS = 1024
-ROUND_DELAYS_S = (0.0, 1.0, 10.0, 30.0)  # before each execution; infrastructure ended those before it
 
 
 # ---- the extractor ---------------------------------------------------------------------------------------------------
@@ -375,7 +373,7 @@ def run(
 
     Raises:
         UserError: more images than that are unusable.
-        RunError: parts are still missing after as many executions as `ROUND_DELAYS_S`.
+        RunError: parts are still missing after as many executions as `cluster.ROUND_DELAYS_S`.
     """
     watch = storage.Stopwatch()
     max_bad = int(max_bad_fraction * work.listing.rows)
@@ -404,42 +402,18 @@ def run(
 
 def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, storage.Part]:
     """All parts by name, after as many executions as it takes."""
-    import ray
-
     work.quarantine.begin(overwrite=True)  # the features stage has been begun: what lies here is its, or stale
-    failure: Exception | None = None
-    for delay_s in ROUND_DELAYS_S:
+
+    def execute() -> None:
         done = work.finished_parts()
         missing = tuple(p for p in range(work.listing.parts) if storage.part_name(p) not in done)
-        if not missing:
-            return done
-        if failure is not None:
-            cluster.say(
-                f"features: {_one_line(failure)}; trying the {len(missing)} missing parts again in {delay_s:g} s"
-            )
-            time.sleep(delay_s)
-        try:
+        if missing:
             _execute(replace(work, missing=missing), now, settings, max_bad, done)
-        except ray.exceptions.RayError as error:
-            failure = cluster.cause(error) or error
-            if isinstance(failure, UserError) or _is_defect(failure):
-                raise failure from None
-    done = work.finished_parts()
-    if len(done) == work.listing.parts:
-        return done
-    if isinstance(failure, RunError):
-        raise failure
-    raise RunError(
-        f"features: {work.listing.parts - len(done)} of {work.listing.parts} parts are missing after repeated failures "
-        f"({_one_line(failure) if failure else 'no error was reported'}); what is done is kept, run the same command again"
-    )
+        if absent := work.listing.parts - len(work.finished_parts()):
+            raise RunError(f"features: {absent} of {work.listing.parts} parts are missing; run the same command again")
 
-
-def _is_defect(error: Exception) -> bool:
-    """Whether our own code raised what it never should: another round would only raise it again."""
-    import ray
-
-    return isinstance(error, ray.exceptions.RayTaskError) and not storage.is_failure(error.cause)
+    cluster.persist("features", execute)
+    return work.finished_parts()
 
 
 def _execute(
@@ -466,7 +440,7 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
-    fewest, most, cpus, gpus = cluster.extractor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
+    fewest, most, cpus, gpus = cluster.actor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
     batches = work.batches()
     together = work.batches_together
     runs = [{"first": n, "stop": min(n + together, batches)} for n in range(0, batches, together)]

@@ -492,7 +492,7 @@ def resize(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     cannot go on (a side of less than half a pixel in `border`), the side is 1 px.
     Raises BadImage(TOO_MANY_PIXELS) where keeping an extreme aspect ratio would need an absurd intermediate image.
     """
-    height, width = _resized_size(image.height, image.width, preprocess)
+    height, width = resized_size(image.height, image.width, preprocess)
     if height * width > max(_MAX_RESIZED_PIXELS, 4 * preprocess.height * preprocess.width / preprocess.crop_pct**2):
         raise BadImage(
             Reason.TOO_MANY_PIXELS,
@@ -503,7 +503,8 @@ def resize(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     return np.array(_center_crop(image, preprocess))
 
 
-def _resized_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+def resized_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """(height, width), px, to which an image is resized before its centre is cut out."""
     scaled_height = math.floor(preprocess.height / preprocess.crop_pct)
     scaled_width = math.floor(preprocess.width / preprocess.crop_pct)
     if preprocess.crop_mode == "squash":

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-
 from pd_core import (
     cluster,
     config,
@@ -27,13 +20,9 @@ from pd_core import (
     tracking,
 )
 from pd_core.config import BuildIndexSettings
-from pd_core.errors import RunError, UserError
+from pd_core.errors import UserError
+from pd_core.running import REPORT, Run, checked_output, failures, flatten
 
-Made = tuple[Iterable[storage.Part], Mapping[str, Any]]
-Make = Callable[[], Made]
-
-RUN = "run.json"
-REPORT = "index.html"
 STAGES = ("listing", "features", "index", "neighbors", "densities", "estimator", "report")
 
 
@@ -44,27 +33,17 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
         UserError: no output or one that would be lost, no source, a threshold that is none, or a source that cannot be
             read.
     """
-    if not settings.output:
-        raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
-    if set(settings.output) & set("*?[]"):
-        raise UserError(
-            f"--output {settings.output}: must hold none of * ? [ ], which stores take for patterns; rename it"
-        )
-    if cluster.in_job_copy() and storage.is_local(settings.output) and not os.path.isabs(settings.output):
-        raise UserError(
-            f"--output {settings.output}: would lie in this job's temporary copy of the working directory, which Ray "
-            "deletes; give an absolute path or an s3:// prefix"
-        )
+    output = checked_output(settings.output)
     for text in settings.report.thresholds:
         density.parse_threshold(text)
     checkpoint = settings.features.checkpoint
     featuring = settings.features.model_copy(
         update={"checkpoint": None if checkpoint is None else storage.absolute(checkpoint)}
     )
-    settings = settings.model_copy(update={"output": storage.absolute(settings.output), "features": featuring})
+    settings = settings.model_copy(update={"output": output, "features": featuring})
     source = sources.open_source(settings.data)
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
-    if recursive and storage.is_inside(str(settings.output), source.root):
+    if recursive and storage.is_inside(output, source.root):
         raise UserError(
             f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it wrote "
             "for images; choose an --output outside"
@@ -81,10 +60,10 @@ def build_index(settings: BuildIndexSettings) -> None:
     tags = {"workflow": "build_index"}
     with cluster.session(output) as now, tracking.start(settings.tracking, output, "build_index", tags) as tracker:
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
-        run = Run(settings, output, now, tracker)
-        _build(run, source)
+        run = Run(settings, output, now, tracker, "build_index", STAGES)
+        _build(run, settings, source)
         with failures("run", output):
-            run.record(watch.seconds)
+            run.record(watch.seconds, ("report", "estimator"))
         cluster.say(f"done in {watch.seconds:.0f} s: {output}")
         if tracker.hint:
             cluster.say(f"tracking: {tracker.hint}")
@@ -99,62 +78,8 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
         cluster.say(planning.plan(settings, source, now, limits_of(settings)))
 
 
-@dataclass
-class Run:
-    """One run of the workflow: what every stage needs, and the commit records so far."""
-
-    settings: BuildIndexSettings
-    output: str
-    now: cluster.Cluster
-    tracker: tracking.Tracker
-    artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
-
-    def stage(self, stage: storage.Stage, make: Make) -> storage.Artifact:
-        """Complete a stage inside a tracked run of its own."""
-        with self.tracker.stage(stage.kind) as nested, failures(stage.kind, stage.uri):
-            artifact = stage.complete(lambda: self._make(stage.kind, make), self.settings.overwrite)
-            self.done(stage.uri, artifact, nested)
-        return artifact
-
-    def _make(self, kind: str, make: Make) -> Made:
-        """What was made of an older state of this stage is finished no more; then make the stage."""
-        for later in STAGES[STAGES.index(kind) + 1 :]:
-            storage.delete_file(storage.join(self.output, later, storage.ARTIFACT))
-        storage.delete_file(storage.join(self.output, RUN))
-        return make()
-
-    def done(self, uri: str, artifact: storage.Artifact, nested: tracking.Tracker) -> None:
-        """Remember and track a finished stage."""
-        self.artifacts[artifact.kind] = artifact
-        numbers = {n: v for n, v in flatten(artifact.totals) if isinstance(v, int | float) and not isinstance(v, bool)}
-        nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
-        nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
-
-    @property
-    def timings_s(self) -> dict[str, float]:
-        """Seconds that each stage took when it was made."""
-        return {name: value for artifact in self.artifacts.values() for name, value in artifact.timings_s.items()}
-
-    def record(self, elapsed_s: float) -> None:
-        """Write run.json and log what the whole run made."""
-        values = {
-            "workflow": "build_index",
-            "settings": self.settings.model_dump(mode="json"),
-            "stages": {name: artifact.fingerprint for name, artifact in self.artifacts.items()},
-            "timings_s": self.timings_s,
-            "elapsed_s": round(elapsed_s, 3),
-            "versions": storage.package_versions(),
-        }
-        storage.write_bytes(storage.join(self.output, RUN), json.dumps(values, indent=1).encode())
-        self.tracker.metrics({"elapsed_s": elapsed_s})
-        for stage in ("report", "estimator"):
-            for part in self.artifacts[stage].parts:
-                uri = storage.join(self.output, stage, part.name)
-                self.tracker.artifact_bytes(f"{stage}/{part.name}", storage.read_bytes(uri))
-
-
-def _build(run: Run, source: sources.Source) -> None:
-    settings, output, now = run.settings, run.output, run.now
+def _build(run: Run, settings: BuildIndexSettings, source: sources.Source) -> None:
+    output, now = run.output, run.now
     describing = features.describe_remotely(settings.features)  # loads the model while the source is listed
     listing_it = listing.start(source, output, settings.part_rows, settings.overwrite)
     with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
@@ -207,40 +132,7 @@ def _build(run: Run, source: sources.Source) -> None:
     run.stage(reporting_stage, lambda: reporting.run(reporting_stage, output, inputs))
 
 
-@contextmanager
-def failures(stage: str, uri: str) -> Iterator[None]:
-    """Turn what storage and cluster raise inside a stage into one line with the next step."""
-    import ray
-
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        cluster.raise_cause(error)
-        cause = getattr(error, "cause", None)
-        if storage.is_failure(cause):
-            raise storage.explain(cause, uri) from error
-        if isinstance(error, ray.exceptions.RayTaskError):
-            raise  # a defect of this program keeps its traceback
-        line = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
-        ) from error
-    except Exception as error:
-        if storage.is_failure(error):
-            raise storage.explain(error, uri) from error
-        raise
-
-
 def limits_of(settings: BuildIndexSettings) -> images.DecodeLimits:
     """The decode limits of the settings."""
     data = settings.data
     return images.DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and leaves of nested settings or totals."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

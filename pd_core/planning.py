@@ -134,7 +134,7 @@ def _sizes(
 def _times(
     settings: BuildIndexSettings, rows: int, spec: features.ExtractorSpec, unit: Probe, now: cluster.Cluster
 ) -> list[str]:
-    _, most, cpus, gpus = cluster.extractor_pool(
+    _, most, cpus, gpus = cluster.actor_pool(
         now, settings.features.actors, settings.features.actor_cpus, settings.features.actor_gpus
     )
     cores = cluster.computing_cpus(now)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from pd_core import cluster, index, knn, storage
-from pd_core.config import IndexSettings
 from pd_core.errors import RunError, UserError
 
 QUANTIZER = "quantizer.faiss"
@@ -97,6 +96,7 @@ class SearchPool:
 
     info: IndexInfo
     actors: tuple[Any, ...]
+    cpus: float = 0.0  # that they claim together
     io_cpus: float = 0.0  # that a task which asks them should claim
 
     def close(self) -> None:
@@ -108,19 +108,18 @@ class SearchPool:
 
 
 @contextmanager
-def open_pool(info: IndexInfo, now: cluster.Cluster, settings: IndexSettings) -> Iterator[SearchPool]:
-    """Search actors for a while. Each holds shards that follow each other: their cells are near, queries share them."""
+def open_pool(info: IndexInfo, now: cluster.Cluster, actors: int | None, actor_cpus: int) -> Iterator[SearchPool]:
+    """Search actors for a while, `actors` of them or as many as fit. Each holds shards that follow each other: their cells are near, queries share them."""
     import ray
 
-    count, threads, cpus = cluster.search_actors(now, settings.actors, settings.actor_cpus, info.shards)
+    count, threads, cpus = cluster.search_actors(now, actors, actor_cpus, info.shards)
     actor = ray.remote(_Searcher).options(
         num_cpus=cpus, num_gpus=1 if now.gpus >= count else 0, **cluster.ACTOR_OPTIONS
     )
     holders = _holder(np.arange(info.shards), info.shards, count)
     owned = [np.flatnonzero(holders == number).tolist() for number in range(count)]
-    pool = SearchPool(
-        info, tuple(actor.remote(info, shards, threads) for shards in owned), cluster.io_cpus(now, count * cpus)
-    )
+    handles = tuple(actor.remote(info, shards, threads) for shards in owned)
+    pool = SearchPool(info, handles, count * cpus, cluster.io_cpus(now, count * cpus))
     try:
         cluster.wait_for(pool.actors, "search")
         yield pool

@@ -55,7 +55,7 @@ def find_neighbors(
     rows_done = sum(part.rows for part in done.values())
     asked = sent = 0
     with (
-        search.open_pool(info, cluster.refreshed(now), index_settings) as pool,
+        search.open_pool(info, cluster.refreshed(now), index_settings.actors, index_settings.actor_cpus) as pool,
         cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
     ):
         join: Any = ray.remote(_join_block).options(num_cpus=pool.io_cpus, **cluster.TASK_OPTIONS)
@@ -130,10 +130,10 @@ def write_densities(
     names = [part.name for part in neighbors.parts]
     groups = [names[i : i + GROUP_PARTS] for i in range(0, len(names), GROUP_PARTS)]
     options = {"num_cpus": 1, **cluster.TASK_OPTIONS}
-    means = ray.remote(_mean_distances).options(**options)
+    summaries = ray.remote(_summary).options(**options)
     calibrate = ray.remote(_calibrate).options(num_returns=2, **options)
     totals_ref, ranks = calibrate.remote(
-        settings.volume_dim, *[means.remote(neighbors_uri, group, settings.k) for group in groups]
+        settings.volume_dim, *[summaries.remote(neighbors_uri, group, settings.k) for group in groups]
     )
     totals = cluster.get(totals_ref)
     done = stage.finished_parts()
@@ -153,13 +153,15 @@ def _distances(neighbors_uri: str, name: str, k: int) -> tuple[pa.Table, np.ndar
     return table, flat.reshape(-1, k)
 
 
-def _mean_distances(neighbors_uri: str, names: Sequence[str], k: int) -> np.ndarray:
-    return np.concatenate([density.mean_knn_distance(_distances(neighbors_uri, name, k)[1]) for name in names])
+def _summary(neighbors_uri: str, names: Sequence[str], k: int) -> np.ndarray:
+    """Mean distance to the k neighbors and distance to the nearest of every row of some parts, float64 [n, 2]."""
+    tables = [_distances(neighbors_uri, name, k)[1] for name in names]
+    return np.concatenate([np.stack([density.mean_knn_distance(d), d[:, 0]], axis=1) for d in tables])
 
 
-def _calibrate(volume_dim: float, *mean_distances: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+def _calibrate(volume_dim: float, *summaries: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
     """What the whole set decides: floor, c, quantiles; and all log densities, ascending, for the ranks."""
-    distances = np.concatenate(mean_distances)
+    distances, nearest = np.concatenate(summaries).T
     floor = density.distance_floor(distances)
     floored, touched = density.apply_distance_floor(distances, floor)
     c = density.log_normalizer(floored, volume_dim)
@@ -170,6 +172,7 @@ def _calibrate(volume_dim: float, *mean_distances: np.ndarray) -> tuple[dict[str
         "distance_floor": floor,
         "floored_rows": touched,
         "density_quantiles": density.density_quantiles(density.density_of(log_density)).tolist(),
+        "nearest_distance_quantiles": density.permille_quantiles(nearest, "nearest distance").tolist(),
     }
     return totals, log_density
 

@@ -23,7 +23,7 @@ FIXED = [LOCAL, *(joined(cpus) for cpus in (1.0, 2.0, 4.0, 8.0))]
 @pytest.mark.parametrize("actors", [None, 1, 3, 12])
 @pytest.mark.parametrize("cpus", [1, 2, 16])
 def test_actors_leave_a_cpu_to_the_tasks_that_feed_them(now, actors, cpus):
-    fewest, most, claim, gpus = cluster.extractor_pool(now, actors, cpus, None)
+    fewest, most, claim, gpus = cluster.actor_pool(now, actors, cpus, None)
     assert 1 <= fewest <= most == (actors or most) and gpus == 0
     assert most * claim + FEED_CPUS <= now.cpus
     count, threads, claim = cluster.search_actors(now, actors, cpus, shards=100)
@@ -32,10 +32,10 @@ def test_actors_leave_a_cpu_to_the_tasks_that_feed_them(now, actors, cpus):
 
 @pytest.mark.parametrize("now", [joined(0.0), joined(12.0), joined(64.0, node_cpus=16.0)], ids=str)
 def test_an_elastic_cluster_is_asked_for_more_than_it_has(now):
-    fewest, most, claim, _ = cluster.extractor_pool(now, None, 2, None)
+    fewest, most, claim, _ = cluster.actor_pool(now, None, 2, None)
     assert (fewest, most, claim) == (1, cluster.AUTOSCALED_ACTORS, 2.0)
     # actors asked for are grown to, one by one: twelve at once on twelve CPUs would leave none to decode
-    assert cluster.extractor_pool(now, 12, 1, None)[:3] == (1, 12, 1.0)
+    assert cluster.actor_pool(now, 12, 1, None)[:3] == (1, 12, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_an_elastic_cluster_is_asked_for_more_than_it_has(now):
     ids=str,
 )
 def test_gpus_are_used_where_there_are_any_or_the_user_says_so(now, gpus, expected):
-    assert cluster.extractor_pool(now, None, 1, gpus) == expected
+    assert cluster.actor_pool(now, None, 1, gpus) == expected
 
 
 def test_no_actor_claims_more_than_the_largest_node_has():
     now = joined(16.0, node_cpus=4.0)
-    assert cluster.extractor_pool(now, None, 8, None)[2] == 4.0
+    assert cluster.actor_pool(now, None, 8, None)[2] == 4.0
     assert cluster.search_actors(now, 2, 8, shards=4) == (2, 8, 4.0)
     assert cluster.search_actors(joined(64.0, node_cpus=16.0), None, 1, shards=5) == (5, 9, 1.0)  # 5 x 9 fit no 4 x 16
 

@@ -213,7 +213,7 @@ def test_search_finds_neighbors_of_new_images(tmp_path, now):
     run(tmp_path, features, now, index_settings=IndexSettings(kind="flat", shards=2))
     queries = clustered(50, seed=1)
     info = search.open_index(str(tmp_path / "index"))
-    with search.open_pool(info, now, IndexSettings()) as pool:
+    with search.open_pool(info, now, None, 1) as pool:
         distances, _, _ = search.search(pool, queries, K)
     x = features.astype(np.float64)
     expected = np.sort(np.sqrt(((queries[:, None].astype(np.float64) - x[None]) ** 2).sum(-1)), axis=1)[:, :K]

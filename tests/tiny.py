@@ -67,12 +67,12 @@ def arguments(source: str | Path, checkpoint: str | Path, output: str | Path, *m
     return [f"--{name}={value}" for name, value in values.items()] + list(more)
 
 
-def start(*argv: str, **environment: str) -> subprocess.Popen[str]:
-    """build_index.py in a process of its own."""
+def start(*argv: str, workflow: str = "build_index.py", **environment: str) -> subprocess.Popen[str]:
+    """A workflow in a process of its own."""
     import os
 
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "workflows" / "build_index.py"), *argv],
+        [sys.executable, str(ROOT / "workflows" / workflow), *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

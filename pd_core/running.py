@@ -1,0 +1,136 @@
+"""One run of a workflow: its stages one after the other, each committed, tracked, and failing in one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pd_core import cluster, storage, tracking
+from pd_core.config import WorkflowSettings
+from pd_core.errors import RunError, UserError
+
+Made = tuple[Iterable[storage.Part], Mapping[str, Any]]
+Make = Callable[[], Made]
+
+RUN = "run.json"
+REPORT = "index.html"
+
+
+@dataclass
+class Run:
+    """One run of a workflow: what every stage needs, and the commit records so far.
+
+    Attributes:
+        settings: resolved, of the workflow.
+        output: where its stages lie.
+        now: the cluster.
+        tracker: of the whole run.
+        workflow: its name.
+        stages: all stages of it, in their order.
+    """
+
+    settings: WorkflowSettings
+    output: str
+    now: cluster.Cluster
+    tracker: tracking.Tracker
+    workflow: str
+    stages: Sequence[str]
+    artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
+
+    def stage(self, stage: storage.Stage, make: Make) -> storage.Artifact:
+        """Complete a stage inside a tracked run of its own."""
+        with self.tracker.stage(stage.kind) as nested, failures(stage.kind, stage.uri):
+            artifact = stage.complete(lambda: self._make(stage.kind, make), self.settings.overwrite)
+            self.done(stage.uri, artifact, nested)
+        return artifact
+
+    def _make(self, kind: str, make: Make) -> Made:
+        """What was made of an older state of this stage is finished no more; then make the stage."""
+        for later in self.stages[self.stages.index(kind) + 1 :]:
+            storage.delete_file(storage.join(self.output, later, storage.ARTIFACT))
+        storage.delete_file(storage.join(self.output, RUN))
+        return make()
+
+    def done(self, uri: str, artifact: storage.Artifact, nested: tracking.Tracker) -> None:
+        """Remember and track a finished stage."""
+        self.artifacts[artifact.kind] = artifact
+        numbers = {n: v for n, v in flatten(artifact.totals) if isinstance(v, int | float) and not isinstance(v, bool)}
+        nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
+        nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
+
+    @property
+    def timings_s(self) -> dict[str, float]:
+        """Seconds that each stage took when it was made."""
+        return {name: value for artifact in self.artifacts.values() for name, value in artifact.timings_s.items()}
+
+    def record(self, elapsed_s: float, kept: Sequence[str]) -> None:
+        """Write run.json and log the run, with the files of the stages in `kept`."""
+        values = {
+            "workflow": self.workflow,
+            "settings": self.settings.model_dump(mode="json"),
+            "stages": {name: artifact.fingerprint for name, artifact in self.artifacts.items()},
+            "timings_s": self.timings_s,
+            "elapsed_s": round(elapsed_s, 3),
+            "versions": storage.package_versions(),
+        }
+        storage.write_bytes(storage.join(self.output, RUN), json.dumps(values, indent=1).encode())
+        self.tracker.metrics({"elapsed_s": elapsed_s})
+        for stage in kept:
+            for part in self.artifacts[stage].parts:
+                uri = storage.join(self.output, stage, part.name)
+                self.tracker.artifact_bytes(f"{stage}/{part.name}", storage.read_bytes(uri))
+
+
+def checked_output(output: str | None) -> str:
+    """The --output of a workflow, absolute.
+
+    Raises:
+        UserError: none, one that stores take for a pattern, or one that a Ray job would lose.
+    """
+    if not output:
+        raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
+    if set(output) & set("*?[]"):
+        raise UserError(f"--output {output}: must hold none of * ? [ ], which stores take for patterns; rename it")
+    if cluster.in_job_copy() and storage.is_local(output) and not os.path.isabs(output):
+        raise UserError(
+            f"--output {output}: would lie in this job's temporary copy of the working directory, which Ray "
+            "deletes; give an absolute path or an s3:// prefix"
+        )
+    return storage.absolute(output)
+
+
+@contextmanager
+def failures(stage: str, uri: str) -> Iterator[None]:
+    """Turn what storage and cluster raise inside a stage into one line with the next step."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cluster.raise_cause(error)
+        cause = getattr(error, "cause", None)
+        if storage.is_failure(cause):
+            raise storage.explain(cause, uri) from error
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise  # a defect of this program keeps its traceback
+        line = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
+        ) from error
+    except Exception as error:
+        if storage.is_failure(error):
+            raise storage.explain(error, uri) from error
+        raise
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and leaves of nested settings or totals."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
