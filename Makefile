@@ -26,7 +26,7 @@ endif
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo       demo images on disk, build_index on them; prints where the report is'
+	@echo 'make demo       demo images, build_index on them, a small generator, two datasets by density; prints where the reports are'
 	@echo 'make test       the tests that take seconds              ARGS="-k density" goes to pytest'
 	@echo 'make test-slow  the tests that take longer than 20 s each'
 	@echo 'make check      ruff (lint, format), mypy, import directions'
@@ -37,7 +37,11 @@ help:
 
 demo: $(STAMP)
 	$(PY) demo/make_digits.py --output runs/demo-data
-	$(PY) workflows/build_index.py --config workflows/configs/default.yaml $(ARGS)
+	$(PY) workflows/build_index.py --config workflows/configs/default.yaml
+	$(PY) demo/train_ddpm.py --data runs/demo-data/digits --output runs/generators/ddpm
+	$(PY) workflows/generate.py --config workflows/configs/demo-typical.yaml
+	$(PY) workflows/generate.py --config workflows/configs/demo-varied.yaml
+	$(PY) demo/compare.py runs/digits runs/digits-typical runs/digits-varied --output runs/demo.html
 
 test: $(STAMP)
 	$(PY) -m pytest -m "not slow" $(ARGS)

@@ -34,6 +34,8 @@ MIB = 1 << 20
 
 SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
 IndexKind = Literal["auto", "flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
+GeneratorKind = Literal["diffusers", "stylegan", "torchscript", "python"]
+WeightingKind = Literal["two_level", "quantiles", "match", "none"]
 
 
 class Section(BaseModel):
@@ -180,6 +182,115 @@ class TrackingSettings(Section):
         return value
 
 
+class GeneratorSettings(Section):
+    """The image generator G and what it is asked for."""
+
+    kind: GeneratorKind = Field("diffusers", description="format of the generator")
+    path: str | None = Field(
+        None,
+        description="diffusers: directory of a saved pipeline or hub id; stylegan: NVIDIA's pickle; torchscript: file; "
+        "python: MODULE:FACTORY or FILE.py:FACTORY",
+    )
+    labels: str = Field("none", description="class numbers drawn for the samples: none, all, or a list such as 0,3,7")
+    label_names: list[str] | None = Field(
+        None, description="names of class 0, 1, ... as the index's labels have them; default: the numbers themselves"
+    )
+    prompts: str | None = Field(None, description="text file, one prompt per line, drawn for the samples")
+    steps: int | None = Field(None, gt=0, description="diffusers: denoising steps; default: the pipeline's own")
+    scheduler: str | None = Field(
+        None, description="diffusers: scheduler class, e.g. DDIMScheduler; default: the one saved with the pipeline"
+    )
+    guidance: float | None = Field(
+        None, ge=0, description="diffusers: classifier-free guidance scale; default: the pipeline's own"
+    )
+    eta: float | None = Field(None, ge=0, le=1, description="diffusers, DDIM: noise added per step, 0 none, 1 as DDPM")
+    height: int | None = Field(None, gt=0, description="diffusers: of the images where the pipeline can choose, px")
+    width: int | None = Field(None, gt=0, description="diffusers: of the images where the pipeline can choose, px")
+    safety_checker: bool = Field(
+        True, description="diffusers: false loads the pipeline without its safety checker, which blacks images out"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="arithmetic of the generator; stylegan: fp16 is its own mixed precision, GPU only"
+    )
+    truncation: float = Field(1.0, description="stylegan: psi towards the mean latent; 1 is none")
+    noise: Literal["const", "none"] = Field("const", description="stylegan: per-pixel noise inputs")
+    code: str | None = Field(
+        None,
+        description="stylegan: directory of NVIDIA's stylegan2-ada-pytorch or stylegan3 code, which the pickle needs",
+    )
+    latent_shape: tuple[PositiveInt, ...] | None = Field(
+        None, description="torchscript: shape of one standard normal latent, e.g. [128] or [3, 32, 32]"
+    )
+    value_range: Literal["-1..1", "0..1", "0..255"] = Field("-1..1", description="torchscript: of the output's values")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="python: keyword arguments of the factory, JSON"
+    )
+    allow_pickle: bool = Field(
+        False, alias="allow-pickle", description="load a pickle, which can run any code it holds; for files you trust"
+    )
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, values: Any) -> Any:
+        # what was given as allow-pickle meets the default, which pydantic-settings adds under the name of the field
+        if isinstance(values, dict) and "allow-pickle" in values:
+            return {name: value for name, value in values.items() if name != "allow_pickle"}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> GeneratorSettings:
+        meant_for: dict[str, tuple[str, ...]] = {
+            **dict.fromkeys(
+                ("steps", "scheduler", "guidance", "eta", "height", "width", "safety_checker"), ("diffusers",)
+            ),
+            **dict.fromkeys(("truncation", "noise", "code"), ("stylegan",)),
+            **dict.fromkeys(("latent_shape", "value_range"), ("torchscript",)),
+            "arguments": ("python",),
+            "precision": ("diffusers", "stylegan"),
+            "allow_pickle": ("diffusers", "stylegan"),
+        }
+        for name, kinds in meant_for.items():
+            field = type(self).model_fields[name]
+            if self.kind not in kinds and getattr(self, name) != field.get_default(call_default_factory=True):
+                raise ValueError(
+                    f"generator.{field.alias or name} has no meaning for generator.kind {self.kind!r}; drop one of them"
+                )
+        return self
+
+
+class WeightingSettings(Section):
+    """The weight function of the pseudo density, METHOD section 4: what is asked for more often, and how much."""
+
+    kind: WeightingKind = Field(
+        "two_level",
+        description="two_level: the paper's, one threshold; quantiles: one weight per bin of the real densities; match: the "
+        "real set's densities; none: as the generator draws",
+    )
+    threshold: str = Field("p80", description="two_level: tau, a percentile of the real set (p80) or a density (1.19)")
+    weight: float | None = Field(
+        None, gt=0, description="two_level: w of samples above the threshold; above 1 typical, below 1 varied; required"
+    )
+    weights: list[float] | None = Field(
+        None, description="quantiles: a weight for each of equally large bins of the real set, lowest densities first"
+    )
+    bins: int = Field(20, gt=1, description="match: bins of equally many real images")
+    max_weight: float = Field(
+        20.0, gt=1, description="match: largest weight; the acceptance rate stays above 1 over it"
+    )
+    per_label: bool = Field(False, description="thresholds and bins of the sample's own label instead of all images")
+
+
+class SearchSettings(Section):
+    """The processes that hold the index while samples are scored."""
+
+    actors: int | None = Field(
+        None, gt=0, description="search processes; default: one per core; never more than shards"
+    )
+    actor_cpus: int = Field(1, gt=0, description="threads of one search process, cores")
+
+
 class WorkflowSettings(BaseSettings):
     """What every workflow takes."""
 
@@ -232,6 +343,49 @@ class BuildIndexSettings(WorkflowSettings):
             raise ValueError("index.cells has no meaning for index.kind 'flat'; drop one of them")
         return self
 
+
+class GenerateSettings(WorkflowSettings):
+    """Settings of workflows/generate.py."""
+
+    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
+    checkpoint: str | None = Field(
+        None, description="weights of the index's extractor, where they are not at the place they had then"
+    )
+    generator: GeneratorSettings = GeneratorSettings()
+    weighting: WeightingSettings = WeightingSettings()
+    n: int | None = Field(None, gt=0, description="accepted images wanted")
+    score: Literal["predictor", "index", "both"] = Field(
+        "predictor",
+        description="what decides: predictor; index (true k-NN); both: the predictor decides, the accepted are scored by the index too",
+    )
+    seed: int = Field(0, ge=0, description="of the run; candidate i's image depends on it, on i and on the generator")
+    chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the samples' identity")
+    part_rows: int = Field(1000, gt=0, description="accepted images per committed part, about; fewer where n is small")
+    pilot: int = Field(256, gt=0, description="candidates of the pilot, rounded up to whole chunks")
+    actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
+    actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
+    actor_gpus: float | None = Field(
+        None, ge=0, description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any"
+    )
+    search: SearchSettings = SearchSettings()
+    max_candidates: int | None = Field(
+        None, gt=0, alias="max-candidates", description="stop before more than these are generated"
+    )
+    max_hours: float | None = Field(None, gt=0, alias="max-hours", description="stop this run after so many hours")
+    copies_quantile: float = Field(
+        0.01, ge=0, le=1, description="likely copy: nearer to a real image than this quantile of real nearest distances"
+    )
+    drop_copies: bool = Field(False, alias="drop-copies", description="do not accept likely copies of real images")
+    keep_rejected: bool = Field(
+        False, alias="keep-rejected", description="keep a table of the rejected candidates' densities in rejected/"
+    )
+    export: Literal["none", "png", "webdataset"] = Field("none", description="write the images in this form too")
+    images: int = Field(32, gt=0, description="images in each grid of the report")
+    verify: str | None = Field(None, description="output of an earlier run: make some of its rows again and compare")
+    rows: int = Field(20, gt=0, description="verify: rows to make again")
+
+
+WORKFLOWS: Sequence[type[WorkflowSettings]] = (BuildIndexSettings, GenerateSettings)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -293,6 +447,13 @@ class _Parser(argparse.ArgumentParser):
 
     known: Sequence[str] = ()
 
+    def spell_out_letters(self) -> None:
+        """Let a setting of one letter be written --n like all others, where pydantic-settings offers -n alone."""
+        for action in self._actions:
+            for option in [o for o in action.option_strings if len(o) == 2 and o != "-h"]:
+                action.option_strings = [*action.option_strings, f"-{option}"]
+                self._option_string_actions[f"-{option}"] = action
+
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else None
         if unknown and unknown.startswith("-"):
@@ -325,13 +486,16 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"--config {path}: expected 'section:' entries, found {type(values).__name__}; mend the file")
     accepted = {name.replace("-", "_") for name in known}
     for key in _flat_keys(values):
-        if key.replace("-", "_") not in accepted:
+        path_of = key.replace("-", "_").split(".")
+        # a setting that is itself a mapping holds keys of its own
+        if not any(".".join(path_of[:depth]) in accepted for depth in range(1, len(path_of) + 1)):
             raise UserError(f"--config {path}: unknown setting '{key}'; {nearest_name(key, known)}")
     return values
 
 
 def _refuse_unknown_environment(known: Sequence[str]) -> None:
-    accepted = {ENV_PREFIX + name.replace(".", "__").replace("-", "_").upper() for name in known}
+    everywhere = [*known, *(name for workflow in WORKFLOWS for name in setting_names(workflow))]  # one shell, many runs
+    accepted = {ENV_PREFIX + name.replace(".", "__").replace("-", "_").upper() for name in everywhere}
     for variable in os.environ:
         if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in accepted:
             name = variable[len(ENV_PREFIX) :].lower().replace("__", ".")
@@ -343,7 +507,7 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"]) or "settings"
         message = item["msg"].removeprefix("Value error, ")
-        found = f" (found {item['input']!r})" if item["loc"] and not isinstance(item["input"], BaseModel) else ""
+        found = f" (found {item['input']!r})" if item["loc"] and not isinstance(item["input"], BaseModel | dict) else ""
         found = re.sub(r"//[^/@]*@", "//***@", found)  # a URL with a password in it
         lines.append(f"{name}: {message[0].lower()}{message[1:]}{found}")
     return "; ".join(lines)
@@ -398,6 +562,7 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
         cli_hide_none_type=True,
         cli_avoid_json=True,
     )
+    parser.spell_out_letters()
     try:
         resolved = Resolved(_cli_settings_source=cli(args=list(argv)))
         values = {name: getattr(resolved, name) for name in settings_class.model_fields}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,10 @@ HELDOUT = "heldout.parquet"
 
 def stage_of(output: str, densities: storage.Stage, settings: EstimatorSettings) -> storage.Stage:
     """The estimator stage under `output`."""
-    import torch
-
     identity = {
         "densities": densities.fingerprint,
         "settings": settings.model_dump(mode="json"),
-        "torch": torch.__version__,
+        "torch": version("torch"),  # not torch.__version__: tasks would import torch to unpickle it
     }
     uri = storage.join(output, "estimator")
     return storage.Stage(uri, "estimator", schemas.VERSIONS["estimator"], identity)

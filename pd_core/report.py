@@ -1,7 +1,7 @@
-"""The report of a run: one self-contained HTML page, and its figures.
+"""The report of build_index: one self-contained HTML page, and its figures; and what any report page is made with.
 
 Pure functions from plain data to bytes. Reading artifacts and image files is the caller's part, so nothing here knows
-where they are kept. The page holds its style, figures and thumbnails inline, runs no script and loads nothing: it opens
+where they are kept. A page holds its style, figures and thumbnails inline, runs no script and loads nothing: it opens
 from a disk, from an object store's web view or inside MLflow.
 
 Everything that came from outside (keys, labels, messages) is escaped by jinja2, and characters that do not print are
@@ -32,7 +32,7 @@ DISTANCE_AXIS = "mean distance to k nearest neighbors (Euclidean)"
 
 # A density axis is logarithmic where the shown range spans more than this factor: with less, equal steps of ρ are
 # easier to read; with more, the bulk of a linear histogram would be one bin.
-_LOG_AXIS_FACTOR = 20.0
+LOG_AXIS_FACTOR = 20.0
 
 
 # --- what the page is made from ----------------------------------------------------------------------------------------
@@ -220,9 +220,11 @@ def thumbnail(image: Image.Image, size_px: int = THUMBNAIL_PX) -> bytes:
 
 
 # The page turns these into their dark counterparts with a CSS filter, which keeps hues: one rendering serves both.
-_INK, _MUTED, _LINE, _PAPER, _BAR, _MARK = "#1c2430", "#5d6878", "#dfe4ea", "#ffffff", "#7d9cc6", "#b4451f"
+INK, MUTED, LINE, PAPER, BAR, MARK = "#1c2430", "#5d6878", "#dfe4ea", "#ffffff", "#7d9cc6", "#b4451f"
 _WIDE_IN, _NARROW_IN = 9.6, 3.7  # for a desk and for a phone, where the wide one's text would be too small to read
 _DPI = 200  # shown at 100 px per inch: sharp on screens of twice the usual density
+
+Drawing = Callable[[bool], bytes]  # narrow or not, to a PNG
 
 
 @dataclass(frozen=True)
@@ -253,74 +255,74 @@ def density_axis(density: np.ndarray, quantiles: np.ndarray) -> DensityAxis:
         low, high = low * 0.95, high * 1.05
     below, above = int(np.count_nonzero(density < low)), int(np.count_nonzero(density > high))
     return DensityAxis(
-        low, high, high / low > _LOG_AXIS_FACTOR, below, above, density.size, "p0.1 to p99.9" if trim else "p0 to p100"
+        low, high, high / low > LOG_AXIS_FACTOR, below, above, density.size, "p0.1 to p99.9" if trim else "p0 to p100"
     )
 
 
 def histogram_png(data: ReportData, narrow: bool = False) -> bytes:
     """Histogram of ρ with the thresholds; the upper axis gives the mean k-NN distance that belongs to each ρ."""
     shown = density_axis(data.density, data.quantiles)
-    figure, axes = _figure(narrow, height_in=2.9 if narrow else 3.5)
+    figure, axes = new_figure(narrow, height_in=2.9 if narrow else 3.5)
     n_bins = int(np.clip(math.sqrt(shown.n), 10, 40 if narrow else 80))
     edges = (np.geomspace if shown.log else np.linspace)(shown.low, shown.high, n_bins + 1)
     edges[[0, -1]] = shown.low, shown.high  # geomspace may miss its ends by one rounding
     counts, _ = np.histogram(data.density, edges)
-    axes.stairs(100.0 * counts / shown.n, edges, fill=True, color=_BAR)
+    axes.stairs(100.0 * counts / shown.n, edges, fill=True, color=BAR)
     axes.set_xscale("log" if shown.log else "linear")
     axes.set_xlim(shown.low, shown.high)
     axes.set_ylim(0, max(float(counts.max()), 1.0) * 100.0 / shown.n * 1.3)  # room for the names of the thresholds
     axes.set_xlabel("pseudo density ρ (mean = 1)" if narrow else DENSITY_AXIS)
     axes.set_ylabel("share of the images (%)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    _draw_thresholds(axes, data.thresholds, shown)
+    draw_thresholds(axes, data.thresholds, shown.low, shown.high)
     _draw_distance_axis(figure, axes, data, narrow)
-    return _png(figure)
+    return to_png(figure)
 
 
 def labels_png(labels: Sequence[LabelRow], narrow: bool = False) -> bytes:
     """p10 to p90 (bar), median (line) and mean (dot) of ρ within each label, in the order given."""
-    figure, axes = _figure(narrow, height_in=0.8 + 0.21 * len(labels))
+    figure, axes = new_figure(narrow, height_in=0.8 + 0.21 * len(labels))
     rows = np.arange(len(labels))
     p10, p50, p90, mean = (np.array([getattr(row, name) for row in labels]) for name in ("p10", "p50", "p90", "mean"))
-    axes.barh(rows, p90 - p10, left=p10, height=0.55, color=_BAR)
-    axes.vlines(p50, rows - 0.275, rows + 0.275, color=_INK, linewidth=1.4)
-    axes.plot(mean, rows, "o", color=_MARK, markersize=4)
+    axes.barh(rows, p90 - p10, left=p10, height=0.55, color=BAR)
+    axes.vlines(p50, rows - 0.275, rows + 0.275, color=INK, linewidth=1.4)
+    axes.plot(mean, rows, "o", color=MARK, markersize=4)
     smallest, largest = float(min(p10.min(), mean.min())), float(max(p90.max(), mean.max()))
-    if smallest > 0 and largest / smallest > _LOG_AXIS_FACTOR:
+    if smallest > 0 and largest / smallest > LOG_AXIS_FACTOR:
         axes.set_xscale("log")
         axes.set_xlim(smallest / 1.2, largest * 1.2)
     else:
         margin = 0.03 * (largest - smallest) or 0.05 * largest
         axes.set_xlim(smallest - margin, largest + margin)
     if smallest <= 1 <= largest:
-        axes.axvline(1.0, color=_MUTED, linewidth=0.8, linestyle=":")
+        axes.axvline(1.0, color=MUTED, linewidth=0.8, linestyle=":")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     chars = 12 if narrow else 28
     axes.set_yticks(rows, [drawable(shorten(visible(row.label), chars)) for row in labels], parse_math=False)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("ρ: p10–p90, median, mean" if narrow else f"{DENSITY_AXIS}: p10–p90, median (line), mean (dot)")
-    return _png(figure)
+    return to_png(figure)
 
 
 def calibration_png(calibration: Calibration, narrow: bool = False) -> bytes:
     """Predicted against measured log ρ of held-out images, with the line on which a perfect predictor would lie."""
     true, predicted = _finite_pairs(calibration)
-    figure, axes = _figure(narrow, height_in=3.4 if narrow else 4.4, width_in=4.8)
+    figure, axes = new_figure(narrow, height_in=3.4 if narrow else 4.4, width_in=4.8)
     low, high = calibration_range(calibration)
     if true.size > 1500:
         extent = (low, high, low, high)
         # Squared units: a cell's colour grows with the logarithm of its number of points.
         axes.hexbin(true, predicted, gridsize=45, extent=extent, bins="log", mincnt=1, cmap=_colormap(), linewidths=0.1)
     else:
-        axes.plot(true, predicted, "o", color=_BAR, markersize=3, alpha=0.7, markeredgewidth=0)
-    axes.plot([low, high], [low, high], color=_MARK, linewidth=1.2)
+        axes.plot(true, predicted, "o", color=BAR, markersize=3, alpha=0.7, markeredgewidth=0)
+    axes.plot([low, high], [low, high], color=MARK, linewidth=1.2)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
     axes.set_xlabel("measured log ρ (natural logarithm)")
     axes.set_ylabel("predicted log ρ")
-    return _png(figure)
+    return to_png(figure)
 
 
 def calibration_range(calibration: Calibration) -> tuple[float, float]:
@@ -336,11 +338,11 @@ def calibration_range(calibration: Calibration) -> tuple[float, float]:
 
 def figures(data: ReportData) -> dict[str, bytes]:
     """The page's figures as PNG by file name, for MLflow; one that has no data is left out."""
-    return {f"{name}.png": draw(False) for name, draw in _drawings(data).items()}
+    return {f"{name}.png": drawing(False) for name, drawing in _drawings(data).items()}
 
 
-def _drawings(data: ReportData) -> dict[str, Callable[[bool], bytes]]:
-    drawings: dict[str, Callable[[bool], bytes]] = {"density_histogram": lambda narrow: histogram_png(data, narrow)}
+def _drawings(data: ReportData) -> dict[str, Drawing]:
+    drawings: dict[str, Drawing] = {"density_histogram": lambda narrow: histogram_png(data, narrow)}
     if data.labels:
         drawings["label_densities"] = lambda narrow: labels_png(labels_shown(data.labels), narrow)
     if data.calibration is not None:
@@ -363,10 +365,11 @@ def _finite_pairs(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
     return true[finite], predicted[finite]
 
 
-def _draw_thresholds(axes: Axes, thresholds: Sequence[tuple[str, float]], shown: DensityAxis) -> None:
-    inside = sorted((t for t in thresholds if shown.low <= t[1] <= shown.high), key=lambda t: t[1])
+def draw_thresholds(axes: Axes, thresholds: Sequence[tuple[str, float]], low: float, high: float) -> None:
+    """A named line at each (as the user wrote it, density) that lies within low ... high."""
+    inside = sorted((t for t in thresholds if low <= t[1] <= high), key=lambda t: t[1])
     for i, (text, density) in enumerate(inside):
-        axes.axvline(density, color=_MARK, linewidth=1.1)
+        axes.axvline(density, color=MARK, linewidth=1.1)
         fraction = axes.transAxes.inverted().transform(axes.transData.transform((density, 0)))[0]
         axes.annotate(
             drawable(visible(f"{text}: {significant(density)}" if text.startswith("p") else text)),
@@ -376,10 +379,10 @@ def _draw_thresholds(axes: Axes, thresholds: Sequence[tuple[str, float]], shown:
             textcoords="offset points",
             ha="right" if fraction > 0.8 else "left",
             va="center",
-            color=_MARK,
+            color=MARK,
             fontsize=9,
             parse_math=False,
-            bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 1.0},
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.0},
         )
 
 
@@ -392,41 +395,44 @@ def _draw_distance_axis(figure: Figure, axes: Axes, data: ReportData, narrow: bo
     upper.set_xticks(ticks, [f"{distance:.3g}" for distance in distances])
     upper.minorticks_off()
     upper.set_xlabel("mean k-NN distance (Euclidean)" if narrow else DISTANCE_AXIS)
-    _style(upper)
+    style_axes(upper)
 
 
-def _figure(narrow: bool, height_in: float, width_in: float = _WIDE_IN) -> tuple[Figure, Axes]:
+def new_figure(narrow: bool, height_in: float, width_in: float = _WIDE_IN) -> tuple[Figure, Axes]:
+    """An empty figure in the style of the page, for a phone (narrow) or wider; `to_png` turns it into bytes."""
     # Figure without pyplot: pyplot keeps global state and is not safe to use from threads.
     from matplotlib.figure import Figure
 
     size = (_NARROW_IN if narrow else width_in, height_in)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor=_PAPER)
-    axes = figure.add_subplot(facecolor=_PAPER)
-    axes.grid(color=_LINE, linewidth=0.7)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor=PAPER)
+    axes = figure.add_subplot(facecolor=PAPER)
+    axes.grid(color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
-    _style(axes)
+    style_axes(axes)
     return figure, axes
 
 
-def _style(axes: Any) -> None:
+def style_axes(axes: Any) -> None:
+    """Colours and sizes of the page."""
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")
-        spine.set_color(_MUTED)
-    axes.tick_params(which="both", colors=_MUTED, labelsize=9, width=0.7)
+        spine.set_color(MUTED)
+    axes.tick_params(which="both", colors=MUTED, labelsize=9, width=0.7)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(_INK)
+        axis.label.set_color(INK)
         axis.label.set_fontsize(9.5)
 
 
 def _colormap() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("density", ["#c3d1e6", _BAR, _INK])
+    return LinearSegmentedColormap.from_list("density", ["#c3d1e6", BAR, INK])
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG; the same figure gives the same bytes."""
     sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=_DPI, facecolor=_PAPER, metadata={"Software": None})
+    figure.savefig(sink, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
     return sink.getvalue()
 
 
@@ -493,9 +499,18 @@ def _data_uri(image: bytes) -> str:
 
 def render(data: ReportData) -> bytes:
     """The page as UTF-8 HTML. The same data gives the same bytes."""
-    from jinja2 import Environment, StrictUndefined
+    return page("report.html.j2", _context(data))
+
+
+def page(template: str, context: Mapping[str, Any]) -> bytes:
+    """A page of the package's templates as UTF-8 HTML; every expression in it is made visible and escaped.
+
+    The template extends `base.html.j2`, which needs `d.title`, `d.created` and `d.versions`.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
+        loader=FunctionLoader(lambda name: resources.files("pd_core").joinpath("templates", name).read_text("utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -513,9 +528,15 @@ def render(data: ReportData) -> bytes:
         "shorten": lambda text, chars: shorten(visible(text), chars),
         "multiline": _multiline,
         "data_uri": _data_uri,
+        "hidden_points": hidden_points,
+        "calibration_rows": calibration_rows,
     }
-    template = resources.files("pd_core").joinpath("templates", "report.html.j2").read_text("utf-8")
-    return environment.from_string(template).render(_context(data)).encode("utf-8")
+    return environment.get_template(template).render(context).encode("utf-8")
+
+
+def draw(drawings: Mapping[str, Drawing]) -> dict[str, dict[str, bytes]]:
+    """Each figure wide and narrow, as the template's `figure` macro shows it."""
+    return {name: {"wide": drawing(False), "narrow": drawing(True)} for name, drawing in drawings.items()}
 
 
 def _finalize(value: Any) -> Any:
@@ -530,19 +551,13 @@ def _multiline(text: str) -> Any:
 
 
 def _context(data: ReportData) -> dict[str, Any]:
-    drawings = _drawings(data)
-    calibration = data.calibration
     return {
         "d": data,
         "n_listed": data.n_images + data.n_quarantined,
         "total_s": sum(data.timings_s.values()),
-        "figures": {name: {"wide": draw(False), "narrow": draw(True)} for name, draw in drawings.items()},
+        "figures": draw(_drawings(data)),
         "axis": density_axis(data.density, data.quantiles),
         "labels_shown": labels_shown(data.labels),
-        "calibration_hidden": _hidden_points(calibration) if calibration else 0,
-        "calibration_more": {_CALIBRATION_TEXT.get(k, k): v for k, v in calibration.more.items()}
-        if calibration
-        else {},
         "quarantine": sorted(data.quarantine.items(), key=lambda item: (-item[1], item[0])),
         "advice": QUARANTINE_ADVICE,
         "index_rows": _index_rows(data.index),
@@ -552,7 +567,14 @@ def _context(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _hidden_points(calibration: Calibration) -> int:
+def calibration_rows(calibration: Calibration) -> list[tuple[str, float | None]]:
+    """(what, value) of every figure of a calibration."""
+    rows = [("R² of log ρ", calibration.r2), ("Spearman rank correlation", calibration.spearman)]
+    return rows + [(_CALIBRATION_TEXT.get(name, name), value) for name, value in calibration.more.items()]
+
+
+def hidden_points(calibration: Calibration) -> int:
+    """Points that the drawing leaves out: beyond its axes, or not finite."""
     true, predicted = _finite_pairs(calibration)
     low, high = calibration_range(calibration)
     inside = (true >= low) & (true <= high) & (predicted >= low) & (predicted <= high)

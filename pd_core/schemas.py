@@ -5,6 +5,9 @@ Schemas are stated, never inferred from rows. A change that readers can notice r
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pyarrow as pa
 
 VERSIONS = {
@@ -16,6 +19,10 @@ VERSIONS = {
     "densities": 1,
     "estimator": 1,
     "report": 1,
+    "pilot": 1,
+    "samples": 1,
+    "rejected": 1,
+    "export": 1,
 }
 
 METADATA = "metadata"  # struct column of whatever else the source said of an image; absent where it said nothing
@@ -93,3 +100,54 @@ def densities(k: int, metadata: pa.StructType | None = None) -> pa.Schema:
         pa.field("neighbor_distances", pa.list_(pa.field("item", pa.float32(), nullable=False), k), nullable=False),
     ]
     return _with_metadata(fields, metadata)
+
+
+IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+
+
+def samples() -> pa.Schema:
+    """One row per accepted image; `image` is a PNG in the form that `datasets` and Ray Data read as an image.
+
+    `density` is the one that decided, `percentile` its place among the real set's in [0, 100]; `acceptance_probability` is
+    a of METHOD section 4, so that weights 1/a undo the selection; distances are Euclidean in the index's feature space;
+    `image_hash` is the SHA-256 of height, width and RGB pixels.
+    """
+    fields = [
+        pa.field("sample_id", pa.int64(), nullable=False),  # the candidate's running number
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("density", pa.float64(), nullable=False),
+        pa.field("density_predicted", pa.float64()),
+        pa.field("density_index", pa.float64()),
+        pa.field("percentile", pa.float64(), nullable=False),
+        pa.field("acceptance_probability", pa.float64(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("prompt", pa.string()),
+        pa.field("nearest_real_id", pa.int64(), nullable=False),
+        pa.field("nearest_real_distance", pa.float32(), nullable=False),
+        pa.field("likely_copy", pa.bool_(), nullable=False),
+        pa.field("image_hash", pa.string(), nullable=False),
+        pa.field("image", IMAGE),  # never null; `datasets` knows its images by a type that may be
+    ]
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": _datasets_features(fields)}})})
+
+
+def _datasets_features(fields: list[pa.Field]) -> dict[str, Any]:
+    """What the `datasets` package keeps of a table in its Parquet files, so that it opens `image` as a picture."""
+    features: dict[str, Any] = {f.name: {"dtype": _datasets_type(f.type), "_type": "Value"} for f in fields}
+    return features | {"image": {"_type": "Image"}}
+
+
+def _datasets_type(kind: pa.DataType) -> str:
+    return {"double": "float64", "float": "float32"}.get(str(kind), str(kind))
+
+
+def rejected() -> pa.Schema:
+    """One row per rejected candidate: the density that decided and its acceptance probability."""
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.int64(), nullable=False),
+            pa.field("seed", pa.int64(), nullable=False),
+            pa.field("density", pa.float64(), nullable=False),
+            pa.field("acceptance_probability", pa.float64(), nullable=False),
+        ]
+    )

@@ -156,7 +156,9 @@ def delete_file(uri: str) -> None:
 def table_bytes(table: pa.Table) -> bytes:
     """The Parquet file of a table; the same table gives the same bytes."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", store_schema=True)
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=True) as writer:
+        if table.num_rows:  # some readers stumble over a row group without rows
+            writer.write_table(table)
     return sink.getvalue()
 
 

@@ -143,4 +143,5 @@ def test_help_and_refusals_import_neither_torch_nor_ray():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "workflows" / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_load(file):
-    assert load("--config", str(file)).output
+    workflow = config.GenerateSettings if "generator:" in file.read_text() else config.BuildIndexSettings
+    assert config.load(workflow, ["--config", str(file)], prog="test").output

@@ -1,0 +1,74 @@
+"""The accepted images as PNG files or WebDataset tars, for tools that read no Parquet."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from pd_core import cluster, schemas, storage
+
+FACTS = ("sample_id", "seed", "density", "percentile", "acceptance_probability", "label", "prompt", "likely_copy")
+
+
+def stage_of(output: str, samples: storage.Stage, form: str) -> storage.Stage:
+    """The export under `output`."""
+    identity = {"samples": samples.fingerprint, "form": form}
+    return storage.Stage(storage.join(output, "export"), "export", schemas.VERSIONS["export"], identity)
+
+
+def run(
+    stage: storage.Stage, samples_uri: str, samples: storage.Artifact, form: str
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Write what is missing, a Ray task for each part of the samples; returns the parts and totals to commit."""
+    import ray
+
+    done = stage.finished_parts()
+    todo = [part.name for part in samples.parts if part.rows and _name(part.name, form) not in done]
+    write: Any = ray.remote(_write).options(num_cpus=1, **cluster.TASK_OPTIONS)
+    with cluster.progress("export", len(done) + len(todo), "parts", len(done)) as bar:
+        submit = lambda name: write.remote(stage, samples_uri, name, form)  # noqa: E731
+        for _ in cluster.bounded(submit, todo, cluster.in_flight):
+            bar.update(1)
+    parts = list(stage.finished_parts().values())
+    return parts, {"images": sum(part.rows for part in parts), "form": form}
+
+
+def _name(part: str, form: str) -> str:
+    """A tar; of PNG files, the table that says where they lie and what they are."""
+    return part.replace(".parquet", ".tar" if form == "webdataset" else ".jsonl")
+
+
+def _write(stage: storage.Stage, samples_uri: str, name: str, form: str) -> None:
+    rows = storage.read_table(storage.join(samples_uri, name), [*FACTS, "image"]).to_pylist()
+    if form == "webdataset":
+        stage.write_part(_name(name, form), _tar(rows), len(rows))
+        return
+    lines = []
+    for row in rows:
+        file = "/".join(["png", *([row["label"].replace("/", "_")] if row["label"] else []), row["image"]["path"]])
+        storage.write_bytes(storage.join(stage.uri, file), row["image"]["bytes"])
+        lines.append(json.dumps({"file": file, **{fact: row[fact] for fact in FACTS}}))
+    stage.write_part(_name(name, form), "\n".join(lines).encode() + b"\n", len(rows))
+
+
+def _tar(rows: list[dict[str, Any]]) -> bytes:
+    """NUMBER.png, NUMBER.json and, where there is a label, NUMBER.cls of every row; the same rows give the same bytes."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for row in rows:
+            stem = row["image"]["path"].removesuffix(".png")
+            for suffix, data in _members(row):
+                member = tarfile.TarInfo(f"{stem}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def _members(row: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    yield "png", row["image"]["bytes"]
+    yield "json", json.dumps({fact: row[fact] for fact in FACTS}).encode()
+    if row["label"] is not None:
+        yield "cls", row["label"].encode()

@@ -1,0 +1,372 @@
+"""The stages of generate in their order: pilot, samples, export, report; what workflows/generate.py calls."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pd_core import (
+    acceptance,
+    cluster,
+    config,
+    exporting,
+    generators,
+    ids,
+    piloting,
+    realset,
+    sampling,
+    sampling_report,
+    search,
+    storage,
+    tracking,
+    verifying,
+)
+from pd_core.config import GenerateSettings
+from pd_core.errors import RunError, UserError
+from pd_core.realset import RealSet
+from pd_core.running import REPORT, Run, checked_output, failures, flatten
+
+PILOT_PART_CHUNKS = 8
+SEARCH_SHARE = 0.25  # of a joined cluster's CPUs that search processes may fill
+STAGES = ("pilot", "samples", "rejected", "export", "report")
+
+
+def prepare(settings: GenerateSettings) -> GenerateSettings:
+    """Check what can be checked without Ray; local paths become absolute.
+
+    Raises:
+        UserError: a setting that every run needs is missing, or a path that must be there is not.
+    """
+    output = checked_output(settings.output)
+    if not settings.index:
+        raise UserError("--index: not set; name the --output of build_index.py")
+    if settings.n is None:
+        raise UserError("--n: not set; how many accepted images are wanted")
+    if not settings.generator.path:
+        raise UserError("--generator.path: not set; name the generator")
+    generator = settings.generator
+    paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
+    local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
+    if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
+        raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
+    return settings.model_copy(
+        update={
+            "output": output,
+            "index": storage.absolute(settings.index),
+            "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
+            "generator": generator.model_copy(update=local),
+        }
+    )
+
+
+def _is_file(value: str) -> bool:
+    return storage.is_local(value) and storage.exists(storage.absolute(value))
+
+
+def generate(settings: GenerateSettings) -> None:
+    """Rejection-sampled images with their densities, in `samples/` under `settings.output`."""
+    settings = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output, watch = str(settings.output), storage.Stopwatch()
+    with (
+        cluster.session(output) as now,
+        tracking.start(settings.tracking, output, "generate", {"workflow": "generate"}) as tracker,
+    ):
+        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
+        run = Run(settings, output, now, tracker, "generate", STAGES)
+        with contextlib.ExitStack() as resources:
+            _generate(run, settings, resources)
+        with failures("run", output):
+            run.record(watch.seconds, ("report",))
+        cluster.say(f"done in {watch.seconds:.0f} s: {output}")
+        if tracker.hint:
+            cluster.say(f"tracking: {tracker.hint}")
+        cluster.say(f"images: {storage.join(output, 'samples')}/*.parquet")
+        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+
+
+def plan_generate(settings: GenerateSettings) -> None:
+    """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
+    settings = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output = str(settings.output)
+    with cluster.session(output) as now, tracking.start(_off(settings), output, "generate", {}) as tracker:
+        run = Run(settings, output, now, tracker, "generate", STAGES)
+        with contextlib.ExitStack() as resources:
+            planned = _plan(run, settings, resources)
+        cluster.say(planned.text)
+
+
+def _off(settings: GenerateSettings) -> config.TrackingSettings:
+    return settings.tracking.model_copy(update={"enabled": False})
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the pilot decided."""
+
+    job: sampling.Job
+    pilot: piloting.Pilot
+    expected: piloting.Expectation
+    open_index: Callable[[], search.SearchPool]
+    text: str
+
+
+def _generate(run: Run, settings: GenerateSettings, resources: contextlib.ExitStack) -> None:
+    planned = _plan(run, settings, resources)
+    cluster.say(planned.text)
+    job, pool = planned.job, _pool(settings)
+    budget = sampling.Budget(settings.max_candidates, settings.max_hours and settings.max_hours * 3600)
+    if job.rejected is not None:
+        job.rejected.begin(settings.overwrite)
+
+    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+        parts, totals = sampling.run(job, run.now, pool, planned.open_index(), planned.expected.low, budget)
+        if job.rejected is not None:
+            job.rejected.commit(job.rejected.finished_parts().values(), {}, {})
+        return parts, totals | {"settings": settings.model_dump(mode="json")}
+
+    sampled = run.stage(job.samples, make)
+    resources.close()  # the search actors' memory is wanted no more
+    if settings.export != "none":
+        exported = exporting.stage_of(run.output, job.samples, settings.export)
+        run.stage(exported, lambda: exporting.run(exported, job.samples.uri, sampled, settings.export))
+    reporting = sampling_report.stage_of(run.output, job.samples, settings)
+    facts = sampling_report.Inputs(
+        job, sampled, planned.pilot, planned.expected, planned.text, settings, dict(run.timings_s)
+    )
+    run.stage(reporting, lambda: sampling_report.run(reporting, facts))
+
+
+def _plan(run: Run, settings: GenerateSettings, resources: contextlib.ExitStack) -> Planned:
+    """Everything up to the samples: open the real set and the generator, run the pilot, resolve the weighting."""
+    assert settings.n is not None and settings.index is not None
+    with failures("index", settings.index):
+        real = _open_realset(settings)
+    with failures("generator", str(settings.generator.path)):
+        facts = cluster.get(_task(describe).remote(settings.generator))
+    classes, names = _classes(settings, facts)
+    by_label = _label_quantiles(settings, real, names)
+    recipe = sampling.Recipe(
+        generator=settings.generator,
+        generator_identity=facts["identity"],
+        realset=real,
+        weightings={sampling.EVERYTHING: acceptance.uniform()},
+        score="both",
+        seed=ids.stream(settings.seed, "pilot"),
+        chunk=settings.chunk,
+        threads=settings.actor_cpus,
+        classes=classes,
+        class_names=names,
+        prompts=_prompts(settings, facts),
+        copy_distance=float(np.quantile(real.nearest_quantiles, settings.copies_quantile)),
+        drop_copies=False,
+    )
+
+    @functools.cache
+    def open_index() -> search.SearchPool:
+        searching, now = settings.search, cluster.refreshed(run.now)
+        few = replace(
+            now, cpus=now.cpus * SEARCH_SHARE
+        )  # the generator takes most of the time and should have the rest
+        return resources.enter_context(search.open_pool(real.index, few, searching.actors, searching.actor_cpus))
+
+    pilot = _pilot(run, settings, recipe, open_index)
+    weightings = piloting.weightings_of(settings.weighting, real, by_label, pilot, settings.score)
+    expected = piloting.expect(pilot, weightings, settings.score, settings.drop_copies)
+    piloting.check_affordable(expected, pilot, weightings, settings.score, settings.n, settings.max_candidates)
+    recipe = replace(
+        recipe,
+        weightings=weightings,
+        score=settings.score,
+        seed=settings.seed,
+        drop_copies=settings.drop_copies,
+    )
+    job = _job(run.output, settings, recipe, expected)
+    _, actors, _, _ = cluster.actor_pool(run.now, settings.actors, settings.actor_cpus, settings.actor_gpus)
+    text = piloting.plan(expected, pilot, settings.n, actors, weightings, job)
+    return Planned(job, pilot, expected, open_index, text)
+
+
+def _task(function: Any) -> Any:
+    import ray
+
+    return ray.remote(function).options(num_cpus=1, **cluster.TASK_OPTIONS)
+
+
+def _open_realset(settings: GenerateSettings) -> RealSet:
+    real = realset.open_realset(str(settings.index))
+    if settings.checkpoint:
+        real = replace(real, extractor=replace(real.extractor, checkpoint=settings.checkpoint))
+    return real
+
+
+def describe(settings: config.GeneratorSettings) -> dict[str, Any]:
+    """Identity and abilities of a generator, which is loaded for it: runs in a Ray task."""
+    generator = generators.open_generator(settings)
+    return {
+        "identity": generator.identity(),
+        "num_classes": generator.num_classes,
+        "takes_prompts": generator.takes_prompts,
+    }
+
+
+def _pilot(
+    run: Run, settings: GenerateSettings, recipe: sampling.Recipe, open_index: Callable[[], search.SearchPool]
+) -> piloting.Pilot:
+    chunks = -(-settings.pilot // settings.chunk)
+    rows = chunks * settings.chunk
+    stage = piloting.stage_of(storage.join(run.output, "pilot"), "pilot", recipe, {"n": rows})
+    job = sampling.Job(recipe, stage, None, min(chunks, PILOT_PART_CHUNKS), rows)
+    artifact = run.stage(
+        stage, lambda: sampling.run(job, run.now, _pool(settings), open_index(), 1.0, sampling.Budget())
+    )
+    with failures("pilot", stage.uri):
+        return cluster.get(_task(piloting.read).remote(stage, artifact))
+
+
+def _pool(settings: GenerateSettings) -> sampling.Pool:
+    return sampling.Pool(settings.actors, settings.actor_cpus, settings.actor_gpus)
+
+
+def _job(
+    output: str, settings: GenerateSettings, recipe: sampling.Recipe, expected: piloting.Expectation
+) -> sampling.Job:
+    assert settings.n is not None
+    per_part = expected.chunks_per_part(settings.n, settings.part_rows, settings.chunk)
+    more = {"n": settings.n, "chunks_per_part": per_part, "keep_rejected": settings.keep_rejected}
+    samples = piloting.stage_of(storage.join(output, "samples"), "samples", recipe, more)
+    rejected = None
+    if settings.keep_rejected:
+        rejected = piloting.stage_of(storage.join(output, "rejected"), "rejected", recipe, more)
+    return sampling.Job(recipe, samples, rejected, per_part, settings.n)
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def _classes(settings: GenerateSettings, facts: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Class numbers to draw from and their names."""
+    text, many = settings.generator.labels, facts["num_classes"]
+    if text == "none":
+        if many:
+            raise UserError(
+                f"--generator.labels: the generator takes one of {many} class labels; set all, or a list such as 0,3"
+            )
+        return (), ()
+    if not many:
+        raise UserError(f"--generator.labels {text}: the generator takes no class labels; leave it out")
+    try:
+        classes = tuple(range(many)) if text == "all" else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--generator.labels {text}: expected none, all, or class numbers such as 0,3,7") from None
+    if wrong := [c for c in classes if not 0 <= c < many]:
+        raise UserError(f"--generator.labels {text}: {wrong[0]} is outside 0 ... {many - 1}")
+    names = settings.generator.label_names
+    if names is not None and len(names) != many:
+        raise UserError(f"--generator.label_names: {len(names)} names for {many} classes; give one for each")
+    return classes, tuple(names[c] if names else str(c) for c in classes)
+
+
+def _prompts(settings: GenerateSettings, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    path = settings.generator.prompts
+    if path is None:
+        if facts["takes_prompts"]:
+            raise UserError("--generator.prompts: the generator takes text; name a file with a prompt on each line")
+        return ()
+    if not facts["takes_prompts"]:
+        raise UserError(f"--generator.prompts {path}: the generator takes no text; leave it out")
+    return _read_prompts(path)
+
+
+def _read_prompts(path: str) -> tuple[str, ...]:
+    with failures("prompts", path):
+        lines = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines()
+    if not (prompts := tuple(line.strip() for line in lines if line.strip())):
+        raise UserError(f"--generator.prompts {path}: holds no line of text")
+    return prompts
+
+
+def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Real densities of each label that is generated, where weightings are per label."""
+    if not settings.weighting.per_label:
+        return {}
+    if not names:
+        raise UserError("--weighting.per_label: the samples have no labels; set --generator.labels or leave it out")
+    densities = storage.load_artifact(storage.join(real.uri, "densities"))
+    assert densities is not None
+    found = cluster.get(_task(piloting.label_quantiles).remote(real, [part.name for part in densities.parts]))
+    if absent := [name for name in names if name not in found]:
+        raise UserError(
+            f"--weighting.per_label: the index holds fewer than {piloting.FEWEST_OF_LABEL} images of label {absent[0]!r} "
+            f"(its labels: {', '.join(sorted(found)[:10]) or 'none'}); set --generator.label_names to the index's labels"
+        )
+    return {name: found[name] for name in dict.fromkeys(names)}
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+
+def verify(uri: str, rows: int, generator: config.GeneratorSettings) -> None:
+    """Make `rows` rows of a finished output again from their seeds and compare.
+
+    Args:
+        uri: output of generate.py.
+        rows: how many.
+        generator: of this command; only its permission to load a pickle is used.
+
+    Raises:
+        UserError: nothing finished is there, or what it was made from is gone or has changed.
+        RunError: rows differ.
+    """
+    uri = storage.absolute(uri)
+    with failures("verify", uri):
+        artifact = storage.load_artifact(storage.join(uri, "samples"))
+    if artifact is None or artifact.kind != "samples":
+        raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
+    with cluster.session(uri) as now, failures("verify", uri):
+        recipe = _recipe_of(artifact, generator.allow_pickle)
+        chosen = cluster.get(_task(verifying.choose).remote(storage.join(uri, "samples"), artifact, rows))
+        results = verifying.verify(recipe, chosen, 1.0 if now.gpus else 0.0)
+    wrong = [(number, difference) for number, difference in results if difference is not None]
+    for number, difference in wrong:
+        cluster.say(f"sample {number}: {difference}")
+    if wrong:
+        raise RunError(f"verify: {len(wrong)} of {len(results)} rows are not what their seeds give; see above")
+    cluster.say(f"verify: {len(results)} of {len(results)} rows are what their seeds give")
+
+
+def _recipe_of(artifact: storage.Artifact, allow_pickle: bool) -> sampling.Recipe:
+    """The recipe of finished samples, from their commit record alone: the environment has no say here."""
+    identity, stored = artifact.identity, artifact.totals["settings"]
+    generator = config.GeneratorSettings.model_validate(stored["generator"] | {"allow_pickle": allow_pickle})
+    real = realset.open_realset(stored["index"])
+    if dict(real.fingerprints) != identity["realset"]:
+        raise UserError(
+            f"--index {stored['index']}: is not as it was when the samples were made; nothing to compare with"
+        )
+    if stored["checkpoint"]:
+        real = replace(real, extractor=replace(real.extractor, checkpoint=stored["checkpoint"]))
+    prompts = _read_prompts(generator.prompts) if generator.prompts else ()
+    if storage.sha256("\n".join(prompts).encode()) != identity["prompts"]:
+        raise UserError(f"--generator.prompts {generator.prompts}: has changed since the samples were made")
+    return sampling.Recipe(
+        generator=generator,
+        generator_identity=identity["generator"],
+        realset=real,
+        weightings={label: acceptance.Weighting.from_json(w) for label, w in identity["weightings"].items()},
+        score=identity["score"],
+        seed=identity["seed"],
+        chunk=identity["chunk"],
+        threads=identity["threads"],
+        classes=tuple(identity["classes"]),
+        class_names=tuple(identity["class_names"]),
+        prompts=prompts,
+        copy_distance=identity["copy_distance"],
+        drop_copies=identity["drop_copies"],
+    )

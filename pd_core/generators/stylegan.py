@@ -1,0 +1,192 @@
+"""NVIDIA's StyleGAN2-ADA and StyleGAN3 network pickles: G_ema, run with reference operations, so without compiling anything.
+
+The pickles hold the source of their networks and import `torch_utils` and `dnnlib` from NVIDIA's code, which its licence keeps
+out of this package; the user names a directory that holds it. Latents are ours (a CPU generator per seed), so a seed's image
+is another than that of NVIDIA's scripts, which draw with numpy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pd_core import storage
+from pd_core.errors import UserError
+from pd_core.generators import (
+    Conditions,
+    check_conditions,
+    files_hash,
+    normal_latents,
+    own_randomness,
+    read_file,
+    to_uint8,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from pd_core.config import GeneratorSettings
+
+CODE = ("torch_utils", "dnnlib")
+COMPILED = ("bias_act", "upfirdn2d", "filtered_lrelu")
+
+
+def open_pickle(settings: GeneratorSettings, device: str = "cpu") -> StyleGAN:
+    """G_ema of a network pickle, on a device.
+
+    Its code stays on `sys.path` for as long as the process lives: networks import from it when they are copied or pickled again.
+
+    Args:
+        settings: `path` of the pickle, local or s3://; `code`, the directory of stylegan2-ada-pytorch or stylegan3.
+        device: "cpu", "cuda", "cuda:1".
+
+    Raises:
+        UserError: no permission to load a pickle, code or pickle missing, not a network pickle, precision it does not have.
+    """
+    assert settings.path is not None, "open_generator refuses settings without a path"
+    where = f"--generator.path {settings.path}"
+    if not settings.allow_pickle:
+        raise UserError(
+            f"{where}: a pickle, which can run any code it holds when it is loaded; pass --generator.allow-pickle if you trust it"
+        )
+    half = settings.precision == "fp16"
+    if settings.precision == "bf16" or (half and not device.startswith("cuda")):
+        raise UserError(
+            f"--generator.precision {settings.precision}: StyleGAN runs in fp32, or on a GPU in fp16, its own mixed precision"
+        )
+    code = _import_from(settings.code)
+    data = read_file(settings.path)
+    network = _network(data, where)
+    _use_reference_operations()
+    network = network.eval().requires_grad_(False).to(device)
+    return StyleGAN(network, settings, device, code)
+
+
+def _import_from(code: str | None) -> str:
+    """Put NVIDIA's code on sys.path; its absolute path."""
+    if code is None:
+        raise UserError(
+            "--generator.code: not set; StyleGAN pickles need NVIDIA's code, name your copy of stylegan2-ada-pytorch or stylegan3"
+        )
+    folder = storage.absolute(code)
+    missing = [name for name in CODE if not os.path.isdir(os.path.join(folder, name))]
+    if missing:
+        raise UserError(
+            f"--generator.code {code}: has no {' and no '.join(missing)}; name the directory of stylegan2-ada-pytorch or stylegan3"
+        )
+    for name in CODE:
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        if loaded and not storage.is_inside(loaded, folder):
+            raise UserError(f"--generator.code {code}: this process has {name} from {loaded} already; use one copy")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return folder
+
+
+def _network(data: bytes, where: str) -> torch.nn.Module:
+    import torch
+
+    try:
+        with _version_parser():
+            content = pickle.load(io.BytesIO(data))  # noqa: S301 - the user said --generator.allow-pickle; NVIDIA has no other format
+    except (pickle.UnpicklingError, EOFError, ImportError, AttributeError, KeyError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{where}: cannot be unpickled with this code ({type(error).__name__}: {reason}); use the code it was made with, and "
+            "convert TensorFlow's with its legacy.py"
+        ) from None
+    network = content.get("G_ema") if isinstance(content, dict) else None
+    if not isinstance(network, torch.nn.Module) or not hasattr(network, "z_dim"):
+        raise UserError(
+            f"{where}: holds no network G_ema; name a network-snapshot pickle of StyleGAN2-ADA or StyleGAN3"
+        )
+    return network
+
+
+@contextlib.contextmanager
+def _version_parser() -> Iterator[None]:
+    """`from pkg_resources import parse_version`, as StyleGAN3's operations do at import; setuptools 82 took that module away."""
+    if importlib.util.find_spec("pkg_resources") is not None:
+        yield
+        return
+    from packaging.version import parse
+
+    stand_in: Any = ModuleType("pkg_resources")
+    stand_in.parse_version = parse
+    sys.modules["pkg_resources"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["pkg_resources"]  # others who look for it shall not find this
+
+
+def _use_reference_operations() -> None:
+    """Let NVIDIA's operations take the way they take on a CPU everywhere.
+
+    On a GPU they compile CUDA code at first use: that needs a compiler on every node, fails on many, and StyleGAN2-ADA then goes
+    on with other operations after a warning. The reference ones are slower, are there always, and differentiate to any order.
+    """
+    for name in COMPILED:
+        module: Any = sys.modules.get(f"torch_utils.ops.{name}")
+        if module is not None:
+            module._init = lambda: False
+
+
+class StyleGAN:
+    """A StyleGAN generator; a `LatentGenerator`. Latents are z, standard normal."""
+
+    takes_prompts = False
+
+    def __init__(self, network: Any, settings: GeneratorSettings, device: str, code: str):
+        self.num_classes = int(network.c_dim)
+        self._network, self._device = network, device
+        self._path, self._code = str(settings.path), code
+        self._options = {
+            "truncation_psi": settings.truncation,
+            "noise_mode": settings.noise,
+            "force_fp32": settings.precision == "fp32",
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Hash of the pickle and of NVIDIA's code, options of the network, torch's version."""
+        return {
+            "network": type(self._network).__name__,
+            "file": files_hash(self._path),
+            "code": files_hash(self._code, ".py"),
+            "resolution": int(self._network.img_resolution),
+            "options": self._options,
+            "versions": {"torch": version("torch")},
+        }
+
+    def generate(self, seeds: Sequence[int], conditions: Conditions) -> torch.Tensor:
+        """uint8 [B, H, W, 3] on the device; see Generator."""
+        import torch
+
+        with torch.no_grad(), own_randomness("--generator.path: this StyleGAN", self._device):
+            return to_uint8(self.decode(self.latents(seeds), conditions))
+
+    def latents(self, seeds: Sequence[int]) -> torch.Tensor:
+        """Standard normal z, float32 [B, z_dim], on the device."""
+        return normal_latents(seeds, (self._network.z_dim,), self._device)
+
+    def decode(self, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """float32 [B, 3, H, W], about [-1, 1], not clamped; differentiable in z, noise inputs held constant."""
+        return self._network(latents, self._classes(len(latents), conditions), **self._options).float()
+
+    def _classes(self, batch: int, conditions: Conditions) -> torch.Tensor:
+        """One-hot float32 [B, c_dim]; [B, 0] for an unconditional network."""
+        import torch
+
+        check_conditions(self, conditions.labels, conditions.prompts)
+        if conditions.labels is None:
+            return torch.zeros(batch, 0, device=self._device)
+        labels = torch.tensor(conditions.labels, device=self._device)
+        return torch.nn.functional.one_hot(labels, self.num_classes).float()

@@ -1,0 +1,129 @@
+"""TorchScript files: a module from latents, and class numbers where it takes them, to images.
+
+No Python of the file runs: TorchScript is a small language with an interpreter of its own. It is code all the same, and torch
+does not promise that a hostile file does no harm: load files of people you trust.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from pd_core.errors import UserError
+from pd_core.generators import (
+    Conditions,
+    check_conditions,
+    files_hash,
+    normal_latents,
+    own_randomness,
+    read_file,
+    to_uint8,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from pd_core.config import GeneratorSettings
+
+
+def open_module(settings: GeneratorSettings, device: str = "cpu") -> TorchScript:
+    """A module that `torch.jit.save` wrote, on a device.
+
+    Its forward takes float32 latents [B, *latent_shape] and gives images [B, 1 or 3, H, W]. A second argument takes class
+    numbers, int64 [B]; the module then holds their count as an integer attribute `num_classes`.
+
+    Args:
+        settings: `path`, local or s3://; `latent_shape`; `value_range` of the output.
+        device: "cpu", "cuda", "cuda:1".
+
+    Raises:
+        UserError: no such file, not TorchScript, no latent_shape, another signature, or no num_classes where labels are taken.
+    """
+    import torch
+
+    where = f"--generator.path {settings.path}"
+    assert settings.path is not None, "open_generator refuses settings without a path"
+    if settings.latent_shape is None:
+        raise UserError(
+            "--generator.latent_shape: not set; a TorchScript module does not tell, e.g. [128] or [3,32,32]"
+        )
+    data = read_file(settings.path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # of torch.export, which takes batches of one size only by default
+            module = torch.jit.load(io.BytesIO(data), map_location=device)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: not a TorchScript file ({reason}); write one with torch.jit.save") from None
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return TorchScript(module.eval(), settings, device, _classes(module, where))
+
+
+def _classes(module: Any, where: str) -> int:
+    """Number of classes that a module's forward takes labels of; 0 if it takes latents alone."""
+    arguments = [argument.name for argument in module.forward.schema.arguments if argument.name != "self"]
+    if len(arguments) not in (1, 2):
+        raise UserError(f"{where}: forward takes ({', '.join(arguments)}); it must take latents, or latents and labels")
+    if len(arguments) == 1:
+        return 0
+    classes = getattr(module, "num_classes", None)
+    if not isinstance(classes, int) or classes < 1:
+        raise UserError(
+            f"{where}: forward takes labels, but the module has no integer num_classes; set it before scripting"
+        )
+    return classes
+
+
+class TorchScript:
+    """A TorchScript module as a `LatentGenerator`. Latents are standard normal."""
+
+    takes_prompts = False
+
+    def __init__(self, module: Any, settings: GeneratorSettings, device: str, num_classes: int):
+        assert settings.latent_shape is not None, "open_module refuses settings without a latent_shape"
+        self.num_classes = num_classes
+        self._module, self._device = module, device
+        self._path, self._shape, self._range = str(settings.path), settings.latent_shape, settings.value_range
+
+    def identity(self) -> dict[str, Any]:
+        """Hash of the file, shape of a latent, range of the output, torch's version."""
+        return {
+            "file": files_hash(self._path),
+            "latent_shape": list(self._shape),
+            "value_range": self._range,
+            "versions": {"torch": version("torch")},
+        }
+
+    def generate(self, seeds: Sequence[int], conditions: Conditions) -> torch.Tensor:
+        """uint8 [B, H, W, 3] on the device; see Generator."""
+        import torch
+
+        with torch.no_grad(), own_randomness(f"--generator.path {self._path}", self._device):
+            return to_uint8(self.decode(self.latents(seeds), conditions))
+
+    def latents(self, seeds: Sequence[int]) -> torch.Tensor:
+        """Standard normal float32 [B, *latent_shape] on the device."""
+        return normal_latents(seeds, self._shape, self._device)
+
+    def decode(self, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """float32 [B, 1 or 3, H, W], the module's value range moved to [-1, 1]; differentiable where the module is.
+
+        Raises:
+            UserError: the module refuses latents of this shape, or gives something else than images.
+        """
+        import torch
+
+        check_conditions(self, conditions.labels, conditions.prompts)
+        labels = () if conditions.labels is None else (torch.tensor(conditions.labels, device=self._device),)
+        images = self._module(latents, *labels)
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+            found = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+            raise UserError(f"--generator.path {self._path}: gave {found}; the module must give images [B, 3, H, W]")
+        scale, offset = {"-1..1": (1.0, 0.0), "0..1": (2.0, -1.0), "0..255": (1 / 127.5, -1.0)}[self._range]
+        return images.float() * scale + offset

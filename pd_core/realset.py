@@ -1,0 +1,119 @@
+"""The real set as later stages see it: what build_index committed, opened and checked once, small and picklable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pd_core import density, estimator, schemas, search, storage
+from pd_core.errors import UserError
+from pd_core.features import ExtractorSpec
+
+STAGES = ("features", "index", "densities", "estimator")
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """Everything that scoring another image needs: (F, k, n, c), the index and the predictor.
+
+    Attributes:
+        uri: output of build_index.
+        rows: N, real images.
+        extractor: F.
+        index: shards and cells.
+        k: neighbors of a density. volume_dim: n. log_normalizer: c. distance_floor: of the mean k-NN distance.
+        density_quantiles: p0, p0.1 ... p100 of the real densities, float64 [1001].
+        nearest_quantiles: the same of the distance from a real image to its nearest other one, Euclidean.
+        fingerprints: of the stages it was read from.
+    """
+
+    uri: str
+    rows: int
+    extractor: ExtractorSpec
+    index: search.IndexInfo
+    k: int
+    volume_dim: float
+    log_normalizer: float
+    distance_floor: float
+    density_quantiles: np.ndarray
+    nearest_quantiles: np.ndarray
+    fingerprints: Mapping[str, str]
+
+    def log_density(self, neighbor_distances: np.ndarray) -> np.ndarray:
+        """Log pseudo density of any images, float64 [m], from their distances to the k nearest real ones [m, k]."""
+        mean = density.mean_knn_distance(neighbor_distances)
+        floored, _ = density.apply_distance_floor(mean, self.distance_floor)
+        return density.log_pseudo_density(floored, self.volume_dim, self.log_normalizer)
+
+    def percentile(self, values: np.ndarray) -> np.ndarray:
+        """Percentile of densities [m] among the real set's, in [0, 100], by interpolation between its quantiles."""
+        return np.interp(values, self.density_quantiles, np.linspace(0.0, 100.0, len(self.density_quantiles)))
+
+    def predictor(self) -> estimator.DensityPredictor:
+        """f, loaded."""
+        names = (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
+        folder = storage.join(self.uri, "estimator")
+        return estimator.from_bytes({name: storage.read_bytes(storage.join(folder, name)) for name in names})
+
+
+def open_realset(uri: str) -> RealSet:
+    """What build_index wrote at `uri`.
+
+    Raises:
+        UserError: it is not finished, of another schema, or its stages were not made from each other.
+    """
+    found = {stage: _finished(uri, stage) for stage in STAGES}
+    _check_lineage(uri, found)
+    totals = found["densities"].totals
+    if "nearest_distance_quantiles" not in totals:
+        raise UserError(f"--index {uri}: made by an older pd_core; run build_index.py on it again with --overwrite")
+    return RealSet(
+        uri=uri,
+        rows=found["densities"].rows,
+        extractor=ExtractorSpec.from_json(found["features"].totals["extractor"]),
+        index=search.open_index(storage.join(uri, "index")),
+        k=totals["k"],
+        volume_dim=totals["volume_dim"],
+        log_normalizer=totals["log_normalizer"],
+        distance_floor=totals["distance_floor"],
+        density_quantiles=np.asarray(totals["density_quantiles"]),
+        nearest_quantiles=np.asarray(totals["nearest_distance_quantiles"]),
+        fingerprints={stage: artifact.fingerprint for stage, artifact in found.items()},
+    )
+
+
+def _finished(uri: str, stage: str) -> storage.Artifact:
+    folder = storage.join(uri, stage)
+    try:
+        artifact = storage.load_artifact(folder)
+    except Exception as error:
+        if storage.is_failure(error):
+            raise storage.explain(error, folder) from error
+        raise
+    if artifact is None:
+        what = "is not finished" if storage.exists(uri) else "does not exist"
+        raise UserError(
+            f"--index {uri}: {what} ({stage}/ has no {storage.ARTIFACT}); run build_index.py --output {uri}"
+        )
+    if artifact.kind != stage or artifact.schema_version != schemas.VERSIONS[stage]:
+        raise UserError(
+            f"--index {uri}: {stage}/ has schema {artifact.kind} {artifact.schema_version}, this pd_core reads "
+            f"{stage} {schemas.VERSIONS[stage]}; run build_index.py again"
+        )
+    return artifact
+
+
+def _check_lineage(uri: str, found: Mapping[str, storage.Artifact]) -> None:
+    """Each stage names the fingerprint it was made from."""
+    made_from: dict[str, Any] = {
+        "index": (found["index"].identity.get("features"), found["features"].fingerprint),
+        "estimator": (found["estimator"].identity.get("densities"), found["densities"].fingerprint),
+    }
+    for stage, (named, there) in made_from.items():
+        if named != there:
+            raise UserError(
+                f"--index {uri}: {stage}/ was made from another state of it; run build_index.py on it again"
+            )

@@ -1,0 +1,657 @@
+"""Rejection sampling on Ray: candidates in fixed chunks, scored, accepted by their densities, committed part by part.
+
+Algorithm 2 of arXiv 2407.08659 for any bounded weight function. Candidate i is a function of (generator, run seed, i): its
+image is drawn from a seed of its own, and so are its label, its prompt and the u that decides. A chunk of candidates is
+always run as one batch, and a part holds what was accepted of a fixed run of chunks, so the rows do not depend on the
+number of actors, on who died meanwhile, or on where a run was taken up again. The samples are the first n accepted in
+candidate order.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+
+from pd_core import acceptance, cluster, density, generators, ids, schemas, search, storage
+from pd_core.acceptance import Weighting
+from pd_core.config import GeneratorSettings
+from pd_core.errors import RunError, UserError
+from pd_core.realset import RealSet
+from pd_core.scoring import Scorer
+
+if TYPE_CHECKING:
+    import torch
+
+ATTEMPTS = 2  # of a chunk before it is reported
+DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
+MAX_CHUNKS = 8192  # of one execution: the driver's plan stays this small for any number of candidates
+EVERYTHING = ""  # name of the weighting of candidates without one of their own
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the rows, but not how many of them; picklable.
+
+    Attributes:
+        generator: G. generator_identity: of the weights that were found when the run began.
+        realset: F, f, the index and the constants of the density.
+        weightings: ω for each label name, or one for all under EVERYTHING.
+        score: predictor, index or both, as in the settings.
+        seed: of the run.
+        chunk: candidates of one batch.
+        threads: of the CPU arithmetic of one replica.
+        classes: class numbers that labels are drawn from, or empty.
+        class_names: name of each of `classes`.
+        prompts: texts that prompts are drawn from, or empty.
+        copy_distance: a row at most this far from a real image is a likely copy of it.
+        drop_copies: such rows are not accepted.
+    """
+
+    generator: GeneratorSettings
+    generator_identity: Mapping[str, Any]
+    realset: RealSet
+    weightings: Mapping[str, Weighting]
+    score: str
+    seed: int
+    chunk: int
+    threads: int
+    classes: tuple[int, ...]
+    class_names: tuple[str, ...]
+    prompts: tuple[str, ...]
+    copy_distance: float
+    drop_copies: bool
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One chunk, before anything is generated. Each array has a row per candidate.
+
+    Attributes:
+        number: int64, the sample_id. seed: int64, of the image. u: float64 in [0, 1).
+        label: place in `Recipe.classes`, int64, or None. prompt: place in `Recipe.prompts`, or None.
+    """
+
+    number: np.ndarray
+    seed: np.ndarray
+    u: np.ndarray
+    label: np.ndarray | None
+    prompt: np.ndarray | None
+
+
+def candidates_of(recipe: Recipe, chunk: int) -> Candidates:
+    """Candidates [chunk * size, (chunk + 1) * size), drawn from their numbers alone."""
+    number = np.arange(chunk * recipe.chunk, (chunk + 1) * recipe.chunk, dtype=np.int64)
+
+    def pick(name: str, many: int) -> np.ndarray | None:
+        return (ids.uniform(number, ids.stream(recipe.seed, name)) * many).astype(np.int64) if many else None
+
+    return Candidates(
+        number=number,
+        seed=ids.integers(number, ids.stream(recipe.seed, "image")),
+        u=ids.uniform(number, ids.stream(recipe.seed, "acceptance")),
+        label=pick("label", len(recipe.classes)),
+        prompt=pick("prompt", len(recipe.prompts)),
+    )
+
+
+def conditions_of(recipe: Recipe, drawn: Candidates) -> generators.Conditions:
+    """What the generator is asked to show."""
+    return generators.Conditions(
+        labels=None if drawn.label is None else tuple(recipe.classes[i] for i in drawn.label),
+        prompts=None if drawn.prompt is None else tuple(recipe.prompts[i] for i in drawn.prompt),
+    )
+
+
+def probabilities(recipe: Recipe, drawn: Candidates, densities: np.ndarray) -> np.ndarray:
+    """Acceptance probability of each candidate of a chunk, float64, by the weighting of its label."""
+    if drawn.label is None or EVERYTHING in recipe.weightings:
+        return acceptance.acceptance_probability(densities, recipe.weightings[EVERYTHING])
+    chances = np.empty(len(densities))
+    for place in np.unique(drawn.label):
+        rows = drawn.label == place
+        weighting = recipe.weightings[recipe.class_names[place]]
+        chances[rows] = acceptance.acceptance_probability(densities[rows], weighting)
+    return chances
+
+
+# ---- a chunk on its actor --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A generated chunk, or what is left of it; row j is candidate `rows[j]` of its chunk.
+
+    Attributes:
+        rows: int64 [m]. pixels: uint8 [m, H, W, 3]. features: float32 [m, D].
+        log_density: predicted, float64 [chunk], of all candidates; None where no predictor was asked for.
+    """
+
+    rows: np.ndarray
+    pixels: np.ndarray
+    features: np.ndarray
+    log_density: np.ndarray | None
+
+
+class ChunkMaker:
+    """The generator, the extractor and the predictor of one replica."""
+
+    def __init__(self, recipe: Recipe, device: str) -> None:
+        self.recipe = recipe
+        self.generator = generators.open_generator(recipe.generator, device, recipe.threads)
+        if dict(self.generator.identity()) != dict(recipe.generator_identity):
+            raise UserError(
+                f"--generator.path {recipe.generator.path}: differs from what the run began with; make the same files "
+                "visible on every node and leave them as they are while it runs"
+            )
+        predictor = None if recipe.score == "index" else recipe.realset.predictor()
+        self.scorer = Scorer(recipe.realset.extractor, predictor, device, recipe.threads)
+
+    def make(self, chunk: int) -> Batch:
+        """Generate and score a chunk; where the predictor decides, only what it accepts leaves the device.
+
+        Raises:
+            ValueError: the generator gave something that is no batch of images, or a feature is not finite.
+        """
+        import torch
+
+        drawn = candidates_of(self.recipe, chunk)
+        with torch.no_grad():  # not inference_mode: a scheduler may keep a tensor that a later gradient has to pass
+            images = self.generator.generate(drawn.seed.tolist(), conditions_of(self.recipe, drawn))
+            images = generators.checked(images, len(drawn.number))
+            features = self.scorer.features(images)
+            if not bool(torch.isfinite(features).all()):
+                raise ValueError("features of generated images are not finite")
+            if self.scorer.predictor is None:
+                return _batch(np.arange(len(images)), images, features, None)
+            log_density = self.scorer.log_density(features).cpu().numpy()
+        if not np.isfinite(log_density).all():
+            raise ValueError("predicted densities of generated images are not finite")
+        chances = probabilities(self.recipe, drawn, density.density_of(log_density))
+        return _batch(np.flatnonzero(drawn.u < chances), images, features, log_density)
+
+
+def _batch(rows: np.ndarray, images: torch.Tensor, features: torch.Tensor, log_density: np.ndarray | None) -> Batch:
+    import torch
+
+    kept = torch.from_numpy(rows).to(images.device)
+    return Batch(rows, images[kept].cpu().numpy(), features[kept].cpu().numpy(), log_density)
+
+
+# A generated chunk is one row of the Ray Data stream.
+_MADE = pa.schema(
+    [
+        ("chunk", pa.int64()),
+        ("error", pa.string()),  # null where it was generated
+        ("busy_s", pa.float64()),
+        ("rows", pa.list_(pa.int64())),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("pixels", pa.large_binary()),
+        ("features", pa.large_binary()),
+        ("log_density", pa.list_(pa.float64())),
+    ]
+)
+
+
+class _MakeChunk:
+    """Ray Data actor: a chunk's number to its batch. A chunk that fails twice goes on as an error, not as an exception."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.failure: UserError | RunError | None = None
+        try:
+            self.maker = ChunkMaker(recipe, cluster.assigned_device())
+        except (UserError, RunError) as error:  # an actor that dies in its constructor would take the reason with it
+            self.failure = error
+
+    def __call__(self, numbers: pa.Table) -> pa.Table:
+        if self.failure is not None:
+            raise self.failure
+        assert numbers.num_rows == 1, numbers.num_rows
+        chunk = numbers["chunk"][0].as_py()
+        watch = storage.Stopwatch()
+        made: Batch | None = None
+        for _ in range(ATTEMPTS):
+            try:
+                made = self.maker.make(chunk)
+                break
+            except UserError:
+                raise
+            except Exception as error:  # whatever a generator raises: the chunk is reported, the others go on
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        values: dict[str, Any] = {"chunk": chunk, "busy_s": watch.seconds}
+        if made is None:
+            values |= {"error": reason}
+        else:
+            _, height, width, _ = made.pixels.shape
+            values |= {
+                "rows": made.rows,
+                "height": height,
+                "width": width,
+                "pixels": made.pixels.tobytes(),
+                "features": made.features.tobytes(),
+                "log_density": made.log_density,
+            }
+        return pa.table({name: [values.get(name)] for name in _MADE.names}, schema=_MADE)
+
+
+def _read_made(row: Mapping[str, Any], dim: int) -> Batch:
+    rows = np.asarray(row["rows"], dtype=np.int64)
+    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(len(rows), row["height"], row["width"], 3)
+    features = np.frombuffer(row["features"], np.float32).reshape(len(rows), dim)
+    return Batch(rows, pixels, features, None if row["log_density"] is None else np.asarray(row["log_density"]))
+
+
+# ---- a chunk off its actor -------------------------------------------------------------------------------------------
+
+_FINISHED = pa.schema(
+    [
+        ("chunk", pa.int64()),
+        ("error", pa.string()),
+        ("busy_s", pa.float64()),
+        ("accepted", pa.large_binary()),  # Arrow stream of schemas.samples()
+        ("densities", pa.list_(pa.float64())),  # that decided, of all candidates
+        ("copies", pa.int64()),  # likely copies among what the weighting accepted
+    ]
+)
+
+
+def _finish_chunk(recipe: Recipe, pool: search.SearchPool, chunks: pa.Table) -> pa.Table:
+    """Nearest real images, index-scored densities where they are asked for, and PNG encoding."""
+    (row,) = chunks.to_pylist()
+    values = {name: row[name] for name in ("chunk", "error", "busy_s")}
+    if row["error"] is None:
+        made = _read_made(row, recipe.realset.extractor.feature_dim)
+        table, densities, copies = finish(recipe, pool, row["chunk"], made)
+        values |= {"accepted": _to_stream(table), "densities": densities, "copies": copies}
+    return pa.table({name: [values.get(name)] for name in _FINISHED.names}, schema=_FINISHED)
+
+
+def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> tuple[pa.Table, np.ndarray, int]:
+    """The accepted rows of a chunk (`schemas.samples`), the deciding densities of all its candidates, likely copies."""
+    drawn, real = candidates_of(recipe, chunk), recipe.realset
+    k = 1 if recipe.score == "predictor" else real.k
+    if len(made.rows) == 0:
+        assert made.log_density is not None
+        return schemas.samples().empty_table(), density.density_of(made.log_density), 0
+    distances, neighbors, _ = search.search(pool, made.features, k)
+    by_index = None if recipe.score == "predictor" else density.density_of(real.log_density(distances))
+    if made.log_density is None:  # the index decides: every candidate is here
+        assert by_index is not None and len(made.rows) == recipe.chunk
+        deciding = by_index
+    else:
+        deciding = density.density_of(made.log_density)
+    chances = probabilities(recipe, drawn, deciding)
+    copies = distances[:, 0] <= recipe.copy_distance
+    chosen = drawn.u[made.rows] < chances[made.rows]
+    likely = int((chosen & copies).sum())
+    keep = np.flatnonzero(chosen & ~copies) if recipe.drop_copies else np.flatnonzero(chosen)
+    rows = made.rows[keep]
+    columns = {
+        "sample_id": drawn.number[rows],
+        "seed": drawn.seed[rows],
+        "density": deciding[rows],
+        "density_predicted": None if made.log_density is None else density.density_of(made.log_density[rows]),
+        "density_index": None if by_index is None else by_index[keep],
+        "percentile": real.percentile(deciding[rows]),
+        "acceptance_probability": chances[rows],
+        "label": None if drawn.label is None else [recipe.class_names[i] for i in drawn.label[rows]],
+        "prompt": None if drawn.prompt is None else [recipe.prompts[i] for i in drawn.prompt[rows]],
+        "nearest_real_id": neighbors[keep, 0],
+        "nearest_real_distance": distances[keep, 0],
+        "likely_copy": copies[keep],
+        "image_hash": [pixels_hash(pixels) for pixels in made.pixels[keep]],
+        "image": [_picture(p, n) for p, n in zip(made.pixels[keep], drawn.number[rows].tolist(), strict=True)],
+    }
+    schema = schemas.samples()
+    arrays = [pa.nulls(len(keep), f.type) if (c := columns[f.name]) is None else pa.array(c, f.type) for f in schema]
+    return pa.table(arrays, schema=schema), deciding, likely
+
+
+def pixels_hash(pixels: np.ndarray) -> str:
+    """SHA-256 of an image uint8 [H, W, 3]: of its size and its pixels, whatever file it is kept in."""
+    height, width, _ = pixels.shape
+    return hashlib.sha256(f"{height}x{width} RGB\n".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def _picture(pixels: np.ndarray, number: int) -> dict[str, Any]:
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return {"bytes": sink.getvalue(), "path": f"{number:012d}.png"}
+
+
+def _to_stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage of samples: what is drawn, and where it goes; picklable.
+
+    Attributes:
+        recipe: what is drawn.
+        samples: the stage.
+        rejected: the stage of the rejected candidates' densities beside it, or None.
+        chunks_per_part: chunks whose accepted rows make one part.
+        n: rows wanted.
+    """
+
+    recipe: Recipe
+    samples: storage.Stage
+    rejected: storage.Stage | None
+    chunks_per_part: int
+    n: int
+
+    @property
+    def candidates_per_part(self) -> int:
+        """Candidates of one part."""
+        return self.chunks_per_part * self.recipe.chunk
+
+    def finished(self) -> dict[int, storage.Part]:
+        """Finished parts by number; where rejected rows are kept, both files are there."""
+        done = {_number(name): part for name, part in self.samples.finished_parts().items()}
+        if self.rejected is None:
+            return done
+        beside = {_number(name) for name in self.rejected.finished_parts()}
+        return {number: part for number, part in done.items() if number in beside}
+
+    def prefix(self, rows: Mapping[int, int]) -> int | None:
+        """The number of the part in which the n-th row lies, or None while parts before it are missing or rows too few."""
+        total = number = 0
+        while number in rows:
+            total += rows[number]
+            if total >= self.n:
+                return number
+            number += 1
+        return None
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("part-").removesuffix(".parquet"))
+
+
+def _write_part(job: Job, chunks: pa.Table) -> pa.Table:
+    """All chunks of one part, in order, to its committed file; nothing is written where one of them failed."""
+    numbers = chunks["chunk"].to_numpy()
+    part = int(numbers[0]) // job.chunks_per_part
+    expected = np.arange(part * job.chunks_per_part, (part + 1) * job.chunks_per_part)
+    if not np.array_equal(numbers, expected):
+        raise RunError(
+            f"samples: part {part} arrived with chunks {numbers.tolist()[:8]}, expected {expected[:8].tolist()}"
+        )
+    rows = 0
+    failed = [(n, e) for n, e in zip(numbers.tolist(), chunks["error"].to_pylist(), strict=True) if e is not None]
+    if not failed:
+        tables = [pa.ipc.open_stream(data.as_buffer()).read_all() for data in chunks["accepted"]]
+        table = pa.concat_tables(tables).replace_schema_metadata(schemas.samples().metadata)
+        densities = np.concatenate([np.asarray(values) for values in chunks["densities"].to_pylist()])
+        counts = {"candidates": len(densities), "copies": int(pc.sum(chunks["copies"]).as_py())}
+        if job.rejected is not None:  # first: a part of samples without it is not finished
+            job.rejected.write_table(storage.part_name(part), _rejected(job.recipe, part, job, table, densities))
+        job.samples.write_table(storage.part_name(part), table, counts | _histogram(job.recipe, densities))
+        rows = table.num_rows
+    error = f"chunk {failed[0][0]}: {failed[0][1]}" if failed else None
+    return pa.table(
+        {
+            "part": pa.array([part], pa.int64()),
+            "rows": pa.array([rows], pa.int64()),
+            "error": pa.array([error], pa.string()),
+            "busy_s": pa.array([chunks["busy_s"].to_pylist()], pa.list_(pa.float64())),
+        }
+    )
+
+
+def _rejected(recipe: Recipe, part: int, job: Job, accepted: pa.Table, densities: np.ndarray) -> pa.Table:
+    drawn = [candidates_of(recipe, part * job.chunks_per_part + i) for i in range(job.chunks_per_part)]
+    number = np.concatenate([d.number for d in drawn])
+    split = np.split(densities, job.chunks_per_part)
+    chances = np.concatenate([probabilities(recipe, d, values) for d, values in zip(drawn, split, strict=True)])
+    out = ~np.isin(number, accepted["sample_id"].to_numpy())
+    seed = np.concatenate([d.seed for d in drawn])
+    return pa.table([pa.array(v[out]) for v in (number, seed, densities, chances)], schema=schemas.rejected())
+
+
+def _histogram(recipe: Recipe, densities: np.ndarray) -> dict[str, int]:
+    """Candidates in each of DENSITY_BINS bins of equally many real images, by `bin_NN`."""
+    bins = (recipe.realset.percentile(densities) / 100 * DENSITY_BINS).astype(np.int64).clip(0, DENSITY_BINS - 1)
+    return {f"bin_{b:02d}": int(count) for b, count in enumerate(np.bincount(bins, minlength=DENSITY_BINS)) if count}
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The generator actors that are wanted, as in the settings."""
+
+    actors: int | None
+    actor_cpus: int
+    actor_gpus: float | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may use: candidates of the whole stage, and seconds of this run; None is no limit."""
+
+    candidates: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Progress:
+    """What the driver knows of this run: rows of every part so far, parts that failed, actors' seconds for each chunk."""
+
+    rows: dict[int, int]
+    failed: dict[int, str]
+    busy_s: list[float] = field(default_factory=list)
+
+
+def run(
+    job: Job, now: cluster.Cluster, pool: Pool, index: search.SearchPool, rate: float, budget: Budget
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Make what is missing until n rows are there; returns the parts and totals to commit.
+
+    Args:
+        job: the stage.
+        now: the cluster.
+        pool: generator actors.
+        index: the opened index.
+        rate: an acceptance rate that the generator surely reaches, from the pilot.
+        budget: limits of the run.
+
+    Raises:
+        RunError: a chunk failed twice (with its seeds), or the budget is spent; what was made is kept.
+    """
+    started = time.monotonic()
+    state = Progress({}, {})
+
+    def execute() -> None:
+        done = job.finished()
+        state.rows, state.failed = {number: part.rows for number, part in done.items()}, {}
+        while job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is None:
+            wanted = _next_parts(job, state, rate, budget.candidates)
+            if not wanted or _is_late(started, budget):
+                return
+            _execute(job, wanted, now, pool, index, state, lambda: _is_late(started, budget))
+
+    cluster.persist("samples", execute)
+    if state.failed:
+        raise RunError(_failed_line(job, state.failed))
+    last = job.prefix(state.rows)
+    if last is None:
+        raise RunError(_spent_line(job, state.rows, budget, _is_late(started, budget)))
+    facts = cluster.get(_task(_trim).remote(job, last))
+    _drop_after(job, last)
+    done = job.finished()
+    parts = [done[number] for number in range(last + 1)]
+    assert sum(part.rows for part in parts) == job.n
+    totals = {"rows": job.n, "candidates": facts["candidates"], "copies": sum(part.counts["copies"] for part in parts)}
+    totals |= {"acceptance_rate": job.n / facts["candidates"], "density_bins": _sum_bins(parts)}
+    if state.busy_s:  # the median: the first chunk of an actor takes longer
+        totals["actor_s_per_candidate"] = float(np.median(state.busy_s)) / job.recipe.chunk
+    return parts, totals
+
+
+def _task(function: Any) -> Any:
+    import ray
+
+    return ray.remote(function).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
+
+
+def _is_late(started: float, budget: Budget) -> bool:
+    return budget.seconds is not None and time.monotonic() - started > budget.seconds
+
+
+def _next_parts(job: Job, state: Progress, rate: float, most: int | None) -> list[int]:
+    """The parts to make next: the gaps, then as many more as the missing rows need at this rate, within the budget."""
+    missing = job.n - sum(state.rows.values())
+    known = state.rows.keys() | state.failed.keys()
+    end = max(known, default=-1) + 1
+    gaps = [number for number in range(end) if number not in known]
+    more = max(0, -(-missing // max(1, int(rate * job.candidates_per_part))) - len(gaps)) + 1
+    limit = end + more if most is None else min(end + more, most // job.candidates_per_part)
+    wanted = [*gaps, *range(end, limit)]
+    return wanted[: max(1, MAX_CHUNKS // job.chunks_per_part)]
+
+
+def _execute(
+    job: Job,
+    wanted: Sequence[int],
+    now: cluster.Cluster,
+    pool: Pool,
+    index: search.SearchPool,
+    state: Progress,
+    late: Callable[[], bool],
+) -> None:
+    accepted = min(job.n, sum(state.rows.values()))
+    with cluster.progress(job.samples.kind, job.n, "accepted", accepted) as bar:
+        for record in _stream(job, wanted, now, pool, index).iter_rows():
+            part = record["part"]
+            if record["error"] is None:
+                state.rows[part] = record["rows"]
+            else:
+                state.failed[part] = record["error"]
+                cluster.say(f"samples: {record['error']}; its part is left out for now, the others go on")
+            state.busy_s += record["busy_s"]
+            bar.update(min(record["rows"], job.n - bar.n))
+            if late() or job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None:
+                return
+
+
+def _stream(job: Job, wanted: Sequence[int], now: cluster.Cluster, pool: Pool, index: search.SearchPool) -> Any:
+    """The Ray Data plan: chunk numbers -> generated and scored -> searched and encoded -> committed parts, in order."""
+    import ray.data
+
+    # its plans are not for the user; set after the import, which sets another level
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
+    free = replace(now, cpus=max(1.0, now.cpus - index.cpus))  # the search actors are there all the while
+    fewest, most, cpus, gpus = cluster.actor_pool(free, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    per_part = job.chunks_per_part
+    numbers = [{"chunk": part * per_part + i} for part in wanted for i in range(per_part)]
+    made = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
+        _MakeChunk,
+        fn_constructor_args=(job.recipe,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=min(most, len(numbers))),
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+    )
+    finished = made.map_batches(
+        functools.partial(_finish_chunk, job.recipe, index),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=cluster.IO_CPUS,
+    )
+    parts = finished.repartition(target_num_rows_per_block=per_part, strict=True)
+    return parts.map_batches(
+        functools.partial(_write_part, job), batch_size=None, batch_format="pyarrow", num_cpus=cluster.IO_CPUS
+    )
+
+
+def _trim(job: Job, last: int) -> dict[str, int]:
+    """Cut the last part to the n-th row; returns the candidates up to it."""
+    done = job.finished()
+    before = sum(done[number].rows for number in range(last))
+    name = storage.part_name(last)
+    table = storage.read_table(storage.join(job.samples.uri, name))
+    surplus = before + table.num_rows - job.n
+    if surplus:
+        table = table.slice(0, job.n - before)
+        counts = dict(done[last].counts)
+        if not job.recipe.drop_copies:  # else they are not in the table, and the count stays that of the whole part
+            counts["copies"] = int(pc.sum(table["likely_copy"].cast(pa.int64())).as_py())
+        job.samples.write_table(name, table, counts)
+    candidates = table["sample_id"][-1].as_py() + 1
+    if surplus and job.rejected is not None:
+        beside = storage.read_table(storage.join(job.rejected.uri, name))
+        job.rejected.write_table(name, beside.filter(pc.less(beside["sample_id"], candidates)))
+    return {"candidates": candidates}
+
+
+def _drop_after(job: Job, last: int) -> None:
+    """Delete parts beyond the n-th row, recorded or not: whoever opens the directory must not meet them.
+
+    No task writes one any more: an execution that is left early has waited for the end of its tasks.
+    """
+    for stage in filter(None, (job.samples, job.rejected)):
+        names = {*storage.sizes(stage.uri), *stage.finished_parts()}
+        for name in sorted(name for name in names if name.startswith("part-") and name.endswith(".parquet")):
+            if _number(name) > last:
+                stage.drop_part(name)
+
+
+def _sum_bins(parts: Sequence[storage.Part]) -> list[int]:
+    return [sum(part.counts.get(f"bin_{b:02d}", 0) for part in parts) for b in range(DENSITY_BINS)]
+
+
+def _failed_line(job: Job, failed: Mapping[int, str]) -> str:
+    number, reason = min(failed.items())
+    chunk = int(reason.removeprefix("chunk ").partition(":")[0])
+    seeds = candidates_of(job.recipe, chunk).seed
+    return (
+        f"samples: {len(failed)} parts are missing, since the generator failed {ATTEMPTS} times on a chunk: {reason} "
+        f"(part {number}, seeds {seeds[0]} ... {seeds[-1]}, run seed {job.recipe.seed}); the others are kept, mend the "
+        "generator or run the same command again"
+    )
+
+
+def _spent_line(job: Job, rows: Mapping[int, int], budget: Budget, late: bool) -> str:
+    made, candidates = sum(rows.values()), len(rows) * job.candidates_per_part
+    spent = "--max-hours is over" if late else f"--max-candidates {budget.candidates} would be passed by the next part"
+    return (
+        f"samples: {made} of {job.n} rows accepted of {candidates} candidates when {spent}; they are kept: raise the limit "
+        "and run the same command again"
+    )
+
+
+def iterate_rows(job_uri: str, parts: Sequence[storage.Part], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Columns of a samples stage, part by part."""
+    for part in parts:
+        if part.rows:
+            yield storage.read_table(storage.join(job_uri, part.name), columns)

@@ -1,0 +1,498 @@
+"""The report stage of generate: gather what its page shows from the samples, the pilot and the real images' source."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from pd_core import (
+    cluster,
+    estimator,
+    ids,
+    images,
+    piloting,
+    report,
+    running,
+    sampling,
+    sampling_page,
+    schemas,
+    sources,
+    storage,
+)
+from pd_core.config import DataSettings, GenerateSettings, to_yaml
+from pd_core.errors import RunError, UserError
+from pd_core.sampling import DENSITY_BINS
+from pd_core.sampling_page import Count, Pair, Sample, SamplesData, Weight
+from pd_core.sources.names import unescape
+
+SAMPLE_ROWS = 1_000_000  # accepted rows that the shown ones are chosen from
+CALIBRATION_ROWS = 20_000  # accepted rows that the predictor is held against the index on
+PAIRS_SHOWN = 12
+NEAREST_SHOWN = 4  # pairs where no sample is a likely copy
+BANDS = {
+    "p0–p5": (0, 5),
+    "around p25": (22.5, 27.5),
+    "median": (47.5, 52.5),
+    "around p75": (72.5, 77.5),
+    "p95–p100": (95, 100),
+}
+
+LIGHT = ["sample_id", "density", "density_predicted", "density_index", "percentile", "acceptance_probability"]
+LIGHT += ["label", "prompt", "nearest_real_id", "nearest_real_distance", "likely_copy"]
+SHOWN = [
+    "sample_id",
+    "seed",
+    "density",
+    "density_index",
+    "percentile",
+    "acceptance_probability",
+    "label",
+    "prompt",
+    "image",
+]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads; picklable.
+
+    Attributes:
+        job: the samples stage and what was drawn. sampled: its commit record.
+        pilot: the pilot's candidates. expected: what was made of them. plan_text: what was printed before the run.
+        settings: of the run. timings_s: of the stages so far.
+    """
+
+    job: sampling.Job
+    sampled: storage.Artifact
+    pilot: piloting.Pilot
+    expected: piloting.Expectation
+    plan_text: str
+    settings: GenerateSettings
+    timings_s: Mapping[str, float]
+
+
+def stage_of(output: str, samples: storage.Stage, settings: GenerateSettings) -> storage.Stage:
+    """The report stage under `output`."""
+    identity = {"samples": samples.fingerprint, "images": settings.images, "pilot": settings.pilot}
+    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+
+
+def run(stage: storage.Stage, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Make `index.html` in a Ray task, since images are read again; returns the parts and totals to commit."""
+    import ray
+
+    task = ray.remote(_make).options(num_cpus=1, **cluster.TASK_OPTIONS)
+    cluster.say("report: drawing")
+    totals = cluster.get(task.remote(stage, inputs))
+    return list(stage.finished_parts().values()), totals
+
+
+def _make(stage: storage.Stage, inputs: Inputs) -> dict[str, Any]:
+    data = gather(inputs)
+    for name, png in sampling_page.figures(data).items():
+        stage.write_part(name, png, 0)
+    page = sampling_page.render(data)
+    stage.write_part(running.REPORT, page, 0)
+    return {
+        "bytes": len(page),
+        "effective_sample_size": data.effective_sample_size,
+        "predictor_spearman": data.pilot_calibration.spearman,
+    }
+
+
+def gather(inputs: Inputs) -> SamplesData:
+    """All that the page shows: two passes over the parts, the second for the images of a few rows."""
+    job, settings, expected = inputs.job, inputs.settings, inputs.expected
+    recipe, totals, pilot = job.recipe, inputs.sampled.totals, inputs.pilot
+    seen = _look_through(inputs)
+    shown = _choose(seen, settings.images)
+    pairs, originals_note = _pairs(inputs, seen)
+    pilot_densities = pilot.deciding(settings.score)
+    return SamplesData(
+        title="Generated images",
+        output=str(settings.output),
+        index=recipe.realset.uri,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        n=inputs.sampled.rows,
+        candidates=totals["candidates"],
+        score=settings.score,
+        weighting=settings.weighting.model_dump(),
+        weights=list(_weights(recipe)),
+        expected=sampling_page.Expected(
+            expected.rate, expected.low, expected.high, expected.above, pilot.rows, int(pilot.copies.sum())
+        ),
+        inverse_sum=seen.inverse_sum,
+        inverse_square_sum=seen.inverse_square_sum,
+        quantiles=recipe.realset.density_quantiles,
+        generated=np.array(totals["density_bins"]),
+        accepted=seen.bins,
+        accepted_by_index=seen.index_bins if settings.score == "both" else None,
+        span=_span(np.concatenate([seen.rows["density"].to_numpy(), pilot_densities])),
+        bands=_bands(inputs, shown),
+        unfiltered=_unfiltered(inputs),
+        pilot_calibration=_calibration(pilot.by_index, pilot.predicted),
+        accepted_calibration=_calibration(*seen.both) if settings.score == "both" else None,
+        parts=_parts(inputs),
+        copies=totals["copies"],
+        copy_distance=recipe.copy_distance,
+        copies_quantile=settings.copies_quantile,
+        drop_copies=recipe.drop_copies,
+        pairs=pairs,
+        originals_note=originals_note,
+        labels=seen.counts("label"),
+        prompts=seen.counts("prompt"),
+        choices={"label": len(recipe.classes), "prompt": len(recipe.prompts)},
+        plan=inputs.plan_text,
+        facts=_facts(inputs),
+        timings_s=inputs.timings_s,
+        versions=inputs.sampled.versions,
+        settings_yaml=to_yaml(settings),
+    )
+
+
+# ---- one pass over the samples ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What one pass keeps: sums, and tables whose size does not grow with n.
+
+    Attributes:
+        bins: accepted in each density bin. index_bins: by their index-scored densities.
+        rows: part, row, density of a sample of the accepted. nearest: those nearest to real images.
+        scored: (index-scored, predicted) densities of a sample of the accepted.
+        tallies: rows and summed density by name, for label and prompt.
+    """
+
+    bins: np.ndarray
+    index_bins: np.ndarray
+    rows: pa.Table
+    nearest: pa.Table
+    scored: list[np.ndarray]
+    inverse_sum: float = 0.0
+    inverse_square_sum: float = 0.0
+    tallies: dict[str, dict[str, tuple[int, float]]] = field(default_factory=lambda: {"label": {}, "prompt": {}})
+
+    @property
+    def both(self) -> tuple[np.ndarray, np.ndarray]:
+        """Index-scored and predicted densities, float64 [M] each."""
+        true, predicted = np.concatenate(self.scored, axis=1)
+        return true, predicted
+
+    def counts(self, what: str) -> list[Count]:
+        """Rows and mean density by label or prompt."""
+        return [Count(name, rows, total / rows) for name, (rows, total) in self.tallies[what].items()]
+
+    def tally(self, what: str, table: pa.Table) -> None:
+        """Add a part's labels or prompts."""
+        tallied = self.tallies[what]
+        for group in table.group_by(what).aggregate([("density", "count"), ("density", "sum")]).to_pylist():
+            if (name := group[what]) is not None:
+                rows, total = tallied.get(name, (0, 0.0))
+                tallied[name] = rows + group["density_count"], total + group["density_sum"]
+
+
+def _look_through(inputs: Inputs) -> _Seen:
+    """One pass over the light columns, holding one part at a time."""
+    real, sampled = inputs.job.recipe.realset, inputs.sampled
+    zeros = np.zeros(DENSITY_BINS, np.int64)
+    chosen: list[pa.Table] = []
+    seen = _Seen(zeros.copy(), zeros.copy(), pa.table({}), pa.table({}), [])
+    for part in sampled.parts:
+        if not part.rows:
+            continue
+        table = storage.read_table(storage.join(inputs.job.samples.uri, part.name), LIGHT)
+        place = {"part": pa.array([part.name] * table.num_rows), "row": pa.array(np.arange(table.num_rows))}
+        table = pa.table({name: table[name] for name in table.column_names} | place)
+        seen.bins += _binned(table["percentile"].to_numpy())
+        if inputs.settings.score == "both":
+            true, predicted = (table[name].to_numpy() for name in ("density_index", "density_predicted"))
+            seen.index_bins += _binned(real.percentile(true))
+            seen.scored.append(np.stack([true, predicted])[:, _drawn(table, CALIBRATION_ROWS / sampled.rows)])
+        inverse = 1.0 / table["acceptance_probability"].to_numpy()
+        seen.inverse_sum += float(inverse.sum())
+        seen.inverse_square_sum += float((inverse**2).sum())
+        seen.nearest = _nearest(seen.nearest, table)
+        keep = _drawn(table, SAMPLE_ROWS / sampled.rows)
+        chosen.append(table.select(["part", "row", "sample_id", "density"]).filter(pa.array(keep)))
+        seen.tally("label", table)
+        seen.tally("prompt", table)
+    seen.rows = pa.concat_tables(chosen)
+    return seen
+
+
+def _binned(percentile: np.ndarray) -> np.ndarray:
+    """Counts int64 [DENSITY_BINS] of percentiles, in the bins that the candidates were counted in."""
+    bins = (percentile / 100 * DENSITY_BINS).astype(np.int64).clip(0, DENSITY_BINS - 1)
+    return np.bincount(bins, minlength=DENSITY_BINS)
+
+
+def _drawn(table: pa.Table, fraction: float) -> np.ndarray:
+    return ids.uniform(table["sample_id"].to_numpy(), ids.stream(0, "report")) < fraction
+
+
+def _nearest(best: pa.Table, table: pa.Table) -> pa.Table:
+    """The rows nearest to a real image, nearest first; a flagged one is at most as far as any that is not."""
+    columns = ["part", "row", "sample_id", "nearest_real_id", "nearest_real_distance", "likely_copy"]
+    both = table.select(columns) if best.num_rows == 0 else pa.concat_tables([best, table.select(columns)])
+    order = [("nearest_real_distance", "ascending"), ("sample_id", "ascending")]
+    return both.take(pc.select_k_unstable(both, k=min(PAIRS_SHOWN, both.num_rows), sort_keys=order))
+
+
+def _span(densities: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(densities, [0.005, 0.995])
+    return float(low), float(high)
+
+
+def _parts(inputs: Inputs) -> list[tuple[int, int]]:
+    """(candidates, accepted) of each part; of the last one the candidates up to the n-th accepted."""
+    parts = [(part.counts["candidates"], part.rows) for part in inputs.sampled.parts]
+    before = sum(candidates for candidates, _ in parts[:-1])
+    return [*parts[:-1], (inputs.sampled.totals["candidates"] - before, parts[-1][1])]
+
+
+def _calibration(by_index: np.ndarray, predicted: np.ndarray) -> report.Calibration:
+    with np.errstate(divide="ignore"):  # ρ underflows to 0 far below the mean when the sharpness is large
+        true, guessed = np.log(by_index), np.log(predicted)
+    finite = np.isfinite(true) & np.isfinite(guessed)
+    if not finite.any():
+        return report.Calibration(true, guessed, None, None, 0)
+    found = estimator.calibration(true[finite], guessed[finite])
+    tails = [f"{end}_decile_{what}" for end in ("low", "high") for what in ("spearman", "mean_abs_log_error")]
+    more = {name: getattr(found, name) for name in ("r2_density", *tails)}
+    return report.Calibration(true, guessed, found.r2_log_density, found.spearman, found.n, more)
+
+
+def _weights(recipe: sampling.Recipe) -> Iterator[Weight]:
+    for label, weighting in recipe.weightings.items():
+        ends = [None, *weighting.edges, None]
+        for low, high, weight in zip(ends, ends[1:], weighting.weights, strict=False):
+            yield Weight(label or None, low, high, weight, weight / max(weighting.weights))
+
+
+# ---- the images that are shown ---------------------------------------------------------------------------------------
+
+
+def _choose(seen: _Seen, many: int) -> dict[str, list[tuple[str, int]]]:
+    """For each band of percentiles of the accepted the (part, row) of its share of `many` images, evenly over the band."""
+    table = seen.rows.sort_by([("density", "ascending"), ("sample_id", "ascending")])
+    taken: set[int] = set()
+    chosen = {}
+    for place, (name, (low, high)) in enumerate(BANDS.items()):
+        first, last = (round(end / 100 * (table.num_rows - 1)) for end in (low, high))
+        wanted = max(1, many // len(BANDS) + (place < many % len(BANDS)))
+        ranks = [rank for rank in _evenly(first, last, wanted) if rank not in taken]
+        taken.update(ranks)
+        rows = table.take(pa.array(ranks, pa.int64()))
+        chosen[name] = list(zip(rows["part"].to_pylist(), rows["row"].to_pylist(), strict=True))
+    return {name: rows for name, rows in chosen.items() if rows}
+
+
+def _evenly(first: int, last: int, wanted: int) -> list[int]:
+    """At most `wanted` different integers from first to last; one alone lies in the middle."""
+    if wanted == 1:
+        return [(first + last) // 2]
+    return np.unique(np.linspace(first, last, wanted).round().astype(int)).tolist()
+
+
+def _bands(inputs: Inputs, chosen: Mapping[str, Sequence[tuple[str, int]]]) -> list[tuple[str, list[Sample]]]:
+    places = [place for rows in chosen.values() for place in rows]
+    found = _read_rows(inputs.job.samples.uri, places)
+    return [(name, [_sample(found[place], inputs, True) for place in rows]) for name, rows in chosen.items()]
+
+
+def _unfiltered(inputs: Inputs) -> list[Sample]:
+    """Images of the pilot, evenly over its candidates, in ascending density."""
+    uri = storage.join(str(inputs.settings.output), "pilot")
+    pilot = storage.load_artifact(uri)
+    assert pilot is not None
+    numbered = [(part.name, row) for part in pilot.parts for row in range(part.rows)]
+    places = [numbered[i] for i in _evenly(0, len(numbered) - 1, inputs.settings.images)]
+    samples = [_sample(row, inputs, False) for row in _read_rows(uri, places).values()]
+    return sorted(samples, key=lambda sample: (sample.density, sample.number))
+
+
+def _read_rows(uri: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows with their images by (part, row), one part in memory at a time."""
+    by_part: dict[str, set[int]] = {}
+    for name, row in places:
+        by_part.setdefault(name, set()).add(row)
+    found = {}
+    for name, wanted in sorted(by_part.items()):
+        order = sorted(wanted)
+        table = storage.read_table(storage.join(uri, name), SHOWN).take(pa.array(order, pa.int64()))
+        for row, values in zip(order, table.to_pylist(), strict=True):
+            values["thumbnail"] = _thumbnail(values.pop("image")["bytes"])
+            found[name, row] = values
+    return found
+
+
+def _thumbnail(png: bytes) -> bytes:
+    from PIL import Image
+
+    return report.thumbnail(Image.open(io.BytesIO(png), formats=["PNG"]))
+
+
+def _sample(row: Mapping[str, Any], inputs: Inputs, decided: bool) -> Sample:
+    density, percentile = row["density"], row["percentile"]
+    if (
+        not decided and inputs.settings.score == "index"
+    ):  # the pilot is scored by both, its `density` is the predictor's
+        density = row["density_index"]
+        percentile = float(inputs.job.recipe.realset.percentile(np.array([density]))[0])
+    return Sample(
+        number=row["sample_id"],
+        seed=row["seed"],
+        density=density,
+        percentile=percentile,
+        probability=row["acceptance_probability"] if decided else None,
+        label=row["label"],
+        prompt=row["prompt"],
+        thumbnail=row["thumbnail"],
+    )
+
+
+# ---- copies beside their originals -----------------------------------------------------------------------------------
+
+
+def _pairs(inputs: Inputs, seen: _Seen) -> tuple[list[Pair], str]:
+    """The likely copies that are nearest, or the nearest of all where none is; and why originals cannot be read."""
+    rows = seen.nearest.to_pylist()
+    flagged = [row for row in rows if row["likely_copy"]]
+    rows = flagged or rows[:NEAREST_SHOWN]
+    pictures = _read_rows(inputs.job.samples.uri, [(row["part"], row["row"]) for row in rows])
+    originals, note = _originals(inputs.job.recipe.realset.uri, {row["nearest_real_id"] for row in rows})
+    gone = _Original(None, None, None, "the index no longer names it")
+    pairs = []
+    for row in rows:
+        original = originals.get(row["nearest_real_id"], gone)
+        sample = _sample(pictures[row["part"], row["row"]], inputs, True)
+        facts = (original.key, original.label, original.thumbnail, original.missing)
+        pairs.append(Pair(sample, row["nearest_real_distance"], row["likely_copy"], *facts))
+    return pairs, note
+
+
+@dataclass(frozen=True)
+class _Original:
+    """A real image: its thumbnail, or why there is none."""
+
+    key: str | None
+    label: str | None
+    thumbnail: bytes | None
+    missing: str = ""
+
+
+def _originals(uri: str, wanted: set[int]) -> tuple[dict[int, _Original], str]:
+    """Real images by id, from the source that build_index read; and why that cannot be read, or an empty text.
+
+    The report is made all the same where a source has moved: what is missing is said in its place.
+    """
+    found: dict[int, _Original] = {}
+    try:
+        for name, rows in _listed(uri, wanted):
+            for row in rows.select(["sample_id", "key", "label"]).to_pylist():
+                found[row["sample_id"]] = _Original(
+                    row["key"], row["label"], None, "the source cannot be read any more"
+                )
+            found |= _read_originals(uri, name, rows)
+    except (UserError, RunError) as error:
+        return found, str(error)
+    except Exception as error:
+        if not storage.is_failure(error):
+            raise
+        return found, str(storage.explain(error, uri))
+    return found, ""
+
+
+def _listed(uri: str, wanted: set[int]) -> Iterator[tuple[str, pa.Table]]:
+    """Name and wanted rows of each part of the listing that has any."""
+    folder = storage.join(uri, "listing")
+    listing = storage.load_artifact(folder)
+    value_set, missing = pa.array(sorted(wanted), pa.int64()), len(wanted)
+    for part in listing.parts if listing is not None else ():
+        if not missing:
+            break
+        here = storage.read_table(storage.join(folder, part.name), ["sample_id"])["sample_id"]
+        keep = pc.is_in(here, value_set=value_set)
+        if many := pc.sum(keep).as_py():
+            missing -= many
+            whole = storage.read_table(storage.join(folder, part.name), without=[schemas.METADATA])
+            yield part.name, whole.filter(keep)
+
+
+def _read_originals(uri: str, name: str, rows: pa.Table) -> dict[int, _Original]:
+    """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
+    source, limits = _source(uri)
+    features = storage.read_table(storage.join(uri, "features", name), ["sample_id", "content_hash"])
+    hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
+    found = {}
+    for row, content in zip(rows.to_pylist(), sources.read(source, rows), strict=True):
+        picture, missing = None, ""
+        try:
+            if isinstance(content, images.BadImage):
+                raise content
+            if hashlib.sha256(content).hexdigest() == hashes.get(row["sample_id"]):
+                picture = report.thumbnail(images.decode(content, limits))
+            else:
+                missing = "has changed since it was indexed"
+        except images.BadImage as error:
+            missing = f"can no longer be read: {error}"
+        found[row["sample_id"]] = _Original(row["key"], row["label"], picture, missing)
+    return found
+
+
+def _source(uri: str) -> tuple[sources.Source, images.DecodeLimits]:
+    """The source as build_index resolved it: its root is absolute, though the settings may name a relative path."""
+    record = storage.join(uri, running.RUN)
+    try:
+        settings = DataSettings.model_validate(json.loads(storage.read_bytes(record))["settings"]["data"])
+    except ValidationError as error:
+        raise UserError(f"{record}: data settings of another pd_core; run build_index.py on it again") from error
+    listing = storage.load_artifact(storage.join(uri, "listing"))
+    assert listing is not None
+    named = listing.identity["source"]
+    source = sources.Source(
+        named["kind"],
+        unescape(named["root"]),
+        tuple(named["names"]),
+        tuple(unescape(pattern) for pattern in named["patterns"]),
+        settings,
+    )
+    return source, images.DecodeLimits(settings.max_image_bytes, settings.max_image_pixels, settings.background)
+
+
+# ---- facts -----------------------------------------------------------------------------------------------------------
+
+
+def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
+    recipe, totals = inputs.job.recipe, inputs.sampled.totals
+    real = recipe.realset
+    given = recipe.generator.model_dump(mode="json", exclude_defaults=True)
+    generator = {"kind": recipe.generator.kind} | given | dict(recipe.generator_identity)
+    made = totals.get("actor_s_per_candidate")
+    return {
+        "Generator": [(name, _text(value)) for name, value in generator.items()]
+        + [("run seed", str(recipe.seed)), ("candidates of one batch", f"{recipe.chunk:,}")]
+        + ([] if made is None else [("seconds of one process per candidate", report.number(made))]),
+        "Real set": [
+            ("index", real.uri),
+            ("images", f"{real.rows:,}"),
+            ("extractor", real.extractor.model),
+            ("neighbors k", str(real.k)),
+            ("sharpness n", report.number(real.volume_dim)),
+        ],
+    }
+
+
+def _text(value: Any) -> str:
+    return report.shorten(value if isinstance(value, str) else storage.canonical(value), 120)

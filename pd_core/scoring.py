@@ -1,0 +1,106 @@
+"""Generated images to features and predicted densities, without leaving the device that made them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pd_core import estimator, images
+from pd_core.errors import UserError
+from pd_core.features import Extractor, ExtractorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+# names of timm's interpolations that torch has with antialiasing, as Pillow does it
+_MODES = {"bilinear": "bilinear", "bicubic": "bicubic"}
+
+
+class Scorer:
+    """F and the predictor f on one device.
+
+    Args:
+        spec: the extractor that the index was made with.
+        predictor: of its densities, or None where only features are wanted.
+        device: `cpu`, `cuda`, `cuda:1`.
+        threads: of the CPU arithmetic.
+
+    Raises:
+        UserError: the weights or the timm version are not those of the index.
+    """
+
+    def __init__(
+        self, spec: ExtractorSpec, predictor: estimator.DensityPredictor | None, device: str = "cpu", threads: int = 1
+    ) -> None:
+        check_version(spec)
+        self.extractor = Extractor(spec, device, threads)
+        self.predictor = predictor if predictor is None else predictor.to(self.extractor.device)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float32 [B, D] of uint8 images [B, H, W, 3] on the device."""
+        import torch
+
+        with torch.inference_mode():
+            resized = resize_batch(pixels, self.extractor.spec.preprocess)
+            return self.extractor.forward(self.extractor.normalize(resized))
+
+    def log_density(self, features: torch.Tensor) -> torch.Tensor:
+        """Predicted log pseudo density of features [B, D], float64 [B]."""
+        import torch
+
+        assert self.predictor is not None
+        with torch.inference_mode():
+            out: torch.Tensor = self.predictor(features)
+            return out.double()
+
+
+def check_version(spec: ExtractorSpec) -> None:
+    """Raise UserError where timm is of another version than the one that made the index: its features may differ."""
+    import timm
+
+    if timm.__version__ != spec.timm_version:
+        raise UserError(
+            f"timm {timm.__version__} is installed, the index was made with {spec.timm_version}, and features move with the "
+            f"version; pip install timm=={spec.timm_version} or run build_index.py again"
+        )
+
+
+def resize_batch(pixels: torch.Tensor, preprocess: images.Preprocess) -> torch.Tensor:
+    """What `images.resize` does to one image, for a batch on its device: uint8 [B, H, W, 3] to uint8 [B, 3, h, w].
+
+    Antialiased as Pillow does it, and within two steps of 255 of it (both round between their two passes).
+
+    Raises:
+        UserError: an interpolation that torch has no antialiased form of.
+    """
+    import torch
+
+    _, height, width, _ = pixels.shape
+    planes = pixels.permute(0, 3, 1, 2)
+    target = images.resized_size(height, width, preprocess)
+    if target != (height, width):
+        mode = _MODES.get(preprocess.interpolation)
+        if mode is None:
+            raise UserError(
+                f"the index's extractor resizes with {preprocess.interpolation!r}, which has no form on batches; "
+                "build the index with a model that uses bilinear or bicubic"
+            )
+        # torch has integer kernels for the CPU only
+        planes = planes if planes.device.type == "cpu" else planes.float()
+        planes = torch.nn.functional.interpolate(planes, size=target, mode=mode, antialias=True, align_corners=False)
+        planes = planes.round().clamp(0, 255).to(torch.uint8)
+    return _center_crop(planes, preprocess)
+
+
+def _center_crop(planes: torch.Tensor, preprocess: images.Preprocess) -> torch.Tensor:
+    """The centre of [B, 3, H, W]; what is missing is filled with the mean colour, as `images.resize` does."""
+    batch, channels, height, width = planes.shape
+    more_height, more_width = max(0, preprocess.height - height), max(0, preprocess.width - width)
+    if more_height or more_width:
+        fill = planes.new_tensor([round(255 * m) for m in preprocess.mean]).view(1, 3, 1, 1)
+        padded = fill.expand(batch, channels, height + more_height, width + more_width).clone()
+        top, left = more_height // 2, more_width // 2
+        padded[:, :, top : top + height, left : left + width] = planes
+        planes = padded
+    top = round((planes.shape[2] - preprocess.height) / 2)
+    left = round((planes.shape[3] - preprocess.width) / 2)
+    return planes[:, :, top : top + preprocess.height, left : left + preprocess.width]

@@ -1,0 +1,459 @@
+"""generate.py on a real Ray cluster: what the rows are, and that they are the same whoever makes them."""
+
+import io
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pd_core import cluster, errors, ids, storage
+from tests import tiny, toy_generator
+from tests.test_pipeline import is_ours, kill_once
+from workflows import build_index, generate
+
+N = 90
+TOY = f"{toy_generator.__file__}:make"
+LIGHT = ["sample_id", "seed", "density", "acceptance_probability"]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    with cluster.session("") as now:
+        yield now
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, ray_cluster):
+    root = tmp_path_factory.mktemp("index")
+    images, checkpoint = tiny.write_images(root / "images"), tiny.write_checkpoint(root / "tiny.safetensors")
+    argv = tiny.arguments(images, checkpoint, root / "out", "--no-tracking.enabled")
+    assert errors.exit_code(lambda: build_index.main(argv)) == 0
+    return root / "out"
+
+
+def arguments(index, output, *more, toy=None, n=N):
+    values = {
+        "index": index,
+        "generator.kind": "python",
+        "generator.path": TOY,
+        "generator.arguments": json.dumps(toy or {}),
+        "n": n,
+        "weighting.threshold": "p60",
+        "weighting.weight": 10,
+        "chunk": 16,
+        "pilot": 64,
+        "images": 6,
+        "output": output,
+    }
+    given = {text.lstrip("-").partition("=")[0] for text in more}
+    return [f"--{k}={v}" for k, v in values.items() if k not in given] + list(more) + ["--no-tracking.enabled"]
+
+
+def run(index, output, *more, toy=None, n=N):
+    argv = arguments(index, output, *more, toy=toy, n=n)
+    return errors.exit_code(lambda: generate.main(argv))
+
+
+def rows(output, stage="samples"):
+    return pq.ParquetDataset(sorted(str(f) for f in (output / stage).glob("*.parquet"))).read()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(index, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run(index, output, "--score=both", "--keep-rejected") == 0
+    return output
+
+
+def test_the_first_n_accepted_in_candidate_order_and_nothing_else(undisturbed):
+    """Every candidate up to the last row is in exactly one table, on the side on which its own u puts it."""
+    accepted, rejected = rows(undisturbed), rows(undisturbed, "rejected")
+    assert accepted.num_rows == N
+    numbers = accepted["sample_id"].to_numpy()
+    assert (np.diff(numbers) > 0).all()
+    everyone = np.sort(np.concatenate([numbers, rejected["sample_id"].to_numpy()]))
+    np.testing.assert_array_equal(everyone, np.arange(numbers[-1] + 1))
+    u = lambda table: ids.uniform(table["sample_id"].to_numpy(), ids.stream(0, "acceptance"))  # noqa: E731
+    assert (u(accepted) < accepted["acceptance_probability"].to_numpy()).all()
+    assert (u(rejected) >= rejected["acceptance_probability"].to_numpy()).all()
+    totals = json.loads((undisturbed / "samples" / "artifact.json").read_text())["totals"]
+    assert totals["candidates"] == numbers[-1] + 1
+    assert totals["acceptance_rate"] == pytest.approx(N / totals["candidates"])
+
+
+def test_the_acceptance_rate_is_that_of_the_formula(undisturbed):
+    """P + (1 - P)/w with P over all candidates, within 5 standard errors of the draws of u."""
+    accepted, rejected = rows(undisturbed), rows(undisturbed, "rejected")
+    density = np.concatenate([accepted["density"].to_numpy(), rejected["density"].to_numpy()])
+    tau = rows(undisturbed).filter(pc.equal(accepted["acceptance_probability"], 1.0))["density"].to_numpy().min()
+    above = np.mean(density >= tau)
+    expected = above + (1 - above) / 10
+    error = np.sqrt((1 - above) * 0.1 * 0.9 / len(density))
+    assert abs(N / len(density) - expected) < 5 * error
+
+
+def test_acceptance_probabilities_are_the_papers(undisturbed, index):
+    """w = 10: 1 above the real set's p60, 1/10 elsewhere."""
+    tau = np.quantile(rows(index, "densities")["density"].to_numpy(), 0.6)
+    for table in (rows(undisturbed), rows(undisturbed, "rejected")):
+        expected = np.where(table["density"].to_numpy() > tau, 1.0, 0.1)
+        np.testing.assert_allclose(table["acceptance_probability"].to_numpy(), expected)
+    assert set(rows(undisturbed)["acceptance_probability"].to_pylist()) == {1.0, 0.1}
+
+
+def test_images_are_those_of_the_generator(undisturbed):
+    for row in rows(undisturbed).to_pylist():
+        pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+        np.testing.assert_array_equal(pixels, toy_generator.draw(row["seed"], 0))
+
+
+def test_densities_are_those_of_the_index_and_of_the_predictor(undisturbed, index):
+    """Brute force in float64 from the stored pictures: features by timm itself, k nearest real features, stored c."""
+    from pd_core import estimator
+
+    table, real = rows(undisturbed), np.array(rows(index, "features")["feature"].to_pylist(), np.float64)
+    features = timm_features(index, [row["bytes"] for row in table["image"].to_pylist()])
+    distances = np.sqrt(((features[:, None] - real[None]) ** 2).sum(axis=2))
+    totals = json.loads((index / "densities" / "artifact.json").read_text())["totals"]
+    mean = np.sort(distances, axis=1)[:, : totals["k"]].mean(axis=1)
+    expected = np.exp(-np.log(mean) + totals["log_normalizer"])
+    # batches on torch's resize against single images on Pillow's: pixels within one step, features within 1e-2
+    np.testing.assert_allclose(table["density_index"].to_numpy(), expected, rtol=2e-2)
+    np.testing.assert_allclose(table["nearest_real_distance"].to_numpy(), distances.min(axis=1), rtol=5e-2, atol=1e-2)
+    nearest = rows(index, "features")["sample_id"].to_numpy()[distances.argmin(axis=1)]
+    assert np.mean(nearest == table["nearest_real_id"].to_numpy()) > 0.95
+    predicted = estimator.load(index / "estimator").predict(features.astype(np.float32)).density
+    np.testing.assert_allclose(table["density_predicted"].to_numpy(), predicted, rtol=5e-2)
+    np.testing.assert_array_equal(table["density"].to_numpy(), table["density_predicted"].to_numpy())
+
+
+def timm_features(index: Path, pictures: list[bytes]) -> np.ndarray:
+    import safetensors.torch
+    import timm
+    import torch
+    from timm.data import create_transform, resolve_model_data_config
+
+    spec = json.loads((index / "features" / "artifact.json").read_text())["totals"]["extractor"]
+    model = timm.create_model(tiny.MODEL, num_classes=3)
+    model.load_state_dict(safetensors.torch.load_file(spec["checkpoint"]))
+    model.reset_classifier(0)  # type: ignore[operator]
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    with torch.inference_mode():
+        images = torch.stack([transform(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures])
+        return model.eval()(images).double().numpy()
+
+
+@pytest.mark.parametrize("score", ["index", "predictor"])
+def test_what_decides_is_what_was_asked_for(index, tmp_path, score):
+    assert run(index, tmp_path / "out", f"--score={score}", n=20) == 0
+    table = rows(tmp_path / "out")
+    other = "density_predicted" if score == "index" else "density_index"
+    assert table[other].null_count == table.num_rows
+    own = "density_index" if score == "index" else "density_predicted"
+    assert table["density"].equals(table[own])
+
+
+# ---- the same rows, whoever makes them -------------------------------------------------------------------------------
+
+
+def same(output, undisturbed):
+    found, expected = tiny.tables(output / "samples"), tiny.tables(undisturbed / "samples")
+    return found == expected and tiny.tables(output / "rejected") == tiny.tables(undisturbed / "rejected")
+
+
+@pytest.mark.parametrize("actors", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_same_rows_with_other_numbers_of_actors(undisturbed, index, tmp_path, actors):
+    output = tmp_path / "out"
+    assert run(index, output, "--score=both", "--keep-rejected", f"--actors={actors}") == 0
+    assert same(output, undisturbed)
+
+
+def test_a_killed_generator_changes_nothing(undisturbed, index, tmp_path):
+    output = tmp_path / "out"
+    killed: list[int] = []
+    over = threading.Event()
+    arguments = ("ray::MapWorker(MapBatches(_MakeChunk))", output / "samples", killed, over)
+    killer = threading.Thread(target=kill_once, args=arguments, daemon=True)
+    killer.start()
+    try:
+        code = run(index, output, "--score=both", "--keep-rejected", toy={"pause_s": 0.3})
+    finally:
+        over.set()
+    killer.join()
+    assert killed and code == 0
+    assert same_rows(output, undisturbed)
+
+
+def same_rows(output, undisturbed):
+    """Equal rows, where the generator's arguments differ and with them the fingerprints."""
+    return all(rows(output, stage).equals(rows(undisturbed, stage)) for stage in ("samples", "rejected"))
+
+
+@pytest.mark.parametrize("point", ["pilot", "samples"])
+def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, index, tmp_path, point):
+    output = tmp_path / "out"
+    argv = arguments(index, output, "--score=both", "--keep-rejected")
+    first = tiny.start(*argv, workflow="generate.py")
+    deadline = time.monotonic() + 240
+    while not list(output.glob(f"{point}/_parts/*.json")) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert first.poll() is None, first.communicate()[0]
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    done = {f: f.stat().st_mtime_ns for f in output.glob("samples/part-*.parquet")}
+    assert errors.exit_code(lambda: generate.main(argv)) == 0
+    assert same(output, undisturbed)
+    kept = [f for f, when in done.items() if f.exists() and f.stat().st_mtime_ns == when]
+    assert len(kept) >= len(done) - 1, "finished parts were made again"  # the last may have been cut to n rows
+
+
+def test_the_same_command_again_does_nothing(undisturbed, index):
+    before = {f: f.stat().st_mtime_ns for f in undisturbed.rglob("*.parquet")}
+    assert run(index, undisturbed, "--score=both", "--keep-rejected") == 0
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+
+
+# ---- a generator that fails ------------------------------------------------------------------------------------------
+
+
+def seed_of(number: int) -> int:
+    return int(ids.integers(np.array([number]), ids.stream(0, "image"))[0])
+
+
+@pytest.mark.parametrize("fail", ["raise", "nan"])
+def test_a_chunk_that_fails_once_is_made_again(undisturbed, index, tmp_path, fail):
+    toy = {"bad_seeds": [seed_of(40)], "fail": fail, "once": str(tmp_path / "failed")}
+    assert run(index, tmp_path / "out", "--score=both", "--keep-rejected", toy=toy) == 0
+    assert (tmp_path / "failed").exists()
+    assert same_rows(tmp_path / "out", undisturbed)
+
+
+def test_a_chunk_that_keeps_failing_is_reported_with_its_seeds_and_the_rest_is_kept(
+    index, tmp_path, capsys, undisturbed
+):
+    marker = tmp_path / "mended"
+    toy = {"bad_seeds": [seed_of(40)], "once": str(marker / "not there")}
+    assert run(index, tmp_path / "out", "--score=both", "--keep-rejected", toy=toy) == 1
+    error = capsys.readouterr().err
+    assert "chunk 2" in error and str(seed_of(32)) in error and "illegal memory access" in error
+    assert "Traceback" not in error
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "samples").glob("part-*.parquet")}
+    assert len(kept) > 3
+    marker.mkdir()
+    (marker / "not there").touch()  # the generator is mended
+    assert run(index, tmp_path / "out", "--score=both", "--keep-rejected", toy=toy) == 0
+    assert same_rows(tmp_path / "out", undisturbed)
+
+
+# ---- reading and checking the output ---------------------------------------------------------------------------------
+
+
+def test_pandas_datasets_and_ray_data_read_it_as_it_is(undisturbed, tmp_path):
+    import datasets
+    import pandas as pd
+    import ray.data
+
+    folder = undisturbed / "samples"
+    frame = pd.read_parquet(sorted(folder.glob("*.parquet")))
+    files = [str(f) for f in sorted(folder.glob("*.parquet"))]
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    table = ray.data.read_parquet(files).to_pandas().sort_values("sample_id")
+    assert frame["sample_id"].tolist() == loaded["sample_id"][:] == table["sample_id"].tolist()
+    assert loaded[0]["image"].size == (16, 16)  # a picture, not bytes
+    np.testing.assert_array_equal(np.asarray(loaded[0]["image"]), toy_generator.draw(int(frame["seed"][0]), 0))
+
+
+def test_verify_makes_rows_again_and_finds_a_tampered_one(undisturbed, tmp_path, capsys):
+    import shutil
+
+    assert errors.exit_code(lambda: generate.main([f"--verify={undisturbed}", "--rows=12"])) == 0
+    assert "12 of 12 rows" in capsys.readouterr().out
+    copy = tmp_path / "copy"
+    shutil.copytree(undisturbed, copy)
+    part = next((copy / "samples").glob("*.parquet"))
+    for name, value, message in [
+        ("image_hash", "0" * 64, "stored hash"),
+        ("seed", 1, "seed 1"),
+        ("density_predicted", 3.0, "predicted density 3.0"),
+    ]:
+        original = part.read_bytes()
+        table = pq.read_table(part)
+        column = table[name].to_pylist()
+        column[0] = value
+        changed = table.set_column(table.schema.get_field_index(name), table.schema.field(name), pa.array(column))
+        pq.write_table(changed, part)
+        assert errors.exit_code(lambda: generate.main([f"--verify={copy}", f"--rows={N}"])) == 1
+        said = capsys.readouterr()
+        assert message in said.out and f"1 of {N} rows" in said.err
+        part.write_bytes(original)
+
+
+def test_verify_finds_a_picture_that_was_exchanged(undisturbed, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(undisturbed, copy)
+    part = next((copy / "samples").glob("*.parquet"))
+    table = pq.read_table(part)
+    images = table["image"].to_pylist()
+    images[0] = images[1]
+    place = table.schema.get_field_index("image")
+    pq.write_table(table.set_column(place, table.schema.field("image"), pa.array(images, storage_type())), part)
+    assert errors.exit_code(lambda: generate.main([f"--verify={copy}", f"--rows={N}"])) == 1
+    assert "the stored picture does not have the stored hash" in capsys.readouterr().out
+
+
+def storage_type():
+    from pd_core import schemas
+
+    return schemas.IMAGE
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_export_holds_the_same_pictures(index, tmp_path, form):
+    import tarfile
+
+    output = tmp_path / "out"
+    assert run(index, output, f"--export={form}", n=12) == 0
+    expected = {row["image"]["path"]: row["image"]["bytes"] for row in rows(output).to_pylist()}
+    if form == "png":
+        found = {f.name: f.read_bytes() for f in (output / "export").rglob("*.png")}
+    else:
+        found = {}
+        for tar in sorted((output / "export").glob("*.tar")):
+            with tarfile.open(tar) as opened:
+                members = [m for m in opened if m.name.endswith(".png")]
+                found |= {m.name: file.read() for m in members if (file := opened.extractfile(m))}
+    assert found == expected
+
+
+# ---- labels and other weightings -------------------------------------------------------------------------------------
+
+LABELS = ("--generator.labels=all", '--generator.label_names=["a","b","c"]')
+
+
+def test_thresholds_of_the_samples_own_label(index, tmp_path):
+    output = tmp_path / "out"
+    assert run(index, output, *LABELS, "--weighting.per_label", toy={"classes": 3}) == 0
+    table, real = rows(output), rows(index, "densities")
+    labels, densities = np.array(real["label"].to_pylist()), real["density"].to_numpy()
+    tau = {label: np.quantile(densities[labels == label], 0.6) for label in "abc"}
+    assert len(set(tau.values())) == 3
+    own = np.array([tau[label] for label in table["label"].to_pylist()])
+    expected = np.where(table["density"].to_numpy() > own, 1.0, 0.1)
+    np.testing.assert_allclose(table["acceptance_probability"].to_numpy(), expected)
+    assert set(table["label"].to_pylist()) == set("abc")
+
+
+def test_prompts_are_drawn_and_kept(index, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square\n\na blue one\n")
+    output = tmp_path / "out"
+    assert run(index, output, f"--generator.prompts={tmp_path / 'prompts.txt'}", toy={"texts": True}, n=20) == 0
+    assert set(rows(output)["prompt"].to_pylist()) == {"a red square", "a blue one"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--weighting.kind=match", "--weighting.bins=4"], ["--weighting.kind=quantiles", "--weighting.weights=[4,1]"]],
+)
+def test_other_weightings_run(index, tmp_path, more):
+    assert run(index, tmp_path / "out", *more, n=20) == 0
+    assert rows(tmp_path / "out").num_rows == 20
+
+
+def test_copies_are_flagged_counted_and_dropped(index, tmp_path):
+    """With the real set's own p90 of nearest distances as the limit, many are 'copies'."""
+    assert run(index, tmp_path / "kept", "--copies_quantile=0.9", n=30) == 0
+    assert run(index, tmp_path / "dropped", "--copies_quantile=0.9", "--drop-copies", n=10) == 0
+    kept, dropped = rows(tmp_path / "kept"), rows(tmp_path / "dropped")
+    limit = json.loads((tmp_path / "kept" / "samples" / "artifact.json").read_text())["identity"]["copy_distance"]
+    distance = kept["nearest_real_distance"].to_numpy()
+    np.testing.assert_array_equal(distance <= np.float32(limit), kept["likely_copy"].to_numpy(zero_copy_only=False))
+    assert 0 < kept["likely_copy"].to_numpy(zero_copy_only=False).sum() < 30
+    assert not dropped["likely_copy"].to_numpy(zero_copy_only=False).any()
+
+
+# ---- limits and bad input --------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_cannot_suffice_is_refused_before_the_run(index, tmp_path, capsys):
+    assert run(index, tmp_path / "out", "--max-candidates=100") == 2
+    error = capsys.readouterr().err
+    assert "--max-candidates 100" in error and "--weighting.weight" in error
+    assert not (tmp_path / "out" / "samples").exists()
+
+
+def test_hours_that_are_over_keep_what_is_made_and_go_on_later(undisturbed, index, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(index, output, "--score=both", "--keep-rejected", "--max-hours=0.000001") == 1
+    assert "--max-hours is over" in capsys.readouterr().err
+    assert run(index, output, "--score=both", "--keep-rejected") == 0
+    assert same(output, undisturbed)
+
+
+def test_dry_run_tells_the_rate_and_the_run_takes_its_pilot_over(index, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(index, output, "--dry-run", n=20) == 0
+    text = capsys.readouterr().out
+    assert "acceptance:" in text and "candidates: about" in text and "time:" in text
+    assert not (output / "samples").exists()
+    before = {f: f.stat().st_mtime_ns for f in (output / "pilot").glob("*.parquet")}
+    assert run(index, output, n=20) == 0
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--index=/nowhere"], "does not exist"),
+        (["--n=0"], "n: input should be greater than 0"),
+        (["--generator.path=/nowhere.py:make"], "/nowhere.py"),
+        (["--weighting.threshold=99"], "outside the densities of the index, which lie in"),
+        (["--weighting.threshold=p8o"], "p8o"),
+        (["--generator.labels=all"], "takes no class labels"),
+        (["--weighting.kind=quantiles"], "--weighting.weights"),
+        (["--weighting.per_label"], "--generator.labels"),
+        (["--generator.prompts=/nowhere.txt"], "/nowhere.txt"),
+        (["--checkpoint=/nowhere.safetensors"], "/nowhere.safetensors"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(index, tmp_path, capsys, more, expected):
+    assert run(index, tmp_path / "out", *more) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and expected in error[0], error
+
+
+def test_an_index_that_is_not_finished_is_refused(index, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(index, tmp_path / "index")
+    (tmp_path / "index" / "estimator" / storage.ARTIFACT).unlink()
+    assert run(tmp_path / "index", tmp_path / "out") == 2
+    assert "is not finished (estimator/" in capsys.readouterr().err
+
+
+def test_labels_out_of_range_are_refused(index, tmp_path, capsys):
+    assert run(index, tmp_path / "out", "--generator.labels=0,3", toy={"classes": 3}) == 2
+    assert "3 is outside 0 ... 2" in capsys.readouterr().err
+
+
+def test_other_settings_on_the_same_output_are_refused(undisturbed, index, capsys):
+    assert run(index, undisturbed, "--score=both", "--keep-rejected", "--weighting.weight=5") == 2
+    error = capsys.readouterr().err
+    assert "weights" in error and "--overwrite" in error
+
+
+def test_no_process_of_the_generators_is_left(undisturbed):
+    left = [
+        p for p in psutil.process_iter(["cmdline"]) if "_Searcher" in " ".join(p.info["cmdline"] or []) and is_ours(p)
+    ]
+    assert not left
