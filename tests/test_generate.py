@@ -152,6 +152,7 @@ def timm_features(index: Path, pictures: list[bytes]) -> np.ndarray:
         return model.eval()(images).double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["index", "predictor"])
 def test_what_decides_is_what_was_asked_for(index, tmp_path, score):
     assert run(index, tmp_path / "out", f"--score={score}", n=20) == 0
@@ -170,13 +171,14 @@ def same(output, undisturbed):
     return found == expected and tiny.tables(output / "rejected") == tiny.tables(undisturbed / "rejected")
 
 
-@pytest.mark.parametrize("actors", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_same_rows_with_other_numbers_of_actors(undisturbed, index, tmp_path, actors):
     output = tmp_path / "out"
     assert run(index, output, "--score=both", "--keep-rejected", f"--actors={actors}") == 0
     assert same(output, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_generator_changes_nothing(undisturbed, index, tmp_path):
     output = tmp_path / "out"
     killed: list[int] = []
@@ -198,7 +200,7 @@ def same_rows(output, undisturbed):
     return all(rows(output, stage).equals(rows(undisturbed, stage)) for stage in ("samples", "rejected"))
 
 
-@pytest.mark.parametrize("point", ["pilot", "samples"])
+@pytest.mark.parametrize("point", [pytest.param("pilot", marks=pytest.mark.slow), "samples"])
 def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, index, tmp_path, point):
     output = tmp_path / "out"
     argv = arguments(index, output, "--score=both", "--keep-rejected")
@@ -229,6 +231,7 @@ def seed_of(number: int) -> int:
     return int(ids.integers(np.array([number]), ids.stream(0, "image"))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail", ["raise", "nan"])
 def test_a_chunk_that_fails_once_is_made_again(undisturbed, index, tmp_path, fail):
     toy = {"bad_seeds": [seed_of(40)], "fail": fail, "once": str(tmp_path / "failed")}
@@ -237,6 +240,7 @@ def test_a_chunk_that_fails_once_is_made_again(undisturbed, index, tmp_path, fai
     assert same_rows(tmp_path / "out", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_chunk_that_keeps_failing_is_reported_with_its_seeds_and_the_rest_is_kept(
     index, tmp_path, capsys, undisturbed
 ):
@@ -318,6 +322,7 @@ def storage_type():
     return schemas.IMAGE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["png", "webdataset"])
 def test_export_holds_the_same_pictures(index, tmp_path, form):
     import tarfile
@@ -341,6 +346,7 @@ def test_export_holds_the_same_pictures(index, tmp_path, form):
 LABELS = ("--generator.labels=all", '--generator.label_names=["a","b","c"]')
 
 
+@pytest.mark.slow
 def test_thresholds_of_the_samples_own_label(index, tmp_path):
     output = tmp_path / "out"
     assert run(index, output, *LABELS, "--weighting.per_label", toy={"classes": 3}) == 0
@@ -354,6 +360,7 @@ def test_thresholds_of_the_samples_own_label(index, tmp_path):
     assert set(table["label"].to_pylist()) == set("abc")
 
 
+@pytest.mark.slow
 def test_prompts_are_drawn_and_kept(index, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red square\n\na blue one\n")
     output = tmp_path / "out"
@@ -361,6 +368,7 @@ def test_prompts_are_drawn_and_kept(index, tmp_path):
     assert set(rows(output)["prompt"].to_pylist()) == {"a red square", "a blue one"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [["--weighting.kind=match", "--weighting.bins=4"], ["--weighting.kind=quantiles", "--weighting.weights=[4,1]"]],
@@ -370,6 +378,7 @@ def test_other_weightings_run(index, tmp_path, more):
     assert rows(tmp_path / "out").num_rows == 20
 
 
+@pytest.mark.slow
 def test_copies_are_flagged_counted_and_dropped(index, tmp_path):
     """With the real set's own p90 of nearest distances as the limit, many are 'copies'."""
     assert run(index, tmp_path / "kept", "--copies_quantile=0.9", n=30) == 0
@@ -392,6 +401,7 @@ def test_a_budget_that_cannot_suffice_is_refused_before_the_run(index, tmp_path,
     assert not (tmp_path / "out" / "samples").exists()
 
 
+@pytest.mark.slow
 def test_hours_that_are_over_keep_what_is_made_and_go_on_later(undisturbed, index, tmp_path, capsys):
     output = tmp_path / "out"
     assert run(index, output, "--score=both", "--keep-rejected", "--max-hours=0.000001") == 1
