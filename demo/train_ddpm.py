@@ -48,8 +48,8 @@ class Recipe:
     """
 
     seed: int = 0
-    steps: int = 3000
-    batch_size: int = 32
+    steps: int = 900
+    batch_size: int = 64
     channels: tuple[int, int] = (32, 64)
     learning_rate: float = 2e-3
     warmup_steps: int = 100
