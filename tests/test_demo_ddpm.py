@@ -93,7 +93,7 @@ def test_batches_show_every_image_once_before_any_again() -> None:
 
 
 def test_samples_are_of_the_images_and_of_all_of_them() -> None:
-    """Trained on two images, DDIM gives near copies of both and nothing in between."""
+    """Trained on two images, DDIM gives near copies of both and, but for one in ten at most, nothing in between."""
     from diffusers import DDIMScheduler
 
     images = np.zeros((2, 8, 8), np.uint8)
@@ -107,7 +107,7 @@ def test_samples_are_of_the_images_and_of_all_of_them() -> None:
         for step in sampler.timesteps:
             samples = sampler.step(model(samples, step).sample, step, samples).prev_sample
     distances = (samples[:, 0, None] - (torch.from_numpy(images) / 127.5 - 1)).abs().mean(dim=(2, 3))  # [32, 2], of 2
-    assert distances.min(dim=1).values.max() < 0.2
+    assert (distances.min(dim=1).values < 0.3).sum() >= 29
     assert 4 <= (distances[:, 0] < distances[:, 1]).sum() <= 28  # of 32 fair draws: p < 1e-5
 
 
