@@ -80,6 +80,8 @@ def connect() -> Cluster:
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
             ) from None
         return _describe(local=False)
+    # that such a cluster asks for a token, which Ray hands to its own processes, is nothing the user has to act on
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # Nobody scrapes the metrics of such a cluster, and their exporter leaves a thread behind (one per session) that can
     # crash a process that is done: seen as a segmentation fault in its exit.
     os.environ.setdefault("RAY_enable_open_telemetry", "0")
@@ -105,8 +107,8 @@ def session(output: str) -> Iterator[Cluster]:
 
     joined = ray.is_initialized()
     now = connect()
-    where = "on this machine" if now.local else f"at {now.address}"
-    say(f"ray: {now.cpus:g} CPUs and {now.gpus:g} GPUs {where}")
+    cpus = f"{cores()} cores" if now.local else f"{now.cpus:g} CPUs"
+    say(f"ray: {cpus} and {now.gpus:g} GPUs {'of this machine' if now.local else f'at {now.address}'}")
     nodes = sum(node["Alive"] for node in ray.nodes())
     if nodes > 1 and "://" not in output:
         say(f"ray: {nodes} nodes and a local --output; every node must see {output} (a shared disk), or use s3://")

@@ -633,7 +633,7 @@ def stop_if_mostly_bad(bad: Mapping[str, int], listed: int, max_bad: int, quaran
     if total > max_bad:
         what = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
         raise UserError(
-            f"data: {total} of {listed} images are unusable so far ({what}), more than --data.max_bad_fraction allows; "
+            f"data: {total} of {listed} images are unusable so far ({what}), --data.max_bad_fraction allows {max_bad}; "
             f"see {quarantine}, mend them or raise the limit; what is done is kept"
         )
 

@@ -50,6 +50,7 @@ def prepare(settings: GenerateSettings) -> GenerateSettings:
     if not settings.generator.path:
         raise UserError("--generator.path: not set; name the generator")
     generator = settings.generator
+    piloting.check_settings(settings.weighting, generator.labels)
     paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
     local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
     if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
@@ -83,7 +84,7 @@ def generate(settings: GenerateSettings) -> None:
             _generate(run, settings, resources)
         with failures("run", output):
             run.record(watch.seconds, ("report",))
-        cluster.say(f"done in {watch.seconds:.0f} s: {output}")
+        run.say_done(watch.seconds)
         if tracker.hint:
             cluster.say(f"tracking: {tracker.hint}")
         cluster.say(f"images: {storage.join(output, 'samples')}/*.parquet")
@@ -296,8 +297,6 @@ def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str
     """Real densities of each label that is generated, where weightings are per label."""
     if not settings.weighting.per_label:
         return {}
-    if not names:
-        raise UserError("--weighting.per_label: the samples have no labels; set --generator.labels or leave it out")
     densities = storage.load_artifact(storage.join(real.uri, "densities"))
     assert densities is not None
     found = cluster.get(_task(piloting.label_quantiles).remote(real, [part.name for part in densities.parts]))

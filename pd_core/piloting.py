@@ -87,6 +87,27 @@ def label_quantiles(real: RealSet, parts: Mapping[str, Any] | list[str]) -> dict
     return {label: density.density_quantiles(v) for label, v in joined.items() if len(v) >= FEWEST_OF_LABEL}
 
 
+def check_settings(settings: WeightingSettings, labels: str) -> None:
+    """Refuse before anything is paid for what needs no real set to be refused.
+
+    Raises:
+        UserError: a weight is missing, the threshold cannot be read, or weights per label of samples without labels.
+    """
+    if settings.kind == "two_level":
+        density.parse_threshold(settings.threshold)
+        if settings.weight is None:
+            raise UserError(
+                "--weighting.weight: not set; above 1 asks for typical images, below 1 for varied ones "
+                "(or --weighting.kind none)"
+            )
+    if settings.kind == "quantiles":
+        if not settings.weights:
+            raise UserError("--weighting.weights: not set; kind quantiles needs a weight for each bin, e.g. [1,1,2,4]")
+        acceptance.Weighting(tuple(map(float, range(1, len(settings.weights)))), tuple(settings.weights))
+    if settings.per_label and labels == "none":
+        raise UserError("--weighting.per_label: the samples have no labels; set --generator.labels or leave it out")
+
+
 def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: np.ndarray, where: str) -> Weighting:
     """The weight function of the settings for one set of real densities.
 
@@ -97,21 +118,16 @@ def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: 
         where: what the set is, for messages: `the index` or `label '3'`.
 
     Raises:
-        UserError: a setting is missing or the threshold lies outside the real densities.
+        UserError: the threshold lies outside the real densities.
     """
     if settings.kind == "none":
         return acceptance.uniform()
     if settings.kind == "match":
         return acceptance.match(quantiles, generated, settings.bins, settings.max_weight)
     if settings.kind == "quantiles":
-        if not settings.weights:
-            raise UserError("--weighting.weights: not set; kind quantiles needs a weight for each bin, e.g. [1,1,2,4]")
+        assert settings.weights, "check_settings refuses none"
         return acceptance.by_quantile(quantiles, settings.weights)
-    if settings.weight is None:
-        raise UserError(
-            "--weighting.weight: not set; above 1 asks for typical images, below 1 for varied ones "
-            "(or --weighting.kind none)"
-        )
+    assert settings.weight is not None, "check_settings refuses none"
     threshold = density.parse_threshold(settings.threshold).density(quantiles)
     if not quantiles[0] <= threshold <= quantiles[-1]:
         raise UserError(
@@ -234,6 +250,14 @@ def plan(
         f"copies:     {int(pilot.copies.sum())} of {pilot.rows} pilot candidates are likely copies of real images",
         f"predictor:  Spearman {_shown(quality.spearman)} against the index on generated images",
     ]
+    if quality.r2_log_density is not None and quality.r2_log_density < 0:
+        lines.append(
+            f"warning:    on generated images the predictor is worse than a constant (R² {quality.r2_log_density:.3g}); "
+            "they lie far from the real ones: --score index decides by true neighbors"
+        )
+    if expected.above in (0.0, 1.0):
+        side = "above" if expected.above else "below"
+        lines.append(f"warning:    every pilot candidate lies {side} the threshold, so the weight changes nothing")
     for label, weighting in list(weightings.items())[:10]:
         name = f" of {label}" if label else ""
         edges = ", ".join(f"{edge:.4g}" for edge in weighting.edges[:5]) + (", ..." if weighting.bins > 6 else "")

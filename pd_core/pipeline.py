@@ -64,7 +64,7 @@ def build_index(settings: BuildIndexSettings) -> None:
         _build(run, settings, source)
         with failures("run", output):
             run.record(watch.seconds, ("report", "estimator"))
-        cluster.say(f"done in {watch.seconds:.0f} s: {output}")
+        run.say_done(watch.seconds)
         if tracker.hint:
             cluster.say(f"tracking: {tracker.hint}")
         cluster.say(f"report: {storage.join(output, 'report', REPORT)}")

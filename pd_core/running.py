@@ -40,6 +40,7 @@ class Run:
     workflow: str
     stages: Sequence[str]
     artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
+    made: list[str] = field(default_factory=list)  # stages that were not finished before
 
     def stage(self, stage: storage.Stage, make: Make) -> storage.Artifact:
         """Complete a stage inside a tracked run of its own."""
@@ -50,6 +51,7 @@ class Run:
 
     def _make(self, kind: str, make: Make) -> Made:
         """What was made of an older state of this stage is finished no more; then make the stage."""
+        self.made.append(kind)
         for later in self.stages[self.stages.index(kind) + 1 :]:
             storage.delete_file(storage.join(self.output, later, storage.ARTIFACT))
         storage.delete_file(storage.join(self.output, RUN))
@@ -61,6 +63,12 @@ class Run:
         numbers = {n: v for n, v in flatten(artifact.totals) if isinstance(v, int | float) and not isinstance(v, bool)}
         nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
         nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
+
+    def say_done(self, seconds: float) -> None:
+        """The line that ends a run."""
+        cluster.say(
+            f"done in {seconds:.0f} s{'' if self.made else ', every stage was finished already'}: {self.output}"
+        )
 
     @property
     def timings_s(self) -> dict[str, float]:

@@ -545,7 +545,8 @@ def _execute(
     late: Callable[[], bool],
 ) -> None:
     accepted = min(job.n, sum(state.rows.values()))
-    with cluster.progress(job.samples.kind, job.n, "accepted", accepted) as bar:
+    unit = "accepted" if job.samples.kind == "samples" else "candidates"
+    with cluster.progress(job.samples.kind, job.n, unit, accepted) as bar:
         for record in _stream(job, wanted, now, pool, index).iter_rows():
             part = record["part"]
             if record["error"] is None:
