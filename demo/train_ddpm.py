@@ -277,7 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             make_generator(args.data, args.output, recipe, args.threads, args.overwrite)
         except KeyboardInterrupt:
-            print("interrupted: nothing is written; the same command starts anew", file=sys.stderr)
+            # a line of its own: the progress bar may not have ended its
+            print("\ninterrupted: nothing is written; the same command starts anew", file=sys.stderr)
             raise SystemExit(errors.EXIT_INTERRUPTED) from None
 
     return errors.exit_code(program)
