@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -281,7 +281,7 @@ def persist(stage: str, execute: Callable[[], None]) -> None:
     failure: Exception | None = None
     for delay_s in ROUND_DELAYS_S:
         if failure is not None:
-            say(f"{stage}: {_one_line(failure)}; trying what is missing again in {delay_s:g} s")
+            say(f"{stage}: {one_line(failure)}; trying what is missing again in {delay_s:g} s")
             time.sleep(delay_s)
         try:
             return execute()
@@ -293,12 +293,8 @@ def persist(stage: str, execute: Callable[[], None]) -> None:
         raise failure
     assert failure is not None
     raise RunError(
-        f"{stage}: repeated failures ({_one_line(failure)}); what is done is kept, run the same command again"
+        f"{stage}: repeated failures ({one_line(failure)}); what is done is kept, run the same command again"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _is_defect(error: Exception) -> bool:

@@ -20,6 +20,19 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+LINE_CHARACTERS = 200
+
+
+def one_line(error: BaseException | str) -> str:
+    """What another library said, as part of a line of ours: without line breaks, and cut between words where it is long."""
+    text = " ".join(str(error).split())
+    if len(text) <= LINE_CHARACTERS:
+        return text
+    head = text[:LINE_CHARACTERS]
+    words = head.rpartition(" ")[0]
+    return f"{words if len(words) > LINE_CHARACTERS // 2 else head} ..."
+
+
 def exit_code(program: Callable[[], None]) -> int:
     """Run a workflow; what went wrong becomes one line on standard error and an exit code.
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pd_core import cluster, images, schemas, sources, storage
 from pd_core.config import DataSettings, FeatureSettings
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, one_line
 from pd_core.images import Preprocess, Reason
 from pd_core.listing import Listing
 
@@ -142,23 +142,19 @@ def load_model(name: str, checkpoint: str | None) -> torch.nn.Module:
         model = timm.create_model(name, pretrained=checkpoint is None, num_classes=0)
     except RuntimeError as error:
         if "Unknown model" not in str(error) and "Invalid pretrained tag" not in str(error):
-            raise UserError(f"--features.model {name}: {_one_line(error)}") from None
+            raise UserError(f"--features.model {name}: {one_line(error)}") from None
         raise UserError(f"--features.model {name}: timm has no such model; {_nearest_model(name)}") from None
     except Exception as error:  # the hub raises dozens of types: offline, gated, renamed, full disk
         status = getattr(getattr(error, "response", None), "status_code", 0) or 0
         # the same may work a minute later
         passing = status == 429 or status >= 500 or "Timeout" in type(error).__name__
         raise (RunError if passing else UserError)(
-            f"--features.model {name}: cannot load its weights from the hub ({type(error).__name__}: {_one_line(error)}); "
+            f"--features.model {name}: cannot load its weights from the hub ({type(error).__name__}: {one_line(error)}); "
             "check the network, or give --features.checkpoint"
         ) from None
     if checkpoint is not None:
         _load_weights(model, name, checkpoint)
     return model.eval().requires_grad_(False)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _nearest_model(name: str) -> str:
@@ -208,7 +204,7 @@ def _read_checkpoint(uri: str) -> dict[str, torch.Tensor]:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
-            f"--features.checkpoint {uri}: not a file of weights only ({_one_line(error)}); save it as .safetensors"
+            f"--features.checkpoint {uri}: not a file of weights only ({one_line(error)}); save it as .safetensors"
         ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
@@ -280,7 +276,7 @@ def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> i
             output = model(torch.zeros(1, 3, preprocess.height, preprocess.width))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
-            f"--features.model {name}: does not take {preprocess.height}x{preprocess.width} px images ({_one_line(error)}); "
+            f"--features.model {name}: does not take {preprocess.height}x{preprocess.width} px images ({one_line(error)}); "
             "choose another --features.image_size or --features.preprocess"
         ) from None
     if not isinstance(output, torch.Tensor) or output.ndim != 2:

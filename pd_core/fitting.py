@@ -43,7 +43,17 @@ def run(
     names = [part.name for part in densities.parts]
     cluster.say(f"estimator: fitting to {densities.rows} rows")
     totals = cluster.get(task.remote(stage, features_uri, densities_uri, names, feature_dim, settings))
+    cluster.say(f"estimator: {_quality(totals)}")
     return list(stage.finished_parts().values()), totals
+
+
+def _quality(totals: dict[str, Any]) -> str:
+    """How well the predictor does on rows it has not seen, where these can tell."""
+    r2, spearman = totals["heldout"]["r2_log_density"], totals["heldout"]["spearman"]
+    if r2 is None or spearman is None:
+        return f"{totals['n_heldout']} held-out images are too few or too equal to tell how well it predicts"
+    text = f"R² of log density {r2:.3f}, Spearman {spearman:.3f} on {totals['n_heldout']:,} held-out images"
+    return text if r2 > 0 else f"{text}; no better than their mean, so decide nothing by it"
 
 
 def _fit(

@@ -36,11 +36,12 @@ SEARCH_SHARE = 0.25  # of a joined cluster's CPUs that search processes may fill
 STAGES = ("pilot", "samples", "rejected", "export", "report")
 
 
-def prepare(settings: GenerateSettings) -> GenerateSettings:
+def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
-        UserError: a setting that every run needs is missing, or a path that must be there is not.
+        UserError: a setting that every run needs is missing, a path that must be there is not, the index is not finished, or
+            the threshold lies outside its densities.
     """
     output = checked_output(settings.output)
     if not settings.index:
@@ -50,12 +51,13 @@ def prepare(settings: GenerateSettings) -> GenerateSettings:
     if not settings.generator.path:
         raise UserError("--generator.path: not set; name the generator")
     generator = settings.generator
+    generators.check_path(generator)
     piloting.check_settings(settings.weighting, generator.labels)
     paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
     local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
     if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
         raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
-    return settings.model_copy(
+    settings = settings.model_copy(
         update={
             "output": output,
             "index": storage.absolute(settings.index),
@@ -63,6 +65,10 @@ def prepare(settings: GenerateSettings) -> GenerateSettings:
             "generator": generator.model_copy(update=local),
         }
     )
+    real = _open_realset(settings)
+    if settings.weighting.kind == "two_level" and not settings.weighting.per_label:
+        piloting.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
+    return settings, real
 
 
 def _is_file(value: str) -> bool:
@@ -71,7 +77,7 @@ def _is_file(value: str) -> bool:
 
 def generate(settings: GenerateSettings) -> None:
     """Rejection-sampled images with their densities, in `samples/` under `settings.output`."""
-    settings = prepare(settings)
+    settings, real = prepare(settings)
     cluster.say(config.to_yaml(settings))
     output, watch = str(settings.output), storage.Stopwatch()
     with (
@@ -81,7 +87,7 @@ def generate(settings: GenerateSettings) -> None:
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
         run = Run(settings, output, now, tracker, "generate", STAGES)
         with contextlib.ExitStack() as resources:
-            _generate(run, settings, resources)
+            _generate(run, settings, real, resources)
         with failures("run", output):
             run.record(watch.seconds, ("report",))
         run.say_done(watch.seconds)
@@ -93,13 +99,13 @@ def generate(settings: GenerateSettings) -> None:
 
 def plan_generate(settings: GenerateSettings) -> None:
     """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
-    settings = prepare(settings)
+    settings, real = prepare(settings)
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     with cluster.session(output) as now, tracking.start(_off(settings), output, "generate", {}) as tracker:
         run = Run(settings, output, now, tracker, "generate", STAGES)
         with contextlib.ExitStack() as resources:
-            planned = _plan(run, settings, resources)
+            planned = _plan(run, settings, real, resources)
         cluster.say(planned.text)
 
 
@@ -118,8 +124,8 @@ class Planned:
     text: str
 
 
-def _generate(run: Run, settings: GenerateSettings, resources: contextlib.ExitStack) -> None:
-    planned = _plan(run, settings, resources)
+def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> None:
+    planned = _plan(run, settings, real, resources)
     cluster.say(planned.text)
     job, pool = planned.job, _pool(settings)
     budget = sampling.Budget(settings.max_candidates, settings.max_hours and settings.max_hours * 3600)
@@ -144,11 +150,9 @@ def _generate(run: Run, settings: GenerateSettings, resources: contextlib.ExitSt
     run.stage(reporting, lambda: sampling_report.run(reporting, facts))
 
 
-def _plan(run: Run, settings: GenerateSettings, resources: contextlib.ExitStack) -> Planned:
-    """Everything up to the samples: open the real set and the generator, run the pilot, resolve the weighting."""
-    assert settings.n is not None and settings.index is not None
-    with failures("index", settings.index):
-        real = _open_realset(settings)
+def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> Planned:
+    """Everything up to the samples: open the generator, run the pilot, resolve the weighting."""
+    assert settings.n is not None
     with failures("generator", str(settings.generator.path)):
         facts = cluster.get(_task(describe).remote(settings.generator))
     classes, names = _classes(settings, facts)
@@ -201,7 +205,8 @@ def _task(function: Any) -> Any:
 
 
 def _open_realset(settings: GenerateSettings) -> RealSet:
-    real = realset.open_realset(str(settings.index))
+    with failures("index", str(settings.index)):
+        real = realset.open_realset(str(settings.index))
     if settings.checkpoint:
         real = replace(real, extractor=replace(real.extractor, checkpoint=settings.checkpoint))
     return real

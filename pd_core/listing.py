@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 
 from pd_core import cluster, schemas, sources, storage
 from pd_core.errors import UserError
+
+SAMPLE_ROWS = 512  # of a dry run
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,18 @@ def _count(source: sources.Source) -> dict[str, Any]:
     for table in sources.list_images(source):
         rows += table.num_rows
         size += int(np.maximum(table["size"].to_numpy(), 0).sum())
-        sample = table.slice(0, 512) if sample is None else sample
+        sample = _sample(source, sample, table)
     return {"rows": rows, "bytes": size, "sample": sample}
+
+
+def _sample(source: sources.Source, before: pa.Table | None, table: pa.Table) -> pa.Table:
+    """The images of lowest id, which is a hash and so a fair draw; of large files that hold many images only the first ones."""
+    if source.kind in ("parquet", "webdataset"):
+        return table.slice(0, SAMPLE_ROWS) if before is None else before
+    both = table if before is None else pa.concat_tables([before, table])
+    return both.take(
+        pc.select_k_unstable(both, k=min(SAMPLE_ROWS, both.num_rows), sort_keys=[("sample_id", "ascending")])
+    )
 
 
 def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, storage.Artifact]:

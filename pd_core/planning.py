@@ -109,6 +109,7 @@ def _sizes(
     settings: BuildIndexSettings, rows: int, size: int, spec: features.ExtractorSpec, unit: Probe, now: cluster.Cluster
 ) -> list[str]:
     dim, k = spec.feature_dim, settings.density.k
+    allowed = settings.data.max_bad_fraction
     kind = indexing.resolve_kind(settings.index, settings.density.exact, rows)
     shards = settings.index.shards or index.default_shards(rows, dim)
     cells = 0 if kind == "flat" else settings.index.cells or index.default_cells(rows)
@@ -121,7 +122,8 @@ def _sizes(
     batch_bytes = settings.features.batch_size * spec.preprocess.height * spec.preprocess.width * 3
     return [
         f"images:    {rows:,} listed, {_bytes(size)}"
-        + (f"; {unit.bad} of {unit.tried} probed are bad" if unit.bad else ""),
+        + (f"; {unit.bad} of {unit.tried} probed are bad" if unit.bad else "")
+        + ("" if unit.bad <= allowed * unit.tried else f": the run would stop, --data.max_bad_fraction is {allowed:g}"),
         f"features:  {spec.model}, {dim} dimensions, {spec.precision}, {-(-rows // part_rows):,} parts of {part_rows:,} images",
         f"index:     {kind}, {shards} shards" + (f", {cells:,} cells" if cells else ", exact search"),
         f"writes:    about {_bytes(written)} to {settings.output}",

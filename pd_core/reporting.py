@@ -130,7 +130,7 @@ class _Chosen:
 
 def _choose(uri: str, inputs: Inputs) -> _Chosen:
     """One pass over the densities, holding one part, the extremes and a sample."""
-    many = inputs.settings.report.images
+    many = min(inputs.settings.report.images, -(-inputs.densities.rows // 2))  # a small set fills no picture twice
     targets = np.linspace(0, 100, inputs.settings.report.neighbors + 2)[1:-1]
     fraction = SAMPLE_ROWS / max(1, inputs.densities.rows)
     lowest: pa.Table | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from pd_core import cluster, storage, tracking
 from pd_core.config import WorkflowSettings
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, one_line
 
 Made = tuple[Iterable[storage.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
@@ -125,7 +125,7 @@ def failures(stage: str, uri: str) -> Iterator[None]:
             raise storage.explain(cause, uri) from error
         if isinstance(error, ray.exceptions.RayTaskError):
             raise  # a defect of this program keeps its traceback
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error)
         raise RunError(
             f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
         ) from error

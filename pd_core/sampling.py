@@ -26,7 +26,7 @@ import pyarrow.ipc
 from pd_core import acceptance, cluster, density, generators, ids, schemas, search, storage
 from pd_core.acceptance import Weighting
 from pd_core.config import GeneratorSettings
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, one_line
 from pd_core.realset import RealSet
 from pd_core.scoring import Scorer
 
@@ -231,7 +231,7 @@ class _MakeChunk:
             except UserError:
                 raise
             except Exception as error:  # whatever a generator raises: the chunk is reported, the others go on
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                reason = f"{type(error).__name__}: {one_line(error)}"
         values: dict[str, Any] = {"chunk": chunk, "busy_s": watch.seconds}
         if made is None:
             values |= {"error": reason}

@@ -26,7 +26,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, one_line
 
 ARTIFACT = "artifact.json"
 STARTED = "started.json"
@@ -70,7 +70,7 @@ def join(uri: str, *names: str) -> str:
 def explain(error: BaseException, uri: str) -> UserError | RunError:
     """One clear line for a storage error; throttling is told apart from denial, and both from absence."""
     chain = f"{error} {error.__cause__ or ''}"
-    text = " ".join(chain.split())[:200]
+    text = one_line(chain)
     kind = type(error).__name__
     if any(
         word in chain

@@ -446,6 +446,23 @@ def test_bad_input_is_one_line_and_exit_2(index, tmp_path, capsys, more, expecte
     assert len(error) == 1 and expected in error[0], error
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--index=/nowhere"],
+        ["--weighting.threshold=99"],
+        ["--generator.kind=torchscript", "--generator.path=/nowhere.pt"],
+        ["--generator.kind=diffusers", "--generator.path=runs/generators/ddpn"],
+    ],
+)
+def test_a_mistyped_name_does_not_cost_the_start_of_ray(index, tmp_path, monkeypatch, more):
+    def session(*_, **__):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(cluster, "session", session)
+    assert run(index, tmp_path / "out", *more) == 2
+
+
 def test_an_index_that_is_not_finished_is_refused(index, tmp_path, capsys):
     import shutil
 

@@ -380,6 +380,16 @@ def test_a_file_as_output_is_refused(inputs, tmp_path, capsys, ray_cluster):
 def test_dry_run_prints_the_plan_and_writes_nothing(inputs, tmp_path, capsys, ray_cluster):
     assert run(*inputs, tmp_path / "out", "--dry-run") == 0
     text = capsys.readouterr().out
-    assert "images:    153 listed" in text and "256 dimensions" in text and "5 parts of 32 images" in text
+    assert (
+        "images:    153 listed" in text
+        and "the run would stop" not in text
+        and "256 dimensions" in text
+        and "5 parts of 32 images" in text
+    )
     assert "time:" in text and "memory:" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_says_that_the_run_would_stop(tmp_path, inputs, capsys, ray_cluster):
+    assert run(*inputs, tmp_path / "out", "--dry-run", "--data.max_bad_fraction=0", "--features.batch_size=64") == 0
+    assert "the run would stop, --data.max_bad_fraction is 0" in capsys.readouterr().out

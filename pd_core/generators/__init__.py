@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -200,6 +201,26 @@ def files_hash(uri: str, suffix: str = "") -> str:
     return digest.hexdigest()
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def check_path(settings: GeneratorSettings) -> None:
+    """What can be said of --generator.path without loading anything; the adapters look closer.
+
+    Raises:
+        UserError: nothing lies at a local path, and it is no hub id.
+    """
+    path = settings.path
+    if path is None:
+        raise UserError("--generator.path: not set; name the generator")
+    if settings.kind == "python" or not storage.is_local(path) or storage.exists(storage.absolute(path)):
+        return
+    if settings.kind != "diffusers":
+        raise UserError(f"--generator.path {path}: no such file; check the path")
+    if not HUB_ID.fullmatch(path):
+        raise UserError(f"--generator.path {path}: no such directory, and no hub id (ORG/NAME); check the path")
+
+
 def open_generator(settings: GeneratorSettings, device: str = "cpu", threads: int = 1) -> Generator:
     """The generator of the settings, on a device.
 
@@ -209,8 +230,7 @@ def open_generator(settings: GeneratorSettings, device: str = "cpu", threads: in
     import torch
 
     torch.set_num_threads(threads)
-    if settings.path is None:
-        raise UserError("--generator.path: not set; name the generator")
+    check_path(settings)
     return _opener(settings.kind)(settings, device)
 
 

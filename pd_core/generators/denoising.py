@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pd_core.errors import UserError
+from pd_core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     check_conditions,
@@ -169,7 +169,7 @@ def draws_noise(scheduler: Any, channels: int, out_channels: int, steps: int, et
     except (ValueError, IndexError) as error:
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"--generator.steps {steps}: {type(scheduler).__name__} refuses it ({reason})") from None
     return not torch.equal(before, generator.get_state())
 

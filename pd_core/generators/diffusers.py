@@ -11,7 +11,6 @@ import difflib
 import inspect
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage
-from pd_core.errors import UserError
+from pd_core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     Generator,
@@ -45,7 +44,6 @@ PARAMETERS = {  # setting -> parameter of a pipeline's __call__
     "width": "width",
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def open_pipeline(settings: GeneratorSettings, device: str = "cpu") -> Generator:
@@ -102,10 +100,8 @@ def _local_folder(path: str, allow_pickle: bool) -> Iterator[str]:
         raise UserError(
             f"--generator.path {path}: a file; a diffusers pipeline is a directory that save_pretrained wrote"
         )
-    elif HUB_ID.fullmatch(path):
-        yield _from_hub(path, allow_pickle)
     else:
-        raise UserError(f"--generator.path {path}: no such directory, and no hub id (ORG/NAME); check the path")
+        yield _from_hub(path, allow_pickle)
 
 
 def _from_hub(name: str, allow_pickle: bool) -> str:
@@ -115,7 +111,7 @@ def _from_hub(name: str, allow_pickle: bool) -> str:
     try:
         return str(DiffusionPipeline.download(name, use_safetensors=None if allow_pickle else True))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"--generator.path {name}: no such directory here, and the hub does not give it ({reason}); check the name, the "
             "network, or HF_TOKEN for one that asks for a licence"
@@ -167,7 +163,7 @@ def _load(folder: str, index: dict[str, Any], settings: GeneratorSettings) -> An
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, AttributeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"--generator.path {settings.path}: diffusers cannot load it ({reason})") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -211,7 +207,7 @@ def _scheduler(name: str, pipeline: Any) -> Any:
     try:
         return cls.from_config(saved.config)
     except (ImportError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"--generator.scheduler {name}: cannot be made for this pipeline ({reason})") from None
 
 

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage
-from pd_core.errors import UserError
+from pd_core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     check_conditions,
@@ -98,7 +98,7 @@ def _network(data: bytes, where: str) -> torch.nn.Module:
         with _version_parser():
             content = pickle.load(io.BytesIO(data))  # noqa: S301 - the user said --generator.allow-pickle; NVIDIA has no other format
     except (pickle.UnpicklingError, EOFError, ImportError, AttributeError, KeyError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"{where}: cannot be unpickled with this code ({type(error).__name__}: {reason}); use the code it was made with, and "
             "convert TensorFlow's with its legacy.py"

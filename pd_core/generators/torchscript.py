@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pd_core.errors import UserError
+from pd_core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     check_conditions,
@@ -58,7 +58,7 @@ def open_module(settings: GeneratorSettings, device: str = "cpu") -> TorchScript
             )  # of torch.export, which takes batches of one size only by default
             module = torch.jit.load(io.BytesIO(data), map_location=device)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{where}: not a TorchScript file ({reason}); write one with torch.jit.save") from None
     for parameter in module.parameters():
         parameter.requires_grad_(False)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pd_core import storage
 from pd_core.config import DataSettings
-from pd_core.errors import UserError
+from pd_core.errors import UserError, one_line
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores
 from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
@@ -89,7 +89,7 @@ def _parquet(file: object) -> pq.ParquetFile:
 
 def _line(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # without the path
-    return names.printable(" ".join(text.split()))[:200]
+    return names.printable(one_line(text))
 
 
 def _resolve(schema: pa.Schema, settings: DataSettings, where: str) -> Columns:
