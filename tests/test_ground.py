@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from demo.make_digits import TIMM_MODEL, write_checkpoint, write_digits
+from pd_core import images, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -204,3 +205,21 @@ def test_a_new_module_must_be_given_its_place(tmp_path: Path) -> None:
     result = _lint_imports(tmp_path, helpers="")
     assert result.returncode != 0
     assert "helpers" in result.stdout
+
+
+# --- docs/artifacts.md ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "table", ["listing", "features", "quarantine", "neighbors", "densities", "samples", "rejected"]
+)
+def test_every_column_that_is_written_is_described(table: str) -> None:
+    schema = getattr(schemas, table)
+    written = schema(2) if table in ("features", "neighbors", "densities") else schema()
+    text = (ROOT / "docs" / "artifacts.md").read_text()
+    assert [name for name in written.names if f"`{name}`" not in text] == []
+
+
+def test_every_reason_of_quarantine_is_described() -> None:
+    text = (ROOT / "docs" / "artifacts.md").read_text()
+    assert [reason.value for reason in images.Reason if f"`{reason.value}`" not in text] == []
