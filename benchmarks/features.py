@@ -130,7 +130,7 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
         spec = _at(cluster.get(features.describe_remotely(settings)), px)
         opened = sources.open_source(data)
         listed, _ = cluster.get(listing.start(opened, output, PART, overwrite=False))
-        featuring = features.stage_of(output, listed, spec, data, settings)
+        featuring = features.stage_of(output, listed, spec, data, settings, "cpu")
         work = features.Work(opened, listed, spec, _limits(data), BATCH, featuring)
         called = time.time()
         with mock.patch.multiple(features, _decode=timed_decode, _ExtractBatch=TimedExtract):

@@ -118,7 +118,7 @@ def images_driver(source: str, checkpoint: str, output: str) -> dict[str, int]:
         opened = sources.open_source(data)
         listed, _ = cluster.get(listing.start(opened, output, settings.part_rows, overwrite=False))
         peaks["listing"] = process.peak_rss_bytes()
-        stage = features.stage_of(output, listed, spec, data, settings)
+        stage = features.stage_of(output, listed, spec, data, settings, "cpu")
         work = features.Work(opened, listed, spec, limits, settings.batch_size, stage)
         done = stage.complete(lambda: features.run(work, now, settings, max_bad_fraction=0.0), overwrite=False)
         peaks["features"] = process.peak_rss_bytes()

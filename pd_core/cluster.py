@@ -51,6 +51,12 @@ class Cluster:
     local: bool
     address: str
     node_cpus: float = 0.0  # of the largest node
+    held_cpus: float = 0.0  # of `cpus`, what actors claim that stay for the whole run
+
+    @property
+    def free_cpus(self) -> float:
+        """CPUs that another stage's actors and tasks can claim."""
+        return max(0.0, self.cpus - self.held_cpus)
 
     @property
     def elastic(self) -> bool:
@@ -167,7 +173,16 @@ def cores() -> int:
 
 def computing_cpus(cluster: Cluster) -> float:
     """CPUs that computing actors may fill: cores on a cluster of our own, else all but a quarter, kept for input."""
-    return max(1.0, float(cores()) if cluster.local else cluster.cpus * 0.75)
+    return max(1.0, float(cores()) if cluster.local else cluster.free_cpus * 0.75)
+
+
+def device_of(cluster: Cluster, gpus: float | None) -> str:
+    """Type of the device, cpu or cuda, that the actors of a model run on; `gpus` of each as in the settings."""
+    return "cuda" if _gpus_each(cluster, gpus) else "cpu"
+
+
+def _gpus_each(cluster: Cluster, gpus: float | None) -> float:
+    return gpus if gpus is not None else (1.0 if cluster.gpus else 0.0)
 
 
 def actor_pool(cluster: Cluster, actors: int | None, cpus: int, gpus: float | None) -> tuple[int, int, float, float]:
@@ -178,7 +193,7 @@ def actor_pool(cluster: Cluster, actors: int | None, cpus: int, gpus: float | No
     so. Actors asked for on a joined cluster are what the pool grows to, since Ray Data keeps room for its other tasks only
     while it decides on the growth.
     """
-    per_gpu = gpus if gpus is not None else (1.0 if cluster.gpus else 0.0)
+    per_gpu = _gpus_each(cluster, gpus)
     each, fits = (1, int(cluster.gpus / per_gpu)) if per_gpu else (cpus, int(computing_cpus(cluster) // cpus))
     if cluster.elastic:
         fits = max(fits, AUTOSCALED_ACTORS)
@@ -196,26 +211,30 @@ def _claim(cluster: Cluster, actors: int, cpus: int) -> float:
         cpus = min(cpus, int(cluster.node_cpus))
     if cluster.elastic:  # what is missing is for the autoscaler to add, and it adds what is asked for
         return float(cpus)
-    share = min(float(cpus), max(cluster.cpus - FEED_CPUS, 0.0) / actors)
+    share = min(float(cpus), max(cluster.free_cpus - FEED_CPUS, 0.0) / actors)
     return float(int(share)) if share >= 1 else int(share * 1000) / 1000
 
 
-def search_actors(cluster: Cluster, actors: int | None, cpus: int, shards: int) -> tuple[int, int, float]:
-    """Number of search processes, threads of each and CPUs that each claims.
+def search_actors(
+    cluster: Cluster, actors: int | None, cpus: int, shards: int, share: float = 1.0
+) -> tuple[int, int, float, int]:
+    """Number of search processes, threads of each, and CPUs and GPUs that each claims.
 
-    As many processes as asked for or as fit, never more than shards; where they are fewer than cores, each gets more
-    threads, on which no number depends. Those are not claimed: a claim of many CPUs may fit on no node beside the others.
+    As many processes as asked for or as fit into a share of the cluster, never more than shards; where they are fewer than
+    cores, each gets more threads, on which no number depends. Those are not claimed: a claim of many CPUs may fit on no
+    node beside the others. GPUs are for searches that have the cluster to themselves; a generator beside them needs them.
     """
-    count = min(shards, actors or int(computing_cpus(cluster) // cpus) or 1)
-    threads = max(cpus, int(computing_cpus(cluster) // count))
+    computing = max(1.0, computing_cpus(cluster) * share)
+    count = min(shards, actors or int(computing // cpus) or 1)
+    threads = max(cpus, int(computing // count))
     if cluster.node_cpus >= 1 and not cluster.local:
         threads = max(cpus, min(threads, int(cluster.node_cpus)))
-    return count, threads, _claim(cluster, count, cpus)
+    return count, threads, _claim(cluster, count, cpus), int(share == 1.0 and cluster.gpus >= count)
 
 
 def io_cpus(cluster: Cluster, claimed: float) -> float:
     """CPUs that a task claims which waits for actors: next to nothing, and nothing where the actors have claimed all."""
-    return IO_CPUS if cluster.cpus < 1 or cluster.cpus - claimed >= IO_CPUS else 0.0
+    return IO_CPUS if cluster.cpus < 1 or cluster.free_cpus - claimed >= IO_CPUS else 0.0
 
 
 def wait_for(actors: Sequence[Any], what: str) -> None:

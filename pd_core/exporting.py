@@ -10,6 +10,7 @@ from typing import Any
 
 from pd_core import cluster, schemas, storage
 
+PICTURES = "png"
 FACTS = ("sample_id", "seed", "density", "percentile", "acceptance_probability", "label", "prompt", "likely_copy")
 
 
@@ -26,6 +27,8 @@ def run(
     import ray
 
     done = stage.finished_parts()
+    if not done:  # a set of other images may have been here
+        _drop_pictures(stage)
     todo = [part.name for part in samples.parts if part.rows and _name(part.name, form) not in done]
     write: Any = ray.remote(_write).options(num_cpus=1, **cluster.TASK_OPTIONS)
     with cluster.progress("export", len(done) + len(todo), "parts", len(done)) as bar:
@@ -34,6 +37,12 @@ def run(
             bar.update(1)
     parts = list(stage.finished_parts().values())
     return parts, {"images": sum(part.rows for part in parts), "form": form}
+
+
+def _drop_pictures(stage: storage.Stage) -> None:
+    fs, folder = storage.filesystem(storage.join(stage.uri, PICTURES))
+    if fs.exists(folder):
+        fs.rm(folder, recursive=True)
 
 
 def _name(part: str, form: str) -> str:
@@ -48,10 +57,16 @@ def _write(stage: storage.Stage, samples_uri: str, name: str, form: str) -> None
         return
     lines = []
     for row in rows:
-        file = "/".join(["png", *([row["label"].replace("/", "_")] if row["label"] else []), row["image"]["path"]])
+        file = "/".join([PICTURES, *([_folder(row["label"])] if row["label"] else []), row["image"]["path"]])
         storage.write_bytes(storage.join(stage.uri, file), row["image"]["bytes"])
         lines.append(json.dumps({"file": file, **{fact: row[fact] for fact in FACTS}}))
     stage.write_part(_name(name, form), "\n".join(lines).encode() + b"\n", len(rows))
+
+
+def _folder(label: str) -> str:
+    """A label as the name of a folder: no other label has the same, and none leads out of the export."""
+    name = label.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
+    return "%2E" + name[1:] if name.startswith(".") else name
 
 
 def _tar(rows: list[dict[str, Any]]) -> bytes:

@@ -288,9 +288,11 @@ def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> i
 
 
 def stage_of(
-    output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, settings: FeatureSettings
+    output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, settings: FeatureSettings, device: str
 ) -> storage.Stage:
-    """The features stage under `output`; batch size and threads are part of it, since they may move the last bits."""
+    """The features stage under `output`; device (cpu or cuda), batch size and threads are part of it, since they may move
+    the last bits.
+    """
     import PIL
 
     identity = {
@@ -302,6 +304,7 @@ def stage_of(
             "background": list(data.background),
             "pillow": PIL.__version__,
         },
+        "device": device,
         "batch_size": settings.batch_size,
         "threads": settings.actor_cpus,
     }

@@ -91,7 +91,8 @@ def _build(run: Run, settings: BuildIndexSettings, source: sources.Source) -> No
     if settings.density.k >= listed.rows:
         raise UserError(f"--density.k {settings.density.k}: needs more than k images, found {listed.rows}; lower k")
 
-    featuring = features.stage_of(output, listed, spec, settings.data, settings.features)
+    device = cluster.device_of(now, settings.features.actor_gpus)
+    featuring = features.stage_of(output, listed, spec, settings.data, settings.features, device)
     work = features.Work(source, listed, spec, limits_of(settings), settings.features.batch_size, featuring)
     featured = run.stage(featuring, lambda: features.run(work, now, settings.features, settings.data.max_bad_fraction))
 

@@ -115,7 +115,7 @@ def _sizes(
     cells = 0 if kind == "flat" else settings.index.cells or index.default_cells(rows)
     part_rows = settings.part_rows
     vector = {"ivf_sq8": dim, "ivf_pq": settings.index.pq_bytes}.get(kind, 4 * dim)
-    searchers, _, _ = cluster.search_actors(now, settings.index.actors, settings.index.actor_cpus, shards)
+    searchers, *_ = cluster.search_actors(now, settings.index.actors, settings.index.actor_cpus, shards)
     block = min(rows, settings.density.block_rows) * (4 * dim * 2 + 36 * k)
     train = cells * settings.index.train_rows_per_cell * dim * 4
     written = rows * (4 * dim + vector + 2 * 12 * k + 300)

@@ -52,6 +52,14 @@ class RealSet:
         """Percentile of densities [m] among the real set's, in [0, 100], by interpolation between its quantiles."""
         return np.interp(values, self.density_quantiles, np.linspace(0.0, 100.0, len(self.density_quantiles)))
 
+    def copy_distance(self, quantile: float) -> float:
+        """Distance to a real image within which a generated one is a likely copy of it: this quantile of the distances from
+        real images to their nearest other ones, without exact duplicates: those say nothing of how near a copy comes.
+        0 where all are duplicates.
+        """
+        apart = self.nearest_quantiles[self.nearest_quantiles > self.distance_floor]
+        return float(np.quantile(apart, quantile)) if len(apart) else 0.0
+
     def predictor(self) -> estimator.DensityPredictor:
         """f, loaded."""
         names = (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)

@@ -16,6 +16,7 @@ from pd_core.errors import RunError, UserError
 
 QUANTIZER = "quantizer.faiss"
 CELLS = "cells.json"
+BESIDE_SHARE = 0.25  # of the CPUs that search processes may fill while a generator runs
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,23 @@ class SearchPool:
 
 
 @contextmanager
-def open_pool(info: IndexInfo, now: cluster.Cluster, actors: int | None, actor_cpus: int) -> Iterator[SearchPool]:
-    """Search actors for a while, `actors` of them or as many as fit. Each holds shards that follow each other: their cells are near, queries share them."""
+def open_pool(
+    info: IndexInfo, now: cluster.Cluster, actors: int | None, actor_cpus: int, beside_generator: bool = False
+) -> Iterator[SearchPool]:
+    """Search actors for a while. Each holds shards that follow each other: their cells are near, queries share them.
+
+    Args:
+        info: the index.
+        now: the cluster.
+        actors: how many, or None for as many as fit.
+        actor_cpus: fewest threads of each.
+        beside_generator: a generator runs meanwhile and takes most of the time: it gets all GPUs and most CPUs.
+    """
     import ray
 
-    count, threads, cpus = cluster.search_actors(now, actors, actor_cpus, info.shards)
-    actor = ray.remote(_Searcher).options(
-        num_cpus=cpus, num_gpus=1 if now.gpus >= count else 0, **cluster.ACTOR_OPTIONS
-    )
+    share = BESIDE_SHARE if beside_generator else 1.0
+    count, threads, cpus, gpus = cluster.search_actors(now, actors, actor_cpus, info.shards, share)
+    actor = ray.remote(_Searcher).options(num_cpus=cpus, num_gpus=gpus, **cluster.ACTOR_OPTIONS)
     holders = _holder(np.arange(info.shards), info.shards, count)
     owned = [np.flatnonzero(holders == number).tolist() for number in range(count)]
     handles = tuple(actor.remote(info, shards, threads) for shards in owned)

@@ -1,8 +1,10 @@
 """Sizes of the stages' processes: a table over clusters of 0 to 64 CPUs. None of it starts Ray."""
 
+from dataclasses import replace
+
 import pytest
 
-from pd_core import cluster
+from pd_core import cluster, search
 from pd_core.cluster import FEED_CPUS, Cluster
 
 
@@ -26,7 +28,7 @@ def test_actors_leave_a_cpu_to_the_tasks_that_feed_them(now, actors, cpus):
     fewest, most, claim, gpus = cluster.actor_pool(now, actors, cpus, None)
     assert 1 <= fewest <= most == (actors or most) and gpus == 0
     assert most * claim + FEED_CPUS <= now.cpus
-    count, threads, claim = cluster.search_actors(now, actors, cpus, shards=100)
+    count, threads, claim, _ = cluster.search_actors(now, actors, cpus, shards=100)
     assert count * claim <= now.cpus - FEED_CPUS and threads >= cpus and count == (actors or count)
 
 
@@ -56,8 +58,13 @@ def test_gpus_are_used_where_there_are_any_or_the_user_says_so(now, gpus, expect
 def test_no_actor_claims_more_than_the_largest_node_has():
     now = joined(16.0, node_cpus=4.0)
     assert cluster.actor_pool(now, None, 8, None)[2] == 4.0
-    assert cluster.search_actors(now, 2, 8, shards=4) == (2, 8, 4.0)
-    assert cluster.search_actors(joined(64.0, node_cpus=16.0), None, 1, shards=5) == (5, 9, 1.0)  # 5 x 9 fit no 4 x 16
+    assert cluster.search_actors(now, 2, 8, shards=4) == (2, 8, 4.0, 0)
+    assert cluster.search_actors(joined(64.0, node_cpus=16.0), None, 1, shards=5) == (
+        5,
+        9,
+        1.0,
+        0,
+    )  # 5 x 9 fit no 4 x 16
 
 
 @pytest.mark.parametrize(
@@ -73,11 +80,31 @@ def test_no_actor_claims_more_than_the_largest_node_has():
     ids=str,
 )
 def test_search_processes_use_the_cores_that_shards_leave_idle(now, actors, shards, expected):
-    assert cluster.search_actors(now, actors, 1, shards) == expected
+    assert cluster.search_actors(now, actors, 1, shards)[:3] == expected
 
 
 def test_tasks_that_ask_actors_run_beside_them_whatever_these_claimed():
     for now in (*FIXED, joined(12.0), joined(64.0, node_cpus=16.0)):
         for actors in (None, 1, 12, 64):
-            count, _, claim = cluster.search_actors(now, actors, 1, shards=100)
+            count, _, claim, _ = cluster.search_actors(now, actors, 1, shards=100)
             assert count * claim + cluster.io_cpus(now, count * claim) <= max(now.cpus, count * claim)
+
+
+@pytest.mark.parametrize("now", [*FIXED, joined(0.0), joined(12.0), joined(64.0, 4.0, node_cpus=16.0)], ids=str)
+@pytest.mark.parametrize("shards", [1, 100])
+def test_a_generator_finds_room_beside_the_search_it_needs(now, shards):
+    """CPUs of both and of the tasks between them fit, all GPUs are the generator's, and an elastic cluster stays one."""
+    count, _, claim, gpus = cluster.search_actors(now, None, 1, shards, search.BESIDE_SHARE)
+    beside = replace(now, held_cpus=count * claim)
+    _, most, each, per_gpu = cluster.actor_pool(beside, None, 1, None)
+    assert gpus == 0 and per_gpu == (1.0 if now.gpus else 0.0)
+    assert beside.elastic == now.elastic
+    if now.elastic:
+        assert most >= cluster.AUTOSCALED_ACTORS
+        return
+    assert count * claim + most * each + cluster.io_cpus(now, count * claim) <= now.cpus
+
+
+def test_a_search_that_has_the_cluster_to_itself_uses_its_gpus():
+    assert cluster.search_actors(joined(64.0, 4.0, node_cpus=16.0), None, 1, shards=4)[3] == 1
+    assert cluster.search_actors(joined(64.0, 4.0, node_cpus=16.0), None, 1, shards=5)[3] == 0

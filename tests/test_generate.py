@@ -1,11 +1,14 @@
 """generate.py on a real Ray cluster: what the rows are, and that they are the same whoever makes them."""
 
+import contextlib
 import io
 import json
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -15,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import cluster, errors, ids, storage
+from pd_core import cluster, errors, exporting, ids, realset, sampling, schemas, storage
 from tests import tiny, toy_generator
 from tests.test_pipeline import is_ours, kill_once
 from workflows import build_index, generate
@@ -258,6 +261,55 @@ def test_a_chunk_that_keeps_failing_is_reported_with_its_seeds_and_the_rest_is_k
     assert same_rows(tmp_path / "out", undisturbed)
 
 
+def test_a_generator_that_always_fails_ends_the_run(index, tmp_path, capsys):
+    assert run(index, tmp_path / "out", toy={"fail": "always"}) == 1
+    error = capsys.readouterr().err
+    assert "RuntimeError: no image" in error and "Traceback" not in error
+
+
+def hand_made_job(tmp_path, accepted, rejected, n):
+    """One part of samples and of rejected candidates with these numbers, made as `_write_part` makes them."""
+    stages = [storage.Stage(str(tmp_path / kind), kind, 1, {}) for kind in ("samples", "rejected")]
+    for stage, schema, numbers in zip(
+        stages, (schemas.samples(), schemas.rejected()), (accepted, rejected), strict=True
+    ):
+        values = {name: [0] * len(numbers) for name in ("seed", "density", "acceptance_probability")}
+        table = pa.table(values | {"sample_id": numbers})
+        columns = [
+            table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(len(numbers), f.type)
+            for f in schema
+        ]
+        stage.begin(overwrite=False)
+        nullable = pa.schema([f.with_nullable(True) for f in schema])
+        stage.write_table(storage.part_name(0), pa.table(columns, schema=nullable), {"candidates": 10, "copies": 0})
+    recipe: Any = SimpleNamespace(chunk=10, drop_copies=True)
+    return sampling.Job(recipe, stages[0], stages[1], 1, n)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "n"),
+    [([1, 4, 6], 2), ([1, 4], 2)],  # the second: nothing accepted is too many, but rejected ones are
+)
+def test_rejected_candidates_end_with_the_last_row_even_after_a_kill(tmp_path, monkeypatch, accepted, n):
+    rejected = sorted(set(range(10)) - set(accepted))
+    job = hand_made_job(tmp_path, accepted, rejected, n)
+    write = storage.Stage.write_table
+    for killed in ("rejected", "samples"):  # the process dies as it would write this table
+
+        def dies(stage, *arguments, killed=killed):
+            if stage.kind == killed:
+                raise KeyboardInterrupt
+            return write(stage, *arguments)
+
+        monkeypatch.setattr(storage.Stage, "write_table", dies)
+        with contextlib.suppress(KeyboardInterrupt):
+            sampling._trim(job, 0)
+    monkeypatch.setattr(storage.Stage, "write_table", write)
+    assert sampling._trim(job, 0) == {"candidates": 5}
+    assert rows(tmp_path)["sample_id"].to_pylist() == accepted[:n]
+    assert rows(tmp_path, "rejected")["sample_id"].to_pylist() == [0, 2, 3]
+
+
 # ---- reading and checking the output ---------------------------------------------------------------------------------
 
 
@@ -327,6 +379,23 @@ def storage_type():
 
 
 @pytest.mark.slow
+def test_export_keeps_no_picture_of_an_earlier_set(index, tmp_path):
+    output = tmp_path / "out"
+    assert run(index, output, "--export=png", n=12) == 0
+    assert run(index, output, "--export=png", "--seed=1", "--overwrite", n=12) == 0
+    assert {f.name for f in (output / "export").rglob("*.png")} == {
+        r["path"] for r in rows(output)["image"].to_pylist()
+    }
+
+
+def test_no_label_leads_out_of_the_export():
+    labels = ["..", ".", "a/b", "a%2Fb", "a", ".hidden", "%2E.", "é"]
+    folders = [exporting._folder(label) for label in labels]
+    assert len(set(folders)) == len(labels)
+    assert not any("/" in folder or folder.startswith(".") for folder in folders)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["png", "webdataset"])
 def test_export_holds_the_same_pictures(index, tmp_path, form):
     import tarfile
@@ -380,6 +449,15 @@ def test_prompts_are_drawn_and_kept(index, tmp_path):
 def test_other_weightings_run(index, tmp_path, more):
     assert run(index, tmp_path / "out", *more, n=20) == 0
     assert rows(tmp_path / "out").num_rows == 20
+
+
+def test_exact_duplicates_do_not_switch_the_search_for_copies_off():
+    """With 30% duplicates the 1% quantile of all nearest distances is 0, and nothing would be flagged."""
+    nearest = np.quantile(np.concatenate([np.zeros(300), np.linspace(1, 2, 700)]), np.linspace(0, 1, 1001))
+    real: Any = SimpleNamespace(nearest_quantiles=nearest, distance_floor=1e-3)
+    assert realset.RealSet.copy_distance(real, 0.01) == pytest.approx(1.01, abs=0.01)
+    real.nearest_quantiles = np.zeros(1001)
+    assert realset.RealSet.copy_distance(real, 0.01) == 0.0
 
 
 @pytest.mark.slow
@@ -444,6 +522,11 @@ def test_bad_input_is_one_line_and_exit_2(index, tmp_path, capsys, more, expecte
     assert run(index, tmp_path / "out", *more) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and expected in error[0], error
+
+
+def test_a_dry_run_replaces_no_pilot_of_a_finished_set(undisturbed, index, capsys):
+    assert run(index, undisturbed, "--dry-run", "--overwrite", "--seed=1") == 2
+    assert "holds finished samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

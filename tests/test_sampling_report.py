@@ -490,6 +490,7 @@ class World:
             classes=(0, 1, 2),
             class_names=("zero", "one", "two"),
             prompts=WORDS,
+            device="cpu",
             copy_distance=0.2,
             drop_copies=self.settings.drop_copies,
         )
