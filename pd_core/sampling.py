@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 ATTEMPTS = 2  # of a chunk before it is reported
+MOST_FAILED = 3  # parts that may fail before a run gives up, or a tenth of all, if that is more
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
 MAX_CHUNKS = 8192  # of one execution: the driver's plan stays this small for any number of candidates
 EVERYTHING = ""  # name of the weighting of candidates without one of their own
@@ -57,6 +59,7 @@ class Recipe:
         classes: class numbers that labels are drawn from, or empty.
         class_names: name of each of `classes`.
         prompts: texts that prompts are drawn from, or empty.
+        device: cpu or cuda; the last bits of an image differ between the two, and with them its hash.
         copy_distance: a row at most this far from a real image is a likely copy of it.
         drop_copies: such rows are not accepted.
     """
@@ -72,6 +75,7 @@ class Recipe:
     classes: tuple[int, ...]
     class_names: tuple[str, ...]
     prompts: tuple[str, ...]
+    device: str
     copy_distance: float
     drop_copies: bool
 
@@ -212,6 +216,7 @@ class _MakeChunk:
 
     def __init__(self, recipe: Recipe) -> None:
         self.failure: UserError | RunError | None = None
+        self.broken = False
         try:
             self.maker = ChunkMaker(recipe, cluster.assigned_device())
         except (UserError, RunError) as error:  # an actor that dies in its constructor would take the reason with it
@@ -220,6 +225,8 @@ class _MakeChunk:
     def __call__(self, numbers: pa.Table) -> pa.Table:
         if self.failure is not None:
             raise self.failure
+        if self.broken:  # Ray starts the actor again and gives it this chunk
+            os._exit(1)
         assert numbers.num_rows == 1, numbers.num_rows
         chunk = numbers["chunk"][0].as_py()
         watch = storage.Stopwatch()
@@ -232,6 +239,9 @@ class _MakeChunk:
                 raise
             except Exception as error:  # whatever a generator raises: the chunk is reported, the others go on
                 reason = f"{type(error).__name__}: {one_line(error)}"
+                if "out of memory" in reason:
+                    reason += "; lower --chunk"
+        self.broken = made is None and "CUDA error" in reason  # no later chunk of this process can succeed
         values: dict[str, Any] = {"chunk": chunk, "busy_s": watch.seconds}
         if made is None:
             values |= {"error": reason}
@@ -466,6 +476,11 @@ class Progress:
     failed: dict[int, str]
     busy_s: list[float] = field(default_factory=list)
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many parts failed that more of the same will not help."""
+        return len(self.failed) > max(MOST_FAILED, (len(self.rows) + len(self.failed)) // 10)
+
 
 def run(
     job: Job, now: cluster.Cluster, pool: Pool, index: search.SearchPool, rate: float, budget: Budget
@@ -491,7 +506,7 @@ def run(
         state.rows, state.failed = {number: part.rows for number, part in done.items()}, {}
         while job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is None:
             wanted = _next_parts(job, state, rate, budget.candidates)
-            if not wanted or _is_late(started, budget):
+            if not wanted or state.hopeless or _is_late(started, budget):
                 return
             _execute(job, wanted, now, pool, index, state, lambda: _is_late(started, budget))
 
@@ -556,7 +571,7 @@ def _execute(
                 cluster.say(f"samples: {record['error']}; its part is left out for now, the others go on")
             state.busy_s += record["busy_s"]
             bar.update(min(record["rows"], job.n - bar.n))
-            if late() or job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None:
+            if late() or state.hopeless or job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None:
                 return
 
 
@@ -570,7 +585,7 @@ def _stream(job: Job, wanted: Sequence[int], now: cluster.Cluster, pool: Pool, i
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
-    free = replace(now, cpus=max(1.0, now.cpus - index.cpus))  # the search actors are there all the while
+    free = replace(now, held_cpus=index.cpus)  # the search actors are there all the while
     fewest, most, cpus, gpus = cluster.actor_pool(free, pool.actors, pool.actor_cpus, pool.actor_gpus)
     per_part = job.chunks_per_part
     numbers = [{"chunk": part * per_part + i} for part in wanted for i in range(per_part)]
@@ -587,7 +602,7 @@ def _stream(job: Job, wanted: Sequence[int], now: cluster.Cluster, pool: Pool, i
         functools.partial(_finish_chunk, job.recipe, index),
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=cluster.IO_CPUS,
+        num_cpus=index.io_cpus,
     )
     parts = finished.repartition(target_num_rows_per_block=per_part, strict=True)
     return parts.map_batches(
@@ -602,16 +617,17 @@ def _trim(job: Job, last: int) -> dict[str, int]:
     name = storage.part_name(last)
     table = storage.read_table(storage.join(job.samples.uri, name))
     surplus = before + table.num_rows - job.n
+    table = table.slice(0, job.n - before)
+    candidates = table["sample_id"][-1].as_py() + 1
+    if job.rejected is not None:  # first, and even without surplus: the n-th row may have rejected ones behind it
+        beside = storage.read_table(storage.join(job.rejected.uri, name))
+        if (kept := beside.filter(pc.less(beside["sample_id"], candidates))).num_rows < beside.num_rows:
+            job.rejected.write_table(name, kept)
     if surplus:
-        table = table.slice(0, job.n - before)
         counts = dict(done[last].counts)
         if not job.recipe.drop_copies:  # else they are not in the table, and the count stays that of the whole part
             counts["copies"] = int(pc.sum(table["likely_copy"].cast(pa.int64())).as_py())
         job.samples.write_table(name, table, counts)
-    candidates = table["sample_id"][-1].as_py() + 1
-    if surplus and job.rejected is not None:
-        beside = storage.read_table(storage.join(job.rejected.uri, name))
-        job.rejected.write_table(name, beside.filter(pc.less(beside["sample_id"], candidates)))
     return {"candidates": candidates}
 
 
