@@ -20,16 +20,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 RAY = str(Path(sys.executable).parent / "ray")
 
 
-@pytest.fixture
-def head(tmp_path):
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
     """A head node of our own; its processes are ended by pid, never through `ray stop`."""
+    log_file = tmp_path_factory.mktemp("head") / "head.log"
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    log = (tmp_path / "head.log").open("w")
+    log = log_file.open("w")
     ports = free_ports(3)
     process = subprocess.Popen(
         [
@@ -52,7 +53,7 @@ def head(tmp_path):
     deadline = time.monotonic() + 120
     ready = [RAY, "job", "list", "--address", address]
     while subprocess.run(ready, env=environment, capture_output=True).returncode != 0:
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, log_file.read_text()
         time.sleep(1)
     yield address, environment
     family = [process_of(process.pid), *process_of(process.pid).children(recursive=True)]
@@ -79,7 +80,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def submit(head, *argv):
+def submit(head, *argv, workflow="build_index.py"):
     address, environment = head
     return subprocess.run(
         [
@@ -92,7 +93,7 @@ def submit(head, *argv):
             str(tiny.ROOT),
             "--",
             sys.executable,
-            "workflows/build_index.py",
+            f"workflows/{workflow}",
             *argv,
         ],
         env=environment,
@@ -102,12 +103,28 @@ def submit(head, *argv):
     )
 
 
-def test_a_job_runs_the_workflow(head, tmp_path):
+def test_jobs_run_the_workflows(head, tmp_path):
     images, checkpoint = tiny.write_images(tmp_path / "images"), tiny.write_checkpoint(tmp_path / "tiny.safetensors")
     done = submit(head, *tiny.arguments(images, checkpoint, tmp_path / "out", "--no-tracking.enabled"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "run.json").exists()
     assert re.search(r"ray: 4 CPUs and 0 GPUs at ", done.stdout)
+
+    settings = {
+        "index": tmp_path / "out",
+        "generator.kind": "python",
+        "generator.path": "tests.toy_generator:make",
+        "n": 20,
+        "weighting.threshold": "p60",
+        "weighting.weight": 10,
+        "chunk": 16,
+        "pilot": 64,
+        "output": tmp_path / "samples",
+    }
+    argv = [f"--{name}={value}" for name, value in settings.items()]
+    done = submit(head, *argv, "--no-tracking.enabled", workflow="generate.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"report: {tmp_path / 'samples'}/report/index.html" in done.stdout
 
 
 def test_a_job_with_bad_input_fails_with_the_line(head, tmp_path):

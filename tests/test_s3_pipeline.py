@@ -1,12 +1,12 @@
-"""build_index from a bucket to a bucket, on a real S3 server."""
+"""The workflows from a bucket to a bucket, on a real S3 server."""
 
 import pyarrow.parquet as pq
 import pytest
 
 from pd_core import errors, storage
-from tests import tiny
+from tests import tiny, toy_generator
 from tests.s3 import READER_KEY
-from workflows import build_index
+from workflows import build_index, generate
 
 
 @pytest.fixture
@@ -19,6 +19,10 @@ def bucket(s3_environment):
 
 def run(*argv):
     return errors.exit_code(lambda: build_index.main(list(argv)))
+
+
+def sample(*argv):
+    return errors.exit_code(lambda: generate.main(list(argv)))
 
 
 def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, tmp_path, monkeypatch, capsys):
@@ -41,6 +45,38 @@ def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, tmp_pa
     densities = [storage.read_table(f"{bucket}/out/densities/{n}")["density"].to_pylist() for n in names]
     assert [d for part in densities for d in part] == local["density"].to_pylist()
     assert run(*argv) == 0  # done: nothing is made again
+
+
+@pytest.mark.slow
+def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, tmp_path):
+    checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
+    assert run(*tiny.arguments(f"{bucket}/images", checkpoint, f"{bucket}/out", "--no-tracking.enabled")) == 0
+    settings = {
+        "index": f"{bucket}/out",
+        "generator.kind": "python",
+        "generator.path": f"{toy_generator.__file__}:make",
+        "n": 20,
+        "weighting.threshold": "p60",
+        "weighting.weight": 10,
+        "chunk": 16,
+        "pilot": 64,
+        "export": "png",
+    }
+    argv = [f"--{name}={value}" for name, value in settings.items()] + ["--keep-rejected", "--no-tracking.enabled"]
+    outputs = [f"{bucket}/samples", str(tmp_path / "samples")]
+    for output in outputs:
+        assert sample(*argv, f"--output={output}") == 0
+    for stage in ("pilot", "samples", "rejected"):
+        remote, local = (storage.load_artifact(f"{output}/{stage}") for output in outputs)
+        assert remote is not None and local is not None and remote.parts == local.parts and remote.rows > 0
+    assert storage.exists(f"{bucket}/samples/report/index.html")
+    assert remote is not None
+    rows = [r for p in remote.parts for r in storage.read_table(f"{bucket}/samples/rejected/{p.name}").to_pylist()]
+    assert len(rows) == remote.rows
+    assert sample(f"--verify={bucket}/samples", "--rows=5") == 0
+    assert sample(*argv, "--seed=1", "--overwrite", f"--output={outputs[0]}") == 0
+    fs, folder = storage.filesystem(f"{bucket}/samples/export/png")
+    assert len(fs.find(folder)) == 20  # none of the set before
 
 
 @pytest.mark.parametrize(
