@@ -1,0 +1,136 @@
+"""The engine of generate without Ray: what a chunk holds, whoever makes it and when, and whom it accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from pd_core import acceptance, density, estimator, features, generators, sampling, search
+from pd_core.config import EstimatorSettings, FeatureSettings, GeneratorSettings
+from pd_core.realset import RealSet
+from tests import tiny, tiny_generators, toy_generator
+
+CHUNK = 50
+CHUNKS = 120
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> RealSet:
+    """Extractor and predictor of 400 of the toy generator's own images; no index, which a chunk does not need."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("real")
+    checkpoint = tiny.write_checkpoint(root / "tiny.safetensors")
+    spec = features.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(checkpoint), image_size=32))
+    pixels = np.stack([toy_generator.draw(seed, 0).repeat(2, 0).repeat(2, 1) for seed in range(400)])
+    rows = features.Extractor(spec).extract(pixels)
+    distances = np.sort(np.linalg.norm(rows[:, None] - rows[None], axis=2), axis=1)[:, 1:6]
+    log_density = -np.log(density.mean_knn_distance(distances))
+    settings = EstimatorSettings(epochs=20, hidden=(32,))
+    fitted = estimator.fit(
+        [lambda: (np.arange(400), rows, log_density)], settings, feature_dim=rows.shape[1], device="cpu"
+    )
+    (root / "estimator").mkdir()
+    for name, data in estimator.to_bytes(fitted.predictor, fitted.metrics).items():
+        (root / "estimator" / name).write_bytes(data)
+    return RealSet(
+        uri=str(root),
+        rows=400,
+        extractor=spec,
+        index=search.IndexInfo("", "", "flat", 400, spec.feature_dim, 1, 0, ()),
+        k=5,
+        volume_dim=1.0,
+        log_normalizer=0.0,
+        distance_floor=0.0,
+        density_quantiles=density.density_quantiles(np.exp(log_density)),
+        nearest_quantiles=np.linspace(0, 1, 1001),
+        fingerprints={},
+    )
+
+
+def recipe_of(
+    real: RealSet, settings: GeneratorSettings, weighting: acceptance.Weighting, **more: Any
+) -> sampling.Recipe:
+    values: dict[str, Any] = {
+        "generator": settings,
+        "generator_identity": generators.open_generator(settings).identity(),
+        "realset": real,
+        "weightings": {sampling.EVERYTHING: weighting},
+        "score": "predictor",
+        "seed": 7,
+        "chunk": CHUNK,
+        "threads": 1,
+        "classes": (),
+        "class_names": (),
+        "prompts": (),
+        "device": "cpu",
+        "copy_distance": 0.0,
+        "drop_copies": False,
+    }
+    return sampling.Recipe(**values | more)
+
+
+@pytest.fixture(scope="module")
+def toy() -> GeneratorSettings:
+    return GeneratorSettings(kind="python", path=f"{toy_generator.__file__}:make")
+
+
+@pytest.mark.parametrize("family", ["ddpm", "toy"])
+def test_a_chunk_is_the_same_whoever_makes_it_and_after_whatever(
+    real: RealSet, toy: GeneratorSettings, tmp_path: Path, family: str
+) -> None:
+    if family == "ddpm":  # draws noise in every step
+        toy = GeneratorSettings(path=tiny_generators.save_ddpm(tmp_path / "ddpm"), steps=2)
+    recipe = recipe_of(real, toy, acceptance.uniform(), chunk=5)
+    one = sampling.ChunkMaker(recipe, "cpu")
+    forwards = {number: one.make(number) for number in (0, 1, 2, 3)}
+    backwards = {number: one.make(number) for number in (3, 0, 2)}
+    other = {number: sampling.ChunkMaker(recipe, "cpu").make(number) for number in (1, 3)}
+    for made in (backwards, other):
+        for number, batch in made.items():
+            expected = forwards[number]
+            np.testing.assert_array_equal(batch.pixels, expected.pixels)
+            np.testing.assert_array_equal(batch.features, expected.features)
+            np.testing.assert_array_equal(batch.log_density, expected.log_density)
+    assert not np.array_equal(forwards[0].pixels, forwards[1].pixels)
+
+
+@pytest.fixture(scope="module")
+def everyone(real: RealSet, toy: GeneratorSettings) -> np.ndarray:
+    """Densities of CHUNKS chunks of candidates, nobody rejected."""
+    maker = sampling.ChunkMaker(recipe_of(real, toy, acceptance.uniform()), "cpu")
+    made = [maker.make(number) for number in range(CHUNKS)]
+    assert all(len(batch.rows) == CHUNK and batch.log_density is not None for batch in made)
+    return density.density_of(np.concatenate([batch.log_density for batch in made if batch.log_density is not None]))
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.1, 10.0, 100.0])
+def test_the_engine_accepts_in_proportion_to_the_weights(
+    real: RealSet, toy: GeneratorSettings, everyone: np.ndarray, weight: float
+) -> None:
+    """Accepted in each quarter of the candidates' densities against sum(a): chi-square of independent Bernoulli draws.
+
+    a is the paper's (Algorithm 2) from the candidates' densities, written out here: w / max(w, 1) above tau, else
+    1 / max(w, 1).
+    """
+    tau = float(np.quantile(everyone, 0.4))
+    maker = sampling.ChunkMaker(recipe_of(real, toy, acceptance.two_level(tau, weight)), "cpu")
+    accepted = np.zeros(CHUNK * CHUNKS, bool)
+    for number in range(CHUNKS):
+        accepted[number * CHUNK + maker.make(number).rows] = True
+    chance = np.where(everyone > tau, weight, 1.0) / max(weight, 1.0)
+    np.testing.assert_array_equal(accepted[chance == 1.0], True)
+    drawn = chance < 1
+    bins = np.digitize(everyone, np.quantile(everyone[drawn], [0.25, 0.5, 0.75]))
+    variance = chance * (1 - chance)
+    terms = [
+        (accepted[rows].sum() - chance[rows].sum()) ** 2 / variance[rows].sum()
+        for rows in (drawn & (bins == b) for b in range(4))
+    ]
+    assert min(chance[drawn & (bins == b)].sum() for b in range(4)) >= 5  # fewer would not be a chi-square
+    assert stats.chi2.sf(sum(terms), 4) > 1e-3
+    assert stats.binomtest(int(accepted[drawn].sum()), int(drawn.sum()), float(chance[drawn][0])).pvalue > 1e-3
