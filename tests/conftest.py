@@ -1,11 +1,15 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share. What takes long to start or to make is there once for the whole session."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from pd_core import cluster, errors
+from tests import tiny
 from tests.s3 import S3Server, running_server
 
 
@@ -26,3 +30,33 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iter
     s3fs.S3FileSystem.clear_instance_cache()  # instances keep the credentials they were made with
     yield s3_server
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3Server) -> Iterator[cluster.Cluster]:
+    """The Ray that tests in this process share, with warm workers; these find the S3 server by their environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.env.items():
+            patch.setenv(name, value)
+        stack = contextlib.ExitStack()
+        now = stack.enter_context(cluster.session(""))
+    with stack:
+        yield now
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny source's folder of images, and a checkpoint of its extractor."""
+    root = tmp_path_factory.mktemp("inputs")
+    return tiny.write_images(root / "images"), tiny.write_checkpoint(root / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def built(inputs: tuple[Path, Path], ray_cluster: cluster.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one undisturbed run of build_index on them. Nobody may change it."""
+    from workflows import build_index
+
+    output = tmp_path_factory.mktemp("built") / "out"
+    argv = tiny.arguments(*inputs, output, "--no-tracking.enabled")
+    assert errors.exit_code(lambda: build_index.main(argv)) == 0
+    return output

@@ -13,30 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import cluster, errors, features, storage
+from pd_core import errors, features, storage
 from pd_core.config import FeatureSettings
 from tests import tiny
 from workflows import build_index
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    return tiny.write_images(root / "images"), tiny.write_checkpoint(root / "tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def ray_cluster():
-    with cluster.session("") as now:
-        yield now
-
-
-@pytest.fixture(scope="module")
-def undisturbed(inputs, ray_cluster, tmp_path_factory):
+def undisturbed(built):
     """One run from start to end, nothing killed."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert run(*inputs, output) == 0
-    return output
+    return built
 
 
 def run(images, checkpoint, output, *more, tracking=False):

@@ -10,7 +10,7 @@ from workflows import build_index, generate
 
 
 @pytest.fixture
-def bucket(s3_environment):
+def bucket(s3_environment, ray_cluster):
     name = s3_environment.make_bucket()
     for key, data in tiny.files().items():
         s3_environment.put(name, f"images/{key}", data)
@@ -25,19 +25,16 @@ def sample(*argv):
     return errors.exit_code(lambda: generate.main(list(argv)))
 
 
-def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, tmp_path, monkeypatch, capsys):
+def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, inputs, built, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
-    storage.write_bytes(f"{bucket}/models/tiny.safetensors", checkpoint.read_bytes())
+    storage.write_bytes(f"{bucket}/models/tiny.safetensors", inputs[1].read_bytes())
     weights = f"{bucket}/models/tiny.safetensors"
     argv = tiny.arguments(f"{bucket}/images", weights, f"{bucket}/out")
     assert run(*argv) == 0
     printed = capsys.readouterr().out
     assert "tracking: off" in printed and f"report: {bucket}/out/report/index.html" in printed
-    images = tiny.write_images(tmp_path / "images")
-    assert run(*tiny.arguments(images, weights, tmp_path / "out", "--no-tracking.enabled")) == 0
     for stage in ("features", "quarantine", "densities"):
-        local = pq.ParquetDataset(sorted(str(f) for f in (tmp_path / "out" / stage).glob("*.parquet"))).read()
+        local = pq.ParquetDataset(sorted(str(f) for f in (built / stage).glob("*.parquet"))).read()
         names = [name for name in sorted(storage.sizes(f"{bucket}/out/{stage}")) if name.endswith(".parquet")]
         remote = [storage.read_table(f"{bucket}/out/{stage}/{name}") for name in names]
         assert sum(table.num_rows for table in remote) == local.num_rows
@@ -48,9 +45,9 @@ def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, tmp_pa
 
 
 @pytest.mark.slow
-def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, tmp_path):
-    checkpoint = tiny.write_checkpoint(tmp_path / "tiny.safetensors")
-    assert run(*tiny.arguments(f"{bucket}/images", checkpoint, f"{bucket}/out", "--no-tracking.enabled")) == 0
+def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, built, tmp_path):
+    fs, folder = storage.filesystem(f"{bucket}/out")
+    fs.put(f"{built}/", folder, recursive=True)
     settings = {
         "index": f"{bucket}/out",
         "generator.kind": "python",

@@ -786,15 +786,11 @@ def test_the_pandas_code_in_the_page_reads_the_samples_and_undoes_the_weighting(
     assert names["mean_density"] == pytest.approx(np.average(rho, weights=1 / a))
 
 
-@pytest.mark.slow
-def test_the_ray_code_in_the_page_reads_the_samples(world, gathered, no_figures):
-    from tests.ray_session import session
-
+def test_the_ray_code_in_the_page_reads_the_samples(world, gathered, no_figures, ray_cluster):
     names: dict[str, Any] = {}
-    with session():
-        exec(snippet(Page(sampling_page.render(gathered)), "import ray"), names)
-        assert names["samples"].count() == world.samples.num_rows
-        assert set(names["samples"].columns()) == set(schemas.samples().names)
+    exec(snippet(Page(sampling_page.render(gathered)), "import ray"), names)
+    assert names["samples"].count() == world.samples.num_rows
+    assert set(names["samples"].columns()) == set(schemas.samples().names)
     assert names["pictures"][0].startswith(b"\x89PNG")
 
 

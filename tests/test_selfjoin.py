@@ -11,15 +11,14 @@ import pytest
 from pd_core import density, index, indexing, knn, search, selfjoin, storage
 from pd_core.config import DensitySettings, IndexSettings
 from pd_core.errors import UserError
-from tests.ray_session import clustered, commit_features, session
+from tests.synthetic import clustered, commit_features
 
 K = 10
 
 
-@pytest.fixture(scope="module")
-def now():
-    with session() as cluster:
-        yield cluster
+@pytest.fixture
+def now(ray_cluster):
+    return ray_cluster
 
 
 def brute_force(features: np.ndarray, k: int) -> np.ndarray:

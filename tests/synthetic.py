@@ -1,20 +1,11 @@
-"""One local Ray cluster for the tests of a module, and synthetic features that are committed as the stage commits them."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Synthetic features, committed as the features stage commits them."""
 
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, schemas, storage
+from pd_core import schemas, storage
 
 DIM = 24
-
-
-@contextmanager
-def session() -> Iterator[cluster.Cluster]:
-    with cluster.session("") as now:
-        yield now
 
 
 def clustered(rows: int, dim: int = DIM, clusters: int = 12, seed: int = 0) -> np.ndarray:
