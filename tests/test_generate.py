@@ -21,7 +21,7 @@ from PIL import Image
 from pd_core import cluster, errors, exporting, ids, realset, sampling, schemas, storage
 from tests import tiny, toy_generator
 from tests.test_pipeline import is_ours, kill_once
-from workflows import build_index, generate
+from workflows import generate
 
 N = 90
 TOY = f"{toy_generator.__file__}:make"
@@ -29,18 +29,8 @@ LIGHT = ["sample_id", "seed", "density", "acceptance_probability"]
 
 
 @pytest.fixture(scope="module")
-def ray_cluster():
-    with cluster.session("") as now:
-        yield now
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory, ray_cluster):
-    root = tmp_path_factory.mktemp("index")
-    images, checkpoint = tiny.write_images(root / "images"), tiny.write_checkpoint(root / "tiny.safetensors")
-    argv = tiny.arguments(images, checkpoint, root / "out", "--no-tracking.enabled")
-    assert errors.exit_code(lambda: build_index.main(argv)) == 0
-    return root / "out"
+def index(built):
+    return built
 
 
 def arguments(index, output, *more, toy=None, n=N):

@@ -1,5 +1,6 @@
 """`ray job submit` against `ray start --head`, with the workflow's own defaults of a job: nothing installed by hand."""
 
+import contextlib
 import os
 import re
 import secrets
@@ -56,16 +57,13 @@ def head(tmp_path_factory):
         assert process.poll() is None and time.monotonic() < deadline, log_file.read_text()
         time.sleep(1)
     yield address, environment
-    family = [process_of(process.pid), *process_of(process.pid).children(recursive=True)]
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(signal.SIGTERM)
     _, left = psutil.wait_procs(family, timeout=30)
     for one in left:
-        one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     log.close()
-
-
-def process_of(pid: int) -> psutil.Process:
-    return psutil.Process(pid)
 
 
 def free_ports(count: int) -> list[int]:
