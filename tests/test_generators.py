@@ -1,15 +1,19 @@
 """Generators: samples that depend on their seeds alone, diffusers' own pipelines as reference, gradients, bad input."""
 
+import hashlib
 import io
 import json
 import pickle
+import random
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -23,12 +27,16 @@ from pd_core.generators import (
     LatentGenerator,
     check_conditions,
     checked,
+    files_hash,
+    generate_checked,
+    generators_of,
     normal_latents,
     open_generator,
     to_uint8,
 )
 from pd_core.generators.denoising import DeterministicDiffusion, Network
 from pd_core.generators.diffusers import CalledPipeline
+from pd_core.generators.python import split
 from pd_core.generators.stylegan import _version_parser
 from tests import tiny_generators as tiny
 
@@ -128,6 +136,59 @@ def test_a_sample_is_a_function_of_its_seed_whatever_its_batch(saved, family):
         assert levels_apart(other[a], other[b]) > 8  # other seeds, other images
 
 
+def test_all_bits_of_a_seed_decide():
+    seeds = [5 + 2**bit for bit in range(63) if bit not in (0, 2)] + [5]  # 5 = 2^2 + 2^0
+    draws = normal_latents(seeds, (64,))
+    assert len({tuple(row) for row in draws.tolist()}) == len(seeds)
+    assert torch.equal(normal_latents(seeds, (64,)), draws)
+    assert [generator.initial_seed() for generator in generators_of(seeds)] == seeds
+    with pytest.raises(OverflowError):
+        generators_of([-1])
+
+
+def test_a_generator_is_the_mersenne_twister_from_the_words_of_its_seed():
+    """numpy's, from SHAKE-128 of the seed: what anyone can draw again without torch."""
+    seed = 2**62 + 12345
+    words = np.frombuffer(hashlib.shake_128(seed.to_bytes(8, "little")).digest(2496), "<u4").astype(np.uint32)
+    twister: Any = np.random.MT19937()
+    twister.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
+    drawn = torch.randint(2**20, (2000,), generator=generators_of([seed])[0])  # torch: 32 random bits, modulo
+    assert drawn.tolist() == (twister.random_raw(2000) % 2**20).tolist()
+
+
+def test_draws_of_many_seeds_are_standard_normal_and_independent():
+    from scipy import stats
+
+    seeds = [*range(1000), *(2**32 * i for i in range(1, 1001))]  # neighbours, and what 32 bits could not tell apart
+    draws = normal_latents(seeds, (1024,)).double().numpy()
+    # Kolmogorov-Smirnov of all, and of the first draw of each seed; the seeds are fixed, so this passes or fails for good
+    assert stats.kstest(draws.ravel(), "norm").pvalue > 0.01
+    assert stats.kstest(draws[:, 0], "norm").pvalue > 0.01
+    # correlations of independent rows of 1024 are N(0, 1/1024): the largest of 2 million lies below 6 / sqrt(1024) but for 4e-3
+    correlation = draws @ draws.T / draws.shape[1]
+    correlation[range(len(seeds)), range(len(seeds))] = 0
+    assert abs(correlation).max() < 6 / 32
+
+
+def test_another_layout_of_torchs_state_is_noticed(monkeypatch):
+    from pd_core import generators
+
+    generators._twister_state.cache_clear()
+    monkeypatch.setattr(generators, "WORDS_AT", slice(32, 32 + 8 * 624))
+    with pytest.raises(RuntimeError, match="in a way that pd_core does not know"):
+        generators_of([1])
+    monkeypatch.undo()
+    generators_of([1])
+
+
+@pytest.mark.parametrize("family", ["ddim", "stable diffusion"])
+def test_seeds_2_to_the_32_apart_give_other_images(saved, family):
+    save, settings, conditions = FAMILIES[family]
+    images = opened(saved(save), **settings).generate([5, 5 + 2**32, 5 + 2**62], pick(conditions, [0, 0, 0]))
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert levels_apart(images[a], images[b]) > 8
+
+
 @pytest.mark.parametrize("family", ["ddpm, classes", "consistency", "dit", "stable diffusion"])
 def test_conditions_reach_the_image(saved, family):
     save, settings, conditions = FAMILIES[family]
@@ -153,8 +214,7 @@ def test_images_are_those_of_diffusers_own_pipeline(saved, family):
         options["class_labels"] = list(conditions.labels)
     if not conditions.prompts and family != "dit":
         options["batch_size"] = 3
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    theirs = pipeline(generator=generators, output_type="np", **options).images
+    theirs = pipeline(generator=generators_of(seeds), output_type="np", **options).images
     theirs = (torch.as_tensor(theirs) * 255).round().to(torch.uint8)
     assert levels_apart(ours, theirs) <= 1
 
@@ -172,9 +232,8 @@ def test_schedulers_by_name_as_in_a_pipeline_that_takes_any(saved, name):
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     pipeline.scheduler.set_timesteps(5)  # LDMPipeline scales its noise before it sets them, by what belongs to others
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in (1, 2)]
     theirs = torch.as_tensor(
-        pipeline(batch_size=2, generator=generators, num_inference_steps=5, output_type="np").images
+        pipeline(batch_size=2, generator=generators_of([1, 2]), num_inference_steps=5, output_type="np").images
     )
     assert levels_apart(ours, (theirs * 255).round().to(torch.uint8)) <= 1
     # what a multistep scheduler remembers of one batch must not reach the next, of another size
@@ -191,7 +250,7 @@ def test_learned_variance_is_used_by_ddpm_and_left_out_by_others(saved, tmp_path
     ours = opened(path, steps=5).generate([1], Conditions())
     pipeline = DDPMPipeline.from_pretrained(path)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(generator=torch.Generator("cpu").manual_seed(1), num_inference_steps=5, output_type="np").images
+    theirs = pipeline(generator=generators_of([1])[0], num_inference_steps=5, output_type="np").images
     assert levels_apart(ours, (torch.as_tensor(theirs) * 255).round().to(torch.uint8)) <= 1
     other = opened(path, steps=5, scheduler="DDIMScheduler").generate([1], Conditions())
     assert levels_apart(ours, other) > 8
@@ -236,8 +295,54 @@ def test_schedulers_get_generators_that_their_pipeline_does_not_pass():
 
 def test_a_pipeline_that_draws_from_the_global_state_is_refused():
     generator = CalledPipeline(Forgetful(draws=True), {}, "cpu", dict)
-    with pytest.raises(UserError, match="no function of its seed"):
-        generator.generate([1, 2], Conditions(prompts=("x", "x")))
+    with pytest.raises(UserError, match="it: draws from the global random state of torch, so"):
+        generate_checked(generator, [1, 2], Conditions(prompts=("x", "x")), "it", "cpu")
+
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.rand(1),
+    "numpy": lambda: np.random.rand(),  # noqa: NPY002
+    "Python": random.random,
+}
+
+
+@pytest.mark.parametrize("library", [*DRAWS, None])
+def test_every_kind_of_generator_is_held_to_its_seeds(library):
+    class Careless:
+        num_classes, takes_prompts = 0, False
+
+        def identity(self) -> dict[str, Any]:
+            return {}
+
+        def generate(self, seeds, conditions) -> torch.Tensor:
+            DRAWS.get(library, lambda: None)()
+            random.Random(1).random(), np.random.default_rng(1).random(), normal_latents([1], (1,))  # one's own: fine
+            with torch.random.fork_rng():
+                torch.manual_seed(seeds[0])  # put back afterwards: fine too
+            return torch.zeros(len(seeds), 4, 4, 3, dtype=torch.uint8)
+
+    call = partial(generate_checked, Careless(), [1, 2], Conditions(), "--generator.path g.py:make", "cpu")
+    if library is None:
+        assert call().shape == (2, 4, 4, 3)
+        return
+    with pytest.raises(
+        UserError, match=f"^--generator.path g.py:make: draws from the global random state of {library}, so"
+    ):
+        call()
+
+
+def test_generated_images_are_checked():
+    class Wrong:
+        num_classes, takes_prompts = 0, False
+
+        def identity(self) -> dict[str, Any]:
+            return {}
+
+        def generate(self, seeds, conditions) -> torch.Tensor:
+            return torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+
+    with pytest.raises(UserError, match=r"gave \[1, 4, 4, 3\]"):
+        generate_checked(Wrong(), [1, 2], Conditions(), "it", "cpu")
 
 
 # ---- Latents and gradients -------------------------------------------------------------------------------------------
@@ -339,6 +444,7 @@ def test_a_pipeline_in_a_bucket(tmp_path, s3_environment):
     bucket = s3_environment.make_bucket()
     s3_environment.filesystem().put(path, f"{bucket}/models/p", recursive=True)
     there, here = opened(f"s3://{bucket}/models/p", steps=2), opened(path, steps=2)
+    s3_environment.filesystem().rm(f"{bucket}/models/p", recursive=True)  # read once, for weights and identity
     assert torch.equal(there.generate([1], Conditions()), here.generate([1], Conditions()))
     assert there.identity() == here.identity()  # the same files, wherever they lie
     refused("no such directory", f"s3://{bucket}/models/q")
@@ -638,14 +744,14 @@ def test_torchscript_labels(scripted):
 
 def test_torchscript_bad_input(scripted, tmp_path):
     options: dict[str, Any] = {"kind": "torchscript", "latent_shape": (3, 2, 2)}
-    refused("--generator.latent_shape: not set", "x.pt", kind="torchscript")
-    refused("not found", str(tmp_path / "absent.pt"), **options)
+    refused("no such file", str(tmp_path / "absent.pt"), **options)
     refused("Is a directory", str(tmp_path), **options)
     (tmp_path / "text.pt").write_text("x")
+    refused("--generator.latent_shape: not set", str(tmp_path / "text.pt"), kind="torchscript")
     refused("not a TorchScript file", str(tmp_path / "text.pt"), **options)
     refused("no integer num_classes", scripted(Unlabelled()), **options)
-    with pytest.raises(UserError, match="no function of its seed"):
-        opened(scripted(Noisy()), **options).generate([1], Conditions())
+    with pytest.raises(UserError, match="global random state of torch, so"):
+        generate_checked(opened(scripted(Noisy()), **options), [1], Conditions(), "it", "cpu")
     with pytest.raises(UserError, match=r"gave \[1, 6\]"):
         opened(scripted(Flat()), kind="torchscript", latent_shape=(6,)).generate([1], Conditions())
 
@@ -727,9 +833,91 @@ def test_python_paths(tmp_path):
     refused("expected MODULE:FACTORY or FILE.py:FACTORY", "nothing", kind="python")
     refused("no such file", f"{tmp_path}/absent.py:make", kind="python")
     refused("no module no_such_module", "no_such_module.part:make", kind="python")
-    (tmp_path / "broken.py").write_text("import no_such_dependency")
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):  # the user's own traceback, not ours
-        opened(f"{tmp_path}/broken.py:make", kind="python")
+    refused("builtins is no file", "builtins:dict", kind="python")
+    refused("TypeError: the 'package' argument is required", ".relative:make", kind="python")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("g.py:make", ("g.py", "make")),
+        ("/data/a:b/g.py:make", ("/data/a:b/g.py", "make")),
+        ("package.module:Factory", ("package.module", "Factory")),
+        ("g.py", None),
+        (":make", None),
+        ("g.py:", None),
+        ("g.py:a.b", None),
+    ],
+)
+def test_a_path_is_split_at_its_last_colon(path, expected):
+    if expected is None:
+        with pytest.raises(UserError, match=r"expected MODULE:FACTORY or FILE\.py:FACTORY"):
+            split(path)
+        return
+    assert split(path) == expected
+
+
+def test_splitting_a_path_needs_no_torch():
+    code = (
+        "import sys; from pd_core.generators.python import split; split('g.py:make'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BROKEN = {  # source of the file -> line and what is said of it
+    "x = 1\ndef make(:\n    pass\n": (2, "SyntaxError: invalid syntax"),
+    "import json\nimport no_such_dependency\n": (2, "ModuleNotFoundError: No module named 'no_such_dependency'"),
+    "import json\n\njson.loads('{')\n": (3, "JSONDecodeError: Expecting property name"),  # not a line of json's
+    "import sys\nsys.exit(3)\n": (2, "SystemExit: 3"),
+    "def make():\n    return helper()\ndef helper():\n    raise KeyError\n": (4, "KeyError; mend"),
+    "def make():\n    raise RuntimeError('two\\nlines')\n": (2, "RuntimeError: two lines"),
+    "class make:\n    num_classes, takes_prompts, generate = 0, False, None\n    def identity(self): 1 / 0\n": (
+        3,
+        "ZeroDivisionError: division by zero",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", BROKEN)
+@pytest.mark.parametrize("of_module", [False, True])
+def test_defects_of_the_users_code_are_one_line_with_its_place(tmp_path, monkeypatch, source, of_module):
+    line, expected = BROKEN[source]
+    name = f"broken_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    file = tmp_path / f"{name}.py"
+    file.write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = f"{name if of_module else file}:make"
+    refused(f"--generator.path {path}: {file}, line {line}: {expected}", path, kind="python")
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_what_the_users_code_says_itself_stays_as_it_is(tmp_path):
+    file = tmp_path / "polite.py"
+    file.write_text("from pd_core.errors import UserError\ndef make(): raise UserError('weights: none; get some')\n")
+    with pytest.raises(UserError, match=r"^weights: none; get some$"):
+        opened(f"{file}:make", kind="python")
+
+
+def test_identity_tells_factories_and_versions_of_a_file_apart(example):
+    """small() and large() say the same of themselves; so does a file before and after an edit."""
+    text = example.read_text().replace('"code": files_hash(__file__), ', "")
+    text += "\n\ndef small(device):\n    return Blobs(8, device)\n\n\ndef large(device):\n    return Blobs(9, device)\n"
+    example.write_text(text)
+    small, large = (opened(f"{example}:{name}", kind="python").identity() for name in ("small", "large"))
+    assert small["generator"] == large["generator"] and small != large
+    assert json.loads(json.dumps(small)) == small == opened(f"{example}:small", kind="python").identity()
+    example.write_text(text.replace("Blobs(8,", "Blobs(7,"))
+    edited = opened(f"{example}:small", kind="python")
+    assert edited.identity()["generator"] == small["generator"] and edited.identity() != small
+    # and it is the edited file that runs, though this process has imported the one before
+    assert edited.generate([1], Conditions(labels=(0,))).shape == (1, 7, 7, 3)
+
+
+def test_identity_of_a_modules_factory_holds_its_file(example, monkeypatch):
+    monkeypatch.syspath_prepend(str(example.parent))
+    identity = opened("blobs:make", kind="python", arguments={"size": 8}).identity()
+    assert identity["factory"] == "make" and identity["file"] == files_hash(str(example))
+    monkeypatch.delitem(sys.modules, "blobs")
 
 
 # ---- StyleGAN --------------------------------------------------------------------------------------------------------
@@ -870,12 +1058,45 @@ def test_stylegan_bad_input(nvidia, tmp_path):
     refused("--generator.code: not set", path, kind="stylegan", allow_pickle=True)
     options: dict[str, Any] = {"kind": "stylegan", "allow_pickle": True}
     refused("has no torch_utils and no dnnlib", path, code=str(tmp_path), **options)
-    refused("not found", str(tmp_path / "absent.pkl"), code=str(code), **options)
-    refused("--generator.precision fp16", path, code=str(code), precision="fp16", **options)
+    refused("no such file", str(tmp_path / "absent.pkl"), code=str(code), **options)
+    refused("--generator.precision bf16", path, code=str(code), precision="bf16", **options)
     refused("holds no network G_ema", saved(0, key="G"), code=str(code), **options)
-    (tmp_path / "text.pkl").write_bytes(b"x")
-    refused("cannot be unpickled", str(tmp_path / "text.pkl"), code=str(code), **options)
     buffer = io.BytesIO()
     torch.save({"state": torch.zeros(1)}, buffer)
     (tmp_path / "weights.pkl").write_bytes(buffer.getvalue())
     refused("cannot be unpickled", str(tmp_path / "weights.pkl"), code=str(code), **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "raised"),
+    [
+        (b"", "EOFError"),
+        (b"x", "UnpicklingError"),
+        (b"I am text\n", "ValueError"),
+        (b"\x8c\x02\xff\xfe.", "UnicodeDecodeError"),
+        (b"]K\x01R.", "TypeError"),
+        (b"]K\x01K\x02s.", "IndexError"),
+        (b"cno_such_module\nname\n.", "ModuleNotFoundError"),
+        (b"cjson\nname\n.", "AttributeError"),
+    ],
+)
+def test_files_that_are_no_pickles(nvidia, tmp_path, content, raised):
+    (tmp_path / "text.pkl").write_bytes(content)
+    with pytest.raises(UserError, match=rf"cannot be unpickled with this code \({raised}: ") as caught:
+        stylegan(str(tmp_path / "text.pkl"), nvidia[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_stylegan_in_half_precision_is_described_anywhere_and_runs_on_gpus(nvidia):
+    """The driver's machine, which may have no GPU, opens a generator to learn its identity."""
+    code, saved = nvidia
+    generator = stylegan(saved(0), code, precision="fp16")
+    assert generator.identity()["options"]["force_fp32"] is False
+    for run in (
+        lambda: generator.generate([1], Conditions()),
+        lambda: generator.decode(generator.latents([1]), Conditions()),
+    ):
+        with pytest.raises(
+            UserError, match=r"--generator\.precision fp16: this process runs on cpu; StyleGAN runs in fp32"
+        ):
+            run()

@@ -33,6 +33,8 @@ class Toy:
         from pd_core.generators import to_uint8
 
         time.sleep(self.pause_s)
+        if self.fail == "always":
+            raise RuntimeError("no image")
         bad = self.bad_seeds & set(seeds)
         if bad and not (self.once and Path(self.once).exists()):
             if self.once and Path(self.once).parent.exists():

@@ -2,18 +2,22 @@
 
 An adapter is a class in a module of its own with the two methods of `Generator`, or the four of `LatentGenerator`. Sample i
 of a batch is a function of seeds[i] and its own condition; everything random in it is drawn on the CPU from a
-`torch.Generator` seeded with seeds[i] (`generators_of`, `normal_latents`), so that it does not depend on batch, device or
-worker. docs/generators.md tells how to write one.
+`torch.Generator` that all bits of seeds[i] decide (`generators_of`, `normal_latents`), so that it does not depend on batch,
+device or worker; `generate_checked` holds every generator to it. docs/generators.md tells how to write one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from pd_core import storage
 from pd_core.errors import UserError
@@ -66,11 +70,68 @@ class LatentGenerator(Generator, Protocol):
         ...
 
 
+# Where torch's CPU generator, a Mersenne Twister, keeps its words: 32 bits each, widened to uint64, after a header that begins
+# with the seed as uint64. `_twister_state` holds torch to it.
+TWISTER_WORDS = 624
+WORDS_AT = slice(24, 24 + 8 * TWISTER_WORDS)
+
+
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU random generator for each seed."""
+    """One CPU random generator for each seed in [0, 2^64); the whole seed decides.
+
+    `manual_seed` would drop all but the low 32 bits of a seed, and 256 of a million candidates would share their noise. The
+    words of the Mersenne Twister's state are SHAKE-128 (FIPS 202) of the seed's 8 bytes, little-endian, instead.
+
+    Raises:
+        RuntimeError: this torch keeps the state of its generators in another way.
+    """
     import torch
 
-    return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+    return [_filled(torch.Generator("cpu"), int(seed), _twister_state()) for seed in seeds]
+
+
+def _twister_words(seed: int) -> np.ndarray:
+    """uint32 [624]."""
+    return np.frombuffer(hashlib.shake_128(seed.to_bytes(8, "little")).digest(4 * TWISTER_WORDS), "<u4")
+
+
+def _filled(generator: torch.Generator, seed: int, blank: np.ndarray) -> torch.Generator:
+    import torch
+
+    state = blank.copy()
+    state[:8].view(np.uint64)[0] = seed  # what initial_seed() tells
+    state[WORDS_AT].view(np.uint64)[:] = _twister_words(seed)
+    generator.set_state(torch.from_numpy(state))
+    return generator
+
+
+@functools.cache
+def _twister_state() -> np.ndarray:
+    """The state of a CPU generator that has drawn nothing yet, uint8; proved to lie as `_filled` takes it to.
+
+    Raises:
+        RuntimeError: a filled generator does not give what numpy's Mersenne Twister gives from the same words.
+    """
+    import torch
+
+    drawn = TWISTER_WORDS + 100  # over the end of the first words; torch tells the low 31 bits of each draw
+    reference: Any = np.random.MT19937()
+    reference.state = {
+        "bit_generator": "MT19937",
+        "state": {"key": _twister_words(1).astype(np.uint32), "pos": TWISTER_WORDS},
+    }
+    blank = torch.Generator("cpu").manual_seed(0).get_state().numpy()
+    try:
+        generator = _filled(torch.Generator("cpu"), 1, blank)
+        found = torch.empty(drawn, dtype=torch.int32).random_(generator=generator).numpy()
+    except (ValueError, RuntimeError) as error:
+        raise RuntimeError(f"torch {torch.__version__}: cannot set the state of its CPU generator ({error})") from error
+    if generator.initial_seed() != 1 or not np.array_equal(found, reference.random_raw(drawn) & 0x7FFFFFFF):
+        raise RuntimeError(
+            f"torch {torch.__version__}: keeps the state of its CPU generator in a way that pd_core does not know, so seeds "
+            "would be cut to 32 bits; use torch 2.15, and report this"
+        )
+    return blank
 
 
 def normal(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str) -> torch.Tensor:
@@ -87,24 +148,55 @@ def normal_latents(seeds: Sequence[int], shape: Sequence[int], device: torch.dev
 
 @contextlib.contextmanager
 def own_randomness(name: str, device: torch.device | str) -> Iterator[None]:
-    """Hold a block to the rule that samples depend on their seeds alone: it may not draw from torch's global generators.
+    """Hold a block to the rule that samples depend on their seeds alone: it may not draw from global random states.
+
+    Watched are those of torch (CPU, and the device), numpy and Python's `random`, at about 0.1 ms a block.
 
     Raises:
-        UserError: `name`, as the user knows it, drew from the global random state of the CPU or of the device.
+        UserError: `name`, as the user knows it, left one of them in another state.
     """
+    before = _global_states(device)
+    yield
+    after = _global_states(device)
+    if moved := [library for library, state in before.items() if state != after[library]]:
+        raise UserError(
+            f"{name}: draws from the global random state of {' and '.join(moved)}, so that an image is no function of its seed; "
+            "choose another scheduler or generator, or draw from generators_of(seeds)"
+        )
+
+
+def _global_states(device: torch.device | str) -> dict[str, object]:
     import torch
 
-    def states() -> list[torch.Tensor]:
-        on_gpu = torch.device(device).type == "cuda"
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
+    algorithm, words, *rest = np.random.get_state()  # noqa: NPY002 - what others might draw from
+    states: dict[str, object] = {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": (algorithm, np.asarray(words).tobytes(), *rest),
+        "Python": random.getstate(),
+    }
+    if torch.device(device).type == "cuda":
+        states["torch on the GPU"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+    return states
 
-    before = states()
-    yield
-    if not all(torch.equal(old, new) for old, new in zip(before, states(), strict=True)):
-        raise UserError(
-            f"{name}: draws random numbers of its own, so that an image is no function of its seed; choose another scheduler or "
-            "generator"
-        )
+
+def generate_checked(
+    generator: Generator, seeds: Sequence[int], conditions: Conditions, name: str, device: torch.device | str
+) -> torch.Tensor:
+    """What the generator makes of the seeds: uint8 [B, H, W, 3], on whatever device it gives it.
+
+    Args:
+        generator: of any kind.
+        seeds: B integers in [0, 2^63).
+        conditions: what the samples shall show.
+        name: the generator as the user knows it, for messages.
+        device: where it runs, whose global random state is watched.
+
+    Raises:
+        UserError: it drew from a global random state, or gave something else than it promised.
+    """
+    with own_randomness(name, device):
+        images = generator.generate(seeds, conditions)
+    return checked(images, len(seeds))
 
 
 def check_conditions(generator: Generator, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> None:

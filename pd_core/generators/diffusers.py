@@ -25,7 +25,6 @@ from pd_core.generators import (
     check_conditions,
     files_hash,
     generators_of,
-    own_randomness,
     to_uint8,
 )
 from pd_core.generators.denoising import DeterministicDiffusion, Diffusion, dit_network, draws_noise, unet_network
@@ -66,14 +65,14 @@ def open_pipeline(settings: GeneratorSettings, device: str = "cpu") -> Generator
         index = _model_index(folder, settings.path)
         _be_quiet()
         pipeline = _load(folder, index, settings).to(device)
-        source = folder if storage.is_local(settings.path) else settings.path
+        files = files_hash(folder)  # while the copy is here: a bucket is not read twice
     if settings.scheduler is not None:
         pipeline.register_modules(scheduler=_scheduler(settings.scheduler, pipeline))
     for part in pipeline.components.values():
         if hasattr(part, "requires_grad_"):
             part.requires_grad_(False)  # images are differentiated by their latents, never by the weights
     arguments = _call_arguments(pipeline, settings)
-    identity = partial(_identity, pipeline, arguments, settings.precision, source)
+    identity = partial(_identity, pipeline, arguments, settings.precision, files)
     if _in_own_loop(pipeline):
         return _open_denoising(pipeline, arguments, device, identity)
     return CalledPipeline(pipeline, arguments, device, identity)
@@ -248,7 +247,7 @@ def _in_own_loop(pipeline: Any) -> bool:
     return type(pipeline).__name__ in (*UNET_PIPELINES, "DiTPipeline")
 
 
-def _identity(pipeline: Any, arguments: dict[str, Any], precision: str, source: str) -> dict[str, Any]:
+def _identity(pipeline: Any, arguments: dict[str, Any], precision: str, files: str) -> dict[str, Any]:
     schedulers = {
         name: json.loads(part.to_json_string())
         for name, part in pipeline.components.items()
@@ -259,7 +258,7 @@ def _identity(pipeline: Any, arguments: dict[str, Any], precision: str, source: 
         libraries.append("transformers")
     return {
         "pipeline": type(pipeline).__name__,
-        "files": files_hash(source),
+        "files": files,
         "schedulers": schedulers,
         "safety_checker": getattr(pipeline, "safety_checker", None) is not None,
         "arguments": arguments,
@@ -321,7 +320,7 @@ class CalledPipeline:
         generators = generators_of(seeds)
         what = {"prompt": list(conditions.prompts)} if conditions.prompts is not None else {"batch_size": len(seeds)}
         name = f"--generator.path: {type(self._pipeline).__name__}"
-        with torch.no_grad(), own_randomness(name, self._device), _seeded_steps(self._pipeline, generators):
+        with torch.no_grad(), _seeded_steps(self._pipeline, generators):
             output = self._pipeline(generator=generators, output_type="pt", **what, **self._arguments)
         images = getattr(output, "images", None)
         if images is None:

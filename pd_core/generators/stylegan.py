@@ -25,7 +25,6 @@ from pd_core.generators import (
     check_conditions,
     files_hash,
     normal_latents,
-    own_randomness,
     read_file,
     to_uint8,
 )
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from pd_core.config import GeneratorSettings
 
 CODE = ("torch_utils", "dnnlib")
+PRECISIONS = "StyleGAN runs in fp32, or on a GPU in fp16, its own mixed precision; set one of them"
 COMPILED = ("bias_act", "upfirdn2d", "filtered_lrelu")
 
 
@@ -49,7 +49,7 @@ def open_pickle(settings: GeneratorSettings, device: str = "cpu") -> StyleGAN:
         device: "cpu", "cuda", "cuda:1".
 
     Raises:
-        UserError: no permission to load a pickle, code or pickle missing, not a network pickle, precision it does not have.
+        UserError: no permission to load a pickle, code or pickle missing, not a network pickle, bf16.
     """
     assert settings.path is not None, "open_generator refuses settings without a path"
     where = f"--generator.path {settings.path}"
@@ -57,17 +57,14 @@ def open_pickle(settings: GeneratorSettings, device: str = "cpu") -> StyleGAN:
         raise UserError(
             f"{where}: a pickle, which can run any code it holds when it is loaded; pass --generator.allow-pickle if you trust it"
         )
-    half = settings.precision == "fp16"
-    if settings.precision == "bf16" or (half and not device.startswith("cuda")):
-        raise UserError(
-            f"--generator.precision {settings.precision}: StyleGAN runs in fp32, or on a GPU in fp16, its own mixed precision"
-        )
+    if settings.precision == "bf16":
+        raise UserError(f"--generator.precision bf16: {PRECISIONS}")
     code = _import_from(settings.code)
     data = read_file(settings.path)
     network = _network(data, where)
     _use_reference_operations()
     network = network.eval().requires_grad_(False).to(device)
-    return StyleGAN(network, settings, device, code)
+    return StyleGAN(network, settings, device, storage.sha256(data), files_hash(code, ".py"))
 
 
 def _import_from(code: str | None) -> str:
@@ -97,7 +94,7 @@ def _network(data: bytes, where: str) -> torch.nn.Module:
     try:
         with _version_parser():
             content = pickle.load(io.BytesIO(data))  # noqa: S301 - the user said --generator.allow-pickle; NVIDIA has no other format
-    except (pickle.UnpicklingError, EOFError, ImportError, AttributeError, KeyError, AssertionError) as error:
+    except Exception as error:  # bytes of another kind are opcodes at random, which may raise nearly anything
         reason = one_line(error)
         raise UserError(
             f"{where}: cannot be unpickled with this code ({type(error).__name__}: {reason}); use the code it was made with, and "
@@ -145,10 +142,10 @@ class StyleGAN:
 
     takes_prompts = False
 
-    def __init__(self, network: Any, settings: GeneratorSettings, device: str, code: str):
+    def __init__(self, network: Any, settings: GeneratorSettings, device: str, file_hash: str, code_hash: str):
         self.num_classes = int(network.c_dim)
         self._network, self._device = network, device
-        self._path, self._code = str(settings.path), code
+        self._hashes = {"file": file_hash, "code": code_hash}
         self._options = {
             "truncation_psi": settings.truncation,
             "noise_mode": settings.noise,
@@ -159,8 +156,7 @@ class StyleGAN:
         """Hash of the pickle and of NVIDIA's code, options of the network, torch's version."""
         return {
             "network": type(self._network).__name__,
-            "file": files_hash(self._path),
-            "code": files_hash(self._code, ".py"),
+            **self._hashes,
             "resolution": int(self._network.img_resolution),
             "options": self._options,
             "versions": {"torch": version("torch")},
@@ -170,7 +166,7 @@ class StyleGAN:
         """uint8 [B, H, W, 3] on the device; see Generator."""
         import torch
 
-        with torch.no_grad(), own_randomness("--generator.path: this StyleGAN", self._device):
+        with torch.no_grad():
             return to_uint8(self.decode(self.latents(seeds), conditions))
 
     def latents(self, seeds: Sequence[int]) -> torch.Tensor:
@@ -178,7 +174,13 @@ class StyleGAN:
         return normal_latents(seeds, (self._network.z_dim,), self._device)
 
     def decode(self, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        """float32 [B, 3, H, W], about [-1, 1], not clamped; differentiable in z, noise inputs held constant."""
+        """float32 [B, 3, H, W], about [-1, 1], not clamped; differentiable in z, noise inputs held constant.
+
+        Raises:
+            UserError: fp16 on a CPU. It is not refused at opening: a driver without a GPU opens generators to describe them.
+        """
+        if not self._options["force_fp32"] and latents.device.type != "cuda":
+            raise UserError(f"--generator.precision fp16: this process runs on {latents.device.type}; {PRECISIONS}")
         return self._network(latents, self._classes(len(latents), conditions), **self._options).float()
 
     def _classes(self, batch: int, conditions: Conditions) -> torch.Tensor:

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from pd_core import storage
 from pd_core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     check_conditions,
-    files_hash,
     normal_latents,
-    own_randomness,
     read_file,
     to_uint8,
 )
@@ -62,7 +61,7 @@ def open_module(settings: GeneratorSettings, device: str = "cpu") -> TorchScript
         raise UserError(f"{where}: not a TorchScript file ({reason}); write one with torch.jit.save") from None
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    return TorchScript(module.eval(), settings, device, _classes(module, where))
+    return TorchScript(module.eval(), settings, device, _classes(module, where), storage.sha256(data))
 
 
 def _classes(module: Any, where: str) -> int:
@@ -85,16 +84,16 @@ class TorchScript:
 
     takes_prompts = False
 
-    def __init__(self, module: Any, settings: GeneratorSettings, device: str, num_classes: int):
+    def __init__(self, module: Any, settings: GeneratorSettings, device: str, num_classes: int, file_hash: str):
         assert settings.latent_shape is not None, "open_module refuses settings without a latent_shape"
         self.num_classes = num_classes
-        self._module, self._device = module, device
+        self._module, self._device, self._file_hash = module, device, file_hash
         self._path, self._shape, self._range = str(settings.path), settings.latent_shape, settings.value_range
 
     def identity(self) -> dict[str, Any]:
         """Hash of the file, shape of a latent, range of the output, torch's version."""
         return {
-            "file": files_hash(self._path),
+            "file": self._file_hash,
             "latent_shape": list(self._shape),
             "value_range": self._range,
             "versions": {"torch": version("torch")},
@@ -104,7 +103,7 @@ class TorchScript:
         """uint8 [B, H, W, 3] on the device; see Generator."""
         import torch
 
-        with torch.no_grad(), own_randomness(f"--generator.path {self._path}", self._device):
+        with torch.no_grad():
             return to_uint8(self.decode(self.latents(seeds), conditions))
 
     def latents(self, seeds: Sequence[int]) -> torch.Tensor:
