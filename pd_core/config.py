@@ -383,6 +383,12 @@ class GenerateSettings(WorkflowSettings):
     images: int = Field(32, gt=0, description="images in each grid of the report")
     verify: str | None = Field(None, description="output of an earlier run: make some of its rows again and compare")
     rows: int = Field(20, gt=0, description="verify: rows to make again")
+    verify_seed: int | None = Field(
+        None,
+        ge=0,
+        alias="verify-seed",
+        description="verify: seed of the choice of rows, as an earlier verify printed it",
+    )
 
 
 WORKFLOWS: Sequence[type[WorkflowSettings]] = (BuildIndexSettings, GenerateSettings)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from pd_core import (
     realset,
     sampling,
     sampling_report,
+    schemas,
     search,
     storage,
     tracking,
@@ -28,11 +30,11 @@ from pd_core import (
 )
 from pd_core.config import GenerateSettings
 from pd_core.errors import RunError, UserError
+from pd_core.generators.python import split
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 
 PILOT_PART_CHUNKS = 8
-SEARCH_SHARE = 0.25  # of a joined cluster's CPUs that search processes may fill
 STAGES = ("pilot", "samples", "rejected", "export", "report")
 
 
@@ -48,13 +50,16 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
         raise UserError("--index: not set; name the --output of build_index.py")
     if settings.n is None:
         raise UserError("--n: not set; how many accepted images are wanted")
-    if not settings.generator.path:
-        raise UserError("--generator.path: not set; name the generator")
     generator = settings.generator
     generators.check_path(generator)
+    assert generator.path is not None, "check_path refuses none"
     piloting.check_settings(settings.weighting, generator.labels)
     paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
     local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
+    if generator.kind == "python":
+        source, factory = split(generator.path)
+        if _is_file(source):
+            local["path"] = f"{storage.absolute(source)}:{factory}"
     if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
         raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
     settings = settings.model_copy(
@@ -102,6 +107,11 @@ def plan_generate(settings: GenerateSettings) -> None:
     settings, real = prepare(settings)
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
+    if settings.overwrite and storage.load_artifact(storage.join(output, "samples")) is not None:
+        raise UserError(
+            f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made with; "
+            "choose another --output"
+        )
     with cluster.session(output) as now, tracking.start(_off(settings), output, "generate", {}) as tracker:
         run = Run(settings, output, now, tracker, "generate", STAGES)
         with contextlib.ExitStack() as resources:
@@ -130,7 +140,8 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
     job, pool = planned.job, _pool(settings)
     budget = sampling.Budget(settings.max_candidates, settings.max_hours and settings.max_hours * 3600)
     if job.rejected is not None:
-        job.rejected.begin(settings.overwrite)
+        with failures("rejected", job.rejected.uri):
+            job.rejected.begin(settings.overwrite)
 
     def make() -> tuple[list[storage.Part], dict[str, Any]]:
         parts, totals = sampling.run(job, run.now, pool, planned.open_index(), planned.expected.low, budget)
@@ -169,17 +180,16 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         classes=classes,
         class_names=names,
         prompts=_prompts(settings, facts),
-        copy_distance=float(np.quantile(real.nearest_quantiles, settings.copies_quantile)),
+        device=cluster.device_of(run.now, settings.actor_gpus),
+        copy_distance=real.copy_distance(settings.copies_quantile),
         drop_copies=False,
     )
 
     @functools.cache
     def open_index() -> search.SearchPool:
         searching, now = settings.search, cluster.refreshed(run.now)
-        few = replace(
-            now, cpus=now.cpus * SEARCH_SHARE
-        )  # the generator takes most of the time and should have the rest
-        return resources.enter_context(search.open_pool(real.index, few, searching.actors, searching.actor_cpus))
+        pool = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
+        return resources.enter_context(pool)
 
     pilot = _pilot(run, settings, recipe, open_index)
     weightings = piloting.weightings_of(settings.weighting, real, by_label, pilot, settings.score)
@@ -315,40 +325,92 @@ def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str
 
 # ---- verify ----------------------------------------------------------------------------------------------------------
 
+PICKLED = ("diffusers", "stylegan")  # kinds of generators that --generator.allow-pickle has a meaning for
+ROUNDED = ("torch", "torchvision", "faiss-cpu", "faiss-gpu-cu12", "numpy", "pillow")  # versions move numbers' last bits
+SHOWN = 50  # differences of each kind
 
-def verify(uri: str, rows: int, generator: config.GeneratorSettings) -> None:
-    """Make `rows` rows of a finished output again from their seeds and compare.
+
+def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int | None = None) -> None:
+    """Check every part of a finished output against its commit record, make `rows` rows again from their seeds and compare.
 
     Args:
         uri: output of generate.py.
         rows: how many.
         generator: of this command; only its permission to load a pickle is used.
+        seed: of the choice of rows; None: another one in each call, which is printed.
 
     Raises:
-        UserError: nothing finished is there, or what it was made from is gone or has changed.
-        RunError: rows differ.
+        UserError: nothing finished is there, what it was made from is gone or has changed, or it was made on a GPU and there
+            is none here.
+        RunError: something differs.
     """
-    uri = storage.absolute(uri)
+    uri, seed = storage.absolute(uri), secrets.randbits(31) if seed is None else seed
     with failures("verify", uri):
         artifact = storage.load_artifact(storage.join(uri, "samples"))
     if artifact is None or artifact.kind != "samples":
         raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
     with cluster.session(uri) as now, failures("verify", uri):
-        recipe = _recipe_of(artifact, generator.allow_pickle)
-        chosen = cluster.get(_task(verifying.choose).remote(storage.join(uri, "samples"), artifact, rows))
-        results = verifying.verify(recipe, chosen, 1.0 if now.gpus else 0.0)
-    wrong = [(number, difference) for number, difference in results if difference is not None]
-    for number, difference in wrong:
-        cluster.say(f"sample {number}: {difference}")
+        recipe = _recipe_of(uri, artifact, generator.allow_pickle)
+        if recipe.device == "cuda" and not now.gpus:
+            raise UserError(
+                f"--verify {uri}: these samples were made on GPUs and the cluster has none; on CPUs their last bits, and with "
+                "them their hashes, are others; verify where there is a GPU"
+            )
+        _say_versions(artifact)
+        place, totals = storage.join(uri, "samples"), artifact.totals
+        samples = verifying.Samples(place, recipe, artifact.identity["chunks_per_part"], totals["candidates"])
+        parts, chosen = verifying.check_parts(samples, artifact, verifying.Draw(rows, seed))
+        cluster.say(f"verify: {len(chosen)} of {artifact.rows} rows are made again, chosen by seed {seed}")
+        found = verifying.Findings(parts)
+        if len(chosen):
+            with search.open_pool(recipe.realset.index, now, None, 1, beside_generator=True) as pool:
+                found.add(verifying.check_rows(samples, pool, now, chosen))
+    _say_findings(found, len(artifact.parts))
+
+
+def _say_versions(artifact: storage.Artifact) -> None:
+    """A line where packages that decide the last bits of images and densities are not those of the run."""
+    here = storage.package_versions()
+    was = artifact.versions
+    moved = [f"{name} {was.get(name)} -> {here.get(name)}" for name in ROUNDED if was.get(name) != here.get(name)]
+    if moved:
+        cluster.say(f"verify: other packages than in the run ({', '.join(moved)}); numbers may differ by rounding")
+
+
+def _say_findings(found: verifying.Findings, parts: int) -> None:
+    """Each difference and the sum of them. Raises RunError where there is any."""
+    wrong = {number: text for number, text in sorted(found.rows.items()) if text is not None}
+    _say_some([f"{name}: {text}" for name, texts in found.parts.items() for text in texts])
+    _say_some([f"chunk {chunk}: {text}" for chunk, texts in sorted(found.chunks.items()) for text in texts])
+    _say_some([f"sample {number}: {text}" for number, text in wrong.items()])
+    failed = []
+    if found.parts:
+        failed.append(f"{len(found.parts)} files are not as committed")
+    if found.chunks:
+        failed.append(f"{len(found.chunks)} chunks hold other rows than are accepted of them")
     if wrong:
-        raise RunError(f"verify: {len(wrong)} of {len(results)} rows are not what their seeds give; see above")
-    cluster.say(f"verify: {len(results)} of {len(results)} rows are what their seeds give")
+        failed.append(f"{len(wrong)} of {len(found.rows)} rows are not what their seeds give")
+    if failed:
+        raise RunError(f"verify: {'; '.join(failed)}; see above")
+    rows = len(found.rows)
+    cluster.say(f"verify: {parts} parts are as committed, {rows} of {rows} rows are what their seeds give")
 
 
-def _recipe_of(artifact: storage.Artifact, allow_pickle: bool) -> sampling.Recipe:
+def _say_some(lines: Sequence[str]) -> None:
+    for line in lines[:SHOWN]:
+        cluster.say(line)
+    if len(lines) > SHOWN:
+        cluster.say(f"... and {len(lines) - SHOWN} more")
+
+
+def _recipe_of(uri: str, artifact: storage.Artifact, allow_pickle: bool) -> sampling.Recipe:
     """The recipe of finished samples, from their commit record alone: the environment has no say here."""
     identity, stored = artifact.identity, artifact.totals["settings"]
-    generator = config.GeneratorSettings.model_validate(stored["generator"] | {"allow_pickle": allow_pickle})
+    if artifact.schema_version != schemas.VERSIONS["samples"] or "device" not in identity:
+        raise UserError(f"--verify {uri}: made by another version of pd_core; verify with that one")
+    generator = config.GeneratorSettings.model_validate(
+        stored["generator"] | {"allow_pickle": allow_pickle and stored["generator"]["kind"] in PICKLED}
+    )
     real = realset.open_realset(stored["index"])
     if dict(real.fingerprints) != identity["realset"]:
         raise UserError(
@@ -371,6 +433,7 @@ def _recipe_of(artifact: storage.Artifact, allow_pickle: bool) -> sampling.Recip
         classes=tuple(identity["classes"]),
         class_names=tuple(identity["class_names"]),
         prompts=prompts,
+        device=identity["device"],
         copy_distance=identity["copy_distance"],
         drop_copies=identity["drop_copies"],
     )

@@ -282,6 +282,7 @@ def stage_of(uri: str, kind: str, recipe: sampling.Recipe, more: Mapping[str, An
         "score": recipe.score,
         "seed": recipe.seed,
         "chunk": recipe.chunk,
+        "device": recipe.device,
         "threads": recipe.threads,
         "classes": list(recipe.classes),
         "class_names": list(recipe.class_names),

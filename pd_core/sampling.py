@@ -173,9 +173,10 @@ class ChunkMaker:
         import torch
 
         drawn = candidates_of(self.recipe, chunk)
+        name, device = f"--generator.path {self.recipe.generator.path}", self.scorer.extractor.device
         with torch.no_grad():  # not inference_mode: a scheduler may keep a tensor that a later gradient has to pass
-            images = self.generator.generate(drawn.seed.tolist(), conditions_of(self.recipe, drawn))
-            images = generators.checked(images, len(drawn.number))
+            seeds, conditions = drawn.seed.tolist(), conditions_of(self.recipe, drawn)
+            images = generators.generate_checked(self.generator, seeds, conditions, name, device).to(device)
             features = self.scorer.features(images)
             if not bool(torch.isfinite(features).all()):
                 raise ValueError("features of generated images are not finite")

@@ -19,9 +19,9 @@ VERSIONS = {
     "densities": 1,
     "estimator": 1,
     "report": 1,
-    "pilot": 1,
-    "samples": 1,
-    "rejected": 1,
+    "pilot": 2,
+    "samples": 2,
+    "rejected": 2,
     "export": 1,
 }
 

@@ -318,56 +318,6 @@ def test_pandas_datasets_and_ray_data_read_it_as_it_is(undisturbed, tmp_path):
     np.testing.assert_array_equal(np.asarray(loaded[0]["image"]), toy_generator.draw(int(frame["seed"][0]), 0))
 
 
-def test_verify_makes_rows_again_and_finds_a_tampered_one(undisturbed, tmp_path, capsys):
-    import shutil
-
-    assert errors.exit_code(lambda: generate.main([f"--verify={undisturbed}", "--rows=12"])) == 0
-    assert "12 of 12 rows" in capsys.readouterr().out
-    copy = tmp_path / "copy"
-    shutil.copytree(undisturbed, copy)
-    part = largest_part(copy)
-    for name, value, message in [
-        ("image_hash", "0" * 64, "stored hash"),
-        ("seed", 1, "seed 1"),
-        ("density_predicted", 3.0, "predicted density 3.0"),
-    ]:
-        original = part.read_bytes()
-        table = pq.read_table(part)
-        column = table[name].to_pylist()
-        column[0] = value
-        changed = table.set_column(table.schema.get_field_index(name), table.schema.field(name), pa.array(column))
-        pq.write_table(changed, part)
-        assert errors.exit_code(lambda: generate.main([f"--verify={copy}", f"--rows={N}"])) == 1
-        said = capsys.readouterr()
-        assert message in said.out and f"1 of {N} rows" in said.err
-        part.write_bytes(original)
-
-
-def test_verify_finds_a_picture_that_was_exchanged(undisturbed, tmp_path, capsys):
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(undisturbed, copy)
-    part = largest_part(copy)
-    table = pq.read_table(part)
-    images = table["image"].to_pylist()
-    images[0] = images[1]
-    place = table.schema.get_field_index("image")
-    pq.write_table(table.set_column(place, table.schema.field("image"), pa.array(images, storage_type())), part)
-    assert errors.exit_code(lambda: generate.main([f"--verify={copy}", f"--rows={N}"])) == 1
-    assert "the stored picture does not have the stored hash" in capsys.readouterr().out
-
-
-def largest_part(output: Path) -> Path:
-    return max((output / "samples").glob("*.parquet"), key=lambda file: pq.read_metadata(file).num_rows)
-
-
-def storage_type():
-    from pd_core import schemas
-
-    return schemas.IMAGE
-
-
 @pytest.mark.slow
 def test_export_keeps_no_picture_of_an_earlier_set(index, tmp_path):
     output = tmp_path / "out"

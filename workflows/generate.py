@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     from pd_core import generation  # late: --help and refused settings need neither Ray nor torch
 
     if settings.verify is not None:
-        generation.verify(settings.verify, settings.rows, settings.generator)
+        generation.verify(settings.verify, settings.rows, settings.generator, settings.verify_seed)
     elif settings.dry_run:
         generation.plan_generate(settings)
     else:

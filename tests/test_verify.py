@@ -1,0 +1,361 @@
+"""generate.py --verify: whatever is changed in finished samples is found, and said in a line that names it."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pd_core import cluster, config, errors, generation, ids, schemas, storage, verifying
+from tests import toy_generator
+from tests.test_generate import index, rows, run  # noqa: F401
+from workflows import generate
+
+N = 40
+LIGHT = [name for name in schemas.samples().names if name not in ("sample_id", "image", "image_hash")]
+
+
+@pytest.fixture(scope="module")
+def made(index, inputs, tmp_path_factory):  # noqa: F811
+    """Samples whose every column holds something, and the files they were made from."""
+    root = tmp_path_factory.mktemp("made")
+    shutil.copy(toy_generator.__file__, root / "toy.py")
+    shutil.copy(inputs[1], root / "tiny.safetensors")
+    (root / "prompts.txt").write_text("a red square\na blue one\n")
+    more = (
+        f"--generator.path={root / 'toy.py'}:make",
+        f"--generator.prompts={root / 'prompts.txt'}",
+        f"--checkpoint={root / 'tiny.safetensors'}",
+        "--generator.labels=all",
+        "--score=both",
+    )
+    assert run(index, root / "out", *more, toy={"classes": 3, "texts": True}, n=N) == 0
+    return root
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made / "out" / "samples", tmp_path / "out" / "samples")
+    return tmp_path / "out"
+
+
+def verify(output: Path, count: int, *more: str) -> int:
+    return errors.exit_code(lambda: generate.main([f"--verify={output}", f"--rows={count}", *more]))
+
+
+def record(output: Path) -> dict:
+    return json.loads((output / "samples" / "artifact.json").read_text())
+
+
+def commit(output: Path, values: dict) -> None:
+    """Write a commit record that agrees with itself and with the files, as a careful forger would."""
+    for part in values["parts"]:
+        data = (output / "samples" / part["name"]).read_bytes()
+        part |= {
+            "bytes": len(data),
+            "sha256": storage.sha256(data),
+            "rows": pq.read_metadata(io.BytesIO(data)).num_rows,
+        }
+    own = {"kind": values["kind"], "schema_version": values["schema_version"]}
+    values["fingerprint"] = storage.fingerprint(own | values["identity"])
+    (output / "samples" / "artifact.json").write_text(json.dumps(values))
+
+
+def parts(output: Path) -> list[Path]:
+    return sorted((output / "samples").glob("part-*.parquet"))
+
+
+def changed(table: pa.Table, name: str, row: int, value: object) -> pa.Table:
+    place = table.schema.get_field_index(name)
+    field = table.schema.field(name)
+    values = table[name].to_pylist()
+    values[row] = value
+    return table.set_column(place, field, pa.array(values, field.type))
+
+
+def another(name: str, value: object) -> object:
+    """Some other value that the column could well hold; of floats the very next one."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        kind = np.float32 if name == "nearest_real_distance" else np.float64
+        return float(np.nextafter(kind(value), kind(9)))
+    return value + 1 if isinstance(value, int) else f"{value}?"
+
+
+# ---- as it was made --------------------------------------------------------------------------------------------------
+
+
+def test_untouched_samples_pass_and_each_call_takes_other_rows(made, capsys, monkeypatch):
+    taken: list[list[int]] = []
+    check = verifying.check_rows
+
+    def checking(samples, pool, now, chosen):
+        taken.append(sorted(chosen.tolist()))
+        if len(taken) == 1:
+            return check(samples, pool, now, chosen)
+        return verifying.Findings(rows=dict.fromkeys(chosen.tolist()))
+
+    monkeypatch.setattr(verifying, "check_rows", checking)
+    assert verify(made / "out", N) == 0  # every row: every column is equal to the last bit
+    said = capsys.readouterr()
+    assert f"{N} of {N} rows are what their seeds give" in said.out
+    assert "verify parts" in said.err and "verify rows" in said.err  # progress
+    assert taken[0] == rows(made / "out")["sample_id"].to_pylist()
+    seeds = []
+    for _ in range(2):
+        assert verify(made / "out", 8) == 0
+        seeds += re.findall(r"chosen by seed (\d+)", capsys.readouterr().out)
+    assert len(taken[1]) == len(taken[2]) == 8
+    assert taken[1] != taken[2] and seeds[0] != seeds[1]  # equal once in C(40, 8) = 7.7e7
+    generation.verify(str(made / "out"), 8, config.GeneratorSettings(), int(seeds[0]))
+    assert taken[3] == taken[1]
+
+
+@pytest.mark.slow
+def test_samples_that_the_index_decided_pass_and_a_row_with_another_acceptance_is_found(index, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / "out"
+    assert run(index, output, "--score=index", n=20) == 0
+    assert verify(output, 20) == 0
+    (part,) = [p for p in parts(output) if pq.read_metadata(p).num_rows][:1]
+    table = pq.read_table(part)
+    number, chance = table["sample_id"][0].as_py(), table["acceptance_probability"][0].as_py()
+    pq.write_table(changed(table, "acceptance_probability", 0, chance / 2), part)
+    commit(output, record(output))
+    assert verify(output, 20) == 1
+    assert f"sample {number}: acceptance_probability {chance / 2}, expected {chance}" in capsys.readouterr().out
+
+
+# ---- rows that were changed together with the record -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_every_column_of_a_row_is_compared(made, name):
+    """Rows against themselves, one value moved as little as the column allows."""
+    table = rows(made / "out")
+    assert table[name].null_count == 0, "a column without values would compare nothing"
+    assert set(verifying.compare_rows(table, table).values()) == {None}
+    value = table[name][3].as_py()
+    found = verifying.compare_rows(changed(table, name, 3, another(name, value)), table)
+    (number,) = [n for n, difference in found.items() if difference]
+    assert number == table["sample_id"][3].as_py()
+    assert (found[number] or "").endswith(f" {another(name, value)}, expected {value}")
+
+
+def test_other_pictures_are_found(made):
+    table = rows(made / "out")
+    images, hashes = table["image"].to_pylist(), table["image_hash"].to_pylist()
+    other = images[1] | {"path": images[0]["path"]}
+    sink = io.BytesIO()
+    Image.open(io.BytesIO(images[0]["bytes"])).convert("RGBA").save(sink, "PNG")
+    cases = [
+        (changed(table, "image", 0, other), "stored hash"),
+        (changed(changed(table, "image", 0, other), "image_hash", 0, hashes[1]), "made again is another"),
+        (changed(table, "image", 0, images[0] | {"path": "x.png"}), "image path x.png"),
+        (changed(table, "image", 0, images[0] | {"bytes": images[0]["bytes"][:60]}), "stored hash"),
+        (changed(table, "image", 0, images[0] | {"bytes": sink.getvalue()}), "stored hash"),
+        (changed(table, "image", 0, None), "stored hash"),
+    ]
+    for stored, expected in cases:
+        found = [text for text in verifying.compare_rows(stored, table).values() if text]
+        assert len(found) == 1 and expected in found[0], (found, expected)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ([1, 5, 7], []),
+        ([1, 7], ["sample 5 is accepted, but not in the table"]),
+        ([1, 5, 5, 7], ["sample 5 is in the table 2 times"]),
+        ([1, 5, 6, 7], ["sample 6 is in the table, but not accepted"]),
+    ],
+)
+def test_a_chunk_holds_what_is_accepted_of_it_and_nothing_else(table, expected):
+    assert verifying.compare_accepted(table, [1, 5, 7]) == expected
+
+
+def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, capsys):
+    """One part without a row, one with a row twice, one with another density, all of it in a consistent record."""
+    long = [part for part in parts(copy) if pq.read_metadata(part).num_rows > 1][:3]
+    assert len(long) == 3
+    removed, doubled, forged = map(pq.read_table, long)
+    numbers = [table["sample_id"].to_pylist() for table in (removed, doubled, forged)]
+    pq.write_table(removed.slice(1), long[0])
+    pq.write_table(pa.concat_tables([doubled.slice(0, 1), doubled]), long[1])  # --n is as it was
+    density = forged["density_index"][0].as_py()
+    pq.write_table(changed(forged, "density_index", 0, density * 2), long[2])
+    commit(copy, record(copy))
+    assert verify(copy, N) == 1
+    said = capsys.readouterr()
+    size = record(copy)["identity"]["chunk"]
+    assert f"chunk {numbers[0][0] // size}: sample {numbers[0][0]} is accepted, but not in the table" in said.out
+    assert f"chunk {numbers[1][0] // size}: sample {numbers[1][0]} is in the table 2 times" in said.out
+    assert f"{long[1].name}: its sample_ids do not ascend" in said.out
+    assert f"sample {numbers[2][0]}: density by the index {density * 2}, expected {density}" in said.out
+    (line,) = [line for line in said.err.splitlines() if line.startswith("failed:")]
+    assert "1 files" in line and "2 chunks" in line and f"1 of {N - 1} rows" in line
+
+
+# ---- the files -------------------------------------------------------------------------------------------------------
+
+
+def samples_of(output: Path) -> tuple[verifying.Samples, storage.Artifact]:
+    artifact = storage.load_artifact(str(output / "samples"))
+    assert artifact is not None
+    recipe = generation._recipe_of(str(output), artifact, False)
+    place, identity = str(output / "samples"), artifact.identity
+    return verifying.Samples(place, recipe, identity["chunks_per_part"], artifact.totals["candidates"]), artifact
+
+
+def cut(part: Path) -> None:
+    part.write_bytes(part.read_bytes()[:-8])
+
+
+def flip(part: Path) -> None:
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3] ^= 1
+    part.write_bytes(data)
+
+
+def drop_column(part: Path) -> None:
+    pq.write_table(pq.read_table(part).drop_columns(["density"]), part)
+
+
+def move_row(part: Path) -> None:
+    table = pq.read_table(part)
+    pq.write_table(changed(table, "sample_id", 0, 10**6), part)
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        (Path.unlink, ["is missing"]),
+        (cut, ["bytes", "sha256", "cannot be read"]),
+        (flip, ["sha256"]),
+        (drop_column, ["bytes", "sha256", "cannot be read: its columns"]),
+        (move_row, ["sha256", "sample_id 1000000 is not one of its own"]),
+        (lambda part: pq.write_table(pq.read_table(part).slice(1), part), ["bytes", "sha256", "rows"]),
+    ],
+)
+def test_a_part_that_differs_from_its_record_is_named_with_what_differs(copy, harm, expected):
+    samples, artifact = samples_of(copy)
+    part = next(p for p in artifact.parts if p.rows > 1)
+    draw = verifying.Draw(4, 0)
+    assert verifying.check_part(samples, part, draw).differences == []
+    harm(copy / "samples" / part.name)
+    found = verifying.check_part(samples, part, draw).differences
+    assert all(any(text.startswith(start) for text in found) for start in expected), found
+
+
+def test_the_last_row_cannot_be_taken_away(copy):
+    last = parts(copy)[-1]
+    table = pq.read_table(last)
+    pq.write_table(table.slice(0, table.num_rows - 1), last)
+    commit(copy, record(copy))
+    samples, artifact = samples_of(copy)
+    found = verifying.check_part(samples, artifact.parts[-1], verifying.Draw(4, 0)).differences
+    assert any("the last of all" in text for text in found)
+
+
+def test_missing_and_surplus_parts_are_named_and_the_other_rows_are_made_again(copy, capsys):
+    first, second, *_ = (part for part in parts(copy) if pq.read_metadata(part).num_rows)
+    left = N - pq.read_metadata(first).num_rows
+    first.unlink()
+    shutil.copy(second, second.with_name("part-00000777.parquet"))
+    assert verify(copy, 2) == 1
+    said = capsys.readouterr()
+    assert f"{first.name}: is missing" in said.out and "part-00000777.parquet: is not of this run" in said.out
+    assert "2 files are not as committed; see above" in said.err
+    assert left > 2 and "2 of 40 rows are made again" in said.out
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda r: r["identity"].update(seed=1), "fingerprint"),
+        (lambda r: r["parts"].pop(), "its parts hold"),
+        (lambda r: r["parts"].pop(0), "without gaps"),
+        (lambda r: r["identity"].update(n=N - 1), "--n was 39"),
+        (lambda r: r["totals"].update(candidates=10**6), "do not end in the last"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_told(copy, change, expected):
+    values = record(copy)
+    assert verifying.record_differences(samples_of(copy)[1]) == []
+    change(values)
+    (copy / "samples" / "artifact.json").write_text(json.dumps(values))
+    artifact = storage.load_artifact(str(copy / "samples"))
+    assert artifact is not None
+    found = verifying.record_differences(artifact)
+    assert any(expected in text for text in found), found
+
+
+def test_rows_are_chosen_by_ids_alone_over_all_parts(made):
+    """The k smallest hashes, found part by part, are those of the whole table; no other column is read."""
+    samples, artifact = samples_of(made / "out")
+    _, chosen = verifying.check_parts(samples, artifact, verifying.Draw(7, 5))
+    numbers = rows(made / "out")["sample_id"].to_numpy()
+    keys = ids.uniform(numbers, ids.stream(5, "verify"))
+    np.testing.assert_array_equal(chosen, numbers[np.argsort(keys)][:7])
+
+
+# ---- what the samples were made from ---------------------------------------------------------------------------------
+
+
+def error_line(capsys) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error:", "failed:"))]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("toy.py", "differs from what the run began with"), ("tiny.safetensors", "tiny.safetensors")],
+)
+def test_a_changed_generator_or_extractor_is_one_line_and_exit_2(made, capsys, name, expected):
+    file = made / name
+    original = file.read_bytes()
+    try:
+        if name == "toy.py":
+            file.write_bytes(original + b"\n# another\n")
+        else:
+            file.write_bytes(original[:-4] + b"\0\0\0\1")
+        assert verify(made / "out", 1) == 2
+    finally:
+        file.write_bytes(original)
+    line = error_line(capsys)
+    assert expected in line and not line.endswith("..."), line
+
+
+@pytest.mark.parametrize("kind", get_args(config.GeneratorSettings.model_fields["kind"].annotation))
+def test_the_permission_to_load_a_pickle_goes_to_the_kinds_that_take_it(made, kind):
+    artifact = storage.load_artifact(str(made / "out" / "samples"))
+    assert artifact is not None
+    stored = config.GeneratorSettings(kind=kind, path="x").model_dump(mode="json")
+    artifact.totals["settings"]["generator"] = stored | {"prompts": str(made / "prompts.txt")}
+    recipe = generation._recipe_of(str(made / "out"), artifact, True)
+    assert recipe.generator.allow_pickle == (kind in ("diffusers", "stylegan"))
+
+
+def test_samples_of_a_gpu_are_refused_where_there_is_none(copy, capsys):
+    if cluster.refreshed(cluster.connect()).gpus:
+        pytest.skip("there is a GPU")
+    values = record(copy)
+    values["identity"]["device"] = "cuda"
+    commit(copy, values)
+    assert verify(copy, 1) == 2
+    assert "made on GPUs and the cluster has none" in error_line(capsys)
+
+
+def test_samples_of_another_version_are_refused(copy, capsys):
+    values = record(copy)
+    del values["identity"]["device"]
+    commit(copy, values)
+    assert verify(copy, 1) == 2
+    assert "another version of pd_core" in error_line(capsys)
