@@ -4,13 +4,16 @@ Importance sampling at inference (arXiv 2407.08659, Algorithm 2): from a generat
 q(x) ∝ ω(ρ(x)) p_G(x) by accepting x with probability a = ω(ρ(x)) / sup ω. Every weighting here is a step function of the
 density, the paper's rule (weight w above a threshold τ, 1 elsewhere) being the one with a single step.
 
+Where each label y has a weighting of its own the target is q(x, y) ∝ ω_y(ρ(x)) p_G(x, y), and sup ω is that of all of them:
+labels divided by a supremum each would be reweighted against each other by what no one asked for.
+
 Each accepted sample keeps its a: with weights 1/a an average over the accepted is one over p_G again (Horvitz & Thompson).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from pd_core.errors import UserError
 
 Float64Array = NDArray[np.float64]
+
+Z = 1.959963984540054  # normal quantile of intervals of 95%
 
 
 @dataclass(frozen=True)
@@ -85,16 +90,48 @@ def by_quantile(real_quantiles: ArrayLike, weights: Sequence[float]) -> Weightin
 
 
 def match(real_quantiles: ArrayLike, generated_density: ArrayLike, bins: int, most: float) -> Weighting:
-    """ω = p_real / p_G over `bins` bins of equally many real images: the accepted then have the real set's densities.
+    """ω ∝ min(p_real / p_G, C) over `bins` bins of equally many real images: the accepted have the real set's densities.
 
-    generated_density: [M], densities of samples of the generator (a pilot), from which p_G is taken with half a count
-    added to each bin, so that one which the pilot missed has a finite weight. No weight is above `most`: since the mean
-    of ω over the generator is 1, the acceptance rate stays above 1/most; bins that meet the limit stay under-represented.
+    generated_density: [M], densities of samples of the generator (a pilot), c_j of them in bin j of B.
+    p_real / p_G = (1/B) / ((c_j + 1) / (M + 1)), a candidate being counted with the pilot it is compared with: finite where
+    the pilot has none, and without the bias of c_j / M, since E[(M + 1) / (c_j + 1)] p_j = 1 - (1 - p_j)^(M + 1).
+    ω is divided by its mean over the generator (`unseen`), so that the generator's labels, each matched by itself, keep their
+    shares, and C is the largest cap with which no weight is then above `most`: the acceptance rate that the pilot tells is
+    at least 1/most. Bins at the cap stay under-represented, in proportion to p_G among themselves.
     """
     edges = _equal_edges(real_quantiles, bins)
-    counts = np.bincount(_bin(generated_density, edges), minlength=bins) + 0.5
-    weights = (1.0 / bins) / (counts / counts.sum())
-    return Weighting(edges, tuple(np.minimum(weights, most).tolist()))
+    counts = np.bincount(_bin(generated_density, edges), minlength=bins)
+    ratios = (counts.sum() + 1) / (bins * (counts + 1))
+    seen = counts > 0
+    shares, own = counts[seen] / counts.sum(), counts.sum() / (bins * counts[seen])  # those of `unseen`
+    cap = _cap(shares, own, most, float(ratios.max()))
+    mean = shares @ np.minimum(own, cap)
+    return Weighting(edges, tuple((np.minimum(ratios, cap) / mean).tolist()))
+
+
+def _cap(shares: Float64Array, ratios: Float64Array, most: float, top: float) -> float:
+    """The largest C <= top with Σ shares min(ratios, C) >= C / most; shares sum to 1, ratios > 0, most > 1."""
+
+    def excess(cap: float) -> float:
+        return float(shares @ np.minimum(ratios, cap)) - cap / most
+
+    if excess(top) >= 0:
+        return top
+    # concave in C and positive at the smallest ratio, so it crosses zero once, above the last ratio where it is not negative
+    start = max(ratio for ratio in ratios.tolist() if excess(ratio) >= 0)
+    return start + excess(start) / (1 / most - float(shares[ratios > start].sum()))
+
+
+def unseen(weighting: Weighting, generated_density: ArrayLike) -> Weighting:
+    """The weights that `match` would have given each of the samples it was made from, had that one not been among them.
+
+    With them the mean over those samples tells that over new ones. With the weights themselves it would tell too little: a
+    sample makes its own bin look frequent, and so its weight small.
+    """
+    counts = np.bincount(_bin(generated_density, weighting.edges), minlength=weighting.bins)
+    m, seen = counts.sum(), np.maximum(counts, 1)
+    raised = np.asarray(weighting.weights) * ((counts + 1) / (m + 1)) * (m / seen)
+    return Weighting(weighting.edges, tuple(np.minimum(raised, max(weighting.weights)).tolist()))
 
 
 def _equal_edges(real_quantiles: ArrayLike, bins: int) -> tuple[float, ...]:
@@ -113,13 +150,21 @@ def weight_of(density: ArrayLike, weighting: Weighting) -> Float64Array:
     return np.asarray(weighting.weights, dtype=np.float64)[_bin(density, weighting.edges)]
 
 
-def acceptance_probability(density: ArrayLike, weighting: Weighting) -> Float64Array:
+def supremum(weightings: Iterable[Weighting]) -> float:
+    """sup ω over all labels' weightings, which divides each of them."""
+    return max(max(weighting.weights) for weighting in weightings)
+
+
+def acceptance_probability(density: ArrayLike, weighting: Weighting, sup: float | None = None) -> Float64Array:
     """a = ω(ρ) / sup ω: float64 [N] in [0, 1] for densities [N] (arXiv 2407.08659, Algorithm 2, for any bounded ω).
 
+    sup: `supremum` where the weighting is one of several, for as many labels; None: its own.
     For two levels: w > 1 gives 1 above τ and 1/w elsewhere; w < 1 gives w above τ and 1 elsewhere.
     Raises ValueError on a density that is NaN.
     """
-    return weight_of(density, weighting) / max(weighting.weights)
+    own = max(weighting.weights)
+    assert sup is None or sup >= own, (sup, own)
+    return weight_of(density, weighting) / (own if sup is None else sup)
 
 
 def bin_shares(density: ArrayLike, weighting: Weighting) -> Float64Array:
@@ -138,43 +183,33 @@ def acceptance_rate(shares: ArrayLike, weighting: Weighting) -> float:
     return float(np.dot(np.asarray(shares, dtype=np.float64), weighting.weights) / max(weighting.weights))
 
 
-def rate_interval(rate: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of a mean of `trials` values in [0, 1] whose mean was `rate` (Wilson 1927).
+def rate_interval(chances: ArrayLike, lowest: float, highest: float, fitted_bins: int = 0) -> tuple[float, float]:
+    """95% confidence interval of the acceptance rate from the acceptance probabilities of a pilot, within [lowest, highest].
 
-    Wilson's is for values 0 and 1, which have the largest variance of all with that mean: for others it is too wide, never
-    too narrow by more than its own approximation, and it does not shrink to a point where all values were equal.
+    Agresti & Coull (1998) for values that are not 0 and 1 alone: z²/2 observations are added at each end of what a can be,
+    then mean ± z standard errors. For two levels that is theirs for P = Pr(ρ > τ), mapped through P + (1 - P)/w, or through
+    P w + (1 - P) for w < 1; its centre is Wilson's, and it contains Wilson's interval, which for rare events misses the rate
+    on one side far more often than it says. The added observations keep it from being a point where all values are equal,
+    while others are possible.
+
+    Args:
+        chances: a of each candidate, [M].
+        lowest, highest: bounds of a that hold whatever the density, seen in the pilot or not.
+        fitted_bins: B where ω was estimated from the same candidates over B bins (`match`; `chances` then by `unseen`); of all
+            labels together. Where p_G has the real densities already the standard error above is next to nothing, and the
+            mean of ω errs by Σ_j (c_j / M - p_j)² / p_j, which is χ² of B over M: a standard deviation of sqrt(2 B) / M.
     """
-    from scipy.special import ndtri
-
-    if trials < 1:
-        raise ValueError(f"an interval needs at least one trial, has {trials}")
-    z = float(ndtri(0.5 + confidence / 2))
-    center = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials**2))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def weighting_that_accepts(shares: ArrayLike, weighting: Weighting, rate: float) -> Weighting:
-    """The weighting nearest to this one whose acceptance rate reaches `rate`: weights below s sup ω are raised to it.
-
-    For two levels that is a w nearer to 1. shares: of the generator's samples in each bin.
-    """
-    share = np.asarray(shares, dtype=np.float64)
-    top = max(weighting.weights)
-    relative = np.asarray(weighting.weights, dtype=np.float64) / top
-    if not 0 < rate <= 1:
-        raise ValueError(f"an acceptance rate lies in (0, 1], is {rate}")
-    if np.dot(share, relative) >= rate:
-        return weighting
-    # the rate grows with s, linearly between neighbouring weights: find the stretch, then solve in it
-    for low, high in zip(levels := [0.0, *np.unique(relative)], levels[1:], strict=False):
-        if np.dot(share, np.maximum(relative, high)) >= rate:
-            raised = relative <= low
-            floor = (rate - np.dot(share[~raised], relative[~raised])) / share[raised].sum()
-            # one rounding above, so that the rate is reached
-            floor = min(1.0, float(np.nextafter(floor, 2.0)))
-            return Weighting(weighting.edges, tuple((np.maximum(relative, floor) * top).tolist()))
-    raise AssertionError("a floor of 1 accepts everything")
+    a = np.asarray(chances, dtype=np.float64)
+    if a.size == 0:
+        raise ValueError("an interval needs at least one candidate")
+    if lowest == highest:
+        return lowest, highest
+    pseudo = Z * Z / 2
+    weight = a.size + 2 * pseudo
+    mean = (a.sum() + pseudo * (lowest + highest)) / weight
+    variance = (np.sum((a - mean) ** 2) + pseudo * ((lowest - mean) ** 2 + (highest - mean) ** 2)) / weight
+    error = math.sqrt(variance / weight + float(np.mean(a * a)) * 2 * fitted_bins / a.size**2)
+    return max(lowest, float(mean - Z * error)), min(highest, float(mean + Z * error))
 
 
 def _bin(density: ArrayLike, edges: Sequence[float]) -> NDArray[np.int64]:

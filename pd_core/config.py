@@ -277,9 +277,27 @@ class WeightingSettings(Section):
     )
     bins: int = Field(20, gt=1, description="match: bins of equally many real images")
     max_weight: float = Field(
-        20.0, gt=1, description="match: largest weight; the acceptance rate stays above 1 over it"
+        20.0,
+        gt=1,
+        description="match: largest weight, 1 being the generator's mean; the pilot's acceptance rate is at least 1 over it",
     )
     per_label: bool = Field(False, description="thresholds and bins of the sample's own label instead of all images")
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> WeightingSettings:
+        # by value, not by model_fields_set: settings that are printed and read again are all set
+        meant_for: dict[str, tuple[str, ...]] = {
+            "threshold": ("two_level",),
+            "weight": ("two_level",),
+            "weights": ("quantiles",),
+            "bins": ("match",),
+            "max_weight": ("match",),
+            "per_label": ("two_level", "quantiles", "match"),
+        }
+        for name, kinds in meant_for.items():
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].get_default():
+                raise ValueError(f"weighting.{name} has no meaning for weighting.kind {self.kind!r}; drop one of them")
+        return self
 
 
 class SearchSettings(Section):

@@ -144,7 +144,7 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
             job.rejected.begin(settings.overwrite)
 
     def make() -> tuple[list[storage.Part], dict[str, Any]]:
-        parts, totals = sampling.run(job, run.now, pool, planned.open_index(), planned.expected.low, budget)
+        parts, totals = sampling.run(job, run.now, pool, planned.open_index(), planned.expected.planning_rate, budget)
         if job.rejected is not None:
             job.rejected.commit(job.rejected.finished_parts().values(), {}, {})
         return parts, totals | {"settings": settings.model_dump(mode="json")}
@@ -193,8 +193,8 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
 
     pilot = _pilot(run, settings, recipe, open_index)
     weightings = piloting.weightings_of(settings.weighting, real, by_label, pilot, settings.score)
-    expected = piloting.expect(pilot, weightings, settings.score, settings.drop_copies)
-    piloting.check_affordable(expected, pilot, weightings, settings.score, settings.n, settings.max_candidates)
+    expected = piloting.expect(settings, weightings, pilot)
+    piloting.check_affordable(settings, real, by_label, pilot, expected)
     recipe = replace(
         recipe,
         weightings=weightings,
@@ -202,9 +202,11 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         seed=settings.seed,
         drop_copies=settings.drop_copies,
     )
-    job = _job(run.output, settings, recipe, expected)
-    _, actors, _, _ = cluster.actor_pool(run.now, settings.actors, settings.actor_cpus, settings.actor_gpus)
-    text = piloting.plan(expected, pilot, settings.n, actors, weightings, job)
+    job = _job(run.output, settings, recipe, expected, pilot.png_bytes)
+    _, most, _, gpus = cluster.actor_pool(run.now, settings.actors, settings.actor_cpus, settings.actor_gpus)
+    fit = run.now.gpus / gpus if gpus else cluster.computing_cpus(run.now) / settings.actor_cpus
+    actors = max(1, min(most, int(fit)))  # what the autoscaler may add is not there yet
+    text = piloting.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
     return Planned(job, pilot, expected, open_index, text)
 
 
@@ -251,10 +253,14 @@ def _pool(settings: GenerateSettings) -> sampling.Pool:
 
 
 def _job(
-    output: str, settings: GenerateSettings, recipe: sampling.Recipe, expected: piloting.Expectation
+    output: str,
+    settings: GenerateSettings,
+    recipe: sampling.Recipe,
+    expected: piloting.Expectation,
+    png_bytes: float,
 ) -> sampling.Job:
     assert settings.n is not None
-    per_part = expected.chunks_per_part(settings.n, settings.part_rows, settings.chunk)
+    per_part = expected.chunks_per_part(settings.n, settings.part_rows, settings.chunk, png_bytes)
     more = {"n": settings.n, "chunks_per_part": per_part, "keep_rejected": settings.keep_rejected}
     samples = piloting.stage_of(storage.join(output, "samples"), "samples", recipe, more)
     rejected = None

@@ -13,13 +13,18 @@ import pyarrow.compute as pc
 
 from pd_core import acceptance, density, estimator, ids, sampling, schemas, storage
 from pd_core.acceptance import Weighting
-from pd_core.config import WeightingSettings
+from pd_core.config import GenerateSettings, WeightingSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
 
 LABEL_ROWS = 1_000_000  # real densities that the quantiles of labels are taken from
 FEWEST_OF_LABEL = 20  # real images of a label, or pilot candidates of it: fewer tell no quantiles
 SMALLEST_PARTS = 20  # parts that a small n is cut into, so that little is made beyond it
+PART_CANDIDATES = 4096  # of one part, more only where a run would have more than MOST_PARTS of them
+MOST_PARTS = 1000
+PART_BYTES = 256 << 20  # of one part's images
+SMALLEST_FLOOR = 1e-9  # of the acceptance probabilities that are tried for an advice
+MEASURED = 10  # a rate is taken to be at least this fraction of what the pilot measured, for planning
 
 
 @dataclass(frozen=True)
@@ -172,28 +177,56 @@ class Expectation:
     high: float
     above: float | None
 
+    @property
+    def planning_rate(self) -> float:
+        """A rate to prepare work by, above 0: no bound that was tested, unlike `low`, which may be 0."""
+        return max(self.low, self.rate / MEASURED)
+
     def candidates(self, n: int) -> int:
         """Expected candidates for n accepted."""
         return math.ceil(n / self.rate)
 
-    def chunks_per_part(self, n: int, part_rows: int, chunk: int) -> int:
-        """Chunks whose accepted rows make about `part_rows`, or an n-th of SMALLEST_PARTS where n is small."""
-        rows = min(part_rows, max(1, n // SMALLEST_PARTS))
-        return max(1, round(rows / (self.rate * chunk)))
+    def candidates_surely(self, n: int) -> float:
+        """Candidates that are enough for n accepted with a probability of 97.5%; inf where the rate may be 0.
+
+        The c with rate c - sqrt((rate - low)² c² + z² rate (1 - rate) c) = n: the pilot's error, which grows as c, and that
+        of the run's own draws, which grows as sqrt(c), are independent.
+        """
+        if self.low == 0:
+            return math.inf
+        a = self.low * (2 * self.rate - self.low)  # rate² - (rate - low)²
+        b = self.rate * n + acceptance.Z**2 * self.rate * (1 - self.rate) / 2
+        return (b + math.sqrt(max(0.0, b * b - a * n * n))) / a
+
+    def chunks_per_part(self, n: int, part_rows: int, chunk: int, png_bytes: float) -> int:
+        """Chunks of one part: what is lost at most when a run is ended, and how often it looks at its limits.
+
+        Accepted rows of a part are about `part_rows`, or an n-th of SMALLEST_PARTS where n is small, or as many images of
+        `png_bytes` as fill PART_BYTES, whichever is least. Its candidates are at most PART_CANDIDATES, however few of them
+        are accepted, or a MOST_PARTS-th of the whole run, which bounds the number of files; parts without rows are fine.
+        No measured time enters: the same settings give the same files on any machine.
+        """
+        rows = max(1.0, min(part_rows, n // SMALLEST_PARTS, PART_BYTES // max(1.0, png_bytes)))
+        most = max(PART_CANDIDATES, n / self.rate / MOST_PARTS)
+        chunks = min(round(rows / (self.rate * chunk)), int(most // chunk), sampling.MAX_CHUNKS)
+        return max(1, chunks)
 
 
-def expect(pilot: Pilot, weightings: Mapping[str, Weighting], score: str, drop_copies: bool) -> Expectation:
+def expect(settings: GenerateSettings, weightings: Mapping[str, Weighting], pilot: Pilot) -> Expectation:
     """Acceptance rate of the pilot's candidates under these weightings.
 
     Raises:
         UserError: not one of them could be accepted.
     """
-    densities = pilot.deciding(score)
+    densities = pilot.deciding(settings.score)
+    fitted = settings.weighting.kind == "match"
+    sup = acceptance.supremum(weightings.values())
     chances = np.empty(pilot.rows)
     for label, weighting in weightings.items():
         rows = np.full(pilot.rows, True) if label == sampling.EVERYTHING else np.asarray(pilot.label == label)
-        chances[rows] = acceptance.acceptance_probability(densities[rows], weighting)
-    if drop_copies:
+        seen_from = acceptance.unseen(weighting, densities[rows]) if fitted else weighting
+        chances[rows] = acceptance.acceptance_probability(densities[rows], seen_from, sup)
+    if settings.drop_copies:
         chances = chances * ~pilot.copies
     rate = float(chances.mean())
     if rate == 0:
@@ -201,55 +234,166 @@ def expect(pilot: Pilot, weightings: Mapping[str, Weighting], score: str, drop_c
             f"weighting: none of the {pilot.rows} pilot candidates could be accepted (densities "
             f"{densities.min():.4g} ... {densities.max():.4g}); choose other weights or raise --pilot"
         )
-    low, high = acceptance.rate_interval(rate, pilot.rows)
-    (weighting, *others) = weightings.values()
+    lowest = 0.0 if settings.drop_copies else min(min(w.weights) for w in weightings.values()) / sup
+    bins = sum(weighting.bins for weighting in weightings.values()) if fitted else 0
+    low, high = acceptance.rate_interval(chances, lowest, 1.0, bins)
     above = None
-    if not others and weighting.bins == 2:
+    if settings.weighting.kind == "two_level" and len(weightings) == 1:
+        (weighting,) = weightings.values()
         above = float(acceptance.bin_shares(densities, weighting)[1])
-    return Expectation(rate, max(low, rate / 10), high, above)
+    return Expectation(rate, low, high, above)
 
 
 def check_affordable(
-    expected: Expectation, pilot: Pilot, weightings: Mapping[str, Weighting], score: str, n: int, most: int | None
+    settings: GenerateSettings, real: RealSet, by_label: Mapping[str, np.ndarray], pilot: Pilot, expected: Expectation
 ) -> None:
-    """Raise UserError, with weights that would fit, where n cannot be had from `most` candidates."""
-    if most is None or n <= expected.high * most:
+    """Raise UserError where n cannot be expected from --max-candidates, with a weighting that surely fits, if one does.
+
+    by_label: as for `weightings_of`.
+    """
+    n, most = settings.n, settings.max_candidates
+    assert n is not None
+    if most is None or expected.candidates(n) <= _usable(settings, pilot, expected):
         return
-    needed = n / most
-    line = (
-        f"--max-candidates {most}: {n} accepted images need about {expected.candidates(n)} candidates at the pilot's "
-        f"acceptance rate {expected.rate:.3g} (95%: {expected.low:.3g} ... {expected.high:.3g})"
+    advice = _fitting(settings, real, by_label, pilot)
+    surely = expected.candidates_surely(n) + _part(settings, pilot, expected)
+    raised = f"raise it to {math.ceil(surely)}" if math.isfinite(surely) else "raise it"
+    ways = f"{raised}, lower --n, or use {advice}, with which it fits" if advice else f"{raised} or lower --n"
+    raise UserError(
+        f"--max-candidates {most}: {n} accepted images need about {expected.candidates(n)} candidates, generated in parts of "
+        f"{_part(settings, pilot, expected)}, at the pilot's acceptance rate {_interval(expected)}; {ways}"
     )
-    if needed > 1 or len(weightings) > 1:
-        raise UserError(f"{line}; raise it or lower --n")
-    (weighting,) = weightings.values()
-    fitting = acceptance.weighting_that_accepts(
-        acceptance.bin_shares(pilot.deciding(score), weighting), weighting, needed
+
+
+def _part(settings: GenerateSettings, pilot: Pilot, expected: Expectation) -> int:
+    assert settings.n is not None
+    per_part = expected.chunks_per_part(settings.n, settings.part_rows, settings.chunk, pilot.png_bytes)
+    return per_part * settings.chunk
+
+
+def _usable(settings: GenerateSettings, pilot: Pilot, expected: Expectation) -> int:
+    """Candidates that --max-candidates allows: whole parts."""
+    assert settings.max_candidates is not None
+    part = _part(settings, pilot, expected)
+    return settings.max_candidates // part * part
+
+
+def _fitting(settings: GenerateSettings, real: RealSet, by_label: Mapping[str, np.ndarray], pilot: Pilot) -> str | None:
+    """The mildest change of the weighting with which the pilot says that n surely come from --max-candidates, or None.
+
+    That is bisection over a floor under all acceptance probabilities; every step asks what the run itself would ask.
+    """
+    assert settings.n is not None
+
+    def fits(floor: float) -> bool:
+        eased = settings.model_copy(update={"weighting": _eased(settings.weighting, floor)})
+        found = expect(eased, weightings_of(eased.weighting, real, by_label, pilot, settings.score), pilot)
+        return found.candidates_surely(n) <= _usable(eased, pilot, found)
+
+    n = settings.n
+    if settings.weighting.kind == "none" or not fits(1.0):
+        return None
+    low, high = math.log(SMALLEST_FLOOR), 0.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(math.exp(middle)) else (middle, high)
+    eased = _eased(settings.weighting, math.exp(high))
+    name = {"two_level": "weight", "quantiles": "weights", "match": "max_weight"}[settings.weighting.kind]
+    value = getattr(eased, name)
+    return f"--weighting.{name} " + (
+        f"{value:g}" if name != "weights" else "[" + ",".join(f"{w:g}" for w in value) + "]"
     )
-    if weighting.bins == 2:
-        advice = f"--weighting.weight {fitting.weights[1] / fitting.weights[0]:.4g}"
-    else:
-        advice = f"weights {[float(f'{w:.3g}') for w in fitting.weights]}"
-    raise UserError(f"{line}; raise it, lower --n, or use {advice}, with which it would fit")
+
+
+def _eased(weighting: WeightingSettings, floor: float) -> WeightingSettings:
+    """The same weighting with no acceptance probability below `floor` in (0, 1], in numbers that can be typed."""
+    if weighting.kind == "two_level":
+        assert weighting.weight is not None
+        w = weighting.weight
+        return weighting.model_copy(
+            update={"weight": min(w, _digits(1 / floor, False)) if w >= 1 else max(w, _digits(floor, True))}
+        )
+    if weighting.kind == "match":
+        return weighting.model_copy(
+            update={"max_weight": min(weighting.max_weight, max(1.01, _digits(1 / floor, False)))}
+        )
+    assert weighting.weights
+    least = _digits(floor * max(weighting.weights), True)
+    return weighting.model_copy(
+        update={"weights": [min(max(w, least), max(weighting.weights)) for w in weighting.weights]}
+    )
+
+
+def _digits(value: float, up: bool) -> float:
+    """Three significant digits, rounded up or down."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    steps = value / unit
+    return float(f"{(math.ceil(steps - 1e-9) if up else math.floor(steps + 1e-9)) * unit:.3g}")
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
 
 
 def plan(
-    expected: Expectation, pilot: Pilot, n: int, actors: int, weightings: Mapping[str, Weighting], job: sampling.Job
+    settings: GenerateSettings,
+    expected: Expectation,
+    pilot: Pilot,
+    actors: int,
+    weightings: Mapping[str, Weighting],
+    copy_distance: float,
 ) -> str:
-    """What a run will take, for a person."""
-    candidates = expected.candidates(n)
-    quality = pilot.calibration()
-    seconds = candidates * pilot.actor_s / max(1, actors)
+    """What a run will take, for a person.
+
+    actors: generator processes that fit the cluster as it is now.
+    """
+    n, copies = settings.n, int(pilot.copies.sum())
+    assert n is not None
+    candidates, part = expected.candidates(n), _part(settings, pilot, expected)
     lines = [
-        f"acceptance: {expected.rate:.4g} (95%: {expected.low:.4g} ... {expected.high:.4g}, {pilot.rows} pilot candidates)"
+        f"acceptance: {_interval(expected)}, {pilot.rows} pilot candidates"
         + (f"; P(density > threshold) {expected.above:.3g}" if expected.above is not None else ""),
-        f"candidates: about {candidates:,} for {n:,} accepted, in parts of {job.candidates_per_part:,}",
-        f"time:       about {seconds:,.0f} s of {actors} generator processes, start-up apart "
-        f"({pilot.actor_s * 1e3:.3g} ms per candidate)",
+        f"candidates: about {candidates:,} for {n:,} accepted, in parts of {part:,}",
+        f"time:       {_time(candidates * pilot.actor_s, pilot.actor_s, actors)}",
         f"disk:       about {n * (pilot.png_bytes + 200) / 2**20:,.1f} MiB",
-        f"copies:     {int(pilot.copies.sum())} of {pilot.rows} pilot candidates are likely copies of real images",
-        f"predictor:  Spearman {_shown(quality.spearman)} against the index on generated images",
+        f"copies:     {copies} of {pilot.rows} pilot candidates ({copies / pilot.rows:.2g}) are likely copies of real images, "
+        + (
+            "which are exact ones: the copy distance is 0"
+            if copy_distance == 0
+            else f"within {copy_distance:.4g} of one"
+        ),
+        f"predictor:  Spearman {_shown(pilot.calibration().spearman)} against the index on generated images",
+        *_warnings(settings, expected, pilot),
     ]
+    for label, weighting in list(weightings.items())[:10]:
+        name = f" of {label}" if label else ""
+        edges = ", ".join(f"{edge:.4g}" for edge in weighting.edges[:5]) + (", ..." if weighting.bins > 6 else "")
+        weights = ", ".join(f"{w:.3g}" for w in weighting.weights[:6]) + (", ..." if weighting.bins > 6 else "")
+        lines.append(f"weights{name}:    {weights}" + (f" (densities cut at {edges})" if edges else ""))
+    return "\n".join(lines)
+
+
+def _interval(expected: Expectation) -> str:
+    return f"{expected.rate:.4g} (95%: {expected.low:.4g} ... {expected.high:.4g})"
+
+
+def _time(seconds: float, each: float, actors: int) -> str:
+    if math.isnan(seconds):
+        return "not known: the pilot was interrupted, and its seconds are lost"
+    together = f", {seconds / actors:,.0f} s on the {actors} that fit now" if actors > 1 else ""
+    return (
+        f"about {seconds:,.0f} s on one generator process{together}, start-up apart ({each * 1e3:.3g} ms per candidate)"
+    )
+
+
+def _warnings(settings: GenerateSettings, expected: Expectation, pilot: Pilot) -> list[str]:
+    assert settings.n is not None
+    lines, quality = [], pilot.calibration()
+    most, surely = settings.max_candidates, expected.candidates_surely(settings.n)
+    if most is not None and surely > _usable(settings, pilot, expected):
+        need = f"up to {math.ceil(surely):,}" if math.isfinite(surely) else "many more"
+        lines.append(
+            f"warning:    --max-candidates {most} may not be enough: at the low end of the interval it takes {need} candidates"
+        )
     if quality.r2_log_density is not None and quality.r2_log_density < 0:
         lines.append(
             f"warning:    on generated images the predictor is worse than a constant (R² {quality.r2_log_density:.3g}); "
@@ -258,12 +402,7 @@ def plan(
     if expected.above in (0.0, 1.0):
         side = "above" if expected.above else "below"
         lines.append(f"warning:    every pilot candidate lies {side} the threshold, so the weight changes nothing")
-    for label, weighting in list(weightings.items())[:10]:
-        name = f" of {label}" if label else ""
-        edges = ", ".join(f"{edge:.4g}" for edge in weighting.edges[:5]) + (", ..." if weighting.bins > 6 else "")
-        weights = ", ".join(f"{w:.3g}" for w in weighting.weights[:6]) + (", ..." if weighting.bins > 6 else "")
-        lines.append(f"weights{name}:    {weights}" + (f" (densities cut at {edges})" if edges else ""))
-    return "\n".join(lines)
+    return lines
 
 
 def _shown(value: float | None) -> str:

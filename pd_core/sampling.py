@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,14 +122,14 @@ def conditions_of(recipe: Recipe, drawn: Candidates) -> generators.Conditions:
 
 
 def probabilities(recipe: Recipe, drawn: Candidates, densities: np.ndarray) -> np.ndarray:
-    """Acceptance probability of each candidate of a chunk, float64, by the weighting of its label."""
+    """Acceptance probability of each candidate of a chunk, float64: ω of its label over the supremum of all labels' ω."""
     if drawn.label is None or EVERYTHING in recipe.weightings:
         return acceptance.acceptance_probability(densities, recipe.weightings[EVERYTHING])
-    chances = np.empty(len(densities))
+    chances, sup = np.empty(len(densities)), acceptance.supremum(recipe.weightings.values())
     for place in np.unique(drawn.label):
         rows = drawn.label == place
         weighting = recipe.weightings[recipe.class_names[place]]
-        chances[rows] = acceptance.acceptance_probability(densities[rows], weighting)
+        chances[rows] = acceptance.acceptance_probability(densities[rows], weighting, sup)
     return chances
 
 
@@ -545,7 +546,7 @@ def _next_parts(job: Job, state: Progress, rate: float, most: int | None) -> lis
     known = state.rows.keys() | state.failed.keys()
     end = max(known, default=-1) + 1
     gaps = [number for number in range(end) if number not in known]
-    more = max(0, -(-missing // max(1, int(rate * job.candidates_per_part))) - len(gaps)) + 1
+    more = max(0, math.ceil(missing / (rate * job.candidates_per_part)) - len(gaps)) + 1
     limit = end + more if most is None else min(end + more, most // job.candidates_per_part)
     wanted = [*gaps, *range(end, limit)]
     return wanted[: max(1, MAX_CHUNKS // job.chunks_per_part)]

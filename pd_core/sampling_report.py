@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from pd_core import (
+    acceptance,
     cluster,
     estimator,
     ids,
@@ -274,10 +275,11 @@ def _calibration(by_index: np.ndarray, predicted: np.ndarray) -> report.Calibrat
 
 
 def _weights(recipe: sampling.Recipe) -> Iterator[Weight]:
+    sup = acceptance.supremum(recipe.weightings.values())
     for label, weighting in recipe.weightings.items():
         ends = [None, *weighting.edges, None]
         for low, high, weight in zip(ends, ends[1:], weighting.weights, strict=False):
-            yield Weight(label or None, low, high, weight, weight / max(weighting.weights))
+            yield Weight(label or None, low, high, weight, weight / sup)
 
 
 # ---- the images that are shown ---------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def arguments(index, output, *more, toy=None, n=N):
         "output": output,
     }
     given = {text.lstrip("-").partition("=")[0] for text in more}
+    if "weighting.kind" in given:
+        given |= {"weighting.threshold", "weighting.weight"}  # which other kinds refuse
     return [f"--{k}={v}" for k, v in values.items() if k not in given] + list(more) + ["--no-tracking.enabled"]
 
 
