@@ -3,6 +3,7 @@
 import math
 import re
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pd_core.config import GenerateSettings, GeneratorSettings, WeightingSetting
 from pd_core.errors import UserError
 
 QUANTILES = stats.expon.ppf(np.clip(np.linspace(0, 1, 1001), 0, 1 - 1e-5))  # of a real set with ρ ~ Exp(1)
-REAL = SimpleNamespace(density_quantiles=QUANTILES)
+REAL: Any = SimpleNamespace(density_quantiles=QUANTILES)
 
 
 def pilot_of(densities, label=None, copies=None, actor_s=0.01):
@@ -64,7 +65,7 @@ def test_match_per_label_keeps_the_label_shares_and_gives_each_label_its_real_de
     label, densities = labelled(rng, 1_000_000)  # so many that what the pilot errs by does not show below
     weightings, _ = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
     label, densities = labelled(rng, 60_000)
-    recipe = SimpleNamespace(weightings=weightings, class_names=NAMES)
+    recipe: Any = SimpleNamespace(weightings=weightings, class_names=NAMES)
     kept = rng.random(label.size) < sampling.probabilities(recipe, drawn_of(label), densities)
     counts = np.bincount(label[kept], minlength=3)
     assert counts.sum() > 2000
@@ -87,7 +88,7 @@ def test_weights_that_all_labels_share_are_accepted_as_if_alone(given):
     settings = settings_of(weighting={"per_label": True, **given})
     weightings, _ = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
     found = sampling.probabilities(
-        SimpleNamespace(weightings=weightings, class_names=NAMES), drawn_of(label), densities
+        cast(Any, SimpleNamespace(weightings=weightings, class_names=NAMES)), drawn_of(label), densities
     )
     for place, name in enumerate(NAMES):
         own = label == place
@@ -100,7 +101,7 @@ def test_the_rate_of_a_pilot_with_labels_is_that_of_the_run():
     label, densities = labelled(rng, 2000)
     weightings, expected = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
     label, densities = labelled(rng, 200_000)
-    recipe = SimpleNamespace(weightings=weightings, class_names=NAMES)
+    recipe: Any = SimpleNamespace(weightings=weightings, class_names=NAMES)
     assert expected.low <= sampling.probabilities(recipe, drawn_of(label), densities).mean() <= expected.high
 
 
@@ -187,7 +188,7 @@ def test_the_advised_weights_work(most, weighting):
         if not isinstance(error, str):
             continue
         refused += 1
-        text = re.search(rf"--weighting.{name} (\S+), with which", error)[1]
+        (text,) = re.findall(rf"--weighting.{name} (\S+), with which", error)
         value = [float(w) for w in text.strip("[]").split(",")] if name == "weights" else float(text)
         advised = settings.model_copy(update={"weighting": WeightingSettings(**{**weighting, name: value})})
         weightings, expected = forecast(advised, pilot)
@@ -219,7 +220,7 @@ def test_every_kind_gets_an_advice_that_is_accepted_and_no_milder_than_needed(we
     _, expected = forecast(settings_of(1000, None, given), pilot, by_label)
     most = int(0.8 * expected.candidates(1000))
     error = refusal(settings_of(1000, most, given), pilot, by_label)
-    text = re.search(rf"--weighting.{name} (\S+), with which", error)[1]
+    (text,) = re.findall(rf"--weighting.{name} (\S+), with which", error)
     value = [float(w) for w in text.strip("[]").split(",")] if name == "weights" else float(text)
     settings = settings_of(1000, most, {**given, name: value})
     typed = config.load(
