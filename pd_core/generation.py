@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +21,12 @@ from pd_core import (
     realset,
     sampling,
     sampling_report,
-    schemas,
     search,
     storage,
     tracking,
-    verifying,
 )
 from pd_core.config import GenerateSettings
-from pd_core.errors import RunError, UserError
+from pd_core.errors import UserError
 from pd_core.generators.python import split
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
@@ -303,15 +300,7 @@ def _prompts(settings: GenerateSettings, facts: Mapping[str, Any]) -> tuple[str,
         return ()
     if not facts["takes_prompts"]:
         raise UserError(f"--generator.prompts {path}: the generator takes no text; leave it out")
-    return _read_prompts(path)
-
-
-def _read_prompts(path: str) -> tuple[str, ...]:
-    with failures("prompts", path):
-        lines = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines()
-    if not (prompts := tuple(line.strip() for line in lines if line.strip())):
-        raise UserError(f"--generator.prompts {path}: holds no line of text")
-    return prompts
+    return generators.read_prompts(path)
 
 
 def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -327,119 +316,3 @@ def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str
             f"(its labels: {', '.join(sorted(found)[:10]) or 'none'}); set --generator.label_names to the index's labels"
         )
     return {name: found[name] for name in dict.fromkeys(names)}
-
-
-# ---- verify ----------------------------------------------------------------------------------------------------------
-
-PICKLED = ("diffusers", "stylegan")  # kinds of generators that --generator.allow-pickle has a meaning for
-ROUNDED = ("torch", "torchvision", "faiss-cpu", "faiss-gpu-cu12", "numpy", "pillow")  # versions move numbers' last bits
-SHOWN = 50  # differences of each kind
-
-
-def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int | None = None) -> None:
-    """Check every part of a finished output against its commit record, make `rows` rows again from their seeds and compare.
-
-    Args:
-        uri: output of generate.py.
-        rows: how many.
-        generator: of this command; only its permission to load a pickle is used.
-        seed: of the choice of rows; None: another one in each call, which is printed.
-
-    Raises:
-        UserError: nothing finished is there, what it was made from is gone or has changed, or it was made on a GPU and there
-            is none here.
-        RunError: something differs.
-    """
-    uri, seed = storage.absolute(uri), secrets.randbits(31) if seed is None else seed
-    with failures("verify", uri):
-        artifact = storage.load_artifact(storage.join(uri, "samples"))
-    if artifact is None or artifact.kind != "samples":
-        raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
-    with cluster.session(uri) as now, failures("verify", uri):
-        recipe = _recipe_of(uri, artifact, generator.allow_pickle)
-        if recipe.device == "cuda" and not now.gpus:
-            raise UserError(
-                f"--verify {uri}: these samples were made on GPUs and the cluster has none; on CPUs their last bits, and with "
-                "them their hashes, are others; verify where there is a GPU"
-            )
-        _say_versions(artifact)
-        place, totals = storage.join(uri, "samples"), artifact.totals
-        samples = verifying.Samples(place, recipe, artifact.identity["chunks_per_part"], totals["candidates"])
-        parts, chosen = verifying.check_parts(samples, artifact, verifying.Draw(rows, seed))
-        cluster.say(f"verify: {len(chosen)} of {artifact.rows} rows are made again, chosen by seed {seed}")
-        found = verifying.Findings(parts)
-        if len(chosen):
-            with search.open_pool(recipe.realset.index, now, None, 1, beside_generator=True) as pool:
-                found.add(verifying.check_rows(samples, pool, now, chosen))
-    _say_findings(found, len(artifact.parts))
-
-
-def _say_versions(artifact: storage.Artifact) -> None:
-    """A line where packages that decide the last bits of images and densities are not those of the run."""
-    here = storage.package_versions()
-    was = artifact.versions
-    moved = [f"{name} {was.get(name)} -> {here.get(name)}" for name in ROUNDED if was.get(name) != here.get(name)]
-    if moved:
-        cluster.say(f"verify: other packages than in the run ({', '.join(moved)}); numbers may differ by rounding")
-
-
-def _say_findings(found: verifying.Findings, parts: int) -> None:
-    """Each difference and the sum of them. Raises RunError where there is any."""
-    wrong = {number: text for number, text in sorted(found.rows.items()) if text is not None}
-    _say_some([f"{name}: {text}" for name, texts in found.parts.items() for text in texts])
-    _say_some([f"chunk {chunk}: {text}" for chunk, texts in sorted(found.chunks.items()) for text in texts])
-    _say_some([f"sample {number}: {text}" for number, text in wrong.items()])
-    failed = []
-    if found.parts:
-        failed.append(f"{len(found.parts)} files are not as committed")
-    if found.chunks:
-        failed.append(f"{len(found.chunks)} chunks hold other rows than are accepted of them")
-    if wrong:
-        failed.append(f"{len(wrong)} of {len(found.rows)} rows are not what their seeds give")
-    if failed:
-        raise RunError(f"verify: {'; '.join(failed)}; see above")
-    rows = len(found.rows)
-    cluster.say(f"verify: {parts} parts are as committed, {rows} of {rows} rows are what their seeds give")
-
-
-def _say_some(lines: Sequence[str]) -> None:
-    for line in lines[:SHOWN]:
-        cluster.say(line)
-    if len(lines) > SHOWN:
-        cluster.say(f"... and {len(lines) - SHOWN} more")
-
-
-def _recipe_of(uri: str, artifact: storage.Artifact, allow_pickle: bool) -> sampling.Recipe:
-    """The recipe of finished samples, from their commit record alone: the environment has no say here."""
-    identity, stored = artifact.identity, artifact.totals["settings"]
-    if artifact.schema_version != schemas.VERSIONS["samples"] or "device" not in identity:
-        raise UserError(f"--verify {uri}: made by another version of pd_core; verify with that one")
-    generator = config.GeneratorSettings.model_validate(
-        stored["generator"] | {"allow_pickle": allow_pickle and stored["generator"]["kind"] in PICKLED}
-    )
-    real = realset.open_realset(stored["index"])
-    if dict(real.fingerprints) != identity["realset"]:
-        raise UserError(
-            f"--index {stored['index']}: is not as it was when the samples were made; nothing to compare with"
-        )
-    if stored["checkpoint"]:
-        real = replace(real, extractor=replace(real.extractor, checkpoint=stored["checkpoint"]))
-    prompts = _read_prompts(generator.prompts) if generator.prompts else ()
-    if storage.sha256("\n".join(prompts).encode()) != identity["prompts"]:
-        raise UserError(f"--generator.prompts {generator.prompts}: has changed since the samples were made")
-    return sampling.Recipe(
-        generator=generator,
-        generator_identity=identity["generator"],
-        realset=real,
-        weightings={label: acceptance.Weighting.from_json(w) for label, w in identity["weightings"].items()},
-        score=identity["score"],
-        seed=identity["seed"],
-        chunk=identity["chunk"],
-        threads=identity["threads"],
-        classes=tuple(identity["classes"]),
-        class_names=tuple(identity["class_names"]),
-        prompts=prompts,
-        device=identity["device"],
-        copy_distance=identity["copy_distance"],
-        drop_copies=identity["drop_copies"],
-    )

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import cluster, config, errors, generation, ids, schemas, storage, verifying
+from pd_core import cluster, config, errors, ids, schemas, storage, verification, verifying
 from tests import toy_generator
 from tests.test_generate import index, rows, run  # noqa: F401
 from workflows import generate
@@ -115,7 +115,7 @@ def test_untouched_samples_pass_and_each_call_takes_other_rows(made, capsys, mon
         seeds += re.findall(r"chosen by seed (\d+)", capsys.readouterr().out)
     assert len(taken[1]) == len(taken[2]) == 8
     assert taken[1] != taken[2] and seeds[0] != seeds[1]  # equal once in C(40, 8) = 7.7e7
-    generation.verify(str(made / "out"), 8, config.GeneratorSettings(), int(seeds[0]))
+    verification.verify(str(made / "out"), 8, config.GeneratorSettings(), int(seeds[0]))
     assert taken[3] == taken[1]
 
 
@@ -209,7 +209,7 @@ def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, 
 def samples_of(output: Path) -> tuple[verifying.Samples, storage.Artifact]:
     artifact = storage.load_artifact(str(output / "samples"))
     assert artifact is not None
-    recipe = generation._recipe_of(str(output), artifact, False)
+    recipe = verification.recipe_of(str(output), artifact, False)
     place, identity = str(output / "samples"), artifact.identity
     return verifying.Samples(place, recipe, identity["chunks_per_part"], artifact.totals["candidates"]), artifact
 
@@ -339,7 +339,7 @@ def test_the_permission_to_load_a_pickle_goes_to_the_kinds_that_take_it(made, ki
     assert artifact is not None
     stored = config.GeneratorSettings(kind=kind, path="x").model_dump(mode="json")
     artifact.totals["settings"]["generator"] = stored | {"prompts": str(made / "prompts.txt")}
-    recipe = generation._recipe_of(str(made / "out"), artifact, True)
+    recipe = verification.recipe_of(str(made / "out"), artifact, True)
     assert recipe.generator.allow_pickle == (kind in ("diffusers", "stylegan"))
 
 

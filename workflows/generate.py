@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> None:
     """Parse settings, then run the pilot, the workflow, or the check of an earlier run."""
     settings = config.load(config.GenerateSettings, argv, prog="generate.py")
 
-    from pd_core import generation  # late: --help and refused settings need neither Ray nor torch
+    from pd_core import generation, verification  # late: --help and refused settings need neither Ray nor torch
 
     if settings.verify is not None:
-        generation.verify(settings.verify, settings.rows, settings.generator, settings.verify_seed)
+        verification.verify(settings.verify, settings.rows, settings.generator, settings.verify_seed)
     elif settings.dry_run:
         generation.plan_generate(settings)
     else:

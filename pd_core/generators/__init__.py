@@ -270,6 +270,21 @@ def read_file(path: str) -> bytes:
         raise storage.explain(error, f"--generator.path {path}") from None
 
 
+def read_prompts(path: str) -> tuple[str, ...]:
+    """The lines of the UTF-8 text file that --generator.prompts names, without blank ones.
+
+    Raises:
+        UserError: nothing there, or no line of text in it.
+    """
+    try:
+        lines = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise storage.explain(error, f"--generator.prompts {path}") from None
+    if not (prompts := tuple(line.strip() for line in lines if line.strip())):
+        raise UserError(f"--generator.prompts {path}: holds no line of text")
+    return prompts
+
+
 def files_hash(uri: str, suffix: str = "") -> str:
     """sha256 over name and content of every file under a directory, or of one file; read file by file.
 
