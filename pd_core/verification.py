@@ -70,9 +70,9 @@ def _say_findings(found: verifying.Findings, parts: int) -> None:
     _say_some([f"sample {number}: {text}" for number, text in wrong.items()])
     failed = []
     if found.parts:
-        failed.append(f"{len(found.parts)} files are not as committed")
+        failed.append(f"files not as committed: {len(found.parts)}")
     if found.chunks:
-        failed.append(f"{len(found.chunks)} chunks hold other rows than are accepted of them")
+        failed.append(f"chunks that hold other rows than are accepted of them: {len(found.chunks)}")
     if wrong:
         failed.append(f"{len(wrong)} of {len(found.rows)} rows are not what their seeds give")
     if failed:

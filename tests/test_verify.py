@@ -272,7 +272,7 @@ def test_missing_and_surplus_parts_are_named_and_the_other_rows_are_made_again(c
     assert verify(copy, 2) == 1
     said = capsys.readouterr()
     assert f"{first.name}: is missing" in said.out and "part-00000777.parquet: is not of this run" in said.out
-    assert "2 files are not as committed; see above" in said.err
+    assert "files not as committed: 2; see above" in said.err
     assert left > 2 and "2 of 40 rows are made again" in said.out
 
 
