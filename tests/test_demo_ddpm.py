@@ -208,7 +208,9 @@ def test_another_model_is_replaced_only_on_request(
 def test_an_interrupted_run_leaves_nothing(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "generators" / "ddpm"
     command = [sys.executable, str(SCRIPT), "--data", str(data), "--output", str(output)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # where the tests run in the background, SIGINT may be ignored, which children inherit
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stderr is not None
         assert "training" in process.stderr.readline() + process.stderr.read(20)
         process.send_signal(signal.SIGINT)

@@ -166,7 +166,8 @@ def same(output, undisturbed):
     return found == expected and tiny.tables(output / "rejected") == tiny.tables(undisturbed / "rejected")
 
 
-@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("actors", [1, 4])
 def test_same_rows_with_other_numbers_of_actors(undisturbed, index, tmp_path, actors):
     output = tmp_path / "out"
     assert run(index, output, "--score=both", "--keep-rejected", f"--actors={actors}") == 0
@@ -195,7 +196,8 @@ def same_rows(output, undisturbed):
     return all(rows(output, stage).equals(rows(undisturbed, stage)) for stage in ("samples", "rejected"))
 
 
-@pytest.mark.parametrize("point", [pytest.param("pilot", marks=pytest.mark.slow), "samples"])
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["pilot", "samples"])
 def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, index, tmp_path, point):
     output = tmp_path / "out"
     argv = arguments(index, output, "--score=both", "--keep-rejected")

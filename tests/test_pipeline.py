@@ -110,6 +110,7 @@ def test_same_tables_with_other_numbers_of_actors(undisturbed, inputs, tmp_path,
     assert tiny.tables(output) == tiny.tables(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_extractor_changes_nothing(undisturbed, inputs, tmp_path):
     output = tmp_path / "out"
     killed: list[int] = []

@@ -95,8 +95,8 @@ def test_wrong_credentials_are_one_line_and_exit_2(bucket, tmp_path, change, exp
     ("change", "expected"),
     [
         ({"AWS_ACCESS_KEY_ID": READER_KEY}, "permission denied"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "credentials"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials"),
+        pytest.param({"AWS_SECRET_ACCESS_KEY": "wrong"}, "credentials", marks=pytest.mark.slow),
+        pytest.param({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials", marks=pytest.mark.slow),
     ],
 )
 def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(s3_environment, tmp_path, change, expected):

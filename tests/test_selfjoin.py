@@ -115,7 +115,7 @@ def test_shards_are_plain_faiss_files(tmp_path, now):
     np.testing.assert_allclose(np.sqrt(squared[full, 1:]), ours[full], rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf_flat"])
+@pytest.mark.parametrize("kind", [pytest.param("flat", marks=pytest.mark.slow), "ivf_flat"])
 def test_same_bytes_with_one_two_or_four_actors(tmp_path, now, kind):
     features = clustered(2000, clusters=20)
     contents = []
