@@ -200,7 +200,7 @@ def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, 
     assert f"{long[1].name}: its sample_ids do not ascend" in said.out
     assert f"sample {numbers[2][0]}: density by the index {density * 2}, expected {density}" in said.out
     (line,) = [line for line in said.err.splitlines() if line.startswith("failed:")]
-    assert "1 files" in line and "2 chunks" in line and f"1 of {N - 1} rows" in line
+    assert "committed: 1;" in line and "of them: 2;" in line and f"1 of {N - 1} rows" in line
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
