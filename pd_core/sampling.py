@@ -35,6 +35,7 @@ from pd_core.scoring import Scorer
 if TYPE_CHECKING:
     import torch
 
+WRITE_CPUS = cluster.IO_CPUS / 2  # another share than that of the tasks before, or Ray Data would make one of both
 ATTEMPTS = 2  # of a chunk before it is reported
 MOST_FAILED = 3  # parts that may fail before a run gives up, or a tenth of all, if that is more
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
@@ -606,9 +607,10 @@ def _stream(job: Job, wanted: Sequence[int], now: cluster.Cluster, pool: Pool, i
         batch_format="pyarrow",
         num_cpus=index.io_cpus,
     )
-    parts = finished.repartition(target_num_rows_per_block=per_part, strict=True)
-    return parts.map_batches(
-        functools.partial(_write_part, job), batch_size=None, batch_format="pyarrow", num_cpus=cluster.IO_CPUS
+    # Finished chunks are blocks of one row in their order, so that each batch is one part (`_write_part` checks it).
+    # Ray Data's repartition would do the same in tasks of a whole CPU, for which there is none while the actors work.
+    return finished.map_batches(
+        functools.partial(_write_part, job), batch_size=per_part, batch_format="pyarrow", num_cpus=WRITE_CPUS
     )
 
 

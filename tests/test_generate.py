@@ -175,6 +175,18 @@ def test_same_rows_with_other_numbers_of_actors(undisturbed, index, tmp_path, ac
 
 
 @pytest.mark.slow
+def test_parts_are_committed_while_the_actors_work(index, tmp_path):
+    """Not all at the end: between the first commit and the last lies most of the time that the chunks took."""
+    output, pause_s, actors = tmp_path / "out", 0.5, 2
+    assert run(index, output, f"--actors={actors}", toy={"pause_s": pause_s}) == 0
+    times = sorted(file.stat().st_mtime for file in (output / "samples" / "_parts").iterdir())[:-1]  # the last was cut
+    identity = json.loads((output / "samples" / "artifact.json").read_text())["identity"]
+    chunks = identity["chunks_per_part"] * (len(times) - 1)
+    assert chunks > 8
+    assert times[-1] - times[0] > 0.5 * chunks * pause_s / actors
+
+
+@pytest.mark.slow
 def test_a_killed_generator_changes_nothing(undisturbed, index, tmp_path):
     output = tmp_path / "out"
     killed: list[int] = []
