@@ -601,16 +601,23 @@ def _stream(job: Job, wanted: Sequence[int], now: cluster.Cluster, pool: Pool, i
         num_cpus=cpus,
         num_gpus=gpus or None,
     )
+    # on this machine each more is a process more, whose imports take seconds from the actors
+    together = cluster.cores() if now.local else None
     finished = made.map_batches(
         functools.partial(_finish_chunk, job.recipe, index),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=index.io_cpus,
+        concurrency=together,
     )
     # Finished chunks are blocks of one row in their order, so that each batch is one part (`_write_part` checks it).
     # Ray Data's repartition would do the same in tasks of a whole CPU, for which there is none while the actors work.
     return finished.map_batches(
-        functools.partial(_write_part, job), batch_size=per_part, batch_format="pyarrow", num_cpus=WRITE_CPUS
+        functools.partial(_write_part, job),
+        batch_size=per_part,
+        batch_format="pyarrow",
+        num_cpus=WRITE_CPUS,
+        concurrency=together,
     )
 
 
