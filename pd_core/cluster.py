@@ -185,6 +185,12 @@ def _gpus_each(cluster: Cluster, gpus: float | None) -> float:
     return gpus if gpus is not None else (1.0 if cluster.gpus else 0.0)
 
 
+def actors_that_fit(cluster: Cluster, cpus: int, gpus: float | None) -> int:
+    """Actors of a model for which there is room now, on GPUs where they use any, else on CPUs."""
+    per_gpu = _gpus_each(cluster, gpus)
+    return int(cluster.gpus / per_gpu) if per_gpu else int(computing_cpus(cluster) // cpus)
+
+
 def actor_pool(cluster: Cluster, actors: int | None, cpus: int, gpus: float | None) -> tuple[int, int, float, float]:
     """(fewest actors, most actors, CPUs each, GPUs each) of a stage whose actors run a model.
 
@@ -194,7 +200,7 @@ def actor_pool(cluster: Cluster, actors: int | None, cpus: int, gpus: float | No
     while it decides on the growth.
     """
     per_gpu = _gpus_each(cluster, gpus)
-    each, fits = (1, int(cluster.gpus / per_gpu)) if per_gpu else (cpus, int(computing_cpus(cluster) // cpus))
+    each, fits = 1 if per_gpu else cpus, actors_that_fit(cluster, cpus, gpus)
     if cluster.elastic:
         fits = max(fits, AUTOSCALED_ACTORS)
     most = actors or fits or 1

@@ -104,7 +104,9 @@ def plan_generate(settings: GenerateSettings) -> None:
     settings, real = prepare(settings)
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
-    if settings.overwrite and storage.load_artifact(storage.join(output, "samples")) is not None:
+    with failures("samples", output):
+        finished = storage.load_artifact(storage.join(output, "samples")) is not None
+    if settings.overwrite and finished:
         raise UserError(
             f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made with; "
             "choose another --output"
@@ -200,9 +202,9 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         drop_copies=settings.drop_copies,
     )
     job = _job(run.output, settings, recipe, expected, pilot.png_bytes)
-    _, most, _, gpus = cluster.actor_pool(run.now, settings.actors, settings.actor_cpus, settings.actor_gpus)
-    fit = run.now.gpus / gpus if gpus else cluster.computing_cpus(run.now) / settings.actor_cpus
-    actors = max(1, min(most, int(fit)))  # what the autoscaler may add is not there yet
+    _, most, _, _ = cluster.actor_pool(run.now, settings.actors, settings.actor_cpus, settings.actor_gpus)
+    fit = cluster.actors_that_fit(run.now, settings.actor_cpus, settings.actor_gpus)
+    actors = max(1, min(most, fit))  # what the autoscaler may add is not there yet
     text = piloting.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
     return Planned(job, pilot, expected, open_index, text)
 

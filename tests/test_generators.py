@@ -18,7 +18,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pd_core import config
+from pd_core import config, generators
 from pd_core.config import GeneratorSettings
 from pd_core.errors import UserError
 from pd_core.generators import (
@@ -1100,3 +1100,16 @@ def test_stylegan_in_half_precision_is_described_anywhere_and_runs_on_gpus(nvidi
             UserError, match=r"--generator\.precision fp16: this process runs on cpu; StyleGAN runs in fp32"
         ):
             run()
+
+
+@pytest.mark.parametrize("read", [generators.read_prompts, generators.read_file])
+def test_a_store_that_refuses_is_one_line(s3_environment, monkeypatch, read):
+    """Without credentials botocore's own error comes through, which is no OSError."""
+    import s3fs
+
+    bucket = s3_environment.make_bucket()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match="credentials"):
+        read(f"s3://{bucket}/prompts.txt")
