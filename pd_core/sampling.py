@@ -383,10 +383,10 @@ class Job:
 
     def finished(self) -> dict[int, storage.Part]:
         """Finished parts by number; where rejected rows are kept, both files are there."""
-        done = {_number(name): part for name, part in self.samples.finished_parts().items()}
+        done = _by_number(self.samples.finished_parts())
         if self.rejected is None:
             return done
-        beside = {_number(name) for name in self.rejected.finished_parts()}
+        beside = _by_number(self.rejected.finished_parts())
         return {number: part for number, part in done.items() if number in beside}
 
     def prefix(self, rows: Mapping[int, int]) -> int | None:
@@ -400,8 +400,8 @@ class Job:
         return None
 
 
-def _number(name: str) -> int:
-    return int(name.removeprefix("part-").removesuffix(".parquet"))
+def _by_number(parts: Mapping[str, storage.Part]) -> dict[int, storage.Part]:
+    return {number: part for name, part in parts.items() if (number := storage.part_number(name)) is not None}
 
 
 def _write_part(job: Job, chunks: pa.Table) -> pa.Table:
@@ -649,8 +649,8 @@ def _drop_after(job: Job, last: int) -> None:
     """
     for stage in filter(None, (job.samples, job.rejected)):
         names = {*storage.sizes(stage.uri), *stage.finished_parts()}
-        for name in sorted(name for name in names if name.startswith("part-") and name.endswith(".parquet")):
-            if _number(name) > last:
+        for name in sorted(names):
+            if (number := storage.part_number(name)) is not None and number > last:
                 stage.drop_part(name)
 
 

@@ -34,6 +34,7 @@ RECORDS = "_parts"
 READERS = 16  # threads that read or delete small files
 TEMPORARY_S = 3600.0  # no file takes longer to write
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+_TABLE = re.compile(r"part-(\d{8,})\.parquet")
 _NUMBERED = re.compile(r"(part|shard)-\d+\.\w+$")
 
 
@@ -405,6 +406,12 @@ def fingerprint_of(identity: Mapping[str, Any], stage: Stage) -> str:
 def part_name(number: int, suffix: str = ".parquet") -> str:
     """`part-00000042.parquet`; names sort in part order up to 10^8 parts."""
     return f"part-{number:08d}{suffix}"
+
+
+def part_number(name: str) -> int | None:
+    """The number of a table that `part_name` named; None for any other name."""
+    found = _TABLE.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def package_versions() -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,11 +23,10 @@ import pyarrow.parquet as pq
 from pd_core import cluster, ids, sampling, schemas, search, storage
 from pd_core.errors import UserError, one_line
 
-BLOCK_BYTES = 1 << 23  # of a file, hashed at once
+BLOCK_BYTES = 1 << 23  # of a file, read at once
 BATCH_ROWS = 64  # with their images, read at once
 GROUP_CHUNKS = 32  # of one part, compared by one task: its file is read once for them
 IN_FLIGHT = 3  # groups: one that is made, one that is read, one that is compared
-_PART = re.compile(r"part-(\d{8,})\.parquet")
 _SPOKEN = {"density_predicted": "predicted density", "density_index": "density by the index"}
 
 
@@ -62,7 +60,8 @@ class Samples:
 
     def ids_of(self, part: str) -> tuple[int, int]:
         """First candidate of a part and the first one after it."""
-        number, size = _number(part), self.chunks_per_part * self.recipe.chunk
+        number, size = storage.part_number(part), self.chunks_per_part * self.recipe.chunk
+        assert number is not None, part
         return number * size, min((number + 1) * size, self.candidates)
 
 
@@ -146,7 +145,7 @@ def check_part(samples: Samples, part: storage.Part, draw: Draw) -> PartCheck:
     Holds a block of the file and the column of ids; no image is decoded.
     """
     location = storage.join(samples.uri, part.name)
-    if not _PART.fullmatch(part.name):
+    if storage.part_number(part.name) is None:
         return PartCheck(["is no name of a part"])
     try:
         size, digest = _digest(location)
@@ -179,12 +178,6 @@ def _unequal(compared: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [
         f"{name} {found}, committed {recorded}" for name, (found, recorded) in compared.items() if found != recorded
     ]
-
-
-def _number(part: str) -> int:
-    matched = _PART.fullmatch(part)
-    assert matched, part
-    return int(matched[1])
 
 
 def _digest(location: str) -> tuple[int, str]:
