@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks import process, table
 from pd_core import config, generation, realset, sampling, scoring, storage
+from pd_core.candidates import Recipe
 
 CHUNK = 64
 STEPS = 50
@@ -180,7 +181,7 @@ def _outside(log: Path, begin: float, end: float) -> float:
 class TimedMakeChunk(sampling._MakeChunk):
     """sampling._MakeChunk, logged."""
 
-    def __init__(self, recipe: sampling.Recipe) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.inside_s = 0.0
         for owner, name in ((self.maker.generator, "generate"), (self.maker.scorer, "features")):

@@ -25,6 +25,7 @@ from pd_core import (
     storage,
     tracking,
 )
+from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.config import GenerateSettings
 from pd_core.errors import UserError
 from pd_core.generators.python import split
@@ -167,11 +168,11 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         facts = cluster.get(_task(describe).remote(settings.generator))
     classes, names = _classes(settings, facts)
     by_label = _label_quantiles(settings, real, names)
-    recipe = sampling.Recipe(
+    recipe = Recipe(
         generator=settings.generator,
         generator_identity=facts["identity"],
         realset=real,
-        weightings={sampling.EVERYTHING: acceptance.uniform()},
+        weightings={EVERYTHING: acceptance.uniform()},
         score="both",
         seed=ids.stream(settings.seed, "pilot"),
         chunk=settings.chunk,
@@ -234,11 +235,11 @@ def describe(settings: config.GeneratorSettings) -> dict[str, Any]:
 
 
 def _pilot(
-    run: Run, settings: GenerateSettings, recipe: sampling.Recipe, open_index: Callable[[], search.SearchPool]
+    run: Run, settings: GenerateSettings, recipe: Recipe, open_index: Callable[[], search.SearchPool]
 ) -> piloting.Pilot:
     chunks = -(-settings.pilot // settings.chunk)
     rows = chunks * settings.chunk
-    stage = piloting.stage_of(storage.join(run.output, "pilot"), "pilot", recipe, {"n": rows})
+    stage = sampling.stage_of(storage.join(run.output, "pilot"), "pilot", recipe, {"n": rows})
     job = sampling.Job(recipe, stage, None, min(chunks, PILOT_PART_CHUNKS), rows)
     artifact = run.stage(
         stage, lambda: sampling.run(job, run.now, _pool(settings), open_index(), 1.0, sampling.Budget())
@@ -254,17 +255,17 @@ def _pool(settings: GenerateSettings) -> sampling.Pool:
 def _job(
     output: str,
     settings: GenerateSettings,
-    recipe: sampling.Recipe,
+    recipe: Recipe,
     expected: piloting.Expectation,
     png_bytes: float,
 ) -> sampling.Job:
     assert settings.n is not None
     per_part = expected.chunks_per_part(settings.n, settings.part_rows, settings.chunk, png_bytes)
     more = {"n": settings.n, "chunks_per_part": per_part, "keep_rejected": settings.keep_rejected}
-    samples = piloting.stage_of(storage.join(output, "samples"), "samples", recipe, more)
+    samples = sampling.stage_of(storage.join(output, "samples"), "samples", recipe, more)
     rejected = None
     if settings.keep_rejected:
-        rejected = piloting.stage_of(storage.join(output, "rejected"), "rejected", recipe, more)
+        rejected = sampling.stage_of(storage.join(output, "rejected"), "rejected", recipe, more)
     return sampling.Job(recipe, samples, rejected, per_part, settings.n)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
-from pd_core import acceptance, density, estimator, ids, sampling, schemas, storage
+from pd_core import acceptance, density, estimator, ids, sampling, storage
 from pd_core.acceptance import Weighting
+from pd_core.candidates import EVERYTHING
 from pd_core.config import GenerateSettings, WeightingSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
@@ -151,7 +151,7 @@ def weightings_of(
     """
     generated = pilot.deciding(score)
     if not by_label:
-        return {sampling.EVERYTHING: weighting_of(settings, real.density_quantiles, generated, "the index")}
+        return {EVERYTHING: weighting_of(settings, real.density_quantiles, generated, "the index")}
     assert pilot.label is not None
     made = {}
     for label, quantiles in by_label.items():
@@ -223,7 +223,7 @@ def expect(settings: GenerateSettings, weightings: Mapping[str, Weighting], pilo
     sup = acceptance.supremum(weightings.values())
     chances = np.empty(pilot.rows)
     for label, weighting in weightings.items():
-        rows = np.full(pilot.rows, True) if label == sampling.EVERYTHING else np.asarray(pilot.label == label)
+        rows = np.full(pilot.rows, True) if label == EVERYTHING else np.asarray(pilot.label == label)
         seen_from = acceptance.unseen(weighting, densities[rows]) if fitted else weighting
         chances[rows] = acceptance.acceptance_probability(densities[rows], seen_from, sup)
     if settings.drop_copies:
@@ -407,29 +407,3 @@ def _warnings(settings: GenerateSettings, expected: Expectation, pilot: Pilot) -
 
 def _shown(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
-
-
-def stage_of(uri: str, kind: str, recipe: sampling.Recipe, more: Mapping[str, Any]) -> storage.Stage:
-    """A stage of samples: its identity is the recipe, the versions that move pixels, and `more`."""
-    import PIL
-
-    identity = {
-        "generator": recipe.generator_identity,
-        "settings": recipe.generator.model_dump(mode="json", exclude={"path", "code", "prompts", "allow_pickle"}),
-        "realset": dict(recipe.realset.fingerprints),
-        "weightings": {label: weighting.to_json() for label, weighting in recipe.weightings.items()},
-        "score": recipe.score,
-        "seed": recipe.seed,
-        "chunk": recipe.chunk,
-        "device": recipe.device,
-        "threads": recipe.threads,
-        "classes": list(recipe.classes),
-        "class_names": list(recipe.class_names),
-        "prompts": storage.sha256("\n".join(recipe.prompts).encode()),
-        "copy_distance": recipe.copy_distance,
-        "drop_copies": recipe.drop_copies,
-        "torch": version("torch"),  # not torch.__version__: every task would import torch to unpickle it
-        "pillow": PIL.__version__,
-        **more,
-    }
-    return storage.Stage(uri, kind, schemas.VERSIONS[kind], identity)

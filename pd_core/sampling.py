@@ -1,201 +1,37 @@
-"""Rejection sampling on Ray: candidates in fixed chunks, scored, accepted by their densities, committed part by part.
+"""Rejection sampling on Ray: chunks of candidates are made by generator actors, finished by tasks, committed part by part.
 
-Algorithm 2 of arXiv 2407.08659 for any bounded weight function. Candidate i is a function of (generator, run seed, i): its
-image is drawn from a seed of its own, and so are its label, its prompt and the u that decides. A chunk of candidates is
-always run as one batch, and a part holds what was accepted of a fixed run of chunks, so the rows do not depend on the
-number of actors, on who died meanwhile, or on where a run was taken up again. The samples are the first n accepted in
-candidate order.
+A part holds what was accepted of a fixed run of chunks, so the rows do not depend on the number of actors, on who died
+meanwhile, or on where a run was taken up again. The samples are the first n accepted in candidate order.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from pd_core import acceptance, cluster, density, generators, ids, schemas, search, storage
-from pd_core.acceptance import Weighting
-from pd_core.config import GeneratorSettings
+from pd_core import cluster, schemas, search, storage
+from pd_core.candidates import Batch, ChunkMaker, Recipe, candidates_of, finish, probabilities
 from pd_core.errors import RunError, UserError, one_line
-from pd_core.realset import RealSet
-from pd_core.scoring import Scorer
-
-if TYPE_CHECKING:
-    import torch
 
 WRITE_CPUS = cluster.IO_CPUS / 2  # another share than that of the tasks before, or Ray Data would make one of both
 ATTEMPTS = 2  # of a chunk before it is reported
 MOST_FAILED = 3  # parts that may fail before a run gives up, or a tenth of all, if that is more
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
 MAX_CHUNKS = 8192  # of one execution: the driver's plan stays this small for any number of candidates
-EVERYTHING = ""  # name of the weighting of candidates without one of their own
-
-
-# ---- what is drawn ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the rows, but not how many of them; picklable.
-
-    Attributes:
-        generator: G. generator_identity: of the weights that were found when the run began.
-        realset: F, f, the index and the constants of the density.
-        weightings: ω for each label name, or one for all under EVERYTHING.
-        score: predictor, index or both, as in the settings.
-        seed: of the run.
-        chunk: candidates of one batch.
-        threads: of the CPU arithmetic of one replica.
-        classes: class numbers that labels are drawn from, or empty.
-        class_names: name of each of `classes`.
-        prompts: texts that prompts are drawn from, or empty.
-        device: cpu or cuda; the last bits of an image differ between the two, and with them its hash.
-        copy_distance: a row at most this far from a real image is a likely copy of it.
-        drop_copies: such rows are not accepted.
-    """
-
-    generator: GeneratorSettings
-    generator_identity: Mapping[str, Any]
-    realset: RealSet
-    weightings: Mapping[str, Weighting]
-    score: str
-    seed: int
-    chunk: int
-    threads: int
-    classes: tuple[int, ...]
-    class_names: tuple[str, ...]
-    prompts: tuple[str, ...]
-    device: str
-    copy_distance: float
-    drop_copies: bool
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """One chunk, before anything is generated. Each array has a row per candidate.
-
-    Attributes:
-        number: int64, the sample_id. seed: int64, of the image. u: float64 in [0, 1).
-        label: place in `Recipe.classes`, int64, or None. prompt: place in `Recipe.prompts`, or None.
-    """
-
-    number: np.ndarray
-    seed: np.ndarray
-    u: np.ndarray
-    label: np.ndarray | None
-    prompt: np.ndarray | None
-
-
-def candidates_of(recipe: Recipe, chunk: int) -> Candidates:
-    """Candidates [chunk * size, (chunk + 1) * size), drawn from their numbers alone."""
-    number = np.arange(chunk * recipe.chunk, (chunk + 1) * recipe.chunk, dtype=np.int64)
-
-    def pick(name: str, many: int) -> np.ndarray | None:
-        return (ids.uniform(number, ids.stream(recipe.seed, name)) * many).astype(np.int64) if many else None
-
-    return Candidates(
-        number=number,
-        seed=ids.integers(number, ids.stream(recipe.seed, "image")),
-        u=ids.uniform(number, ids.stream(recipe.seed, "acceptance")),
-        label=pick("label", len(recipe.classes)),
-        prompt=pick("prompt", len(recipe.prompts)),
-    )
-
-
-def conditions_of(recipe: Recipe, drawn: Candidates) -> generators.Conditions:
-    """What the generator is asked to show."""
-    return generators.Conditions(
-        labels=None if drawn.label is None else tuple(recipe.classes[i] for i in drawn.label),
-        prompts=None if drawn.prompt is None else tuple(recipe.prompts[i] for i in drawn.prompt),
-    )
-
-
-def probabilities(recipe: Recipe, drawn: Candidates, densities: np.ndarray) -> np.ndarray:
-    """Acceptance probability of each candidate of a chunk, float64: ω of its label over the supremum of all labels' ω."""
-    if drawn.label is None or EVERYTHING in recipe.weightings:
-        return acceptance.acceptance_probability(densities, recipe.weightings[EVERYTHING])
-    chances, sup = np.empty(len(densities)), acceptance.supremum(recipe.weightings.values())
-    for place in np.unique(drawn.label):
-        rows = drawn.label == place
-        weighting = recipe.weightings[recipe.class_names[place]]
-        chances[rows] = acceptance.acceptance_probability(densities[rows], weighting, sup)
-    return chances
 
 
 # ---- a chunk on its actor --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A generated chunk, or what is left of it; row j is candidate `rows[j]` of its chunk.
-
-    Attributes:
-        rows: int64 [m]. pixels: uint8 [m, H, W, 3]. features: float32 [m, D].
-        log_density: predicted, float64 [chunk], of all candidates; None where no predictor was asked for.
-    """
-
-    rows: np.ndarray
-    pixels: np.ndarray
-    features: np.ndarray
-    log_density: np.ndarray | None
-
-
-class ChunkMaker:
-    """The generator, the extractor and the predictor of one replica."""
-
-    def __init__(self, recipe: Recipe, device: str) -> None:
-        self.recipe = recipe
-        self.generator = generators.open_generator(recipe.generator, device, recipe.threads)
-        if dict(self.generator.identity()) != dict(recipe.generator_identity):
-            raise UserError(
-                f"--generator.path {recipe.generator.path}: differs from what the run began with; make the same files "
-                "visible on every node and leave them as they are while it runs"
-            )
-        predictor = None if recipe.score == "index" else recipe.realset.predictor()
-        self.scorer = Scorer(recipe.realset.extractor, predictor, device, recipe.threads)
-
-    def make(self, chunk: int) -> Batch:
-        """Generate and score a chunk; where the predictor decides, only what it accepts leaves the device.
-
-        Raises:
-            ValueError: the generator gave something that is no batch of images, or a feature is not finite.
-        """
-        import torch
-
-        drawn = candidates_of(self.recipe, chunk)
-        name, device = f"--generator.path {self.recipe.generator.path}", self.scorer.extractor.device
-        with torch.no_grad():  # not inference_mode: a scheduler may keep a tensor that a later gradient has to pass
-            seeds, conditions = drawn.seed.tolist(), conditions_of(self.recipe, drawn)
-            images = generators.generate_checked(self.generator, seeds, conditions, name, device).to(device)
-            features = self.scorer.features(images)
-            if not bool(torch.isfinite(features).all()):
-                raise ValueError("features of generated images are not finite")
-            if self.scorer.predictor is None:
-                return _batch(np.arange(len(images)), images, features, None)
-            log_density = self.scorer.log_density(features).cpu().numpy()
-        if not np.isfinite(log_density).all():
-            raise ValueError("predicted densities of generated images are not finite")
-        chances = probabilities(self.recipe, drawn, density.density_of(log_density))
-        return _batch(np.flatnonzero(drawn.u < chances), images, features, log_density)
-
-
-def _batch(rows: np.ndarray, images: torch.Tensor, features: torch.Tensor, log_density: np.ndarray | None) -> Batch:
-    import torch
-
-    kept = torch.from_numpy(rows).to(images.device)
-    return Batch(rows, images[kept].cpu().numpy(), features[kept].cpu().numpy(), log_density)
 
 
 # A generated chunk is one row of the Ray Data stream.
@@ -293,61 +129,6 @@ def _finish_chunk(recipe: Recipe, pool: search.SearchPool, chunks: pa.Table) -> 
     return pa.table({name: [values.get(name)] for name in _FINISHED.names}, schema=_FINISHED)
 
 
-def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> tuple[pa.Table, np.ndarray, int]:
-    """The accepted rows of a chunk (`schemas.samples`), the deciding densities of all its candidates, likely copies."""
-    drawn, real = candidates_of(recipe, chunk), recipe.realset
-    k = 1 if recipe.score == "predictor" else real.k
-    if len(made.rows) == 0:
-        assert made.log_density is not None
-        return schemas.samples().empty_table(), density.density_of(made.log_density), 0
-    distances, neighbors, _ = search.search(pool, made.features, k)
-    by_index = None if recipe.score == "predictor" else density.density_of(real.log_density(distances))
-    if made.log_density is None:  # the index decides: every candidate is here
-        assert by_index is not None and len(made.rows) == recipe.chunk
-        deciding = by_index
-    else:
-        deciding = density.density_of(made.log_density)
-    chances = probabilities(recipe, drawn, deciding)
-    copies = distances[:, 0] <= recipe.copy_distance
-    chosen = drawn.u[made.rows] < chances[made.rows]
-    likely = int((chosen & copies).sum())
-    keep = np.flatnonzero(chosen & ~copies) if recipe.drop_copies else np.flatnonzero(chosen)
-    rows = made.rows[keep]
-    columns = {
-        "sample_id": drawn.number[rows],
-        "seed": drawn.seed[rows],
-        "density": deciding[rows],
-        "density_predicted": None if made.log_density is None else density.density_of(made.log_density[rows]),
-        "density_index": None if by_index is None else by_index[keep],
-        "percentile": real.percentile(deciding[rows]),
-        "acceptance_probability": chances[rows],
-        "label": None if drawn.label is None else [recipe.class_names[i] for i in drawn.label[rows]],
-        "prompt": None if drawn.prompt is None else [recipe.prompts[i] for i in drawn.prompt[rows]],
-        "nearest_real_id": neighbors[keep, 0],
-        "nearest_real_distance": distances[keep, 0],
-        "likely_copy": copies[keep],
-        "image_hash": [pixels_hash(pixels) for pixels in made.pixels[keep]],
-        "image": [_picture(p, n) for p, n in zip(made.pixels[keep], drawn.number[rows].tolist(), strict=True)],
-    }
-    schema = schemas.samples()
-    arrays = [pa.nulls(len(keep), f.type) if (c := columns[f.name]) is None else pa.array(c, f.type) for f in schema]
-    return pa.table(arrays, schema=schema), deciding, likely
-
-
-def pixels_hash(pixels: np.ndarray) -> str:
-    """SHA-256 of an image uint8 [H, W, 3]: of its size and its pixels, whatever file it is kept in."""
-    height, width, _ = pixels.shape
-    return hashlib.sha256(f"{height}x{width} RGB\n".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-
-
-def _picture(pixels: np.ndarray, number: int) -> dict[str, Any]:
-    from PIL import Image
-
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")
-    return {"bytes": sink.getvalue(), "path": f"{number:012d}.png"}
-
-
 def _to_stream(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -398,6 +179,11 @@ class Job:
                 return number
             number += 1
         return None
+
+
+def stage_of(uri: str, kind: str, recipe: Recipe, more: Mapping[str, Any]) -> storage.Stage:
+    """A stage of samples: its identity is that of the recipe, and `more`."""
+    return storage.Stage(uri, kind, schemas.VERSIONS[kind], {**recipe.identity(), **more})
 
 
 def _by_number(parts: Mapping[str, storage.Part]) -> dict[int, storage.Part]:

@@ -30,6 +30,7 @@ from pd_core import (
     sources,
     storage,
 )
+from pd_core.candidates import Recipe
 from pd_core.config import DataSettings, GenerateSettings, to_yaml
 from pd_core.errors import RunError, UserError
 from pd_core.sampling import DENSITY_BINS
@@ -274,7 +275,7 @@ def _calibration(by_index: np.ndarray, predicted: np.ndarray) -> report.Calibrat
     return report.Calibration(true, guessed, found.r2_log_density, found.spearman, found.n, more)
 
 
-def _weights(recipe: sampling.Recipe) -> Iterator[Weight]:
+def _weights(recipe: Recipe) -> Iterator[Weight]:
     sup = acceptance.supremum(recipe.weightings.values())
     for label, weighting in recipe.weightings.items():
         ends = [None, *weighting.edges, None]

@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pd_core import acceptance, cluster, config, generators, realset, sampling, schemas, search, storage, verifying
+from pd_core import cluster, config, generators, realset, schemas, search, storage, verifying
+from pd_core.candidates import Recipe, prompts_hash
 from pd_core.errors import RunError, UserError
 from pd_core.running import failures
 
@@ -88,7 +89,7 @@ def _say_some(lines: Sequence[str]) -> None:
         cluster.say(f"... and {len(lines) - SHOWN} more")
 
 
-def recipe_of(uri: str, artifact: storage.Artifact, allow_pickle: bool) -> sampling.Recipe:
+def recipe_of(uri: str, artifact: storage.Artifact, allow_pickle: bool) -> Recipe:
     """The recipe of finished samples, from their commit record alone: the environment has no say here."""
     identity, stored = artifact.identity, artifact.totals["settings"]
     if artifact.schema_version != schemas.VERSIONS["samples"] or "device" not in identity:
@@ -104,21 +105,6 @@ def recipe_of(uri: str, artifact: storage.Artifact, allow_pickle: bool) -> sampl
     if stored["checkpoint"]:
         real = replace(real, extractor=replace(real.extractor, checkpoint=stored["checkpoint"]))
     prompts = generators.read_prompts(generator.prompts) if generator.prompts else ()
-    if storage.sha256("\n".join(prompts).encode()) != identity["prompts"]:
+    if prompts_hash(prompts) != identity["prompts"]:
         raise UserError(f"--generator.prompts {generator.prompts}: has changed since the samples were made")
-    return sampling.Recipe(
-        generator=generator,
-        generator_identity=identity["generator"],
-        realset=real,
-        weightings={label: acceptance.Weighting.from_json(w) for label, w in identity["weightings"].items()},
-        score=identity["score"],
-        seed=identity["seed"],
-        chunk=identity["chunk"],
-        threads=identity["threads"],
-        classes=tuple(identity["classes"]),
-        class_names=tuple(identity["class_names"]),
-        prompts=prompts,
-        device=identity["device"],
-        copy_distance=identity["copy_distance"],
-        drop_copies=identity["drop_copies"],
-    )
+    return Recipe.from_identity(identity, generator, real, prompts)

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pd_core import cluster, ids, sampling, schemas, search, storage
+from pd_core import cluster, ids, schemas, search, storage
+from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
 from pd_core.errors import UserError, one_line
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
@@ -50,7 +51,7 @@ class Samples:
     """
 
     uri: str
-    recipe: sampling.Recipe
+    recipe: Recipe
     chunks_per_part: int
     candidates: int
 
@@ -206,10 +207,10 @@ def _ids_in(location: str) -> np.ndarray:
 class _Maker:
     """Ray actor: chunks made again."""
 
-    def __init__(self, recipe: sampling.Recipe) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.failure: Exception | None = None
         try:
-            self.maker = sampling.ChunkMaker(recipe, cluster.assigned_device())
+            self.maker = ChunkMaker(recipe, cluster.assigned_device())
         except Exception as error:  # an actor that dies in its constructor would take the reason with it
             self.failure = error
 
@@ -218,7 +219,7 @@ class _Maker:
         if self.failure is not None:
             raise self.failure
 
-    def make(self, chunk: int) -> sampling.Batch | str:
+    def make(self, chunk: int) -> Batch | str:
         """The chunk, or why it cannot be made."""
         self.ready()
         try:
@@ -280,7 +281,7 @@ def compare_group(samples: Samples, pool: search.SearchPool, maker: Any, group: 
         if isinstance(made, str):
             found.rows.update(dict.fromkeys(chosen, f"cannot be made again: {made}"))
             continue
-        table, _, _ = sampling.finish(samples.recipe, pool, chunk, made)
+        table, _, _ = finish(samples.recipe, pool, chunk, made)
         table = table.filter(pc.less(table["sample_id"], samples.candidates))
         if differences := compare_accepted(present[chunk], table["sample_id"].to_pylist()):
             found.chunks[chunk] = differences
@@ -351,6 +352,6 @@ def _pixels_hash(image: Mapping[str, Any] | None) -> str | None:
         return None
     try:
         with Image.open(io.BytesIO(image["bytes"]), formats=["PNG"]) as picture:
-            return sampling.pixels_hash(np.asarray(picture)) if picture.mode == "RGB" else None
+            return pixels_hash(np.asarray(picture)) if picture.mode == "RGB" else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises of broken files
         return None

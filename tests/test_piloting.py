@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from pd_core import acceptance, config, piloting, sampling
+from pd_core.candidates import EVERYTHING, Candidates, probabilities
 from pd_core.config import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.errors import UserError
 
@@ -41,7 +42,7 @@ def forecast(settings, pilot, by_label=None):
 
 def drawn_of(label):
     numbers = np.arange(len(label))
-    return sampling.Candidates(numbers, numbers, numbers / len(label), label, None)
+    return Candidates(numbers, numbers, numbers / len(label), label, None)
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def test_match_per_label_keeps_the_label_shares_and_gives_each_label_its_real_de
     weightings, _ = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
     label, densities = labelled(rng, 60_000)
     recipe: Any = SimpleNamespace(weightings=weightings, class_names=NAMES)
-    kept = rng.random(label.size) < sampling.probabilities(recipe, drawn_of(label), densities)
+    kept = rng.random(label.size) < probabilities(recipe, drawn_of(label), densities)
     counts = np.bincount(label[kept], minlength=3)
     assert counts.sum() > 2000
     assert stats.chisquare(counts, SHARES * counts.sum()).pvalue > 1e-3
@@ -87,7 +88,7 @@ def test_weights_that_all_labels_share_are_accepted_as_if_alone(given):
     label, densities = labelled(rng, 5000)
     settings = settings_of(weighting={"per_label": True, **given})
     weightings, _ = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
-    found = sampling.probabilities(
+    found = probabilities(
         cast(Any, SimpleNamespace(weightings=weightings, class_names=NAMES)), drawn_of(label), densities
     )
     for place, name in enumerate(NAMES):
@@ -102,7 +103,7 @@ def test_the_rate_of_a_pilot_with_labels_is_that_of_the_run():
     weightings, expected = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
     label, densities = labelled(rng, 200_000)
     recipe: Any = SimpleNamespace(weightings=weightings, class_names=NAMES)
-    assert expected.low <= sampling.probabilities(recipe, drawn_of(label), densities).mean() <= expected.high
+    assert expected.low <= probabilities(recipe, drawn_of(label), densities).mean() <= expected.high
 
 
 def test_the_rate_of_match_is_told_for_new_candidates_though_the_pilot_made_the_weights():
@@ -112,7 +113,7 @@ def test_the_rate_of_match_is_told_for_new_candidates_though_the_pilot_made_the_
     hits = 0
     for _ in range(100):
         weightings, expected = forecast(settings, pilot_of(rng.exponential(size=256)))
-        weighting = weightings[sampling.EVERYTHING]
+        weighting = weightings[EVERYTHING]
         rate = acceptance.acceptance_rate(np.full(20, 1 / 20), weighting)
         hits += expected.low <= rate <= expected.high
     assert hits >= 88  # of 95 expected
@@ -194,9 +195,7 @@ def test_the_advised_weights_work(most, weighting):
         weightings, expected = forecast(advised, pilot)
         part = expected.chunks_per_part(1000, advised.part_rows, advised.chunk, pilot.png_bytes) * advised.chunk
         densities = rng.exponential(size=most // part * part)
-        accepted = rng.random(densities.size) < acceptance.acceptance_probability(
-            densities, weightings[sampling.EVERYTHING]
-        )
+        accepted = rng.random(densities.size) < acceptance.acceptance_probability(densities, weightings[EVERYTHING])
         worked += int(accepted.sum() >= 1000)
     assert refused > 100
     assert worked / refused >= 0.94

@@ -30,6 +30,7 @@ from pd_core import (
     sources,
     storage,
 )
+from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.config import DataSettings, GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.report import Calibration
 from pd_core.sampling_page import Count, Expected, Pair, Sample, SamplesData, Weight
@@ -467,7 +468,7 @@ class World:
         (self.index / running.RUN).write_text(json.dumps({"settings": {"data": data}}))
         return table["sample_id"].to_numpy()
 
-    def make_recipe(self, generator: GeneratorSettings) -> sampling.Recipe:
+    def make_recipe(self, generator: GeneratorSettings) -> Recipe:
         real: Any = SimpleNamespace(
             uri=str(self.index),
             rows=REAL,
@@ -478,11 +479,11 @@ class World:
         )
         real.percentile = lambda values: realset.RealSet.percentile(real, values)
         tau = density.parse_threshold("p60").density(self.quantiles)
-        return sampling.Recipe(
+        return Recipe(
             generator=generator,
             generator_identity={"toy": 1},
             realset=real,
-            weightings={sampling.EVERYTHING: acceptance.two_level(tau, 10)},
+            weightings={EVERYTHING: acceptance.two_level(tau, 10)},
             score=self.settings.score,
             seed=3,
             chunk=50,

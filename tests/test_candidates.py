@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pd_core import acceptance, density, estimator, features, generators, sampling, search
+from pd_core import acceptance, density, estimator, features, generators, search
+from pd_core.candidates import EVERYTHING, ChunkMaker, Recipe
 from pd_core.config import EstimatorSettings, FeatureSettings, GeneratorSettings
 from pd_core.realset import RealSet
 from tests import tiny, tiny_generators, toy_generator
@@ -52,14 +53,12 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealSet:
     )
 
 
-def recipe_of(
-    real: RealSet, settings: GeneratorSettings, weighting: acceptance.Weighting, **more: Any
-) -> sampling.Recipe:
+def recipe_of(real: RealSet, settings: GeneratorSettings, weighting: acceptance.Weighting, **more: Any) -> Recipe:
     values: dict[str, Any] = {
         "generator": settings,
         "generator_identity": generators.open_generator(settings).identity(),
         "realset": real,
-        "weightings": {sampling.EVERYTHING: weighting},
+        "weightings": {EVERYTHING: weighting},
         "score": "predictor",
         "seed": 7,
         "chunk": CHUNK,
@@ -71,7 +70,7 @@ def recipe_of(
         "copy_distance": 0.0,
         "drop_copies": False,
     }
-    return sampling.Recipe(**values | more)
+    return Recipe(**values | more)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +85,10 @@ def test_a_chunk_is_the_same_whoever_makes_it_and_after_whatever(
     if family == "ddpm":  # draws noise in every step
         toy = GeneratorSettings(path=tiny_generators.save_ddpm(tmp_path / "ddpm"), steps=2)
     recipe = recipe_of(real, toy, acceptance.uniform(), chunk=5)
-    one = sampling.ChunkMaker(recipe, "cpu")
+    one = ChunkMaker(recipe, "cpu")
     forwards = {number: one.make(number) for number in (0, 1, 2, 3)}
     backwards = {number: one.make(number) for number in (3, 0, 2)}
-    other = {number: sampling.ChunkMaker(recipe, "cpu").make(number) for number in (1, 3)}
+    other = {number: ChunkMaker(recipe, "cpu").make(number) for number in (1, 3)}
     for made in (backwards, other):
         for number, batch in made.items():
             expected = forwards[number]
@@ -102,7 +101,7 @@ def test_a_chunk_is_the_same_whoever_makes_it_and_after_whatever(
 @pytest.fixture(scope="module")
 def everyone(real: RealSet, toy: GeneratorSettings) -> np.ndarray:
     """Densities of CHUNKS chunks of candidates, nobody rejected."""
-    maker = sampling.ChunkMaker(recipe_of(real, toy, acceptance.uniform()), "cpu")
+    maker = ChunkMaker(recipe_of(real, toy, acceptance.uniform()), "cpu")
     made = [maker.make(number) for number in range(CHUNKS)]
     assert all(len(batch.rows) == CHUNK and batch.log_density is not None for batch in made)
     return density.density_of(np.concatenate([batch.log_density for batch in made if batch.log_density is not None]))
@@ -118,7 +117,7 @@ def test_the_engine_accepts_in_proportion_to_the_weights(
     1 / max(w, 1).
     """
     tau = float(np.quantile(everyone, 0.4))
-    maker = sampling.ChunkMaker(recipe_of(real, toy, acceptance.two_level(tau, weight)), "cpu")
+    maker = ChunkMaker(recipe_of(real, toy, acceptance.two_level(tau, weight)), "cpu")
     accepted = np.zeros(CHUNK * CHUNKS, bool)
     for number in range(CHUNKS):
         accepted[number * CHUNK + maker.make(number).rows] = True
