@@ -84,26 +84,41 @@ def two_level(threshold: float, weight: float) -> Weighting:
 def by_quantile(real_quantiles: ArrayLike, weights: Sequence[float]) -> Weighting:
     """One weight for each of len(weights) bins that hold equally many real images, lowest densities first.
 
-    real_quantiles: `density.density_quantiles` of the real set.
+    real_quantiles: `density.density_quantiles` of the real set. Real images of one and the same density cannot be parted:
+    where they fill several bins they have the weight of the lowest, and the weights of bins that are left without a real
+    image are not used, nor is sup ω taken over them. The weighting then has fewer bins than there are weights.
+    Raises UserError: no weight that is used is above 0.
     """
-    return Weighting(_equal_edges(real_quantiles, len(weights)), tuple(float(w) for w in weights))
+    given = tuple(float(w) for w in weights)
+    bins = _equal_bins(real_quantiles, len(given), least=0.0)
+    used = tuple(given[place] for place in bins.places)
+    if max(used) == 0 < max(given):
+        raise UserError(
+            f"weights {list(weights)}: those above 0 are of bins without a real image, since so many real images have the "
+            "same density; give fewer weights, or give one above 0 to the bin where these images begin"
+        )
+    return Weighting(bins.edges, used)
 
 
 def match(real_quantiles: ArrayLike, generated_density: ArrayLike, bins: int, most: float) -> Weighting:
     """ω ∝ min(p_real / p_G, C) over `bins` bins of equally many real images: the accepted have the real set's densities.
 
+    real_quantiles: `density.density_quantiles` of the real set. Real images of one and the same density cannot be parted:
+    bins that they fill are one, and so is what is left of a bin above them with the next, unless it is half a bin. p_real of
+    these is the share of the real set that the quantiles tell, of the others 1/B.
     generated_density: [M], densities of samples of the generator (a pilot), c_j of them in bin j of B.
-    p_real / p_G = (1/B) / ((c_j + 1) / (M + 1)), a candidate being counted with the pilot it is compared with: finite where
+    p_real / p_G = p_real / ((c_j + 1) / (M + 1)), a candidate being counted with the pilot it is compared with: finite where
     the pilot has none, and without the bias of c_j / M, since E[(M + 1) / (c_j + 1)] p_j = 1 - (1 - p_j)^(M + 1).
     ω is divided by its mean over the generator (`unseen`), so that the generator's labels, each matched by itself, keep their
     shares, and C is the largest cap with which no weight is then above `most`: the acceptance rate that the pilot tells is
     at least 1/most. Bins at the cap stay under-represented, in proportion to p_G among themselves.
     """
-    edges = _equal_edges(real_quantiles, bins)
-    counts = np.bincount(_bin(generated_density, edges), minlength=bins)
-    ratios = (counts.sum() + 1) / (bins * (counts + 1))
+    equal = _equal_bins(real_quantiles, bins, least=0.5)
+    edges, filled = equal.edges, np.array(equal.filled)
+    counts = np.bincount(_bin(generated_density, edges), minlength=len(filled))
+    ratios = filled * (counts.sum() + 1) / (bins * (counts + 1))
     seen = counts > 0
-    shares, own = counts[seen] / counts.sum(), counts.sum() / (bins * counts[seen])  # those of `unseen`
+    shares, own = counts[seen] / counts.sum(), filled[seen] * counts.sum() / (bins * counts[seen])  # those of `unseen`
     cap = _cap(shares, own, most, float(ratios.max()))
     mean = shares @ np.minimum(own, cap)
     return Weighting(edges, tuple((np.minimum(ratios, cap) / mean).tolist()))
@@ -134,12 +149,49 @@ def unseen(weighting: Weighting, generated_density: ArrayLike) -> Weighting:
     return Weighting(weighting.edges, tuple(np.minimum(raised, max(weighting.weights)).tolist()))
 
 
-def _equal_edges(real_quantiles: ArrayLike, bins: int) -> tuple[float, ...]:
+@dataclass(frozen=True)
+class _EqualBins:
+    """Bins of equally many real images, fewer than asked for where real densities are tied.
+
+    Attributes:
+        edges: strictly ascending, all below the highest real density, [b]: no bin is without a real image.
+        filled: p_real of each bin in units of 1/B, [b + 1]; adds up to B, and is 1 exactly where nothing is tied.
+        places: number of each bin among the B that were asked for, of the lowest of those it stands for, [b + 1].
+    """
+
+    edges: tuple[float, ...]
+    filled: tuple[float, ...]
+    places: tuple[int, ...]
+
+
+def _equal_bins(real_quantiles: ArrayLike, bins: int, least: float) -> _EqualBins:
+    """Edge j of B - 1 is the real density of rank j/B; edges on one tie are one, which has all of the tie below it.
+
+    How far up a tie reaches is known to one step of the quantiles, and what lies within that step is interpolated: a bin
+    above a tie that holds no more may hold no real image at all. It is joined with the next one up, or at the top with the
+    tie, and so is one that is smaller than `least` of a 1/B.
+    """
     quantiles = np.asarray(real_quantiles, dtype=np.float64)
     if bins < 1:
         raise UserError(f"a weighting needs at least one bin, has {bins}")
-    ranks = np.arange(1, bins) / bins * (len(quantiles) - 1)
-    return tuple(np.interp(ranks, np.arange(len(quantiles)), quantiles).tolist())
+    steps = len(quantiles) - 1
+    ranks = np.arange(1, bins) / bins * steps
+    edges = np.interp(ranks, np.arange(len(quantiles)), quantiles)
+    last = np.searchsorted(quantiles, edges, side="right") - 1  # quantile that is not above the edge
+    tied = last - ranks > 1e-6  # more than the rounding of a rank that is an integer
+    apart = max(1.0, least * steps / bins)
+    kept: list[int] = []
+    tops, free = [0.0], 0.0  # upper ends of the bins, in units of 1/B; rank above which the next edge may lie
+    for j in range(bins - 1):
+        if tied[j] and last[j] >= steps - apart:
+            break
+        if max(ranks[j], last[j]) > free:
+            kept.append(j)
+            tops.append((last[j] + 0.5) * bins / steps if tied[j] else j + 1)
+            free = last[j] + apart if tied[j] else ranks[j]
+    else:
+        j = bins - 1
+    return _EqualBins(tuple(edges[kept].tolist()), tuple(np.diff([*tops, bins]).tolist()), (*kept, j))
 
 
 # --- acceptance ---------------------------------------------------------------------------------------------------------

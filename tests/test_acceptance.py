@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pd_core import acceptance, ids
+from pd_core import acceptance, density, ids
 from pd_core.errors import UserError
 
 QUANTILES = np.linspace(0.5, 1.5, 1001)
@@ -157,6 +157,115 @@ def test_weights_by_quantile_cut_the_real_set_into_equal_bins():
     weighting = acceptance.by_quantile(QUANTILES, [1, 2, 3, 4])
     assert weighting.edges == pytest.approx((0.75, 1.0, 1.25))
     np.testing.assert_array_equal(acceptance.weight_of([0.6, 0.75, 0.76, 1.2, 1.3, 99], weighting), [1, 1, 2, 3, 4, 4])
+
+
+# --- ties in the real set ---------------------------------------------------------------------------------------------
+
+
+def tied_real(name, rows=50_000):
+    """Real densities with exact duplicates, as copies of one image give them."""
+    rho = np.random.default_rng(20).lognormal(0.0, 0.3, rows)
+    many = {"top 6%": 0.06, "top 60%": 0.6, "middle 40%": 0.4, "bottom 30%": 0.3, "within a bin": 0.03}.get(name, 0.0)
+    value = {"top": 9.0, "bottom": 0.01}.get(name.split()[0], 1.0)
+    rho[: round(many * rows)] = value
+    if name == "ten values":
+        rho = np.repeat(np.linspace(0.5, 1.5, 10), rows // 10)
+    if name == "all alike":
+        rho[:] = 1.0
+    return rho
+
+
+TIES = ["top 6%", "top 60%", "middle 40%", "bottom 30%", "within a bin", "ten values", "all alike"]
+
+
+@pytest.mark.parametrize("bins", [7, 20])
+@pytest.mark.parametrize("fewer", [False, True], ids=["the real law", "half of the ties"])
+@pytest.mark.parametrize("name", TIES)
+def test_match_gives_the_real_sets_densities_where_they_are_tied(name, fewer, bins):
+    """Accepted shares and rate of 300,000 candidates, held to p_real of each bin counted in the real set itself.
+
+    Tolerances: a quantile is a thousandth of the real set; 5 standard errors of the draw and of the pilot. The ideal rate
+    is 1 / max(p_real / p_G), and the largest of 20 quotients of a pilot of 100,000 errs by about 3%.
+    """
+    real, rng = tied_real(name), np.random.default_rng(21)
+    values, counts = np.unique(real, return_counts=True)
+    of_generator = np.where(counts > 1, counts / 2, counts) if fewer else counts.astype(float)
+    pilot, generated = (rng.choice(values, m, p=of_generator / of_generator.sum()) for m in (100_000, 300_000))
+    weighting = acceptance.match(density.density_quantiles(real), pilot, bins, most=1000.0)
+    p_real, p_generator = (acceptance.bin_shares(rho, weighting) for rho in (real, generated))
+    assert (p_real > 0).all(), "a bin without a real image"
+    kept = generated[rng.random(generated.size) < acceptance.acceptance_probability(generated, weighting)]
+    assert kept.size / generated.size == pytest.approx(1 / (p_real / p_generator).max(), rel=0.1)
+    shares = acceptance.bin_shares(kept, weighting)
+    tolerance = 0.001 + 5 * np.sqrt(p_real / kept.size + p_real**2 / (100_000 * p_generator))
+    assert (np.abs(shares - p_real) <= tolerance).all(), (shares, p_real)
+
+
+def test_blanks_among_the_real_images_do_not_take_the_weight_from_the_rest():
+    """6% of one blank, the densest image there is; the generator has all others just so. 200 pilots of 256.
+
+    The bin of the blanks has the 4% of the real set below them too, so its weight is near 0.1 / (0.04 / 0.94) = 2.35, which
+    divides all others: a rate near 0.43, less what the largest of the pilot's quotients is too large by. A weight of 20 for
+    what lies above the blanks, where nothing does, made it 0.048.
+    """
+    real, rng = tied_real("top 6%"), np.random.default_rng(22)
+    quantiles, generator = density.density_quantiles(real), real[real < 9.0]
+    rates = []
+    for _ in range(200):
+        weighting = acceptance.match(quantiles, rng.choice(generator, 256), 20, 20.0)
+        assert weighting.edges[-1] < 9.0
+        rates.append(acceptance.acceptance_probability(generator, weighting).mean())
+    assert 0.3 < np.median(rates) < 0.44
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1, 20), (20, 1, 1, 1), (1, 20, 1, 1), (1, 1, 20, 1), (1, 2, 3, 4)])
+@pytest.mark.parametrize("name", TIES)
+def test_weights_by_quantile_are_divided_by_a_weight_that_a_real_image_has(name, weights):
+    """Rate and shares of a generator with the real law, accepted by ω of each image's lowest bin over the largest such ω."""
+    real, rng = tied_real(name), np.random.default_rng(23)
+    weighting = acceptance.by_quantile(density.density_quantiles(real), weights)
+    generated = rng.choice(real, 200_000)
+    a = acceptance.acceptance_probability(real, weighting)
+    assert a.max() == 1
+    share_below = np.searchsorted(np.sort(real), real, side="left") / (real.size - 1)  # of the lowest of the tied
+    omega = np.array(weights)[np.minimum((4 * share_below).astype(int), 3)]
+    known = np.abs(4 * share_below - np.round(4 * share_below)) > 0.004 * 1.5  # quantiles are a thousandth apart
+    known |= np.round(4 * share_below) == 0
+    assert known.mean() > 0.4 and omega[known].max() == omega.max()
+    np.testing.assert_allclose(a[known], omega[known] / omega.max())
+    accepted = rng.random(generated.size) < acceptance.acceptance_probability(generated, weighting)
+    error = 5 / math.sqrt(generated.size)
+    assert accepted.mean() == pytest.approx(omega.mean() / omega.max(), abs=error + 0.004)
+    assert generated[accepted].mean() == pytest.approx(np.average(real, weights=omega), abs=0.05)
+
+
+def test_what_lies_above_tied_densest_images_counts_with_them():
+    weighting = acceptance.by_quantile(density.density_quantiles(tied_real("top 60%")), [1, 2, 3, 4])
+    assert weighting.weights == (1, 2)
+    np.testing.assert_array_equal(acceptance.weight_of([9.0, 10.0], weighting), [2, 2])
+
+
+def test_weights_above_0_only_where_no_real_image_is_are_refused():
+    with pytest.raises(UserError, match=r"\[0, 0, 0, 1\].*same density"):
+        acceptance.by_quantile(density.density_quantiles(tied_real("top 60%")), [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("rows", [25, 1000, 50_000])
+@pytest.mark.parametrize("bins", [1, 2, 7, 20, 100, 1000, 1500])
+def test_without_ties_nothing_is_joined_to_the_bit(bins, rows):
+    """Edges are the interpolated quantiles and p_real is 1/B, in these very operations."""
+    rng = np.random.default_rng(24)
+    quantiles = density.density_quantiles(rng.lognormal(size=rows))
+    generated = rng.lognormal(size=500)
+    edges = np.interp(np.arange(1, bins) / bins * 1000, np.arange(1001), quantiles)
+    weighting = acceptance.match(quantiles, generated, bins, most=1e12)
+    assert weighting.edges == tuple(edges)
+    c = np.bincount(np.searchsorted(edges, generated), minlength=bins)
+    ratios = 501 / (bins * (c + 1))
+    mean = (c[c > 0] / 500) @ np.minimum(500 / (bins * c[c > 0]), ratios.max())
+    assert weighting.weights == tuple(ratios / mean)
+    listed = acceptance.by_quantile(quantiles, range(1, bins + 1))
+    assert listed.edges == tuple(edges) and listed.weights == tuple(range(1, bins + 1))
 
 
 def test_no_weighting_accepts_everything():
