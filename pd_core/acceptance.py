@@ -264,6 +264,16 @@ def rate_interval(chances: ArrayLike, lowest: float, highest: float, fitted_bins
     return max(lowest, float(mean - Z * error)), min(highest, float(mean + Z * error))
 
 
+def measured_interval(rate: float, low: float, high: float, candidates: float) -> tuple[float, float]:
+    """Where the measured rate of a run of so many candidates lies with 95%, if a pilot told its true rate: (low, high).
+
+    Mean ± sqrt(e² + z² rate (1 - rate) / candidates), e being the pilot's error on that side, `rate - low` or `high - rate`
+    of `rate_interval`: those of the pilot and of the run's own draws are independent. Within [0, 1].
+    """
+    own = Z * Z * rate * (1 - rate) / candidates
+    return max(0.0, rate - math.sqrt((rate - low) ** 2 + own)), min(1.0, rate + math.sqrt((high - rate) ** 2 + own))
+
+
 def _bin(density: ArrayLike, edges: Sequence[float]) -> NDArray[np.int64]:
     values = np.asarray(density, dtype=np.float64)
     if np.isnan(values).any():

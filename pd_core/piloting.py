@@ -189,8 +189,8 @@ class Expectation:
     def candidates_surely(self, n: int) -> float:
         """Candidates that are enough for n accepted with a probability of 97.5%; inf where the rate may be 0.
 
-        The c with rate c - sqrt((rate - low)² c² + z² rate (1 - rate) c) = n: the pilot's error, which grows as c, and that
-        of the run's own draws, which grows as sqrt(c), are independent.
+        The c of which n is the low end of `acceptance.measured_interval`: rate c - sqrt((rate - low)² c² + z² rate (1 - rate) c)
+        = n. The pilot's error grows as c, that of the run's own draws as sqrt(c).
         """
         if self.low == 0:
             return math.inf

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import report
+from pd_core import acceptance, report
 from pd_core.report import Calibration, Drawing
 
 MAX_WEIGHTS_SHOWN = 60  # rows of the table of weights
@@ -188,9 +188,16 @@ class SamplesData:
         return self.n / self.candidates
 
     @property
+    def measured_interval(self) -> tuple[float, float]:
+        """Where the measured rate should lie with 95%, by the pilot: that of the true rate, and the run's own error."""
+        expected = self.expected
+        return acceptance.measured_interval(expected.rate, expected.low, expected.high, self.candidates)
+
+    @property
     def as_expected(self) -> bool:
-        """Whether the measured rate lies in the pilot's interval."""
-        return self.expected.low <= self.acceptance_rate <= self.expected.high
+        """Whether the measured rate lies in `measured_interval`."""
+        low, high = self.measured_interval
+        return low <= self.acceptance_rate <= high
 
     @property
     def effective_sample_size(self) -> float:

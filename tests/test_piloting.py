@@ -249,6 +249,12 @@ def test_the_candidates_that_surely_suffice():
         assert 0.96 < np.mean(enough) < 0.995, (rate, m, n)
 
 
+@pytest.mark.parametrize(("rate", "low", "n"), [(0.3, 0.25, 100), (0.02, 0.01, 50), (0.9, 0.9, 10), (1.0, 1.0, 7)])
+def test_the_candidates_that_surely_suffice_are_where_the_low_end_of_what_a_run_measures_is_n(rate, low, n):
+    candidates = piloting.Expectation(rate, low, 1.0, None).candidates_surely(n)
+    assert acceptance.measured_interval(rate, low, 1.0, candidates)[0] * candidates == pytest.approx(n)
+
+
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 

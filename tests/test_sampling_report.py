@@ -131,7 +131,9 @@ def test_numbers_of_the_page_equal_the_data(page):
     for text in (
         "accepted images 600",
         "candidates 1,950",
-        "acceptance rate 30.8% as the pilot said: 28.2% … 34.3%",  # 600 / 1950
+        "acceptance rate 30.8% as the pilot said: 27.6% … 34.9%",  # 600 / 1950; 0.3111 - √(0.0289² + 1.96² 0.2143/1950)
+        "the pilot of 256 candidates said 31.1% (95%: 28.2% … 34.3%, shaded)",
+        "a run of 1,950 candidates measures 27.6% … 34.9%",
         "likely copies 5 0.833% of the images",  # 5 / 600
         "predictor against index 0.943 Spearman on 256 generated images",
         "time of all stages 1 min 13 s",
@@ -268,9 +270,16 @@ def test_the_effective_sample_size(a, expected):
 
 def test_a_rate_outside_of_what_the_pilot_said_is_marked(no_figures):
     page = Page(sampling_page.render(example(expected=Expected(0.5, 0.4, 0.6, None, 256, 0))))
-    assert "acceptance rate 30.8% outside of what the pilot said: 40% … 60%" in page.text
+    assert "acceptance rate 30.8% outside of what the pilot said: 39.8% … 60.2%" in page.text
     assert "Pr(ρ > τ) =" not in page.text
     assert any(a.get("class") == "card warn" for _, a in page.tags)
+
+
+def test_a_run_that_chance_alone_can_put_outside_of_the_pilots_interval_is_not_marked():
+    """0.3077 of 1,950 candidates, whose own error is 2.05% at 95%: 32% ... 34% in the pilot is no contradiction."""
+    near = example(expected=Expected(0.33, 0.32, 0.34, None, 4096, 0))
+    assert near.acceptance_rate < 0.32 and near.as_expected
+    assert not example(expected=Expected(0.34, 0.33, 0.35, None, 4096, 0)).as_expected
 
 
 @pytest.mark.parametrize(
