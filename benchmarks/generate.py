@@ -181,8 +181,8 @@ def _outside(log: Path, begin: float, end: float) -> float:
 class TimedMakeChunk(sampling._MakeChunk):
     """sampling._MakeChunk, logged."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
+    def __init__(self, recipe: Recipe, deadline: float | None) -> None:
+        super().__init__(recipe, deadline)
         self.inside_s = 0.0
         for owner, name in ((self.maker.generator, "generate"), (self.maker.scorer, "features")):
             setattr(owner, name, self._timed(getattr(owner, name)))

@@ -181,8 +181,32 @@ def device_of(cluster: Cluster, gpus: float | None) -> str:
     return "cuda" if _gpus_each(cluster, gpus) else "cpu"
 
 
+def gpus_to_ask(cluster: Cluster, gpus: float | None, before: str | None) -> float | None:
+    """GPUs of each actor, as in the settings, or None for what there is.
+
+    Args:
+        cluster: as it is now.
+        gpus: as in the settings.
+        before: device, cpu or cuda, of what is taken up again, or None. Where GPUs made it and have scaled away since, the
+            autoscaler is asked for one each.
+    """
+    if gpus is None and not cluster.gpus and not cluster.local:
+        if before == "cuda":
+            return 1.0
+        if cluster.elastic:
+            say("ray: no GPU is up, so models run on CPUs; where GPUs scale from zero, set actor_gpus")
+    return gpus
+
+
 def _gpus_each(cluster: Cluster, gpus: float | None) -> float:
-    return gpus if gpus is not None else (1.0 if cluster.gpus else 0.0)
+    if gpus is None:
+        return 1.0 if cluster.gpus else 0.0
+    if cluster.local and gpus > cluster.gpus:  # nobody would ever add what an actor waits for
+        raise UserError(
+            f"actor_gpus {gpus:g}: this machine has {cluster.gpus:g} GPUs; leave it out, or join a cluster that has more "
+            "(RAY_ADDRESS)"
+        )
+    return gpus
 
 
 def actors_that_fit(cluster: Cluster, cpus: int, gpus: float | None) -> int:
@@ -191,19 +215,27 @@ def actors_that_fit(cluster: Cluster, cpus: int, gpus: float | None) -> int:
     return int(cluster.gpus / per_gpu) if per_gpu else int(computing_cpus(cluster) // cpus)
 
 
-def actor_pool(cluster: Cluster, actors: int | None, cpus: int, gpus: float | None) -> tuple[int, int, float, float]:
-    """(fewest actors, most actors, CPUs each, GPUs each) of a stage whose actors run a model.
+def actor_pool(
+    cluster: Cluster, actors: int | None, cpus: int, gpus: float | None, work: int | None = None
+) -> tuple[int, int, float, float]:
+    """(fewest actors, most actors, CPUs each, GPUs each) of a stage whose actors run a model; never more than `work`, its
+    batches, where they are counted.
 
     Without `actors` the pool grows from 1: on this machine to what fits, on a cluster that was joined as far as Ray Data
     finds work and the autoscaler finds nodes. GPUs are used where there are any; where they scale from zero, `gpus` says
     so. Actors asked for on a joined cluster are what the pool grows to, since Ray Data keeps room for its other tasks only
     while it decides on the growth.
+
+    Raises:
+        UserError: more GPUs are asked for than this machine has, and it stands alone.
     """
     per_gpu = _gpus_each(cluster, gpus)
     each, fits = 1 if per_gpu else cpus, actors_that_fit(cluster, cpus, gpus)
     if cluster.elastic:
         fits = max(fits, AUTOSCALED_ACTORS)
     most = actors or fits or 1
+    if work is not None:
+        most = min(most, work)
     return (most if actors and cluster.local else 1), most, _claim(cluster, most, each), per_gpu
 
 
@@ -294,17 +326,24 @@ def bounded(
             ray.cancel(reference)
 
 
-def persist(stage: str, execute: Callable[[], None]) -> None:
+def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) -> None:
     """Call `execute`, which makes what is missing of a stage; where infrastructure ends it, after a pause again.
+
+    Args:
+        stage: name, for messages.
+        execute: raises what ends it.
+        done: parts that are known to be made. Patience begins anew with every execution that made some: a run of days may
+            meet any number of failures.
 
     Raises:
         UserError: of `execute`, at once. A defect of this program likewise, as it was raised.
-        RunError: after as many executions as `ROUND_DELAYS_S`, the last failure.
+        RunError: after as many executions in a row as `ROUND_DELAYS_S` that made nothing, the last failure.
     """
     import ray
 
     failure: Exception | None = None
-    for delay_s in ROUND_DELAYS_S:
+    delays, before = iter(ROUND_DELAYS_S), 0
+    while (delay_s := next(delays, None)) is not None:
         if failure is not None:
             say(f"{stage}: {one_line(failure)}; trying what is missing again in {delay_s:g} s")
             time.sleep(delay_s)
@@ -314,6 +353,8 @@ def persist(stage: str, execute: Callable[[], None]) -> None:
             failure = cause(error) or error
             if isinstance(failure, UserError) or _is_defect(failure):
                 raise failure from None
+        if (now := done()) > before:
+            delays, before = iter(ROUND_DELAYS_S[1:]), now
     if isinstance(failure, RunError):
         raise failure
     assert failure is not None

@@ -28,7 +28,7 @@ def run(
 
     done = stage.finished_parts()
     if not done:  # a set of other images may have been here
-        _drop_pictures(stage)
+        _drop_pictures(stage.uri)
     todo = [part.name for part in samples.parts if part.rows and _name(part.name, form) not in done]
     write: Any = ray.remote(_write).options(num_cpus=1, **cluster.TASK_OPTIONS)
     with cluster.progress("export", len(done) + len(todo), "parts", len(done)) as bar:
@@ -39,8 +39,16 @@ def run(
     return parts, {"images": sum(part.rows for part in parts), "form": form}
 
 
-def _drop_pictures(stage: storage.Stage) -> None:
-    fs, folder = storage.filesystem(storage.join(stage.uri, PICTURES))
+def remove(output: str) -> None:
+    """Delete the export under `output`, if one was begun there."""
+    uri = storage.join(output, "export")
+    if storage.begun_identity(uri) is not None:
+        _drop_pictures(uri)
+        storage.remove(uri)
+
+
+def _drop_pictures(uri: str) -> None:
+    fs, folder = storage.filesystem(storage.join(uri, PICTURES))
     if fs.exists(folder):
         fs.rm(folder, recursive=True)
 

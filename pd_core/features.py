@@ -403,15 +403,18 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
     """All parts by name, after as many executions as it takes."""
     work.quarantine.begin(overwrite=True)  # the features stage has been begun: what lies here is its, or stale
 
+    parts: set[str] = set()
+
     def execute() -> None:
         done = work.finished_parts()
+        parts.update(done)
         missing = tuple(p for p in range(work.listing.parts) if storage.part_name(p) not in done)
         if missing:
             _execute(replace(work, missing=missing), now, settings, max_bad, done)
         if absent := work.listing.parts - len(work.finished_parts()):
             raise RunError(f"features: {absent} of {work.listing.parts} parts are missing; run the same command again")
 
-    cluster.persist("features", execute)
+    cluster.persist("features", execute, lambda: len(parts))
     return work.finished_parts()
 
 

@@ -128,6 +128,7 @@ class Planned:
     """What the pilot decided."""
 
     job: sampling.Job
+    pool: sampling.Pool
     pilot: piloting.Pilot
     expected: piloting.Expectation
     open_index: Callable[[], search.SearchPool]
@@ -137,14 +138,19 @@ class Planned:
 def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> None:
     planned = _plan(run, settings, real, resources)
     cluster.say(planned.text)
-    job, pool = planned.job, _pool(settings)
+    job = planned.job
     budget = sampling.Budget(settings.max_candidates, settings.max_hours and settings.max_hours * 3600)
     if job.rejected is not None:
         with failures("rejected", job.rejected.uri):
             job.rejected.begin(settings.overwrite)
 
     def make() -> tuple[list[storage.Part], dict[str, Any]]:
-        parts, totals = sampling.run(job, run.now, pool, planned.open_index(), planned.expected.planning_rate, budget)
+        exporting.remove(run.output)  # of an older set of samples
+        if job.rejected is None:
+            storage.remove(storage.join(run.output, "rejected"))
+        parts, totals = sampling.run(
+            job, run.now, planned.pool, planned.open_index(), planned.expected.planning_rate, budget
+        )
         if job.rejected is not None:
             job.rejected.commit(job.rejected.finished_parts().values(), {}, {})
         return parts, totals | {"settings": settings.model_dump(mode="json")}
@@ -164,8 +170,12 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
 def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> Planned:
     """Everything up to the samples: open the generator, run the pilot, resolve the weighting."""
     assert settings.n is not None
+    with failures("pilot", run.output):
+        begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, "pilot"))
+    gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    pool = sampling.Pool(settings.actors, settings.actor_cpus, gpus)
     with failures("generator", str(settings.generator.path)):
-        facts = cluster.get(_task(describe).remote(settings.generator))
+        facts = _describe(settings, run.now, pool)
     classes, names = _classes(settings, facts)
     by_label = _label_quantiles(settings, real, names)
     recipe = Recipe(
@@ -180,7 +190,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         classes=classes,
         class_names=names,
         prompts=_prompts(settings, facts),
-        device=cluster.device_of(run.now, settings.actor_gpus),
+        device=cluster.device_of(run.now, gpus),
         copy_distance=real.copy_distance(settings.copies_quantile),
         drop_copies=False,
     )
@@ -191,7 +201,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         pool = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
         return resources.enter_context(pool)
 
-    pilot = _pilot(run, settings, recipe, open_index)
+    pilot = _pilot(run, settings, recipe, pool, open_index)
     weightings = piloting.weightings_of(settings.weighting, real, by_label, pilot, settings.score)
     expected = piloting.expect(settings, weightings, pilot)
     piloting.check_affordable(settings, real, by_label, pilot, expected)
@@ -203,11 +213,11 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         drop_copies=settings.drop_copies,
     )
     job = _job(run.output, settings, recipe, expected, pilot.png_bytes)
-    _, most, _, _ = cluster.actor_pool(run.now, settings.actors, settings.actor_cpus, settings.actor_gpus)
-    fit = cluster.actors_that_fit(run.now, settings.actor_cpus, settings.actor_gpus)
+    _, most, _, _ = cluster.actor_pool(run.now, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    fit = cluster.actors_that_fit(run.now, pool.actor_cpus, pool.actor_gpus)
     actors = max(1, min(most, fit))  # what the autoscaler may add is not there yet
     text = piloting.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
-    return Planned(job, pilot, expected, open_index, text)
+    return Planned(job, pool, pilot, expected, open_index, text)
 
 
 def _task(function: Any) -> Any:
@@ -224,9 +234,18 @@ def _open_realset(settings: GenerateSettings) -> RealSet:
     return real
 
 
+def _describe(settings: GenerateSettings, now: cluster.Cluster, pool: sampling.Pool) -> dict[str, Any]:
+    """`describe` where an actor of the generator would run: what fits one fits this."""
+    import ray
+
+    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    task: Any = ray.remote(describe).options(num_cpus=cpus, num_gpus=gpus, **cluster.TASK_OPTIONS)
+    return cluster.get(task.remote(settings.generator))
+
+
 def describe(settings: config.GeneratorSettings) -> dict[str, Any]:
     """Identity and abilities of a generator, which is loaded for it: runs in a Ray task."""
-    generator = generators.open_generator(settings)
+    generator = generators.open_generator(settings, cluster.assigned_device())
     return {
         "identity": generator.identity(),
         "num_classes": generator.num_classes,
@@ -235,21 +254,19 @@ def describe(settings: config.GeneratorSettings) -> dict[str, Any]:
 
 
 def _pilot(
-    run: Run, settings: GenerateSettings, recipe: Recipe, open_index: Callable[[], search.SearchPool]
+    run: Run,
+    settings: GenerateSettings,
+    recipe: Recipe,
+    pool: sampling.Pool,
+    open_index: Callable[[], search.SearchPool],
 ) -> piloting.Pilot:
     chunks = -(-settings.pilot // settings.chunk)
     rows = chunks * settings.chunk
     stage = sampling.stage_of(storage.join(run.output, "pilot"), "pilot", recipe, {"n": rows})
     job = sampling.Job(recipe, stage, None, min(chunks, PILOT_PART_CHUNKS), rows)
-    artifact = run.stage(
-        stage, lambda: sampling.run(job, run.now, _pool(settings), open_index(), 1.0, sampling.Budget())
-    )
+    artifact = run.stage(stage, lambda: sampling.run(job, run.now, pool, open_index(), 1.0, sampling.Budget()))
     with failures("pilot", stage.uri):
         return cluster.get(_task(piloting.read).remote(stage, artifact))
-
-
-def _pool(settings: GenerateSettings) -> sampling.Pool:
-    return sampling.Pool(settings.actors, settings.actor_cpus, settings.actor_gpus)
 
 
 def _job(

@@ -91,10 +91,13 @@ def _build(run: Run, settings: BuildIndexSettings, source: sources.Source) -> No
     if settings.density.k >= listed.rows:
         raise UserError(f"--density.k {settings.density.k}: needs more than k images, found {listed.rows}; lower k")
 
-    device = cluster.device_of(now, settings.features.actor_gpus)
+    begun = None if settings.overwrite else storage.begun_identity(storage.join(output, "features"))
+    gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, (begun or {}).get("device"))
+    device = cluster.device_of(now, gpus)
     featuring = features.stage_of(output, listed, spec, settings.data, settings.features, device)
+    extracting = settings.features.model_copy(update={"actor_gpus": gpus})
     work = features.Work(source, listed, spec, limits_of(settings), settings.features.batch_size, featuring)
-    featured = run.stage(featuring, lambda: features.run(work, now, settings.features, settings.data.max_bad_fraction))
+    featured = run.stage(featuring, lambda: features.run(work, now, extracting, settings.data.max_bad_fraction))
 
     indexing_stage, index_settings = indexing.stage_of(output, featured, settings.index, settings.density)
     indexed = run.stage(

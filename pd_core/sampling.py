@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from pd_core.candidates import Batch, ChunkMaker, Recipe, candidates_of, finish,
 from pd_core.errors import RunError, UserError, one_line
 
 WRITE_CPUS = cluster.IO_CPUS / 2  # another share than that of the tasks before, or Ray Data would make one of both
+LATE = "--max-hours is over"  # what is said of a chunk that was not begun any more
 ATTEMPTS = 2  # of a chunk before it is reported
 MOST_FAILED = 3  # parts that may fail before a run gives up, or a tenth of all, if that is more
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
@@ -53,7 +54,9 @@ _MADE = pa.schema(
 class _MakeChunk:
     """Ray Data actor: a chunk's number to its batch. A chunk that fails twice goes on as an error, not as an exception."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, deadline: float | None) -> None:
+        """deadline: in seconds since the epoch; chunks that come later are not made."""
+        self.deadline = deadline
         self.failure: UserError | RunError | None = None
         self.broken = False
         try:
@@ -68,6 +71,8 @@ class _MakeChunk:
             os._exit(1)
         assert numbers.num_rows == 1, numbers.num_rows
         chunk = numbers["chunk"][0].as_py()
+        if self.deadline is not None and time.time() > self.deadline:
+            return _made_table({"chunk": chunk, "busy_s": 0.0, "error": LATE})
         watch = storage.Stopwatch()
         made: Batch | None = None
         for _ in range(ATTEMPTS):
@@ -94,7 +99,11 @@ class _MakeChunk:
                 "features": made.features.tobytes(),
                 "log_density": made.log_density,
             }
-        return pa.table({name: [values.get(name)] for name in _MADE.names}, schema=_MADE)
+        return _made_table(values)
+
+
+def _made_table(values: Mapping[str, Any]) -> pa.Table:
+    return pa.table({name: [values.get(name)] for name in _MADE.names}, schema=_MADE)
 
 
 def _read_made(row: Mapping[str, Any], dim: int) -> Batch:
@@ -216,6 +225,7 @@ def _write_part(job: Job, chunks: pa.Table) -> pa.Table:
             "part": pa.array([part], pa.int64()),
             "rows": pa.array([rows], pa.int64()),
             "error": pa.array([error], pa.string()),
+            "late": pa.array([any(e == LATE for _, e in failed)]),
             "busy_s": pa.array([chunks["busy_s"].to_pylist()], pa.list_(pa.float64())),
         }
     )
@@ -259,11 +269,14 @@ class Budget:
 
 @dataclass
 class Progress:
-    """What the driver knows of this run: rows of every part so far, parts that failed, actors' seconds for each chunk."""
+    """What the driver knows of this run: rows of every part so far, parts that failed, actors' seconds for each chunk,
+    whether its time is over.
+    """
 
     rows: dict[int, int]
     failed: dict[int, str]
     busy_s: list[float] = field(default_factory=list)
+    late: bool = False
 
     @property
     def hopeless(self) -> bool:
@@ -287,24 +300,24 @@ def run(
     Raises:
         RunError: a chunk failed twice (with its seeds), or the budget is spent; what was made is kept.
     """
-    started = time.monotonic()
     state = Progress({}, {})
+    deadline = budget.seconds and time.time() + budget.seconds
 
     def execute() -> None:
         done = job.finished()
         state.rows, state.failed = {number: part.rows for number, part in done.items()}, {}
         while job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is None:
             wanted = _next_parts(job, state, rate, budget.candidates)
-            if not wanted or state.hopeless or _is_late(started, budget):
+            if not wanted or state.hopeless or state.late:
                 return
-            _execute(job, wanted, now, pool, index, state, lambda: _is_late(started, budget))
+            _execute(job, wanted, now, pool, index, state, deadline)
 
-    cluster.persist("samples", execute)
+    cluster.persist("samples", execute, lambda: len(state.rows))
     if state.failed:
         raise RunError(_failed_line(job, state.failed))
     last = job.prefix(state.rows)
     if last is None:
-        raise RunError(_spent_line(job, state.rows, budget, _is_late(started, budget)))
+        raise RunError(_spent_line(job, state.rows, budget, state.late))
     facts = cluster.get(_task(_trim).remote(job, last))
     _drop_after(job, last)
     done = job.finished()
@@ -321,10 +334,6 @@ def _task(function: Any) -> Any:
     import ray
 
     return ray.remote(function).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
-
-
-def _is_late(started: float, budget: Budget) -> bool:
-    return budget.seconds is not None and time.monotonic() - started > budget.seconds
 
 
 def _next_parts(job: Job, state: Progress, rate: float, most: int | None) -> list[int]:
@@ -346,13 +355,16 @@ def _execute(
     pool: Pool,
     index: search.SearchPool,
     state: Progress,
-    late: Callable[[], bool],
+    deadline: float | None,
 ) -> None:
     accepted = min(job.n, sum(state.rows.values()))
     unit = "accepted" if job.samples.kind == "samples" else "candidates"
     with cluster.progress(job.samples.kind, job.n, unit, accepted) as bar:
-        for record in _stream(job, wanted, now, pool, index).iter_rows():
+        for record in _stream(job, wanted, now, pool, index, deadline).iter_rows():
             part = record["part"]
+            state.late = record["late"] or (deadline is not None and time.time() > deadline)
+            if record["late"]:
+                return
             if record["error"] is None:
                 state.rows[part] = record["rows"]
             else:
@@ -360,11 +372,18 @@ def _execute(
                 cluster.say(f"samples: {record['error']}; its part is left out for now, the others go on")
             state.busy_s += record["busy_s"]
             bar.update(min(record["rows"], job.n - bar.n))
-            if late() or state.hopeless or job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None:
+            if state.late or state.hopeless or job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None:
                 return
 
 
-def _stream(job: Job, wanted: Sequence[int], now: cluster.Cluster, pool: Pool, index: search.SearchPool) -> Any:
+def _stream(
+    job: Job,
+    wanted: Sequence[int],
+    now: cluster.Cluster,
+    pool: Pool,
+    index: search.SearchPool,
+    deadline: float | None = None,
+) -> Any:
     """The Ray Data plan: chunk numbers -> generated and scored -> searched and encoded -> committed parts, in order."""
     import ray.data
 
@@ -375,15 +394,15 @@ def _stream(job: Job, wanted: Sequence[int], now: cluster.Cluster, pool: Pool, i
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
     free = replace(now, held_cpus=index.cpus)  # the search actors are there all the while
-    fewest, most, cpus, gpus = cluster.actor_pool(free, pool.actors, pool.actor_cpus, pool.actor_gpus)
     per_part = job.chunks_per_part
     numbers = [{"chunk": part * per_part + i} for part in wanted for i in range(per_part)]
+    fewest, most, cpus, gpus = cluster.actor_pool(free, pool.actors, pool.actor_cpus, pool.actor_gpus, len(numbers))
     made = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
         _MakeChunk,
-        fn_constructor_args=(job.recipe,),
+        fn_constructor_args=(job.recipe, deadline),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=min(most, len(numbers))),
+        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
         num_cpus=cpus,
         num_gpus=gpus or None,
     )
@@ -457,7 +476,7 @@ def _failed_line(job: Job, failed: Mapping[int, str]) -> str:
 
 def _spent_line(job: Job, rows: Mapping[int, int], budget: Budget, late: bool) -> str:
     made, candidates = sum(rows.values()), len(rows) * job.candidates_per_part
-    spent = "--max-hours is over" if late else f"--max-candidates {budget.candidates} would be passed by the next part"
+    spent = LATE if late else f"--max-candidates {budget.candidates} would be passed by the next part"
     return (
         f"samples: {made} of {job.n} rows accepted of {candidates} candidates when {spent}; they are kept: raise the limit "
         "and run the same command again"

@@ -281,7 +281,7 @@ class Stage:
         done = load_artifact(self.uri)
         if done is not None and done.fingerprint == self.fingerprint:
             return done
-        other = done.identity if done is not None else self._started_identity()
+        other = done.identity if done is not None else _started(self.uri)
         if other is not None and (done is not None or fingerprint_of(other, self) != self.fingerprint):
             if not overwrite:
                 what = "; ".join(differences(other, self.identity)[:6]) or "the schema version"
@@ -289,7 +289,7 @@ class Stage:
                     f"{self.uri}: holds {self.kind} made with other settings or input ({what}); "
                     "choose another --output or pass --overwrite"
                 )
-            self._clear()
+            _clear(self.uri)
         elif other is None and any(not _TEMPORARY.search(name) for name in sizes(self.uri)):
             raise UserError(f"{self.uri}: holds files that are not of this program; choose another --output")
         self._drop_temporaries()
@@ -308,25 +308,6 @@ class Stage:
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - os.stat(join(folder, name)).st_mtime > TEMPORARY_S:
                         delete_file(join(folder, name))
-
-    def _clear(self) -> None:
-        """Delete the stage in an order that can break off anywhere: what is left is unfinished, and still known as ours.
-
-        Files that no stage writes are somebody else's and stay.
-        """
-        delete_file(join(self.uri, ARTIFACT))
-        records = sorted(sizes(join(self.uri, RECORDS)))
-        recorded = {name.removesuffix(".json") for name in records}
-        ours = [name for name in sorted(sizes(self.uri)) if name in recorded or _NUMBERED.match(name)]
-        with ThreadPoolExecutor(READERS) as deleters:
-            list(deleters.map(lambda name: delete_file(join(self.uri, name)), ours))
-            list(deleters.map(lambda name: delete_file(join(self.uri, RECORDS, name)), records))
-
-    def _started_identity(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(read_bytes(join(self.uri, STARTED)))
-        except FileNotFoundError:
-            return None
 
     def write_part(self, name: str, data: bytes, rows: int, counts: Mapping[str, int] | None = None) -> Part:
         """Write one file of the stage and, after its bytes are seen in place, its record."""
@@ -396,6 +377,40 @@ class Stage:
         watch = Stopwatch()
         parts, totals = make()
         return self.commit(parts, totals, {self.kind: watch.seconds})
+
+
+def begun_identity(uri: str) -> dict[str, Any] | None:
+    """Identity of the stage that was begun or finished in a directory, or None."""
+    done = load_artifact(uri)
+    return _started(uri) if done is None else done.identity
+
+
+def remove(uri: str) -> None:
+    """Delete the stage in a directory, if one was begun there."""
+    if _started(uri) is not None:
+        _clear(uri)
+        delete_file(join(uri, STARTED))
+
+
+def _clear(uri: str) -> None:
+    """Delete a stage in an order that can break off anywhere: what is left is unfinished, and still known as ours.
+
+    Files that no stage writes are somebody else's and stay.
+    """
+    delete_file(join(uri, ARTIFACT))
+    records = sorted(sizes(join(uri, RECORDS)))
+    recorded = {name.removesuffix(".json") for name in records}
+    ours = [name for name in sorted(sizes(uri)) if name in recorded or _NUMBERED.match(name)]
+    with ThreadPoolExecutor(READERS) as deleters:
+        list(deleters.map(lambda name: delete_file(join(uri, name)), ours))
+        list(deleters.map(lambda name: delete_file(join(uri, RECORDS, name)), records))
+
+
+def _started(uri: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(read_bytes(join(uri, STARTED)))
+    except FileNotFoundError:
+        return None
 
 
 def fingerprint_of(identity: Mapping[str, Any], stage: Stage) -> str:

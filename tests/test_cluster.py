@@ -6,6 +6,7 @@ import pytest
 
 from pd_core import cluster, search
 from pd_core.cluster import FEED_CPUS, Cluster
+from pd_core.errors import RunError, UserError
 
 
 def joined(cpus: float, gpus: float = 0.0, node_cpus: float | None = None) -> Cluster:
@@ -53,6 +54,46 @@ def test_an_elastic_cluster_is_asked_for_more_than_it_has(now):
 )
 def test_gpus_are_used_where_there_are_any_or_the_user_says_so(now, gpus, expected):
     assert cluster.actor_pool(now, None, 1, gpus) == expected
+
+
+@pytest.mark.parametrize("now", [*FIXED, joined(64.0, 4.0)], ids=str)
+@pytest.mark.parametrize("actors", [None, 8])
+def test_no_more_actors_than_there_is_work(now, actors):
+    for work in (1, 5, 1000):
+        fewest, most, _, _ = cluster.actor_pool(now, actors, 1, None, work)
+        assert 1 <= fewest <= most <= work
+
+
+@pytest.mark.parametrize("gpus", [0.5, 1.0])
+def test_gpus_that_nobody_will_add_are_refused(gpus):
+    with pytest.raises(UserError, match=r"actor_gpus .*: this machine has 0 GPUs"):
+        cluster.actor_pool(LOCAL, None, 1, gpus)
+    assert cluster.actor_pool(LOCAL, None, 1, 0.0)[3] == 0
+
+
+def test_gpus_that_scaled_away_since_a_run_began_are_asked_for_again(capsys):
+    away = joined(12.0)
+    assert cluster.gpus_to_ask(away, None, "cuda") == 1.0
+    assert capsys.readouterr().out == ""
+    assert cluster.gpus_to_ask(away, None, None) is None
+    assert "no GPU is up" in capsys.readouterr().out
+    for now, asked in ((away, 0.0), (away, 0.25), (joined(12.0, 2.0), None), (LOCAL, None)):
+        assert cluster.gpus_to_ask(now, asked, "cuda") == asked
+    assert capsys.readouterr().out == ""
+
+
+def test_patience_begins_anew_with_every_execution_that_made_something(monkeypatch):
+    monkeypatch.setattr(cluster, "ROUND_DELAYS_S", (0.0, 0.0, 0.0))
+    done, rounds = [0], [0]
+
+    def execute():
+        rounds[0] += 1
+        done[0] += rounds[0] <= 10  # ten nodes die, each after a part; then nothing more comes
+        raise RunError(f"node {rounds[0]} died")
+
+    with pytest.raises(RunError, match="node 12 died"):
+        cluster.persist("samples", execute, lambda: done[0])
+    assert rounds == [12]
 
 
 def test_no_actor_claims_more_than_the_largest_node_has():

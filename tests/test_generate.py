@@ -3,12 +3,13 @@
 import contextlib
 import io
 import json
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -442,10 +443,53 @@ def test_a_budget_that_cannot_suffice_is_refused_before_the_run(index, tmp_path,
 @pytest.mark.slow
 def test_hours_that_are_over_keep_what_is_made_and_go_on_later(undisturbed, index, tmp_path, capsys):
     output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    (output / "samples" / storage.ARTIFACT).unlink()
+    last = sorted((output / "samples").glob("part-*.parquet"))[-1]
+    for file in (last, output / "samples" / storage.RECORDS / f"{last.name}.json"):
+        file.unlink()
+    before = {f: f.stat().st_mtime_ns for f in (output / "samples").glob("part-*.parquet")}
+    assert len(before) > 3
     assert run(index, output, "--score=both", "--keep-rejected", "--max-hours=0.000001") == 1
     assert "--max-hours is over" in capsys.readouterr().err
+    assert before == {f: f.stat().st_mtime_ns for f in (output / "samples").glob("part-*.parquet")}
     assert run(index, output, "--score=both", "--keep-rejected") == 0
     assert same(output, undisturbed)
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+
+
+def test_a_chunk_that_comes_after_the_deadline_is_not_made(monkeypatch):
+    """A part may take hours: the clock is looked at before each of its chunks."""
+
+    class Maker:
+        def __init__(self, *_):
+            pass
+
+        def make(self, chunk):
+            raise AssertionError("made")
+
+    monkeypatch.setattr(sampling, "ChunkMaker", Maker)
+    monkeypatch.setattr(cluster, "assigned_device", lambda: "cpu")
+    numbers = pa.table({"chunk": [3]})
+    (late,) = sampling._MakeChunk(cast(Any, None), time.time() - 1)(numbers).to_pylist()
+    assert (late["chunk"], late["error"], late["pixels"]) == (3, sampling.LATE, None)
+    (made,) = sampling._MakeChunk(cast(Any, None), time.time() + 1000)(numbers).to_pylist()
+    assert made["error"] == "AssertionError: made"
+
+
+@pytest.mark.slow
+def test_more_actors_than_chunks_may_be_asked_for(index, tmp_path):
+    assert run(index, tmp_path / "out", "--actors=3", "--pilot=32", n=4) == 0
+    assert rows(tmp_path / "out").num_rows == 4
+
+
+@pytest.mark.slow
+def test_nothing_of_an_older_set_stays_beside_a_new_one(index, tmp_path):
+    output = tmp_path / "out"
+    assert run(index, output, "--keep-rejected", "--export=png", n=20) == 0
+    assert list((output / "rejected").glob("*.parquet")) and list((output / "export").rglob("*.png"))
+    assert run(index, output, "--seed=1", "--overwrite", n=20) == 0
+    assert not any((output / "rejected").glob("*.parquet")) and not list((output / "export").rglob("*.png"))
 
 
 def test_dry_run_tells_the_rate_and_the_run_takes_its_pilot_over(index, tmp_path, capsys):
@@ -503,8 +547,6 @@ def test_a_mistyped_name_does_not_cost_the_start_of_ray(index, tmp_path, monkeyp
 
 
 def test_an_index_that_is_not_finished_is_refused(index, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(index, tmp_path / "index")
     (tmp_path / "index" / "estimator" / storage.ARTIFACT).unlink()
     assert run(tmp_path / "index", tmp_path / "out") == 2
@@ -523,7 +565,12 @@ def test_other_settings_on_the_same_output_are_refused(undisturbed, index, capsy
 
 
 def test_no_process_of_the_generators_is_left(undisturbed):
-    left = [
-        p for p in psutil.process_iter(["cmdline"]) if "_Searcher" in " ".join(p.info["cmdline"] or []) and is_ours(p)
-    ]
+    """Ray ends an actor a moment after its pool is gone."""
+    names, deadline = ("_Searcher", "_MakeChunk", "_Maker"), time.monotonic() + 20
+    while True:
+        found = [(p, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"])]
+        left = [title for p, title in found if any(name in title for name in names) and is_ours(p)]
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
     assert not left
