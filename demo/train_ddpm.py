@@ -108,7 +108,9 @@ def train(images: np.ndarray, recipe: Recipe) -> tuple[UNet2DModel, DDPMSchedule
     scheduler = noise_schedule()
     model = unet(recipe, sample_size=images.shape[1])
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     rate = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
     random = torch.Generator().manual_seed(recipe.seed)
     batches = shuffled_batches(torch.from_numpy(images), recipe.batch_size, random)
