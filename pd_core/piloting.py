@@ -28,6 +28,33 @@ MEASURED = 10  # a rate is taken to be at least this fraction of what the pilot 
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Predicted against index-scored densities of the same generated images.
+
+    Attributes:
+        true, predicted: log densities float64 [M], -inf where ρ underflows to 0.
+        figures: of the rows where both are finite, None where there is none.
+    """
+
+    true: np.ndarray
+    predicted: np.ndarray
+    figures: estimator.Calibration | None
+
+    @property
+    def left_out(self) -> int:
+        """Rows that the figures know nothing of."""
+        return len(self.true) - (self.figures.n if self.figures else 0)
+
+
+def agreement(by_index: np.ndarray, predicted: np.ndarray) -> Agreement:
+    """Densities float64 [M] by index and by predictor; one that is 0, as far from the real images it may be, has no log."""
+    with np.errstate(divide="ignore"):
+        true, guessed = np.log(by_index), np.log(predicted)
+    finite = np.isfinite(true) & np.isfinite(guessed)
+    return Agreement(true, guessed, estimator.calibration(true[finite], guessed[finite]) if finite.any() else None)
+
+
+@dataclass(frozen=True)
 class Pilot:
     """What the pilot's candidates were, a row each, scored by predictor and index.
 
@@ -52,9 +79,9 @@ class Pilot:
         """The densities that decide in the run."""
         return self.by_index if score == "index" else self.predicted
 
-    def calibration(self) -> estimator.Calibration:
+    def calibration(self) -> Agreement:
         """How the predictor fares off the real manifold: predicted against index-scored log density (METHOD 2b)."""
-        return estimator.calibration(np.log(self.by_index), np.log(self.predicted))
+        return agreement(self.by_index, self.predicted)
 
 
 def read(stage: storage.Stage, artifact: storage.Artifact) -> Pilot:
@@ -346,7 +373,7 @@ def plan(
 
     actors: generator processes that fit the cluster as it is now.
     """
-    n, copies = settings.n, int(pilot.copies.sum())
+    n, copies, figures = settings.n, int(pilot.copies.sum()), pilot.calibration().figures
     assert n is not None
     candidates, part = expected.candidates(n), _part(settings, pilot, expected)
     lines = [
@@ -361,7 +388,7 @@ def plan(
             if copy_distance == 0
             else f"within {copy_distance:.4g} of one"
         ),
-        f"predictor:  Spearman {_shown(pilot.calibration().spearman)} against the index on generated images",
+        f"predictor:  Spearman {_shown(figures.spearman if figures else None)} against the index on generated images",
         *_warnings(settings, expected, pilot),
     ]
     for label, weighting in list(weightings.items())[:10]:
@@ -387,17 +414,24 @@ def _time(seconds: float, each: float, actors: int) -> str:
 
 def _warnings(settings: GenerateSettings, expected: Expectation, pilot: Pilot) -> list[str]:
     assert settings.n is not None
-    lines, quality = [], pilot.calibration()
+    lines, calibration = [], pilot.calibration()
     most, surely = settings.max_candidates, expected.candidates_surely(settings.n)
     if most is not None and surely > _usable(settings, pilot, expected):
         need = f"up to {math.ceil(surely):,}" if math.isfinite(surely) else "many more"
         lines.append(
             f"warning:    --max-candidates {most} may not be enough: at the low end of the interval it takes {need} candidates"
         )
-    if quality.r2_log_density is not None and quality.r2_log_density < 0:
+    r2 = calibration.figures.r2_log_density if calibration.figures else None
+    if r2 is not None and r2 < 0:
         lines.append(
-            f"warning:    on generated images the predictor is worse than a constant (R² {quality.r2_log_density:.3g}); "
+            f"warning:    on generated images the predictor is worse than a constant (R² {r2:.3g}); "
             "they lie far from the real ones: --score index decides by true neighbors"
+        )
+    if calibration.left_out:
+        lines.append(
+            f"warning:    {calibration.left_out} of {pilot.rows} pilot candidates are left out of what is said of the "
+            "predictor: they lie so far from the real images that their density underflows to 0, by the index or by the "
+            "predictor; an index with a smaller --density.volume_dim would tell such images apart"
         )
     if expected.above in (0.0, 1.0):
         side = "above" if expected.above else "below"

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from pd_core import (
     acceptance,
     cluster,
-    estimator,
     ids,
     images,
     piloting,
@@ -142,8 +141,8 @@ def gather(inputs: Inputs) -> SamplesData:
         span=_span(np.concatenate([seen.rows["density"].to_numpy(), pilot_densities])),
         bands=_bands(inputs, shown),
         unfiltered=_unfiltered(inputs),
-        pilot_calibration=_calibration(pilot.by_index, pilot.predicted),
-        accepted_calibration=_calibration(*seen.both) if settings.score == "both" else None,
+        pilot_calibration=_calibration(pilot.calibration()),
+        accepted_calibration=_calibration(piloting.agreement(*seen.both)) if settings.score == "both" else None,
         parts=_parts(inputs),
         copies=totals["copies"],
         copy_distance=recipe.copy_distance,
@@ -263,16 +262,15 @@ def _parts(inputs: Inputs) -> list[tuple[int, int]]:
     return [*parts[:-1], (inputs.sampled.totals["candidates"] - before, parts[-1][1])]
 
 
-def _calibration(by_index: np.ndarray, predicted: np.ndarray) -> report.Calibration:
-    with np.errstate(divide="ignore"):  # ρ underflows to 0 far below the mean when the sharpness is large
-        true, guessed = np.log(by_index), np.log(predicted)
-    finite = np.isfinite(true) & np.isfinite(guessed)
-    if not finite.any():
-        return report.Calibration(true, guessed, None, None, 0)
-    found = estimator.calibration(true[finite], guessed[finite])
+def _calibration(agreement: piloting.Agreement) -> report.Calibration:
+    found, left_out = agreement.figures, agreement.left_out
+    more = {"left out, since ρ underflows to 0": float(left_out)} if left_out else {}
+    if found is None:
+        return report.Calibration(agreement.true, agreement.predicted, None, None, 0, more)
     tails = [f"{end}_decile_{what}" for end in ("low", "high") for what in ("spearman", "mean_abs_log_error")]
-    more = {name: getattr(found, name) for name in ("r2_density", *tails)}
-    return report.Calibration(true, guessed, found.r2_log_density, found.spearman, found.n, more)
+    figures = {name: getattr(found, name) for name in ("r2_density", *tails)}
+    r2, spearman = found.r2_log_density, found.spearman
+    return report.Calibration(agreement.true, agreement.predicted, r2, spearman, found.n, figures | more)
 
 
 def _weights(recipe: Recipe) -> Iterator[Weight]:

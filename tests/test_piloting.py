@@ -293,6 +293,13 @@ def lines_of(pilot, actors=1, copy_distance=0.25, **more):
     return {line.partition(":")[0]: line.partition(":")[2].strip() for line in text.splitlines()}, expected
 
 
+def warnings_of(pilot):
+    settings = settings_of(100)
+    weightings, expected = forecast(settings, pilot)
+    text = piloting.plan(settings, expected, pilot, 1, weightings, 0.1)
+    return [line for line in text.splitlines() if line.startswith("warning:")]
+
+
 def test_the_time_is_told_for_one_process_and_for_those_that_run_now():
     pilot = pilot_of(np.where(np.arange(256) < 128, 2.0, 0.5), actor_s=0.5)
     lines, expected = lines_of(pilot, actors=4)
@@ -309,6 +316,40 @@ def test_copies_are_told_with_their_share_and_distance():
     lines, _ = lines_of(pilot_of(densities, copies=np.arange(200) < 3))
     assert "3 of 200 pilot candidates (0.015)" in lines["copies"] and "within 0.25 of one" in lines["copies"]
     assert "the copy distance is 0" in lines_of(pilot_of(densities), copy_distance=0.0)[0]["copies"]
+
+
+def far_off(many, m=256):
+    """Candidates of which the index gives the first `many` a density of 0, and on the rest the predictor is worthless."""
+    rng = np.random.default_rng(8)
+    by_index = np.where(np.arange(m) < many, 0.0, rng.lognormal(0, 0.3, m))
+    return piloting.Pilot(None, rng.lognormal(0, 1.0, m), by_index, np.zeros(m, bool), 0.01, 1500.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_densities_that_underflow_take_no_warning_away():
+    """log 0 would make R² a NaN, which is not below 0; the figures are those of the rows that have both logarithms."""
+    pilot = far_off(30)
+    found = pilot.calibration()
+    assert found.left_out == 30 and found.figures is not None and found.figures.n == 226
+    assert found.figures.spearman == pytest.approx(stats.spearmanr(pilot.by_index[30:], pilot.predicted[30:]).statistic)
+    text = "\n".join(warnings_of(pilot))
+    assert "worse than a constant (R² -" in text
+    assert "30 of 256 pilot candidates are left out of what is said of the predictor" in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_all_densities_underflow_nothing_is_said_of_the_predictor_but_that():
+    pilot = far_off(256)
+    assert pilot.calibration().figures is None
+    lines, _ = lines_of(pilot)
+    assert lines["predictor"].startswith("Spearman undefined")
+    (text,) = warnings_of(pilot)
+    assert "256 of 256 pilot candidates are left out" in text and "--density.volume_dim" in text
+
+
+def test_where_no_density_underflows_nothing_is_left_out():
+    assert far_off(0).calibration().left_out == 0
+    assert not any("left out" in line for line in warnings_of(far_off(0)))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -660,6 +660,21 @@ def test_calibrations_are_those_of_the_rows(world, gathered):
     assert gathered.pilot_calibration.r2 == pytest.approx(r2)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("zeros", [0, 2, 50])
+def test_densities_that_underflow_are_left_out_of_the_figures_and_said_to_be(zeros, no_figures):
+    rng = np.random.default_rng(3)
+    true, predicted = rng.lognormal(size=(2, 50))
+    true[: zeros // 2], predicted[zeros // 2 : zeros] = 0.0, 0.0
+    if zeros == 50:
+        true[:] = 0.0
+    made = sampling_report._calibration(piloting.agreement(true, predicted))
+    assert made.n_holdout == 50 - zeros and made.log_density.size == 50
+    assert (made.r2 is None) == (made.spearman is None) == (zeros == 50)
+    text = Page(sampling_page.render(example(pilot_calibration=made))).text
+    assert (f"left out, since ρ underflows to 0 {zeros}" in text) == (zeros > 0)
+
+
 def test_copies_stand_beside_their_originals(world, gathered):
     """The nearest flagged ones, each with the picture of its own nearest real image, read from where it was indexed."""
     distance, flagged = world.column("nearest_real_distance"), world.column("likely_copy")
