@@ -317,6 +317,17 @@ def test_every_kind_of_weighting_is_explained(settings, steps, texts, no_figures
         assert text in page.text, text
 
 
+@pytest.mark.parametrize("labels", [[None], ["cat", "dog"], ["cat", "Cat"]])
+@pytest.mark.parametrize("given", [{"kind": "match", "bins": 3}, {"kind": "quantiles", "weights": [1, 2, 4]}])
+def test_the_page_says_where_tied_real_images_left_fewer_bins(given, labels, no_figures):
+    per_label = labels != [None]
+    made = [Weight(label, None, None, 1.0, 1.0) for label in labels for _ in range(3)]
+    for steps, fewer in ((made, False), (made[1:], True)):
+        settings = WeightingSettings(**given, per_label=per_label).model_dump()
+        text = Page(sampling_page.render(example(weighting=settings, weights=steps))).text
+        assert ("real images have one and the same density the bins that they fill are one" in text) == fewer
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_labels_prompts_and_keys_are_text_and_nothing_else(text, no_figures):
     dirty, clean = (Page(sampling_page.render(hostile(t))) for t in (text, "plain"))
