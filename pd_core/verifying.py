@@ -20,13 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pd_core import cluster, ids, schemas, search, storage
+from pd_core import cluster, ids, sampling, schemas, search, storage
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
 from pd_core.errors import UserError, one_line
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
 BATCH_ROWS = 64  # with their images, read at once
 GROUP_CHUNKS = 32  # of one part, compared by one task: its file is read once for them
+READ_AS_WHOLE = (".parquet", ".tar", ".jsonl")  # files that are opened by their suffix, all that lie in a directory
+MISSING = "is missing"
 IN_FLIGHT = 3  # groups: one that is made, one that is read, one that is compared
 _SPOKEN = {"density_predicted": "predicted density", "density_index": "density by the index"}
 
@@ -48,16 +50,22 @@ class Samples:
         recipe: of its rows.
         chunks_per_part: chunks whose accepted rows make one part.
         candidates: up to the one that gave the last row; what lies behind it is not in the table.
+        rejected: directory of the other candidates, or None where they were not kept.
     """
 
     uri: str
     recipe: Recipe
     chunks_per_part: int
     candidates: int
+    rejected: str | None = None
 
     def part_of(self, chunk: int) -> str:
         """File that holds the rows of a chunk."""
         return storage.part_name(chunk // self.chunks_per_part)
+
+    def beside(self, stage: str) -> str:
+        """Directory of another stage of the same output, or of this one."""
+        return storage.join(self.uri.rpartition("/")[0], stage)
 
     def ids_of(self, part: str) -> tuple[int, int]:
         """First candidate of a part and the first one after it."""
@@ -105,10 +113,7 @@ class Findings:
 
 def record_differences(artifact: storage.Artifact) -> list[str]:
     """What in the commit record of a samples stage contradicts itself."""
-    found = []
-    identity = {"kind": artifact.kind, "schema_version": artifact.schema_version, **artifact.identity}
-    if storage.fingerprint(identity) != artifact.fingerprint:
-        found.append("its fingerprint is not that of its identity")
+    found = [*_own_differences(artifact), *_sums(artifact)]
     wanted = artifact.identity["n"]
     if not artifact.rows == artifact.totals["rows"] == wanted:
         found.append(f"its parts hold {artifact.rows} rows, its totals {artifact.totals['rows']}, --n was {wanted}")
@@ -120,44 +125,126 @@ def record_differences(artifact: storage.Artifact) -> list[str]:
     return found
 
 
-def check_parts(samples: Samples, artifact: storage.Artifact, draw: Draw) -> tuple[dict[str, list[str]], np.ndarray]:
-    """Every part against the commit record, each in a Ray task; returns texts by file and the chosen sample_ids, int64."""
+def _own_differences(artifact: storage.Artifact) -> list[str]:
+    identity = {"kind": artifact.kind, "schema_version": artifact.schema_version, **artifact.identity}
+    if storage.fingerprint(identity) != artifact.fingerprint:
+        return ["its fingerprint is not that of its identity"]
+    return []
+
+
+def _sums(artifact: storage.Artifact) -> list[str]:
+    """Totals that are not the sums of the parts' counts, in a samples or pilot stage."""
+    totals, parts = artifact.totals, artifact.parts
+    bins = [sum(part.counts.get(f"bin_{b:02d}", 0) for part in parts) for b in range(sampling.DENSITY_BINS)]
+    sums = {
+        "copies": sum(part.counts.get("copies", 0) for part in parts),
+        "density_bins": bins,
+        "acceptance_rate": artifact.rows / totals["candidates"],
+    }
+    found = [
+        f"its total {name} is {totals.get(name)}, the sum of its parts {value}"
+        for name, value in sums.items()
+        if totals.get(name) != value
+    ]
+    if (binned := sum(bins)) != (counted := sum(part.counts.get("candidates", 0) for part in parts)):
+        found.append(f"its parts count {counted} candidates, and the densities of {binned}")
+    return found
+
+
+def beside_differences(samples: storage.Artifact, beside: Mapping[str, storage.Artifact]) -> dict[str, list[str]]:
+    """What in the commit records of an output's other stages, by name, contradicts themselves or that of the samples."""
+    found = {}
+    for stage, artifact in beside.items():
+        texts = _own_differences(artifact)
+        theirs = samples.identity if stage == "rejected" else {"samples": samples.fingerprint}
+        if artifact.kind != stage:
+            texts.append(f"is the record of {artifact.kind}")
+        elif stage == "pilot":
+            texts += _sums(artifact)
+        elif any(artifact.identity.get(name) != value for name, value in theirs.items()):
+            texts.append("is of other samples")
+        if stage == "rejected" and _stems(artifact).keys() != _stems(samples).keys():
+            texts.append("names other parts than samples/")
+        if stage == "export" and _stems(artifact) != {stem: rows for stem, rows in _stems(samples).items() if rows}:
+            texts.append("names other parts than samples/, or with other numbers of rows")
+        found[f"{stage}/{storage.ARTIFACT}"] = texts
+    if samples.identity.get("keep_rejected") and "rejected" not in beside:
+        found[f"rejected/{storage.ARTIFACT}"] = ["is missing, though --keep-rejected was set"]
+    return found
+
+
+def _stems(artifact: storage.Artifact) -> dict[str, int]:
+    """Rows by name of a part without its suffix."""
+    return {part.name.partition(".")[0]: part.rows for part in artifact.parts}
+
+
+def check_parts(
+    samples: Samples, artifact: storage.Artifact, beside: Mapping[str, storage.Artifact], draw: Draw
+) -> tuple[dict[str, list[str]], np.ndarray]:
+    """Every part of every stage against its commit record, each in a Ray task.
+
+    Args:
+        samples: whose rows may be chosen.
+        artifact: their commit record.
+        beside: those of the output's other finished stages, by name.
+        draw: the choice of rows.
+
+    Returns:
+        texts by file (STAGE/NAME), and the chosen sample_ids, int64.
+    """
     import ray
 
-    found = {storage.ARTIFACT: record_differences(artifact)}
-    known = {part.name for part in artifact.parts}
-    for name in sorted(storage.sizes(samples.uri)):
-        if name.endswith(".parquet") and name not in known:
-            found[name] = ["is not of this run, though whoever opens the directory reads it"]
-    task: Any = ray.remote(check_part).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
+    stages = {"samples": artifact, **beside}
+    found = {f"samples/{storage.ARTIFACT}": record_differences(artifact), **beside_differences(artifact, beside)}
+    for stage, committed in stages.items():
+        known = {part.name for part in committed.parts}
+        for name in storage.sizes(samples.beside(stage)):
+            if name.endswith(READ_AS_WHOLE) and name not in known:
+                found[f"{stage}/{name}"] = ["is not of this run, though whoever opens the directory reads it"]
+    items = [(stage, part) for stage, committed in stages.items() for part in committed.parts]
+    task: Any = ray.remote(_check).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
     keys, chosen = np.empty(0), np.empty(0, np.int64)
-    with cluster.progress("verify parts", len(artifact.parts), "parts") as bar:
-        submit = lambda part: task.remote(samples, part, draw)  # noqa: E731
-        for part, check in cluster.bounded(submit, artifact.parts, cluster.in_flight):
-            found[part.name] = check.differences
+    with cluster.progress("verify parts", len(items), "parts") as bar:
+        submit = lambda item: task.remote(samples, *item, draw)  # noqa: E731
+        for (stage, part), check in cluster.bounded(submit, items, cluster.in_flight):
+            found[f"{stage}/{part.name}"] = check.differences
             keys, chosen = _first(np.append(keys, check.keys), np.append(chosen, check.ids), draw.rows)
             bar.update()
     return {name: texts for name, texts in sorted(found.items()) if texts}, chosen
 
 
-def check_part(samples: Samples, part: storage.Part, draw: Draw) -> PartCheck:
-    """One part against its record, and the rows it offers for the choice; runs in a Ray task.
+def _check(samples: Samples, stage: str, part: storage.Part, draw: Draw) -> PartCheck:
+    if stage == "samples":
+        return check_part(samples, part, draw)
+    if "/" in part.name:
+        return PartCheck(["is no name of a part"])
+    return PartCheck(file_differences(storage.join(samples.beside(stage), part.name), part))
 
-    Holds a block of the file and the column of ids; no image is decoded.
+
+def check_part(samples: Samples, part: storage.Part, draw: Draw) -> PartCheck:
+    """One part of the samples against its record, and the rows it offers for the choice; runs in a Ray task.
+
+    Holds a block of the file and the columns of ids and copies; no image is decoded.
     """
     location = storage.join(samples.uri, part.name)
     if storage.part_number(part.name) is None:
         return PartCheck(["is no name of a part"])
+    differences = file_differences(location, part)
+    if differences == [MISSING]:
+        return PartCheck(differences)
     try:
-        size, digest = _digest(location)
-    except FileNotFoundError:
-        return PartCheck(["is missing"])
-    compared = {"bytes": (size, part.bytes), "sha256": (digest, part.sha256)}
-    try:
-        numbers = _ids_in(location)
+        table = _columns(location, ["sample_id", "likely_copy"], schemas.samples())
     except (pa.ArrowException, OSError, ValueError) as error:  # its bytes were read just now: they are no such table
-        return PartCheck([*_unequal(compared), f"cannot be read: {one_line(error)}"])
-    differences = _unequal(compared | {"rows": (len(numbers), part.rows)})
+        if _is_refusal(error):
+            raise
+        return PartCheck([*differences, f"cannot be read: {one_line(error)}"])
+    numbers, copies = table["sample_id"].to_numpy(), int(pc.sum(table["likely_copy"].cast(pa.int64())).as_py() or 0)
+    counted = {"rows": (len(numbers), part.rows)}
+    if not samples.recipe.drop_copies:  # else they are not in the table
+        counted["copies"] = (copies, part.counts.get("copies", 0))
+    size = samples.chunks_per_part * samples.recipe.chunk
+    counted["candidates"] = (size, part.counts.get("candidates", 0))
+    differences += _unequal(counted)
     first, end = samples.ids_of(part.name)
     inside = (numbers >= first) & (numbers < end)
     if not inside.all():
@@ -167,7 +254,46 @@ def check_part(samples: Samples, part: storage.Part, draw: Draw) -> PartCheck:
     if end == samples.candidates and end - 1 not in numbers:
         differences.append(f"sample {end - 1}, the last of all, is not in it")
     own = np.unique(numbers[inside])
+    differences += _rejected_differences(samples, part.name, own)
     return PartCheck(differences, *_first(ids.uniform(own, ids.stream(draw.seed, "verify")), own, draw.rows))
+
+
+def file_differences(location: str, part: storage.Part) -> list[str]:
+    """How the bytes of a file differ from its record."""
+    try:
+        size, digest = _digest(location)
+    except FileNotFoundError:
+        return [MISSING]
+    return _unequal({"bytes": (size, part.bytes), "sha256": (digest, part.sha256)})
+
+
+def _rejected_differences(samples: Samples, name: str, accepted: np.ndarray) -> list[str]:
+    """Whether each candidate of a part is either in `accepted`, int64, or in the table of the rejected; not whether that
+    can be read, which the check of its own file tells.
+    """
+    if samples.rejected is None:
+        return []
+    try:
+        table = _columns(storage.join(samples.rejected, name), ["sample_id"], schemas.rejected())
+    except FileNotFoundError:
+        return []
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if _is_refusal(error):
+            raise
+        return [f"rejected/{name} beside it cannot be read: {one_line(error)}"]
+    first, end = samples.ids_of(name)
+    there, counts = np.unique(np.append(accepted, table["sample_id"].to_numpy()), return_counts=True)
+    texts = {
+        "is neither in it nor in rejected/": np.setdiff1d(np.arange(first, end), there),
+        "is more than once in it and rejected/ together": there[counts > 1],
+        "is in rejected/ beside it, but not of this part": there[(there < first) | (there >= end)],
+    }
+    return [f"candidate {found[0]} {text} ({len(found)} such)" for text, found in texts.items() if len(found)]
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the bytes were not to be had. What pyarrow cannot decode is an OSError too, but one of no system call."""
+    return isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None)
 
 
 def _first(keys: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -192,13 +318,13 @@ def _digest(location: str) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _ids_in(location: str) -> np.ndarray:
+def _columns(location: str, names: list[str], schema: pa.Schema) -> pa.Table:
     fs, path = storage.filesystem(location)
     with fs.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
-        if not parquet.schema_arrow.equals(schemas.samples()):
-            raise ValueError("its columns are not those of samples")
-        return parquet.read(["sample_id"])["sample_id"].to_numpy()
+        if not parquet.schema_arrow.equals(schema):
+            raise ValueError("its columns are not those that it should have")
+        return parquet.read(names)
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -274,8 +400,14 @@ def _groups(samples: Samples, chosen: np.ndarray) -> Iterator[Group]:
 
 def compare_group(samples: Samples, pool: search.SearchPool, maker: Any, group: Group) -> Findings:
     """Some chunks of one part; runs in a Ray task, which holds the chosen rows, one chunk, and while it reads a part."""
-    present, stored = _stored(samples, group)
     found = Findings()
+    try:
+        present, stored = _stored(samples, group)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if _is_refusal(error):
+            raise
+        text = f"its file cannot be read: {one_line(error)}"
+        return Findings(rows={number: text for chosen in group.values() for number in chosen})
     for chunk, chosen in group.items():
         made = cluster.get(maker.make.remote(chunk))
         if isinstance(made, str):
@@ -291,7 +423,11 @@ def compare_group(samples: Samples, pool: search.SearchPool, maker: Any, group: 
 
 
 def _stored(samples: Samples, group: Group) -> tuple[dict[int, list[int]], pa.Table]:
-    """All sample_ids that the table has of each chunk, and the chosen rows; the file is read in batches."""
+    """All sample_ids that the table has of each chunk, and the chosen rows; the file is read in batches.
+
+    Raises:
+        pa.ArrowException, OSError, ValueError: the file cannot be decoded, or not be had (`_is_refusal`).
+    """
     (name,) = {samples.part_of(chunk) for chunk in group}
     chosen = pa.array([number for numbers in group.values() for number in numbers])
     present: dict[int, list[int]] = {chunk: [] for chunk in group}
@@ -304,7 +440,9 @@ def _stored(samples: Samples, group: Group) -> tuple[dict[int, list[int]], pa.Ta
                 if (chunk := number // samples.recipe.chunk) in present:
                     present[chunk].append(number)
             kept.append(batch.filter(pc.is_in(numbers, chosen)))
-    return present, pa.Table.from_batches(kept)
+    stored = pa.Table.from_batches(kept)
+    stored.validate(full=True)  # texts that are no UTF-8 would raise later
+    return present, stored
 
 
 def compare_accepted(table: Iterable[int], made: Iterable[int]) -> list[str]:

@@ -70,7 +70,8 @@ def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, bu
     assert remote is not None
     rows = [r for p in remote.parts for r in storage.read_table(f"{bucket}/samples/rejected/{p.name}").to_pylist()]
     assert len(rows) == remote.rows
-    assert sample(f"--verify={bucket}/samples", "--rows=5") == 0
+    named = [f"--{name}={settings[name]}" for name in ("generator.kind", "generator.path")]
+    assert sample(f"--verify={bucket}/samples", "--rows=5", *named) == 0
     assert sample(*argv, "--seed=1", "--overwrite", f"--output={outputs[0]}") == 0
     fs, folder = storage.filesystem(f"{bucket}/samples/export/png")
     assert len(fs.find(folder)) == 20  # none of the set before

@@ -4,8 +4,10 @@ import io
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import cluster, config, errors, ids, schemas, storage, verification, verifying
+from pd_core import candidates, cluster, config, errors, generators, ids, schemas, storage, verification, verifying
 from tests import toy_generator
 from tests.test_generate import index, rows, run  # noqa: F401
 from workflows import generate
@@ -35,6 +37,8 @@ def made(index, inputs, tmp_path_factory):  # noqa: F811
         f"--checkpoint={root / 'tiny.safetensors'}",
         "--generator.labels=all",
         "--score=both",
+        "--keep-rejected",
+        "--export=png",
     )
     assert run(index, root / "out", *more, toy={"classes": 3, "texts": True}, n=N) == 0
     return root
@@ -42,22 +46,40 @@ def made(index, inputs, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def copy(made, tmp_path):
-    shutil.copytree(made / "out" / "samples", tmp_path / "out" / "samples")
+    shutil.copytree(made / "out", tmp_path / "out")
     return tmp_path / "out"
 
 
 def verify(output: Path, count: int, *more: str) -> int:
+    """With the generator that these samples are made with: what runs the user's code has to be named again."""
+    stored = record(output)["totals"]["settings"]["generator"]
+    return verify_alone(output, count, *options(stored["path"], stored["arguments"]), *more)
+
+
+def verify_alone(output: Path, count: int, *more: str) -> int:
     return errors.exit_code(lambda: generate.main([f"--verify={output}", f"--rows={count}", *more]))
 
 
-def record(output: Path) -> dict:
-    return json.loads((output / "samples" / "artifact.json").read_text())
+def options(path: str, arguments: dict) -> tuple[str, ...]:
+    return (
+        "--generator.kind=python",
+        f"--generator.path={path}",
+        f"--generator.arguments={json.dumps(arguments)}",
+    )
 
 
-def commit(output: Path, values: dict) -> None:
+def told(output: Path) -> config.GeneratorSettings:
+    return config.GeneratorSettings.model_validate(record(output)["totals"]["settings"]["generator"])
+
+
+def record(output: Path, stage: str = "samples") -> dict:
+    return json.loads((output / stage / "artifact.json").read_text())
+
+
+def commit(output: Path, values: dict, stage: str = "samples") -> None:
     """Write a commit record that agrees with itself and with the files, as a careful forger would."""
     for part in values["parts"]:
-        data = (output / "samples" / part["name"]).read_bytes()
+        data = (output / stage / part["name"]).read_bytes()
         part |= {
             "bytes": len(data),
             "sha256": storage.sha256(data),
@@ -65,11 +87,11 @@ def commit(output: Path, values: dict) -> None:
         }
     own = {"kind": values["kind"], "schema_version": values["schema_version"]}
     values["fingerprint"] = storage.fingerprint(own | values["identity"])
-    (output / "samples" / "artifact.json").write_text(json.dumps(values))
+    (output / stage / "artifact.json").write_text(json.dumps(values))
 
 
-def parts(output: Path) -> list[Path]:
-    return sorted((output / "samples").glob("part-*.parquet"))
+def parts(output: Path, stage: str = "samples") -> list[Path]:
+    return sorted((output / stage).glob("part-*.parquet"))
 
 
 def changed(table: pa.Table, name: str, row: int, value: object) -> pa.Table:
@@ -106,7 +128,11 @@ def test_untouched_samples_pass_and_each_call_takes_other_rows(made, capsys, mon
     monkeypatch.setattr(verifying, "check_rows", checking)
     assert verify(made / "out", N) == 0  # every row: every column is equal to the last bit
     said = capsys.readouterr()
-    assert f"{N} of {N} rows are what their seeds give" in said.out
+    last = said.out.splitlines()[-1]
+    assert f"{N} of {N} rows are what their seeds give" in last
+    for stage in ("samples", "rejected", "pilot", "export", "report"):
+        held = len(record(made / "out", stage)["parts"])
+        assert held and f"{held} of {stage}/" in last
     assert "verify parts" in said.err and "verify rows" in said.err  # progress
     assert taken[0] == rows(made / "out")["sample_id"].to_pylist()
     seeds = []
@@ -115,7 +141,7 @@ def test_untouched_samples_pass_and_each_call_takes_other_rows(made, capsys, mon
         seeds += re.findall(r"chosen by seed (\d+)", capsys.readouterr().out)
     assert len(taken[1]) == len(taken[2]) == 8
     assert taken[1] != taken[2] and seeds[0] != seeds[1]  # equal once in C(40, 8) = 7.7e7
-    verification.verify(str(made / "out"), 8, config.GeneratorSettings(), int(seeds[0]))
+    verification.verify(str(made / "out"), 8, told(made / "out"), int(seeds[0]))
     assert taken[3] == taken[1]
 
 
@@ -198,9 +224,11 @@ def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, 
     assert f"chunk {numbers[0][0] // size}: sample {numbers[0][0]} is accepted, but not in the table" in said.out
     assert f"chunk {numbers[1][0] // size}: sample {numbers[1][0]} is in the table 2 times" in said.out
     assert f"{long[1].name}: its sample_ids do not ascend" in said.out
+    assert f"{long[0].name}: candidate {numbers[0][0]} is neither in it nor in rejected/ (1 such)" in said.out
     assert f"sample {numbers[2][0]}: density by the index {density * 2}, expected {density}" in said.out
     (line,) = [line for line in said.err.splitlines() if line.startswith("failed:")]
-    assert "committed: 1;" in line and "of them: 2;" in line and f"1 of {N - 1} rows" in line
+    assert "export/artifact.json: names other parts than samples/, or with other numbers of rows" in said.out
+    assert "committed: 3;" in line and "of them: 2;" in line and f"1 of {N - 1} rows" in line
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
@@ -209,9 +237,8 @@ def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, 
 def samples_of(output: Path) -> tuple[verifying.Samples, storage.Artifact]:
     artifact = storage.load_artifact(str(output / "samples"))
     assert artifact is not None
-    recipe = verification.recipe_of(str(output), artifact, False)
-    place, identity = str(output / "samples"), artifact.identity
-    return verifying.Samples(place, recipe, identity["chunks_per_part"], artifact.totals["candidates"]), artifact
+    recipe = verification.recipe_of(str(output), artifact, told(output))
+    return verification.samples_of(str(output), artifact, recipe), artifact
 
 
 def cut(part: Path) -> None:
@@ -254,6 +281,57 @@ def test_a_part_that_differs_from_its_record_is_named_with_what_differs(copy, ha
     assert all(any(text.startswith(start) for text in found) for start in expected), found
 
 
+def break_pictures(part: Path) -> list[int]:
+    """Break the pages of pictures, and no others; returns the sample_ids, which can still be read."""
+    group, data = pq.read_metadata(part).row_group(0), bytearray(part.read_bytes())
+    columns = [group.column(i) for i in range(group.num_columns)]
+    (pictures,) = [column for column in columns if column.path_in_schema == "image.bytes"]
+    start = pictures.data_page_offset
+    data[start : start + 8] = bytes(b ^ 0xFF for b in data[start : start + 8])
+    part.write_bytes(data)
+    return pq.read_table(part, columns=["sample_id"])["sample_id"].to_pylist()
+
+
+def test_a_file_that_cannot_be_decoded_is_a_finding_and_the_other_rows_are_made_again(copy, capsys):
+    harmed = next(p for p in parts(copy) if pq.read_metadata(p).num_rows > 1)
+    lost = break_pictures(harmed)
+    assert verify(copy, N) == 1
+    said = capsys.readouterr()
+    assert said.out.index(f"{harmed.name}: sha256") < said.out.index("rows are made again")  # whatever comes after it
+    told_of = [int(n) for n in re.findall(r"sample (\d+): its file cannot be read: ", said.out)]
+    assert told_of == lost
+    assert f"{len(lost)} of {N} rows are not what their seeds give" in said.err
+
+
+class Refusing(io.BytesIO):
+    """A file of a store that answers no request for its bytes."""
+
+    def __init__(self, error: OSError):
+        super().__init__(bytes(100))
+        self.error = error
+
+    def read(self, *_):
+        raise self.error
+
+
+def test_a_store_that_refuses_is_no_finding(copy, monkeypatch):
+    """Of the files themselves and of their rows alike: a file that may not be read says nothing of what it holds."""
+    samples, artifact = samples_of(copy)
+    part = next(p for p in artifact.parts if p.rows)
+    lost = break_pictures(copy / "samples" / part.name)
+    group = {lost[0] // samples.recipe.chunk: lost[:1]}
+    pool = maker = cast(Any, None)  # nothing is made again where there is nothing to compare with
+    (text,) = verifying.compare_group(samples, pool, maker, group).rows.values()
+    assert text is not None and text.startswith("its file cannot be read: ")
+    for error in (PermissionError(13, "denied"), ConnectionError("lost"), OSError(5, "SlowDown")):
+        opened = SimpleNamespace(open=lambda *_, error=error: Refusing(error))
+        monkeypatch.setattr(storage, "filesystem", lambda uri, opened=opened: (opened, uri))
+        with pytest.raises(type(error)):
+            verifying.compare_group(samples, pool, maker, group)
+        with pytest.raises(type(error)):
+            verifying.check_part(samples, part, verifying.Draw(4, 0))
+
+
 def test_the_last_row_cannot_be_taken_away(copy):
     last = parts(copy)[-1]
     table = pq.read_table(last)
@@ -284,6 +362,10 @@ def test_missing_and_surplus_parts_are_named_and_the_other_rows_are_made_again(c
         (lambda r: r["parts"].pop(0), "without gaps"),
         (lambda r: r["identity"].update(n=N - 1), "--n was 39"),
         (lambda r: r["totals"].update(candidates=10**6), "do not end in the last"),
+        (lambda r: r["totals"].update(acceptance_rate=0.5), "its total acceptance_rate is 0.5, the sum"),
+        (lambda r: r["totals"].update(copies=10**6), "its total copies is 1000000, the sum"),
+        (lambda r: r["totals"]["density_bins"].reverse(), "its total density_bins"),
+        (lambda r: r["parts"][0]["counts"].update(candidates=1), "candidates, and the densities of"),
     ],
 )
 def test_a_record_that_contradicts_itself_is_told(copy, change, expected):
@@ -297,10 +379,118 @@ def test_a_record_that_contradicts_itself_is_told(copy, change, expected):
     assert any(expected in text for text in found), found
 
 
+def test_what_a_part_counts_is_what_it_holds(copy):
+    samples, artifact = samples_of(copy)
+    part = artifact.parts[0]
+    copies = part.counts["copies"]
+    wrong = replace(part, counts=part.counts | {"copies": copies + 1, "candidates": 1})
+    found = verifying.check_part(samples, wrong, verifying.Draw(4, 0)).differences
+    size = samples.chunks_per_part * samples.recipe.chunk
+    assert found == [f"copies {copies}, committed {copies + 1}", f"candidates {size}, committed 1"]
+
+
+# ---- the other stages of an output -----------------------------------------------------------------------------------
+
+
+def found_in(output: Path) -> dict[str, list[str]]:
+    """What the check of all files of an output finds, without making a row."""
+    samples, artifact = samples_of(output)
+    beside = {stage: storage.load_artifact(str(output / stage)) for stage in ("rejected", "pilot", "export", "report")}
+    there = {stage: found for stage, found in beside.items() if found is not None}
+    found, _ = verifying.check_parts(samples, artifact, there, verifying.Draw(1, 0))
+    return found
+
+
+def without_first(part: Path) -> int:
+    table = pq.read_table(part)
+    pq.write_table(table.slice(1), part)
+    return table["sample_id"][0].as_py()
+
+
+@pytest.mark.parametrize("name", ["pilot/part-00000000.parquet", "rejected/part-00000001.parquet", "report/index.html"])
+def test_a_changed_file_of_any_stage_is_named(copy, name):
+    assert found_in(copy) == {}
+    flip(copy / name)
+    found = found_in(copy)
+    assert [text.partition(" ")[0] for text in found.pop(name)] == ["sha256"]
+    assert all(
+        "cannot be read" in text for texts in found.values() for text in texts
+    )  # of the part of samples beside it
+
+
+def test_a_changed_file_of_another_stage_fails_the_whole_check(copy, capsys):
+    harmed = copy / "rejected" / "part-00000001.parquet"
+    flip(harmed)
+    assert verify(copy, 1) == 1
+    said = capsys.readouterr()
+    assert f"rejected/{harmed.name}: sha256" in said.out and "files not as committed: " in said.err
+
+
+def test_changed_missing_and_surplus_files_of_other_stages_are_named(copy):
+    first, second, *_ = sorted((copy / "export").glob("part-*.jsonl"))
+    first.write_text(first.read_text() + "{}")
+    second.unlink()
+    shutil.copy(parts(copy, "rejected")[0], copy / "rejected" / "part-00000777.parquet")
+    found = found_in(copy)
+    assert found.keys() == {f"export/{first.name}", f"export/{second.name}", "rejected/part-00000777.parquet"}
+    assert found[f"export/{second.name}"] == ["is missing"]
+    assert "is not of this run" in found["rejected/part-00000777.parquet"][0]
+
+
+def test_a_candidate_is_in_the_samples_or_in_the_rejected_though_the_record_fits(copy):
+    """One taken away, one there twice, one of another part."""
+    first, second, third, *_ = parts(copy, "rejected")
+    gone = without_first(first)
+    table = pq.read_table(second)
+    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), second)
+    again = table["sample_id"][0].as_py()
+    table = pq.read_table(third)
+    moved = table["sample_id"][0].as_py()
+    pq.write_table(changed(table, "sample_id", 0, 10**6), third)
+    commit(copy, record(copy, "rejected"), "rejected")
+    assert found_in(copy) == {
+        f"samples/{first.name}": [f"candidate {gone} is neither in it nor in rejected/ (1 such)"],
+        f"samples/{second.name}": [f"candidate {again} is more than once in it and rejected/ together (1 such)"],
+        f"samples/{third.name}": [
+            f"candidate {moved} is neither in it nor in rejected/ (1 such)",
+            "candidate 1000000 is in rejected/ beside it, but not of this part (1 such)",
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "expected"),
+    [
+        ("rejected", lambda r: r["identity"].update(seed=1), "is of other samples"),
+        ("rejected", lambda r: r["parts"].pop(), "names other parts than samples/"),
+        ("rejected", lambda r: r.update(kind="pilot"), "is the record of pilot"),
+        ("export", lambda r: r["identity"].update(samples="1"), "is of other samples"),
+        ("export", lambda r: r["parts"].pop(), "names other parts than samples/"),
+        ("report", lambda r: r.update(fingerprint="1"), "its fingerprint is not that of its identity"),
+        ("pilot", lambda r: r["totals"].update(copies=10**6), "its total copies is 1000000"),
+    ],
+)
+def test_a_record_beside_that_contradicts_itself_or_the_samples_is_told(made, stage, change, expected):
+    output = made / "out"
+    samples = storage.load_artifact(str(output / "samples"))
+    beside = storage.load_artifact(str(output / stage))
+    assert samples is not None and beside is not None
+    rejected = storage.load_artifact(str(output / "rejected"))
+    assert rejected is not None
+    assert not any(verifying.beside_differences(samples, {"rejected": rejected, stage: beside}).values())
+    values = asdict(beside) | {"parts": list(beside.parts)}
+    change(values)
+    told_of = verifying.beside_differences(samples, {"rejected": rejected, stage: storage.Artifact(**values)})
+    assert any(expected in text for text in told_of[f"{stage}/artifact.json"])
+    assert verifying.beside_differences(samples, {})["rejected/artifact.json"] == [
+        "is missing, though --keep-rejected was set"
+    ]
+
+
 def test_rows_are_chosen_by_ids_alone_over_all_parts(made):
     """The k smallest hashes, found part by part, are those of the whole table; no other column is read."""
     samples, artifact = samples_of(made / "out")
-    _, chosen = verifying.check_parts(samples, artifact, verifying.Draw(7, 5))
+    _, chosen = verifying.check_parts(samples, artifact, {}, verifying.Draw(7, 5))
     numbers = rows(made / "out")["sample_id"].to_numpy()
     keys = ids.uniform(numbers, ids.stream(5, "verify"))
     np.testing.assert_array_equal(chosen, numbers[np.argsort(keys)][:7])
@@ -333,14 +523,86 @@ def test_a_changed_generator_or_extractor_is_one_line_and_exit_2(made, capsys, n
     assert expected in line and not line.endswith("..."), line
 
 
+def test_an_identity_that_json_writes_in_another_form_is_the_same(copy, tmp_path):
+    """Tuples come back from a commit record as lists, numbers as keys as texts, and these sort in another order."""
+    (tmp_path / "odd.py").write_text(
+        "from tests.toy_generator import Toy\n"
+        "class Odd(Toy):\n"
+        "    def identity(self):\n"
+        "        return {'size': (16, 16), 'steps': {2: 'a', 10: 'b'}}\n"
+        "def make():\n"
+        "    return Odd(3, True, (), 'raise', None, 0.0)\n"
+    )
+    settings = config.GeneratorSettings(kind="python", path=f"{tmp_path / 'odd.py'}:make")
+    live = generators.open_generator(settings).identity()
+    recorded = json.loads(json.dumps(live))
+    assert recorded != live
+    recipe = replace(samples_of(copy)[0].recipe, generator=settings)
+    for same in (live, recorded):
+        candidates.ChunkMaker(replace(recipe, generator_identity=same), "cpu")
+    with pytest.raises(errors.UserError, match="differs from what the run began with"):
+        candidates.ChunkMaker(replace(recipe, generator_identity=recorded | {"file": "another"}), "cpu")
+
+
+# ---- what runs code --------------------------------------------------------------------------------------------------
+
+
+def test_a_record_that_names_code_of_its_own_runs_none_of_it(copy, tmp_path, capsys):
+    """A stranger's record may name any module and any arguments; only what the command names as well is run."""
+    touched = tmp_path / "touched"
+    honest, values = told(copy), record(copy)
+    arguments = {"args": f"touch {touched}", "shell": True}
+    values["totals"]["settings"]["generator"] |= {"path": "subprocess:run", "arguments": arguments}
+    commit(copy, values)
+    named = f"--generator.kind python --generator.path subprocess:run --generator.arguments '{storage.canonical(arguments)}'"
+    for more in [
+        (),
+        ("--generator.allow-pickle",),
+        options(str(honest.path), honest.arguments),
+        options("subprocess:run", {}),
+        options("subprocess:run", {**arguments, "shell": False}),
+    ]:
+        assert verify_alone(copy, 1, *more) == 2
+        assert not touched.exists(), more
+        line = error_line(capsys)
+        assert f"add {named}" in line, line
+
+
 @pytest.mark.parametrize("kind", get_args(config.GeneratorSettings.model_fields["kind"].annotation))
-def test_the_permission_to_load_a_pickle_goes_to_the_kinds_that_take_it(made, kind):
+def test_what_can_run_code_is_opened_only_where_the_command_names_it_too(made, kind):
     artifact = storage.load_artifact(str(made / "out" / "samples"))
     assert artifact is not None
-    stored = config.GeneratorSettings(kind=kind, path="x").model_dump(mode="json")
-    artifact.totals["settings"]["generator"] = stored | {"prompts": str(made / "prompts.txt")}
-    recipe = verification.recipe_of(str(made / "out"), artifact, True)
-    assert recipe.generator.allow_pickle == (kind in ("diffusers", "stylegan"))
+    own: dict[str, dict[str, Any]] = {"stylegan": {"code": "/code"}, "python": {"arguments": {"a": [1]}}}
+    of_kind = own.get(kind, {})
+    runs = config.GeneratorSettings.model_validate({"kind": kind, "path": "/x.py:f", **of_kind})
+    stored = runs.model_dump(mode="json") | {"prompts": str(made / "prompts.txt")}
+    artifact.totals["settings"]["generator"] = stored
+    recipe_of = lambda told: verification.recipe_of("out", artifact, told).generator  # noqa: E731
+    with_pickle = kind in ("diffusers", "stylegan")
+
+    assert recipe_of(runs).model_dump(mode="json") == stored
+    nothing = config.GeneratorSettings()
+    if kind == "diffusers":
+        assert not recipe_of(nothing).allow_pickle
+    else:
+        with pytest.raises(errors.UserError, match=rf"add --generator\.kind {kind} --generator\.path /x\.py:f"):
+            recipe_of(nothing)
+    if with_pickle:  # the permission holds for what is named with it, and for nothing else
+        assert recipe_of(runs.model_copy(update={"allow_pickle": True})).allow_pickle
+        with pytest.raises(errors.UserError, match=r"add --generator\.kind \w+ --generator\.path /x\.py:f"):
+            recipe_of(runs.model_copy(update={"allow_pickle": True, "path": "/y"}))
+    for name, value in {"path": "/y.py:f", **dict.fromkeys(of_kind, "/other")}.items():
+        if kind != "diffusers":
+            with pytest.raises(errors.UserError, match="can run any code"):
+                recipe_of(runs.model_copy(update={name: value}))
+
+
+def test_the_path_of_the_command_may_be_a_relative_one(made, monkeypatch):
+    artifact = storage.load_artifact(str(made / "out" / "samples"))
+    assert artifact is not None
+    monkeypatch.chdir(made)
+    relative = told(made / "out").model_copy(update={"path": "toy.py:make"})
+    assert verification.recipe_of("out", artifact, relative).generator == told(made / "out")
 
 
 def test_samples_of_a_gpu_are_refused_where_there_is_none(copy, capsys):
