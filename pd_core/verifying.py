@@ -1,17 +1,20 @@
-"""Checking finished samples (`generate.py --verify`): every part against the commit record, some rows against their seeds.
+"""Checking finished samples (`generate.py --verify`): every file against the commit records, some rows against their seeds.
 
-The commit record tells whether a file is the one that was written. Whether its rows are what their seeds give, only making
-them again tells: the whole chunk is made, scored, searched and accepted as in the run, so that every value must be equal to
-the last bit and the rows accepted of the chunk must be those of the table. The number of search processes may be another:
-distances do not depend on it (knn.py).
+Of an output all finished stages are checked: the files, the totals that are their sums, and that a candidate is on one side,
+in the samples or among the rejected, where these were kept. A commit record tells whether a file is the one that was written.
+Whether its rows are what their seeds give, only making them again tells: the whole chunk is made, scored, searched and accepted
+as in the run, so that every value must be equal to the last bit and the rows accepted of the chunk must be those of the table.
+The number of search processes may be another: distances do not depend on it (knn.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -218,7 +221,10 @@ def _check(samples: Samples, stage: str, part: storage.Part, draw: Draw) -> Part
         return check_part(samples, part, draw)
     if "/" in part.name:
         return PartCheck(["is no name of a part"])
-    return PartCheck(file_differences(storage.join(samples.beside(stage), part.name), part))
+    differences = file_differences(storage.join(samples.beside(stage), part.name), part)
+    if not differences and stage == "export" and part.name.endswith(".jsonl"):
+        differences = picture_differences(samples, part)
+    return PartCheck(differences)
 
 
 def check_part(samples: Samples, part: storage.Part, draw: Draw) -> PartCheck:
@@ -265,6 +271,48 @@ def file_differences(location: str, part: storage.Part) -> list[str]:
     except FileNotFoundError:
         return [MISSING]
     return _unequal({"bytes": (size, part.bytes), "sha256": (digest, part.sha256)})
+
+
+def picture_differences(samples: Samples, part: storage.Part) -> list[str]:
+    """Whether the files of exported pictures, which no record holds, are those in the samples; `part` is their list.
+
+    Not whether the samples can be read, which the check of their own file tells. Holds BATCH_ROWS pictures twice.
+    """
+    folder, other = samples.beside("export"), dict[str, list[str]]()
+    try:
+        lines = [json.loads(line) for line in storage.read_bytes(storage.join(folder, part.name)).splitlines()]
+        files: dict[int, str] = {line["sample_id"]: line["file"] for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"is no list of pictures: {one_line(error)}"]
+
+    def differs(row: Mapping[str, Any]) -> None:
+        file = files.pop(row["sample_id"], None)
+        if file is None:
+            other.setdefault("is not in it", []).append(f"sample {row['sample_id']}")
+            return
+        try:
+            same = row["image"] is not None and storage.read_bytes(storage.join(folder, file)) == row["image"]["bytes"]
+        except FileNotFoundError:
+            other.setdefault("is missing", []).append(file)
+        else:
+            if not same:
+                other.setdefault("is not the picture of its sample", []).append(file)
+
+    fs, path = storage.filesystem(storage.join(samples.uri, part.name.replace(".jsonl", ".parquet")))
+    try:
+        with fs.open(path, "rb") as file, ThreadPoolExecutor(storage.READERS) as readers:
+            table = pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
+            for batch in table.iter_batches(BATCH_ROWS, columns=["sample_id", "image"]):
+                list(readers.map(differs, batch.to_pylist()))
+    except FileNotFoundError:
+        return []
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if _is_refusal(error):
+            raise
+        return []
+    if files:
+        other["is of no sample"] = list(files.values())
+    return [f"{min(names)} {text} ({len(names)} such)" for text, names in other.items()]
 
 
 def _rejected_differences(samples: Samples, name: str, accepted: np.ndarray) -> list[str]:

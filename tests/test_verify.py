@@ -437,6 +437,41 @@ def test_changed_missing_and_surplus_files_of_other_stages_are_named(copy):
     assert "is not of this run" in found["rejected/part-00000777.parquet"][0]
 
 
+def test_exported_pictures_are_those_of_the_samples(copy):
+    """No record holds their hashes."""
+    listing = next(p for p in sorted((copy / "export").glob("part-*.jsonl")) if p.read_text().count("\n") > 1)
+    names = [json.loads(line)["file"] for line in listing.read_text().splitlines()]
+    flip(copy / "export" / names[0])
+    (copy / "export" / names[1]).unlink()
+    found = found_in(copy)
+    assert found.keys() == {f"export/{listing.name}"}
+    assert sorted(found[f"export/{listing.name}"]) == sorted(
+        [f"{names[0]} is not the picture of its sample (1 such)", f"{names[1]} is missing (1 such)"]
+    )
+
+
+def test_the_list_of_exported_pictures_is_that_of_the_samples_though_the_record_fits(copy):
+    listing = next(p for p in sorted((copy / "export").glob("part-*.jsonl")) if p.read_text().count("\n") > 1)
+    first, *others = [json.loads(line) for line in listing.read_text().splitlines()]
+    lines = [first | {"sample_id": 10**6}, *others]
+    listing.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = record(copy, "export")
+    part = next(part for part in values["parts"] if part["name"] == listing.name)
+    part |= {"bytes": len(listing.read_bytes()), "sha256": storage.sha256(listing.read_bytes())}
+    (copy / "export" / "artifact.json").write_text(json.dumps(values))
+    assert found_in(copy) == {
+        f"export/{listing.name}": [
+            f"sample {first['sample_id']} is not in it (1 such)",
+            f"{first['file']} is of no sample (1 such)",
+        ]
+    }
+    part = storage.Part(listing.name, 1, 1, "")
+    for text in ("[1]\n", "{}\n", "png\n"):
+        listing.write_text(text)
+        (found,) = verifying.picture_differences(samples_of(copy)[0], part)
+        assert found.startswith("is no list of pictures")
+
+
 def test_a_candidate_is_in_the_samples_or_in_the_rejected_though_the_record_fits(copy):
     """One taken away, one there twice, one of another part."""
     first, second, third, *_ = parts(copy, "rejected")
