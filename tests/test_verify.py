@@ -228,7 +228,9 @@ def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, 
     assert f"sample {numbers[2][0]}: density by the index {density * 2}, expected {density}" in said.out
     (line,) = [line for line in said.err.splitlines() if line.startswith("failed:")]
     assert "export/artifact.json: names other parts than samples/, or with other numbers of rows" in said.out
-    assert "committed: 3;" in line and "of them: 2;" in line and f"1 of {N - 1} rows" in line
+    exported = [f"export/{part.stem}.jsonl: " for part in long]
+    assert [name in said.out for name in exported] == [True, True, False]  # the picture is there still, or once
+    assert "committed: 5;" in line and "of them: 2;" in line and f"1 of {N - 1} rows" in line
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
