@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -196,7 +195,7 @@ class ChunkMaker:
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe = recipe
         self.generator = generators.open_generator(recipe.generator, device, recipe.threads)
-        if _as_recorded(self.generator.identity()) != _as_recorded(recipe.generator_identity):
+        if storage.canonical(self.generator.identity()) != storage.canonical(recipe.generator_identity):
             raise UserError(
                 f"--generator.path {recipe.generator.path}: differs from what the run began with; make the same files "
                 "visible on every node and leave them as they are while it runs"
@@ -227,11 +226,6 @@ class ChunkMaker:
             raise ValueError("predicted densities of generated images are not finite")
         chances = probabilities(self.recipe, drawn, density.density_of(log_density))
         return _batch(np.flatnonzero(drawn.u < chances), images, features, log_density)
-
-
-def _as_recorded(identity: Mapping[str, Any]) -> str:
-    """One text for an identity and for what a commit record gives back of it, where tuples are lists and keys texts."""
-    return storage.canonical(json.loads(json.dumps(identity)))
 
 
 def _batch(rows: np.ndarray, images: torch.Tensor, features: torch.Tensor, log_density: np.ndarray | None) -> Batch:

@@ -144,7 +144,9 @@ def sizes(uri: str) -> dict[str, int]:
         entries = fs.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+    # an object store may hold an object of that name for a directory: consoles make them, and servers after a deletion
+    files = [e for e in entries if e["type"] == "file" and not e["name"].endswith("/")]
+    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
 
 
 def delete_file(uri: str) -> None:
@@ -177,8 +179,9 @@ def read_table(uri: str, columns: Sequence[str] | None = None, without: Collecti
 
 
 def canonical(values: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """JSON with sorted keys and no spaces: equal values give equal text, and so do they once they were written and read."""
+    values = json.loads(json.dumps(values, allow_nan=False))  # keys that are numbers sort as the texts that they become
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
 def sha256(data: bytes) -> str:

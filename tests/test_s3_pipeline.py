@@ -77,6 +77,18 @@ def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, bu
     assert len(fs.find(folder)) == 20  # none of the set before
 
 
+def test_a_stage_is_begun_anew_where_the_store_keeps_its_folder(bucket):
+    """After the last deletion the server lists an object named as the folder; an S3 console makes such ones too."""
+    old, new = (storage.Stage(f"{bucket}/out/pilot", "pilot", 1, {"seed": seed}) for seed in (1, 2))
+    old.begin(overwrite=False)
+    old.write_part("part-00000000.parquet", b"old", 1)
+    old.commit(old.finished_parts().values(), {}, {})
+    assert new.begin(overwrite=True) is None
+    assert new.finished_parts() == {}
+    new.write_part("part-00000000.parquet", b"new", 1)
+    assert list(new.finished_parts()) == ["part-00000000.parquet"]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -199,3 +199,9 @@ def test_artifact_is_plain_json(tmp_path):
     made.commit([made.write_table("part-0.parquet", table())], {"rows": 3}, {"features": 2.0})
     record = json.loads((tmp_path / "artifact.json").read_text())
     assert record["kind"] == "features" and record["parts"][0]["rows"] == 3 and record["versions"]["python"]
+
+
+def test_an_identity_has_the_fingerprint_that_it_has_after_it_was_recorded():
+    """Keys that are numbers become texts in a record, which sort in another order; tuples become lists."""
+    identity = {"classes": {2: "a", 10: "b"}, "size": (8, 8)}
+    assert storage.fingerprint(identity) == storage.fingerprint(json.loads(json.dumps(identity)))
