@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import logging
@@ -347,12 +348,19 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
         if failure is not None:
             say(f"{stage}: {one_line(failure)}; trying what is missing again in {delay_s:g} s")
             time.sleep(delay_s)
+        failure = None
         try:
-            return execute()
+            execute()
         except (ray.exceptions.RayError, RunError) as error:
             failure = cause(error) or error
             if isinstance(failure, UserError) or _is_defect(failure):
                 raise failure from None
+            failure.__traceback__ = failure.__context__ = None  # its frames hold the execution
+        # Ray Data's execution is in reference cycles, and an actor that it started last lives as long: with the CPUs and the
+        # GPU that the next execution waits for.
+        gc.collect()
+        if failure is None:
+            return
         if (now := done()) > before:
             delays, before = iter(ROUND_DELAYS_S[1:]), now
     if isinstance(failure, RunError):
