@@ -22,10 +22,11 @@ ifeq ($(filter $(FAISS),cpu gpu),)
 $(error FAISS=$(FAISS): it must be cpu or gpu)
 endif
 
-.PHONY: help demo test test-slow check bench lock clean
+.PHONY: help env demo test test-slow check bench lock clean
 .DEFAULT_GOAL := help
 
 help:
+	@echo 'make env        .venv with the versions of constraints.txt, which every other target makes too if it is missing'
 	@echo 'make demo       demo images, build_index on them, a small generator, two datasets by density; prints where the reports are'
 	@echo 'make test       the tests that take seconds              ARGS="-k density" goes to pytest'
 	@echo 'make test-slow  the tests that take longer than 20 s each'
@@ -34,6 +35,8 @@ help:
 	@echo 'make lock       constraints.txt from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade for the newest versions)'
 	@echo 'make clean      remove .venv and caches; what runs wrote (runs/) stays'
 	@echo 'FAISS=cpu|gpu chooses the faiss package, PYTHON=... the interpreter (3.11 or newer); now $(FAISS), $(PYTHON)'
+
+env: $(STAMP)
 
 demo: $(STAMP)
 	$(PY) demo/make_digits.py --output runs/demo-data

@@ -43,7 +43,7 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
         UserError: a setting that every run needs is missing, a path that must be there is not, the index is not finished, or
             the threshold lies outside its densities.
     """
-    output = checked_output(settings.output)
+    output = checked_output(settings.output, "generate")
     if not settings.index:
         raise UserError("--index: not set; name the --output of build_index.py")
     if settings.n is None:

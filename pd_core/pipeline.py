@@ -33,7 +33,7 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
         UserError: no output or one that would be lost, no source, a threshold that is none, or a source that cannot be
             read.
     """
-    output = checked_output(settings.output)
+    output = checked_output(settings.output, "build_index")
     for text in settings.report.thresholds:
         density.parse_threshold(text)
     checkpoint = settings.features.checkpoint

@@ -17,6 +17,7 @@ Made = tuple[Iterable[storage.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
 
 RUN = "run.json"
+FIRST_STAGES = {"build_index": "listing", "generate": "pilot"}  # by which the output of a workflow is known
 REPORT = "index.html"
 
 
@@ -93,11 +94,12 @@ class Run:
                 self.tracker.artifact_bytes(f"{stage}/{part.name}", storage.read_bytes(uri))
 
 
-def checked_output(output: str | None) -> str:
+def checked_output(output: str | None, workflow: str) -> str:
     """The --output of a workflow, absolute.
 
     Raises:
-        UserError: none, one that stores take for a pattern, or one that a Ray job would lose.
+        UserError: none, one that stores take for a pattern, one that a Ray job would lose, or one that holds a run of another
+            workflow, whose report and run.json would be replaced.
     """
     if not output:
         raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
@@ -108,7 +110,12 @@ def checked_output(output: str | None) -> str:
             f"--output {output}: would lie in this job's temporary copy of the working directory, which Ray "
             "deletes; give an absolute path or an s3:// prefix"
         )
-    return storage.absolute(output)
+    output = storage.absolute(output)
+    with failures("output", output):
+        for other, stage in FIRST_STAGES.items():
+            if other != workflow and storage.begun_identity(storage.join(output, stage)) is not None:
+                raise UserError(f"--output {output}: holds a run of {other}.py; choose another")
+    return output
 
 
 @contextmanager

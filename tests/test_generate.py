@@ -22,7 +22,7 @@ from PIL import Image
 from pd_core import cluster, errors, exporting, ids, realset, sampling, schemas, storage
 from tests import tiny, toy_generator
 from tests.test_pipeline import is_ours, kill_once
-from workflows import generate
+from workflows import build_index, generate
 
 N = 90
 TOY = f"{toy_generator.__file__}:make"
@@ -551,6 +551,15 @@ def test_an_index_that_is_not_finished_is_refused(index, tmp_path, capsys):
     (tmp_path / "index" / "estimator" / storage.ARTIFACT).unlink()
     assert run(tmp_path / "index", tmp_path / "out") == 2
     assert "is not finished (estimator/" in capsys.readouterr().err
+
+
+def test_the_output_of_another_workflow_is_left_alone(undisturbed, index, capsys):
+    before = tiny.tables(index), (index / "run.json").read_bytes()
+    assert run(index, index) == 2
+    assert "holds a run of build_index.py" in capsys.readouterr().err
+    assert before == (tiny.tables(index), (index / "run.json").read_bytes())
+    assert errors.exit_code(lambda: build_index.main([f"--data.source={index}", f"--output={undisturbed}"])) == 2
+    assert "holds a run of generate.py" in capsys.readouterr().err
 
 
 def test_labels_out_of_range_are_refused(index, tmp_path, capsys):
