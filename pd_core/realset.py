@@ -95,12 +95,8 @@ def open_realset(uri: str) -> RealSet:
 
 def _finished(uri: str, stage: str) -> storage.Artifact:
     folder = storage.join(uri, stage)
-    try:
+    with storage.explained(folder):
         artifact = storage.load_artifact(folder)
-    except Exception as error:
-        if storage.is_failure(error):
-            raise storage.explain(error, folder) from error
-        raise
     if artifact is None:
         what = "is not finished" if storage.exists(uri) else "does not exist"
         raise UserError(

@@ -111,7 +111,7 @@ def checked_output(output: str | None, workflow: str) -> str:
             "deletes; give an absolute path or an s3:// prefix"
         )
     output = storage.absolute(output)
-    with failures("output", output):
+    with storage.explained(output):
         for other, stage in FIRST_STAGES.items():
             if other != workflow and storage.begun_identity(storage.join(output, stage)) is not None:
                 raise UserError(f"--output {output}: holds a run of {other}.py; choose another")
@@ -123,23 +123,20 @@ def failures(stage: str, uri: str) -> Iterator[None]:
     """Turn what storage and cluster raise inside a stage into one line with the next step."""
     import ray
 
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        cluster.raise_cause(error)
-        cause = getattr(error, "cause", None)
-        if storage.is_failure(cause):
-            raise storage.explain(cause, uri) from error
-        if isinstance(error, ray.exceptions.RayTaskError):
-            raise  # a defect of this program keeps its traceback
-        line = one_line(error)
-        raise RunError(
-            f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
-        ) from error
-    except Exception as error:
-        if storage.is_failure(error):
-            raise storage.explain(error, uri) from error
-        raise
+    with storage.explained(uri):
+        try:
+            yield
+        except ray.exceptions.RayError as error:
+            cluster.raise_cause(error)
+            cause = getattr(error, "cause", None)
+            if storage.is_failure(cause):
+                raise storage.explain(cause, uri) from error
+            if isinstance(error, ray.exceptions.RayTaskError):
+                raise  # a defect of this program keeps its traceback
+            line = one_line(error)
+            raise RunError(
+                f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
+            ) from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

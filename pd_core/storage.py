@@ -16,7 +16,7 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -103,6 +103,17 @@ def is_failure(error: BaseException | None) -> TypeGuard[BaseException]:
     """Whether an error is one of a file system or object store; s3fs lets some of botocore's through as they are."""
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library in ("botocore", "aiobotocore", "aiohttp")
+
+
+@contextlib.contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what a file system or object store raises inside into its one line about `name`, a URI or a setting and its URI."""
+    try:
+        yield
+    except Exception as error:  # botocore's errors are told by their module alone, see `is_failure`
+        if is_failure(error):
+            raise explain(error, name) from error
+        raise
 
 
 def read_bytes(uri: str) -> bytes:

@@ -264,16 +264,8 @@ def read_file(path: str) -> bytes:
     Raises:
         UserError: nothing there, or a directory.
     """
-    return _read("--generator.path", path)
-
-
-def _read(setting: str, path: str) -> bytes:
-    try:
+    with storage.explained(f"--generator.path {path}"):
         return storage.read_bytes(path)
-    except Exception as error:
-        if storage.is_failure(error):
-            raise storage.explain(error, f"{setting} {path}") from None
-        raise
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
@@ -282,7 +274,8 @@ def read_prompts(path: str) -> tuple[str, ...]:
     Raises:
         UserError: nothing there, or no line of text in it.
     """
-    lines = _read("--generator.prompts", path).decode("utf-8", errors="replace").splitlines()
+    with storage.explained(f"--generator.prompts {path}"):
+        lines = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines()
     if not (prompts := tuple(line.strip() for line in lines if line.strip())):
         raise UserError(f"--generator.prompts {path}: holds no line of text")
     return prompts
