@@ -116,7 +116,7 @@ def images_driver(source: str, checkpoint: str, output: str) -> dict[str, int]:
         spec = cluster.get(features.describe_remotely(settings))
         spec = replace(spec, preprocess=replace(spec.preprocess, height=PX, width=PX))
         opened = sources.open_source(data)
-        listed, _ = cluster.get(listing.start(opened, output, settings.part_rows, overwrite=False))
+        listed, _ = cluster.get(listing.start(opened, output, settings.whole_part_rows, overwrite=False))
         peaks["listing"] = process.peak_rss_bytes()
         stage = features.stage_of(output, listed, spec, data, settings, "cpu")
         work = features.Work(opened, listed, spec, limits, settings.batch_size, stage)

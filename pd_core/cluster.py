@@ -378,6 +378,13 @@ def _is_defect(error: Exception) -> bool:
     return isinstance(error, ray.exceptions.RayTaskError) and not storage.is_failure(error.cause)
 
 
+def task(function: Any, cpus: float = 1, gpus: float = 0) -> Any:
+    """A Ray task of the function that survives the loss of its node; `.remote(...)` submits it."""
+    import ray
+
+    return ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, **TASK_OPTIONS)
+
+
 def get(reference: Any) -> Any:
     """`ray.get` that raises the task's own UserError or RunError instead of Ray's wrapping of it."""
     import ray

@@ -12,12 +12,12 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -35,6 +35,7 @@ MIB = 1 << 20
 SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
 IndexKind = Literal["auto", "flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
 GeneratorKind = Literal["diffusers", "stylegan", "torchscript", "python"]
+TRUNCATED_KINDS: tuple[GeneratorKind, ...] = ("stylegan",)
 WeightingKind = Literal["two_level", "quantiles", "match", "none"]
 
 
@@ -82,8 +83,8 @@ class DataSettings(Section):
         return value
 
 
-class FeatureSettings(Section):
-    """The frozen extractor F and how its stage runs."""
+class ExtractorSettings(Section):
+    """A frozen feature extractor F."""
 
     model: str = Field("vit_base_patch16_224", description="timm model name, or hf_hub:ORG/NAME")
     checkpoint: str | None = Field(
@@ -96,6 +97,17 @@ class FeatureSettings(Section):
         None, gt=0, description="side of the model's input instead of the one in its config, px; small images need less"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of the model")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> ExtractorSettings:
+        if self.preprocess == "paper" and self.image_size is not None:
+            raise ValueError("image_size has no meaning for preprocess 'paper' (224 px); drop one of them")
+        return self
+
+
+class ExtractionSettings(Section):
+    """How the stage of an extractor runs."""
+
     batch_size: int = Field(64, gt=0, description="images per forward pass; part of the features' identity")
     part_rows: int = Field(4096, gt=0, description="images per committed part, rounded up to whole batches")
     actors: int | None = Field(None, gt=0, description="model replicas; default: autoscale from 1 to what fits")
@@ -104,6 +116,23 @@ class FeatureSettings(Section):
         None,
         ge=0,
         description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any at the start",
+    )
+
+    @property
+    def whole_part_rows(self) -> int:
+        """Images per features part: whole batches."""
+        return -(-self.part_rows // self.batch_size) * self.batch_size
+
+
+class FeatureSettings(ExtractorSettings, ExtractionSettings):
+    """The extractor F of the index and how its stage runs."""
+
+
+class JudgeSettings(ExtractorSettings):
+    """A second extractor whose features measure too: to judge in the space that selected is circular."""
+
+    model: str = Field(
+        "none", description="timm model name, or hf_hub:ORG/NAME; none: measure in the index's space only"
     )
 
 
@@ -341,21 +370,12 @@ class BuildIndexSettings(WorkflowSettings):
     estimator: EstimatorSettings = EstimatorSettings()
     report: ReportSettings = ReportSettings()
 
-    @property
-    def part_rows(self) -> int:
-        """Images per features part: whole batches."""
-        return -(-self.features.part_rows // self.features.batch_size) * self.features.batch_size
-
     @model_validator(mode="after")
     def _consistent(self) -> BuildIndexSettings:
         if self.density.exact and self.index.kind not in ("auto", "flat"):
             raise ValueError(
                 f"density.exact compares with every row, which makes index.kind {self.index.kind!r} idle; "
                 "set index.kind to flat or drop density.exact"
-            )
-        if self.features.preprocess == "paper" and self.features.image_size is not None:
-            raise ValueError(
-                "features.image_size has no meaning for features.preprocess 'paper' (224 px); drop one of them"
             )
         if self.index.kind == "flat" and self.index.cells is not None:
             raise ValueError("index.cells has no meaning for index.kind 'flat'; drop one of them")
@@ -409,7 +429,97 @@ class GenerateSettings(WorkflowSettings):
     )
 
 
-WORKFLOWS: Sequence[type[WorkflowSettings]] = (BuildIndexSettings, GenerateSettings)
+class MetricSettings(Section):
+    """Neighbors of the metrics, METHOD section 7."""
+
+    k_precision: int = Field(3, gt=0, description="neighbors of precision, recall, realism and rarity")
+    k_coverage: int = Field(5, gt=0, description="neighbors of density and coverage")
+
+
+class EvaluateSettings(WorkflowSettings):
+    """Settings of workflows/evaluate.py."""
+
+    real: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
+    samples: list[str] = Field(
+        [],
+        description="sets to measure: outputs of generate.py, folders of images, Parquet, tars, outputs of build_index.py",
+    )
+    output: str | None = Field(
+        None, description="where the artifacts go; local directory or s3://; default: that of --real with -evaluation"
+    )
+    checkpoint: str | None = Field(
+        None, description="weights of the index's extractor, where they are not at the place they had then"
+    )
+    data: DataSettings = DataSettings()
+    extraction: ExtractionSettings = ExtractionSettings()
+    judge: JudgeSettings = JudgeSettings()
+    metrics: MetricSettings = MetricSettings()
+    n: int | None = Field(
+        None,
+        gt=0,
+        description="images of each set that are measured; default: as many as the smallest set has, since most metrics move "
+        "with the number",
+    )
+    n_real: int | None = Field(
+        None, gt=0, alias="n-real", description="real images that they are measured against; default: all"
+    )
+    per_label: bool = Field(False, alias="per-label", description="measure each label's images by themselves too")
+    images: int = Field(8, gt=0, description="images in each row of the report")
+
+    @model_validator(mode="after")
+    def _no_source(self) -> EvaluateSettings:
+        if self.data.source is not None:
+            raise ValueError("data.source has no meaning here; name the sets with --samples")
+        return self
+
+
+class TradeoffSettings(WorkflowSettings):
+    """Settings of workflows/tradeoff.py."""
+
+    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
+    checkpoint: str | None = Field(
+        None, description="weights of the index's extractor, where they are not at the place they had then"
+    )
+    generator: GeneratorSettings = GeneratorSettings()
+    n: int = Field(2000, gt=0, description="images measured of each setting")
+    n_real: int | None = Field(
+        None, gt=0, alias="n-real", description="real images that they are measured against; default: all"
+    )
+    thresholds: list[str] = Field(
+        ["p20", "p50", "p80"], description="tau of the paper's rule, each with every weight; pNN or a density"
+    )
+    weights: list[PositiveFloat] = Field(
+        [0.01, 0.05, 0.2, 5, 20, 100], description="w of the paper's rule: above 1 typical, below 1 varied"
+    )
+    polarities: list[float] | None = Field(
+        None, description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 where a generator has latents and is no diffusion"
+    )
+    truncations: list[float] | None = Field(
+        None, description="psi; default: 0.5 and 0.7 where the generator has truncation"
+    )
+    score: Literal["predictor", "index"] = Field("predictor", description="which densities decide")
+    target: str | None = Field(
+        None, description="METRIC=VALUE, e.g. recall=0.6: name the setting of best precision among those that reach it"
+    )
+    seed: int = Field(0, ge=0, description="of the run; candidate i's image depends on it, on i and on the generator")
+    chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the pool's identity")
+    pilot: int = Field(256, gt=0, description="candidates from which the size of the pool is planned")
+    max_candidates: int | None = Field(
+        None, gt=0, alias="max-candidates", description="largest pool; default: 20 times --n; settings that need more are left out"
+    )
+    actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
+    actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
+    actor_gpus: float | None = Field(
+        None, ge=0, description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any"
+    )
+    search: SearchSettings = SearchSettings()
+    extraction: ExtractionSettings = ExtractionSettings()
+    judge: JudgeSettings = JudgeSettings()
+    metrics: MetricSettings = MetricSettings()
+    images: int = Field(8, gt=0, description="images in each row of the report")
+
+
+WORKFLOWS: Sequence[type[WorkflowSettings]] = (BuildIndexSettings, GenerateSettings, EvaluateSettings, TradeoffSettings)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -537,6 +647,28 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
+def _is_list(model: type[BaseModel], name: str) -> bool:
+    """Whether a setting of the workflow itself, not of a section, is a list."""
+    return any((f.alias or n) == name and get_origin(f.annotation) is list for n, f in model.model_fields.items())
+
+
+def _spread(argv: Sequence[str], lists: Collection[str]) -> list[str]:
+    """`--samples a b` as `--samples a --samples b`, which is what pydantic-settings reads."""
+    spread: list[str] = []
+    option, waiting = "", False  # the list that is being given; whether its first value is still to come
+    for argument in argv:
+        if argument.startswith("--"):
+            name, given, _ = argument[2:].partition("=")
+            option = argument.partition("=")[0] if name in lists else ""
+            waiting = bool(option) and not given
+        elif option and not waiting:
+            spread.append(option)
+        else:
+            waiting = False
+        spread.append(argument)
+    return spread
+
+
 def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Settings:
     """Resolve settings from presets, YAML, environment and command line.
 
@@ -579,6 +711,7 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
                 InitSettingsSource(settings_cls, from_preset),
             )
 
+    argv = _spread(argv, {name for name in known if _is_list(settings_class, name)})
     cli: CliSettingsSource[Any] = CliSettingsSource(
         Resolved,
         root_parser=parser,

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pd_core import (
-    acceptance,
     cluster,
     config,
     exporting,
-    generators,
     ids,
     piloting,
     realset,
+    recipes,
     sampling,
     sampling_report,
     search,
     storage,
     tracking,
 )
-from pd_core.candidates import EVERYTHING, Recipe
+from pd_core.candidates import Recipe
 from pd_core.config import GenerateSettings
 from pd_core.errors import UserError
-from pd_core.generators.python import split
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 
-PILOT_PART_CHUNKS = 8
 STAGES = ("pilot", "samples", "rejected", "export", "report")
 
 
@@ -48,34 +45,20 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
         raise UserError("--index: not set; name the --output of build_index.py")
     if settings.n is None:
         raise UserError("--n: not set; how many accepted images are wanted")
-    generator = settings.generator
-    generators.check_path(generator)
-    assert generator.path is not None, "check_path refuses none"
+    generator = recipes.located(settings.generator)
     piloting.check_settings(settings.weighting, generator.labels)
-    paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
-    local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
-    if generator.kind == "python":
-        source, factory = split(generator.path)
-        if _is_file(source):
-            local["path"] = f"{storage.absolute(source)}:{factory}"
-    if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
-        raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
+    real = realset.open_for(settings.index, settings.checkpoint, "--index")
     settings = settings.model_copy(
         update={
             "output": output,
-            "index": storage.absolute(settings.index),
+            "index": real.uri,
             "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
-            "generator": generator.model_copy(update=local),
+            "generator": generator,
         }
     )
-    real = _open_realset(settings)
     if settings.weighting.kind == "two_level" and not settings.weighting.per_label:
         piloting.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
     return settings, real
-
-
-def _is_file(value: str) -> bool:
-    return storage.is_local(value) and storage.exists(storage.absolute(value))
 
 
 def generate(settings: GenerateSettings) -> None:
@@ -175,33 +158,24 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = sampling.Pool(settings.actors, settings.actor_cpus, gpus)
     with failures("generator", str(settings.generator.path)):
-        facts = _describe(settings, run.now, pool)
-    classes, names = _classes(settings, facts)
-    by_label = _label_quantiles(settings, real, names)
-    recipe = Recipe(
-        generator=settings.generator,
-        generator_identity=facts["identity"],
-        realset=real,
-        weightings={EVERYTHING: acceptance.uniform()},
-        score="both",
-        seed=ids.stream(settings.seed, "pilot"),
-        chunk=settings.chunk,
-        threads=settings.actor_cpus,
-        classes=classes,
-        class_names=names,
-        prompts=_prompts(settings, facts),
-        device=cluster.device_of(run.now, gpus),
-        copy_distance=real.copy_distance(settings.copies_quantile),
-        drop_copies=False,
-    )
+        recipe = recipes.open_recipe(
+            settings.generator,
+            real,
+            run.now,
+            pool,
+            seed=ids.stream(settings.seed, "pilot"),
+            chunk=settings.chunk,
+            copies_quantile=settings.copies_quantile,
+        )
+    by_label = _label_quantiles(settings, real, recipe.class_names)
 
     @functools.cache
     def open_index() -> search.SearchPool:
         searching, now = settings.search, cluster.refreshed(run.now)
-        pool = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
-        return resources.enter_context(pool)
+        opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
+        return resources.enter_context(opened)
 
-    pilot = _pilot(run, settings, recipe, pool, open_index)
+    pilot = piloting.make(run, recipe, pool, open_index, settings.pilot)
     weightings = piloting.weightings_of(settings.weighting, real, by_label, pilot, settings.score)
     expected = piloting.expect(settings, weightings, pilot)
     piloting.check_affordable(settings, real, by_label, pilot, expected)
@@ -218,55 +192,6 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     actors = max(1, min(most, fit))  # what the autoscaler may add is not there yet
     text = piloting.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
     return Planned(job, pool, pilot, expected, open_index, text)
-
-
-def _task(function: Any) -> Any:
-    import ray
-
-    return ray.remote(function).options(num_cpus=1, **cluster.TASK_OPTIONS)
-
-
-def _open_realset(settings: GenerateSettings) -> RealSet:
-    with failures("index", str(settings.index)):
-        real = realset.open_realset(str(settings.index))
-    if settings.checkpoint:
-        real = replace(real, extractor=replace(real.extractor, checkpoint=settings.checkpoint))
-    return real
-
-
-def _describe(settings: GenerateSettings, now: cluster.Cluster, pool: sampling.Pool) -> dict[str, Any]:
-    """`describe` where an actor of the generator would run: what fits one fits this."""
-    import ray
-
-    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
-    task: Any = ray.remote(describe).options(num_cpus=cpus, num_gpus=gpus, **cluster.TASK_OPTIONS)
-    return cluster.get(task.remote(settings.generator))
-
-
-def describe(settings: config.GeneratorSettings) -> dict[str, Any]:
-    """Identity and abilities of a generator, which is loaded for it: runs in a Ray task."""
-    generator = generators.open_generator(settings, cluster.assigned_device())
-    return {
-        "identity": generator.identity(),
-        "num_classes": generator.num_classes,
-        "takes_prompts": generator.takes_prompts,
-    }
-
-
-def _pilot(
-    run: Run,
-    settings: GenerateSettings,
-    recipe: Recipe,
-    pool: sampling.Pool,
-    open_index: Callable[[], search.SearchPool],
-) -> piloting.Pilot:
-    chunks = -(-settings.pilot // settings.chunk)
-    rows = chunks * settings.chunk
-    stage = sampling.stage_of(storage.join(run.output, "pilot"), "pilot", recipe, {"n": rows})
-    job = sampling.Job(recipe, stage, None, min(chunks, PILOT_PART_CHUNKS), rows)
-    artifact = run.stage(stage, lambda: sampling.run(job, run.now, pool, open_index(), 1.0, sampling.Budget()))
-    with failures("pilot", stage.uri):
-        return cluster.get(_task(piloting.read).remote(stage, artifact))
 
 
 def _job(
@@ -286,50 +211,13 @@ def _job(
     return sampling.Job(recipe, samples, rejected, per_part, settings.n)
 
 
-# ---- what is asked for -----------------------------------------------------------------------------------------------
-
-
-def _classes(settings: GenerateSettings, facts: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Class numbers to draw from and their names."""
-    text, many = settings.generator.labels, facts["num_classes"]
-    if text == "none":
-        if many:
-            raise UserError(
-                f"--generator.labels: the generator takes one of {many} class labels; set all, or a list such as 0,3"
-            )
-        return (), ()
-    if not many:
-        raise UserError(f"--generator.labels {text}: the generator takes no class labels; leave it out")
-    try:
-        classes = tuple(range(many)) if text == "all" else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--generator.labels {text}: expected none, all, or class numbers such as 0,3,7") from None
-    if wrong := [c for c in classes if not 0 <= c < many]:
-        raise UserError(f"--generator.labels {text}: {wrong[0]} is outside 0 ... {many - 1}")
-    names = settings.generator.label_names
-    if names is not None and len(names) != many:
-        raise UserError(f"--generator.label_names: {len(names)} names for {many} classes; give one for each")
-    return classes, tuple(names[c] if names else str(c) for c in classes)
-
-
-def _prompts(settings: GenerateSettings, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    path = settings.generator.prompts
-    if path is None:
-        if facts["takes_prompts"]:
-            raise UserError("--generator.prompts: the generator takes text; name a file with a prompt on each line")
-        return ()
-    if not facts["takes_prompts"]:
-        raise UserError(f"--generator.prompts {path}: the generator takes no text; leave it out")
-    return generators.read_prompts(path)
-
-
 def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Real densities of each label that is generated, where weightings are per label."""
     if not settings.weighting.per_label:
         return {}
     densities = storage.load_artifact(storage.join(real.uri, "densities"))
     assert densities is not None
-    found = cluster.get(_task(piloting.label_quantiles).remote(real, [part.name for part in densities.parts]))
+    found = cluster.get(cluster.task(piloting.label_quantiles).remote(real, [part.name for part in densities.parts]))
     if absent := [name for name in names if name not in found]:
         raise UserError(
             f"--weighting.per_label: the index holds fewer than {piloting.FEWEST_OF_LABEL} images of label {absent[0]!r} "

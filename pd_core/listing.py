@@ -111,17 +111,33 @@ def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
             "metadata": _type_to_text(source.metadata_type),
         }
         done = stage.commit(parts, totals, {"listing": watch.seconds})
-    return _listing_of(stage, done, part_rows), done
+    return read_artifact(stage.uri, done), done
 
 
-def _listing_of(stage: storage.Stage, done: storage.Artifact, part_rows: int) -> Listing:
+def read_artifact(uri: str, done: storage.Artifact) -> Listing:
+    """The listing of a finished listing stage in a directory."""
     return Listing(
-        uri=stage.uri,
+        uri=uri,
         fingerprint=done.fingerprint,
         rows=done.totals["rows"],
-        part_rows=part_rows,
+        part_rows=done.identity["part_rows"],
         metadata=_type_from_text(done.totals["metadata"]),
     )
+
+
+def rows_of_ids(uri: str, wanted: set[int]) -> Iterator[tuple[str, pa.Table]]:
+    """Name and rows, without metadata, of each part of the listing in a directory that has any of the images wanted."""
+    done = storage.load_artifact(uri)
+    value_set, missing = pa.array(sorted(wanted), pa.int64()), len(wanted)
+    for part in done.parts if done is not None else ():
+        if not missing:
+            break
+        here = storage.read_table(storage.join(uri, part.name), ["sample_id"])["sample_id"]
+        keep = pc.is_in(here, value_set=value_set)
+        if many := pc.sum(keep).as_py():
+            missing -= many
+            whole = storage.read_table(storage.join(uri, part.name), without=[schemas.METADATA])
+            yield part.name, whole.filter(keep)
 
 
 def _parts(tables: Iterator[pa.Table], part_rows: int) -> Iterator[pa.Table]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
-from pd_core import acceptance, density, estimator, ids, sampling, storage
+from pd_core import acceptance, cluster, density, estimator, ids, running, sampling, search, storage
 from pd_core.acceptance import Weighting
-from pd_core.candidates import EVERYTHING
+from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.config import GenerateSettings, WeightingSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
 
+PART_CHUNKS = 8  # of the pilot
 LABEL_ROWS = 1_000_000  # real densities that the quantiles of labels are taken from
 FEWEST_OF_LABEL = 20  # real images of a label, or pilot candidates of it: fewer tell no quantiles
 SMALLEST_PARTS = 20  # parts that a small n is cut into, so that little is made beyond it
@@ -82,6 +83,23 @@ class Pilot:
     def calibration(self) -> Agreement:
         """How the predictor fares off the real manifold: predicted against index-scored log density (METHOD 2b)."""
         return agreement(self.by_index, self.predicted)
+
+
+def make(
+    run: running.Run,
+    recipe: Recipe,
+    pool: sampling.Pool,
+    open_index: Callable[[], search.SearchPool],
+    candidates: int,
+) -> Pilot:
+    """The pilot stage under the run's output: so many candidates, rounded up to whole chunks, all of them accepted."""
+    chunks = -(-candidates // recipe.chunk)
+    rows = chunks * recipe.chunk
+    stage = sampling.stage_of(storage.join(run.output, "pilot"), "pilot", recipe, {"n": rows})
+    job = sampling.Job(recipe, stage, None, min(chunks, PART_CHUNKS), rows)
+    artifact = run.stage(stage, lambda: sampling.run(job, run.now, pool, open_index(), 1.0, sampling.Budget()))
+    with running.failures("pilot", stage.uri):
+        return cluster.get(cluster.task(read).remote(stage, artifact))
 
 
 def read(stage: storage.Stage, artifact: storage.Artifact) -> Pilot:

@@ -81,7 +81,7 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
 def _build(run: Run, settings: BuildIndexSettings, source: sources.Source) -> None:
     output, now = run.output, run.now
     describing = features.describe_remotely(settings.features)  # loads the model while the source is listed
-    listing_it = listing.start(source, output, settings.part_rows, settings.overwrite)
+    listing_it = listing.start(source, output, settings.features.whole_part_rows, settings.overwrite)
     with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
         spec: features.ExtractorSpec = cluster.get(describing)
     with run.tracker.stage("listing") as nested, failures("listing", storage.join(output, "listing")):

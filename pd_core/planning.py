@@ -113,7 +113,7 @@ def _sizes(
     kind = indexing.resolve_kind(settings.index, settings.density.exact, rows)
     shards = settings.index.shards or index.default_shards(rows, dim)
     cells = 0 if kind == "flat" else settings.index.cells or index.default_cells(rows)
-    part_rows = settings.part_rows
+    part_rows = settings.features.whole_part_rows
     vector = {"ivf_sq8": dim, "ivf_pq": settings.index.pq_bytes}.get(kind, 4 * dim)
     searchers, *_ = cluster.search_actors(now, settings.index.actors, settings.index.actor_cpus, shards)
     block = min(rows, settings.density.block_rows) * (4 * dim * 2 + 36 * k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,22 @@ def open_realset(uri: str) -> RealSet:
         nearest_quantiles=np.asarray(totals["nearest_distance_quantiles"]),
         fingerprints={stage: artifact.fingerprint for stage, artifact in found.items()},
     )
+
+
+def open_for(uri: str, checkpoint: str | None, setting: str) -> RealSet:
+    """`open_realset` of a path as a user gives it under `setting`, the extractor's weights at `checkpoint` where that is given.
+
+    Raises:
+        UserError: as `open_realset`.
+    """
+    try:
+        with storage.explained(uri):
+            real = open_realset(storage.absolute(uri))
+    except UserError as error:
+        raise UserError(str(error).replace("--index", setting, 1)) from None
+    if checkpoint:
+        return replace(real, extractor=replace(real.extractor, checkpoint=storage.absolute(checkpoint)))
+    return real
 
 
 def _finished(uri: str, stage: str) -> storage.Artifact:

@@ -17,7 +17,11 @@ Made = tuple[Iterable[storage.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
 
 RUN = "run.json"
-FIRST_STAGES = {"build_index": "listing", "generate": "pilot"}  # by which the output of a workflow is known
+FIRST_STAGES = {
+    "build_index": "listing",
+    "generate": "pilot",
+    "evaluate": "metrics",
+}  # by which the output of a workflow is known
 REPORT = "index.html"
 
 
@@ -31,7 +35,8 @@ class Run:
         now: the cluster.
         tracker: of the whole run.
         workflow: its name.
-        stages: all stages of it, in their order.
+        stages: those that follow from others, by their folders in `output`, in their order; stages that are not named here
+            follow from none.
     """
 
     settings: WorkflowSettings
@@ -45,22 +50,27 @@ class Run:
 
     def stage(self, stage: storage.Stage, make: Make) -> storage.Artifact:
         """Complete a stage inside a tracked run of its own."""
-        with self.tracker.stage(stage.kind) as nested, failures(stage.kind, stage.uri):
-            artifact = stage.complete(lambda: self._make(stage.kind, make), self.settings.overwrite)
+        with self.tracker.stage(self.name_of(stage.uri)) as nested, failures(stage.kind, stage.uri):
+            artifact = stage.complete(lambda: self._make(stage.uri, make), self.settings.overwrite)
             self.done(stage.uri, artifact, nested)
         return artifact
 
-    def _make(self, kind: str, make: Make) -> Made:
+    def _make(self, uri: str, make: Make) -> Made:
         """What was made of an older state of this stage is finished no more; then make the stage."""
-        self.made.append(kind)
-        for later in self.stages[self.stages.index(kind) + 1 :]:
+        name = self.name_of(uri)
+        self.made.append(name)
+        for later in self.stages[self.stages.index(name) + 1 if name in self.stages else 0 :]:
             storage.delete_file(storage.join(self.output, later, storage.ARTIFACT))
         storage.delete_file(storage.join(self.output, RUN))
         return make()
 
+    def name_of(self, uri: str) -> str:
+        """Folder of a stage in the output."""
+        return uri.removeprefix(self.output).strip("/")
+
     def done(self, uri: str, artifact: storage.Artifact, nested: tracking.Tracker) -> None:
         """Remember and track a finished stage."""
-        self.artifacts[artifact.kind] = artifact
+        self.artifacts[self.name_of(uri)] = artifact
         numbers = {n: v for n, v in flatten(artifact.totals) if isinstance(v, int | float) and not isinstance(v, bool)}
         nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
         nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
@@ -74,7 +84,7 @@ class Run:
     @property
     def timings_s(self) -> dict[str, float]:
         """Seconds that each stage took when it was made."""
-        return {name: value for artifact in self.artifacts.values() for name, value in artifact.timings_s.items()}
+        return {name: sum(artifact.timings_s.values()) for name, artifact in self.artifacts.items()}
 
     def record(self, elapsed_s: float, kept: Sequence[str]) -> None:
         """Write run.json and log the run, with the files of the stages in `kept`."""

@@ -318,7 +318,7 @@ def run(
     last = job.prefix(state.rows)
     if last is None:
         raise RunError(_spent_line(job, state.rows, budget, state.late))
-    facts = cluster.get(_task(_trim).remote(job, last))
+    facts = cluster.get(cluster.task(_trim, cluster.IO_CPUS).remote(job, last))
     _drop_after(job, last)
     done = job.finished()
     parts = [done[number] for number in range(last + 1)]
@@ -328,12 +328,6 @@ def run(
     if state.busy_s:  # the median: the first chunk of an actor takes longer
         totals["actor_s_per_candidate"] = float(np.median(state.busy_s)) / job.recipe.chunk
     return parts, totals
-
-
-def _task(function: Any) -> Any:
-    import ray
-
-    return ray.remote(function).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
 
 
 def _next_parts(job: Job, state: Progress, rate: float, most: int | None) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import ValidationError
 
 from pd_core import (
     acceptance,
     cluster,
     ids,
     images,
+    listing,
     piloting,
     report,
     running,
@@ -27,14 +26,14 @@ from pd_core import (
     sampling_page,
     schemas,
     sources,
+    spaces,
     storage,
 )
 from pd_core.candidates import Recipe
-from pd_core.config import DataSettings, GenerateSettings, to_yaml
+from pd_core.config import GenerateSettings, to_yaml
 from pd_core.errors import RunError, UserError
 from pd_core.sampling import DENSITY_BINS
 from pd_core.sampling_page import Count, Pair, Sample, SamplesData, Weight
-from pd_core.sources.names import unescape
 
 SAMPLE_ROWS = 1_000_000  # accepted rows that the shown ones are chosen from
 CALIBRATION_ROWS = 20_000  # accepted rows that the predictor is held against the index on
@@ -400,7 +399,7 @@ def _originals(uri: str, wanted: set[int]) -> tuple[dict[int, _Original], str]:
     """
     found: dict[int, _Original] = {}
     try:
-        for name, rows in _listed(uri, wanted):
+        for name, rows in listing.rows_of_ids(storage.join(uri, "listing"), wanted):
             for row in rows.select(["sample_id", "key", "label"]).to_pylist():
                 found[row["sample_id"]] = _Original(
                     row["key"], row["label"], None, "the source cannot be read any more"
@@ -415,25 +414,12 @@ def _originals(uri: str, wanted: set[int]) -> tuple[dict[int, _Original], str]:
     return found, ""
 
 
-def _listed(uri: str, wanted: set[int]) -> Iterator[tuple[str, pa.Table]]:
-    """Name and wanted rows of each part of the listing that has any."""
-    folder = storage.join(uri, "listing")
-    listing = storage.load_artifact(folder)
-    value_set, missing = pa.array(sorted(wanted), pa.int64()), len(wanted)
-    for part in listing.parts if listing is not None else ():
-        if not missing:
-            break
-        here = storage.read_table(storage.join(folder, part.name), ["sample_id"])["sample_id"]
-        keep = pc.is_in(here, value_set=value_set)
-        if many := pc.sum(keep).as_py():
-            missing -= many
-            whole = storage.read_table(storage.join(folder, part.name), without=[schemas.METADATA])
-            yield part.name, whole.filter(keep)
-
-
 def _read_originals(uri: str, name: str, rows: pa.Table) -> dict[int, _Original]:
     """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
-    source, limits = _source(uri)
+    source, _ = spaces.original_of(uri)
+    limits = images.DecodeLimits(
+        source.settings.max_image_bytes, source.settings.max_image_pixels, source.settings.background
+    )
     features = storage.read_table(storage.join(uri, "features", name), ["sample_id", "content_hash"])
     hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
     found = {}
@@ -450,26 +436,6 @@ def _read_originals(uri: str, name: str, rows: pa.Table) -> dict[int, _Original]
             missing = f"can no longer be read: {error}"
         found[row["sample_id"]] = _Original(row["key"], row["label"], picture, missing)
     return found
-
-
-def _source(uri: str) -> tuple[sources.Source, images.DecodeLimits]:
-    """The source as build_index resolved it: its root is absolute, though the settings may name a relative path."""
-    record = storage.join(uri, running.RUN)
-    try:
-        settings = DataSettings.model_validate(json.loads(storage.read_bytes(record))["settings"]["data"])
-    except ValidationError as error:
-        raise UserError(f"{record}: data settings of another pd_core; run build_index.py on it again") from error
-    listing = storage.load_artifact(storage.join(uri, "listing"))
-    assert listing is not None
-    named = listing.identity["source"]
-    source = sources.Source(
-        named["kind"],
-        unescape(named["root"]),
-        tuple(named["names"]),
-        tuple(unescape(pattern) for pattern in named["patterns"]),
-        settings,
-    )
-    return source, images.DecodeLimits(settings.max_image_bytes, settings.max_image_pixels, settings.background)
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------

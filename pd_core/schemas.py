@@ -23,7 +23,13 @@ VERSIONS = {
     "samples": 2,
     "rejected": 2,
     "export": 1,
+    "metrics": 1,
+    "scores": 1,
+    "pool": 2,
+    "curve": 1,
 }
+
+CURVE_METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
 
 METADATA = "metadata"  # struct column of whatever else the source said of an image; absent where it said nothing
 
@@ -151,3 +157,69 @@ def rejected() -> pa.Schema:
             pa.field("acceptance_probability", pa.float64(), nullable=False),
         ]
     )
+
+
+def metrics() -> pa.Schema:
+    """One row per number: METHOD section 7; low, high: its 95% confidence interval, null where there are too few images.
+
+    `selected_here`: the set was selected by densities in this very space, so that its numbers flatter it.
+    """
+    return pa.schema(
+        [
+            pa.field("set", pa.string(), nullable=False),
+            pa.field("space", pa.string(), nullable=False),
+            pa.field("extractor", pa.string(), nullable=False),
+            pa.field("selected_here", pa.bool_(), nullable=False),
+            pa.field("label", pa.string()),
+            pa.field("metric", pa.string(), nullable=False),
+            pa.field("value", pa.float64(), nullable=False),
+            pa.field("low", pa.float64()),
+            pa.field("high", pa.float64()),
+            pa.field("k", pa.int32()),
+            pa.field("n_real", pa.int64(), nullable=False),
+            pa.field("n_generated", pa.int64(), nullable=False),
+        ]
+    )
+
+
+def scores() -> pa.Schema:
+    """One row per measured image of a set, against all measured real images; distances Euclidean in the space."""
+    return pa.schema(
+        [
+            pa.field("set", pa.string(), nullable=False),
+            pa.field("space", pa.string(), nullable=False),
+            pa.field("sample_id", pa.int64(), nullable=False),
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("label", pa.string()),
+            pa.field("realism", pa.float64(), nullable=False),
+            pa.field("rarity", pa.float64()),
+            pa.field("in_real_manifold", pa.bool_(), nullable=False),
+            pa.field("nearest_real_id", pa.int64(), nullable=False),
+            pa.field("nearest_real_distance", pa.float64(), nullable=False),
+        ]
+    )
+
+
+def curve() -> pa.Schema:
+    """One row per setting and space; metrics are null where the pool did not give n images.
+
+    `candidates` were looked at for them, `acceptance_rate` is over the whole pool, and `effective_sample_size` says how many
+    equally weighted candidates of the pool the setting's weights are worth. `NAME_low`, `NAME_high`: 95% interval of NAME.
+    """
+    fields = [
+        pa.field("space", pa.string(), nullable=False),
+        pa.field("extractor", pa.string(), nullable=False),
+        pa.field("setting", pa.string(), nullable=False),
+        pa.field("curve", pa.string(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("threshold", pa.string()),
+        pa.field("weight", pa.float64()),
+        pa.field("polarity", pa.float64()),
+        pa.field("truncation", pa.float64()),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("candidates", pa.int64(), nullable=False),
+        pa.field("acceptance_rate", pa.float64(), nullable=False),
+        pa.field("effective_sample_size", pa.float64(), nullable=False),
+    ]
+    measured = [pa.field(f"{name}{end}", pa.float64()) for name in CURVE_METRICS for end in ("", "_low", "_high")]
+    return pa.schema(fields + measured)

@@ -327,7 +327,7 @@ def test_odd_file_names_pass_unharmed(inputs, tmp_path, ray_cluster):
         (["--features.model=test_resnet"], "not weights of test_resnet"),
         (["--features.checkpoint=/nowhere.safetensors"], "not found"),
         (["--data.labels=column:x"], "does not fit a directory source"),
-        (["--features.preprocess=paper", "--features.image_size=64"], "features.image_size has no meaning"),
+        (["--features.preprocess=paper", "--features.image_size=64"], "features: image_size has no meaning"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(inputs, tmp_path, capsys, ray_cluster, more, expected):

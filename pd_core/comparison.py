@@ -1,0 +1,300 @@
+"""The stages of tradeoff in their order: pilot, one pool, its features, the curve, report; what workflows/tradeoff.py calls."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pd_core import (
+    acceptance,
+    cluster,
+    config,
+    ids,
+    piloting,
+    realset,
+    recipes,
+    sampling,
+    search,
+    spaces,
+    storage,
+    sweeping,
+    tracking,
+    tradeoff,
+    tradeoff_report,
+)
+from pd_core.candidates import Recipe
+from pd_core.config import DataSettings, TradeoffSettings
+from pd_core.errors import UserError
+from pd_core.realset import RealSet
+from pd_core.running import REPORT, Run, checked_output, failures, flatten
+from pd_core.spaces import Extraction, Features, ImageSet
+from pd_core.tradeoff import Setting
+
+STAGES = ("pilot", "pool", "curve", "report")
+POOL_TIMES = 20  # --n: largest pool, unless it is said
+PART_CHUNKS = 16  # of the pool
+
+
+def prepare(settings: TradeoffSettings) -> tuple[TradeoffSettings, RealSet, list[Setting]]:
+    """Check what can be checked without Ray; local paths become absolute.
+
+    Raises:
+        UserError: a setting that every run needs is missing, or a path, threshold or target is wrong.
+    """
+    output = checked_output(settings.output, "tradeoff")
+    if not settings.index:
+        raise UserError("--index: not set; name the --output of build_index.py")
+    generator = recipes.located(settings.generator)
+    if settings.target is not None:
+        tradeoff.parse_target(settings.target)
+    real = realset.open_for(settings.index, settings.checkpoint, "--index")
+    found = tradeoff.sweep(settings.thresholds, settings.weights, polarities_of(settings), truncations_of(settings))
+    for setting in found:
+        if setting.method == "density":
+            sweeping.weighting_of(setting, real)
+    return settings.model_copy(update={"output": output, "index": real.uri, "generator": generator}), real, found
+
+
+def polarities_of(settings: TradeoffSettings) -> list[float]:
+    """As set; else -1 and 1 where a volume costs a few passes through a small network, and none for diffusion."""
+    if settings.polarities is not None:
+        return settings.polarities
+    return [-1.0, 1.0] if settings.generator.kind in ("stylegan", "torchscript") else []
+
+
+def truncations_of(settings: TradeoffSettings) -> list[float]:
+    """As set, where the generator has truncation; else two.
+
+    Raises:
+        UserError: the generator has none, or its own --generator.truncation is set beside.
+    """
+    able = settings.generator.kind in config.TRUNCATED_KINDS
+    if settings.truncations and not able:
+        raise UserError(
+            f"--truncations: --generator.kind {settings.generator.kind} has no truncation; leave it out "
+            f"(kinds that have: {', '.join(config.TRUNCATED_KINDS)})"
+        )
+    if settings.truncations is not None:
+        return settings.truncations
+    return [0.5, 0.7] if able else []
+
+
+def compare(settings: TradeoffSettings) -> None:
+    """Every setting's metrics from one pool of candidates: `curve/`, figures and a table under `settings.output`."""
+    settings, real, found = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output, watch = str(settings.output), storage.Stopwatch()
+    with (
+        cluster.session(output) as now,
+        tracking.start(settings.tracking, output, "tradeoff", {"workflow": "tradeoff"}) as tracker,
+    ):
+        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
+        run = Run(settings, output, now, tracker, "tradeoff", STAGES)
+        with contextlib.ExitStack() as resources:
+            planned = _plan(run, settings, real, found, resources)
+            cluster.say(planned.text)
+            pool, candidates = _pool(run, settings, planned)
+            truncated = {s.truncation: _truncated(run, settings, real, planned, s.truncation) for s in found if s.truncation}
+        job, measured = _measure(run, settings, real, found, pool, truncated)
+        rows = sweeping.read_curve(job.curve.uri, measured.parts)
+        if "curve" in run.made:
+            _track(tracker, rows)
+        reporting = tradeoff_report.stage_of(output, job.curve, settings)
+        images = {None: pool.uri, **{psi: stage.uri for psi, stage in truncated.items()}}
+        inputs = tradeoff_report.Inputs(job, measured, images, candidates, settings, dict(run.timings_s))
+        run.stage(reporting, lambda: tradeoff_report.run(reporting, inputs))
+        with failures("run", output):
+            run.record(watch.seconds, ("report",))
+        for line in summary(rows):
+            cluster.say(line)
+        run.say_done(watch.seconds)
+        if tracker.hint:
+            cluster.say(f"tracking: {tracker.hint}")
+        cluster.say(f"table: {storage.join(output, 'report', tradeoff_report.TABLE)}")
+        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+        if settings.target is not None:
+            say_choice(settings.target, rows)
+
+
+def plan_tradeoff(settings: TradeoffSettings) -> None:
+    """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
+    settings, real, found = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output = str(settings.output)
+    off = settings.tracking.model_copy(update={"enabled": False})
+    with cluster.session(output) as now, tracking.start(off, output, "tradeoff", {}) as tracker:
+        run = Run(settings, output, now, tracker, "tradeoff", STAGES)
+        with contextlib.ExitStack() as resources:
+            cluster.say(_plan(run, settings, real, found, resources).text)
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the pilot decided: the pool's recipe and its candidates, and who makes them."""
+
+    recipe: Recipe
+    pool: sampling.Pool
+    candidates: int
+    open_index: Callable[[], search.SearchPool]
+    text: str
+
+
+def _plan(
+    run: Run, settings: TradeoffSettings, real: RealSet, found: list[Setting], resources: contextlib.ExitStack
+) -> Planned:
+    with failures("pilot", run.output):
+        begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, "pilot"))
+    gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    pool = sampling.Pool(settings.actors, settings.actor_cpus, gpus)
+    recipe = _recipe(run, settings, real, pool, settings.generator)
+
+    @functools.cache
+    def open_index() -> search.SearchPool:
+        searching, now = settings.search, cluster.refreshed(run.now)
+        opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
+        return resources.enter_context(opened)
+
+    piloted = replace(recipe, seed=ids.stream(settings.seed, "pilot"))
+    pilot = piloting.make(run, piloted, pool, open_index, settings.pilot)
+    deciding = pilot.deciding(settings.score)
+    rates = {
+        s.name: float(acceptance.acceptance_probability(deciding, sweeping.weighting_of(s, real)).mean())
+        for s in found
+        if s.method == "density"
+    }
+    most = settings.max_candidates or POOL_TIMES * settings.n
+    wanted = tradeoff.pool_needed(rates.values(), settings.n, max(most, settings.n))
+    chunks = -(-wanted // settings.chunk)
+    short = [name for name, rate in rates.items() if rate * chunks * settings.chunk < settings.n]
+    lines = [f"pool: {chunks * settings.chunk} candidates for {len(found)} settings of {settings.n} images each"]
+    if not pilot.actor_s != pilot.actor_s:  # unknown (NaN) where the pilot was made by an earlier run
+        lines[0] += f", about {chunks * settings.chunk * pilot.actor_s:.0f} s of one generator process"
+    if short:
+        lines.append(f"pool: too small for {', '.join(short)}, which are left out; raise --max-candidates (now {most})")
+    return Planned(recipe, pool, chunks * settings.chunk, open_index, "\n".join(lines))
+
+
+def _recipe(
+    run: Run, settings: TradeoffSettings, real: RealSet, pool: sampling.Pool, generator: config.GeneratorSettings
+) -> Recipe:
+    with failures("generator", str(generator.path)):
+        return recipes.open_recipe(
+            generator, real, run.now, pool, seed=settings.seed, chunk=settings.chunk, copies_quantile=0.0
+        )
+
+
+def _pool(run: Run, settings: TradeoffSettings, planned: Planned) -> tuple[storage.Stage, int]:
+    return _candidates(run, "pool", planned.recipe, planned, planned.candidates), planned.candidates
+
+
+def _truncated(
+    run: Run, settings: TradeoffSettings, real: RealSet, planned: Planned, psi: float
+) -> storage.Stage:
+    """n images of a truncation ψ, which are other images, and so not of the pool."""
+    generator = settings.generator.model_copy(update={"truncation": psi})
+    recipe = _recipe(run, settings, real, planned.pool, generator)
+    rows = -(-settings.n // settings.chunk) * settings.chunk
+    return _candidates(run, f"truncated-{psi:g}", recipe, planned, rows)
+
+
+def _candidates(run: Run, folder: str, recipe: Recipe, planned: Planned, rows: int) -> storage.Stage:
+    chunks = rows // recipe.chunk
+    stage = sampling.stage_of(storage.join(run.output, folder), "pool", recipe, {"n": rows})
+    job = sampling.Job(recipe, stage, None, min(chunks, PART_CHUNKS), rows)
+    run.stage(
+        stage, lambda: sampling.run(job, run.now, planned.pool, planned.open_index(), 1.0, sampling.Budget())
+    )
+    return stage
+
+
+# ---- the curve -------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    run: Run,
+    settings: TradeoffSettings,
+    real: RealSet,
+    found: list[Setting],
+    pool: storage.Stage,
+    truncated: Mapping[float, storage.Stage],
+) -> tuple[sweeping.Job, storage.Artifact]:
+    measured_in = spaces.open_spaces(real, settings.judge)
+    extraction = Extraction(settings.extraction, DataSettings(source=None))
+    of_real = spaces.features_of_real(run, real, measured_in, extraction)
+
+    def features_of(name: str, stage: storage.Stage) -> dict[str, Features]:
+        chosen = ImageSet(name, stage.uri, spaces.table_source(stage.uri), None)
+        return spaces.features_of_set(run, chosen, measured_in, extraction)
+
+    of_pool = features_of("pool", pool)
+    of_truncated = {
+        (space, psi): featured
+        for psi, stage in truncated.items()
+        for space, featured in features_of(f"truncated-{psi:g}", stage).items()
+    }
+    fingerprints: dict[str, Any] = {
+        "real": {space: featured.fingerprint for space, featured in of_real.items()},
+        "pool": {space: featured.fingerprint for space, featured in of_pool.items()},
+        "truncated": {f"{space} {psi:g}": featured.fingerprint for (space, psi), featured in of_truncated.items()},
+        "densities": real.fingerprints["densities"],
+    }
+    stage = sweeping.stage_of(
+        run.output, found, fingerprints, settings.metrics, settings.score, settings.seed, settings.n, settings.n_real
+    )
+    job = sweeping.Job(
+        curve=stage,
+        settings=tuple(found),
+        spaces=tuple(measured_in),
+        real=of_real,
+        pool=of_pool,
+        truncated=of_truncated,
+        realset=real,
+        metrics=settings.metrics,
+        score=settings.score,
+        seed=settings.seed,
+        n=settings.n,
+        n_real=settings.n_real,
+    )
+    return job, run.stage(stage, lambda: sweeping.run(job, run.now))
+
+
+def _track(tracker: tracking.Tracker, rows: list[dict[str, Any]]) -> None:
+    """A nested run for each setting and space, so that MLflow's own charts can draw the trade-off."""
+    for row in rows:
+        with tracker.stage(f"{row['space']}: {row['setting']}") as nested:
+            named = ("curve", "method", "threshold", "weight", "polarity", "truncation", "n")
+            nested.params({name: row[name] for name in named if row[name] is not None})
+            numbers = {name: value for name, value in row.items() if isinstance(value, float) and name not in named}
+            nested.metrics(numbers)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The frontier of each space, for the console."""
+    lines = []
+    for space in dict.fromkeys(row["space"] for row in rows):
+        best = sorted((r for r in rows if r["space"] == space and r["frontier"]), key=lambda r: r["recall"])
+        points = "; ".join(f"{r['setting']}: precision {r['precision']:.3f}, recall {r['recall']:.3f}" for r in best)
+        lines.append(f"frontier ({space}): {points}")
+    return lines
+
+
+def say_choice(target: str, rows: list[dict[str, Any]]) -> None:
+    """Say which setting reaches the target, in the judge's space where there is one.
+
+    Raises:
+        UserError: none does; with the frontier.
+    """
+    wanted = tradeoff.parse_target(target)
+    space = rows[-1]["space"]
+    own = [row for row in rows if row["space"] == space]
+    if tradeoff_report.best(wanted, own) is None:
+        lines = "; ".join(tradeoff_report.frontier_lines(wanted, own))
+        raise UserError(f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target")
+    for line in tradeoff_report.choice(wanted, own):
+        cluster.say(f"target: {line}")

@@ -1,0 +1,116 @@
+"""The stages of evaluate in their order: features of every set, metrics, report; what workflows/evaluate.py calls."""
+
+from __future__ import annotations
+
+from pd_core import cluster, config, evaluating, evaluation_report, realset, spaces, storage, tracking
+from pd_core.config import EvaluateSettings
+from pd_core.errors import UserError
+from pd_core.evaluation_page import METRICS
+from pd_core.realset import RealSet
+from pd_core.running import REPORT, Run, checked_output, failures, flatten
+from pd_core.spaces import Extraction, Features, ImageSet, Space
+
+STAGES = ("metrics", "report")
+
+
+def prepare(settings: EvaluateSettings) -> tuple[EvaluateSettings, RealSet, list[ImageSet]]:
+    """Check what can be checked without Ray; local paths become absolute.
+
+    Raises:
+        UserError: no --real or --samples, one that is not there or not finished, or too few images for k.
+    """
+    if not settings.real:
+        raise UserError("--real: not set; name the --output of build_index.py")
+    if not settings.samples:
+        raise UserError(
+            "--samples: not set; name the sets to measure: outputs of generate.py, folders of images, Parquet"
+        )
+    output = checked_output(settings.output or f"{settings.real.rstrip('/')}-evaluation", "evaluate")
+    real = realset.open_for(settings.real, settings.checkpoint, "--real")
+    names = spaces.names_of(settings.samples)
+    index_space = Space(spaces.INDEX, real.extractor)
+    sets = [spaces.open_set(*named, settings.data, index_space) for named in zip(names, settings.samples, strict=True)]
+    return settings.model_copy(update={"output": output, "real": real.uri}), real, sets
+
+
+def evaluate(settings: EvaluateSettings) -> None:
+    """Metrics of every set against the real one, in `metrics/` and `scores/` under `settings.output`."""
+    settings, real, sets = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output, watch = str(settings.output), storage.Stopwatch()
+    with (
+        cluster.session(output) as now,
+        tracking.start(settings.tracking, output, "evaluate", {"workflow": "evaluate"}) as tracker,
+    ):
+        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
+        run = Run(settings, output, now, tracker, "evaluate", STAGES)
+        job = _evaluate(run, settings, real, sets)
+        with failures("run", output):
+            run.record(watch.seconds, ("report",))
+            for line in summary(job):
+                cluster.say(line)
+        run.say_done(watch.seconds)
+        if tracker.hint:
+            cluster.say(f"tracking: {tracker.hint}")
+        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+
+
+def plan_evaluate(settings: EvaluateSettings) -> None:
+    """Print the resolved settings and what would be measured; write nothing."""
+    settings, real, sets = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    with cluster.session(str(settings.output)):
+        measured_in = spaces.open_spaces(real, settings.judge)
+    judged = " and ".join(f"{space.extractor} ({space.name})" for space in measured_in)
+    cluster.say(f"plan: {real.rows} real images against {', '.join(chosen.name for chosen in sets)}, in {judged}")
+    rows, dim = settings.n_real or real.rows, max(space.spec.feature_dim for space in measured_in)
+    cluster.say(
+        f"plan: features of the real images take {rows * dim * 4 / 1e9:.3g} GB of memory where they are measured"
+    )
+
+
+def _evaluate(run: Run, settings: EvaluateSettings, real: RealSet, sets: list[ImageSet]) -> evaluating.Job:
+    measured_in = spaces.open_spaces(real, settings.judge)
+    extraction = Extraction(settings.extraction, settings.data)
+    of_real = spaces.features_of_real(run, real, measured_in, extraction)
+    of_sets = [spaces.features_of_set(run, chosen, measured_in, extraction) for chosen in sets]
+    comparisons = [
+        evaluating.Comparison(
+            chosen.name, space, of_real[space.name], found[space.name], chosen.selected_in(space, real)
+        )
+        for space in measured_in
+        for chosen, found in zip(sets, of_sets, strict=True)
+    ]
+    n = rows_of_each(settings.n, [found[spaces.INDEX] for found in of_sets], sets)
+    job = evaluating.job_of(run.output, comparisons, settings.metrics, n, settings.n_real, settings.per_label)
+    measured = run.stage(job.metrics, lambda: evaluating.run(job, run.now))
+    reporting = evaluation_report.stage_of(run.output, job.metrics, settings)
+    inputs = evaluation_report.Inputs(job, measured, sets, measured_in, real, settings, dict(run.timings_s))
+    run.stage(reporting, lambda: evaluation_report.run(reporting, inputs))
+    return job
+
+
+def rows_of_each(asked: int | None, found: list[Features], sets: list[ImageSet]) -> int:
+    """Images of each set that are measured: as asked, or as many as the smallest set has.
+
+    Raises:
+        UserError: more are asked for than a set has.
+    """
+    smallest = min(range(len(found)), key=lambda i: found[i].rows)
+    if asked is not None and asked > found[smallest].rows:
+        raise UserError(
+            f"--n {asked}: --samples {sets[smallest].name} has {found[smallest].rows} usable images; lower --n or add images"
+        )
+    return asked or found[smallest].rows
+
+
+def summary(job: evaluating.Job) -> list[str]:
+    """A line for each set and space, for the console."""
+    artifact = storage.load_artifact(job.metrics.uri)
+    assert artifact is not None, "the stage is committed"
+    lines = []
+    for space, by_set in artifact.totals.items():
+        for name, values in by_set.items():
+            numbers = ", ".join(f"{METRICS[m]} {v:.4g}" for m, v in values.items() if m != "vendi_real")
+            lines.append(f"{space}: {name}: {numbers}")
+    return lines

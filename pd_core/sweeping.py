@@ -1,0 +1,265 @@
+"""The curve stage: every setting's draw from one pool of scored candidates, measured in every space; a task and a part each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pd_core import (
+    acceptance,
+    cluster,
+    density,
+    evaluating,
+    features,
+    ids,
+    metrics,
+    schemas,
+    spaces,
+    storage,
+    tradeoff,
+)
+from pd_core.acceptance import Weighting
+from pd_core.config import MetricSettings
+from pd_core.errors import UserError
+from pd_core.realset import RealSet
+from pd_core.spaces import Features, Space
+from pd_core.tradeoff import Setting
+
+_SCORED = ("sample_id", "density_predicted", "density_index", "log_volume")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The stage; picklable.
+
+    Attributes:
+        settings: part s · len(settings) + i is of setting i in space s.
+        real, pool: features of the real images and of the candidates, by space.
+        truncated: features of the images of each ψ, by (space, ψ).
+        realset: whose densities thresholds are percentiles of.
+        score: predictor or index, whose density decides. seed: of the run, which gives each candidate its u.
+    """
+
+    curve: storage.Stage
+    settings: tuple[Setting, ...]
+    spaces: tuple[Space, ...]
+    real: Mapping[str, Features]
+    pool: Mapping[str, Features]
+    truncated: Mapping[tuple[str, float], Features]
+    realset: RealSet
+    metrics: MetricSettings
+    score: str
+    seed: int
+    n: int
+    n_real: int | None
+
+    def part(self, space: int, setting: int) -> str:
+        """Name of a part."""
+        return storage.part_name(space * len(self.settings) + setting)
+
+
+def stage_of(
+    output: str,
+    settings: Sequence[Setting],
+    fingerprints: Mapping[str, Any],
+    metric_settings: MetricSettings,
+    score: str,
+    seed: int,
+    n: int,
+    n_real: int | None,
+) -> storage.Stage:
+    """The curve stage under `output`; fingerprints: of all features that it reads."""
+    identity = {
+        "settings": [asdict(setting) for setting in settings],
+        "features": dict(fingerprints),
+        "metrics": metric_settings.model_dump(),
+        "score": score,
+        "seed": seed,
+        "n": n,
+        "n_real": n_real,
+    }
+    return storage.Stage(storage.join(output, "curve"), "curve", schemas.VERSIONS["curve"], identity)
+
+
+def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Make the missing parts; returns the parts and totals to commit.
+
+    Raises:
+        UserError: the real set, or n, is too small for k.
+    """
+    cpus = evaluating.measuring_cpus(now)
+    task = evaluating.measuring_task(_measure_part, now, cpus)
+    done = job.curve.finished_parts()
+    many = len(job.settings)
+    with cluster.progress("curve", many * len(job.spaces), "settings", len(done)) as bar:
+        for number in range(len(job.spaces)):
+            missing = [i for i in range(many) if job.part(number, i) not in done]
+            if not missing:
+                continue
+            # read once, and kept where the tasks run
+            reference = evaluating.measuring_task(_reference, now, cpus).remote(job, number, cpus)
+            pool = cluster.task(read_pool, cluster.IO_CPUS).remote(job, number)
+
+            def submit(i: int, number: int = number, reference: Any = reference, pool: Any = pool) -> Any:
+                return task.remote(job, number, i, reference, pool, cpus)
+
+            for _ in cluster.bounded(submit, missing, lambda: max(1, int(now.cpus // cpus))):
+                bar.update()
+    done = job.curve.finished_parts()
+    parts = [done[storage.part_name(i)] for i in range(many * len(job.spaces))]
+    rows = read_curve(job.curve.uri, parts)
+    return parts, {"settings": many, "measured": sum(row["precision"] is not None for row in rows)}
+
+
+def read_curve(uri: str, parts: Sequence[storage.Part]) -> list[dict[str, Any]]:
+    """Rows of a curve stage, of its spaces one after the other, with `frontier`: of precision and recall in its space."""
+    rows = [row for part in parts for row in storage.read_table(storage.join(uri, part.name)).to_pylist()]
+    for space in {row["space"] for row in rows}:
+        own = [row for row in rows if row["space"] == space]
+        coordinates = [[np.nan if row[m] is None else row[m] for row in own] for m in ("precision", "recall")]
+        for row, best in zip(own, tradeoff.frontier(*coordinates).tolist(), strict=True):
+            row["frontier"] = best
+    return rows
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidates in their order, in one space.
+
+    Attributes:
+        number: int64 [M]. ids: int64 [M], by which features know them. density: float64 [M], that decides.
+        log_volume: float64 [M], or None where it was not measured. features: float32 [M, D].
+    """
+
+    number: np.ndarray
+    ids: np.ndarray
+    density: np.ndarray
+    log_volume: np.ndarray | None
+    features: np.ndarray
+
+
+def read_pool(job: Job, space: int) -> Pool:
+    """The pool in a space; runs in a Ray task."""
+    featured = job.pool[job.spaces[space].name]
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*_SCORED, "id", "features")}
+    for name, _ in featured.parts:
+        table, values = features.load_features(storage.join(featured.uri, name))
+        for scored in _SCORED:
+            columns[scored].append(_metadata(table, scored))
+        columns["id"].append(table["sample_id"].to_numpy())
+        columns["features"].append(values)
+    joined = {name: np.concatenate(values) for name, values in columns.items()}
+    order = np.argsort(joined["sample_id"], kind="stable")
+    volume = joined["log_volume"][order]
+    return Pool(
+        number=joined["sample_id"][order],
+        ids=joined["id"][order],
+        density=joined["density_predicted" if job.score == "predictor" else "density_index"][order],
+        log_volume=None if np.isnan(volume).all() else volume,
+        features=joined["features"][order],
+    )
+
+
+def _metadata(table: pa.Table, name: str) -> np.ndarray:
+    column = table[schemas.METADATA].combine_chunks()
+    if name not in [field.name for field in column.type]:
+        return np.full(table.num_rows, np.nan)
+    return pc.struct_field(column, name).to_numpy(zero_copy_only=False)
+
+
+def weighting_of(setting: Setting, real: RealSet) -> Weighting:
+    """ω of a setting of the method `density`.
+
+    Raises:
+        UserError: the threshold cannot be read, or lies outside the real densities.
+    """
+    assert setting.threshold is not None and setting.weight is not None, setting
+    quantiles = real.density_quantiles
+    threshold = density.parse_threshold(setting.threshold).density(quantiles)
+    if not quantiles[0] <= threshold <= quantiles[-1]:
+        raise UserError(
+            f"--thresholds {setting.threshold}: outside the densities of the index, which lie in {quantiles[0]:.4g} ... "
+            f"{quantiles[-1]:.4g}; choose one inside, or a percentile such as p80"
+        )
+    return acceptance.two_level(threshold, setting.weight)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a setting takes from the pool.
+
+    Attributes:
+        rows: int64 [n] of the pool, in candidate order; fewer where the pool does not give as many.
+        candidates: that were looked at up to the last of them. rate: accepted share of all candidates of the pool.
+        effective: rows of the pool that the weights are worth, Kish.
+    """
+
+    rows: np.ndarray
+    candidates: int
+    rate: float
+    effective: float
+
+
+def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
+    """The first n candidates that generate.py would accept with this setting, or n of the pool by their volume."""
+    many = len(pool.number)
+    if setting.method == "polarity":
+        assert pool.log_volume is not None and setting.polarity is not None, setting
+        u = ids.uniform(pool.number, ids.stream(job.seed, "polarity"))
+        rows = tradeoff.drawn_by_volume(pool.log_volume, u, setting.polarity, min(job.n, many))
+        return Draw(rows, many, len(rows) / many, tradeoff.effective_sample_size(setting.polarity * pool.log_volume))
+    weighting = acceptance.uniform() if setting.method == "generator" else weighting_of(setting, job.realset)
+    u = ids.uniform(pool.number, ids.stream(job.seed, "acceptance"))  # candidates_of draws it so
+    rows = tradeoff.accepted(pool.density, u, weighting)
+    weights = acceptance.weight_of(pool.density, weighting)
+    taken = rows[: job.n]
+    looked_at = int(pool.number[taken[-1]]) + 1 if len(rows) >= job.n else many
+    return Draw(taken, looked_at, len(rows) / many, tradeoff.effective_sample_size(np.log(weights)))
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _reference(job: Job, space: int, threads: int) -> metrics.Reference:
+    name = job.spaces[space].name
+    real = spaces.read_rows(job.real[name], job.n_real)
+    return evaluating.reference_of(real, job.metrics, threads, cluster.assigned_device(), f"--index (space {name})")
+
+
+def _measure_part(job: Job, space: int, i: int, reference: metrics.Reference, pool: Pool, threads: int) -> None:
+    setting, where = job.settings[i], job.spaces[space]
+    row: dict[str, Any] = {
+        "space": where.name,
+        "extractor": where.extractor,
+        "setting": setting.name,
+        "curve": setting.curve,
+        **asdict(setting),
+    }
+    if setting.method == "truncation":
+        assert setting.truncation is not None
+        own = spaces.read_rows(job.truncated[where.name, setting.truncation], job.n)
+        found, taken = Draw(np.arange(len(own.ids)), len(own.ids), 1.0, float(len(own.ids))), own
+    else:
+        found = draw(setting, pool, job)
+        nothing = np.full(len(found.rows), None, dtype=object)
+        taken = spaces.Rows(pool.ids[found.rows], nothing, nothing, pool.features[found.rows])
+    row |= {
+        "n": len(taken.ids),
+        "candidates": found.candidates,
+        "acceptance_rate": found.rate,
+        "effective_sample_size": found.effective,
+    }
+    if len(taken.ids) == job.n:  # a smaller set has other precision and recall for its size alone: it is left out
+        measured = evaluating.measured(reference, taken, setting.name, threads, cluster.assigned_device())
+        for name in schemas.CURVE_METRICS:
+            estimate = measured.estimates[name]
+            row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    job.curve.write_table(job.part(space, i), pa.Table.from_pylist([row], schema=schemas.curve()))

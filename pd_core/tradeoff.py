@@ -1,0 +1,170 @@
+"""The trade-off between fidelity and diversity: settings of each method, their draws from one pool, frontier and choice.
+
+Pure functions, float64 inside. One pool of candidates serves every setting: what a setting would have accepted of them is
+exactly what generate.py would accept, since candidate i and its u depend on i alone. Sets of two settings therefore share
+candidates, and differ by the settings, not by the luck of other draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pd_core import acceptance
+from pd_core.acceptance import Weighting
+from pd_core.errors import UserError
+
+Method = Literal["generator", "density", "polarity", "truncation"]
+
+# what may be asked for, and what is then sought: each pair is one of fidelity and one of diversity, both better higher
+COUNTERPARTS = {"precision": "recall", "recall": "precision", "density": "coverage", "coverage": "density"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draw from a generator; None: does not apply.
+
+    Attributes:
+        method: as the generator draws, by pseudo density, by Polarity Sampling, or truncated.
+        threshold: τ as the user wrote it. weight: w. polarity: of Polarity Sampling. truncation: ψ.
+    """
+
+    method: Method
+    threshold: str | None = None
+    weight: float | None = None
+    polarity: float | None = None
+    truncation: float | None = None
+
+    @property
+    def curve(self) -> str:
+        """Name of the curve that it is a point of."""
+        if self.method == "density":
+            return f"density, τ = {self.threshold}"
+        return {"generator": "generator", "polarity": "polarity", "truncation": "truncation"}[self.method]
+
+    @property
+    def name(self) -> str:
+        """Short and unique among the settings of a run."""
+        if self.method == "density":
+            return f"{self.threshold}, w = {self.weight:g}"
+        if self.method == "polarity":
+            return "MaGNET" if self.polarity == 1 else f"polarity {self.polarity:g}"
+        return "generator" if self.truncation is None else f"ψ = {self.truncation:g}"
+
+
+def sweep(
+    thresholds: Sequence[str], weights: Sequence[float], polarities: Sequence[float], truncations: Sequence[float]
+) -> list[Setting]:
+    """All settings, the generator itself first; w = 1, polarity 0 and ψ = 1 are the generator itself and come once."""
+    found = [Setting("generator")]
+    found += [Setting("density", threshold=t, weight=float(w)) for t in thresholds for w in sorted(weights) if w != 1]
+    found += [Setting("polarity", polarity=float(p)) for p in sorted(polarities) if p != 0]
+    found += [Setting("truncation", truncation=float(psi)) for psi in sorted(truncations) if psi != 1]
+    return list(dict.fromkeys(found))
+
+
+# --- draws from a pool --------------------------------------------------------------------------------------------------
+
+
+def accepted(density: ArrayLike, u: ArrayLike, weighting: Weighting) -> NDArray[np.int64]:
+    """Rows of a pool that rejection sampling accepts, in candidate order (arXiv 2407.08659, Algorithm 2).
+
+    density: ρ of each candidate, [M]. u: its own uniform number, [M]. Returns int64 [m].
+    """
+    return np.flatnonzero(np.asarray(u) < acceptance.acceptance_probability(density, weighting))
+
+
+def drawn_by_volume(
+    log_volume: ArrayLike, u: ArrayLike, polarity: float, n: int
+) -> NDArray[np.int64]:
+    """n different rows of a pool, drawn one after another with probability ∝ exp(polarity · v) of those that are left.
+
+    Polarity Sampling (arXiv 2203.01993, Algorithm 1) draws from the pool with replacement, where one image may come many
+    times. Without replacement the images differ, and the more of the pool is taken, the weaker the polarity becomes:
+    `effective_sample_size` of the weights says how many rows it can give. The draw is that of the n largest
+    log(-log u)-keys (Efraimidis & Spirakis 2006, in logs, since exp(polarity · v) leaves float64).
+
+    log_volume: v of each candidate, [M]. u: uniform in [0, 1), [M]. Returns int64 [n], in candidate order.
+    """
+    v, uniform = np.asarray(log_volume, dtype=np.float64), np.asarray(u, dtype=np.float64)
+    if n > len(v):
+        raise ValueError(f"{n} rows cannot be drawn without replacement from {len(v)}")
+    gumbel = -np.log(-np.log(np.clip(uniform, np.finfo(np.float64).tiny, 1 - 2.0**-53)))
+    keys = polarity * v + gumbel
+    return np.sort(np.argsort(-keys, kind="stable")[:n])
+
+
+def effective_sample_size(log_weight: ArrayLike) -> float:
+    """Kish's (Σ ω)² / Σ ω² of weights given by their logarithms, [M]: how many equally weighted rows they are worth."""
+    values = np.asarray(log_weight, dtype=np.float64)
+    weights = np.exp(values - values.max())
+    return float(weights.sum() ** 2 / np.sum(weights**2))
+
+
+def pool_needed(rates: Iterable[float], n: int, most: int) -> int:
+    """Candidates that give n accepted at each of these acceptance rates with a probability of about 97.5%, at most `most`.
+
+    The c with rate · c - z sqrt(rate (1 - rate) c) = n.
+    """
+    needed = n
+    for rate in rates:
+        spread = acceptance.Z * math.sqrt(rate * (1 - rate))
+        root = (spread + math.sqrt(spread**2 + 4 * rate * n)) / (2 * rate)
+        needed = max(needed, math.ceil(root**2))
+    return min(needed, most)
+
+
+# --- frontier and choice ------------------------------------------------------------------------------------------------
+
+
+def frontier(first: ArrayLike, second: ArrayLike) -> NDArray[np.bool_]:
+    """Whether no other point is at least as good in both coordinates and better in one (Pareto); higher is better.
+
+    first, second: [S] each, NaN for a point that was not measured and is on no frontier. Returns bool [S].
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    at_least = (a[None, :] >= a[:, None]) & (b[None, :] >= b[:, None])
+    better = (a[None, :] > a[:, None]) | (b[None, :] > b[:, None])
+    return ~(at_least & better).any(axis=1) & np.isfinite(a) & np.isfinite(b)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A metric that must reach a value; of the settings that do, the one of the best counterpart is wanted."""
+
+    metric: str
+    value: float
+
+    @property
+    def sought(self) -> str:
+        """The metric that is to be as high as it can."""
+        return COUNTERPARTS[self.metric]
+
+
+def parse_target(text: str) -> Target:
+    """Reads `recall=0.6`. Raises UserError on anything else."""
+    metric, equals, value = text.partition("=")
+    names = ", ".join(COUNTERPARTS)
+    if not equals or metric.strip() not in COUNTERPARTS:
+        raise UserError(f"--target {text}: expected METRIC=VALUE with one of {names}, e.g. recall=0.6")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise UserError(f"--target {text}: {value!r} is no number above 0; expected e.g. recall=0.6")
+    return Target(metric.strip(), number)
+
+
+def pick(target: Target, measured: Sequence[Mapping[str, float]]) -> int | None:
+    """The place of the setting with the best counterpart among those that reach the target, or None where none does.
+
+    measured: metrics of each setting by name; empty for one that was not measured.
+    """
+    reached = [i for i, m in enumerate(measured) if m and m[target.metric] >= target.value]
+    return max(reached, key=lambda i: measured[i][target.sought], default=None)

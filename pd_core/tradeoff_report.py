@@ -1,0 +1,209 @@
+"""The report stage of tradeoff: the curve as a page with figures, the table as CSV, the choice for a target."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pd_core import cluster, report, running, schemas, storage, sweeping, tradeoff, tradeoff_page
+from pd_core.config import TradeoffSettings, to_yaml
+from pd_core.evaluation_page import Number
+from pd_core.spaces import JUDGE
+from pd_core.tradeoff import Setting, Target
+from pd_core.tradeoff_page import Plane, Point, TradeoffData
+
+TABLE = "tradeoff.csv"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads; picklable.
+
+    Attributes:
+        job: of the curve. curve: its commit record.
+        images: samples stages with the images, of the pool (None) and of each ψ.
+        candidates: of the pool.
+    """
+
+    job: sweeping.Job
+    curve: storage.Artifact
+    images: Mapping[float | None, str]
+    candidates: int
+    settings: TradeoffSettings
+    timings_s: Mapping[str, float]
+
+
+def stage_of(output: str, curve: storage.Stage, settings: TradeoffSettings) -> storage.Stage:
+    """The report stage under `output`."""
+    identity = {"curve": curve.fingerprint, "images": settings.images, "target": settings.target}
+    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+
+
+def run(stage: storage.Stage, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Make `index.html`, the figures and the table in a Ray task; returns the parts and totals to commit."""
+    cluster.say("report: drawing")
+    totals = cluster.get(cluster.task(_make).remote(stage, inputs))
+    return list(stage.finished_parts().values()), totals
+
+
+def _make(stage: storage.Stage, inputs: Inputs) -> dict[str, Any]:
+    rows = sweeping.read_curve(inputs.job.curve.uri, inputs.curve.parts)
+    data = gather(inputs, rows)
+    for name, png in tradeoff_page.figures(data).items():
+        stage.write_part(name, png, 0)
+    stage.write_part(TABLE, table(rows), len(rows))
+    page = tradeoff_page.render(data)
+    stage.write_part(running.REPORT, page, 0)
+    return {"bytes": len(page)}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows of the curve as CSV."""
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return sink.getvalue().encode()
+
+
+def gather(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> TradeoffData:
+    """All that the page shows."""
+    settings, job = inputs.settings, inputs.job
+    return TradeoffData(
+        title="Fidelity against diversity",
+        index=job.realset.uri,
+        output=str(settings.output),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        n=job.n,
+        n_real=min(job.n_real or job.realset.rows, job.realset.rows),
+        pool=inputs.candidates,
+        score=settings.score,
+        k_precision=settings.metrics.k_precision,
+        k_coverage=settings.metrics.k_coverage,
+        planes=[
+            Plane(
+                space.name,
+                space.extractor,
+                space.name == JUDGE,
+                [_point(row) for row in rows if row["space"] == space.name],
+            )
+            for space in job.spaces
+        ],
+        target=settings.target,
+        picked=[] if settings.target is None else choice(tradeoff.parse_target(settings.target), rows),
+        images=_images(inputs),
+        timings_s=inputs.timings_s,
+        versions=inputs.curve.versions,
+        settings_yaml=to_yaml(settings),
+    )
+
+
+def _point(row: Mapping[str, Any]) -> Point:
+    return Point(
+        row["setting"],
+        row["curve"],
+        numbers_of(row),
+        row["candidates"],
+        row["acceptance_rate"],
+        row["effective_sample_size"],
+        row["frontier"],
+    )
+
+
+def numbers_of(row: Mapping[str, Any]) -> dict[str, Number]:
+    """Metrics of a row of the curve, empty where it was not measured."""
+    if row["precision"] is None:
+        return {}
+    return {name: Number(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in schemas.CURVE_METRICS}
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def choice(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each space a line: the setting of the best counterpart that reaches the target, or what is on the frontier."""
+    return [_choice(target, space, [r for r in rows if r["space"] == space]) for space in _spaces(rows)]
+
+
+def _spaces(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["space"] for row in rows))
+
+
+def _choice(target: Target, space: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    found = best(target, rows)
+    asked = f"{target.metric} of {target.value:g} or more in the {space} space"
+    if found is None:
+        return f"No setting has a {asked}; the frontier: {'; '.join(frontier_lines(target, rows))}."
+    numbers = numbers_of(found)
+    values = ", ".join(f"{m} {_interval(numbers[m])}" for m in (target.metric, target.sought))
+    return f"For a {asked} take {found['setting']}: {values}."
+
+
+def best(target: Target, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row that `tradeoff.pick` takes."""
+    place = tradeoff.pick(target, [{} if row["precision"] is None else dict(row) for row in rows])
+    return None if place is None else rows[place]
+
+
+def frontier_lines(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Settings that no other beats in both the target's metric and its counterpart, best first."""
+    values = [[np.nan if row[m] is None else row[m] for row in rows] for m in (target.metric, target.sought)]
+    on = [row for row, keep in zip(rows, tradeoff.frontier(*values).tolist(), strict=True) if keep]
+    on.sort(key=lambda row: -row[target.metric])
+    return [
+        f"{row['setting']} ({target.metric} {row[target.metric]:.3g}, {target.sought} {row[target.sought]:.3g})" for row in on
+    ]
+
+
+def _interval(number: Number) -> str:
+    text = report.number(number.value)
+    return text if number.low is None else f"{text} ({report.number(number.low)} … {report.number(number.high)})"
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def _images(inputs: Inputs) -> list[tuple[str, list[bytes]]]:
+    """The first images of the generator, and of the extreme settings of each curve."""
+    job = inputs.job
+    pool = sweeping.read_pool(job, 0)
+    shown = []
+    for setting in shown_settings(job.settings):
+        if setting.method == "truncation":
+            numbers = list(range(inputs.settings.images))
+        else:
+            rows = sweeping.draw(setting, pool, job).rows[: inputs.settings.images]
+            numbers = pool.number[rows].tolist()
+        shown.append((setting.name, _thumbnails(inputs.images[setting.truncation], numbers)))
+    return [(name, thumbnails) for name, thumbnails in shown if thumbnails]
+
+
+def shown_settings(settings: Sequence[Setting]) -> list[Setting]:
+    """The generator itself, and first and last setting of each curve."""
+    by_curve: dict[str, list[Setting]] = {}
+    for setting in settings:
+        by_curve.setdefault(setting.curve, []).append(setting)
+    return [s for own in by_curve.values() for s in dict.fromkeys([own[0], own[-1]])]
+
+
+def _thumbnails(uri: str, numbers: Sequence[int]) -> list[bytes]:
+    artifact = storage.load_artifact(uri)
+    assert artifact is not None, "the stage is committed"
+    wanted, found = set(numbers), {}
+    for part in artifact.parts:
+        if len(found) == len(wanted):
+            break
+        ids = storage.read_table(storage.join(uri, part.name), ["sample_id"])["sample_id"].to_pylist()
+        if here := [place for place, number in enumerate(ids) if number in wanted]:
+            column = storage.read_table(storage.join(uri, part.name), ["image"])["image"]
+            for place in here:
+                picture = Image.open(io.BytesIO(column[place].as_py()["bytes"]), formats=["PNG"])
+                found[ids[place]] = report.thumbnail(picture)
+    return [found[number] for number in numbers if number in found]

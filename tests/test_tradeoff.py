@@ -1,0 +1,125 @@
+"""The trade-off's pure part: settings, draws from a pool, frontier, choice."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pd_core import acceptance, tradeoff
+from pd_core.errors import UserError
+from pd_core.tradeoff import Setting, Target
+
+
+def test_what_changes_nothing_comes_once_as_the_generator():
+    found = tradeoff.sweep(["p20", "p80"], [100, 1, 0.01], [0, 1, -1], [1, 0.5])
+    assert [s.name for s in found] == [
+        "generator",
+        "p20, w = 0.01",
+        "p20, w = 100",
+        "p80, w = 0.01",
+        "p80, w = 100",
+        "polarity -1",
+        "MaGNET",
+        "ψ = 0.5",
+    ]
+    assert len({s.name for s in found}) == len(found)
+    assert [s.curve for s in found[:2]] == ["generator", "density, τ = p20"]
+
+
+def test_a_setting_that_is_given_twice_comes_once():
+    assert len(tradeoff.sweep(["p20", "p20"], [5, 5], [], [])) == 2
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.1, 10.0, 100.0])
+def test_rows_accepted_from_a_pool_follow_the_target_distribution(weight):
+    """METHOD 8: accepted samples follow q(x) ∝ ω(ρ(x)) p_G(x), here with ρ uniform on ten values; χ² at 1e-3."""
+    rng = np.random.default_rng(0)
+    density, u = rng.integers(1, 11, 200_000).astype(float), rng.random(200_000)
+    rows = tradeoff.accepted(density, u, acceptance.two_level(7.5, weight))
+    counts = np.bincount(density[rows].astype(int), minlength=11)[1:]
+    q = np.where(np.arange(1, 11) > 7.5, weight, 1.0)
+    assert stats.chisquare(counts, counts.sum() * q / q.sum()).pvalue > 1e-3
+
+
+def test_first_row_drawn_by_volume_has_the_chances_of_polarity_sampling():
+    """With n = 1 the draw is the paper's: Pr(i) = exp(polarity v_i) / Σ exp(polarity v_j)."""
+    v, polarity, draws = np.array([0.0, 1.0, 2.0, -300.0]), 1.5, 20_000
+    rng = np.random.default_rng(1)
+    first = [tradeoff.drawn_by_volume(v, rng.random(4), polarity, 1)[0] for _ in range(draws)]
+    chance = np.exp(polarity * v) / np.exp(polarity * v).sum()
+    counts = np.bincount(first, minlength=4)
+    assert counts[3] == 0
+    assert stats.chisquare(counts[:3], draws * chance[:3] / chance[:3].sum()).pvalue > 1e-3
+
+
+def test_rows_drawn_by_volume_are_different_and_extremes_do_not_overflow():
+    u = np.random.default_rng(2).random(100)
+    rows = tradeoff.drawn_by_volume(np.linspace(-1e4, 1e4, 100), u, 5.0, 30)
+    assert rows.tolist() == list(range(70, 100))  # so large a polarity takes the largest volumes
+    assert len(np.unique(tradeoff.drawn_by_volume(np.zeros(100), u, 3.0, 60))) == 60
+    with pytest.raises(ValueError, match="without replacement"):
+        tradeoff.drawn_by_volume(np.zeros(3), np.zeros(3), 1.0, 4)
+
+
+def test_polarity_zero_is_a_plain_draw():
+    rng = np.random.default_rng(3)
+    v = np.sort(rng.normal(size=50))
+    taken = np.zeros(50)
+    for _ in range(4000):
+        taken[tradeoff.drawn_by_volume(v, rng.random(50), 0.0, 10)] += 1
+    assert stats.chisquare(taken).pvalue > 1e-3
+
+
+def test_effective_sample_size_counts_equal_weights_and_forgives_scale():
+    assert tradeoff.effective_sample_size(np.full(7, -1e6)) == pytest.approx(7)
+    assert tradeoff.effective_sample_size([0.0, -math.inf, -math.inf]) == pytest.approx(1)
+    assert tradeoff.effective_sample_size(np.log([1.0, 2.0])) == pytest.approx(9 / 5)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.11, 0.5, 1.0])
+def test_pool_is_enough_in_97_of_100_runs_and_not_much_larger(rate):
+    n = 300
+    candidates = tradeoff.pool_needed([rate, 1.0], n, 10**9)
+    assert stats.binom.sf(n - 1, candidates, rate) >= 0.965  # P(accepted >= n); 0.975 by the normal approximation
+    assert candidates <= n / rate * 1.3
+    assert tradeoff.pool_needed([rate], n, 200) == 200
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=20))
+def test_frontier_is_what_no_point_dominates(points):
+    a, b = (np.array(c, dtype=float) for c in zip(*points, strict=True))
+    expected = [
+        not any((x >= p and y >= q and (x > p or y > q)) for x, y in points) for p, q in points
+    ]
+    assert tradeoff.frontier(a, b).tolist() == expected
+
+
+def test_a_point_that_was_not_measured_is_on_no_frontier_and_dominates_none():
+    assert tradeoff.frontier([1.0, np.nan, 0.5], [0.2, np.nan, 0.1]).tolist() == [True, False, False]
+
+
+def test_target_takes_the_best_counterpart_among_those_that_reach_it():
+    measured = [
+        {"precision": 0.9, "recall": 0.3},
+        {"precision": 0.7, "recall": 0.6},
+        {},
+        {"precision": 0.75, "recall": 0.65},
+        {"precision": 0.5, "recall": 0.8},
+    ]
+    assert tradeoff.pick(Target("recall", 0.6), measured) == 3
+    assert tradeoff.pick(Target("precision", 0.6), measured) == 3
+    assert tradeoff.pick(Target("recall", 0.81), measured) is None
+
+
+@pytest.mark.parametrize("text", ["recall", "recall=", "recall=x", "fid=3", "recall=nan", "recall=0", "recall=-1"])
+def test_target_that_cannot_be_read_is_refused(text):
+    with pytest.raises(UserError, match=r"--target .*expected|no number"):
+        tradeoff.parse_target(text)
+
+
+def test_target_is_read():
+    assert tradeoff.parse_target("recall=0.6") == Target("recall", 0.6)
+    assert Setting("density", threshold="p80", weight=0.05).name == "p80, w = 0.05"
