@@ -138,7 +138,7 @@ class ShardSearch:
                 squared[i], found[i] = answers[asked]
             distances[chosen], ids[chosen] = np.sqrt(squared), found
 
-        with _single_threaded_torch(), ThreadPoolExecutor(self.threads) as pool:
+        with single_threaded_torch(), ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(chunk, range(0, m, size)))
         return distances, ids
 
@@ -185,7 +185,7 @@ class ShardSearch:
         t = squared[:, -1].astype(np.float64)
         q_norm = np.linalg.norm((queries - self.center).astype(np.float64), axis=1)
         x_norm = q_norm + np.sqrt(t)
-        error = (3 * self.rows.dim + 32) * _UNIT_ROUNDOFF * (q_norm + x_norm) ** 2
+        error = score_error(self.rows.dim) * (q_norm + x_norm) ** 2
         full = positions.min(1) >= 0  # otherwise every row seen is a candidate
         with np.errstate(invalid="ignore"):  # inf - inf where there are fewer than k rows, and then not full
             sure = ~full | (worst + q_norm**2 - error > t)
@@ -298,8 +298,8 @@ def _take(queries: torch.Tensor, chosen: np.ndarray, out: torch.Tensor) -> torch
 
 
 @contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    """Threads are ours, one per chunk of queries; a matrix product that splits once more only adds waiting."""
+def single_threaded_torch() -> Iterator[None]:
+    """Float32 products in float32, on the calling thread. Threads are ours, one per chunk of queries; a matrix product that splits once more only adds waiting."""
     import torch
 
     if torch.get_float32_matmul_precision() != "highest":
@@ -322,6 +322,29 @@ def _pairwise(queries: np.ndarray, vectors: np.ndarray, positions: np.ndarray) -
     pointers = (faiss.swig_ptr(array) for array in (out, queries, vectors, positions))
     faiss.fvec_L2sqr_by_idx(*pointers, queries.shape[1], c, p)
     return out
+
+
+def score_error(dim: int) -> float:
+    """γ: a squared distance from centred float32 scores differs from `pair_distances` squared by at most γ·(‖q‖ + ‖x‖)²."""
+    return (3 * dim + 32) * _UNIT_ROUNDOFF
+
+
+def pair_distances(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Euclidean distances float32 [p] of queries[rows] to vectors[positions]: the same bits as every search gives a pair.
+
+    Args:
+        queries: float32 [m, D].
+        vectors: float32 [n, D], contiguous.
+        rows: int64 [p].
+        positions: int64 [p].
+    """
+    faiss.omp_set_num_threads(1)  # a setting of the calling thread
+    out = np.empty(len(rows), np.float32)
+    step = max(1, DECODED_VALUES // (4 * queries.shape[1]))
+    for start in range(0, len(rows), step):
+        some = slice(start, start + step)
+        out[some] = _pairwise(queries[rows[some]], vectors, positions[some, None])[:, 0]
+    return np.sqrt(out)
 
 
 # --- merging and the exact reference -----------------------------------------------------------------------------------

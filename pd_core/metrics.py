@@ -1,0 +1,368 @@
+"""From features to numbers: fidelity and diversity of generated against real images (METHOD section 7).
+
+precision, recall   improved precision and recall, Kynkäänniemi et al. 2019 (arXiv 1904.06991), k = 3
+density, coverage   Naeem et al. 2020 (arXiv 2002.09797), k = 5
+frechet_distance    Heusel et al. 2017; FID only where the features are those of the standard Inception network
+vendi_*             Vendi score with the cosine kernel, Friedman & Dieng 2022 (arXiv 2210.02410)
+realism, rarity     of each generated row, Kynkäänniemi et al. 2019 section 5 and Han et al. 2022 (arXiv 2206.08549)
+
+Precision is the share of *generated* rows within balls of real rows, recall the share of *real* rows within balls of generated
+rows. Balls are closed (distance <= radius), as in the papers; the package prdc takes open ones, which differ on ties only,
+such as a set against itself. Radii leave out the row itself by its id: an exact duplicate is a neighbor.
+
+Intervals (95%) are of the metric's expectation with as many rows: Fréchet distance, Vendi score and the balls' metrics depend on N
+by their definition, the Fréchet distance with a bias of about tr Σ·(1/N + 1/M) and more, so compare at equal N.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from pd_core import halfsamples, knn, manifold
+from pd_core.errors import UserError
+from pd_core.halfsamples import Estimate as Estimate
+from pd_core.manifold import Side
+from pd_core.moments import Float64Array, frechet, root, vendi
+from pd_core.moments import Moments as Moments
+
+K_PRECISION, K_COVERAGE = 3, 5
+METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated", "vendi_real")
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """What is said of each generated row; arrays [M].
+
+    Attributes:
+        realism: largest radius/distance over real rows whose radius is at most the median, 0 for none; above 1: within such
+            a ball; inf: a copy of the real row itself. float64.
+        rarity: smallest radius among the real balls that hold the row; NaN outside of all. float64.
+        nearest_real_distance: Euclidean, float32.
+        nearest_real: row of the reference it is the distance to, the first of several, int64.
+        in_real_manifold: within a ball of k_precision of a real row: what precision counts. bool.
+    """
+
+    realism: np.ndarray
+    rarity: np.ndarray
+    nearest_real_distance: np.ndarray
+    nearest_real: np.ndarray
+    in_real_manifold: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A generated set measured against a reference.
+
+    Attributes:
+        n_real: rows of the reference.
+        n_generated: rows measured.
+        k_precision: neighbors of the balls of precision, recall, realism and rarity.
+        k_coverage: neighbors of the balls of density and coverage.
+        estimates: by METRICS.
+        per_sample: SampleScores.
+        replicates: by METRICS, float64 [halfsamples.REPLICATES], of half of the rows of each side; [0] where rows are too few.
+    """
+
+    n_real: int
+    n_generated: int
+    k_precision: int
+    k_coverage: int
+    estimates: dict[str, Estimate]
+    per_sample: SampleScores
+    replicates: dict[str, Float64Array]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real side, prepared once, for any number of evaluations; arrays only, so it can be pickled and shared.
+
+    Attributes:
+        side: features, groups and the nearest others of each row.
+        moments: of the features.
+        vendi: Vendi score of all rows, and of each replicate's half, float64 [1 + halfsamples.REPLICATES].
+        k_precision: see Evaluation.
+        k_coverage: see Evaluation.
+    """
+
+    side: Side
+    moments: Moments
+    vendi: Float64Array
+    k_precision: int
+    k_coverage: int
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return len(self.side.features)
+
+    @property
+    def features(self) -> np.ndarray:
+        """float32 [N, D]."""
+        return self.side.features
+
+
+def prepare(
+    features: np.ndarray,
+    row_ids: np.ndarray,
+    k_precision: int = K_PRECISION,
+    k_coverage: int = K_COVERAGE,
+    threads: int = 1,
+    device: str = "auto",
+) -> Reference:
+    """Neighbors of every real row by exact search, and moments.
+
+    Memory: the features, 5·(4·k + 8) bytes per row, 1.2 GB at D = 768 for moments (of which half stays) and that of the search.
+
+    Args:
+        features: float32 [N, D].
+        row_ids: int64 [N], each once.
+        k_precision: see Evaluation.
+        k_coverage: see Evaluation.
+        threads: of the search and of linear algebra.
+        device: torch device; "auto" is cuda where torch sees one. Untested on a real GPU.
+
+    Raises:
+        UserError: too few rows.
+        ValueError: not what the arguments say, a feature that is not finite or all zero.
+    """
+    if min(k_precision, k_coverage) < 1:
+        raise ValueError(f"k must be at least 1, is {k_precision} and {k_coverage}")
+    k = max(k_precision, k_coverage)
+    device = manifold.resolve(device)
+    features = _checked("real", features, row_ids)
+    _require_rows("real", len(features), k)
+    side = Side.of(features, row_ids, _list_length(k), threads, device)
+    moments, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
+    halves = halfsamples.REAL_HALVES if halfsamples.enough_rows(len(features), k) else _NO_HALVES
+    return Reference(side, moments, _vendi(unit, halves, threads, device), k_precision, k_coverage)
+
+
+def evaluate(
+    reference: Reference, features: np.ndarray, row_ids: np.ndarray, threads: int = 1, device: str = "auto"
+) -> Evaluation:
+    """All metrics of a generated set, with intervals where both sides have halfsamples.enough_rows.
+
+    Memory: that of manifold.Crossing, moments of the generated set (1.2 GB at D = 768) and per thread a few D x D matrices.
+    The same results with any number of threads, but for rounding in float64 of the metrics made from moments.
+
+    Args:
+        reference: of `prepare`.
+        features: float32 [M, D].
+        row_ids: int64 [M], each once; they need not differ from those of the reference.
+        threads: of searches and of linear algebra.
+        device: torch device; "auto" is cuda where torch sees one. Untested on a real GPU.
+
+    Raises:
+        UserError: too few rows.
+        ValueError: not what the arguments say, other D than the reference, a feature that is not finite or all zero.
+    """
+    device = manifold.resolve(device)
+    features = _checked("generated", features, row_ids)
+    m, dim = features.shape
+    if dim != reference.features.shape[1]:
+        raise ValueError(f"generated features have D = {dim}, real ones {reference.features.shape[1]}")
+    _require_rows("generated", m, reference.k_precision)
+    halves = halfsamples.enough_rows(m, reference.k_precision) and len(reference.vendi) > 1
+    side = Side.of(features, row_ids, _list_length(reference.k_precision), threads, device)
+    crossing = manifold.Crossing(
+        reference.side, side, reference.k_precision, reference.k_coverage, halves, threads, device
+    )
+    answers = crossing.run()
+    series = _manifold_metrics(crossing, answers)
+    moments, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
+    series["frechet_distance"] = _frechet(reference.moments, moments, halves, threads, device)
+    series["vendi_generated"] = _vendi(
+        unit, halfsamples.GENERATED_HALVES if halves else _NO_HALVES, threads, device
+    )
+    series["vendi_real"] = reference.vendi if halves else reference.vendi[:1]
+    ranges = _ranges(reference.rows, m, dim)
+    estimates = {
+        name: halfsamples.estimate(float(series[name][0]), series[name][1:], *ranges[name]) for name in METRICS
+    }
+    return Evaluation(
+        reference.rows,
+        m,
+        reference.k_precision,
+        reference.k_coverage,
+        estimates,
+        _scores(answers),
+        {name: series[name][1:] for name in METRICS},
+    )
+
+
+def difference(one: Evaluation, other: Evaluation, metric: str) -> Estimate:
+    """`one` − `other`, two sets measured against the same reference: what its choice of rows did to both cancels.
+
+    No range is applied. Rows that both sets share (the same ids) cancel too.
+    """
+    if (one.n_real, one.k_precision, one.k_coverage) != (other.n_real, other.k_precision, other.k_coverage):
+        raise ValueError("the two sets were not measured against the same reference")
+    value = one.estimates[metric].value - other.estimates[metric].value
+    pair = one.replicates[metric], other.replicates[metric]
+    return halfsamples.estimate(value, pair[0] - pair[1] if all(map(len, pair)) else np.empty(0))
+
+
+# --- single metrics -----------------------------------------------------------------------------------------------------
+
+
+def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = K_PRECISION) -> tuple[float, float]:
+    """(precision, recall) of float32 [N, D] and [M, D] (Kynkäänniemi et al. 2019, equations 1 and 2)."""
+    series = _cross(real, generated, k)
+    return float(series["precision"][0]), float(series["recall"][0])
+
+
+def density_coverage(real: np.ndarray, generated: np.ndarray, k: int = K_COVERAGE) -> tuple[float, float]:
+    """(density, coverage) of float32 [N, D] and [M, D] (Naeem et al. 2020, equations 3 and 4)."""
+    series = _cross(real, generated, k)
+    return float(series["density"][0]), float(series["coverage"][0])
+
+
+def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
+    """Fréchet distance of float32 [N, D] and [M, D]: moments.frechet of their means and covariances, in float64."""
+    one, other = (_moments(name, rows) for name, rows in (("real", real), ("generated", generated)))
+    if one.total.shape != other.total.shape:
+        raise ValueError(f"real features have D = {real.shape[1]}, generated ones {generated.shape[1]}")
+    return float(_frechet(one, other, False, 1, "cpu")[0])
+
+
+def vendi_score(features: np.ndarray) -> float:
+    """Effective number of different rows of float32 [N, D], 1 to min(N, D): moments.vendi, in float64."""
+    features = _checked("given", features, np.arange(len(features)))
+    return float(_vendi(Moments.of(features, _one_group(features), unit=True), _NO_HALVES, 1, "cpu")[0])
+
+
+def _cross(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, Float64Array]:
+    sides = []
+    for name, features in (("real", real), ("generated", generated)):
+        row_ids = np.arange(len(features))
+        features = _checked(name, features, row_ids)
+        _require_rows(name, len(features), k)
+        sides.append(Side.of(features, row_ids, k, 1, "cpu"))
+    if real.shape[1] != generated.shape[1]:
+        raise ValueError(f"real features have D = {real.shape[1]}, generated ones {generated.shape[1]}")
+    crossing = manifold.Crossing(sides[0], sides[1], k, k, halves=False, device="cpu")
+    return _manifold_metrics(crossing, crossing.run())
+
+
+def _moments(name: str, features: np.ndarray) -> Moments:
+    features = _checked(name, features, np.arange(len(features)))
+    _require_rows(name, len(features), 1)
+    return Moments.of(features, _one_group(features))
+
+
+def _one_group(features: np.ndarray) -> np.ndarray:
+    return np.zeros(len(features), np.uint8)
+
+
+# --- the metric of all rows, then of each replicate ---------------------------------------------------------------------
+
+_NO_HALVES = np.zeros((0, halfsamples.GROUPS), bool)
+
+
+def _manifold_metrics(crossing: manifold.Crossing, answers: manifold.Answers) -> dict[str, Float64Array]:
+    """float64 [1 + replicates] each; k of density is crossing.k_coverage."""
+    counts = halfsamples.count_bits
+    n, m = counts(crossing.real_bits[crossing.real.groups]), counts(crossing.bits[crossing.generated.groups])
+    # a replicate without a row exists only where none is asked for
+    n, m = np.maximum(n, 1), np.maximum(m, 1)
+    by_bit = {
+        "precision": counts(answers.precise) / m,
+        "recall": counts(answers.recalled) / n,
+        "density": answers.held / (m * crossing.k_coverage),
+        "coverage": counts(answers.covered) / n,
+    }
+    used = halfsamples.REPLICATES if crossing.halves else 0
+    return {name: np.append(values[-1:], values[:used]) for name, values in by_bit.items()}
+
+
+def _frechet(real: Moments, generated: Moments, halves: bool, threads: int, device: str) -> Float64Array:
+    """Of all rows, then of each replicate. A root serves the replicates of its half of the real rows."""
+    out = np.empty(1 + halfsamples.REPLICATES if halves else 1)
+
+    def work(chosen: np.ndarray | None, replicates: list[int]) -> None:
+        own, own_mean = root(real.covariance(chosen), device), real.mean(chosen)
+        for r in replicates:
+            half = None if chosen is None else halfsamples.GENERATED_HALVES[r]
+            out[1 + r] = frechet(own_mean, own, generated.mean(half), generated.covariance(half))
+
+    jobs: list[tuple[np.ndarray | None, list[int]]] = [(None, [-1])]
+    for half in _distinct(halfsamples.REAL_HALVES) if halves else ():
+        jobs.append((halfsamples.REAL_HALVES[half[0]], half))
+    with knn.single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda job: work(*job), jobs))
+    return out
+
+
+def _vendi(unit: Moments, halves: np.ndarray, threads: int, device: str) -> Float64Array:
+    """Of all rows, then of each of the halves, bool [R, GROUPS]."""
+    out = np.empty(1 + len(halves))
+
+    def work(chosen: np.ndarray | None, replicates: list[int]) -> None:
+        out[1 + np.array(replicates)] = vendi(unit.second_moment(chosen), device)
+
+    jobs: list[tuple[np.ndarray | None, list[int]]] = [(None, [-1])]
+    jobs += [(halves[half[0]], half) for half in _distinct(halves)]
+    with knn.single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda job: work(*job), jobs))
+    return out
+
+
+def _distinct(halves: np.ndarray) -> list[list[int]]:
+    """Replicates of each different half, bool [R, GROUPS]."""
+    found: dict[bytes, list[int]] = {}
+    for r, half in enumerate(halves):
+        found.setdefault(half.tobytes(), []).append(r)
+    return list(found.values())
+
+
+def _ranges(n: int, m: int, dim: int) -> dict[str, tuple[float, float]]:
+    share, positive = (0.0, 1.0), (0.0, math.inf)
+    return {
+        "precision": share,
+        "recall": share,
+        "density": positive,
+        "coverage": share,
+        "frechet_distance": positive,
+        "vendi_generated": (1.0, float(min(m, dim))),
+        "vendi_real": (1.0, float(min(n, dim))),
+    }
+
+
+def _scores(answers: manifold.Answers) -> SampleScores:
+    held = np.isfinite(answers.rarity)
+    rarity = np.where(held, answers.rarity, np.nan)
+    return SampleScores(answers.realism, rarity, answers.nearest_distance, answers.nearest, held)
+
+
+# --- checks -------------------------------------------------------------------------------------------------------------
+
+
+def _list_length(k: int) -> int:
+    """Neighbors kept so that half of them, drawn, hold k but for one list in some thousands."""
+    return 4 * k + 8
+
+
+def _require_rows(name: str, rows: int, k: int) -> None:
+    if rows <= k:
+        raise UserError(f"{rows} {name} images are too few for k = {k}; at least {k + 1} are needed")
+
+
+def _checked(name: str, features: np.ndarray, row_ids: np.ndarray) -> np.ndarray:
+    """The features, contiguous."""
+    if features.ndim != 2 or features.dtype != np.float32 or features.shape[1] == 0:
+        raise ValueError(f"{name} features must be float32 [N, D], are {features.dtype} {list(features.shape)}")
+    if row_ids.dtype != np.int64 or row_ids.shape != features.shape[:1]:
+        raise ValueError(f"ids of {len(features)} {name} rows are {row_ids.dtype} {list(row_ids.shape)}, not int64")
+    if len(np.unique(row_ids)) < len(row_ids):
+        raise ValueError(f"two {name} rows have the same id")
+    if not np.isfinite(features).all():
+        bad = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
+        raise ValueError(f"the feature of {name} row {bad} is not finite")
+    if not features.any(1).all():
+        bad = int(np.flatnonzero(~features.any(1))[0])
+        raise ValueError(f"the feature of {name} row {bad} is all zero: it has no direction, which the Vendi score needs")
+    return np.ascontiguousarray(features)
