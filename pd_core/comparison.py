@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +34,8 @@ from pd_core.running import REPORT, Run, checked_output, failures, flatten
 from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting
 
-STAGES = ("pilot", "pool", "curve", "report")
+PILOT = "pool-pilot"  # its folder: by `pilot` an output of generate.py is known
+STAGES = (PILOT, "pool", "curve", "report")
 POOL_TIMES = 20  # --n: largest pool, unless it is said
 PART_CHUNKS = 16  # of the pool
 
@@ -97,13 +99,16 @@ def compare(settings: TradeoffSettings) -> None:
             planned = _plan(run, settings, real, found, resources)
             cluster.say(planned.text)
             pool, candidates = _pool(run, settings, planned)
-            truncated = {s.truncation: _truncated(run, settings, real, planned, s.truncation) for s in found if s.truncation}
+            truncated = {
+                s.truncation: _truncated(run, settings, real, planned, s.truncation) for s in found if s.truncation
+            }
         job, measured = _measure(run, settings, real, found, pool, truncated)
         rows = sweeping.read_curve(job.curve.uri, measured.parts)
         if "curve" in run.made:
             _track(tracker, rows)
         reporting = tradeoff_report.stage_of(output, job.curve, settings)
-        images = {None: pool.uri, **{psi: stage.uri for psi, stage in truncated.items()}}
+        images: dict[float | None, str] = {psi: stage.uri for psi, stage in truncated.items()}
+        images[None] = pool.uri
         inputs = tradeoff_report.Inputs(job, measured, images, candidates, settings, dict(run.timings_s))
         run.stage(reporting, lambda: tradeoff_report.run(reporting, inputs))
         with failures("run", output):
@@ -149,7 +154,7 @@ def _plan(
     run: Run, settings: TradeoffSettings, real: RealSet, found: list[Setting], resources: contextlib.ExitStack
 ) -> Planned:
     with failures("pilot", run.output):
-        begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, "pilot"))
+        begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, PILOT))
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = sampling.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = _recipe(run, settings, real, pool, settings.generator)
@@ -161,7 +166,7 @@ def _plan(
         return resources.enter_context(opened)
 
     piloted = replace(recipe, seed=ids.stream(settings.seed, "pilot"))
-    pilot = piloting.make(run, piloted, pool, open_index, settings.pilot)
+    pilot = piloting.make(run, piloted, pool, open_index, settings.pilot, PILOT)
     deciding = pilot.deciding(settings.score)
     rates = {
         s.name: float(acceptance.acceptance_probability(deciding, sweeping.weighting_of(s, real)).mean())
@@ -173,7 +178,7 @@ def _plan(
     chunks = -(-wanted // settings.chunk)
     short = [name for name, rate in rates.items() if rate * chunks * settings.chunk < settings.n]
     lines = [f"pool: {chunks * settings.chunk} candidates for {len(found)} settings of {settings.n} images each"]
-    if not pilot.actor_s != pilot.actor_s:  # unknown (NaN) where the pilot was made by an earlier run
+    if math.isfinite(pilot.actor_s):
         lines[0] += f", about {chunks * settings.chunk * pilot.actor_s:.0f} s of one generator process"
     if short:
         lines.append(f"pool: too small for {', '.join(short)}, which are left out; raise --max-candidates (now {most})")
@@ -193,9 +198,7 @@ def _pool(run: Run, settings: TradeoffSettings, planned: Planned) -> tuple[stora
     return _candidates(run, "pool", planned.recipe, planned, planned.candidates), planned.candidates
 
 
-def _truncated(
-    run: Run, settings: TradeoffSettings, real: RealSet, planned: Planned, psi: float
-) -> storage.Stage:
+def _truncated(run: Run, settings: TradeoffSettings, real: RealSet, planned: Planned, psi: float) -> storage.Stage:
     """n images of a truncation ψ, which are other images, and so not of the pool."""
     generator = settings.generator.model_copy(update={"truncation": psi})
     recipe = _recipe(run, settings, real, planned.pool, generator)
@@ -207,9 +210,7 @@ def _candidates(run: Run, folder: str, recipe: Recipe, planned: Planned, rows: i
     chunks = rows // recipe.chunk
     stage = sampling.stage_of(storage.join(run.output, folder), "pool", recipe, {"n": rows})
     job = sampling.Job(recipe, stage, None, min(chunks, PART_CHUNKS), rows)
-    run.stage(
-        stage, lambda: sampling.run(job, run.now, planned.pool, planned.open_index(), 1.0, sampling.Budget())
-    )
+    run.stage(stage, lambda: sampling.run(job, run.now, planned.pool, planned.open_index(), 1.0, sampling.Budget()))
     return stage
 
 
@@ -295,6 +296,8 @@ def say_choice(target: str, rows: list[dict[str, Any]]) -> None:
     own = [row for row in rows if row["space"] == space]
     if tradeoff_report.best(wanted, own) is None:
         lines = "; ".join(tradeoff_report.frontier_lines(wanted, own))
-        raise UserError(f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target")
+        raise UserError(
+            f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target"
+        )
     for line in tradeoff_report.choice(wanted, own):
         cluster.say(f"target: {line}")

@@ -17,7 +17,16 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -492,7 +501,8 @@ class TradeoffSettings(WorkflowSettings):
         [0.01, 0.05, 0.2, 5, 20, 100], description="w of the paper's rule: above 1 typical, below 1 varied"
     )
     polarities: list[float] | None = Field(
-        None, description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 where a generator has latents and is no diffusion"
+        None,
+        description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 where a generator has latents and is no diffusion",
     )
     truncations: list[float] | None = Field(
         None, description="psi; default: 0.5 and 0.7 where the generator has truncation"
@@ -505,7 +515,10 @@ class TradeoffSettings(WorkflowSettings):
     chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the pool's identity")
     pilot: int = Field(256, gt=0, description="candidates from which the size of the pool is planned")
     max_candidates: int | None = Field(
-        None, gt=0, alias="max-candidates", description="largest pool; default: 20 times --n; settings that need more are left out"
+        None,
+        gt=0,
+        alias="max-candidates",
+        description="largest pool; default: 20 times --n; settings that need more are left out",
     )
     actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
     actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")

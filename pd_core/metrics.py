@@ -175,9 +175,7 @@ def evaluate(
     series = _manifold_metrics(crossing, answers)
     moments, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
     series["frechet_distance"] = _frechet(reference.moments, moments, halves, threads, device)
-    series["vendi_generated"] = _vendi(
-        unit, halfsamples.GENERATED_HALVES if halves else _NO_HALVES, threads, device
-    )
+    series["vendi_generated"] = _vendi(unit, halfsamples.GENERATED_HALVES if halves else _NO_HALVES, threads, device)
     series["vendi_real"] = reference.vendi if halves else reference.vendi[:1]
     ranges = _ranges(reference.rows, m, dim)
     estimates = {
@@ -364,5 +362,7 @@ def _checked(name: str, features: np.ndarray, row_ids: np.ndarray) -> np.ndarray
         raise ValueError(f"the feature of {name} row {bad} is not finite")
     if not features.any(1).all():
         bad = int(np.flatnonzero(~features.any(1))[0])
-        raise ValueError(f"the feature of {name} row {bad} is all zero: it has no direction, which the Vendi score needs")
+        raise ValueError(
+            f"the feature of {name} row {bad} is all zero: it has no direction, which the Vendi score needs"
+        )
     return np.ascontiguousarray(features)

@@ -91,11 +91,12 @@ def make(
     pool: sampling.Pool,
     open_index: Callable[[], search.SearchPool],
     candidates: int,
+    folder: str = "pilot",
 ) -> Pilot:
-    """The pilot stage under the run's output: so many candidates, rounded up to whole chunks, all of them accepted."""
+    """The pilot stage in a folder of the run's output: so many candidates, rounded up to whole chunks, all accepted."""
     chunks = -(-candidates // recipe.chunk)
     rows = chunks * recipe.chunk
-    stage = sampling.stage_of(storage.join(run.output, "pilot"), "pilot", recipe, {"n": rows})
+    stage = sampling.stage_of(storage.join(run.output, folder), "pilot", recipe, {"n": rows})
     job = sampling.Job(recipe, stage, None, min(chunks, PART_CHUNKS), rows)
     artifact = run.stage(stage, lambda: sampling.run(job, run.now, pool, open_index(), 1.0, sampling.Budget()))
     with running.failures("pilot", stage.uri):

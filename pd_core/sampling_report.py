@@ -416,7 +416,7 @@ def _originals(uri: str, wanted: set[int]) -> tuple[dict[int, _Original], str]:
 
 def _read_originals(uri: str, name: str, rows: pa.Table) -> dict[int, _Original]:
     """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
-    source, _ = spaces.original_of(uri)
+    source = spaces.source_of(uri)
     limits = images.DecodeLimits(
         source.settings.max_image_bytes, source.settings.max_image_pixels, source.settings.background
     )

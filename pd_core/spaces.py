@@ -270,9 +270,16 @@ def features_of_real(
 
 
 def original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
-    """The source and the listing that an output of build_index was made from.
+    """The source and the listing that an output of build_index was made from. Raises UserError as `source_of`."""
+    source, folder = source_of(uri), storage.join(uri, "listing")
+    with storage.explained(folder):
+        artifact = storage.load_artifact(folder)
+    assert artifact is not None, "run.json is written after the listing"
+    return source, listing.read_artifact(folder, artifact)
 
-    Its root is absolute, though the settings may name a relative path.
+
+def source_of(uri: str) -> sources.Source:
+    """The source that an output of build_index was made from; its root is absolute, whatever the settings named.
 
     Raises:
         UserError: its settings are of another pd_core.
@@ -280,22 +287,20 @@ def original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
     record = storage.join(uri, running.RUN)
     with storage.explained(record):
         given = json.loads(storage.read_bytes(record))["settings"]["data"]
-        folder = storage.join(uri, "listing")
-        artifact = storage.load_artifact(folder)
+        artifact = storage.load_artifact(storage.join(uri, "listing"))
     assert artifact is not None, "run.json is written after the listing"
     try:
         settings = DataSettings.model_validate(given)
     except ValueError as error:
         raise UserError(f"{record}: data settings of another pd_core; run build_index.py on it again") from error
     named = artifact.identity["source"]
-    source = sources.Source(
+    return sources.Source(
         named["kind"],
         unescape(named["root"]),
         tuple(named["names"]),
         tuple(unescape(pattern) for pattern in named["patterns"]),
         settings,
     )
-    return source, listing.read_artifact(folder, artifact)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -79,9 +79,7 @@ def accepted(density: ArrayLike, u: ArrayLike, weighting: Weighting) -> NDArray[
     return np.flatnonzero(np.asarray(u) < acceptance.acceptance_probability(density, weighting))
 
 
-def drawn_by_volume(
-    log_volume: ArrayLike, u: ArrayLike, polarity: float, n: int
-) -> NDArray[np.int64]:
+def drawn_by_volume(log_volume: ArrayLike, u: ArrayLike, polarity: float, n: int) -> NDArray[np.int64]:
     """n different rows of a pool, drawn one after another with probability ∝ exp(polarity · v) of those that are left.
 
     Polarity Sampling (arXiv 2203.01993, Algorithm 1) draws from the pool with replacement, where one image may come many

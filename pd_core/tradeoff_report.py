@@ -158,7 +158,8 @@ def frontier_lines(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[st
     on = [row for row, keep in zip(rows, tradeoff.frontier(*values).tolist(), strict=True) if keep]
     on.sort(key=lambda row: -row[target.metric])
     return [
-        f"{row['setting']} ({target.metric} {row[target.metric]:.3g}, {target.sought} {row[target.sought]:.3g})" for row in on
+        f"{row['setting']} ({target.metric} {row[target.metric]:.3g}, {target.sought} {row[target.sought]:.3g})"
+        for row in on
     ]
 
 
@@ -196,7 +197,8 @@ def shown_settings(settings: Sequence[Setting]) -> list[Setting]:
 def _thumbnails(uri: str, numbers: Sequence[int]) -> list[bytes]:
     artifact = storage.load_artifact(uri)
     assert artifact is not None, "the stage is committed"
-    wanted, found = set(numbers), {}
+    wanted = set(numbers)
+    found: dict[int, bytes] = {}
     for part in artifact.parts:
         if len(found) == len(wanted):
             break

@@ -91,9 +91,7 @@ def test_pool_is_enough_in_97_of_100_runs_and_not_much_larger(rate):
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=20))
 def test_frontier_is_what_no_point_dominates(points):
     a, b = (np.array(c, dtype=float) for c in zip(*points, strict=True))
-    expected = [
-        not any((x >= p and y >= q and (x > p or y > q)) for x, y in points) for p, q in points
-    ]
+    expected = [not any((x >= p and y >= q and (x > p or y > q)) for x, y in points) for p, q in points]
     assert tradeoff.frontier(a, b).tolist() == expected
 
 

@@ -1,0 +1,132 @@
+"""tradeoff.py on a real Ray cluster: one pool, every setting; its draws are what generate.py accepts."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pd_core import errors
+from tests import tiny
+from tests.test_generate import TOY, rows
+from tests.test_generate import run as run_generate
+from workflows import tradeoff
+
+N = 70
+
+
+def arguments(built, output, *more):
+    values = {
+        "index": built,
+        "generator.kind": "python",
+        "generator.path": TOY,
+        "n": N,
+        "thresholds": '["p30", "p60"]',
+        "weights": "[0.2, 5]",
+        "chunk": 16,
+        "pilot": 64,
+        "images": 2,
+        "extraction.batch_size": 16,
+        "extraction.part_rows": 64,
+        "output": output,
+    }
+    given = {text.lstrip("-").partition("=")[0] for text in more}
+    return [f"--{k}={v}" for k, v in values.items() if k not in given] + list(more) + ["--no-tracking.enabled"]
+
+
+def run(built, output, *more):
+    return errors.exit_code(lambda: tradeoff.main(arguments(built, output, *more)))
+
+
+@pytest.fixture(scope="module")
+def swept(built, tmp_path_factory):
+    output = tmp_path_factory.mktemp("swept") / "out"
+    assert run(built, output, "--target=recall=0.01") == 0
+    return output
+
+
+def curve(output):
+    table = pa.concat_tables([pq.read_table(file) for file in sorted((output / "curve").glob("*.parquet"))])
+    return {row["setting"]: row for row in table.to_pylist()}
+
+
+def test_every_setting_is_measured_once_from_one_pool(swept):
+    found = curve(swept)
+    assert set(found) == {"generator", "p30, w = 0.2", "p30, w = 5", "p60, w = 0.2", "p60, w = 5"}
+    assert all(row["n"] == N and row["precision"] is not None for row in found.values())
+    assert found["generator"]["candidates"] == N
+    assert found["generator"]["acceptance_rate"] == 1
+
+
+def test_rates_are_those_of_the_formula_over_the_pool(swept, built):
+    """P + (1 - P)/w for w > 1, P w + (1 - P) for w < 1, within 5 standard errors of the draws of u."""
+    pool = rows(swept, "pool")["density_predicted"].to_numpy()
+    real = rows(built, "densities")["density"].to_numpy()
+    for row in curve(swept).values():
+        if row["method"] == "density":
+            above = np.mean(pool > np.quantile(real, float(row["threshold"][1:]) / 100))
+            w = row["weight"]
+            expected = above + (1 - above) / w if w > 1 else above * w + 1 - above
+            assert abs(row["acceptance_rate"] - expected) < 5 * np.sqrt(0.25 / len(pool))
+
+
+def test_a_setting_takes_the_very_images_that_generate_accepts(swept, built, tmp_path):
+    """The same candidates in the same order: generate.py with this threshold, weight and seed, held to metrics alike."""
+    setting = curve(swept)["p60, w = 5"]
+    output = tmp_path / "out"
+    assert run_generate(built, output, "--weighting.threshold=p60", "--weighting.weight=5", n=N) == 0
+    accepted = rows(output)
+    assert accepted["sample_id"].to_numpy()[-1] + 1 == setting["candidates"]
+    pool = rows(swept, "pool")
+    kept = pool.filter(pa.array(np.isin(pool["sample_id"].to_numpy(), accepted["sample_id"].to_numpy())))
+    assert kept["image_hash"].to_pylist() == accepted["image_hash"].to_pylist()
+
+
+def test_table_and_page_and_choice(swept, capsys):
+    with open(swept / "report" / "tradeoff.csv") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 5 and any(row["frontier"] == "True" for row in table)
+    page = (swept / "report" / "index.html").read_text()
+    assert "For a recall of 0.01 or more in the index space take" in page
+    assert json.loads((swept / "run.json").read_text())["workflow"] == "tradeoff"
+
+
+def test_the_same_command_makes_nothing_again_and_a_lost_setting_comes_back_the_same(built, swept, capsys):
+    before = tiny.tables(swept)
+    (swept / "curve" / "artifact.json").unlink()
+    (swept / "curve" / "part-00000002.parquet").unlink()
+    assert run(built, swept, "--target=recall=0.01") == 0
+    assert tiny.tables(swept) == before
+    assert run(built, swept, "--target=recall=0.01") == 0
+    assert "every stage was finished already" in capsys.readouterr().out
+
+
+def test_a_target_out_of_reach_shows_the_frontier(built, swept, capsys):
+    assert run(built, swept, "--target=precision=1.5", "--overwrite") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "out of reach" in said and "precision" in said and "frontier" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--target=fid=3"], "expected METRIC=VALUE"),
+        (['--thresholds=["q20"]'], "cannot be read"),
+        (['--thresholds=["99"]'], "outside the densities"),
+        (["--truncations=[0.5]"], "has no truncation"),
+        (["--n=3", "--max-candidates=16"], "too few"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(built, tmp_path, capsys, more, line):
+    assert run(built, tmp_path / "out", *more) == 2
+    assert line in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_settings_that_the_pool_cannot_give_are_left_out_and_said(built, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(built, output, "--max-candidates=100", '--thresholds=["p90"]', "--weights=[50]") == 0
+    assert "which are left out; raise --max-candidates" in capsys.readouterr().out
+    found = curve(output)
+    assert found["p90, w = 50"]["precision"] is None and found["generator"]["precision"] is not None
