@@ -16,17 +16,18 @@ by their definition, the Fréchet distance with a bias of about tr Σ·(1/N + 1/
 
 from __future__ import annotations
 
+import contextlib
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from pd_core import halfsamples, knn, manifold
+from pd_core import halfsamples, manifold, moments
 from pd_core.errors import UserError
 from pd_core.halfsamples import Estimate as Estimate
 from pd_core.manifold import Side
-from pd_core.moments import Float64Array, frechet, root, vendi
+from pd_core.moments import Float64Array
 from pd_core.moments import Moments as Moments
 
 K_PRECISION, K_COVERAGE = 3, 5
@@ -82,7 +83,7 @@ class Reference:
 
     Attributes:
         side: features, groups and the nearest others of each row.
-        moments: of the features.
+        moments: of the features. root: of their covariance, float64 [D, D].
         vendi: Vendi score of all rows, and of each replicate's half, float64 [1 + halfsamples.REPLICATES].
         k_precision: see Evaluation.
         k_coverage: see Evaluation.
@@ -90,6 +91,7 @@ class Reference:
 
     side: Side
     moments: Moments
+    root: Float64Array
     vendi: Float64Array
     k_precision: int
     k_coverage: int
@@ -136,9 +138,11 @@ def prepare(
     features = _checked("real", features, row_ids)
     _require_rows("real", len(features), k)
     side = Side.of(features, row_ids, _list_length(k), threads, device)
-    moments, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
+    plain, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
     halves = halfsamples.REAL_HALVES if halfsamples.enough_rows(len(features), k) else _NO_HALVES
-    return Reference(side, moments, _vendi(unit, halves, threads, device), k_precision, k_coverage)
+    with _torch_threads(threads):
+        root = moments.root(plain.covariance(), device)
+        return Reference(side, plain, root, _vendi(unit, halves, device), k_precision, k_coverage)
 
 
 def evaluate(
@@ -173,9 +177,10 @@ def evaluate(
     )
     answers = crossing.run()
     series = _manifold_metrics(crossing, answers)
-    moments, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
-    series["frechet_distance"] = _frechet(reference.moments, moments, halves, threads, device)
-    series["vendi_generated"] = _vendi(unit, halfsamples.GENERATED_HALVES if halves else _NO_HALVES, threads, device)
+    plain, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
+    with _torch_threads(threads):
+        series["frechet_distance"] = _frechet(reference.moments, reference.root, plain, halves, device)
+        series["vendi_generated"] = _vendi(unit, halfsamples.GENERATED_HALVES if halves else _NO_HALVES, device)
     series["vendi_real"] = reference.vendi if halves else reference.vendi[:1]
     ranges = _ranges(reference.rows, m, dim)
     estimates = {
@@ -224,13 +229,13 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
     one, other = (_moments(name, rows) for name, rows in (("real", real), ("generated", generated)))
     if one.total.shape != other.total.shape:
         raise ValueError(f"real features have D = {real.shape[1]}, generated ones {generated.shape[1]}")
-    return float(_frechet(one, other, False, 1, "cpu")[0])
+    return float(_frechet(one, moments.root(one.covariance()), other, False, "cpu")[0])
 
 
 def vendi_score(features: np.ndarray) -> float:
     """Effective number of different rows of float32 [N, D], 1 to min(N, D): moments.vendi, in float64."""
     features = _checked("given", features, np.arange(len(features)))
-    return float(_vendi(Moments.of(features, _one_group(features), unit=True), _NO_HALVES, 1, "cpu")[0])
+    return float(_vendi(Moments.of(features, _one_group(features), unit=True), _NO_HALVES, "cpu")[0])
 
 
 def _cross(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, Float64Array]:
@@ -277,44 +282,31 @@ def _manifold_metrics(crossing: manifold.Crossing, answers: manifold.Answers) ->
     return {name: np.append(values[-1:], values[:used]) for name, values in by_bit.items()}
 
 
-def _frechet(real: Moments, generated: Moments, halves: bool, threads: int, device: str) -> Float64Array:
-    """Of all rows, then of each replicate. A root serves the replicates of its half of the real rows."""
-    out = np.empty(1 + halfsamples.REPLICATES if halves else 1)
-
-    def work(chosen: np.ndarray | None, replicates: list[int]) -> None:
-        own, own_mean = root(real.covariance(chosen), device), real.mean(chosen)
-        for r in replicates:
-            half = None if chosen is None else halfsamples.GENERATED_HALVES[r]
-            out[1 + r] = frechet(own_mean, own, generated.mean(half), generated.covariance(half))
-
-    jobs: list[tuple[np.ndarray | None, list[int]]] = [(None, [-1])]
-    for half in _distinct(halfsamples.REAL_HALVES) if halves else ():
-        jobs.append((halfsamples.REAL_HALVES[half[0]], half))
-    with knn.single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda job: work(*job), jobs))
-    return out
+def _frechet(real: Moments, root: np.ndarray, generated: Moments, halves: bool, device: str) -> Float64Array:
+    if not halves:
+        return np.array([moments.frechet(real.mean(), root, generated.mean(), generated.covariance(), device)])
+    return moments.frechet_with_halves(
+        real, root, generated, halfsamples.REAL_HALVES, halfsamples.GENERATED_HALVES, device
+    )
 
 
-def _vendi(unit: Moments, halves: np.ndarray, threads: int, device: str) -> Float64Array:
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _vendi(unit: Moments, halves: np.ndarray, device: str) -> Float64Array:
     """Of all rows, then of each of the halves, bool [R, GROUPS]."""
-    out = np.empty(1 + len(halves))
-
-    def work(chosen: np.ndarray | None, replicates: list[int]) -> None:
-        out[1 + np.array(replicates)] = vendi(unit.second_moment(chosen), device)
-
-    jobs: list[tuple[np.ndarray | None, list[int]]] = [(None, [-1])]
-    jobs += [(halves[half[0]], half) for half in _distinct(halves)]
-    with knn.single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda job: work(*job), jobs))
-    return out
-
-
-def _distinct(halves: np.ndarray) -> list[list[int]]:
-    """Replicates of each different half, bool [R, GROUPS]."""
-    found: dict[bytes, list[int]] = {}
-    for r, half in enumerate(halves):
-        found.setdefault(half.tobytes(), []).append(r)
-    return list(found.values())
+    if not len(halves):
+        return np.array([moments.vendi(unit.second_moment(), device)])
+    return moments.vendi_with_halves(unit, halves, device)
 
 
 def _ranges(n: int, m: int, dim: int) -> dict[str, tuple[float, float]]:

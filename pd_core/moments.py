@@ -79,6 +79,17 @@ class Moments:
         n, mean = self.rows(chosen), self.mean(chosen)
         return (self.second_moment(chosen) - np.outer(mean, mean)) * (n / (n - 1))
 
+    def influence(self, matrix: np.ndarray, vector: np.ndarray, center: np.ndarray, halves: np.ndarray) -> Float64Array:
+        """Mean of (x − c)ᵀ A (x − c) + bᵀ(x − c) over the rows of each half less that over all rows, float64 [R].
+
+        matrix: A, symmetric [D, D]. vector: b, [D]. center: c, [D]. halves: groups of each, bool [R, GROUPS].
+        """
+        turned = matrix @ center
+        sums = np.einsum("gij,ij->g", self.outer, matrix) + self.total @ (vector - 2 * turned)
+        sums += self.count * float(center @ turned - vector @ center)
+        sums -= self.count * (sums.sum() / self.count.sum())
+        return (halves @ sums) / (halves @ self.count)
+
 
 def _weights(chosen: np.ndarray | None) -> Float64Array:
     return np.ones(GROUPS) if chosen is None else chosen.astype(np.float64)
@@ -87,14 +98,18 @@ def _weights(chosen: np.ndarray | None) -> Float64Array:
 # --- Fréchet distance ---------------------------------------------------------------------------------------------------
 
 
-def root(covariance: np.ndarray, device: str = "cpu") -> torch.Tensor:
+def root(covariance: np.ndarray, device: str = "cpu") -> Float64Array:
     """Symmetric square root of a covariance [D, D] by its eigenvalues; those that rounding made negative count as 0."""
     values, vectors = _linalg().eigh(_tensor(covariance, device))
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return ((vectors * values.clamp(min=0).sqrt()) @ vectors.T).cpu().numpy()
 
 
 def frechet(
-    mean: np.ndarray, root_of_covariance: torch.Tensor, other_mean: np.ndarray, other_covariance: np.ndarray
+    mean: np.ndarray,
+    root_of_covariance: np.ndarray,
+    other_mean: np.ndarray,
+    other_covariance: np.ndarray,
+    device: str = "cpu",
 ) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982; FID, Heusel et al. 2017, equation 6).
 
@@ -102,11 +117,58 @@ def frechet(
     of Σ₁Σ₂ and is never complex, however few rows. Where a covariance is singular (no more rows than D) eigenvalues of 0
     come out at the rounding error ε, their roots at sqrt(ε): the result is good to about 1e-8·D of the largest variance.
     """
-    other = _tensor(other_covariance, str(root_of_covariance.device))
-    between = root_of_covariance @ other @ root_of_covariance
+    half, other = _tensor(root_of_covariance, device), _tensor(other_covariance, device)
+    between = half @ other @ half
     overlap = float(_linalg().eigvalsh((between + between.T) / 2).clamp(min=0).sqrt().sum())
-    traces = float((root_of_covariance * root_of_covariance).sum()) + float(np.trace(other_covariance))
+    return _distance(mean, root_of_covariance, other_mean, other_covariance, overlap)
+
+
+def _distance(
+    mean: np.ndarray,
+    root_of_covariance: np.ndarray,
+    other_mean: np.ndarray,
+    other_covariance: np.ndarray,
+    overlap: float,
+) -> float:
+    traces = float(np.sum(root_of_covariance**2)) + float(np.trace(other_covariance))
     return max(0.0, float(np.sum((mean - other_mean) ** 2)) + traces - 2 * overlap)
+
+
+def frechet_with_halves(
+    real: Moments,
+    root_of_real: np.ndarray,
+    generated: Moments,
+    real_halves: np.ndarray,
+    generated_halves: np.ndarray,
+    device: str = "cpu",
+) -> Float64Array:
+    """The distance of all rows, then of each pair of halves to first order in their rows' weights, float64 [1 + R].
+
+    With T = Σ₁^½ (Σ₁^½ Σ₂ Σ₁^½)^{+½} Σ₁^½, the optimal transport's matrix, a row x of the second side moves the distance by
+    (x − μ₂)ᵀ(I − T)(x − μ₂) + 2(μ₂ − μ₁)ᵀ(x − μ₂), less its mean: the influence function (Hampel 1974); by that of the inverse
+    transport a row of the first. Weights stay on the rows there are, so pseudo-inverses are right where covariances are
+    singular. One eigendecomposition for all halves instead of one each, and without the bias of the halves' own sizes.
+
+    Args:
+        real: Σ₁, μ₁. root_of_real: `root` of its covariance.
+        generated: Σ₂, μ₂.
+        real_halves: groups of each replicate, bool [R, GROUPS]. generated_halves: likewise.
+        device: torch device of the linear algebra.
+    """
+    half, other = _tensor(root_of_real, device), _tensor(generated.covariance(), device)
+    between = half @ other @ half
+    values, vectors = _linalg().eigh((between + between.T) / 2)
+    overlap = float(values.clamp(min=0).sqrt().sum())
+    kept = values > values.max() * len(values) * 1e-14  # the others are rounding
+    values, vectors = values[kept], vectors[:, kept]
+    there, back = half @ vectors, other @ (half @ vectors)
+    transport = ((there / values.sqrt()) @ there.T).cpu().numpy()
+    inverse = ((back / values.sqrt() ** 3) @ back.T).cpu().numpy()
+    identity, shift = np.eye(len(transport)), 2 * (generated.mean() - real.mean())
+    distance = _distance(real.mean(), root_of_real, generated.mean(), generated.covariance(), overlap)
+    moved = generated.influence(identity - transport, shift, generated.mean(), generated_halves)
+    moved += real.influence(identity - inverse, -shift, real.mean(), real_halves)
+    return np.append(distance, distance + moved)
 
 
 # --- Vendi score --------------------------------------------------------------------------------------------------------
@@ -120,6 +182,22 @@ def vendi(second_moment: np.ndarray, device: str = "cpu") -> float:
     values = _linalg().eigvalsh(_tensor(second_moment, device)).cpu().numpy()
     shares = values[values > 0] / values[values > 0].sum()
     return math.exp(-float(shares @ np.log(shares)))
+
+
+def vendi_with_halves(unit: Moments, halves: np.ndarray, device: str = "cpu") -> Float64Array:
+    """The score of all rows, then of each half to first order in their rows' weights, float64 [1 + R].
+
+    A row x of norm 1 moves the logarithm by −xᵀ (log C) x, less its mean, C being the mean outer product: the influence
+    function of the entropy. unit: moments of unit rows. halves: groups of each replicate, bool [R, GROUPS].
+    """
+    values, vectors = _linalg().eigh(_tensor(unit.second_moment(), device))
+    kept = values > values.max() * len(values) * 1e-14
+    values, vectors = values[kept], vectors[:, kept]
+    shares = values / values.sum()
+    score = math.exp(-float((shares * shares.log()).sum()))
+    logarithm = ((vectors * shares.log()) @ vectors.T).cpu().numpy()
+    nothing = np.zeros(len(logarithm))
+    return np.append(score, score * (1 + unit.influence(-logarithm, nothing, nothing, halves)))
 
 
 def _tensor(matrix: np.ndarray, device: str) -> torch.Tensor:

@@ -242,7 +242,7 @@ def load_artifact(uri: str) -> Artifact | None:
     """The commit record in a stage's directory, or None where the stage is not finished."""
     try:
         values = json.loads(read_bytes(join(uri, ARTIFACT)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     values["parts"] = tuple(Part(**part) for part in values["parts"])
     return Artifact(**values)
@@ -423,7 +423,7 @@ def _clear(uri: str) -> None:
 def _started(uri: str) -> dict[str, Any] | None:
     try:
         return json.loads(read_bytes(join(uri, STARTED)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
