@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from pd_core import (
     acceptance,
+    chunking,
     cluster,
     config,
     exporting,
-    generators,
     ids,
+    opening,
     piloting,
-    realset,
     sampling,
     sampling_report,
     search,
@@ -28,7 +28,6 @@ from pd_core import (
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.config import GenerateSettings
 from pd_core.errors import UserError
-from pd_core.generators.python import split
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 
@@ -48,34 +47,20 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
         raise UserError("--index: not set; name the --output of build_index.py")
     if settings.n is None:
         raise UserError("--n: not set; how many accepted images are wanted")
-    generator = settings.generator
-    generators.check_path(generator)
-    assert generator.path is not None, "check_path refuses none"
+    generator = opening.resolved(settings.generator)
     piloting.check_settings(settings.weighting, generator.labels)
-    paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
-    local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
-    if generator.kind == "python":
-        source, factory = split(generator.path)
-        if _is_file(source):
-            local["path"] = f"{storage.absolute(source)}:{factory}"
-    if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
-        raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
     settings = settings.model_copy(
         update={
             "output": output,
             "index": storage.absolute(settings.index),
             "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
-            "generator": generator.model_copy(update=local),
+            "generator": generator,
         }
     )
-    real = _open_realset(settings)
+    real = opening.real_set(str(settings.index), settings.checkpoint)
     if settings.weighting.kind == "two_level" and not settings.weighting.per_label:
         piloting.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
     return settings, real
-
-
-def _is_file(value: str) -> bool:
-    return storage.is_local(value) and storage.exists(storage.absolute(value))
 
 
 def generate(settings: GenerateSettings) -> None:
@@ -128,7 +113,7 @@ class Planned:
     """What the pilot decided."""
 
     job: sampling.Job
-    pool: sampling.Pool
+    pool: chunking.Pool
     pilot: piloting.Pilot
     expected: piloting.Expectation
     open_index: Callable[[], search.SearchPool]
@@ -173,10 +158,9 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     with failures("pilot", run.output):
         begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, "pilot"))
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
-    pool = sampling.Pool(settings.actors, settings.actor_cpus, gpus)
-    with failures("generator", str(settings.generator.path)):
-        facts = _describe(settings, run.now, pool)
-    classes, names = _classes(settings, facts)
+    pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
+    facts = opening.describe(settings.generator, run.now, pool)
+    classes, names = opening.classes(settings.generator, facts)
     by_label = _label_quantiles(settings, real, names)
     recipe = Recipe(
         generator=settings.generator,
@@ -189,7 +173,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         threads=settings.actor_cpus,
         classes=classes,
         class_names=names,
-        prompts=_prompts(settings, facts),
+        prompts=opening.prompts(settings.generator, facts),
         device=cluster.device_of(run.now, gpus),
         copy_distance=real.copy_distance(settings.copies_quantile),
         drop_copies=False,
@@ -226,38 +210,11 @@ def _task(function: Any) -> Any:
     return ray.remote(function).options(num_cpus=1, **cluster.TASK_OPTIONS)
 
 
-def _open_realset(settings: GenerateSettings) -> RealSet:
-    with failures("index", str(settings.index)):
-        real = realset.open_realset(str(settings.index))
-    if settings.checkpoint:
-        real = replace(real, extractor=replace(real.extractor, checkpoint=settings.checkpoint))
-    return real
-
-
-def _describe(settings: GenerateSettings, now: cluster.Cluster, pool: sampling.Pool) -> dict[str, Any]:
-    """`describe` where an actor of the generator would run: what fits one fits this."""
-    import ray
-
-    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
-    task: Any = ray.remote(describe).options(num_cpus=cpus, num_gpus=gpus, **cluster.TASK_OPTIONS)
-    return cluster.get(task.remote(settings.generator))
-
-
-def describe(settings: config.GeneratorSettings) -> dict[str, Any]:
-    """Identity and abilities of a generator, which is loaded for it: runs in a Ray task."""
-    generator = generators.open_generator(settings, cluster.assigned_device())
-    return {
-        "identity": generator.identity(),
-        "num_classes": generator.num_classes,
-        "takes_prompts": generator.takes_prompts,
-    }
-
-
 def _pilot(
     run: Run,
     settings: GenerateSettings,
     recipe: Recipe,
-    pool: sampling.Pool,
+    pool: chunking.Pool,
     open_index: Callable[[], search.SearchPool],
 ) -> piloting.Pilot:
     chunks = -(-settings.pilot // settings.chunk)
@@ -287,40 +244,6 @@ def _job(
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
-
-
-def _classes(settings: GenerateSettings, facts: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Class numbers to draw from and their names."""
-    text, many = settings.generator.labels, facts["num_classes"]
-    if text == "none":
-        if many:
-            raise UserError(
-                f"--generator.labels: the generator takes one of {many} class labels; set all, or a list such as 0,3"
-            )
-        return (), ()
-    if not many:
-        raise UserError(f"--generator.labels {text}: the generator takes no class labels; leave it out")
-    try:
-        classes = tuple(range(many)) if text == "all" else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--generator.labels {text}: expected none, all, or class numbers such as 0,3,7") from None
-    if wrong := [c for c in classes if not 0 <= c < many]:
-        raise UserError(f"--generator.labels {text}: {wrong[0]} is outside 0 ... {many - 1}")
-    names = settings.generator.label_names
-    if names is not None and len(names) != many:
-        raise UserError(f"--generator.label_names: {len(names)} names for {many} classes; give one for each")
-    return classes, tuple(names[c] if names else str(c) for c in classes)
-
-
-def _prompts(settings: GenerateSettings, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    path = settings.generator.prompts
-    if path is None:
-        if facts["takes_prompts"]:
-            raise UserError("--generator.prompts: the generator takes text; name a file with a prompt on each line")
-        return ()
-    if not facts["takes_prompts"]:
-        raise UserError(f"--generator.prompts {path}: the generator takes no text; leave it out")
-    return generators.read_prompts(path)
 
 
 def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str, ...]) -> dict[str, np.ndarray]:

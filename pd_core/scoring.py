@@ -120,7 +120,8 @@ def resize_images(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
 
 def _resized(planes: torch.Tensor, target: tuple[int, int], mode: str, rounded: bool = False) -> torch.Tensor:
     """float [B, C, H, W] in 0..255 to [B, C, h, w]: across, then down, held in 0..255 (and rounded) after each pass as Pillow
-    does. Without the first of the two a bicubic edge comes out up to 11 steps of 255 away."""
+    does. Without the first of the two a bicubic edge comes out up to 11 steps of 255 away.
+    """
     height, width = planes.shape[2:]
     across = _resize_matrix(width, target[1], mode).to(planes.device)
     down = _resize_matrix(height, target[0], mode).to(planes.device)

@@ -1,0 +1,104 @@
+"""What a workflow with a generator starts from: paths that are there, the real set, the generator's abilities, its conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pd_core import cluster, generators, realset, storage
+from pd_core.chunking import Pool
+from pd_core.config import GeneratorSettings
+from pd_core.errors import UserError
+from pd_core.generators.python import split
+from pd_core.realset import RealSet
+from pd_core.running import failures
+
+
+def resolved(generator: GeneratorSettings) -> GeneratorSettings:
+    """The generator with local paths absolute; everything that can be checked without loading it is.
+
+    Raises:
+        UserError: no path, or one that is not there.
+    """
+    generators.check_path(generator)
+    assert generator.path is not None, "check_path refuses none"
+    paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
+    local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
+    if generator.kind == "python":
+        source, factory = split(generator.path)
+        if _is_file(source):
+            local["path"] = f"{storage.absolute(source)}:{factory}"
+    if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
+        raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
+    return generator.model_copy(update=local)
+
+
+def _is_file(value: str) -> bool:
+    return storage.is_local(value) and storage.exists(storage.absolute(value))
+
+
+def real_set(index: str, checkpoint: str | None) -> RealSet:
+    """The real set of --index, its extractor's weights at --checkpoint where one is given."""
+    with failures("index", index):
+        real = realset.open_realset(index)
+    if checkpoint:
+        real = replace(real, extractor=replace(real.extractor, checkpoint=checkpoint))
+    return real
+
+
+def describe(settings: GeneratorSettings, now: cluster.Cluster, pool: Pool) -> dict[str, Any]:
+    """`_describe` where an actor of the generator would run: what fits one fits this."""
+    import ray
+
+    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    task: Any = ray.remote(_describe).options(num_cpus=cpus, num_gpus=gpus, **cluster.TASK_OPTIONS)
+    with failures("generator", str(settings.path)):
+        return cluster.get(task.remote(settings))
+
+
+def _describe(settings: GeneratorSettings) -> dict[str, Any]:
+    """Identity and abilities of a generator, which is loaded for it: runs in a Ray task."""
+    generator = generators.open_generator(settings, cluster.assigned_device())
+    return {
+        "identity": generator.identity(),
+        "num_classes": generator.num_classes,
+        "takes_prompts": generator.takes_prompts,
+        "latents": isinstance(generator, generators.LatentGenerator),
+        "adapter": type(generator).__name__,
+    }
+
+
+def classes(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Class numbers to draw from and their names."""
+    text, many = settings.labels, facts["num_classes"]
+    if text == "none":
+        if many:
+            raise UserError(
+                f"--generator.labels: the generator takes one of {many} class labels; set all, or a list such as 0,3"
+            )
+        return (), ()
+    if not many:
+        raise UserError(f"--generator.labels {text}: the generator takes no class labels; leave it out")
+    try:
+        numbers = tuple(range(many)) if text == "all" else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--generator.labels {text}: expected none, all, or class numbers such as 0,3,7") from None
+    if wrong := [c for c in numbers if not 0 <= c < many]:
+        raise UserError(f"--generator.labels {text}: {wrong[0]} is outside 0 ... {many - 1}")
+    names = settings.label_names
+    if names is not None and len(names) != many:
+        raise UserError(f"--generator.label_names: {len(names)} names for {many} classes; give one for each")
+    return numbers, tuple(names[c] if names else str(c) for c in numbers)
+
+
+def prompts(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Texts to draw from."""
+    path = settings.prompts
+    if path is None:
+        if facts["takes_prompts"]:
+            raise UserError("--generator.prompts: the generator takes text; name a file with a prompt on each line")
+        return ()
+    if not facts["takes_prompts"]:
+        raise UserError(f"--generator.prompts {path}: the generator takes no text; leave it out")
+    return generators.read_prompts(path)
