@@ -17,7 +17,11 @@ Made = tuple[Iterable[storage.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
 
 RUN = "run.json"
-FIRST_STAGES = {"build_index": "listing", "generate": "pilot"}  # by which the output of a workflow is known
+FIRST_STAGES = {
+    "build_index": "listing",
+    "generate": "pilot",
+    "perturb": "perturbed",
+}  # by which the output of a workflow is known
 REPORT = "index.html"
 
 
