@@ -88,7 +88,6 @@ class Planned:
 
 
 def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
-    assert settings.n is not None
     stage_uri = storage.join(run.output, "perturbed")
     with failures("perturbed", run.output):
         begun = None if settings.overwrite else storage.begun_identity(stage_uri)
@@ -97,6 +96,23 @@ def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
     facts = opening.describe(settings.generator, run.now, pool)
     _check_latents(settings.generator, facts)
     classes, names = opening.classes(settings.generator, facts)
+    prompts = opening.prompts(settings.generator, facts)
+    job = job_of(settings, real, facts, classes, names, prompts, cluster.device_of(run.now, gpus), stage_uri)
+    return Planned(job, pool, _text(job))
+
+
+def job_of(
+    settings: PerturbSettings,
+    real: RealSet,
+    facts: Mapping[str, Any],
+    classes: tuple[int, ...],
+    names: tuple[str, ...],
+    prompts: tuple[str, ...],
+    device: str,
+    uri: str,
+) -> perturbing.Job:
+    """The stage at `uri`, with the generator's identity from `opening.describe` and what it is asked to show."""
+    assert settings.n is not None
     recipe = Recipe(
         generator=settings.generator,
         generator_identity=facts["identity"],
@@ -108,17 +124,16 @@ def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
         threads=settings.actor_cpus,
         classes=classes,
         class_names=names,
-        prompts=opening.prompts(settings.generator, facts),
-        device=cluster.device_of(run.now, gpus),
+        prompts=prompts,
+        device=device,
         copy_distance=real.copy_distance(settings.copies_quantile),
         drop_copies=False,
     )
     step_size = settings.step_size or perturbation.default_step_size(settings.epsilon)
     move = perturbing.Move(settings.directions, settings.epsilon, step_size, settings.steps, settings.random_start)
     per_part = -(-settings.part_rows // (settings.chunk * len(move.directions)))
-    stage = perturbing.stage_of(stage_uri, recipe, move, per_part, settings.n)
-    job = perturbing.Job(recipe, move, stage, per_part, settings.n)
-    return Planned(job, pool, _text(job))
+    stage = perturbing.stage_of(uri, recipe, move, per_part, settings.n)
+    return perturbing.Job(recipe, move, stage, per_part, settings.n)
 
 
 def _check_latents(settings: GeneratorSettings, facts: Mapping[str, Any]) -> None:
