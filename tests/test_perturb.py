@@ -223,7 +223,8 @@ def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, index, modules, 
 
 @pytest.mark.slow
 def test_a_killed_actor_changes_nothing(undisturbed, index, modules, tmp_path):
-    output, killed, over = tmp_path / "out", [], threading.Event()
+    output, over = tmp_path / "out", threading.Event()
+    killed: list[int] = []
     where = ("ray::MapWorker(MapBatches(_MakeChunk))", output / "perturbed", killed, over)
     killer = threading.Thread(target=kill_once, args=where, daemon=True)
     killer.start()

@@ -60,7 +60,7 @@ def test_without_rounding_a_batch_is_resized_to_the_same_within_the_rounding(siz
     found = scoring.resize_images(planes / 127.5 - 1, preprocess)
     assert found.dtype == torch.float32 and found.shape == expected.shape
     assert (found - expected).abs().max() <= 1.25 + 1e-3  # float32 sums of values up to 255
-    target = images.resized_size(*size, preprocess)
+    target = images.resized_size(size[0], size[1], preprocess)
     if target != size:
         rounded = scoring._center_crop(scoring._resized(planes, target, interpolation, rounded=True), preprocess)
         assert (rounded - expected).abs().max() <= 2
