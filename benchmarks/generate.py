@@ -12,8 +12,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import config, generation, realset, sampling, scoring, storage
-from pd_core.candidates import Recipe
+from pd_core import chunking, config, generation, realset, scoring, storage
 
 CHUNK = 64
 STEPS = 50
@@ -146,7 +145,7 @@ def ours(index: str, generator: str, output: str, n: int, actors: int) -> dict[s
     log.mkdir(parents=True)
     os.environ[LOG_FOLDER] = str(log)  # before Ray starts: its workers inherit it
     started = time.time()
-    with mock.patch.object(sampling, "_MakeChunk", TimedMakeChunk):
+    with mock.patch.object(chunking, "_MakeChunk", TimedMakeChunk):
         generation.generate(_settings(index, output, n, actors, _generator(generator)))
     folder = Path(output, "samples")
     totals = json.loads((folder / storage.ARTIFACT).read_text())
@@ -178,11 +177,11 @@ def _outside(log: Path, begin: float, end: float) -> float:
     return 1 - inside / total if total else float("nan")
 
 
-class TimedMakeChunk(sampling._MakeChunk):
-    """sampling._MakeChunk, logged."""
+class TimedMakeChunk(chunking._MakeChunk):
+    """chunking._MakeChunk, logged."""
 
-    def __init__(self, recipe: Recipe, deadline: float | None) -> None:
-        super().__init__(recipe, deadline)
+    def __init__(self, work: chunking.Work, deadline: float | None) -> None:
+        super().__init__(work, deadline)
         self.inside_s = 0.0
         for owner, name in ((self.maker.generator, "generate"), (self.maker.scorer, "features")):
             setattr(owner, name, self._timed(getattr(owner, name)))

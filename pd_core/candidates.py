@@ -272,7 +272,7 @@ def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> 
         "nearest_real_distance": distances[keep, 0],
         "likely_copy": copies[keep],
         "image_hash": [pixels_hash(pixels) for pixels in made.pixels[keep]],
-        "image": [_picture(p, n) for p, n in zip(made.pixels[keep], drawn.number[rows].tolist(), strict=True)],
+        "image": [picture(p, f"{n:012d}") for p, n in zip(made.pixels[keep], drawn.number[rows].tolist(), strict=True)],
     }
     schema = schemas.samples()
     arrays = [pa.nulls(len(keep), f.type) if (c := columns[f.name]) is None else pa.array(c, f.type) for f in schema]
@@ -285,9 +285,10 @@ def pixels_hash(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{height}x{width} RGB\n".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def _picture(pixels: np.ndarray, number: int) -> dict[str, Any]:
+def picture(pixels: np.ndarray, name: str) -> dict[str, Any]:
+    """`schemas.IMAGE` of uint8 [H, W, 3], as PNG."""
     from PIL import Image
 
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
-    return {"bytes": sink.getvalue(), "path": f"{number:012d}.png"}
+    return {"bytes": sink.getvalue(), "path": f"{name}.png"}

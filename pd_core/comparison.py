@@ -11,12 +11,13 @@ from typing import Any
 
 from pd_core import (
     acceptance,
+    chunking,
     cluster,
     config,
     ids,
+    opening,
     piloting,
     realset,
-    recipes,
     sampling,
     search,
     spaces,
@@ -49,7 +50,7 @@ def prepare(settings: TradeoffSettings) -> tuple[TradeoffSettings, RealSet, list
     output = checked_output(settings.output, "tradeoff")
     if not settings.index:
         raise UserError("--index: not set; name the --output of build_index.py")
-    generator = recipes.located(settings.generator)
+    generator = opening.resolved(settings.generator)
     if settings.target is not None:
         tradeoff.parse_target(settings.target)
     real = realset.open_for(settings.index, settings.checkpoint, "--index")
@@ -144,7 +145,7 @@ class Planned:
     """What the pilot decided: the pool's recipe and its candidates, and who makes them."""
 
     recipe: Recipe
-    pool: sampling.Pool
+    pool: chunking.Pool
     candidates: int
     open_index: Callable[[], search.SearchPool]
     text: str
@@ -156,7 +157,7 @@ def _plan(
     with failures("pilot", run.output):
         begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, PILOT))
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
-    pool = sampling.Pool(settings.actors, settings.actor_cpus, gpus)
+    pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = _recipe(run, settings, real, pool, settings.generator)
 
     @functools.cache
@@ -186,12 +187,18 @@ def _plan(
 
 
 def _recipe(
-    run: Run, settings: TradeoffSettings, real: RealSet, pool: sampling.Pool, generator: config.GeneratorSettings
+    run: Run, settings: TradeoffSettings, real: RealSet, pool: chunking.Pool, generator: config.GeneratorSettings
 ) -> Recipe:
-    with failures("generator", str(generator.path)):
-        return recipes.open_recipe(
-            generator, real, run.now, pool, seed=settings.seed, chunk=settings.chunk, copies_quantile=0.0
-        )
+    return opening.recipe_of(
+        generator,
+        opening.describe(generator, run.now, pool),
+        real,
+        seed=settings.seed,
+        chunk=settings.chunk,
+        threads=settings.actor_cpus,
+        device=cluster.device_of(run.now, pool.actor_gpus),
+        copies_quantile=0.0,
+    )
 
 
 def _pool(run: Run, settings: TradeoffSettings, planned: Planned) -> tuple[storage.Stage, int]:

@@ -40,6 +40,7 @@ from pd_core.errors import EXIT_BAD_INPUT, UserError
 
 ENV_PREFIX = "PD_CORE_"
 MIB = 1 << 20
+PERTURB_EPSILON, PERTURB_STEPS = 0.1, 10  # the reference of Algorithm 1
 
 SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
 IndexKind = Literal["auto", "flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
@@ -438,6 +439,44 @@ class GenerateSettings(WorkflowSettings):
     )
 
 
+class PerturbSettings(WorkflowSettings):
+    """Settings of workflows/perturb.py."""
+
+    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
+    checkpoint: str | None = Field(
+        None, description="weights of the index's extractor, where they are not at the place they had then"
+    )
+    generator: GeneratorSettings = GeneratorSettings()
+    n: int | None = Field(None, gt=0, description="samples: the first n candidates of the seed, as generate draws them")
+    direction: Literal["up", "down", "both"] = Field(
+        "up", description="up: towards common, higher density; down: towards unique; both: each sample each way"
+    )
+    epsilon: float = Field(PERTURB_EPSILON, gt=0, description="largest change of any element of a latent")
+    step_size: float | None = Field(
+        None, gt=0, description="alpha, change of each element in one step; default: epsilon / 4"
+    )
+    steps: int = Field(PERTURB_STEPS, gt=0, description="T, steps of projected gradient descent")
+    random_start: bool = Field(False, description="begin anywhere in the box around the latent, not at the latent")
+    seed: int = Field(0, ge=0, description="of the run; candidate i's image depends on it, on i and on the generator")
+    chunk: int = Field(8, gt=0, description="samples perturbed as one batch; part of the rows' identity")
+    part_rows: int = Field(64, gt=0, description="rows per committed part, rounded up to whole chunks")
+    actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
+    actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
+    actor_gpus: float | None = Field(
+        None, ge=0, description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any"
+    )
+    search: SearchSettings = SearchSettings()
+    images: int = Field(24, gt=0, description="samples shown in the report, before and after")
+    copies_quantile: float = Field(
+        0.01, ge=0, le=1, description="likely copy: nearer to a real image than this quantile of real nearest distances"
+    )
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Those of one sample, in the order of its rows."""
+        return ("down", "up") if self.direction == "both" else (self.direction,)
+
+
 class MetricSettings(Section):
     """Neighbors of the metrics, METHOD section 7."""
 
@@ -532,7 +571,13 @@ class TradeoffSettings(WorkflowSettings):
     images: int = Field(8, gt=0, description="images in each row of the report")
 
 
-WORKFLOWS: Sequence[type[WorkflowSettings]] = (BuildIndexSettings, GenerateSettings, EvaluateSettings, TradeoffSettings)
+WORKFLOWS: Sequence[type[WorkflowSettings]] = (
+    BuildIndexSettings,
+    GenerateSettings,
+    PerturbSettings,
+    EvaluateSettings,
+    TradeoffSettings,
+)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from pd_core import (
+    chunking,
     cluster,
     config,
     exporting,
     ids,
+    opening,
     piloting,
     realset,
-    recipes,
     sampling,
     sampling_report,
     search,
@@ -45,7 +46,7 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
         raise UserError("--index: not set; name the --output of build_index.py")
     if settings.n is None:
         raise UserError("--n: not set; how many accepted images are wanted")
-    generator = recipes.located(settings.generator)
+    generator = opening.resolved(settings.generator)
     piloting.check_settings(settings.weighting, generator.labels)
     real = realset.open_for(settings.index, settings.checkpoint, "--index")
     settings = settings.model_copy(
@@ -111,7 +112,7 @@ class Planned:
     """What the pilot decided."""
 
     job: sampling.Job
-    pool: sampling.Pool
+    pool: chunking.Pool
     pilot: piloting.Pilot
     expected: piloting.Expectation
     open_index: Callable[[], search.SearchPool]
@@ -156,17 +157,17 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     with failures("pilot", run.output):
         begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, "pilot"))
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
-    pool = sampling.Pool(settings.actors, settings.actor_cpus, gpus)
-    with failures("generator", str(settings.generator.path)):
-        recipe = recipes.open_recipe(
-            settings.generator,
-            real,
-            run.now,
-            pool,
-            seed=ids.stream(settings.seed, "pilot"),
-            chunk=settings.chunk,
-            copies_quantile=settings.copies_quantile,
-        )
+    pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
+    recipe = opening.recipe_of(
+        settings.generator,
+        opening.describe(settings.generator, run.now, pool),
+        real,
+        seed=ids.stream(settings.seed, "pilot"),
+        chunk=settings.chunk,
+        threads=settings.actor_cpus,
+        device=cluster.device_of(run.now, gpus),
+        copies_quantile=settings.copies_quantile,
+    )
     by_label = _label_quantiles(settings, real, recipe.class_names)
 
     @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pd_core import acceptance, cluster, density, estimator, ids, running, sampling, search, storage
+from pd_core import acceptance, chunking, cluster, density, estimator, ids, running, sampling, search, storage
 from pd_core.acceptance import Weighting
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.config import GenerateSettings, WeightingSettings
@@ -88,7 +88,7 @@ class Pilot:
 def make(
     run: running.Run,
     recipe: Recipe,
-    pool: sampling.Pool,
+    pool: chunking.Pool,
     open_index: Callable[[], search.SearchPool],
     candidates: int,
     folder: str = "pilot",
@@ -254,7 +254,7 @@ class Expectation:
         """
         rows = max(1.0, min(part_rows, n // SMALLEST_PARTS, PART_BYTES // max(1.0, png_bytes)))
         most = max(PART_CANDIDATES, n / self.rate / MOST_PARTS)
-        chunks = min(round(rows / (self.rate * chunk)), int(most // chunk), sampling.MAX_CHUNKS)
+        chunks = min(round(rows / (self.rate * chunk)), int(most // chunk), chunking.MAX_CHUNKS)
         return max(1, chunks)
 
 

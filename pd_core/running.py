@@ -21,6 +21,8 @@ FIRST_STAGES = {
     "build_index": "listing",
     "generate": "pilot",
     "evaluate": "metrics",
+    "perturb": "perturbed",
+    "tradeoff": "pool-pilot",
 }  # by which the output of a workflow is known
 REPORT = "index.html"
 

@@ -6,41 +6,28 @@ meanwhile, or on where a run was taken up again. The samples are the first n acc
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.ipc
 
-from pd_core import cluster, schemas, search, storage
+from pd_core import chunking, cluster, schemas, search, storage
 from pd_core.candidates import Batch, ChunkMaker, Recipe, candidates_of, finish, probabilities
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.chunking import LATE, MAX_CHUNKS, Pool, Progress
+from pd_core.errors import RunError
 
-WRITE_CPUS = cluster.IO_CPUS / 2  # another share than that of the tasks before, or Ray Data would make one of both
-LATE = "--max-hours is over"  # what is said of a chunk that was not begun any more
-ATTEMPTS = 2  # of a chunk before it is reported
-MOST_FAILED = 3  # parts that may fail before a run gives up, or a tenth of all, if that is more
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
-MAX_CHUNKS = 8192  # of one execution: the driver's plan stays this small for any number of candidates
 
 
-# ---- a chunk on its actor --------------------------------------------------------------------------------------------
+# ---- a chunk between actor and part ----------------------------------------------------------------------------------
 
-
-# A generated chunk is one row of the Ray Data stream.
 _MADE = pa.schema(
     [
-        ("chunk", pa.int64()),
-        ("error", pa.string()),  # null where it was generated
-        ("busy_s", pa.float64()),
         ("rows", pa.list_(pa.int64())),
         ("height", pa.int32()),
         ("width", pa.int32()),
@@ -49,61 +36,25 @@ _MADE = pa.schema(
         ("log_density", pa.list_(pa.float64())),
     ]
 )
+_FINISHED = pa.schema(
+    [
+        ("accepted", pa.large_binary()),  # Arrow stream of schemas.samples()
+        ("densities", pa.list_(pa.float64())),  # that decided, of all candidates
+        ("copies", pa.int64()),  # likely copies among what the weighting accepted
+    ]
+)
 
 
-class _MakeChunk:
-    """Ray Data actor: a chunk's number to its batch. A chunk that fails twice goes on as an error, not as an exception."""
-
-    def __init__(self, recipe: Recipe, deadline: float | None) -> None:
-        """deadline: in seconds since the epoch; chunks that come later are not made."""
-        self.deadline = deadline
-        self.failure: UserError | RunError | None = None
-        self.broken = False
-        try:
-            self.maker = ChunkMaker(recipe, cluster.assigned_device())
-        except (UserError, RunError) as error:  # an actor that dies in its constructor would take the reason with it
-            self.failure = error
-
-    def __call__(self, numbers: pa.Table) -> pa.Table:
-        if self.failure is not None:
-            raise self.failure
-        if self.broken:  # Ray starts the actor again and gives it this chunk
-            os._exit(1)
-        assert numbers.num_rows == 1, numbers.num_rows
-        chunk = numbers["chunk"][0].as_py()
-        if self.deadline is not None and time.time() > self.deadline:
-            return _made_table({"chunk": chunk, "busy_s": 0.0, "error": LATE})
-        watch = storage.Stopwatch()
-        made: Batch | None = None
-        for _ in range(ATTEMPTS):
-            try:
-                made = self.maker.make(chunk)
-                break
-            except UserError:
-                raise
-            except Exception as error:  # whatever a generator raises: the chunk is reported, the others go on
-                reason = f"{type(error).__name__}: {one_line(error)}"
-                if "out of memory" in reason:
-                    reason += "; lower --chunk"
-        self.broken = made is None and "CUDA error" in reason  # no later chunk of this process can succeed
-        values: dict[str, Any] = {"chunk": chunk, "busy_s": watch.seconds}
-        if made is None:
-            values |= {"error": reason}
-        else:
-            _, height, width, _ = made.pixels.shape
-            values |= {
-                "rows": made.rows,
-                "height": height,
-                "width": width,
-                "pixels": made.pixels.tobytes(),
-                "features": made.features.tobytes(),
-                "log_density": made.log_density,
-            }
-        return _made_table(values)
-
-
-def _made_table(values: Mapping[str, Any]) -> pa.Table:
-    return pa.table({name: [values.get(name)] for name in _MADE.names}, schema=_MADE)
+def _made_values(made: Batch) -> dict[str, Any]:
+    _, height, width, _ = made.pixels.shape
+    return {
+        "rows": made.rows,
+        "height": height,
+        "width": width,
+        "pixels": made.pixels.tobytes(),
+        "features": made.features.tobytes(),
+        "log_density": made.log_density,
+    }
 
 
 def _read_made(row: Mapping[str, Any], dim: int) -> Batch:
@@ -113,44 +64,12 @@ def _read_made(row: Mapping[str, Any], dim: int) -> Batch:
     return Batch(rows, pixels, features, None if row["log_density"] is None else np.asarray(row["log_density"]))
 
 
-# ---- a chunk off its actor -------------------------------------------------------------------------------------------
-
-_FINISHED = pa.schema(
-    [
-        ("chunk", pa.int64()),
-        ("error", pa.string()),
-        ("busy_s", pa.float64()),
-        ("accepted", pa.large_binary()),  # Arrow stream of schemas.samples()
-        ("densities", pa.list_(pa.float64())),  # that decided, of all candidates
-        ("copies", pa.int64()),  # likely copies among what the weighting accepted
-    ]
-)
-
-
-def _finish_chunk(recipe: Recipe, pool: search.SearchPool, chunks: pa.Table) -> pa.Table:
-    """Nearest real images, index-scored densities where they are asked for, and PNG encoding."""
-    (row,) = chunks.to_pylist()
-    values = {name: row[name] for name in ("chunk", "error", "busy_s")}
-    if row["error"] is None:
-        made = _read_made(row, recipe.realset.extractor.feature_dim)
-        table, densities, copies = finish(recipe, pool, row["chunk"], made)
-        values |= {"accepted": _to_stream(table), "densities": densities, "copies": copies}
-    return pa.table({name: [values.get(name)] for name in _FINISHED.names}, schema=_FINISHED)
-
-
-def _to_stream(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage of samples: what is drawn, and where it goes; picklable.
+    """A stage of samples: what is drawn, and where it goes; picklable, a `chunking.Work`.
 
     Attributes:
         recipe: what is drawn.
@@ -171,12 +90,44 @@ class Job:
         """Candidates of one part."""
         return self.chunks_per_part * self.recipe.chunk
 
-    def finished(self) -> dict[int, storage.Part]:
+    name = "samples"
+    made = _MADE
+    finished = _FINISHED
+
+    def chunks_of(self, part: int) -> range:
+        """All parts have the same number of chunks."""
+        return range(part * self.chunks_per_part, (part + 1) * self.chunks_per_part)
+
+    def open(self, device: str) -> ChunkMaker:
+        """Generator, extractor and predictor."""
+        return ChunkMaker(self.recipe, device)
+
+    def make(self, opened: ChunkMaker, chunk: int) -> dict[str, Any]:
+        """Generated and scored."""
+        return _made_values(opened.make(chunk))
+
+    def finish(self, pool: search.SearchPool, chunk: int, made: Mapping[str, Any]) -> dict[str, Any]:
+        """Nearest real images, index-scored densities where they are asked for, and PNG encoding."""
+        batch = _read_made(made, self.recipe.realset.extractor.feature_dim)
+        table, densities, copies = finish(self.recipe, pool, chunk, batch)
+        return {"accepted": chunking.to_stream(table), "densities": densities, "copies": copies}
+
+    def write(self, part: int, finished: pa.Table) -> int:
+        """What was accepted of the part's chunks, and beside it what was not."""
+        table = chunking.from_streams(finished["accepted"]).replace_schema_metadata(schemas.samples().metadata)
+        densities = np.concatenate([np.asarray(values) for values in finished["densities"].to_pylist()])
+        counts = {"candidates": len(densities), "copies": int(pc.sum(finished["copies"]).as_py())}
+        if self.rejected is not None:  # first: a part of samples without it is not finished
+            self.rejected.write_table(storage.part_name(part), _rejected(self.recipe, part, self, table, densities))
+        self.samples.write_table(storage.part_name(part), table, counts | _histogram(self.recipe, densities))
+        return table.num_rows
+
+    def done(self) -> dict[int, storage.Part]:
         """Finished parts by number; where rejected rows are kept, both files are there."""
-        done = _by_number(self.samples.finished_parts())
+        done = chunking.by_number(self.samples.finished_parts())
         if self.rejected is None:
             return done
-        beside = _by_number(self.rejected.finished_parts())
+        beside = chunking.by_number(self.rejected.finished_parts())
         return {number: part for number, part in done.items() if number in beside}
 
     def prefix(self, rows: Mapping[int, int]) -> int | None:
@@ -193,42 +144,6 @@ class Job:
 def stage_of(uri: str, kind: str, recipe: Recipe, more: Mapping[str, Any]) -> storage.Stage:
     """A stage of samples: its identity is that of the recipe, and `more`."""
     return storage.Stage(uri, kind, schemas.VERSIONS[kind], {**recipe.identity(), **more})
-
-
-def _by_number(parts: Mapping[str, storage.Part]) -> dict[int, storage.Part]:
-    return {number: part for name, part in parts.items() if (number := storage.part_number(name)) is not None}
-
-
-def _write_part(job: Job, chunks: pa.Table) -> pa.Table:
-    """All chunks of one part, in order, to its committed file; nothing is written where one of them failed."""
-    numbers = chunks["chunk"].to_numpy()
-    part = int(numbers[0]) // job.chunks_per_part
-    expected = np.arange(part * job.chunks_per_part, (part + 1) * job.chunks_per_part)
-    if not np.array_equal(numbers, expected):
-        raise RunError(
-            f"samples: part {part} arrived with chunks {numbers.tolist()[:8]}, expected {expected[:8].tolist()}"
-        )
-    rows = 0
-    failed = [(n, e) for n, e in zip(numbers.tolist(), chunks["error"].to_pylist(), strict=True) if e is not None]
-    if not failed:
-        tables = [pa.ipc.open_stream(data.as_buffer()).read_all() for data in chunks["accepted"]]
-        table = pa.concat_tables(tables).replace_schema_metadata(schemas.samples().metadata)
-        densities = np.concatenate([np.asarray(values) for values in chunks["densities"].to_pylist()])
-        counts = {"candidates": len(densities), "copies": int(pc.sum(chunks["copies"]).as_py())}
-        if job.rejected is not None:  # first: a part of samples without it is not finished
-            job.rejected.write_table(storage.part_name(part), _rejected(job.recipe, part, job, table, densities))
-        job.samples.write_table(storage.part_name(part), table, counts | _histogram(job.recipe, densities))
-        rows = table.num_rows
-    error = f"chunk {failed[0][0]}: {failed[0][1]}" if failed else None
-    return pa.table(
-        {
-            "part": pa.array([part], pa.int64()),
-            "rows": pa.array([rows], pa.int64()),
-            "error": pa.array([error], pa.string()),
-            "late": pa.array([any(e == LATE for _, e in failed)]),
-            "busy_s": pa.array([chunks["busy_s"].to_pylist()], pa.list_(pa.float64())),
-        }
-    )
 
 
 def _rejected(recipe: Recipe, part: int, job: Job, accepted: pa.Table, densities: np.ndarray) -> pa.Table:
@@ -251,37 +166,11 @@ def _histogram(recipe: Recipe, densities: np.ndarray) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The generator actors that are wanted, as in the settings."""
-
-    actors: int | None
-    actor_cpus: int
-    actor_gpus: float | None
-
-
-@dataclass(frozen=True)
 class Budget:
     """What a run may use: candidates of the whole stage, and seconds of this run; None is no limit."""
 
     candidates: int | None = None
     seconds: float | None = None
-
-
-@dataclass
-class Progress:
-    """What the driver knows of this run: rows of every part so far, parts that failed, actors' seconds for each chunk,
-    whether its time is over.
-    """
-
-    rows: dict[int, int]
-    failed: dict[int, str]
-    busy_s: list[float] = field(default_factory=list)
-    late: bool = False
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether so many parts failed that more of the same will not help."""
-        return len(self.failed) > max(MOST_FAILED, (len(self.rows) + len(self.failed)) // 10)
 
 
 def run(
@@ -304,7 +193,7 @@ def run(
     deadline = budget.seconds and time.time() + budget.seconds
 
     def execute() -> None:
-        done = job.finished()
+        done = job.done()
         state.rows, state.failed = {number: part.rows for number, part in done.items()}, {}
         while job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is None:
             wanted = _next_parts(job, state, rate, budget.candidates)
@@ -314,13 +203,17 @@ def run(
 
     cluster.persist("samples", execute, lambda: len(state.rows))
     if state.failed:
-        raise RunError(_failed_line(job, state.failed))
+        raise RunError(
+            chunking.failed_line(
+                job, state.failed, lambda chunk: candidates_of(job.recipe, chunk).seed, job.recipe.seed
+            )
+        )
     last = job.prefix(state.rows)
     if last is None:
         raise RunError(_spent_line(job, state.rows, budget, state.late))
     facts = cluster.get(cluster.task(_trim, cluster.IO_CPUS).remote(job, last))
     _drop_after(job, last)
-    done = job.finished()
+    done = job.done()
     parts = [done[number] for number in range(last + 1)]
     assert sum(part.rows for part in parts) == job.n
     totals = {"rows": job.n, "candidates": facts["candidates"], "copies": sum(part.counts["copies"] for part in parts)}
@@ -353,76 +246,14 @@ def _execute(
 ) -> None:
     accepted = min(job.n, sum(state.rows.values()))
     unit = "accepted" if job.samples.kind == "samples" else "candidates"
+    enough = lambda: job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None  # noqa: E731
     with cluster.progress(job.samples.kind, job.n, unit, accepted) as bar:
-        for record in _stream(job, wanted, now, pool, index, deadline).iter_rows():
-            part = record["part"]
-            state.late = record["late"] or (deadline is not None and time.time() > deadline)
-            if record["late"]:
-                return
-            if record["error"] is None:
-                state.rows[part] = record["rows"]
-            else:
-                state.failed[part] = record["error"]
-                cluster.say(f"samples: {record['error']}; its part is left out for now, the others go on")
-            state.busy_s += record["busy_s"]
-            bar.update(min(record["rows"], job.n - bar.n))
-            if state.late or state.hopeless or job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None:
-                return
-
-
-def _stream(
-    job: Job,
-    wanted: Sequence[int],
-    now: cluster.Cluster,
-    pool: Pool,
-    index: search.SearchPool,
-    deadline: float | None = None,
-) -> Any:
-    """The Ray Data plan: chunk numbers -> generated and scored -> searched and encoded -> committed parts, in order."""
-    import ray.data
-
-    # its plans are not for the user; set after the import, which sets another level
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
-    free = replace(now, held_cpus=index.cpus)  # the search actors are there all the while
-    per_part = job.chunks_per_part
-    numbers = [{"chunk": part * per_part + i} for part in wanted for i in range(per_part)]
-    fewest, most, cpus, gpus = cluster.actor_pool(free, pool.actors, pool.actor_cpus, pool.actor_gpus, len(numbers))
-    made = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
-        _MakeChunk,
-        fn_constructor_args=(job.recipe, deadline),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
-        num_cpus=cpus,
-        num_gpus=gpus or None,
-    )
-    # on this machine each more is a process more, whose imports take seconds from the actors
-    together = cluster.cores() if now.local else None
-    finished = made.map_batches(
-        functools.partial(_finish_chunk, job.recipe, index),
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=index.io_cpus,
-        concurrency=together,
-    )
-    # Finished chunks are blocks of one row in their order, so that each batch is one part (`_write_part` checks it).
-    # Ray Data's repartition would do the same in tasks of a whole CPU, for which there is none while the actors work.
-    return finished.map_batches(
-        functools.partial(_write_part, job),
-        batch_size=per_part,
-        batch_format="pyarrow",
-        num_cpus=WRITE_CPUS,
-        concurrency=together,
-    )
+        chunking.execute(job, wanted, now, pool, index, state, job.n, bar, enough, deadline)
 
 
 def _trim(job: Job, last: int) -> dict[str, int]:
     """Cut the last part to the n-th row; returns the candidates up to it."""
-    done = job.finished()
+    done = job.done()
     before = sum(done[number].rows for number in range(last))
     name = storage.part_name(last)
     table = storage.read_table(storage.join(job.samples.uri, name))
@@ -455,17 +286,6 @@ def _drop_after(job: Job, last: int) -> None:
 
 def _sum_bins(parts: Sequence[storage.Part]) -> list[int]:
     return [sum(part.counts.get(f"bin_{b:02d}", 0) for part in parts) for b in range(DENSITY_BINS)]
-
-
-def _failed_line(job: Job, failed: Mapping[int, str]) -> str:
-    number, reason = min(failed.items())
-    chunk = int(reason.removeprefix("chunk ").partition(":")[0])
-    seeds = candidates_of(job.recipe, chunk).seed
-    return (
-        f"samples: {len(failed)} parts are missing, since the generator failed {ATTEMPTS} times on a chunk: {reason} "
-        f"(part {number}, seeds {seeds[0]} ... {seeds[-1]}, run seed {job.recipe.seed}); the others are kept, mend the "
-        "generator or run the same command again"
-    )
 
 
 def _spent_line(job: Job, rows: Mapping[int, int], budget: Budget, late: bool) -> str:

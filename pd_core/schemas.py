@@ -27,6 +27,7 @@ VERSIONS = {
     "scores": 1,
     "pool": 2,
     "curve": 1,
+    "perturbed": 1,
 }
 
 CURVE_METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
@@ -137,10 +138,40 @@ def samples() -> pa.Schema:
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": _datasets_features(fields)}})})
 
 
+def perturbed() -> pa.Schema:
+    """One row per perturbed image, `image`, beside the one it was made from, `image_before`; both PNG.
+
+    Densities are those of the images as they are saved, by the predictor and by the index; percentiles are of the latter
+    among the real set's, in [0, 100]; `confirmed`: the index-scored one moved in the direction that was asked for. Distances
+    are Euclidean in the index's feature space, `feature_distance` between the two images; `latent_distance_max` is the
+    largest change of any element of the latent. Copies and `image_hash` are of `image`.
+    """
+    before_after = ("density_predicted", "density_index", "percentile")
+    fields = [
+        pa.field("sample_id", pa.int64(), nullable=False),  # the candidate's running number
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("direction", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("prompt", pa.string()),
+        *(pa.field(f"{n}_{when}", pa.float64(), nullable=False) for n in before_after for when in ("before", "after")),
+        pa.field("latent_distance_max", pa.float64(), nullable=False),
+        pa.field("feature_distance", pa.float64(), nullable=False),
+        pa.field("confirmed", pa.bool_(), nullable=False),
+        pa.field("nearest_real_id", pa.int64(), nullable=False),
+        pa.field("nearest_real_distance", pa.float32(), nullable=False),
+        pa.field("likely_copy", pa.bool_(), nullable=False),
+        pa.field("image_hash", pa.string(), nullable=False),
+        pa.field("image", IMAGE),
+        pa.field("image_before", IMAGE),
+    ]
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": _datasets_features(fields)}})})
+
+
 def _datasets_features(fields: list[pa.Field]) -> dict[str, Any]:
     """What the `datasets` package keeps of a table in its Parquet files, so that it opens `image` as a picture."""
-    features: dict[str, Any] = {f.name: {"dtype": _datasets_type(f.type), "_type": "Value"} for f in fields}
-    return features | {"image": {"_type": "Image"}}
+    values = {f.name: {"dtype": _datasets_type(f.type), "_type": "Value"} for f in fields if f.type != IMAGE}
+    pictures = {f.name: {"_type": "Image"} for f in fields if f.type == IMAGE}
+    return {f.name: (values | pictures)[f.name] for f in fields}
 
 
 def _datasets_type(kind: pa.DataType) -> str:

@@ -1,12 +1,14 @@
-"""Generated images to features and predicted densities, without leaving the device that made them."""
+"""Generated images to features and predicted densities, without leaving the device that made them; with gradients on request."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
-from pd_core import estimator, images
+from pd_core import estimator
 from pd_core.errors import UserError
 from pd_core.features import Extractor, ExtractorSpec
+from pd_core.images import Preprocess, resized_size
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,17 @@ class Scorer:
             out: torch.Tensor = self.predictor(features)
             return out.double()
 
+    def score(self, images: torch.Tensor) -> torch.Tensor:
+        """What the predictor was trained on (log rho or rho), float32 [B], of float images; differentiable.
+
+        Args:
+            images: [B, 1 or 3, H, W] in [-1, 1], as `LatentGenerator.decode` gives them. What lies outside is clamped, as it
+                is when the image is saved, and has no gradient.
+        """
+        assert self.predictor is not None
+        resized = resize_images(images, self.extractor.spec.preprocess)
+        return self.predictor.score(self.extractor.forward(self.extractor.normalize(resized)))
+
 
 def check_version(spec: ExtractorSpec) -> None:
     """Raise UserError where timm is of another version than the one that made the index: its features may differ."""
@@ -64,7 +77,7 @@ def check_version(spec: ExtractorSpec) -> None:
         )
 
 
-def resize_batch(pixels: torch.Tensor, preprocess: images.Preprocess) -> torch.Tensor:
+def resize_batch(pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     """What `images.resize` does to one image, for a batch on its device: uint8 [B, H, W, 3] to uint8 [B, 3, h, w].
 
     Antialiased as Pillow does it, and within two steps of 255 of it (both round between their two passes).
@@ -76,22 +89,71 @@ def resize_batch(pixels: torch.Tensor, preprocess: images.Preprocess) -> torch.T
 
     _, height, width, _ = pixels.shape
     planes = pixels.permute(0, 3, 1, 2)
-    target = images.resized_size(height, width, preprocess)
+    target = resized_size(height, width, preprocess)
     if target != (height, width):
-        mode = _MODES.get(preprocess.interpolation)
-        if mode is None:
-            raise UserError(
-                f"the index's extractor resizes with {preprocess.interpolation!r}, which has no form on batches; "
-                "build the index with a model that uses bilinear or bicubic"
+        mode = _mode(preprocess)
+        if planes.device.type == "cpu":  # torch has integer kernels for the CPU only
+            planes = torch.nn.functional.interpolate(
+                planes, size=target, mode=mode, antialias=True, align_corners=False
             )
-        # torch has integer kernels for the CPU only
-        planes = planes if planes.device.type == "cpu" else planes.float()
-        planes = torch.nn.functional.interpolate(planes, size=target, mode=mode, antialias=True, align_corners=False)
-        planes = planes.round().clamp(0, 255).to(torch.uint8)
+        else:
+            planes = _resized(planes.float(), target, mode, rounded=True).to(torch.uint8)
     return _center_crop(planes, preprocess)
 
 
-def _center_crop(planes: torch.Tensor, preprocess: images.Preprocess) -> torch.Tensor:
+def resize_images(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
+    """`resize_batch` without rounding: float [B, 1 or 3, H, W] in [-1, 1] to float32 [B, 3, h, w] in 0..255; differentiable.
+
+    Two products with the matrices of torch's own antialiased resize, since the backward pass of that adds in no fixed order on
+    a GPU, and the sign of a gradient that is nearly zero must not depend on who computes it.
+
+    Raises:
+        UserError: an interpolation that torch has no antialiased form of.
+    """
+    batch, _, height, width = images.shape
+    planes = ((images.float() + 1) * 127.5).clamp(0, 255).expand(batch, 3, height, width)
+    target = resized_size(height, width, preprocess)
+    if target != (height, width):
+        planes = _resized(planes, target, _mode(preprocess))
+    return _center_crop(planes, preprocess)
+
+
+def _resized(planes: torch.Tensor, target: tuple[int, int], mode: str, rounded: bool = False) -> torch.Tensor:
+    """float [B, C, H, W] in 0..255 to [B, C, h, w]: across, then down, held in 0..255 (and rounded) after each pass as Pillow
+    does. Without the first of the two a bicubic edge comes out up to 11 steps of 255 away.
+    """
+    height, width = planes.shape[2:]
+    across = _resize_matrix(width, target[1], mode).to(planes.device)
+    down = _resize_matrix(height, target[0], mode).to(planes.device)
+    planes = (planes @ across.T).clamp(0, 255)
+    if not rounded:
+        return (down @ planes).clamp(0, 255)
+    return (down @ (planes + 0.5).floor()).add(0.5).floor().clamp(0, 255)  # halves go up
+
+
+@functools.lru_cache(maxsize=16)
+def _resize_matrix(old: int, new: int, mode: str) -> torch.Tensor:
+    """float32 [new, old]: what torch's antialiased resize makes of a column of `old` px, found by resizing the identity."""
+    import torch
+
+    with torch.inference_mode(False):  # kept for later calls, which may want gradients
+        return torch.nn.functional.interpolate(
+            torch.eye(old)[None, None], size=(new, old), mode=mode, antialias=True, align_corners=False
+        )[0, 0]
+
+
+def _mode(preprocess: Preprocess) -> str:
+    """torch's name of the interpolation."""
+    mode = _MODES.get(preprocess.interpolation)
+    if mode is None:
+        raise UserError(
+            f"the index's extractor resizes with {preprocess.interpolation!r}, which has no form on batches; "
+            "build the index with a model that uses bilinear or bicubic"
+        )
+    return mode
+
+
+def _center_crop(planes: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     """The centre of [B, 3, H, W]; what is missing is filled with the mean colour, as `images.resize` does."""
     batch, channels, height, width = planes.shape
     more_height, more_width = max(0, preprocess.height - height), max(0, preprocess.width - width)

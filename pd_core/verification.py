@@ -169,7 +169,7 @@ def _permitted(uri: str, stored: config.GeneratorSettings, told: config.Generato
 
 
 def _naming(generator: config.GeneratorSettings, names: Sequence[str]) -> dict[str, str]:
-    """`kind` and these settings as a command names them, local paths absolute as `generation.prepare` makes them."""
+    """`kind` and these settings as a command names them, local paths absolute as `opening.resolved` makes them."""
     texts = {"kind": str(generator.kind)}
     for name in names:
         value = getattr(generator, name)

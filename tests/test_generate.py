@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import cluster, errors, exporting, ids, realset, sampling, schemas, storage
+from pd_core import chunking, cluster, errors, exporting, ids, realset, sampling, schemas, storage
 from tests import tiny, toy_generator
 from tests.test_pipeline import is_ours, kill_once
 from workflows import build_index, generate
@@ -461,19 +461,20 @@ def test_hours_that_are_over_keep_what_is_made_and_go_on_later(undisturbed, inde
 def test_a_chunk_that_comes_after_the_deadline_is_not_made(monkeypatch):
     """A part may take hours: the clock is looked at before each of its chunks."""
 
-    class Maker:
-        def __init__(self, *_):
-            pass
+    class Work:
+        made = pa.schema([("pixels", pa.large_binary())])
 
-        def make(self, chunk):
+        def open(self, device):
+            return device
+
+        def make(self, opened, chunk):
             raise AssertionError("made")
 
-    monkeypatch.setattr(sampling, "ChunkMaker", Maker)
     monkeypatch.setattr(cluster, "assigned_device", lambda: "cpu")
     numbers = pa.table({"chunk": [3]})
-    (late,) = sampling._MakeChunk(cast(Any, None), time.time() - 1)(numbers).to_pylist()
-    assert (late["chunk"], late["error"], late["pixels"]) == (3, sampling.LATE, None)
-    (made,) = sampling._MakeChunk(cast(Any, None), time.time() + 1000)(numbers).to_pylist()
+    (late,) = chunking._MakeChunk(cast(Any, Work()), time.time() - 1)(numbers).to_pylist()
+    assert (late["chunk"], late["error"], late["pixels"]) == (3, chunking.LATE, None)
+    (made,) = chunking._MakeChunk(cast(Any, Work()), time.time() + 1000)(numbers).to_pylist()
     assert made["error"] == "AssertionError: made"
 
 

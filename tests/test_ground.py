@@ -211,7 +211,7 @@ def test_a_new_module_must_be_given_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "table", ["listing", "features", "quarantine", "neighbors", "densities", "samples", "rejected"]
+    "table", ["listing", "features", "quarantine", "neighbors", "densities", "samples", "rejected", "perturbed"]
 )
 def test_every_column_that_is_written_is_described(table: str) -> None:
     schema = getattr(schemas, table)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pd_core import acceptance, config, piloting, sampling
+from pd_core import acceptance, chunking, config, piloting
 from pd_core.candidates import EVERYTHING, Candidates, probabilities
 from pd_core.config import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.errors import UserError
@@ -265,7 +265,7 @@ def test_the_candidates_that_surely_suffice_are_where_the_low_end_of_what_a_run_
 def test_a_part_is_bounded_by_rows_bytes_and_work(rate, n, chunk, png_bytes):
     expected = piloting.Expectation(rate, rate / 2, 2 * rate, None)
     chunks = expected.chunks_per_part(n, 1000, chunk, png_bytes)
-    assert 1 <= chunks <= sampling.MAX_CHUNKS
+    assert 1 <= chunks <= chunking.MAX_CHUNKS
     if chunks > 1:
         candidates = chunks * chunk
         assert candidates <= max(piloting.PART_CANDIDATES, n / rate / piloting.MOST_PARTS)

@@ -120,7 +120,9 @@ class TorchScript:
 
         check_conditions(self, conditions.labels, conditions.prompts)
         labels = () if conditions.labels is None else (torch.tensor(conditions.labels, device=self._device),)
-        images = self._module(latents, *labels)
+        # as it stands: what the interpreter makes of a module after its first calls may round in another way
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            images = self._module(latents, *labels)
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
             found = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
             raise UserError(f"--generator.path {self._path}: gave {found}; the module must give images [B, 3, H, W]")

@@ -1,65 +1,87 @@
-"""From the settings of a generator to a Recipe: what every workflow that generates opens first."""
+"""What a workflow with a generator starts from: paths that are there, the real set, the generator's abilities, its conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from pd_core import acceptance, cluster, generators, sampling, storage
+from pd_core import acceptance, cluster, generators, storage
 from pd_core.candidates import EVERYTHING, Recipe
+from pd_core.chunking import Pool
 from pd_core.config import GeneratorSettings
 from pd_core.errors import UserError
 from pd_core.generators.python import split
 from pd_core.realset import RealSet
+from pd_core.running import failures
 
 
-def located(settings: GeneratorSettings) -> GeneratorSettings:
-    """The settings with local paths absolute, for workers that run elsewhere; checked without loading anything.
+def resolved(generator: GeneratorSettings) -> GeneratorSettings:
+    """The generator with local paths absolute; everything that can be checked without loading it is.
 
     Raises:
-        UserError: no path, or nothing there.
+        UserError: no path, or one that is not there.
     """
-    generators.check_path(settings)
-    assert settings.path is not None, "check_path refuses none"
-    paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(settings, name))}
+    generators.check_path(generator)
+    assert generator.path is not None, "check_path refuses none"
+    paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
     local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
-    if settings.kind == "python":
-        source, factory = split(settings.path)
+    if generator.kind == "python":
+        source, factory = split(generator.path)
         if _is_file(source):
             local["path"] = f"{storage.absolute(source)}:{factory}"
     if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
         raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
-    return settings.model_copy(update=local)
+    return generator.model_copy(update=local)
 
 
 def _is_file(value: str) -> bool:
     return storage.is_local(value) and storage.exists(storage.absolute(value))
 
 
-def open_recipe(
+def describe(settings: GeneratorSettings, now: cluster.Cluster, pool: Pool) -> dict[str, Any]:
+    """`_describe` where an actor of the generator would run: what fits one fits this."""
+    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    with failures("generator", str(settings.path)):
+        return cluster.get(cluster.task(_describe, cpus, gpus).remote(settings))
+
+
+def _describe(settings: GeneratorSettings) -> dict[str, Any]:
+    """Identity and abilities of a generator, which is loaded for it: runs in a Ray task."""
+    generator = generators.open_generator(settings, cluster.assigned_device())
+    return {
+        "identity": generator.identity(),
+        "num_classes": generator.num_classes,
+        "takes_prompts": generator.takes_prompts,
+        "latents": isinstance(generator, generators.LatentGenerator),
+        "adapter": type(generator).__name__,
+    }
+
+
+def recipe_of(
     settings: GeneratorSettings,
+    facts: Mapping[str, Any],
     real: RealSet,
-    now: cluster.Cluster,
-    pool: sampling.Pool,
     seed: int,
     chunk: int,
+    threads: int,
+    device: str,
     copies_quantile: float,
 ) -> Recipe:
-    """Every candidate accepted and scored by both predictor and index; the generator is loaded once for its identity.
+    """Every candidate accepted, and scored by both predictor and index.
 
     Args:
-        settings: of the generator, `located`.
+        settings: of the generator, `resolved`.
+        facts: of it, as `describe` gives them.
         real: the real set.
-        now: the cluster.
-        pool: the actors that will generate.
         seed: of the run.
         chunk: candidates of one batch.
+        threads: of one replica.
+        device: cpu or cuda.
         copies_quantile: of the real nearest distances, up to which a sample is a likely copy.
 
     Raises:
-        UserError: the generator cannot be opened, or its labels or prompts do not fit it.
+        UserError: labels or prompts do not fit the generator.
     """
-    facts = _described(settings, now, pool)
     classes, names = _classes(settings, facts)
     return Recipe(
         generator=settings,
@@ -69,30 +91,14 @@ def open_recipe(
         score="both",
         seed=seed,
         chunk=chunk,
-        threads=pool.actor_cpus,
+        threads=threads,
         classes=classes,
         class_names=names,
         prompts=_prompts(settings, facts),
-        device=cluster.device_of(now, pool.actor_gpus),
+        device=device,
         copy_distance=real.copy_distance(copies_quantile),
         drop_copies=False,
     )
-
-
-def _described(settings: GeneratorSettings, now: cluster.Cluster, pool: sampling.Pool) -> dict[str, Any]:
-    """`describe` where an actor of the generator would run: what fits one fits this."""
-    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
-    return cluster.get(cluster.task(describe, cpus, gpus).remote(settings))
-
-
-def describe(settings: GeneratorSettings) -> dict[str, Any]:
-    """Identity and abilities of a generator, which is loaded for it: runs in a Ray task."""
-    generator = generators.open_generator(settings, cluster.assigned_device())
-    return {
-        "identity": generator.identity(),
-        "num_classes": generator.num_classes,
-        "takes_prompts": generator.takes_prompts,
-    }
 
 
 def _classes(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -107,18 +113,19 @@ def _classes(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[tup
     if not many:
         raise UserError(f"--generator.labels {text}: the generator takes no class labels; leave it out")
     try:
-        classes = tuple(range(many)) if text == "all" else tuple(int(part) for part in text.split(","))
+        numbers = tuple(range(many)) if text == "all" else tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--generator.labels {text}: expected none, all, or class numbers such as 0,3,7") from None
-    if wrong := [c for c in classes if not 0 <= c < many]:
+    if wrong := [c for c in numbers if not 0 <= c < many]:
         raise UserError(f"--generator.labels {text}: {wrong[0]} is outside 0 ... {many - 1}")
     names = settings.label_names
     if names is not None and len(names) != many:
         raise UserError(f"--generator.label_names: {len(names)} names for {many} classes; give one for each")
-    return classes, tuple(names[c] if names else str(c) for c in classes)
+    return numbers, tuple(names[c] if names else str(c) for c in numbers)
 
 
 def _prompts(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Texts to draw from."""
     path = settings.prompts
     if path is None:
         if facts["takes_prompts"]:

@@ -1,0 +1,212 @@
+"""The stages of perturb in their order: perturbed images, report; what workflows/perturb.py calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pd_core import (
+    cluster,
+    config,
+    opening,
+    perturbation,
+    perturbed_report,
+    perturbing,
+    realset,
+    search,
+    storage,
+    tracking,
+)
+from pd_core.chunking import Pool
+from pd_core.config import GeneratorSettings, PerturbSettings
+from pd_core.errors import UserError
+from pd_core.realset import RealSet
+from pd_core.running import REPORT, Run, checked_output, failures, flatten
+
+STAGES = ("perturbed", "report")
+
+
+def prepare(settings: PerturbSettings) -> tuple[PerturbSettings, RealSet]:
+    """Check what can be checked without Ray; local paths become absolute.
+
+    Raises:
+        UserError: a setting that every run needs is missing, a path that must be there is not, or the index is not finished.
+    """
+    output = checked_output(settings.output, "perturb")
+    if not settings.index:
+        raise UserError("--index: not set; name the --output of build_index.py")
+    if settings.n is None:
+        raise UserError("--n: not set; how many samples are to be perturbed")
+    real = realset.open_for(settings.index, settings.checkpoint, "--index")
+    settings = settings.model_copy(
+        update={
+            "output": output,
+            "index": real.uri,
+            "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
+            "generator": opening.resolved(settings.generator),
+        }
+    )
+    return settings, real
+
+
+def perturb(settings: PerturbSettings) -> None:
+    """Perturbed images beside their originals, in `perturbed/` under `settings.output`."""
+    settings, real = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output, watch = str(settings.output), storage.Stopwatch()
+    with (
+        cluster.session(output) as now,
+        tracking.start(settings.tracking, output, "perturb", {"workflow": "perturb"}) as tracker,
+    ):
+        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
+        run = Run(settings, output, now, tracker, "perturb", STAGES)
+        planned = _plan(run, settings, real)
+        cluster.say(planned.text)
+        _perturb(run, settings, planned)
+        with failures("run", output):
+            run.record(watch.seconds, ("report",))
+        run.say_done(watch.seconds)
+        if tracker.hint:
+            cluster.say(f"tracking: {tracker.hint}")
+        cluster.say(f"images: {storage.join(output, 'perturbed')}/*.parquet")
+        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+
+
+def plan_perturb(settings: PerturbSettings) -> None:
+    """Measure a few steps of the first chunk, print what is to be expected, and stop; writes nothing."""
+    settings, real = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output = str(settings.output)
+    off = settings.tracking.model_copy(update={"enabled": False})
+    with cluster.session(output) as now, tracking.start(off, output, "perturb", {}) as tracker:
+        planned = _plan(Run(settings, output, now, tracker, "perturb", STAGES), settings, real)
+        cluster.say(planned.text)
+        with failures("perturbed", output):
+            found = _probe(planned, now)
+        cluster.say(_cost(planned, found, now))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be made, and by whom."""
+
+    job: perturbing.Job
+    pool: Pool
+    text: str
+
+
+def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
+    stage_uri = storage.join(run.output, "perturbed")
+    with failures("perturbed", run.output):
+        begun = None if settings.overwrite else storage.begun_identity(stage_uri)
+    gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    pool = Pool(settings.actors, settings.actor_cpus, gpus)
+    facts = opening.describe(settings.generator, run.now, pool)
+    _check_latents(settings.generator, facts)
+    job = job_of(settings, real, facts, cluster.device_of(run.now, gpus), stage_uri)
+    return Planned(job, pool, _text(job))
+
+
+def job_of(settings: PerturbSettings, real: RealSet, facts: Mapping[str, Any], device: str, uri: str) -> perturbing.Job:
+    """The stage at `uri`; facts: of the generator, from `opening.describe`."""
+    assert settings.n is not None
+    recipe = opening.recipe_of(
+        settings.generator,
+        facts,
+        real,
+        seed=settings.seed,
+        chunk=settings.chunk,
+        threads=settings.actor_cpus,
+        device=device,
+        copies_quantile=settings.copies_quantile,
+    )
+    step_size = settings.step_size or perturbation.default_step_size(settings.epsilon)
+    move = perturbing.Move(settings.directions, settings.epsilon, step_size, settings.steps, settings.random_start)
+    per_part = -(-settings.part_rows // (settings.chunk * len(move.directions)))
+    stage = perturbing.stage_of(uri, recipe, move, per_part, settings.n)
+    return perturbing.Job(recipe, move, stage, per_part, settings.n)
+
+
+def _check_latents(settings: GeneratorSettings, facts: Mapping[str, Any]) -> None:
+    """Raise UserError where the images are no differentiable function of latents, with what would make them one."""
+    if facts["latents"]:
+        return
+    name = f"--generator.path {settings.path}"
+    if facts["adapter"] == "Diffusion":
+        raise UserError(
+            f"{name}: its scheduler draws noise between the steps, so that an image is no function of one latent; add "
+            "--generator.scheduler DDIMScheduler with few --generator.steps, such as 10 (and no --generator.eta)"
+        )
+    if settings.kind == "diffusers":
+        raise UserError(
+            f"{name}: this pipeline runs in a loop of its own, which gives no gradients; perturb takes U-Net and DiT pipelines, "
+            "or a --generator.kind python with latents() and decode()"
+        )
+    raise UserError(f"{name}: offers no latents; add latents() and decode() to it (docs/generators.md)")
+
+
+def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
+    job = planned.job
+
+    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+        searching, now = settings.search, cluster.refreshed(run.now)
+        with contextlib.ExitStack() as resources:
+            pool = search.open_pool(
+                job.recipe.realset.index, now, searching.actors, searching.actor_cpus, beside_generator=True
+            )
+            parts, totals = perturbing.run(job, run.now, planned.pool, resources.enter_context(pool))
+        return parts, totals | {"settings": settings.model_dump(mode="json")}
+
+    perturbed = run.stage(job.stage, make)
+    for way in job.move.directions:
+        cluster.say(f"{way}: {_summary(perturbed.totals[way])}")
+    stage = perturbed_report.stage_of(run.output, job.stage, settings.images)
+    inputs = perturbed_report.Inputs(job, perturbed, settings, dict(run.timings_s))
+    run.stage(stage, lambda: perturbed_report.run(stage, inputs))
+
+
+def _summary(totals: Mapping[str, Any]) -> str:
+    return (
+        f"{totals['confirmed']} of {totals['rows']} images ({100 * totals['confirmed_share']:.3g}%, 95%: "
+        f"{100 * totals['confirmed_low']:.3g}% ... {100 * totals['confirmed_high']:.3g}%) confirmed by the index; the predictor "
+        f"says {100 * totals['predicted_share']:.3g}%"
+    )
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _text(job: perturbing.Job) -> str:
+    ways, move = job.move.directions, job.move
+    surplus = job.chunks * job.recipe.chunk - job.n
+    cut = f"; {surplus} more are made to fill the last and cut" if surplus else ""
+    return (
+        f"perturbed: {job.n} samples {' and '.join(ways)}, {job.n * len(ways)} images, in {job.chunks} chunks of "
+        f"{job.recipe.chunk} and {job.parts} parts{cut}\n"
+        f"box: epsilon {move.epsilon:g}, {move.steps} steps of {move.step_size:g}"
+        f"{', from a random start' if move.random_start else ''}"
+    )
+
+
+def _probe(planned: Planned, now: cluster.Cluster) -> perturbing.Probe:
+    pool = planned.pool
+    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    return cluster.get(cluster.task(perturbing.probe, cpus, gpus).remote(planned.job))
+
+
+def _cost(planned: Planned, found: perturbing.Probe, now: cluster.Cluster) -> str:
+    job, pool = planned.job, planned.pool
+    passes = len(job.move.directions) * (job.move.steps + 1 / 3 + job.move.random_start / 3)
+    chunk_s = found.step_s * passes
+    _, most, _, _ = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus, job.chunks)
+    actors = max(1, min(most, cluster.actors_that_fit(now, pool.actor_cpus, pool.actor_gpus)))
+    total_s = -(-job.chunks // actors) * chunk_s
+    where = "of GPU memory" if found.device != "cpu" else "of memory"
+    return (
+        f"time: {found.step_s:.3g} s a step of one chunk, {chunk_s / job.recipe.chunk:.3g} s a sample; about "
+        f"{total_s / 60:.3g} min with {actors} {'actor' if actors == 1 else 'actors'}, beside starting up\n"
+        f"memory: a step of one chunk took a process to {found.peak_bytes / 2**30:.2g} GiB {where}; lower --chunk where that is "
+        "too much (other chunks, other rows: it is part of their identity)"
+    )
