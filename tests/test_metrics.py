@@ -386,28 +386,34 @@ def test_tiles_and_threads_change_nothing(monkeypatch, tile, threads):
         assert getattr(result.per_sample, field).tobytes() == getattr(expected.per_sample, field).tobytes()
 
 
+# Neighbors are looked for among 2,000 rows each, which takes no minute: radii are then larger, and pairs more
 PEAK = """
 import resource, sys
 import numpy as np
-from pd_core import metrics
-n, m = int(sys.argv[1]), int(sys.argv[2])
+from pd_core import halfsamples, manifold, metrics
 make = lambda rows, seed: np.random.default_rng(seed).standard_normal((rows, 16), np.float32)
-def run(rows, generated):
-    reference = metrics.prepare(make(rows, 0), np.arange(rows), threads=1, device="cpu")
-    metrics.evaluate(reference, make(generated, 1), np.arange(generated), threads=1, device="cpu")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = run(4000, 1000)  # libraries are loaded, tiles have their full size
-print((run(n, m) - before) * 1024)
+def reference(features):
+    ids = np.arange(len(features))
+    parts = [manifold.Side.of(features[i : i + 2000], ids[i : i + 2000], 28, 1, "cpu") for i in range(0, len(ids), 2000)]
+    lists = [np.concatenate([getattr(p, name) for p in parts]) for name in ("groups", "distances", "neighbor_groups")]
+    moments = metrics.Moments.of(features, lists[0])
+    return metrics.Reference(manifold.Side(features, *lists), moments, np.ones(1 + halfsamples.REPLICATES), 3, 5)
+def peak(n, m):
+    real, generated = reference(make(n, 0)), make(m, 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = metrics.evaluate(real, generated, np.arange(m), device="cpu")
+    assert result.n_real == n and len(result.replicates["recall"]) == halfsamples.REPLICATES
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+peak(4000, 1024)  # libraries are loaded, tiles and arrays of pairs have their full size
+print(peak(*map(int, sys.argv[1:])))
 """
 
 
 @pytest.mark.parametrize(("n", "m"), [(40_000, 3_000), pytest.param(200_000, 3_000, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_pairs(n, m):
     done = subprocess.run([sys.executable, "-c", PEAK, str(n), str(m)], capture_output=True, text=True, check=True)
-    grown = int(done.stdout)
-    # per real row: features twice (64 B each), list of 28 (5 B, 13 B while it is made), candidates of the search (37·12 B)
-    print(grown / 2**20, "MiB")
-    assert grown < 64 * 2**20 + n * 1500 < n * m * 4 / 2
+    # a tile holds 45 bytes for each of its pairs that matter, at most 2^21 of them; and some words per real row
+    assert int(done.stdout) < 96 * 2**20 + n * 64 < n * m * 4 / 4
 
 
 def test_a_reference_survives_a_pickle():
