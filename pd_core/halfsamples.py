@@ -25,6 +25,7 @@ GROUPS = 16
 SPLITS = GROUPS - 1
 REPLICATES = 4 * SPLITS
 FULL = REPLICATES  # the bit after those of the replicates: all rows
+Z_975 = 1.959963984540054  # normal quantile
 T_975 = 2.131449545559323  # Student's t of SPLITS degrees of freedom
 ROWS_FOR_INTERVALS = 64  # 4 rows per group; coverage by simulation: tests/test_metrics.py
 
@@ -81,3 +82,17 @@ def estimate(value: float, replicates: np.ndarray, lowest: float = -math.inf, hi
         return Estimate(value, None, None)
     reach = T_975 * standard_error(replicates)
     return Estimate(value, max(lowest, value - reach), min(highest, value + reach))
+
+
+def share_estimate(value: float, replicates: np.ndarray, rows: int) -> Estimate:
+    """The same for a share of `rows` rows, at least as wide as Wilson's score interval (JASA 22, 1927) of as many draws.
+
+    Where all or none of them are counted no replicate differs, and their spread alone would leave no doubt.
+    """
+    spread = estimate(value, replicates, 0.0, 1.0)
+    if spread.low is None or spread.high is None:
+        return spread
+    z2 = Z_975**2
+    middle = (value + z2 / (2 * rows)) / (1 + z2 / rows)
+    reach = Z_975 * math.sqrt(value * (1 - value) / rows + z2 / (4 * rows * rows)) / (1 + z2 / rows)
+    return Estimate(value, max(0.0, min(spread.low, middle - reach)), min(1.0, max(spread.high, middle + reach)))
