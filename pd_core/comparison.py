@@ -36,7 +36,7 @@ from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting
 
 PILOT = "pool-pilot"  # its folder: by `pilot` an output of generate.py is known
-STAGES = (PILOT, "pool", "curve", "report")
+STAGES = ("curve", "report")
 POOL_TIMES = 20  # --n: largest pool, unless it is said
 PART_CHUNKS = 16  # of the pool
 

@@ -163,7 +163,7 @@ def _features_of_index(uri: str, space: Space) -> Features:
 
 
 def names_of(uris: list[str]) -> list[str]:
-    """A name for each URI: its last part, with as many parts before it as tell it from the others.
+    """A name for each URI: its last part without .parquet or .tar, with as many parts before it as tell it from the others.
 
     Raises:
         UserError: the same URI twice.
@@ -177,7 +177,8 @@ def names_of(uris: list[str]) -> list[str]:
         many = 1
         while sum(other[-many:] == parts[-many:] for other in split) > 1:
             many += 1
-        names.append("-".join(part for part in parts[-many:] if part).replace("*", "all").replace("?", "one"))
+        name = "-".join(part for part in parts[-many:] if part).replace("*", "all").replace("?", "one")
+        names.append(name.removesuffix(".parquet").removesuffix(".tar"))
     if len(set(names)) < len(names):
         raise UserError(f"--samples: two sets have the name {max(names, key=names.count)!r}; rename one")
     return names

@@ -89,8 +89,10 @@ def test_numbers_are_those_of_the_library_on_the_same_features(measured, built):
     reference = metrics.prepare(as_array(real), real["sample_id"].to_numpy())
     found = metrics.evaluate(reference, as_array(other)[keep], other["sample_id"].to_numpy()[keep])
     for name, row in numbers(measured, "other").items():
-        assert row["value"] == pytest.approx(found.estimates[name].value, rel=1e-9), name
-        assert row["low"] == pytest.approx(found.estimates[name].low, rel=1e-9), name
+        # covariances of fewer rows than dimensions: roots of eigenvalues that are zero but for rounding
+        rel = 1e-4 if name == "frechet_distance" else 1e-9
+        assert row["value"] == pytest.approx(found.estimates[name].value, rel=rel), name
+        assert row["low"] == pytest.approx(found.estimates[name].low, rel=rel), name
 
 
 def _hash(ids):
@@ -103,7 +105,7 @@ def test_sets_of_different_sizes_are_measured_at_the_size_of_the_smallest(measur
     rows = table(measured).to_pylist()
     assert {row["n_generated"] for row in rows} == {tiny.GOOD // 2}
     assert {row["n_real"] for row in rows} == {tiny.GOOD}
-    assert {row["set"] for row in rows} == {"same", "other", "half.parquet", "out"}
+    assert {row["set"] for row in rows} == {"same", "other", "half", "out"}
     assert {row["k"] for row in rows if row["metric"] == "precision"} == {3}
     assert {row["k"] for row in rows if row["metric"] == "coverage"} == {5}
     assert not any(row["selected_here"] for row in rows)
@@ -140,7 +142,7 @@ def test_the_same_command_makes_nothing_again_and_lost_parts_come_back_the_same(
 
 def test_the_report_names_sets_and_spaces(measured):
     page = (measured / "report" / "index.html").read_text()
-    assert tiny.MODEL in page and "half.parquet" in page and "Judged where" not in page
+    assert tiny.MODEL in page and "half" in page and "Judged where" not in page
     record = json.loads((measured / "run.json").read_text())
     assert record["workflow"] == "evaluate" and "sets/other/index/features" in record["stages"]
 
@@ -148,7 +150,7 @@ def test_the_report_names_sets_and_spaces(measured):
 def test_labels_are_measured_by_themselves(built, sets, tmp_path):
     more = ("--per-label", "--data.labels=column:label", "--metrics.k_precision=2", "--metrics.k_coverage=2")
     assert run(built, tmp_path / "out", sets / "half.parquet", more=more) == 0
-    found = numbers(tmp_path / "out", "half.parquet", label="a")
+    found = numbers(tmp_path / "out", "half", label="a")
     assert found["precision"]["value"] == 1  # they are real images of that label
     assert found["precision"]["n_real"] == tiny.GOOD // 3
 
