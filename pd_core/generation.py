@@ -183,6 +183,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         generator_identity=facts["identity"],
         realset=real,
         weightings={EVERYTHING: acceptance.uniform()},
+        volume=piloting.volume_of(settings.weighting),
         score="both",
         seed=ids.stream(settings.seed, "pilot"),
         chunk=settings.chunk,

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from pd_core import cluster, schemas, search, storage
-from pd_core.candidates import Batch, ChunkMaker, Recipe, candidates_of, finish, probabilities
+from pd_core.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
 from pd_core.errors import RunError, UserError, one_line
 
 WRITE_CPUS = cluster.IO_CPUS / 2  # another share than that of the tasks before, or Ray Data would make one of both
@@ -47,6 +47,8 @@ _MADE = pa.schema(
         ("pixels", pa.large_binary()),
         ("features", pa.large_binary()),
         ("log_density", pa.list_(pa.float64())),
+        ("log_volume", pa.list_(pa.float64())),
+        ("degenerate", pa.int64()),
     ]
 )
 
@@ -98,6 +100,8 @@ class _MakeChunk:
                 "pixels": made.pixels.tobytes(),
                 "features": made.features.tobytes(),
                 "log_density": made.log_density,
+                "log_volume": made.log_volume,
+                "degenerate": made.degenerate,
             }
         return _made_table(values)
 
@@ -110,7 +114,10 @@ def _read_made(row: Mapping[str, Any], dim: int) -> Batch:
     rows = np.asarray(row["rows"], dtype=np.int64)
     pixels = np.frombuffer(row["pixels"], np.uint8).reshape(len(rows), row["height"], row["width"], 3)
     features = np.frombuffer(row["features"], np.float32).reshape(len(rows), dim)
-    return Batch(rows, pixels, features, None if row["log_density"] is None else np.asarray(row["log_density"]))
+    log_density, log_volume = (
+        None if row[name] is None else np.asarray(row[name]) for name in ("log_density", "log_volume")
+    )
+    return Batch(rows, pixels, features, log_density, log_volume, row["degenerate"])
 
 
 # ---- a chunk off its actor -------------------------------------------------------------------------------------------
@@ -121,7 +128,9 @@ _FINISHED = pa.schema(
         ("error", pa.string()),
         ("busy_s", pa.float64()),
         ("accepted", pa.large_binary()),  # Arrow stream of schemas.samples()
-        ("densities", pa.list_(pa.float64())),  # that decided, of all candidates
+        ("density", pa.list_(pa.float64())),  # of all candidates, as in `Scores`
+        ("log_volume", pa.list_(pa.float64())),
+        ("degenerate", pa.int64()),
         ("copies", pa.int64()),  # likely copies among what the weighting accepted
     ]
 )
@@ -133,8 +142,9 @@ def _finish_chunk(recipe: Recipe, pool: search.SearchPool, chunks: pa.Table) -> 
     values = {name: row[name] for name in ("chunk", "error", "busy_s")}
     if row["error"] is None:
         made = _read_made(row, recipe.realset.extractor.feature_dim)
-        table, densities, copies = finish(recipe, pool, row["chunk"], made)
-        values |= {"accepted": _to_stream(table), "densities": densities, "copies": copies}
+        table, scores, copies = finish(recipe, pool, row["chunk"], made)
+        values |= {"accepted": _to_stream(table), "copies": copies, "degenerate": made.degenerate}
+        values |= {"density": scores.density, "log_volume": scores.log_volume}
     return pa.table({name: [values.get(name)] for name in _FINISHED.names}, schema=_FINISHED)
 
 
@@ -213,11 +223,13 @@ def _write_part(job: Job, chunks: pa.Table) -> pa.Table:
     if not failed:
         tables = [pa.ipc.open_stream(data.as_buffer()).read_all() for data in chunks["accepted"]]
         table = pa.concat_tables(tables).replace_schema_metadata(schemas.samples().metadata)
-        densities = np.concatenate([np.asarray(values) for values in chunks["densities"].to_pylist()])
-        counts = {"candidates": len(densities), "copies": int(pc.sum(chunks["copies"]).as_py())}
+        scores = _scores(job.recipe, chunks)
+        counts = {"candidates": len(scores.density), "copies": int(pc.sum(chunks["copies"]).as_py())}
+        if job.recipe.volume is not None:
+            counts["degenerate"] = int(pc.sum(chunks["degenerate"]).as_py())
         if job.rejected is not None:  # first: a part of samples without it is not finished
-            job.rejected.write_table(storage.part_name(part), _rejected(job.recipe, part, job, table, densities))
-        job.samples.write_table(storage.part_name(part), table, counts | _histogram(job.recipe, densities))
+            job.rejected.write_table(storage.part_name(part), _rejected(job.recipe, part, job, table, scores))
+        job.samples.write_table(storage.part_name(part), table, counts | _histogram(job.recipe, scores.density))
         rows = table.num_rows
     error = f"chunk {failed[0][0]}: {failed[0][1]}" if failed else None
     return pa.table(
@@ -231,14 +243,25 @@ def _write_part(job: Job, chunks: pa.Table) -> pa.Table:
     )
 
 
-def _rejected(recipe: Recipe, part: int, job: Job, accepted: pa.Table, densities: np.ndarray) -> pa.Table:
+def _scores(recipe: Recipe, chunks: pa.Table) -> Scores:
+    """Those of all chunks of a part together."""
+    join = lambda name: np.concatenate([np.asarray(values) for values in chunks[name].to_pylist()])  # noqa: E731
+    return Scores(join("density"), None if recipe.volume is None else join("log_volume"))
+
+
+def _rejected(recipe: Recipe, part: int, job: Job, accepted: pa.Table, scores: Scores) -> pa.Table:
     drawn = [candidates_of(recipe, part * job.chunks_per_part + i) for i in range(job.chunks_per_part)]
     number = np.concatenate([d.number for d in drawn])
-    split = np.split(densities, job.chunks_per_part)
+    split = np.split(scores.deciding, job.chunks_per_part)
     chances = np.concatenate([probabilities(recipe, d, values) for d, values in zip(drawn, split, strict=True)])
     out = ~np.isin(number, accepted["sample_id"].to_numpy())
     seed = np.concatenate([d.seed for d in drawn])
-    return pa.table([pa.array(v[out]) for v in (number, seed, densities, chances)], schema=schemas.rejected())
+    columns = {"sample_id": number, "seed": seed, "density": scores.density, "acceptance_probability": chances}
+    if scores.log_volume is not None:
+        columns["log_volume"] = scores.log_volume
+    schema = schemas.rejected()
+    arrays = [pa.array(columns[f.name][out]) if f.name in columns else pa.nulls(int(out.sum()), f.type) for f in schema]
+    return pa.table(arrays, schema=schema)
 
 
 def _histogram(recipe: Recipe, densities: np.ndarray) -> dict[str, int]:

@@ -101,7 +101,7 @@ def top_singular_values(
         if (most := min(y.shape[1:])) < volume.rank:
             raise UserError(
                 f"{name}: a map of {jacobian.inputs} latent dimensions to {y.shape[1]} values has no {volume.rank} singular "
-                f"values; set a rank of at most {most}"
+                f"values; set --weighting.rank to at most {most}"
             )
         for _ in range(volume.iterations):
             if v.shape[2] == jacobian.inputs:
@@ -184,7 +184,7 @@ def averaged(images: torch.Tensor, size: int | None, name: str = "the generator"
     factors = [max(1, side // size) for side in (height, width)]
     if any(side > size and side % size for side in (height, width)):
         raise UserError(
-            f"{name}: its images of {height}x{width} px cannot be averaged to {size} px; use a divisor of both"
+            f"{name}: its images of {height}x{width} px cannot be averaged to {size} px; set --weighting.output_size to a divisor"
         )
     rows, columns = factors
     blocks = images.reshape(batch, channels, height // rows, rows, width // columns, columns)
