@@ -1,5 +1,7 @@
 """Weight functions ω(ρ) and the probabilities of rejection sampling by them: pure functions, float64 inside.
 
+What is said of densities here holds for any other number that is known of each sample: `tilted` is of log-volumes.
+
 Importance sampling at inference (arXiv 2407.08659, Algorithm 2): from a generator with distribution p_G draw the target
 q(x) ∝ ω(ρ(x)) p_G(x) by accepting x with probability a = ω(ρ(x)) / sup ω. Every weighting here is a step function of the
 density, the paper's rule (weight w above a threshold τ, 1 elsewhere) being the one with a single step.
@@ -135,6 +137,37 @@ def _cap(shares: Float64Array, ratios: Float64Array, most: float, top: float) ->
     # concave in C and positive at the smallest ratio, so it crosses zero once, above the last ratio where it is not negative
     start = max(ratio for ratio in ratios.tolist() if excess(ratio) >= 0)
     return start + excess(start) / (1 / most - float(shares[ratios > start].sum()))
+
+
+def tilted(generated: ArrayLike, exponent: float, bins: int) -> Weighting:
+    """ω = exp(exponent · v) as steps over at most `bins` bins of equally many samples of the generator (a pilot), 1 in the mean.
+
+    Polarity Sampling (arXiv 2203.01993) draws from a pool with chances ∝ exp(polarity · v). A bin's weight is the mean of these
+    over its samples, so that each bin gets the share that a draw from the pilot as the pool would give it; within a bin all
+    are alike. The outermost bins reach on beyond the pilot: that bounds ω, which exp does not, and since the bin of the
+    largest weight holds one in `bins` of the pilot, its acceptance rate is at least 1/bins.
+
+    Args:
+        generated: v, [M], finite. Values that are equal are in one bin, so there may be fewer.
+        exponent: of any sign; 0 gives ω = 1.
+        bins: B >= 1.
+    """
+    v = np.sort(np.asarray(generated, dtype=np.float64))
+    last = (
+        np.ceil(np.arange(1, bins) / bins * len(v)).astype(np.int64) - 1
+    )  # sample at the upper end of each bin but the top
+    edges = np.unique(v[last[last >= 0]])
+    edges = edges[edges < v[-1]]  # no bin is without a sample
+    inside = np.searchsorted(edges, v, side="left")
+    weights = np.exp(exponent * v - np.max(exponent * v))
+    means = np.bincount(inside, weights) / np.bincount(inside)
+    return Weighting(tuple(edges.tolist()), tuple((means / weights.mean()).tolist()))
+
+
+def effective_size(weights: ArrayLike) -> float:
+    """(Σ ω)² / Σ ω² of [M] weights (Kish 1965): as many samples of equal weight tell a mean as well."""
+    w = np.asarray(weights, dtype=np.float64)
+    return float(w.sum() ** 2 / np.square(w).sum())
 
 
 def unseen(weighting: Weighting, generated_density: ArrayLike) -> Weighting:

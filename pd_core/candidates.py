@@ -7,10 +7,11 @@ always run as one batch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from pd_core.config import GeneratorSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
 from pd_core.scoring import Scorer
+from pd_core.volume import Volume, floored, log_volume, top_singular_values
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +53,7 @@ class Recipe:
         device: cpu or cuda; the last bits of an image differ between the two, and with them its hash.
         copy_distance: a row at most this far from a real image is a likely copy of it.
         drop_copies: such rows are not accepted.
+        volume: how log-volumes are measured, which decide then; None where densities do.
     """
 
     generator: GeneratorSettings
@@ -67,6 +70,7 @@ class Recipe:
     device: str
     copy_distance: float
     drop_copies: bool
+    volume: Volume | None = None
 
     def identity(self) -> dict[str, Any]:
         """JSON-able: all of it and the versions that move pixels, but not where the generator and the index lie."""
@@ -77,6 +81,7 @@ class Recipe:
             "settings": self.generator.model_dump(mode="json", exclude={"path", "code", "prompts", "allow_pickle"}),
             "realset": dict(self.realset.fingerprints),
             "weightings": {label: weighting.to_json() for label, weighting in self.weightings.items()},
+            "volume": None if self.volume is None else asdict(self.volume),
             "score": self.score,
             "seed": self.seed,
             "chunk": self.chunk,
@@ -101,6 +106,7 @@ class Recipe:
             generator_identity=identity["generator"],
             realset=realset,
             weightings={label: Weighting.from_json(w) for label, w in identity["weightings"].items()},
+            volume=None if identity["volume"] is None else Volume(**identity["volume"]),
             score=identity["score"],
             seed=identity["seed"],
             chunk=identity["chunk"],
@@ -159,15 +165,33 @@ def conditions_of(recipe: Recipe, drawn: Candidates) -> generators.Conditions:
     )
 
 
-def probabilities(recipe: Recipe, drawn: Candidates, densities: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class Scores:
+    """What is known of each candidate of a chunk.
+
+    Attributes:
+        density: ρ, by the predictor or by the index, float64 [n].
+        log_volume: v, float64 [n], or None where it was not asked for.
+    """
+
+    density: np.ndarray
+    log_volume: np.ndarray | None = None
+
+    @property
+    def deciding(self) -> np.ndarray:
+        """What ω is a function of."""
+        return self.density if self.log_volume is None else self.log_volume
+
+
+def probabilities(recipe: Recipe, drawn: Candidates, deciding: np.ndarray) -> np.ndarray:
     """Acceptance probability of each candidate of a chunk, float64: ω of its label over the supremum of all labels' ω."""
     if drawn.label is None or EVERYTHING in recipe.weightings:
-        return acceptance.acceptance_probability(densities, recipe.weightings[EVERYTHING])
-    chances, sup = np.empty(len(densities)), acceptance.supremum(recipe.weightings.values())
+        return acceptance.acceptance_probability(deciding, recipe.weightings[EVERYTHING])
+    chances, sup = np.empty(len(deciding)), acceptance.supremum(recipe.weightings.values())
     for place in np.unique(drawn.label):
         rows = drawn.label == place
         weighting = recipe.weightings[recipe.class_names[place]]
-        chances[rows] = acceptance.acceptance_probability(densities[rows], weighting, sup)
+        chances[rows] = acceptance.acceptance_probability(deciding[rows], weighting, sup)
     return chances
 
 
@@ -181,12 +205,16 @@ class Batch:
     Attributes:
         rows: int64 [m]. pixels: uint8 [m, H, W, 3]. features: float32 [m, D].
         log_density: predicted, float64 [chunk], of all candidates; None where no predictor was asked for.
+        log_volume: float64 [chunk], of all candidates; None where it was not asked for.
+        degenerate: candidates with a singular value that counts as zero.
     """
 
     rows: np.ndarray
     pixels: np.ndarray
     features: np.ndarray
     log_density: np.ndarray | None
+    log_volume: np.ndarray | None = None
+    degenerate: int = 0
 
 
 class ChunkMaker:
@@ -200,11 +228,18 @@ class ChunkMaker:
                 f"--generator.path {recipe.generator.path}: differs from what the run began with; make the same files "
                 "visible on every node and leave them as they are while it runs"
             )
+        self.name = f"--generator.path {recipe.generator.path}"
+        if recipe.volume is not None and not isinstance(self.generator, generators.LatentGenerator):
+            raise UserError(
+                f"{self.name}: its images are not a function of latents that gradients pass (docs/generators.md); Polarity and "
+                "MaGNET need a LatentGenerator, such as diffusion with --generator.scheduler DDIMScheduler --generator.eta 0"
+            )
+        assert recipe.volume is None or recipe.score != "index", "GenerateSettings refuses both"
         predictor = None if recipe.score == "index" else recipe.realset.predictor()
         self.scorer = Scorer(recipe.realset.extractor, predictor, device, recipe.threads)
 
     def make(self, chunk: int) -> Batch:
-        """Generate and score a chunk; where the predictor decides, only what it accepts leaves the device.
+        """Generate and score a chunk; where the index does not decide, only what is accepted leaves the device.
 
         Raises:
             ValueError: the generator gave something that is no batch of images, or a feature is not finite.
@@ -212,10 +247,10 @@ class ChunkMaker:
         import torch
 
         drawn = candidates_of(self.recipe, chunk)
-        name, device = f"--generator.path {self.recipe.generator.path}", self.scorer.extractor.device
+        device = self.scorer.extractor.device
         with torch.no_grad():  # not inference_mode: a scheduler may keep a tensor that a later gradient has to pass
             seeds, conditions = drawn.seed.tolist(), conditions_of(self.recipe, drawn)
-            images = generators.generate_checked(self.generator, seeds, conditions, name, device).to(device)
+            images = generators.generate_checked(self.generator, seeds, conditions, self.name, device).to(device)
             features = self.scorer.features(images)
             if not bool(torch.isfinite(features).all()):
                 raise ValueError("features of generated images are not finite")
@@ -224,8 +259,23 @@ class ChunkMaker:
             log_density = self.scorer.log_density(features).cpu().numpy()
         if not np.isfinite(log_density).all():
             raise ValueError("predicted densities of generated images are not finite")
-        chances = probabilities(self.recipe, drawn, density.density_of(log_density))
-        return _batch(np.flatnonzero(drawn.u < chances), images, features, log_density)
+        values = self._singular_values(seeds, conditions)
+        scores = Scores(density.density_of(log_density), None if values is None else log_volume(values))
+        accepted = np.flatnonzero(drawn.u < probabilities(self.recipe, drawn, scores.deciding))
+        degenerate = 0 if values is None else int(floored(values).sum())
+        return replace(
+            _batch(accepted, images, features, log_density), log_volume=scores.log_volume, degenerate=degenerate
+        )
+
+    def _singular_values(self, seeds: Sequence[int], conditions: generators.Conditions) -> np.ndarray | None:
+        """Of the Jacobian at each sample, float64 [chunk, rank]; None where volumes were not asked for."""
+        if self.recipe.volume is None:
+            return None
+        assert isinstance(self.generator, generators.LatentGenerator)
+        decode = functools.partial(self.generator.decode, conditions=conditions)
+        with generators.own_randomness(self.name, self.scorer.extractor.device):
+            latents = self.generator.latents(seeds)
+            return top_singular_values(decode, latents, seeds, self.recipe.volume, self.name)
 
 
 def _batch(rows: np.ndarray, images: torch.Tensor, features: torch.Tensor, log_density: np.ndarray | None) -> Batch:
@@ -238,21 +288,21 @@ def _batch(rows: np.ndarray, images: torch.Tensor, features: torch.Tensor, log_d
 # ---- searched, accepted, encoded --------------------------------------------------------------------------------------
 
 
-def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> tuple[pa.Table, np.ndarray, int]:
-    """The accepted rows of a chunk (`schemas.samples`), the deciding densities of all its candidates, likely copies."""
+def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> tuple[pa.Table, Scores, int]:
+    """The accepted rows of a chunk (`schemas.samples`), the scores of all its candidates, likely copies."""
     drawn, real = candidates_of(recipe, chunk), recipe.realset
     k = 1 if recipe.score == "predictor" else real.k
     if len(made.rows) == 0:
         assert made.log_density is not None
-        return schemas.samples().empty_table(), density.density_of(made.log_density), 0
+        return schemas.samples().empty_table(), Scores(density.density_of(made.log_density), made.log_volume), 0
     distances, neighbors, _ = search.search(pool, made.features, k)
     by_index = None if recipe.score == "predictor" else density.density_of(real.log_density(distances))
     if made.log_density is None:  # the index decides: every candidate is here
         assert by_index is not None and len(made.rows) == recipe.chunk
-        deciding = by_index
+        scores = Scores(by_index)
     else:
-        deciding = density.density_of(made.log_density)
-    chances = probabilities(recipe, drawn, deciding)
+        scores = Scores(density.density_of(made.log_density), made.log_volume)
+    chances = probabilities(recipe, drawn, scores.deciding)
     copies = distances[:, 0] <= recipe.copy_distance
     chosen = drawn.u[made.rows] < chances[made.rows]
     likely = int((chosen & copies).sum())
@@ -261,10 +311,11 @@ def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> 
     columns = {
         "sample_id": drawn.number[rows],
         "seed": drawn.seed[rows],
-        "density": deciding[rows],
+        "density": scores.density[rows],
         "density_predicted": None if made.log_density is None else density.density_of(made.log_density[rows]),
         "density_index": None if by_index is None else by_index[keep],
-        "percentile": real.percentile(deciding[rows]),
+        "percentile": real.percentile(scores.density[rows]),
+        "log_volume": None if scores.log_volume is None else scores.log_volume[rows],
         "acceptance_probability": chances[rows],
         "label": None if drawn.label is None else [recipe.class_names[i] for i in drawn.label[rows]],
         "prompt": None if drawn.prompt is None else [recipe.prompts[i] for i in drawn.prompt[rows]],
@@ -276,7 +327,7 @@ def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> 
     }
     schema = schemas.samples()
     arrays = [pa.nulls(len(keep), f.type) if (c := columns[f.name]) is None else pa.array(c, f.type) for f in schema]
-    return pa.table(arrays, schema=schema), deciding, likely
+    return pa.table(arrays, schema=schema), scores, likely
 
 
 def pixels_hash(pixels: np.ndarray) -> str:

@@ -34,6 +34,7 @@ from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting
+from pd_core.volume import Volume
 
 PILOT = "pool-pilot"  # its folder: by `pilot` an output of generate.py is known
 STAGES = ("curve", "report")
@@ -159,6 +160,8 @@ def _plan(
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = _recipe(run, settings, real, pool, settings.generator)
+    if any(setting.method == "polarity" for setting in found):
+        recipe = replace(recipe, volume=Volume(settings.rank, settings.output_size))
 
     @functools.cache
     def open_index() -> search.SearchPool:
@@ -166,7 +169,7 @@ def _plan(
         opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
         return resources.enter_context(opened)
 
-    piloted = replace(recipe, seed=ids.stream(settings.seed, "pilot"))
+    piloted = replace(recipe, seed=ids.stream(settings.seed, "pilot"), volume=None)
     pilot = piloting.make(run, piloted, pool, open_index, settings.pilot, PILOT)
     deciding = pilot.deciding(settings.score)
     rates = {

@@ -46,7 +46,7 @@ SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
 IndexKind = Literal["auto", "flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
 GeneratorKind = Literal["diffusers", "stylegan", "torchscript", "python"]
 TRUNCATED_KINDS: tuple[GeneratorKind, ...] = ("stylegan",)
-WeightingKind = Literal["two_level", "quantiles", "match", "none"]
+WeightingKind = Literal["two_level", "quantiles", "match", "polarity", "magnet", "none"]
 
 
 class Section(BaseModel):
@@ -300,12 +300,13 @@ class GeneratorSettings(Section):
 
 
 class WeightingSettings(Section):
-    """The weight function of the pseudo density, METHOD section 4: what is asked for more often, and how much."""
+    """The weight function, METHOD sections 4 and 6: what is asked for more often, and how much."""
 
     kind: WeightingKind = Field(
         "two_level",
         description="two_level: the paper's, one threshold; quantiles: one weight per bin of the real densities; match: the "
-        "real set's densities; none: as the generator draws",
+        "real set's densities; polarity: exp(polarity * v), v the log-volume of the generator at the sample, whatever its density; "
+        "magnet: polarity 1, uniform on what the generator can make; none: as the generator draws",
     )
     threshold: str = Field("p80", description="two_level: tau, a percentile of the real set (p80) or a density (1.19)")
     weight: float | None = Field(
@@ -314,13 +315,31 @@ class WeightingSettings(Section):
     weights: list[float] | None = Field(
         None, description="quantiles: a weight for each of equally large bins of the real set, lowest densities first"
     )
-    bins: int = Field(20, gt=1, description="match: bins of equally many real images")
+    bins: int = Field(
+        20,
+        gt=1,
+        description="match: bins of equally many real images; polarity, magnet: of equally many pilot candidates, steps of the weight",
+    )
     max_weight: float = Field(
         20.0,
         gt=1,
         description="match: largest weight, 1 being the generator's mean; the pilot's acceptance rate is at least 1 over it",
     )
     per_label: bool = Field(False, description="thresholds and bins of the sample's own label instead of all images")
+    polarity: float | None = Field(
+        None, description="polarity: below 0 the generator's modes, above 0 its anti-modes, 0 as it draws; required"
+    )
+    rank: int = Field(8, gt=0, description="polarity, magnet: singular values of the Jacobian that make a log-volume")
+    output_size: int = Field(
+        64,
+        gt=0,
+        description="polarity, magnet: larger images are averaged to this side before they are differentiated, px",
+    )
+
+    @property
+    def exponent(self) -> float | None:
+        """Of the volume in the weights, where log-volumes decide and not densities."""
+        return {"polarity": self.polarity, "magnet": 1.0}.get(self.kind)
 
     @model_validator(mode="after")
     def _fits_kind(self) -> WeightingSettings:
@@ -329,7 +348,10 @@ class WeightingSettings(Section):
             "threshold": ("two_level",),
             "weight": ("two_level",),
             "weights": ("quantiles",),
-            "bins": ("match",),
+            "bins": ("match", "polarity", "magnet"),
+            "polarity": ("polarity",),
+            "rank": ("polarity", "magnet"),
+            "output_size": ("polarity", "magnet"),
             "max_weight": ("match",),
             "per_label": ("two_level", "quantiles", "match"),
         }
@@ -438,6 +460,15 @@ class GenerateSettings(WorkflowSettings):
         description="verify: seed of the choice of rows, as an earlier verify printed it",
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerateSettings:
+        if self.score == "index" and self.weighting.kind in ("polarity", "magnet"):
+            raise ValueError(
+                f"score index, the decision by true neighbors, has no meaning for weighting.kind {self.weighting.kind!r}, which "
+                "decides by the log-volume; use predictor or both"
+            )
+        return self
+
 
 class PerturbSettings(WorkflowSettings):
     """Settings of workflows/perturb.py."""
@@ -542,6 +573,14 @@ class TradeoffSettings(WorkflowSettings):
     polarities: list[float] | None = Field(
         None,
         description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 where a generator has latents and is no diffusion",
+    )
+    rank: int = Field(
+        8, gt=0, description="Polarity and MaGNET: singular values of the Jacobian that make a log-volume"
+    )
+    output_size: int = Field(
+        64,
+        gt=0,
+        description="Polarity and MaGNET: larger images are averaged to this side before they are differentiated, px",
     )
     truncations: list[float] | None = Field(
         None, description="psi; default: 0.5 and 0.7 where the generator has truncation"

@@ -167,6 +167,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         threads=settings.actor_cpus,
         device=cluster.device_of(run.now, gpus),
         copies_quantile=settings.copies_quantile,
+        volume=piloting.volume_of(settings.weighting),
     )
     by_label = _label_quantiles(settings, real, recipe.class_names)
 

@@ -13,6 +13,7 @@ from pd_core.errors import UserError
 from pd_core.generators.python import split
 from pd_core.realset import RealSet
 from pd_core.running import failures
+from pd_core.volume import Volume
 
 
 def resolved(generator: GeneratorSettings) -> GeneratorSettings:
@@ -66,6 +67,7 @@ def recipe_of(
     threads: int,
     device: str,
     copies_quantile: float,
+    volume: Volume | None = None,
 ) -> Recipe:
     """Every candidate accepted, and scored by both predictor and index.
 
@@ -78,6 +80,7 @@ def recipe_of(
         threads: of one replica.
         device: cpu or cuda.
         copies_quantile: of the real nearest distances, up to which a sample is a likely copy.
+        volume: how log-volumes are measured, where they are.
 
     Raises:
         UserError: labels or prompts do not fit the generator.
@@ -98,6 +101,7 @@ def recipe_of(
         device=device,
         copy_distance=real.copy_distance(copies_quantile),
         drop_copies=False,
+        volume=volume,
     )
 
 

@@ -16,6 +16,7 @@ from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.config import GenerateSettings, WeightingSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
+from pd_core.volume import FLOOR, Volume
 
 PART_CHUNKS = 8  # of the pilot
 LABEL_ROWS = 1_000_000  # real densities that the quantiles of labels are taken from
@@ -61,6 +62,7 @@ class Pilot:
 
     Attributes:
         label: names, or None. predicted, by_index: densities float64 [M]. copies: bool [M].
+        log_volume: float64 [M], or None where densities decide. degenerate: candidates whose log-volume holds a zero.
         actor_s: seconds of an actor per candidate. png_bytes: mean size of an image, bytes.
     """
 
@@ -70,15 +72,26 @@ class Pilot:
     copies: np.ndarray
     actor_s: float
     png_bytes: float
+    log_volume: np.ndarray | None = None
+    degenerate: int = 0
 
     @property
     def rows(self) -> int:
         """M."""
         return len(self.predicted)
 
-    def deciding(self, score: str) -> np.ndarray:
-        """The densities that decide in the run."""
+    def densities(self, score: str) -> np.ndarray:
+        """Those that the run takes for a candidate's."""
         return self.by_index if score == "index" else self.predicted
+
+    def deciding(self, score: str) -> np.ndarray:
+        """What decides in the run: densities, or log-volumes."""
+        return self.densities(score) if self.log_volume is None else self.log_volume
+
+    @property
+    def axis(self) -> str:
+        """Name of what decides, in the plural."""
+        return "densities" if self.log_volume is None else "log-volumes"
 
     def calibration(self) -> Agreement:
         """How the predictor fares off the real manifold: predicted against index-scored log density (METHOD 2b)."""
@@ -105,7 +118,7 @@ def make(
 
 def read(stage: storage.Stage, artifact: storage.Artifact) -> Pilot:
     """The pilot that a finished stage holds; a few hundred rows."""
-    columns = ["label", "density_predicted", "density_index", "likely_copy", "image"]
+    columns = ["label", "density_predicted", "density_index", "log_volume", "likely_copy", "image"]
     tables = list(sampling.iterate_rows(stage.uri, artifact.parts, columns))
     join = lambda name: np.concatenate([table[name].to_numpy() for table in tables])  # noqa: E731
     labels = [label for table in tables for label in table["label"].to_pylist()]
@@ -117,6 +130,8 @@ def read(stage: storage.Stage, artifact: storage.Artifact) -> Pilot:
         copies=join("likely_copy").astype(bool),
         actor_s=artifact.totals.get("actor_s_per_candidate", math.nan),
         png_bytes=sum(sizes) / artifact.rows,
+        log_volume=join("log_volume") if tables[0]["log_volume"].null_count == 0 else None,
+        degenerate=sum(part.counts.get("degenerate", 0) for part in artifact.parts),
     )
 
 
@@ -155,8 +170,17 @@ def check_settings(settings: WeightingSettings, labels: str) -> None:
         if not settings.weights:
             raise UserError("--weighting.weights: not set; kind quantiles needs a weight for each bin, e.g. [1,1,2,4]")
         acceptance.Weighting(tuple(map(float, range(1, len(settings.weights)))), tuple(settings.weights))
+    if settings.kind == "polarity" and settings.polarity is None:
+        raise UserError(
+            "--weighting.polarity: not set; below 0 asks for the generator's modes, above 0 for its anti-modes, e.g. -0.5"
+        )
     if settings.per_label and labels == "none":
         raise UserError("--weighting.per_label: the samples have no labels; set --generator.labels or leave it out")
+
+
+def volume_of(settings: WeightingSettings) -> Volume | None:
+    """How log-volumes are measured, where they decide."""
+    return None if settings.exponent is None else Volume(settings.rank, settings.output_size)
 
 
 def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: np.ndarray, where: str) -> Weighting:
@@ -165,7 +189,7 @@ def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: 
     Args:
         settings: kind and numbers.
         quantiles: of the real densities, [1001].
-        generated: densities of the pilot's candidates, for `match`.
+        generated: of the pilot's candidates what decides, for `match`, `polarity` and `magnet`.
         where: what the set is, for messages: `the index` or `label '3'`.
 
     Raises:
@@ -173,6 +197,8 @@ def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: 
     """
     if settings.kind == "none":
         return acceptance.uniform()
+    if settings.exponent is not None:
+        return acceptance.tilted(generated, settings.exponent, settings.bins)
     if settings.kind == "match":
         return acceptance.match(quantiles, generated, settings.bins, settings.max_weight)
     if settings.kind == "quantiles":
@@ -264,21 +290,21 @@ def expect(settings: GenerateSettings, weightings: Mapping[str, Weighting], pilo
     Raises:
         UserError: not one of them could be accepted.
     """
-    densities = pilot.deciding(settings.score)
+    deciding = pilot.deciding(settings.score)
     fitted = settings.weighting.kind == "match"
     sup = acceptance.supremum(weightings.values())
     chances = np.empty(pilot.rows)
     for label, weighting in weightings.items():
         rows = np.full(pilot.rows, True) if label == EVERYTHING else np.asarray(pilot.label == label)
-        seen_from = acceptance.unseen(weighting, densities[rows]) if fitted else weighting
-        chances[rows] = acceptance.acceptance_probability(densities[rows], seen_from, sup)
+        seen_from = acceptance.unseen(weighting, deciding[rows]) if fitted else weighting
+        chances[rows] = acceptance.acceptance_probability(deciding[rows], seen_from, sup)
     if settings.drop_copies:
         chances = chances * ~pilot.copies
     rate = float(chances.mean())
     if rate == 0:
         raise UserError(
-            f"weighting: none of the {pilot.rows} pilot candidates could be accepted (densities "
-            f"{densities.min():.4g} ... {densities.max():.4g}); choose other weights or raise --pilot"
+            f"weighting: none of the {pilot.rows} pilot candidates could be accepted ({pilot.axis} "
+            f"{deciding.min():.4g} ... {deciding.max():.4g}); choose other weights or raise --pilot"
         )
     lowest = 0.0 if settings.drop_copies else min(min(w.weights) for w in weightings.values()) / sup
     bins = sum(weighting.bins for weighting in weightings.values()) if fitted else 0
@@ -286,7 +312,7 @@ def expect(settings: GenerateSettings, weightings: Mapping[str, Weighting], pilo
     above = None
     if settings.weighting.kind == "two_level" and len(weightings) == 1:
         (weighting,) = weightings.values()
-        above = float(acceptance.bin_shares(densities, weighting)[1])
+        above = float(acceptance.bin_shares(deciding, weighting)[1])
     return Expectation(rate, low, high, above)
 
 
@@ -337,14 +363,15 @@ def _fitting(settings: GenerateSettings, real: RealSet, by_label: Mapping[str, n
         return found.candidates_surely(n) <= _usable(eased, pilot, found)
 
     n = settings.n
-    if settings.weighting.kind == "none" or not fits(1.0):
+    if settings.weighting.kind in ("none", "magnet") or not fits(1.0):
         return None
     low, high = math.log(SMALLEST_FLOOR), 0.0
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(math.exp(middle)) else (middle, high)
     eased = _eased(settings.weighting, math.exp(high))
-    name = {"two_level": "weight", "quantiles": "weights", "match": "max_weight"}[settings.weighting.kind]
+    names = {"two_level": "weight", "quantiles": "weights", "match": "max_weight", "polarity": "polarity"}
+    name = names[settings.weighting.kind]
     value = getattr(eased, name)
     return f"--weighting.{name} " + (
         f"{value:g}" if name != "weights" else "[" + ",".join(f"{w:g}" for w in value) + "]"
@@ -352,7 +379,15 @@ def _fitting(settings: GenerateSettings, real: RealSet, by_label: Mapping[str, n
 
 
 def _eased(weighting: WeightingSettings, floor: float) -> WeightingSettings:
-    """The same weighting with no acceptance probability below `floor` in (0, 1], in numbers that can be typed."""
+    """The same weighting with no acceptance probability below `floor` in (0, 1], in numbers that can be typed.
+
+    What polarity keeps above a floor depends on the pilot: there it is a polarity that goes to 0 as `floor` goes to 1.
+    """
+    if weighting.kind == "polarity":
+        assert weighting.polarity is not None
+        milder = abs(weighting.polarity) * math.log(floor) / math.log(SMALLEST_FLOOR)
+        eased = math.copysign(_digits(milder, False), weighting.polarity) if milder else 0.0
+        return weighting.model_copy(update={"polarity": eased})
     if weighting.kind == "two_level":
         assert weighting.weight is not None
         w = weighting.weight
@@ -407,6 +442,7 @@ def plan(
             if copy_distance == 0
             else f"within {copy_distance:.4g} of one"
         ),
+        *_of_volumes(settings, pilot),
         f"predictor:  Spearman {_shown(figures.spearman if figures else None)} against the index on generated images",
         *_warnings(settings, expected, pilot),
     ]
@@ -414,8 +450,27 @@ def plan(
         name = f" of {label}" if label else ""
         edges = ", ".join(f"{edge:.4g}" for edge in weighting.edges[:5]) + (", ..." if weighting.bins > 6 else "")
         weights = ", ".join(f"{w:.3g}" for w in weighting.weights[:6]) + (", ..." if weighting.bins > 6 else "")
-        lines.append(f"weights{name}:    {weights}" + (f" (densities cut at {edges})" if edges else ""))
+        lines.append(f"weights{name}:    {weights}" + (f" ({pilot.axis} cut at {edges})" if edges else ""))
     return "\n".join(lines)
+
+
+def _of_volumes(settings: GenerateSettings, pilot: Pilot) -> list[str]:
+    """What the weights are, how far they reach, and what they are worth, where log-volumes decide."""
+    v, exponent = pilot.log_volume, settings.weighting.exponent
+    if v is None or exponent is None:
+        return []
+    weighting = acceptance.tilted(v, exponent, settings.weighting.bins)
+    ends = f"{v.min():.4g} ... {v.max():.4g}"
+    lines = [f"volumes:    exp({exponent:g} v) in {weighting.bins} steps, log-volumes v of the pilot in {ends}"]
+    if exponent and weighting.edges:
+        side, edge = ("above", weighting.edges[-1]) if exponent > 0 else ("up to", weighting.edges[0])
+        exact, steps = np.exp(exponent * v - np.max(exponent * v)), acceptance.weight_of(v, weighting)
+        size, capped = (acceptance.effective_size(w) for w in (exact, steps))
+        lines.append(
+            f"cap:        all v {side} {edge:.4g} have the weight {max(weighting.weights):.3g} (1 is the generator's mean); "
+            f"effective sample size of the pilot {capped:.1f} of {pilot.rows}, without steps and cap {size:.1f}"
+        )
+    return lines
 
 
 def _interval(expected: Expectation) -> str:
@@ -451,6 +506,11 @@ def _warnings(settings: GenerateSettings, expected: Expectation, pilot: Pilot) -
             f"warning:    {calibration.left_out} of {pilot.rows} pilot candidates are left out of what is said of the "
             "predictor: they lie so far from the real images that their density underflows to 0, by the index or by the "
             "predictor; an index with a smaller --density.volume_dim would tell such images apart"
+        )
+    if pilot.degenerate:
+        lines.append(
+            f"warning:    {pilot.degenerate} of {pilot.rows} pilot candidates have singular values that are zero up to rounding "
+            f"among their top {settings.weighting.rank}, and count as {FLOOR:g} of the largest; lower --weighting.rank"
         )
     if expected.above in (0.0, 1.0):
         side = "above" if expected.above else "below"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pd_core import chunking, cluster, schemas, search, storage
-from pd_core.candidates import Batch, ChunkMaker, Recipe, candidates_of, finish, probabilities
+from pd_core.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
 from pd_core.chunking import LATE, MAX_CHUNKS, Pool, Progress
 from pd_core.errors import RunError
 
@@ -34,12 +34,16 @@ _MADE = pa.schema(
         ("pixels", pa.large_binary()),
         ("features", pa.large_binary()),
         ("log_density", pa.list_(pa.float64())),
+        ("log_volume", pa.list_(pa.float64())),
+        ("degenerate", pa.int64()),
     ]
 )
 _FINISHED = pa.schema(
     [
         ("accepted", pa.large_binary()),  # Arrow stream of schemas.samples()
-        ("densities", pa.list_(pa.float64())),  # that decided, of all candidates
+        ("density", pa.list_(pa.float64())),  # of all candidates, as in `Scores`
+        ("log_volume", pa.list_(pa.float64())),
+        ("degenerate", pa.int64()),
         ("copies", pa.int64()),  # likely copies among what the weighting accepted
     ]
 )
@@ -54,6 +58,8 @@ def _made_values(made: Batch) -> dict[str, Any]:
         "pixels": made.pixels.tobytes(),
         "features": made.features.tobytes(),
         "log_density": made.log_density,
+        "log_volume": made.log_volume,
+        "degenerate": made.degenerate,
     }
 
 
@@ -61,7 +67,10 @@ def _read_made(row: Mapping[str, Any], dim: int) -> Batch:
     rows = np.asarray(row["rows"], dtype=np.int64)
     pixels = np.frombuffer(row["pixels"], np.uint8).reshape(len(rows), row["height"], row["width"], 3)
     features = np.frombuffer(row["features"], np.float32).reshape(len(rows), dim)
-    return Batch(rows, pixels, features, None if row["log_density"] is None else np.asarray(row["log_density"]))
+    log_density, log_volume = (
+        None if row[name] is None else np.asarray(row[name]) for name in ("log_density", "log_volume")
+    )
+    return Batch(rows, pixels, features, log_density, log_volume, row["degenerate"])
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -109,17 +118,20 @@ class Job:
     def finish(self, pool: search.SearchPool, chunk: int, made: Mapping[str, Any]) -> dict[str, Any]:
         """Nearest real images, index-scored densities where they are asked for, and PNG encoding."""
         batch = _read_made(made, self.recipe.realset.extractor.feature_dim)
-        table, densities, copies = finish(self.recipe, pool, chunk, batch)
-        return {"accepted": chunking.to_stream(table), "densities": densities, "copies": copies}
+        table, scores, copies = finish(self.recipe, pool, chunk, batch)
+        values = {"accepted": chunking.to_stream(table), "copies": copies, "degenerate": batch.degenerate}
+        return values | {"density": scores.density, "log_volume": scores.log_volume}
 
     def write(self, part: int, finished: pa.Table) -> int:
         """What was accepted of the part's chunks, and beside it what was not."""
         table = chunking.from_streams(finished["accepted"]).replace_schema_metadata(schemas.samples().metadata)
-        densities = np.concatenate([np.asarray(values) for values in finished["densities"].to_pylist()])
-        counts = {"candidates": len(densities), "copies": int(pc.sum(finished["copies"]).as_py())}
+        scores = _scores(self.recipe, finished)
+        counts = {"candidates": len(scores.density), "copies": int(pc.sum(finished["copies"]).as_py())}
+        if self.recipe.volume is not None:
+            counts["degenerate"] = int(pc.sum(finished["degenerate"]).as_py())
         if self.rejected is not None:  # first: a part of samples without it is not finished
-            self.rejected.write_table(storage.part_name(part), _rejected(self.recipe, part, self, table, densities))
-        self.samples.write_table(storage.part_name(part), table, counts | _histogram(self.recipe, densities))
+            self.rejected.write_table(storage.part_name(part), _rejected(self.recipe, part, self, table, scores))
+        self.samples.write_table(storage.part_name(part), table, counts | _histogram(self.recipe, scores.density))
         return table.num_rows
 
     def done(self) -> dict[int, storage.Part]:
@@ -146,14 +158,25 @@ def stage_of(uri: str, kind: str, recipe: Recipe, more: Mapping[str, Any]) -> st
     return storage.Stage(uri, kind, schemas.VERSIONS[kind], {**recipe.identity(), **more})
 
 
-def _rejected(recipe: Recipe, part: int, job: Job, accepted: pa.Table, densities: np.ndarray) -> pa.Table:
+def _scores(recipe: Recipe, chunks: pa.Table) -> Scores:
+    """Those of all chunks of a part together."""
+    join = lambda name: np.concatenate([np.asarray(values) for values in chunks[name].to_pylist()])  # noqa: E731
+    return Scores(join("density"), None if recipe.volume is None else join("log_volume"))
+
+
+def _rejected(recipe: Recipe, part: int, job: Job, accepted: pa.Table, scores: Scores) -> pa.Table:
     drawn = [candidates_of(recipe, part * job.chunks_per_part + i) for i in range(job.chunks_per_part)]
     number = np.concatenate([d.number for d in drawn])
-    split = np.split(densities, job.chunks_per_part)
+    split = np.split(scores.deciding, job.chunks_per_part)
     chances = np.concatenate([probabilities(recipe, d, values) for d, values in zip(drawn, split, strict=True)])
     out = ~np.isin(number, accepted["sample_id"].to_numpy())
     seed = np.concatenate([d.seed for d in drawn])
-    return pa.table([pa.array(v[out]) for v in (number, seed, densities, chances)], schema=schemas.rejected())
+    columns = {"sample_id": number, "seed": seed, "density": scores.density, "acceptance_probability": chances}
+    if scores.log_volume is not None:
+        columns["log_volume"] = scores.log_volume
+    schema = schemas.rejected()
+    arrays = [pa.array(columns[f.name][out]) if f.name in columns else pa.nulls(int(out.sum()), f.type) for f in schema]
+    return pa.table(arrays, schema=schema)
 
 
 def _histogram(recipe: Recipe, densities: np.ndarray) -> dict[str, int]:

@@ -34,7 +34,7 @@ class Sample:
 
     Attributes:
         number: running number of the candidate. seed: that its image was made from.
-        density: that decided. percentile: of it among the real set, in [0, 100].
+        density: ρ. percentile: of it among the real set, in [0, 100].
         probability: a, of being accepted; None where nothing was to be decided (the pilot).
         label, prompt: what the generator was asked to show, or None.
         thumbnail: PNG or JPEG.
@@ -85,6 +85,8 @@ class Expected:
 class Weight:
     """One step of a weight function: ω(ρ) = weight for low < ρ <= high, accepted with `probability` = ω / sup ω.
 
+    Where log-volumes decide, of v instead of ρ.
+
     label: whose function it is; None is everybody's. low, high: None where the step has no end on that side.
     """
 
@@ -112,7 +114,7 @@ class SamplesData:
         created: ISO 8601 time, given by the caller, so that `render` is a function of its argument alone.
         n: accepted images. candidates: up to and with the n-th accepted.
         score: `predictor`, `index` or `both`, what the densities of generated images are.
-        weighting: settings of it: kind, threshold, weight, per_label.
+        weighting: settings of it: kind, and what that takes.
         weights: its steps, in ascending density within each label.
         inverse_sum, inverse_square_sum: Σ 1/a and Σ 1/a² over the accepted.
         quantiles: float64 [1001], p0, p0.1 ... p100 of the real set's densities.

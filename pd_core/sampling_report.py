@@ -117,7 +117,7 @@ def gather(inputs: Inputs) -> SamplesData:
     seen = _look_through(inputs)
     shown = _choose(seen, settings.images)
     pairs, originals_note = _pairs(inputs, seen)
-    pilot_densities = pilot.deciding(settings.score)
+    pilot_densities = pilot.densities(settings.score)
     return SamplesData(
         title="Generated images",
         output=str(settings.output),

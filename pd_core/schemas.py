@@ -19,13 +19,13 @@ VERSIONS = {
     "densities": 1,
     "estimator": 1,
     "report": 1,
-    "pilot": 2,
-    "samples": 2,
-    "rejected": 2,
+    "pilot": 3,
+    "samples": 3,
+    "rejected": 3,
     "export": 1,
     "metrics": 1,
     "scores": 1,
-    "pool": 2,
+    "pool": 3,
     "curve": 1,
     "perturbed": 1,
 }
@@ -115,8 +115,9 @@ IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())
 def samples() -> pa.Schema:
     """One row per accepted image; `image` is a PNG in the form that `datasets` and Ray Data read as an image.
 
-    `density` is the one that decided, `percentile` its place among the real set's in [0, 100]; `acceptance_probability` is
-    a of METHOD section 4, so that weights 1/a undo the selection; distances are Euclidean in the index's feature space;
+    `density` is the one that decided, unless `log_volume` is there, which then did (METHOD section 6); `percentile` is the
+    density's place among the real set's in [0, 100]; `acceptance_probability` is a of METHOD section 4, so that weights 1/a
+    undo the selection; distances are Euclidean in the index's feature space;
     `image_hash` is the SHA-256 of height, width and RGB pixels.
     """
     fields = [
@@ -126,6 +127,7 @@ def samples() -> pa.Schema:
         pa.field("density_predicted", pa.float64()),
         pa.field("density_index", pa.float64()),
         pa.field("percentile", pa.float64(), nullable=False),
+        pa.field("log_volume", pa.float64()),
         pa.field("acceptance_probability", pa.float64(), nullable=False),
         pa.field("label", pa.string()),
         pa.field("prompt", pa.string()),
@@ -179,12 +181,13 @@ def _datasets_type(kind: pa.DataType) -> str:
 
 
 def rejected() -> pa.Schema:
-    """One row per rejected candidate: the density that decided and its acceptance probability."""
+    """One row per rejected candidate: its density, its log-volume where that decided, and its acceptance probability."""
     return pa.schema(
         [
             pa.field("sample_id", pa.int64(), nullable=False),
             pa.field("seed", pa.int64(), nullable=False),
             pa.field("density", pa.float64(), nullable=False),
+            pa.field("log_volume", pa.float64()),
             pa.field("acceptance_probability", pa.float64(), nullable=False),
         ]
     )

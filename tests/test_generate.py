@@ -19,7 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import chunking, cluster, errors, exporting, ids, realset, sampling, schemas, storage
+from pd_core import (
+    chunking,
+    cluster,
+    errors,
+    exporting,
+    ids,
+    realset,
+    sampling,
+    schemas,
+    storage,
+    verification,
+)
 from tests import tiny, toy_generator
 from tests.test_pipeline import is_ours, kill_once
 from workflows import build_index, generate
@@ -406,6 +417,40 @@ def test_prompts_are_drawn_and_kept(index, tmp_path):
 def test_other_weightings_run(index, tmp_path, more):
     assert run(index, tmp_path / "out", *more, n=20) == 0
     assert rows(tmp_path / "out").num_rows == 20
+
+
+POLARITY = (
+    "--weighting.kind=polarity",
+    "--weighting.polarity=-1",
+    "--weighting.rank=4",
+    "--generator.kind=torchscript",
+)
+POLARITY += ("--generator.latent_shape=[4]", "--weighting.bins=8", "--generator.arguments={}")
+
+
+def test_polarity_sampling_by_log_volumes_end_to_end(index, tmp_path, capsys):
+    """Rows, rejected, plan, report, --verify; log-volumes are those of the closed form at the latents of the rows' seeds."""
+    from pd_core.generators import normal_latents
+    from tests import tiny_generators
+
+    gan = f"--generator.path={tiny_generators.save_bars(tmp_path / 'bars.pt')}"
+    output = tmp_path / "out"
+    assert run(index, output, *POLARITY, gan, "--keep-rejected", "--pilot=128", n=40) == 0
+    text = capsys.readouterr().out
+    assert "effective sample size of the pilot" in text and "log-volumes cut at" in text
+    accepted, rejected, pilot = (rows(output, stage) for stage in ("samples", "rejected", "pilot"))
+    for table in (accepted, rejected, pilot):
+        latents = normal_latents(table["seed"].to_pylist(), (4,)).numpy()
+        np.testing.assert_allclose(table["log_volume"], tiny_generators.Bars.log_volume(latents), atol=1e-4)
+    everyone = np.sort(np.concatenate([accepted["sample_id"].to_numpy(), rejected["sample_id"].to_numpy()]))
+    np.testing.assert_array_equal(everyone, np.arange(everyone[-1] + 1))
+    v, a = accepted["log_volume"].to_numpy(), accepted["acceptance_probability"].to_numpy()
+    assert (np.diff(a[np.argsort(v)]) <= 0).all() and len(set(a.tolist())) > 3  # modes first, in steps
+    page = (output / "report" / "index.html").read_text()
+    assert "Polarity Sampling" in page and "v above" in page and "ρ above" in page
+    generator = generate.config.GeneratorSettings(kind="torchscript", path=str(tmp_path / "bars.pt"), latent_shape=(4,))
+    verification.verify(str(output), 8, generator, 1)
+    assert "8 of 8 rows are what their seeds give" in capsys.readouterr().out
 
 
 def test_exact_duplicates_do_not_switch_the_search_for_copies_off():

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -207,6 +208,7 @@ def test_the_advised_weights_work(most, weighting):
         ({"weight": 100}, "weight"),
         ({"kind": "match"}, "max_weight"),
         ({"kind": "quantiles", "weights": [1, 50]}, "weights"),
+        ({"kind": "polarity", "polarity": -3}, "polarity"),
     ],
 )
 @pytest.mark.parametrize("labels", [False, True])
@@ -214,6 +216,8 @@ def test_every_kind_gets_an_advice_that_is_accepted_and_no_milder_than_needed(we
     rng = np.random.default_rng(6)
     label, densities = labelled(rng, 512)
     pilot = pilot_of(densities, np.array(NAMES)[label])
+    if name == "polarity":
+        pilot, labels = replace(pilot, log_volume=rng.normal(size=512)), False
     by_label = BY_LABEL if labels else None
     given = {**weighting, "per_label": labels}
     _, expected = forecast(settings_of(1000, None, given), pilot, by_label)
@@ -352,6 +356,63 @@ def test_where_no_density_underflows_nothing_is_left_out():
     assert not any("left out" in line for line in warnings_of(far_off(0)))
 
 
+# ---- log-volumes -----------------------------------------------------------------------------------------------------
+
+
+def pilot_of_volumes(rng, m, degenerate=0):
+    """v ~ N(-3, 1), and densities that have nothing to do with it."""
+    return replace(pilot_of(rng.exponential(size=m)), log_volume=rng.normal(-3, 1, m), degenerate=degenerate)
+
+
+@pytest.mark.parametrize(("kind", "exponent"), [("polarity", -1.5), ("magnet", 1.0)])
+def test_log_volumes_decide_and_densities_do_not(kind, exponent):
+    given = {"kind": kind} | ({"polarity": exponent} if kind == "polarity" else {})
+    rng = np.random.default_rng(9)
+    pilot = pilot_of_volumes(rng, 4000)
+    weightings, expected = forecast(settings_of(weighting=given), pilot)
+    assert weightings == {EVERYTHING: acceptance.tilted(pilot.log_volume, exponent, 20)}
+    shuffled = replace(pilot, predicted=pilot.predicted[::-1], by_index=pilot.by_index[::-1])
+    assert forecast(settings_of(weighting=given), shuffled) == (weightings, expected)
+
+
+def test_the_rate_of_volumes_is_told_for_new_candidates_though_the_pilot_made_the_steps():
+    """The rate of a weighting is Σ ω_j p_j / max ω with p_j those of N(-3, 1): within the interval in most of 200 pilots."""
+    rng = np.random.default_rng(10)
+    hits = 0
+    for _ in range(200):
+        weightings, expected = forecast(
+            settings_of(weighting={"kind": "polarity", "polarity": -1}), pilot_of_volumes(rng, 256)
+        )
+        weighting = weightings[EVERYTHING]
+        shares = np.diff(stats.norm.cdf([-np.inf, *weighting.edges, np.inf], loc=-3))
+        hits += expected.low <= acceptance.acceptance_rate(shares, weighting) <= expected.high
+    assert hits >= 180  # of 190 expected
+
+
+def test_the_plan_tells_the_cap_and_the_effective_sample_size():
+    """By hand: of v = 0 and log 3, half of the pilot each, exp(v) has (1 + 3)² / (1 + 9) / 2 = 80% of the sample's size."""
+    pilot = replace(pilot_of(np.ones(200)), log_volume=np.repeat([0.0, math.log(3)], 100), degenerate=7)
+    settings = settings_of(weighting={"kind": "magnet"})
+    weightings, expected = forecast(settings, pilot)
+    text = piloting.plan(settings, expected, pilot, 1, weightings, 0.1)
+    assert "exp(1 v) in 2 steps, log-volumes v of the pilot in 0 ... 1.099" in text
+    assert "all v above 0 have the weight 1.5 (1 is the generator's mean)" in text
+    assert "effective sample size of the pilot 160.0 of 200, without steps and cap 160.0" in text
+    assert "0.5, 1.5 (log-volumes cut at 0)" in text
+    assert "7 of 200 pilot candidates have singular values that are zero" in text and "--weighting.rank" in text
+    assert expected.rate == pytest.approx((1 + 1 / 3) / 2)
+
+
+def test_polarity_wants_its_number_and_no_decision_by_the_index():
+    with pytest.raises(UserError, match=r"--weighting.polarity: not set"):
+        piloting.check_settings(WeightingSettings(kind="polarity"), "none")
+    piloting.check_settings(WeightingSettings(kind="magnet"), "none")
+    for kind in ("--weighting.kind=magnet", "--weighting.kind=polarity"):
+        with pytest.raises(UserError, match=r"score index.* has no meaning for weighting.kind") as raised:
+            config.load(GenerateSettings, [kind, "--score=index"], "test")
+        assert "\n" not in str(raised.value)
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +429,13 @@ def test_where_no_density_underflows_nothing_is_left_out():
         ("quantiles", "bins", 5),
         ("none", "weight", 5),
         ("none", "per_label", True),
+        ("two_level", "polarity", -1),
+        ("match", "rank", 4),
+        ("quantiles", "output_size", 32),
+        ("magnet", "polarity", 2),
+        ("magnet", "weight", 2),
+        ("polarity", "threshold", "p10"),
+        ("polarity", "per_label", True),
     ],
 )
 def test_a_setting_that_the_kind_does_not_use_is_refused(kind, name, value, tmp_path, monkeypatch):
@@ -392,6 +460,8 @@ def test_a_setting_that_the_kind_does_not_use_is_refused(kind, name, value, tmp_
         {"kind": "two_level", "threshold": "p20", "weight": 3.0, "per_label": True},
         {"kind": "quantiles", "weights": [1.0, 2.0]},
         {"kind": "match", "bins": 5, "max_weight": 4.0},
+        {"kind": "polarity", "polarity": -0.5, "rank": 4, "output_size": 32, "bins": 64},
+        {"kind": "magnet", "rank": 4},
         {"kind": "none"},
     ],
 )
