@@ -144,7 +144,7 @@ def test_checkpoint_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(RuntimeError, match="tensors in the package"):
         write_checkpoint(tmp_path / "wrong.safetensors")
     monkeypatch.setattr("demo.make_digits.TIMM_MODEL", "efficientnet_b0")  # has other tensors in other places
-    with pytest.raises(RuntimeError, match="EfficientNet-lite0"):
+    with pytest.raises(RuntimeError, match="EfficientNet: "):
         write_checkpoint(tmp_path / "wrong.safetensors")
     assert list(tmp_path.iterdir()) == []
 
