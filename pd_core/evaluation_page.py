@@ -134,11 +134,17 @@ def draw_point(axes: Axes, x: Number, y: Number, label: str | None, color: str, 
         [y.value],
         xerr=spans[0],
         yerr=spans[1],
-        fmt=marker,
+        fmt="none",
+        ecolor=color,
+        elinewidth=0.8,
+        alpha=0.45,
+    )
+    axes.plot(
+        [x.value],
+        [y.value],
+        marker,
         color=color,
         markersize=7,
-        elinewidth=1,
-        capsize=2.5,
         label=None if label is None else report.drawable(report.visible(label)),
     )
 

@@ -203,7 +203,7 @@ def vendi_with_halves(unit: Moments, halves: np.ndarray, device: str = "cpu") ->
 def _tensor(matrix: np.ndarray, device: str) -> torch.Tensor:
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(matrix, np.float64)).to(device)
+    return torch.from_numpy(np.array(matrix, np.float64)).to(device)  # a copy: what Ray shares cannot be written
 
 
 def _linalg() -> Any:

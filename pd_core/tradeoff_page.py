@@ -19,13 +19,14 @@ class Point:
     """One setting in one space.
 
     Attributes:
-        name, curve: of the setting. numbers: by metric; empty where the pool did not give n images.
+        name, curve: of the setting. place: along its curve, where the generator itself is at 0. numbers: by metric; empty where the pool did not give n images.
         candidates: looked at. rate: accepted share. effective: rows of the pool that the weights are worth.
         frontier: no other setting is better in both precision and recall.
     """
 
     name: str
     curve: str
+    place: float
     numbers: Mapping[str, Number]
     candidates: int
     rate: float
@@ -89,7 +90,7 @@ def plane_png(plane: Plane, narrow: bool = False) -> bytes:
     origin = by_curve.pop("generator", [])
     for i, (name, points) in enumerate(by_curve.items()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        line = sorted([*origin, *points], key=_place)
+        line = sorted([*origin, *points], key=lambda point: point.place)
         axes.plot(
             [p.numbers["recall"].value for p in line],
             [p.numbers["precision"].value for p in line],
@@ -107,11 +108,6 @@ def plane_png(plane: Plane, narrow: bool = False) -> bytes:
     plane_axes(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
     return report.to_png(figure)
-
-
-def _place(point: Point) -> tuple[float, float]:
-    """Order along a curve: from varied to typical, by recall."""
-    return -point.numbers["recall"].value, point.numbers["precision"].value
 
 
 def _annotate(axes: Any, point: Point) -> None:

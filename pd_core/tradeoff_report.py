@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,12 +110,20 @@ def _point(row: Mapping[str, Any]) -> Point:
     return Point(
         row["setting"],
         row["curve"],
+        _place(row),
         numbers_of(row),
         row["candidates"],
         row["acceptance_rate"],
         row["effective_sample_size"],
         row["frontier"],
     )
+
+
+def _place(row: Mapping[str, Any]) -> float:
+    """Along the curve: log w, polarity, or how far ψ is from 1."""
+    if row["weight"] is not None:
+        return math.log(row["weight"])
+    return row["polarity"] if row["polarity"] is not None else (row["truncation"] or 1.0) - 1.0
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Number]:
