@@ -260,6 +260,11 @@ class GeneratorSettings(Section):
     latent_shape: tuple[PositiveInt, ...] | None = Field(
         None, description="torchscript: shape of one standard normal latent, e.g. [128] or [3, 32, 32]"
     )
+    latent_bound: float | None = Field(
+        None,
+        gt=0,
+        description="torchscript: entries of a latent beyond +- this are drawn again, BigGAN's truncation; e.g. 0.5; default: none",
+    )
     value_range: Literal["-1..1", "0..1", "0..255"] = Field("-1..1", description="torchscript: of the output's values")
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="python: keyword arguments of the factory, JSON"
@@ -285,7 +290,7 @@ class GeneratorSettings(Section):
                 ("steps", "scheduler", "guidance", "eta", "height", "width", "safety_checker"), ("diffusers",)
             ),
             **dict.fromkeys(("truncation", "noise", "code"), ("stylegan",)),
-            **dict.fromkeys(("latent_shape", "value_range"), ("torchscript",)),
+            **dict.fromkeys(("latent_shape", "latent_bound", "value_range"), ("torchscript",)),
             "arguments": ("python",),
             "precision": ("diffusers", "stylegan"),
             "allow_pickle": ("diffusers", "stylegan"),

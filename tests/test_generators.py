@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from scipy import stats
 
 from pd_core import config, generators
 from pd_core.config import GeneratorSettings
@@ -1113,3 +1114,34 @@ def test_a_store_that_refuses_is_one_line(s3_environment, monkeypatch, read):
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match="credentials"):
         read(f"s3://{bucket}/prompts.txt")
+
+
+# ---- truncated latents -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [0.2, 1.0])
+def test_truncated_latents_are_a_truncated_normal_and_change_only_what_lies_beyond(bound):
+    """Kolmogorov–Smirnov against scipy's truncnorm, 20,000 entries; those of normal_latents within the bound are kept."""
+    seeds = list(range(200))
+    plain, cut = generators.normal_latents(seeds, (100,)), generators.truncated_latents(seeds, (100,), bound)
+    inside = plain.abs() <= bound
+    assert torch.equal(cut[inside], plain[inside]) and bool((cut.abs() <= bound).all())
+    assert stats.kstest(cut.flatten().numpy(), stats.truncnorm(-bound, bound).cdf).pvalue > 1e-3
+    assert torch.equal(generators.truncated_latents([7], (100,), bound)[0], cut[7])
+
+
+def test_the_bound_of_latents_is_the_generators(tmp_path):
+    path = tiny.save_bars(tmp_path / "bars.pt")
+    plain, cut = (
+        generators.open_generator(
+            GeneratorSettings(kind="torchscript", path=path, latent_shape=(4,), latent_bound=bound)
+        )
+        for bound in (None, 0.5)
+    )
+    assert isinstance(cut, generators.LatentGenerator)
+    assert bool((cut.latents([1, 2, 3]).abs() <= 0.5).all()) and plain.identity() != cut.identity()
+    images = cut.generate([1, 2, 3], generators.Conditions()).float() / 127.5 - 1
+    expected = torch.exp(tiny.RATE * cut.latents([1, 2, 3])) / 4 - 1
+    torch.testing.assert_close(images[:, 0, ::4, 0], expected, atol=1 / 127, rtol=0)
+    with pytest.raises(ValueError, match=r"latent_bound has no meaning for generator.kind 'diffusers'"):
+        GeneratorSettings(path=path, latent_bound=0.5)

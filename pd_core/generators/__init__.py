@@ -146,6 +146,21 @@ def normal_latents(seeds: Sequence[int], shape: Sequence[int], device: torch.dev
     return normal(generators_of(seeds), shape, device)
 
 
+def truncated_latents(
+    seeds: Sequence[int], shape: Sequence[int], bound: float, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """`normal_latents` whose entries beyond ±bound > 0 are drawn again until none is (Brock et al. 2019, section 3.1)."""
+    import torch
+
+    rows = []
+    for generator in generators_of(seeds):
+        row = torch.randn(*shape, generator=generator)
+        while many := int((beyond := row.abs() > bound).sum()):
+            row[beyond] = torch.randn(many, generator=generator)
+        rows.append(row)
+    return torch.stack(rows).to(device)
+
+
 @contextlib.contextmanager
 def own_randomness(name: str, device: torch.device | str) -> Iterator[None]:
     """Hold a block to the rule that samples depend on their seeds alone: it may not draw from global random states.

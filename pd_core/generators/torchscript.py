@@ -20,6 +20,7 @@ from pd_core.generators import (
     normal_latents,
     read_file,
     to_uint8,
+    truncated_latents,
 )
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _classes(module: Any, where: str) -> int:
 
 
 class TorchScript:
-    """A TorchScript module as a `LatentGenerator`. Latents are standard normal."""
+    """A TorchScript module as a `LatentGenerator`. Latents are standard normal, truncated where a bound is set."""
 
     takes_prompts = False
 
@@ -89,12 +90,14 @@ class TorchScript:
         self.num_classes = num_classes
         self._module, self._device, self._file_hash = module, device, file_hash
         self._path, self._shape, self._range = str(settings.path), settings.latent_shape, settings.value_range
+        self._bound = settings.latent_bound
 
     def identity(self) -> dict[str, Any]:
-        """Hash of the file, shape of a latent, range of the output, torch's version."""
+        """Hash of the file, shape and bound of a latent, range of the output, torch's version."""
         return {
             "file": self._file_hash,
             "latent_shape": list(self._shape),
+            "latent_bound": self._bound,
             "value_range": self._range,
             "versions": {"torch": version("torch")},
         }
@@ -107,8 +110,10 @@ class TorchScript:
             return to_uint8(self.decode(self.latents(seeds), conditions))
 
     def latents(self, seeds: Sequence[int]) -> torch.Tensor:
-        """Standard normal float32 [B, *latent_shape] on the device."""
-        return normal_latents(seeds, self._shape, self._device)
+        """Standard normal float32 [B, *latent_shape] on the device, within ±latent_bound where one is set."""
+        if self._bound is None:
+            return normal_latents(seeds, self._shape, self._device)
+        return truncated_latents(seeds, self._shape, self._bound, self._device)
 
     def decode(self, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """float32 [B, 1 or 3, H, W], the module's value range moved to [-1, 1]; differentiable where the module is.
