@@ -52,14 +52,14 @@ class Recipe:
     """
 
     seed: int = 0
-    steps: int = 4000
+    steps: int = 6000
     batch_size: int = 32
-    channels: tuple[int, ...] = (64, 128)
+    channels: tuple[int, ...] = (32, 64)
     latent_dim: int = 64
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     augment: tuple[str, ...] = ()
     ema_decay: float = 0.998
-    r1_weight: float = 0.1
+    r1_weight: float = 0.5
     r1_interval: int = 8
 
 
