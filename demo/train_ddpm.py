@@ -1,4 +1,4 @@
-"""Trains the demo's generator: a small unconditional diffusion model of the digits, saved as a diffusers pipeline.
+"""Trains the demo's generator: a small unconditional diffusion model of small images, saved as a diffusers pipeline.
 
     python demo/train_ddpm.py --data runs/demo-data/digits --output runs/generators/ddpm
 
@@ -11,30 +11,30 @@ appears when it is complete; one that holds a model of the same settings and ima
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import hashlib
-import json
-import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core import cluster, errors, storage
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its modules are demo.X
+
+from demo import training
+from demo.training import read_images as read_images
+from demo.training import shuffled_batches as shuffled_batches
+from pd_core import cluster
 from pd_core.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DDPMScheduler, UNet2DModel
 
-RECORD = "train.json"
-LEVELS = 2  # resolutions of the U-Net: images are halved once
+
+GROUPS = 8  # of channels, each normalised alone
+HEAD = 16  # channels of an attention head
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Recipe:
     """What decides the weights beside the images and the number of threads.
 
     Attributes:
-        channels: of the U-Net, at the images' own resolution and at half of it.
+        channels: of the U-Net, at the images' own resolution, at half of it, and so on.
         learning_rate: peak, after `warmup_steps`; falls to 0 along a cosine.
         ema_decay: of the average of the weights over steps, which is what is saved.
     """
@@ -50,53 +50,17 @@ class Recipe:
     seed: int = 0
     steps: int = 900
     batch_size: int = 64
-    channels: tuple[int, int] = (32, 64)
+    channels: tuple[int, ...] = (32, 64)
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     ema_decay: float = 0.998
-
-
-def read_images(folder: Path) -> np.ndarray:
-    """uint8 [N, S, S]: the grey PNGs in the label folders of `folder`, by name.
-
-    Raises:
-        UserError: no such folder, no PNG in it, or an image that is unreadable, not grey or of another size.
-    """
-    from PIL import Image
-
-    paths = sorted(folder.glob("*/*.png"))
-    if not paths:
-        raise UserError(f"--data {folder}: no <label>/*.png there; write the images with demo/make_digits.py")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                mode, pixels = image.mode, np.asarray(image)
-        except OSError as error:  # what Pillow raises for files that are no images, or not whole
-            raise UserError(f"{path}: not a readable image ({error}); remove it or write it again") from None
-        if mode != "L":
-            raise UserError(f"{path}: mode {mode}, not 8-bit grey (L); convert it")
-        images.append(pixels)
-        if pixels.shape != images[0].shape:
-            raise UserError(f"{path}: {pixels.shape[::-1]} px, others have {images[0].shape[::-1]}; use one size")
-    height, width = images[0].shape
-    if height != width or height % 2 ** (LEVELS - 1):
-        raise UserError(f"--data {folder}: images of {width}x{height} px; they must be square with an even side")
-    return np.stack(images)
-
-
-def identity_of(images: np.ndarray, recipe: Recipe) -> dict[str, Any]:
-    """JSON-able: the recipe and the images, by which a finished model is known. images: uint8 [N, S, S]."""
-    data = {"shape": images.shape, "sha256": hashlib.sha256(images.tobytes()).hexdigest()}
-    identity: dict[str, Any] = json.loads(json.dumps({"recipe": asdict(recipe), "images": data}))
-    return identity
 
 
 def train(images: np.ndarray, recipe: Recipe) -> tuple[UNet2DModel, DDPMScheduler]:
     """The averaged weights after `recipe.steps`, and the noise schedule they were trained with.
 
     DDPM (Ho et al. 2020, Algorithm 1) with the cosine schedule (Nichol & Dhariwal 2021, eq. 17) and the target
-    v = alpha eps - sigma x (Salimans & Ho 2022, appendix D). images: uint8 [N, S, S].
+    v = alpha eps - sigma x (Salimans & Ho 2022, appendix D). images: uint8 [N, S, S] or [N, S, S, 3].
 
     Raises:
         RunError: the loss is not finite.
@@ -106,7 +70,7 @@ def train(images: np.ndarray, recipe: Recipe) -> tuple[UNet2DModel, DDPMSchedule
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     scheduler = noise_schedule()
-    model = unet(recipe, sample_size=images.shape[1])
+    model = unet(recipe, images.shape[1], training.colors_of(images))
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
@@ -129,7 +93,7 @@ def train(images: np.ndarray, recipe: Recipe) -> tuple[UNet2DModel, DDPMSchedule
     return averaged.module.eval(), scheduler
 
 
-def unet(recipe: Recipe, sample_size: int) -> UNet2DModel:
+def unet(recipe: Recipe, sample_size: int, colors: int = 1) -> UNet2DModel:
     """The network with the first weights of the recipe's seed; attention at the lowest resolution only."""
     import torch
     from diffusers import UNet2DModel
@@ -138,16 +102,23 @@ def unet(recipe: Recipe, sample_size: int) -> UNet2DModel:
         torch.manual_seed(recipe.seed)
         return UNet2DModel(
             sample_size=sample_size,
-            in_channels=1,
-            out_channels=1,
+            in_channels=colors,
+            out_channels=colors,
             block_out_channels=recipe.channels,
-            down_block_types=("DownBlock2D",) * LEVELS,
-            up_block_types=("UpBlock2D",) * LEVELS,
+            down_block_types=("DownBlock2D",) * len(recipe.channels),
+            up_block_types=("UpBlock2D",) * len(recipe.channels),
             layers_per_block=1,
-            norm_num_groups=8,
-            attention_head_dim=16,
+            norm_num_groups=GROUPS,
+            attention_head_dim=HEAD,
             resnet_time_scale_shift="scale_shift",
         )
+
+
+def check_channels(channels: tuple[int, ...]) -> None:
+    """Raises UserError unless the groups of its norms and the heads of its attention divide the channels of the U-Net."""
+    if any(count % GROUPS for count in channels) or channels[-1] % HEAD:
+        given = " ".join(map(str, channels))
+        raise UserError(f"--channels {given}: must be multiples of {GROUPS}, and the last one of {HEAD}; change them")
 
 
 def noise_schedule() -> DDPMScheduler:
@@ -158,7 +129,7 @@ def noise_schedule() -> DDPMScheduler:
 
 
 def v_loss(model: UNet2DModel, scheduler: DDPMScheduler, images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Mean squared error of the predicted velocity at random time steps. images: float32 [B, 1, S, S] in [-1, 1]."""
+    """Mean squared error of the predicted velocity at random time steps. images: float32 [B, C, S, S] in [-1, 1]."""
     import torch
 
     batch = images.shape[0]
@@ -170,76 +141,21 @@ def v_loss(model: UNet2DModel, scheduler: DDPMScheduler, images: torch.Tensor, r
     return torch.nn.functional.mse_loss(predicted, scheduler.get_velocity(images, noise, steps))
 
 
-def shuffled_batches(images: torch.Tensor, batch_size: int, random: torch.Generator) -> Iterator[torch.Tensor]:
-    """float32 [batch_size, 1, S, S] in [-1, 1] without end; each image once before any comes again.
-
-    images: uint8 [N, S, S].
-    """
-    import torch
-
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(len(images), generator=random)])
-        chosen, order = order[:batch_size], order[batch_size:]
-        yield images[chosen].unsqueeze(1).float() / 127.5 - 1
-
-
-def is_finished(output: Path, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `output` holds the model of this identity.
-
-    Raises:
-        UserError: it holds another one and `overwrite` is off, or something that is not of this program.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    try:
-        found = json.loads((output / RECORD).read_text())
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"--output {output}: holds what is not of this program; choose another")
-    if found == identity:
-        return True
-    if not overwrite:
-        what = "; ".join(storage.differences(found, identity))
-        raise UserError(f"--output {output}: holds a model of other settings ({what}); choose another or --overwrite")
-    return False
-
-
-@contextlib.contextmanager
-def moved_into_place(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its place as a whole; after an error it is gone, and `output` as it was."""
-    partial, replaced = (output.with_name(f".{kind}-{output.name}-{os.getpid()}") for kind in ("partial", "replaced"))
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error}); choose another") from None
-    try:
-        yield partial
-        if output.exists():
-            output.rename(replaced)
-        partial.rename(output)
-    finally:
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        for folder in (partial, replaced):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overwrite: bool) -> None:
     """Trains the model of `recipe` on the images under `data` and saves it in `output`, unless it is there.
 
     Raises:
-        UserError: of `read_images` and `is_finished`.
+        UserError: of `read_images`, `check_side` and `is_finished`, or channels that the U-Net cannot have.
     """
     output = output.absolute()
+    check_channels(recipe.channels)
     images = read_images(data)
-    identity = identity_of(images, recipe)
-    if is_finished(output, identity, overwrite):
+    training.check_side(images, len(recipe.channels) - 1, data)
+    identity = training.identity_of(images, recipe)
+    if training.is_finished(output, identity, overwrite):
         cluster.say(f"demo generator: {output} (kept, it is of these settings and images)")
         return
-    with moved_into_place(output) as partial:
+    with training.moved_into_place(output) as partial:
         import torch
         from diffusers import DDPMPipeline
 
@@ -250,40 +166,18 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
         mode = (partial / "model_index.json").stat().st_mode
         for weights in partial.rglob("*.safetensors"):
             weights.chmod(mode)  # as written, only their owner can read them
-        (partial / RECORD).write_text(json.dumps(identity, indent=2) + "\n")
+        training.write_record(partial, identity)
     seconds = time.perf_counter() - start
     cluster.say(f"demo generator: {output} ({len(images)} images, {recipe.steps} steps, {seconds:.0f} s)")
 
 
-def positive(text: str) -> int:
-    """The number, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Parses the arguments and trains; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Train the demo's diffusion model.")
-    parser.add_argument("--data", type=Path, default=Path("runs/demo-data/digits"), help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("runs/generators/ddpm"), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=Recipe.seed, help="default: %(default)s")
-    parser.add_argument("--steps", type=positive, default=Recipe.steps, help="default: %(default)s")
-    parser.add_argument("--threads", type=positive, default=2, help="default: %(default)s")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model of other settings or images")
-    args = parser.parse_args(arguments)
-    recipe = Recipe(seed=args.seed, steps=args.steps)
-
-    def program() -> None:
-        try:
-            make_generator(args.data, args.output, recipe, args.threads, args.overwrite)
-        except KeyboardInterrupt:
-            # a line of its own: the progress bar may not have ended its
-            print("\ninterrupted: nothing is written; the same command starts anew", file=sys.stderr)
-            raise SystemExit(errors.EXIT_INTERRUPTED) from None
-
-    return errors.exit_code(program)
+    args = training.parser(
+        "Train a small diffusion model.", "runs/generators/ddpm", Recipe, "the images' own resolution, half of it, ..."
+    ).parse_args(arguments)
+    recipe = Recipe(seed=args.seed, steps=args.steps, channels=tuple(args.channels))
+    return training.exit_code(lambda: make_generator(args.data, args.output, recipe, args.threads, args.overwrite))
 
 
 if __name__ == "__main__":
