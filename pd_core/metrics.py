@@ -209,15 +209,19 @@ def difference(one: Evaluation, other: Evaluation, metric: str) -> Estimate:
 # --- single metrics -----------------------------------------------------------------------------------------------------
 
 
-def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = K_PRECISION) -> tuple[float, float]:
+def precision_recall(
+    real: np.ndarray, generated: np.ndarray, k: int = K_PRECISION, threads: int = 1, device: str = "auto"
+) -> tuple[float, float]:
     """(precision, recall) of float32 [N, D] and [M, D] (Kynkäänniemi et al. 2019, equations 1 and 2)."""
-    series = _cross(real, generated, k)
+    series = _cross(real, generated, k, threads, device)
     return float(series["precision"][0]), float(series["recall"][0])
 
 
-def density_coverage(real: np.ndarray, generated: np.ndarray, k: int = K_COVERAGE) -> tuple[float, float]:
+def density_coverage(
+    real: np.ndarray, generated: np.ndarray, k: int = K_COVERAGE, threads: int = 1, device: str = "auto"
+) -> tuple[float, float]:
     """(density, coverage) of float32 [N, D] and [M, D] (Naeem et al. 2020, equations 3 and 4)."""
-    series = _cross(real, generated, k)
+    series = _cross(real, generated, k, threads, device)
     return float(series["density"][0]), float(series["coverage"][0])
 
 
@@ -235,16 +239,16 @@ def vendi_score(features: np.ndarray) -> float:
     return float(_vendi(Moments.of(features, _one_group(features), unit=True), _NO_HALVES, "cpu")[0])
 
 
-def _cross(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, Float64Array]:
-    sides = []
+def _cross(real: np.ndarray, generated: np.ndarray, k: int, threads: int, device: str) -> dict[str, Float64Array]:
+    sides, device = [], manifold.resolve(device)
     for name, features in (("real", real), ("generated", generated)):
         row_ids = np.arange(len(features))
         features = _checked(name, features, row_ids)
         _require_rows(name, len(features), k)
-        sides.append(Side.of(features, row_ids, k, 1, "cpu"))
+        sides.append(Side.of(features, row_ids, k, threads, device))
     if real.shape[1] != generated.shape[1]:
         raise ValueError(f"real features have D = {real.shape[1]}, generated ones {generated.shape[1]}")
-    crossing = manifold.Crossing(sides[0], sides[1], k, k, halves=False, device="cpu")
+    crossing = manifold.Crossing(sides[0], sides[1], k, k, False, threads, device)
     return _manifold_metrics(crossing, crossing.run())
 
 
