@@ -73,16 +73,17 @@ def truncations_of(settings: TradeoffSettings) -> list[float]:
     """As set, where the generator has truncation; else two.
 
     Raises:
-        UserError: the generator has none, or its own --generator.truncation is set beside.
+        UserError: the generator has none.
     """
-    able = settings.generator.kind in config.TRUNCATED_KINDS
+    able = settings.generator.kind in config.TRUNCATION_SETTINGS
     if settings.truncations and not able:
         raise UserError(
             f"--truncations: --generator.kind {settings.generator.kind} has no truncation; leave it out "
-            f"(kinds that have: {', '.join(config.TRUNCATED_KINDS)})"
+            f"(kinds that have: {', '.join(config.TRUNCATION_SETTINGS)})"
         )
     if settings.truncations is not None:
-        return settings.truncations
+        none = 1.0 if settings.generator.kind == "stylegan" else math.inf
+        return [psi for psi in settings.truncations if psi != none]
     return [0.5, 0.7] if able else []
 
 
@@ -210,7 +211,8 @@ def _pool(run: Run, settings: TradeoffSettings, planned: Planned) -> tuple[stora
 
 def _truncated(run: Run, settings: TradeoffSettings, real: RealSet, planned: Planned, psi: float) -> storage.Stage:
     """n images of a truncation ψ, which are other images, and so not of the pool."""
-    generator = settings.generator.model_copy(update={"truncation": psi})
+    name = config.TRUNCATION_SETTINGS[settings.generator.kind]
+    generator = settings.generator.model_copy(update={name: psi})
     recipe = _recipe(run, settings, real, planned.pool, generator)
     rows = -(-settings.n // settings.chunk) * settings.chunk
     return _candidates(run, f"truncated-{psi:g}", recipe, planned, rows)

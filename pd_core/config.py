@@ -45,7 +45,10 @@ PERTURB_EPSILON, PERTURB_STEPS = 0.1, 10  # the reference of Algorithm 1
 SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
 IndexKind = Literal["auto", "flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
 GeneratorKind = Literal["diffusers", "stylegan", "torchscript", "python"]
-TRUNCATED_KINDS: tuple[GeneratorKind, ...] = ("stylegan",)
+TRUNCATION_SETTINGS: dict[GeneratorKind, str] = {
+    "stylegan": "truncation",
+    "torchscript": "latent_bound",
+}  # of each kind that has it
 WeightingKind = Literal["two_level", "quantiles", "match", "polarity", "magnet", "none"]
 
 
@@ -588,7 +591,8 @@ class TradeoffSettings(WorkflowSettings):
         description="Polarity and MaGNET: larger images are averaged to this side before they are differentiated, px",
     )
     truncations: list[float] | None = Field(
-        None, description="psi; default: 0.5 and 0.7 where the generator has truncation"
+        None,
+        description="stylegan: psi towards the mean latent; torchscript: bounds of a truncated normal; default: 0.5 and 0.7 there",
     )
     score: Literal["predictor", "index"] = Field("predictor", description="which densities decide")
     target: str | None = Field(

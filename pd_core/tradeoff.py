@@ -60,11 +60,11 @@ class Setting:
 def sweep(
     thresholds: Sequence[str], weights: Sequence[float], polarities: Sequence[float], truncations: Sequence[float]
 ) -> list[Setting]:
-    """All settings, the generator itself first; w = 1, polarity 0 and ψ = 1 are the generator itself and come once."""
+    """All settings, the generator itself first; w = 1 and polarity 0 are the generator itself and come once."""
     found = [Setting("generator")]
     found += [Setting("density", threshold=t, weight=float(w)) for t in thresholds for w in sorted(weights) if w != 1]
     found += [Setting("polarity", polarity=float(p)) for p in sorted(polarities) if p != 0]
-    found += [Setting("truncation", truncation=float(psi)) for psi in sorted(truncations) if psi != 1]
+    found += [Setting("truncation", truncation=float(psi)) for psi in sorted(truncations)]
     return list(dict.fromkeys(found))
 
 

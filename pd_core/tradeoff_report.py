@@ -120,10 +120,12 @@ def _point(row: Mapping[str, Any]) -> Point:
 
 
 def _place(row: Mapping[str, Any]) -> float:
-    """Along the curve: log w, polarity, or how far ψ is from 1."""
+    """Along the curve: log w, polarity, or the logarithm of ψ as if its own end were at 10."""
     if row["weight"] is not None:
         return math.log(row["weight"])
-    return row["polarity"] if row["polarity"] is not None else (row["truncation"] or 1.0) - 1.0
+    if row["truncation"] is not None:
+        return math.log(row["truncation"] / 10)
+    return row["polarity"] or 0.0
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Number]:

@@ -14,7 +14,7 @@ from pd_core.tradeoff import Setting, Target
 
 
 def test_what_changes_nothing_comes_once_as_the_generator():
-    found = tradeoff.sweep(["p20", "p80"], [100, 1, 0.01], [0, 1, -1], [1, 0.5])
+    found = tradeoff.sweep(["p20", "p80"], [100, 1, 0.01], [0, 1, -1], [0.5])
     assert [s.name for s in found] == [
         "generator",
         "p20, w = 0.01",
