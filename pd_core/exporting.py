@@ -24,13 +24,11 @@ def run(
     stage: storage.Stage, samples_uri: str, samples: storage.Artifact, form: str
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Write what is missing, a Ray task for each part of the samples; returns the parts and totals to commit."""
-    import ray
-
     done = stage.finished_parts()
     if not done:  # a set of other images may have been here
         _drop_pictures(stage.uri)
     todo = [part.name for part in samples.parts if part.rows and _name(part.name, form) not in done]
-    write: Any = ray.remote(_write).options(num_cpus=1, **cluster.TASK_OPTIONS)
+    write = cluster.task(_write)
     with cluster.progress("export", len(done) + len(todo), "parts", len(done)) as bar:
         submit = lambda name: write.remote(stage, samples_uri, name, form)  # noqa: E731
         for _ in cluster.bounded(submit, todo, cluster.in_flight):

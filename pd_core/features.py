@@ -263,9 +263,7 @@ def describe(settings: FeatureSettings) -> ExtractorSpec:
 
 def describe_remotely(settings: FeatureSettings) -> Any:
     """Reference to the ExtractorSpec: the driver itself never loads a model."""
-    import ray
-
-    return ray.remote(describe).options(num_cpus=1, **cluster.TASK_OPTIONS).remote(settings)
+    return cluster.task(describe).remote(settings)
 
 
 def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> int:

@@ -57,17 +57,12 @@ def start(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
 
     `cluster.get` of it raises UserError: two images of one key, nothing to read, or a listing of another source in the way.
     """
-    import ray
-
-    task = ray.remote(_list).options(num_cpus=1, **cluster.TASK_OPTIONS)
-    return task.remote(source, output, part_rows, overwrite)
+    return cluster.task(_list).remote(source, output, part_rows, overwrite)
 
 
 def count(source: sources.Source) -> dict[str, Any]:
     """Images, bytes and a few sample rows of a source, without writing anything; for --dry-run."""
-    import ray
-
-    return cluster.get(ray.remote(_count).options(num_cpus=1, **cluster.TASK_OPTIONS).remote(source))
+    return cluster.get(cluster.task(_count).remote(source))
 
 
 def _count(source: sources.Source) -> dict[str, Any]:

@@ -36,11 +36,8 @@ def stage_of(output: str, perturbed: storage.Stage, images: int) -> storage.Stag
 
 def run(stage: storage.Stage, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
     """Make `index.html` in a Ray task, since images are read; returns the parts and totals to commit."""
-    import ray
-
-    task = ray.remote(_make).options(num_cpus=1, **cluster.TASK_OPTIONS)
     cluster.say("report: drawing")
-    totals = cluster.get(task.remote(stage, inputs))
+    totals = cluster.get(cluster.task(_make).remote(stage, inputs))
     return list(stage.finished_parts().values()), totals
 
 

@@ -273,17 +273,13 @@ def run(
         raise RunError(chunking.failed_line(job, state.failed, seeds, job.recipe.seed))
     parts = list(job.stage.finished_parts().values())
     assert sum(part.rows for part in parts) == rows, (len(parts), rows)
-    totals = cluster.get(_task(totals_of).remote(job.stage.uri, sorted(part.name for part in parts)))
+    totals = cluster.get(
+        cluster.task(totals_of, cluster.IO_CPUS).remote(job.stage.uri, sorted(part.name for part in parts))
+    )
     totals |= {"rows": rows, "samples": job.n, "not_finite": sum(part.counts["not_finite"] for part in parts)}
     if state.busy_s:  # the median: the first chunk of an actor takes longer
         totals["actor_s_per_image"] = float(np.median(state.busy_s)) / (job.recipe.chunk * len(job.move.directions))
     return parts, totals
-
-
-def _task(function: Any) -> Any:
-    import ray
-
-    return ray.remote(function).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
 
 
 LIGHT = [field.name for field in schemas.perturbed() if field.type != schemas.IMAGE]

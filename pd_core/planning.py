@@ -31,10 +31,8 @@ class Probe:
 
 def probe(source: sources.Source, sample: pa.Table, settings: BuildIndexSettings, limits: images.DecodeLimits) -> Any:
     """Reference to (ExtractorSpec, Probe), measured in one Ray task with the threads of one extractor."""
-    import ray
-
     cpus = settings.features.actor_cpus
-    return ray.remote(_probe).options(num_cpus=cpus, **cluster.TASK_OPTIONS).remote(source, sample, settings, limits)
+    return cluster.task(_probe, cpus).remote(source, sample, settings, limits)
 
 
 def _probe(

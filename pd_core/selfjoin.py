@@ -47,8 +47,6 @@ def find_neighbors(
     now: cluster.Cluster,
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Write the missing neighbors parts; returns the parts and totals to commit."""
-    import ray
-
     done = stage.finished_parts()
     blocks = make_blocks(features, settings.block_rows)
     todo = [(block, [n for n in block if n not in done]) for block in blocks if any(n not in done for n in block)]
@@ -58,7 +56,7 @@ def find_neighbors(
         search.open_pool(info, cluster.refreshed(now), index_settings.actors, index_settings.actor_cpus) as pool,
         cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
     ):
-        join: Any = ray.remote(_join_block).options(num_cpus=pool.io_cpus, **cluster.TASK_OPTIONS)
+        join = cluster.task(_join_block, pool.io_cpus)
         submit = lambda item: join.remote(stage, pool, features_uri, *item, settings.k)  # noqa: E731
         for _, traffic in cluster.bounded(submit, todo, lambda: len(pool.actors) + 1):
             bar.update(traffic.queries)

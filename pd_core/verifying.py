@@ -195,8 +195,6 @@ def check_parts(
     Returns:
         texts by file (STAGE/NAME), and the chosen sample_ids, int64.
     """
-    import ray
-
     stages = {"samples": artifact, **beside}
     found = {f"samples/{storage.ARTIFACT}": record_differences(artifact), **beside_differences(artifact, beside)}
     for stage, committed in stages.items():
@@ -205,7 +203,7 @@ def check_parts(
             if name.endswith(READ_AS_WHOLE) and name not in known:
                 found[f"{stage}/{name}"] = ["is not of this run, though whoever opens the directory reads it"]
     items = [(stage, part) for stage, committed in stages.items() for part in committed.parts]
-    task: Any = ray.remote(_check).options(num_cpus=cluster.IO_CPUS, **cluster.TASK_OPTIONS)
+    task = cluster.task(_check, cluster.IO_CPUS)
     keys, chosen = np.empty(0), np.empty(0, np.int64)
     with cluster.progress("verify parts", len(items), "parts") as bar:
         submit = lambda item: task.remote(samples, *item, draw)  # noqa: E731
@@ -418,7 +416,7 @@ def check_rows(samples: Samples, pool: search.SearchPool, now: cluster.Cluster, 
     maker: Any = (
         ray.remote(_Maker).options(num_cpus=cpus, num_gpus=gpus, **cluster.ACTOR_OPTIONS).remote(samples.recipe)
     )
-    task: Any = ray.remote(compare_group).options(num_cpus=pool.io_cpus, **cluster.TASK_OPTIONS)
+    task = cluster.task(compare_group, pool.io_cpus)
     found = Findings()
     try:
         cluster.wait_for([maker], "verify")
