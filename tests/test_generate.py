@@ -31,7 +31,9 @@ from pd_core import (
     storage,
     verification,
 )
-from tests import tiny, toy_generator
+from pd_core.config import GeneratorSettings
+from pd_core.generators import normal_latents
+from tests import tiny, tiny_generators, toy_generator
 from tests.test_pipeline import is_ours, kill_once
 from workflows import build_index, generate
 
@@ -419,20 +421,12 @@ def test_other_weightings_run(index, tmp_path, more):
     assert rows(tmp_path / "out").num_rows == 20
 
 
-POLARITY = (
-    "--weighting.kind=polarity",
-    "--weighting.polarity=-1",
-    "--weighting.rank=4",
-    "--generator.kind=torchscript",
-)
-POLARITY += ("--generator.latent_shape=[4]", "--weighting.bins=8", "--generator.arguments={}")
+POLARITY = ["--weighting.kind=polarity", "--weighting.polarity=-1", "--weighting.rank=4", "--weighting.bins=8"]
+POLARITY += ["--generator.kind=torchscript", "--generator.latent_shape=[4]", "--generator.arguments={}"]
 
 
 def test_polarity_sampling_by_log_volumes_end_to_end(index, tmp_path, capsys):
     """Rows, rejected, plan, report, --verify; log-volumes are those of the closed form at the latents of the rows' seeds."""
-    from pd_core.generators import normal_latents
-    from tests import tiny_generators
-
     gan = f"--generator.path={tiny_generators.save_bars(tmp_path / 'bars.pt')}"
     output = tmp_path / "out"
     assert run(index, output, *POLARITY, gan, "--keep-rejected", "--pilot=128", n=40) == 0
@@ -448,7 +442,7 @@ def test_polarity_sampling_by_log_volumes_end_to_end(index, tmp_path, capsys):
     assert (np.diff(a[np.argsort(v)]) <= 0).all() and len(set(a.tolist())) > 3  # modes first, in steps
     page = (output / "report" / "index.html").read_text()
     assert "Polarity Sampling" in page and "v above" in page and "ρ above" in page
-    generator = generate.config.GeneratorSettings(kind="torchscript", path=str(tmp_path / "bars.pt"), latent_shape=(4,))
+    generator = GeneratorSettings(kind="torchscript", path=str(tmp_path / "bars.pt"), latent_shape=(4,))
     verification.verify(str(output), 8, generator, 1)
     assert "8 of 8 rows are what their seeds give" in capsys.readouterr().out
 

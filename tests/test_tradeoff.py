@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.spatial import KDTree
 
-from pd_core import acceptance, tradeoff
+from pd_core import acceptance, density, metrics, tradeoff
 from pd_core.errors import UserError
 from pd_core.tradeoff import Setting, Target
 
@@ -71,6 +72,31 @@ def test_polarity_zero_is_a_plain_draw():
     for _ in range(4000):
         taken[tradeoff.drawn_by_volume(v, rng.random(50), 0.0, 10)] += 1
     assert stats.chisquare(taken).pvalue > 1e-3
+
+
+def test_fidelity_is_traded_for_diversity_with_intervals_apart():
+    """METHOD 8: precision(w = 100) > precision(1) > precision(0.01), recall the reverse, for a generator that has the real
+    distribution (a Gaussian in 8 dimensions) and can so afford it; and what it costs: coverage falls on both sides of w = 1.
+    """
+    rng = np.random.default_rng(0)
+    real, pool = (rng.normal(size=(rows, 8)).astype(np.float32) for rows in (1500, 14_000))
+    tree = KDTree(real)
+    to_real = tree.query(real, 21)[0][:, 1:].mean(axis=1)
+    normalizer = density.log_normalizer(to_real, 1.0)
+    of_real, of_pool = (
+        density.density_of(density.log_pseudo_density(d, 1.0, normalizer))
+        for d in (to_real, tree.query(pool, 20)[0].mean(axis=1))
+    )
+    reference, u, found = metrics.prepare(real, np.arange(1500)), rng.random(14_000), {}
+    for quantile, weight in ((0.8, 100), (0.5, 1), (0.2, 0.01)):
+        weighting = acceptance.two_level(float(np.quantile(of_real, quantile)), weight)
+        rows = tradeoff.accepted(of_pool, u, weighting)[:600]
+        assert len(rows) == 600
+        found[weight] = metrics.evaluate(reference, pool[rows], rows + 10_000).estimates
+    low, high = (lambda w, m: found[w][m].low), (lambda w, m: found[w][m].high)
+    assert low(100, "precision") > high(1, "precision") and low(1, "precision") > high(0.01, "precision")
+    assert low(0.01, "recall") > high(1, "recall") and low(1, "recall") > high(100, "recall")
+    assert low(1, "coverage") > high(0.01, "coverage")
 
 
 def test_effective_sample_size_counts_equal_weights_and_forgives_scale():
