@@ -142,7 +142,7 @@ def prepare(
     halves = halfsamples.REAL_HALVES if halfsamples.enough_rows(len(features), k) else _NO_HALVES
     with _torch_threads(threads):
         root = moments.root(plain.covariance(), device)
-        return Reference(side, plain, root, _vendi(unit, halves, device), k_precision, k_coverage)
+        return Reference(side, plain, root, _vendi(unit, None, halves, device), k_precision, k_coverage)
 
 
 def evaluate(
@@ -179,8 +179,10 @@ def evaluate(
     series = _manifold_metrics(crossing, answers)
     plain, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
     with _torch_threads(threads):
-        series["frechet_distance"] = _frechet(reference.moments, reference.root, plain, halves, device)
-        series["vendi_generated"] = _vendi(unit, halfsamples.GENERATED_HALVES if halves else _NO_HALVES, device)
+        few = features if m < dim else None
+        series["frechet_distance"] = _frechet(reference.moments, reference.root, plain, few, halves, device)
+        own_halves = halfsamples.GENERATED_HALVES if halves else _NO_HALVES
+        series["vendi_generated"] = _vendi(unit, few, own_halves, device)
     series["vendi_real"] = reference.vendi if halves else reference.vendi[:1]
     estimates = {name: _estimate(name, series[name], reference.rows, m, dim) for name in METRICS}
     return Evaluation(
@@ -230,13 +232,13 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
     one, other = (_moments(name, rows) for name, rows in (("real", real), ("generated", generated)))
     if one.total.shape != other.total.shape:
         raise ValueError(f"real features have D = {real.shape[1]}, generated ones {generated.shape[1]}")
-    return float(_frechet(one, moments.root(one.covariance()), other, False, "cpu")[0])
+    return float(_frechet(one, moments.root(one.covariance()), other, None, False, "cpu")[0])
 
 
 def vendi_score(features: np.ndarray) -> float:
     """Effective number of different rows of float32 [N, D], 1 to min(N, D): moments.vendi, in float64."""
     features = _checked("given", features, np.arange(len(features)))
-    return float(_vendi(Moments.of(features, _one_group(features), unit=True), _NO_HALVES, "cpu")[0])
+    return float(_vendi(Moments.of(features, _one_group(features), unit=True), None, _NO_HALVES, "cpu")[0])
 
 
 def _cross(real: np.ndarray, generated: np.ndarray, k: int, threads: int, device: str) -> dict[str, Float64Array]:
@@ -283,11 +285,14 @@ def _manifold_metrics(crossing: manifold.Crossing, answers: manifold.Answers) ->
     return {name: np.append(values[-1:], values[:used]) for name, values in by_bit.items()}
 
 
-def _frechet(real: Moments, root: np.ndarray, generated: Moments, halves: bool, device: str) -> Float64Array:
+def _frechet(
+    real: Moments, root: np.ndarray, generated: Moments, rows: np.ndarray | None, halves: bool, device: str
+) -> Float64Array:
+    """rows: the generated ones where they are fewer than dimensions."""
     if not halves:
         return np.array([moments.frechet(real.mean(), root, generated.mean(), generated.covariance(), device)])
     return moments.frechet_with_halves(
-        real, root, generated, halfsamples.REAL_HALVES, halfsamples.GENERATED_HALVES, device
+        real, root, generated, halfsamples.REAL_HALVES, halfsamples.GENERATED_HALVES, rows, device
     )
 
 
@@ -303,11 +308,14 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _vendi(unit: Moments, halves: np.ndarray, device: str) -> Float64Array:
-    """Of all rows, then of each of the halves, bool [R, GROUPS]."""
+def _vendi(unit: Moments, rows: np.ndarray | None, halves: np.ndarray, device: str) -> Float64Array:
+    """Of all rows, then of each of the halves, bool [R, GROUPS]; rows: where they are fewer than dimensions."""
     if not len(halves):
         return np.array([moments.vendi(unit.second_moment(), device)])
-    return moments.vendi_with_halves(unit, halves, device)
+    if rows is not None:
+        rows = rows.astype(np.float64)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return moments.vendi_with_halves(unit, halves, rows, device)
 
 
 def _estimate(name: str, series: Float64Array, n: int, m: int, dim: int) -> Estimate:

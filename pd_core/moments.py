@@ -140,6 +140,7 @@ def frechet_with_halves(
     generated: Moments,
     real_halves: np.ndarray,
     generated_halves: np.ndarray,
+    rows: np.ndarray | None = None,
     device: str = "cpu",
 ) -> Float64Array:
     """The distance of all rows, then of each pair of halves to first order in their rows' weights, float64 [1 + R].
@@ -153,22 +154,47 @@ def frechet_with_halves(
         real: Σ₁, μ₁. root_of_real: `root` of its covariance.
         generated: Σ₂, μ₂.
         real_halves: groups of each replicate, bool [R, GROUPS]. generated_halves: likewise.
+        rows: the generated features [M, D], where M < D: the decomposition is then of an M x M matrix.
         device: torch device of the linear algebra.
     """
-    half, other = _tensor(root_of_real, device), _tensor(generated.covariance(), device)
-    between = half @ other @ half
-    values, vectors = _linalg().eigh((between + between.T) / 2)
-    overlap = float(values.clamp(min=0).sqrt().sum())
-    kept = values > values.max() * len(values) * 1e-14  # the others are rounding
-    values, vectors = values[kept], vectors[:, kept]
-    there, back = half @ vectors, other @ (half @ vectors)
-    transport = ((there / values.sqrt()) @ there.T).cpu().numpy()
-    inverse = ((back / values.sqrt() ** 3) @ back.T).cpu().numpy()
+    half = _tensor(root_of_real, device)
+    if rows is None:
+        overlap, transport, inverse = _transport(half, _tensor(generated.covariance(), device))
+    else:
+        centered = _tensor((rows - generated.mean()) / math.sqrt(len(rows) - 1), device)
+        overlap, transport, inverse = _transport_by_rows(half @ half, centered)
     identity, shift = np.eye(len(transport)), 2 * (generated.mean() - real.mean())
     distance = _distance(real.mean(), root_of_real, generated.mean(), generated.covariance(), overlap)
     moved = generated.influence(identity - transport, shift, generated.mean(), generated_halves)
     moved += real.influence(identity - inverse, -shift, real.mean(), real_halves)
     return np.append(distance, distance + moved)
+
+
+def _transport(half: torch.Tensor, other: torch.Tensor) -> tuple[float, np.ndarray, np.ndarray]:
+    """tr (Σ₁^½ Σ₂ Σ₁^½)^½, the transport's matrix and its inverse, of Σ₁^½ and Σ₂."""
+    between = half @ other @ half
+    values, vectors = _kept(*_linalg().eigh((between + between.T) / 2))
+    there, back = half @ vectors, other @ (half @ vectors)
+    transport = (there / values.sqrt()) @ there.T
+    inverse = (back / values.sqrt() ** 3) @ back.T
+    return float(values.sqrt().sum()), transport.cpu().numpy(), inverse.cpu().numpy()
+
+
+def _transport_by_rows(covariance: torch.Tensor, rows: torch.Tensor) -> tuple[float, np.ndarray, np.ndarray]:
+    """The same of Σ₁ and X with Σ₂ = XᵀX: X Σ₁ Xᵀ = V m Vᵀ has the eigenvalues that are not 0, and Σ₁^½ Xᵀ V m^-½ the vectors."""
+    turned = rows @ covariance
+    between = turned @ rows.T
+    values, vectors = _kept(*_linalg().eigh((between + between.T) / 2))
+    there, back = turned.T @ vectors, rows.T @ vectors
+    transport = (there / values.sqrt() ** 3) @ there.T
+    inverse = (back / values.sqrt()) @ back.T
+    return float(values.sqrt().sum()), transport.cpu().numpy(), inverse.cpu().numpy()
+
+
+def _kept(values: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and vectors but for those that are zero up to rounding."""
+    kept = values > values.max() * len(values) * 1e-14
+    return values[kept], vectors[:, kept]
 
 
 # --- Vendi score --------------------------------------------------------------------------------------------------------
@@ -184,15 +210,26 @@ def vendi(second_moment: np.ndarray, device: str = "cpu") -> float:
     return math.exp(-float(shares @ np.log(shares)))
 
 
-def vendi_with_halves(unit: Moments, halves: np.ndarray, device: str = "cpu") -> Float64Array:
+def vendi_with_halves(
+    unit: Moments, halves: np.ndarray, rows: np.ndarray | None = None, device: str = "cpu"
+) -> Float64Array:
     """The score of all rows, then of each half to first order in their rows' weights, float64 [1 + R].
 
     A row x of norm 1 moves the logarithm by −xᵀ (log C) x, less its mean, C being the mean outer product: the influence
-    function of the entropy. unit: moments of unit rows. halves: groups of each replicate, bool [R, GROUPS].
+    function of the entropy.
+
+    Args:
+        unit: moments of unit rows.
+        halves: groups of each replicate, bool [R, GROUPS].
+        rows: those rows [M, D] in float64, where M < D: the decomposition is then of an M x M matrix.
+        device: torch device of the linear algebra.
     """
-    values, vectors = _linalg().eigh(_tensor(unit.second_moment(), device))
-    kept = values > values.max() * len(values) * 1e-14
-    values, vectors = values[kept], vectors[:, kept]
+    if rows is None:
+        values, vectors = _kept(*_linalg().eigh(_tensor(unit.second_moment(), device)))
+    else:
+        scaled = _tensor(rows / math.sqrt(len(rows)), device)
+        values, vectors = _kept(*_linalg().eigh(scaled @ scaled.T))
+        vectors = scaled.T @ vectors / values.sqrt()
     shares = values / values.sum()
     score = math.exp(-float((shares * shares.log()).sum()))
     logarithm = ((vectors * shares.log()) @ vectors.T).cpu().numpy()
