@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from pd_core import (
     acceptance,
     chunking,
@@ -27,6 +29,7 @@ from pd_core import (
     tradeoff,
     tradeoff_report,
 )
+from pd_core.acceptance import Weighting
 from pd_core.candidates import Recipe
 from pd_core.config import DataSettings, TradeoffSettings
 from pd_core.errors import UserError
@@ -58,7 +61,15 @@ def prepare(settings: TradeoffSettings) -> tuple[TradeoffSettings, RealSet, list
     found = tradeoff.sweep(settings.thresholds, settings.weights, polarities_of(settings), truncations_of(settings))
     for setting in found:
         if setting.method == "density":
-            sweeping.weighting_of(setting, real)
+            sweeping.weighting_of(setting, real, None, settings.bins)
+    least = max(settings.metrics.k_precision, settings.metrics.k_coverage) + 1
+    for name, rows in (("--n", settings.n), ("--n-real", min(settings.n_real or real.rows, real.rows))):
+        if rows < least:
+            raise UserError(
+                f"{name} {rows}: too few images for k = {least - 1}; raise it to {least} or more, or lower k"
+            )
+    if settings.max_candidates is not None and settings.max_candidates < settings.n:
+        raise UserError(f"--max-candidates {settings.max_candidates}: fewer than --n {settings.n}; raise it")
     return settings.model_copy(update={"output": output, "index": real.uri, "generator": generator}), real, found
 
 
@@ -82,8 +93,8 @@ def truncations_of(settings: TradeoffSettings) -> list[float]:
             f"(kinds that have: {', '.join(config.TRUNCATION_SETTINGS)})"
         )
     if settings.truncations is not None:
-        none = 1.0 if settings.generator.kind == "stylegan" else math.inf
-        return [psi for psi in settings.truncations if psi != none]
+        own = getattr(settings.generator, config.TRUNCATION_SETTINGS[settings.generator.kind]) if able else None
+        return [psi for psi in settings.truncations if psi != own]
     return [0.5, 0.7] if able else []
 
 
@@ -103,17 +114,20 @@ def compare(settings: TradeoffSettings) -> None:
             cluster.say(planned.text)
             pool, candidates = _pool(run, settings, planned)
             truncated = {
-                s.truncation: _truncated(run, settings, real, planned, s.truncation) for s in found if s.truncation
+                s.truncation: _truncated(run, settings, real, planned, s.truncation)
+                for s in found
+                if s.truncation is not None
             }
-        job, measured = _measure(run, settings, real, found, pool, truncated)
+        job, measured = _measure(run, settings, real, found, planned.weightings, pool, truncated)
         rows = sweeping.read_curve(job.curve.uri, measured.parts)
         if "curve" in run.made:
             _track(tracker, rows)
         reporting = tradeoff_report.stage_of(output, job.curve, settings)
         images: dict[float | None, str] = {psi: stage.uri for psi, stage in truncated.items()}
         images[None] = pool.uri
-        inputs = tradeoff_report.Inputs(job, measured, images, candidates, settings, dict(run.timings_s))
-        run.stage(reporting, lambda: tradeoff_report.run(reporting, inputs))
+        n_real = min(settings.n_real or real.rows, real.rows)
+        inputs = tradeoff_report.Inputs(job, measured, images, candidates, n_real, settings, dict(run.timings_s))
+        run.stage(reporting, lambda: tradeoff_report.run(reporting, inputs), replace=True)
         with failures("run", output):
             run.record(watch.seconds, ("report",))
         for line in summary(rows):
@@ -144,9 +158,10 @@ def plan_tradeoff(settings: TradeoffSettings) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the pilot decided: the pool's recipe and its candidates, and who makes them."""
+    """What the pilot decided: the pool's recipe, ω of each setting, the pool's candidates, and who makes them."""
 
     recipe: Recipe
+    weightings: Mapping[str, Weighting]
     pool: chunking.Pool
     candidates: int
     open_index: Callable[[], search.SearchPool]
@@ -170,32 +185,50 @@ def _plan(
         opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
         return resources.enter_context(opened)
 
-    piloted = replace(recipe, seed=ids.stream(settings.seed, "pilot"), volume=None)
+    piloted = replace(recipe, seed=ids.stream(settings.seed, "pilot"))
     pilot = piloting.make(run, piloted, pool, open_index, settings.pilot, PILOT)
-    deciding = pilot.deciding(settings.score)
-    rates = {
-        s.name: float(acceptance.acceptance_probability(deciding, sweeping.weighting_of(s, real)).mean())
+    weightings = {
+        s.name: sweeping.weighting_of(s, real, pilot.log_volume, settings.bins)
         for s in found
-        if s.method == "density"
+        if s.method != "truncation"
+    }
+    densities = pilot.densities(settings.score)
+    rates = {
+        s.name: float(acceptance.acceptance_probability(_deciding(s, pilot, densities), weightings[s.name]).mean())
+        for s in found
+        if s.method != "truncation"
     }
     most = settings.max_candidates or POOL_TIMES * settings.n
-    wanted = tradeoff.pool_needed(rates.values(), settings.n, max(most, settings.n))
-    chunks = -(-wanted // settings.chunk)
+    wanted = tradeoff.pool_needed(rates.values(), settings.n, most)
+    chunks = max(-(-settings.n // settings.chunk), min(-(-wanted // settings.chunk), most // settings.chunk))
     short = [name for name, rate in rates.items() if rate * chunks * settings.chunk < settings.n]
     lines = [f"pool: {chunks * settings.chunk} candidates for {len(found)} settings of {settings.n} images each"]
     if math.isfinite(pilot.actor_s):
         lines[0] += f", about {chunks * settings.chunk * pilot.actor_s:.0f} s of one generator process"
     if short:
         lines.append(f"pool: too small for {', '.join(short)}, which are left out; raise --max-candidates (now {most})")
-    return Planned(recipe, pool, chunks * settings.chunk, open_index, "\n".join(lines))
+    return Planned(recipe, weightings, pool, chunks * settings.chunk, open_index, "\n".join(lines))
+
+
+def _deciding(setting: Setting, pilot: piloting.Pilot, densities: np.ndarray) -> np.ndarray:
+    if setting.method != "polarity":
+        return densities
+    assert pilot.log_volume is not None, "a pilot of a run with polarities has volumes"
+    return pilot.log_volume
 
 
 def _recipe(
     run: Run, settings: TradeoffSettings, real: RealSet, pool: chunking.Pool, generator: config.GeneratorSettings
 ) -> Recipe:
+    facts = opening.describe(generator, run.now, pool)
+    if polarities_of(settings) and not facts["latents"]:
+        raise UserError(
+            f"--generator.path {generator.path}: offers no latents, which Polarity Sampling needs (docs/generators.md); give "
+            "--polarities '[]' to leave it out"
+        )
     return opening.recipe_of(
         generator,
-        opening.describe(generator, run.now, pool),
+        facts,
         real,
         seed=settings.seed,
         chunk=settings.chunk,
@@ -221,7 +254,10 @@ def _truncated(run: Run, settings: TradeoffSettings, real: RealSet, planned: Pla
 def _candidates(run: Run, folder: str, recipe: Recipe, planned: Planned, rows: int) -> storage.Stage:
     chunks = rows // recipe.chunk
     stage = sampling.stage_of(storage.join(run.output, folder), "pool", recipe, {"n": rows})
-    job = sampling.Job(recipe, stage, None, min(chunks, PART_CHUNKS), rows)
+    parts = -(-chunks // PART_CHUNKS)
+    job = sampling.Job(
+        recipe, stage, None, -(-chunks // parts), rows
+    )  # parts of like size: little is made beyond the last
     run.stage(stage, lambda: sampling.run(job, run.now, planned.pool, planned.open_index(), 1.0, sampling.Budget()))
     return stage
 
@@ -234,6 +270,7 @@ def _measure(
     settings: TradeoffSettings,
     real: RealSet,
     found: list[Setting],
+    weightings: Mapping[str, Weighting],
     pool: storage.Stage,
     truncated: Mapping[float, storage.Stage],
 ) -> tuple[sweeping.Job, storage.Artifact]:
@@ -242,7 +279,7 @@ def _measure(
     of_real = spaces.features_of_real(run, real, measured_in, extraction)
 
     def features_of(name: str, stage: storage.Stage) -> dict[str, Features]:
-        chosen = ImageSet(name, stage.uri, spaces.table_source(stage.uri), None)
+        chosen = ImageSet(name, stage.uri, spaces.table_source(stage.uri, sweeping.SCORED), None)
         return spaces.features_of_set(run, chosen, measured_in, extraction)
 
     of_pool = features_of("pool", pool)
@@ -258,7 +295,15 @@ def _measure(
         "densities": real.fingerprints["densities"],
     }
     stage = sweeping.stage_of(
-        run.output, found, fingerprints, settings.metrics, settings.score, settings.seed, settings.n, settings.n_real
+        run.output,
+        found,
+        weightings,
+        fingerprints,
+        settings.metrics,
+        settings.score,
+        settings.seed,
+        settings.n,
+        settings.n_real,
     )
     job = sweeping.Job(
         curve=stage,
@@ -267,7 +312,7 @@ def _measure(
         real=of_real,
         pool=of_pool,
         truncated=of_truncated,
-        realset=real,
+        weightings=weightings,
         metrics=settings.metrics,
         score=settings.score,
         seed=settings.seed,

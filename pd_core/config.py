@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn, TypeVar, cast, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -21,6 +21,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -578,9 +579,9 @@ class TradeoffSettings(WorkflowSettings):
     weights: list[PositiveFloat] = Field(
         [0.01, 0.05, 0.2, 5, 20, 100], description="w of the paper's rule: above 1 typical, below 1 varied"
     )
-    polarities: list[float] | None = Field(
+    polarities: list[FiniteFloat] | None = Field(
         None,
-        description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 where a generator has latents and is no diffusion",
+        description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 for --generator.kind stylegan and torchscript",
     )
     rank: int = Field(
         8, gt=0, description="Polarity and MaGNET: singular values of the Jacobian that make a log-volume"
@@ -590,7 +591,10 @@ class TradeoffSettings(WorkflowSettings):
         gt=0,
         description="Polarity and MaGNET: larger images are averaged to this side before they are differentiated, px",
     )
-    truncations: list[float] | None = Field(
+    bins: int = Field(
+        20, gt=1, description="Polarity and MaGNET: steps of the weight, as --weighting.bins of generate.py"
+    )
+    truncations: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         None,
         description="stylegan: psi towards the mean latent; torchscript: bounds of a truncated normal; default: 0.5 and 0.7 there",
     )

@@ -98,10 +98,17 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, A
     done = job.finished()
     missing = [i for i in range(len(job.comparisons)) if storage.part_name(i) not in done]
     cpus = measuring_cpus(now)
-    task = measuring_task(_measure_part, now, cpus)
+    task, prepare = measuring_task(_measure_part, now, cpus), measuring_task(_prepare, now, cpus)
     with cluster.progress("metrics", len(job.comparisons), "sets", len(done)) as bar:
-        for _ in cluster.bounded(lambda i: task.remote(job, i, cpus), missing, lambda: max(1, int(now.cpus // cpus))):
-            bar.update()
+        for space in dict.fromkeys(job.comparisons[i].space.name for i in missing):
+            own = [i for i in missing if job.comparisons[i].space.name == space]
+            prepared = prepare.remote(job, own[0], cpus)  # once for all sets, and kept where the tasks run
+
+            def submit(i: int, prepared: Any = prepared) -> Any:
+                return task.remote(job, i, prepared, cpus)
+
+            for _ in cluster.bounded(submit, own, lambda: in_flight(now, cpus)):
+                bar.update()
     scored = job.scores.finished_parts()
     job.scores.commit(scored.values(), {"rows": sum(part.rows for part in scored.values())}, {})
     parts = [job.finished()[storage.part_name(i)] for i in range(len(job.comparisons))]
@@ -113,8 +120,15 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, A
 
 
 def measuring_cpus(now: cluster.Cluster) -> int:
-    """Threads, and CPUs claimed, of a task that measures."""
+    """Threads, and CPUs claimed, of a task that measures; one beside a GPU, which does the work then."""
+    if now.gpus:
+        return 1
     return max(1, min(MEASURING_CPUS, cluster.cores() if now.local else int(now.node_cpus or 1)))
+
+
+def in_flight(now: cluster.Cluster, cpus: int) -> int:
+    """Tasks that measure at once: each holds the features of a set, and all share those of the real images of their node."""
+    return max(1, int(now.gpus)) if now.gpus else max(1, int((cluster.cores() if now.local else now.cpus) // cpus))
 
 
 def measuring_task(function: Any, now: cluster.Cluster, cpus: int) -> Any:
@@ -127,12 +141,21 @@ def read_metrics(uri: str, parts: Iterable[storage.Part]) -> list[dict[str, Any]
     return [row for part in parts for row in storage.read_table(storage.join(uri, part.name)).to_pylist()]
 
 
-def _measure_part(job: Job, number: int, threads: int) -> None:
+def _prepare(job: Job, number: int, threads: int) -> tuple[Rows, metrics.Reference]:
+    """The real side of the comparison's space; its rows without features, which are in the reference."""
+    compared = job.comparisons[number]
+    real = spaces.read_rows(compared.real, job.n_real)
+    name = f"--real (space {compared.space.name})"
+    reference = reference_of(real, job.settings, threads, cluster.assigned_device(), name)
+    return Rows(real.ids, real.labels, real.keys, real.features[:, :0]), reference
+
+
+def _measure_part(job: Job, number: int, prepared: tuple[Rows, metrics.Reference], threads: int) -> None:
     compared = job.comparisons[number]
     device = cluster.assigned_device()
-    real = spaces.read_rows(compared.real, job.n_real)
+    light, reference = prepared
+    real = Rows(light.ids, light.labels, light.keys, reference.features)
     generated = spaces.read_rows(compared.generated, job.n)
-    reference = reference_of(real, job.settings, threads, device, f"--real (space {compared.space.name})")
     whole = measured(reference, generated, compared.set, threads, device)
     rows = _rows(compared, None, whole)
     for label in _labels(generated) if job.per_label else ():
@@ -216,7 +239,9 @@ def _scores(compared: Comparison, real: Rows, generated: Rows, found: metrics.Sa
         "sample_id": generated.ids,
         "key": generated.keys.tolist(),
         "label": generated.labels.tolist(),
-        "realism": found.realism,
+        "realism": pa.array(
+            np.where(np.isfinite(found.realism), found.realism, np.nan), pa.float64(), from_pandas=True
+        ),
         "rarity": pa.array(found.rarity, pa.float64(), from_pandas=True),  # NaN, outside the real manifold, is null
         "in_real_manifold": found.in_real_manifold,
         "nearest_real_id": real.ids[found.nearest_real],

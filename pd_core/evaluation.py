@@ -25,6 +25,12 @@ def prepare(settings: EvaluateSettings) -> tuple[EvaluateSettings, RealSet, list
         raise UserError(
             "--samples: not set; name the sets to measure: outputs of generate.py, folders of images, Parquet"
         )
+    least = max(settings.metrics.k_precision, settings.metrics.k_coverage) + 1
+    for name, rows in (("--n", settings.n), ("--n-real", settings.n_real)):
+        if rows is not None and rows < least:
+            raise UserError(
+                f"{name} {rows}: too few images for k = {least - 1}; raise it to {least} or more, or lower k"
+            )
     output = checked_output(settings.output or f"{settings.real.rstrip('/')}-evaluation", "evaluate")
     real = realset.open_for(settings.real, settings.checkpoint, "--real")
     names = spaces.names_of(settings.samples)
@@ -81,12 +87,12 @@ def _evaluate(run: Run, settings: EvaluateSettings, real: RealSet, sets: list[Im
         for space in measured_in
         for chosen, found in zip(sets, of_sets, strict=True)
     ]
-    n = rows_of_each(settings.n, [found[spaces.INDEX] for found in of_sets], sets)
+    n = rows_of_each(settings.n, [min(found.values(), key=lambda f: f.rows) for found in of_sets], sets)
     job = evaluating.job_of(run.output, comparisons, settings.metrics, n, settings.n_real, settings.per_label)
     measured = run.stage(job.metrics, lambda: evaluating.run(job, run.now))
     reporting = evaluation_report.stage_of(run.output, job.metrics, settings)
     inputs = evaluation_report.Inputs(job, measured, sets, measured_in, real, settings, dict(run.timings_s))
-    run.stage(reporting, lambda: evaluation_report.run(reporting, inputs))
+    run.stage(reporting, lambda: evaluation_report.run(reporting, inputs), replace=True)
     return job
 
 

@@ -47,7 +47,7 @@ class Measured:
     Attributes:
         name: of the set. uri: where it lies. asked: what it was selected by, or "".
         selected_here: by densities in this very space. n_real, n_generated: images measured. numbers: by metric.
-        labels: numbers of each label's images.
+        labels: numbers of each label's images. label_sizes: how many were measured of it, (real, generated).
         nearest: p1, p50, p99 of the distance to the nearest real image. outside: share outside the real manifold.
         copies: share within the distance of likely copies, None where that is not known (another space than the index's).
     """
@@ -60,6 +60,7 @@ class Measured:
     n_generated: int
     numbers: Mapping[str, Number]
     labels: Mapping[str, Mapping[str, Number]]
+    label_sizes: Mapping[str, tuple[int, int]]
     nearest: tuple[float, float, float]
     outside: float
     copies: float | None
@@ -203,7 +204,12 @@ def interval(number: Number | None) -> str:
     return f"{text} ({report.number(number.low)} … {report.number(number.high)})"
 
 
-def label_rows(space: SpaceData) -> list[tuple[str, str, Mapping[str, Number]]]:
-    """(label, set, numbers), by label; the first LABELS_SHOWN labels."""
+def label_rows(space: SpaceData) -> list[tuple[str, str, tuple[int, int], Mapping[str, Number]]]:
+    """(label, set, (real, generated) images, numbers), by label; the first LABELS_SHOWN labels."""
     labels = sorted({label for measured in space.sets for label in measured.labels})[:LABELS_SHOWN]
-    return [(label, m.name, m.labels[label]) for label in labels for m in space.sets if label in m.labels]
+    return [
+        (label, m.name, m.label_sizes[label], m.labels[label])
+        for label in labels
+        for m in space.sets
+        if label in m.labels
+    ]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pd_core import cluster, evaluating, evaluation_page, images, listing, report, running, schemas, sources, storage
-from pd_core.config import EvaluateSettings, to_yaml
+from pd_core.config import EvaluateSettings, GenerateSettings, to_yaml
 from pd_core.errors import RunError, UserError
 from pd_core.evaluation_page import EvaluationData, Measured, Number, SpaceData, Tile
 from pd_core.realset import RealSet
@@ -115,7 +115,9 @@ def _measured(
     for row in rows:
         by_label.setdefault(row["label"], {})[row["metric"]] = Number(row["value"], row["low"], row["high"])
     nearest = scores["nearest_real_distance"].to_numpy()
-    near = inputs.real.copy_distance(GENERATE_COPIES_QUANTILE)
+    quantile = (chosen.made or {}).get("copies_quantile", GenerateSettings.model_fields["copies_quantile"].default)
+    near = inputs.real.copy_distance(quantile)
+    everything = space.name == INDEX and rows[0]["n_real"] == inputs.real.rows  # else the nearest may not be there
     return Measured(
         name=chosen.name,
         uri=chosen.uri,
@@ -125,24 +127,28 @@ def _measured(
         n_generated=rows[0]["n_generated"],
         numbers=by_label.pop(None),
         labels={label: numbers for label, numbers in by_label.items() if label is not None},
+        label_sizes={row["label"]: (row["n_real"], row["n_generated"]) for row in rows if row["label"] is not None},
         nearest=tuple(np.quantile(nearest, [0.01, 0.5, 0.99]).tolist()),
         outside=float(1 - np.mean(scores["in_real_manifold"].to_numpy(zero_copy_only=False))),
-        copies=float(np.mean(nearest <= near)) if space.name == INDEX else None,
+        copies=float(np.mean(nearest <= near)) if everything else None,
     )
 
 
-GENERATE_COPIES_QUANTILE = 0.01  # of generate.py's default, so that both call the same images likely copies
-
-
 def asked(made: Mapping[str, Any] | None) -> str:
-    """By what a set of generate.py was selected, in a few words; "" for any other set."""
+    """By what a set of generate.py or perturb.py was selected, in a few words; "" for any other set."""
     if made is None:
         return ""
+    if "direction" in made:
+        return f"perturbed {made['direction']}, epsilon {made['epsilon']:g}"
     weighting = made["weighting"]
     kind = str(weighting["kind"])
-    if kind == "two_level":
-        return f"{weighting['threshold']}, w = {weighting['weight']:g}"
-    return "nothing" if kind == "none" else kind
+    texts = {
+        "two_level": lambda: f"{weighting['threshold']}, w = {weighting['weight']:g}",
+        "quantiles": lambda: f"weights {weighting['weights']}",
+        "polarity": lambda: f"polarity {weighting['polarity']:g}",
+        "none": lambda: "nothing",
+    }
+    return texts[kind]() if kind in texts else kind
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -167,7 +173,8 @@ def _images(
 
 def _bands(table: pa.Table, many: int) -> dict[str, list[int]]:
     """Rows of the table by heading; of a tie the lower id first."""
-    ids, realism = table["sample_id"].to_numpy(), table["realism"].to_numpy()
+    ids = table["sample_id"].to_numpy()
+    realism = np.nan_to_num(table["realism"].to_numpy(zero_copy_only=False).astype(np.float64), nan=np.inf)  # of copies
     rarity = table["rarity"].to_numpy(zero_copy_only=False).astype(np.float64)  # null is NaN
     order = np.lexsort((ids, realism))
     inside = np.flatnonzero(~np.isnan(rarity))
@@ -182,7 +189,7 @@ def _bands(table: pa.Table, many: int) -> dict[str, list[int]]:
 
 def _tile(table: pa.Table, row: int, pictures: Mapping[int, bytes]) -> Tile:
     values = {name: table[name][row].as_py() for name in ("sample_id", "key", "realism", "rarity", "label")}
-    lines = [f"realism {report.number(values['realism'])}"]
+    lines = ["a copy" if values["realism"] is None else f"realism {report.number(values['realism'])}"]
     if values["rarity"] is not None:
         lines.append(f"rarity {report.number(values['rarity'])}")
     if values["label"] is not None:

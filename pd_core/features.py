@@ -83,13 +83,14 @@ class Extractor:
         threads: of the CPU arithmetic; Ray workers start with one.
 
     Raises:
-        UserError: unknown model, or weights other than those of the spec.
+        UserError: unknown model, or weights or a version of timm other than those of the spec.
     """
 
     def __init__(self, spec: ExtractorSpec, device: str = "cpu", threads: int = 1) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        check_version(spec)
         model = load_model(spec.model, spec.checkpoint)
         found = weights_hash(model)
         if found != spec.weights_sha256:
@@ -128,6 +129,17 @@ class Extractor:
         with torch.inference_mode():
             batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             return self.forward(self.normalize(batch)).cpu().numpy()
+
+
+def check_version(spec: ExtractorSpec) -> None:
+    """Raise UserError where timm is of another version than the one that made the index: its features may differ."""
+    import timm
+
+    if timm.__version__ != spec.timm_version:
+        raise UserError(
+            f"timm {timm.__version__} is installed, the index was made with {spec.timm_version}, and features move with the "
+            f"version; pip install timm=={spec.timm_version} or run build_index.py again"
+        )
 
 
 def load_model(name: str, checkpoint: str | None) -> torch.nn.Module:

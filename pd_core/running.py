@@ -50,10 +50,10 @@ class Run:
     artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)  # stages that were not finished before
 
-    def stage(self, stage: storage.Stage, make: Make) -> storage.Artifact:
-        """Complete a stage inside a tracked run of its own."""
+    def stage(self, stage: storage.Stage, make: Make, replace: bool = False) -> storage.Artifact:
+        """Complete a stage inside a tracked run of its own; `replace`: one of other settings may go, such as a report."""
         with self.tracker.stage(self.name_of(stage.uri)) as nested, failures(stage.kind, stage.uri):
-            artifact = stage.complete(lambda: self._make(stage.uri, make), self.settings.overwrite)
+            artifact = stage.complete(lambda: self._make(stage.uri, make), self.settings.overwrite or replace)
             self.done(stage.uri, artifact, nested)
         return artifact
 

@@ -217,7 +217,10 @@ def metrics() -> pa.Schema:
 
 
 def scores() -> pa.Schema:
-    """One row per measured image of a set, against all measured real images; distances Euclidean in the space."""
+    """One row per measured image of a set, against all measured real images; distances Euclidean in the space.
+
+    `realism` is null for an exact copy of a real image, where it has no bound; `rarity` outside the real manifold.
+    """
     return pa.schema(
         [
             pa.field("set", pa.string(), nullable=False),
@@ -225,7 +228,7 @@ def scores() -> pa.Schema:
             pa.field("sample_id", pa.int64(), nullable=False),
             pa.field("key", pa.string(), nullable=False),
             pa.field("label", pa.string()),
-            pa.field("realism", pa.float64(), nullable=False),
+            pa.field("realism", pa.float64()),
             pa.field("rarity", pa.float64()),
             pa.field("in_real_manifold", pa.bool_(), nullable=False),
             pa.field("nearest_real_id", pa.int64(), nullable=False),

@@ -33,7 +33,6 @@ class Scorer:
     def __init__(
         self, spec: ExtractorSpec, predictor: estimator.DensityPredictor | None, device: str = "cpu", threads: int = 1
     ) -> None:
-        check_version(spec)
         self.extractor = Extractor(spec, device, threads)
         self.predictor = predictor if predictor is None else predictor.to(self.extractor.device)
 
@@ -64,17 +63,6 @@ class Scorer:
         assert self.predictor is not None
         resized = resize_images(images, self.extractor.spec.preprocess)
         return self.predictor.score(self.extractor.forward(self.extractor.normalize(resized)))
-
-
-def check_version(spec: ExtractorSpec) -> None:
-    """Raise UserError where timm is of another version than the one that made the index: its features may differ."""
-    import timm
-
-    if timm.__version__ != spec.timm_version:
-        raise UserError(
-            f"timm {timm.__version__} is installed, the index was made with {spec.timm_version}, and features move with the "
-            f"version; pip install timm=={spec.timm_version} or run build_index.py again"
-        )
 
 
 def resize_batch(pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:

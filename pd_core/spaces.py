@@ -7,7 +7,7 @@ made by the same stages as the index's: `listing/`, then `features/` and `quaran
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from pd_core.features import ExtractorSpec
 from pd_core.realset import RealSet
 from pd_core.sources.names import unescape
 
+BY_DENSITY = ("two_level", "quantiles", "match", "perturbed")  # how a set was chosen by its densities
 INDEX = "index"  # name of the space of the index
 JUDGE = "judge"  # name of the second one
 
@@ -73,7 +74,7 @@ class ImageSet:
         uri: as the user gave it, absolute.
         source: where its images are, or None where `featured` holds the features already.
         featured: of an output of build_index.
-        made: settings that it was generated with, or None where it is not of generate.py.
+        made: settings that it was made with, or None where it is neither of generate.py nor of perturb.py.
         realset: fingerprints of the index that selected it, or None.
     """
 
@@ -85,8 +86,21 @@ class ImageSet:
     realset: Mapping[str, str] | None = None
 
     def selected_in(self, space: Space, real: RealSet) -> bool:
-        """Whether its images were chosen by densities in this very space: measured there they look better than they are."""
-        return self.realset is not None and space.name == INDEX and self.realset == dict(real.fingerprints)
+        """Whether its images were chosen by densities in this very space: measured there they look better than they are.
+
+        The space is known by its extractor, whatever it is called here and whatever k the densities had.
+        """
+        if self.realset is None or self.chosen_by not in BY_DENSITY:
+            return False
+        same_index = self.realset["features"] == real.fingerprints["features"]
+        return same_index and not storage.differences(space.spec.identity(), real.extractor.identity())
+
+    @property
+    def chosen_by(self) -> str:
+        """Kind of the weighting of generate.py, `perturbed`, or "" where neither made it."""
+        if self.made is None:
+            return ""
+        return "perturbed" if "direction" in self.made else str(self.made["weighting"]["kind"])
 
 
 @dataclass(frozen=True)
@@ -125,14 +139,14 @@ def open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
     with storage.explained(f"--samples {uri}"):
         if storage.begun_identity(storage.join(uri, "features")) is not None:
             return ImageSet(name, uri, None, _features_of_index(uri, space))
-        samples = storage.join(uri, "samples")
-        if storage.begun_identity(storage.join(uri, "pilot")) is not None:
-            artifact = storage.load_artifact(samples)
-            if artifact is None or not artifact.rows:
-                raise UserError(f"--samples {uri}: its samples are not finished; run generate.py --output {uri} again")
-            return ImageSet(
-                name, uri, table_source(samples), None, artifact.totals.get("settings"), artifact.identity["realset"]
-            )
+        for begun, stage, workflow in (("pilot", "samples", "generate"), ("perturbed", "perturbed", "perturb")):
+            if storage.begun_identity(storage.join(uri, begun)) is not None:
+                folder = storage.join(uri, stage)
+                artifact = storage.load_artifact(folder)
+                if artifact is None or not artifact.rows:
+                    raise UserError(f"--samples {uri}: its images are not finished; run {workflow}.py on it again")
+                made, realset = artifact.totals.get("settings"), artifact.identity["realset"]
+                return ImageSet(name, uri, table_source(folder), None, made, realset)
         if not set(uri) & set("*?[") and not storage.exists(uri):
             raise UserError(f"--samples {uri}: no such file or directory; check the path")
     try:
@@ -142,9 +156,12 @@ def open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
     return ImageSet(name, uri, source, None)
 
 
-def table_source(uri: str, labels: str = "column:label") -> sources.Source:
-    """The Parquet parts of a stage of generate.py as a source of images; other columns are carried as metadata."""
-    return sources.open_source(DataSettings(source=storage.join(uri, "*.parquet"), kind="parquet", labels=labels))
+def table_source(uri: str, metadata: Sequence[str] = ()) -> sources.Source:
+    """The Parquet parts of a stage of ours as a source of images; metadata: columns to carry along."""
+    settings = DataSettings(
+        source=storage.join(uri, "*.parquet"), kind="parquet", labels="column:label", metadata_columns=list(metadata)
+    )
+    return sources.open_source(settings)
 
 
 def _features_of_index(uri: str, space: Space) -> Features:
@@ -242,11 +259,11 @@ def features_of_set(
     folder = storage.join(run.output, "sets", chosen.name)
     found = {} if chosen.featured is None else {INDEX: chosen.featured}
     if missing := [space for space in spaces if space.name not in found]:
-        source, listed = (
-            original_of(chosen.uri)
-            if chosen.source is None
-            else (chosen.source, list_set(run, folder, chosen.source, extraction))
-        )
+        if chosen.source is None:
+            source, listed = unchanged_original_of(chosen.uri)
+            extraction = Extraction(extraction.settings, source.settings)
+        else:
+            source, listed = chosen.source, list_set(run, folder, chosen.source, extraction)
         for space in missing:
             here = storage.join(folder, space.name)
             found[space.name] = extract(run, here, source, listed, space, extraction)
@@ -263,7 +280,7 @@ def features_of_real(
     found = {INDEX: features_of(folder, artifact)}
     for space in spaces:
         if space.name not in found:
-            source, listed = original_of(real.uri)
+            source, listed = unchanged_original_of(real.uri)
             own = Extraction(extraction.settings, source.settings)
             here = storage.join(run.output, "real", space.name)
             found[space.name] = extract(run, here, source, listed, space, own)
@@ -277,6 +294,24 @@ def original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
         artifact = storage.load_artifact(folder)
     assert artifact is not None, "run.json is written after the listing"
     return source, listing.read_artifact(folder, artifact)
+
+
+def unchanged_original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
+    """`original_of`, if the source is as it was listed: in another space only the same images compare.
+
+    Raises:
+        UserError: it holds other files now.
+    """
+    source, listed = original_of(uri)
+    artifact = storage.load_artifact(listed.uri)
+    assert artifact is not None, "original_of has read it"
+    now = cluster.get(cluster.task(sources.state, cluster.IO_CPUS).remote(source))
+    if what := storage.differences(artifact.identity["state"], now):
+        raise UserError(
+            f"{source.root}: has changed since {uri} was made of it ({'; '.join(what)}), so that another extractor would see "
+            "other images; bring it back, or run build_index.py again"
+        )
+    return source, listed
 
 
 def source_of(uri: str) -> sources.Source:

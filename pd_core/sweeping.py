@@ -30,7 +30,7 @@ from pd_core.realset import RealSet
 from pd_core.spaces import Features, Space
 from pd_core.tradeoff import Setting
 
-_SCORED = ("sample_id", "density_predicted", "density_index", "log_volume")
+SCORED = ("sample_id", "density_predicted", "density_index", "log_volume")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
         settings: part s · len(settings) + i is of setting i in space s.
         real, pool: features of the real images and of the candidates, by space.
         truncated: features of the images of each ψ, by (space, ψ).
-        realset: whose densities thresholds are percentiles of.
+        weightings: ω of each setting by its name, but of truncations.
         score: predictor or index, whose density decides. seed: of the run, which gives each candidate its u.
     """
 
@@ -51,7 +51,7 @@ class Job:
     real: Mapping[str, Features]
     pool: Mapping[str, Features]
     truncated: Mapping[tuple[str, float], Features]
-    realset: RealSet
+    weightings: Mapping[str, Weighting]
     metrics: MetricSettings
     score: str
     seed: int
@@ -66,6 +66,7 @@ class Job:
 def stage_of(
     output: str,
     settings: Sequence[Setting],
+    weightings: Mapping[str, Weighting],
     fingerprints: Mapping[str, Any],
     metric_settings: MetricSettings,
     score: str,
@@ -76,6 +77,7 @@ def stage_of(
     """The curve stage under `output`; fingerprints: of all features that it reads."""
     identity = {
         "settings": [asdict(setting) for setting in settings],
+        "weightings": {name: weighting.to_json() for name, weighting in weightings.items()},
         "features": dict(fingerprints),
         "metrics": metric_settings.model_dump(),
         "score": score,
@@ -108,7 +110,7 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, A
             def submit(i: int, number: int = number, reference: Any = reference, pool: Any = pool) -> Any:
                 return task.remote(job, number, i, reference, pool, cpus)
 
-            for _ in cluster.bounded(submit, missing, lambda: max(1, int(now.cpus // cpus))):
+            for _ in cluster.bounded(submit, missing, lambda: evaluating.in_flight(now, cpus)):
                 bar.update()
     done = job.curve.finished_parts()
     parts = [done[storage.part_name(i)] for i in range(many * len(job.spaces))]
@@ -146,13 +148,18 @@ class Pool:
     features: np.ndarray
 
 
-def read_pool(job: Job, space: int) -> Pool:
-    """The pool in a space; runs in a Ray task."""
+def read_pool(job: Job, space: int, light: bool = False) -> Pool:
+    """The pool in a space, `light` without its features; runs in a Ray task."""
     featured = job.pool[job.spaces[space].name]
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*_SCORED, "id", "features")}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*SCORED, "id", "features")}
     for name, _ in featured.parts:
-        table, values = features.load_features(storage.join(featured.uri, name))
-        for scored in _SCORED:
+        uri = storage.join(featured.uri, name)
+        if light:
+            table = storage.read_table(uri, ["sample_id", schemas.METADATA])
+            values = np.empty((table.num_rows, 0), np.float32)
+        else:
+            table, values = features.load_features(uri)
+        for scored in SCORED:
             columns[scored].append(_metadata(table, scored))
         columns["id"].append(table["sample_id"].to_numpy())
         columns["features"].append(values)
@@ -175,12 +182,19 @@ def _metadata(table: pa.Table, name: str) -> np.ndarray:
     return pc.struct_field(column, name).to_numpy(zero_copy_only=False)
 
 
-def weighting_of(setting: Setting, real: RealSet) -> Weighting:
-    """ω of a setting of the method `density`.
+def weighting_of(setting: Setting, real: RealSet, log_volume: np.ndarray | None, bins: int) -> Weighting:
+    """ω of a setting of any method but truncation, as generate.py has it.
+
+    log_volume: of the pilot's candidates, [M], for Polarity Sampling. bins: steps of its weight.
 
     Raises:
         UserError: the threshold cannot be read, or lies outside the real densities.
     """
+    if setting.method == "polarity":
+        assert log_volume is not None and setting.polarity is not None, setting
+        return acceptance.tilted(log_volume, setting.polarity, bins)
+    if setting.method == "generator":
+        return acceptance.uniform()
     assert setting.threshold is not None and setting.weight is not None, setting
     quantiles = real.density_quantiles
     threshold = density.parse_threshold(setting.threshold).density(quantiles)
@@ -209,20 +223,18 @@ class Draw:
 
 
 def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
-    """The first n candidates that generate.py would accept with this setting, or n of the pool by their volume."""
-    many = len(pool.number)
+    """The first n candidates that generate.py would accept with this setting."""
+    many, weighting = len(pool.number), job.weightings[setting.name]
+    deciding = pool.density
     if setting.method == "polarity":
-        assert pool.log_volume is not None and setting.polarity is not None, setting
-        u = ids.uniform(pool.number, ids.stream(job.seed, "polarity"))
-        rows = tradeoff.drawn_by_volume(pool.log_volume, u, setting.polarity, min(job.n, many))
-        return Draw(rows, many, len(rows) / many, tradeoff.effective_sample_size(setting.polarity * pool.log_volume))
-    weighting = acceptance.uniform() if setting.method == "generator" else weighting_of(setting, job.realset)
+        assert pool.log_volume is not None, "the pool of a run with polarities has volumes"
+        deciding = pool.log_volume
     u = ids.uniform(pool.number, ids.stream(job.seed, "acceptance"))  # candidates_of draws it so
-    rows = tradeoff.accepted(pool.density, u, weighting)
-    weights = acceptance.weight_of(pool.density, weighting)
+    rows = tradeoff.accepted(deciding, u, weighting)
     taken = rows[: job.n]
     looked_at = int(pool.number[taken[-1]]) + 1 if len(rows) >= job.n else many
-    return Draw(taken, looked_at, len(rows) / many, tradeoff.effective_sample_size(np.log(weights)))
+    effective = acceptance.effective_size(acceptance.weight_of(deciding, weighting))
+    return Draw(taken, looked_at, len(rows) / many, effective)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -71,37 +71,12 @@ def sweep(
 # --- draws from a pool --------------------------------------------------------------------------------------------------
 
 
-def accepted(density: ArrayLike, u: ArrayLike, weighting: Weighting) -> NDArray[np.int64]:
+def accepted(deciding: ArrayLike, u: ArrayLike, weighting: Weighting) -> NDArray[np.int64]:
     """Rows of a pool that rejection sampling accepts, in candidate order (arXiv 2407.08659, Algorithm 2).
 
-    density: ρ of each candidate, [M]. u: its own uniform number, [M]. Returns int64 [m].
+    deciding: ρ of each candidate, or its log-volume for Polarity Sampling, [M]. u: its own uniform number, [M]. Returns int64 [m].
     """
-    return np.flatnonzero(np.asarray(u) < acceptance.acceptance_probability(density, weighting))
-
-
-def drawn_by_volume(log_volume: ArrayLike, u: ArrayLike, polarity: float, n: int) -> NDArray[np.int64]:
-    """n different rows of a pool, drawn one after another with probability ∝ exp(polarity · v) of those that are left.
-
-    Polarity Sampling (arXiv 2203.01993, Algorithm 1) draws from the pool with replacement, where one image may come many
-    times. Without replacement the images differ, and the more of the pool is taken, the weaker the polarity becomes:
-    `effective_sample_size` of the weights says how many rows it can give. The draw is that of the n largest
-    log(-log u)-keys (Efraimidis & Spirakis 2006, in logs, since exp(polarity · v) leaves float64).
-
-    log_volume: v of each candidate, [M]. u: uniform in [0, 1), [M]. Returns int64 [n], in candidate order.
-    """
-    v, uniform = np.asarray(log_volume, dtype=np.float64), np.asarray(u, dtype=np.float64)
-    if n > len(v):
-        raise ValueError(f"{n} rows cannot be drawn without replacement from {len(v)}")
-    gumbel = -np.log(-np.log(np.clip(uniform, np.finfo(np.float64).tiny, 1 - 2.0**-53)))
-    keys = polarity * v + gumbel
-    return np.sort(np.argsort(-keys, kind="stable")[:n])
-
-
-def effective_sample_size(log_weight: ArrayLike) -> float:
-    """Kish's (Σ ω)² / Σ ω² of weights given by their logarithms, [M]: how many equally weighted rows they are worth."""
-    values = np.asarray(log_weight, dtype=np.float64)
-    weights = np.exp(values - values.max())
-    return float(weights.sum() ** 2 / np.sum(weights**2))
+    return np.flatnonzero(np.asarray(u) < acceptance.acceptance_probability(deciding, weighting))
 
 
 def pool_needed(rates: Iterable[float], n: int, most: int) -> int:

@@ -30,13 +30,14 @@ class Inputs:
     Attributes:
         job: of the curve. curve: its commit record.
         images: samples stages with the images, of the pool (None) and of each ψ.
-        candidates: of the pool.
+        candidates: of the pool. n_real: real images that were measured against.
     """
 
     job: sweeping.Job
     curve: storage.Artifact
     images: Mapping[float | None, str]
     candidates: int
+    n_real: int
     settings: TradeoffSettings
     timings_s: Mapping[str, float]
 
@@ -79,11 +80,11 @@ def gather(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> TradeoffData:
     settings, job = inputs.settings, inputs.job
     return TradeoffData(
         title="Fidelity against diversity",
-        index=job.realset.uri,
+        index=str(settings.index),
         output=str(settings.output),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         n=job.n,
-        n_real=min(job.n_real or job.realset.rows, job.realset.rows),
+        n_real=inputs.n_real,
         pool=inputs.candidates,
         score=settings.score,
         k_precision=settings.metrics.k_precision,
@@ -120,11 +121,11 @@ def _point(row: Mapping[str, Any]) -> Point:
 
 
 def _place(row: Mapping[str, Any]) -> float:
-    """Along the curve: log w, polarity, or the logarithm of ψ as if its own end were at 10."""
+    """Along the curve: log w, polarity, or ψ; that of truncation ends in the generator itself."""
     if row["weight"] is not None:
         return math.log(row["weight"])
     if row["truncation"] is not None:
-        return math.log(row["truncation"] / 10)
+        return row["truncation"] - 1e6
     return row["polarity"] or 0.0
 
 
@@ -154,7 +155,25 @@ def _choice(target: Target, space: str, rows: Sequence[Mapping[str, Any]]) -> st
         return f"No setting has a {asked}; the frontier: {'; '.join(frontier_lines(target, rows))}."
     numbers = numbers_of(found)
     values = ", ".join(f"{m} {_interval(numbers[m])}" for m in (target.metric, target.sought))
-    return f"For a {asked} take {found['setting']}: {values}."
+    line = f"For a {asked} take {found['setting']}: {values}."
+    if (low := numbers[target.metric].low) is None or low < target.value:
+        line += f" That {target.metric} reaches {target.value:g} is not sure: measure more images (--n)."
+    if others := _not_told_apart(target, found, rows):
+        line += f" Not told apart from it in {target.sought}: {', '.join(others)}."
+    return line
+
+
+def _not_told_apart(target: Target, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Other settings that reach the target, whose intervals of the metric sought meet that of the one found."""
+    best_low = found[f"{target.sought}_low"]
+    return [
+        row["setting"]
+        for row in rows
+        if row is not found
+        and row["precision"] is not None
+        and row[target.metric] >= target.value
+        and (best_low is None or row[f"{target.sought}_high"] >= best_low)
+    ]
 
 
 def best(target: Target, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -185,7 +204,7 @@ def _interval(number: Number) -> str:
 def _images(inputs: Inputs) -> list[tuple[str, list[bytes]]]:
     """The first images of the generator, and of the extreme settings of each curve."""
     job = inputs.job
-    pool = sweeping.read_pool(job, 0)
+    pool = sweeping.read_pool(job, 0, light=True)
     shown = []
     for setting in shown_settings(job.settings):
         if setting.method == "truncation":

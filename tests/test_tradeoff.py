@@ -45,35 +45,6 @@ def test_rows_accepted_from_a_pool_follow_the_target_distribution(weight):
     assert stats.chisquare(counts, counts.sum() * q / q.sum()).pvalue > 1e-3
 
 
-def test_first_row_drawn_by_volume_has_the_chances_of_polarity_sampling():
-    """With n = 1 the draw is the paper's: Pr(i) = exp(polarity v_i) / Σ exp(polarity v_j)."""
-    v, polarity, draws = np.array([0.0, 1.0, 2.0, -300.0]), 1.5, 20_000
-    rng = np.random.default_rng(1)
-    first = [tradeoff.drawn_by_volume(v, rng.random(4), polarity, 1)[0] for _ in range(draws)]
-    chance = np.exp(polarity * v) / np.exp(polarity * v).sum()
-    counts = np.bincount(first, minlength=4)
-    assert counts[3] == 0
-    assert stats.chisquare(counts[:3], draws * chance[:3] / chance[:3].sum()).pvalue > 1e-3
-
-
-def test_rows_drawn_by_volume_are_different_and_extremes_do_not_overflow():
-    u = np.random.default_rng(2).random(100)
-    rows = tradeoff.drawn_by_volume(np.linspace(-1e4, 1e4, 100), u, 5.0, 30)
-    assert rows.tolist() == list(range(70, 100))  # so large a polarity takes the largest volumes
-    assert len(np.unique(tradeoff.drawn_by_volume(np.zeros(100), u, 3.0, 60))) == 60
-    with pytest.raises(ValueError, match="without replacement"):
-        tradeoff.drawn_by_volume(np.zeros(3), np.zeros(3), 1.0, 4)
-
-
-def test_polarity_zero_is_a_plain_draw():
-    rng = np.random.default_rng(3)
-    v = np.sort(rng.normal(size=50))
-    taken = np.zeros(50)
-    for _ in range(4000):
-        taken[tradeoff.drawn_by_volume(v, rng.random(50), 0.0, 10)] += 1
-    assert stats.chisquare(taken).pvalue > 1e-3
-
-
 def test_fidelity_is_traded_for_diversity_with_intervals_apart():
     """METHOD 8: precision(w = 100) > precision(1) > precision(0.01), recall the reverse, for a generator that has the real
     distribution (a Gaussian in 8 dimensions) and can so afford it; and what it costs: coverage falls on both sides of w = 1.
@@ -97,12 +68,6 @@ def test_fidelity_is_traded_for_diversity_with_intervals_apart():
     assert low(100, "precision") > high(1, "precision") and low(1, "precision") > high(0.01, "precision")
     assert low(0.01, "recall") > high(1, "recall") and low(1, "recall") > high(100, "recall")
     assert low(1, "coverage") > high(0.01, "coverage")
-
-
-def test_effective_sample_size_counts_equal_weights_and_forgives_scale():
-    assert tradeoff.effective_sample_size(np.full(7, -1e6)) == pytest.approx(7)
-    assert tradeoff.effective_sample_size([0.0, -math.inf, -math.inf]) == pytest.approx(1)
-    assert tradeoff.effective_sample_size(np.log([1.0, 2.0])) == pytest.approx(9 / 5)
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.11, 0.5, 1.0])
