@@ -10,6 +10,7 @@ import pytest
 
 from pd_core import errors, metrics, schemas
 from tests import tiny
+from tests.test_generate import run as run_generate
 from workflows import evaluate
 
 
@@ -163,6 +164,33 @@ def test_a_second_extractor_judges_in_its_own_space(built, sets, inputs, tmp_pat
     assert "A judge of its own" in (tmp_path / "out" / "report" / "index.html").read_text()
 
 
+@pytest.fixture(scope="module")
+def generated(built, tmp_path_factory):
+    """Two outputs of generate.py: chosen by density, and not chosen at all."""
+    root = tmp_path_factory.mktemp("generated")
+    assert run_generate(built, root / "typical", "--weighting.weight=5", n=70) == 0
+    assert run_generate(built, root / "plain", "--weighting.kind=none", n=70) == 0
+    return root
+
+
+def test_what_was_selected_in_a_space_is_flagged_there_and_nowhere_else(built, inputs, generated, tmp_path):
+    """In the index's space, and in a judge's that is the same extractor; the unselected set is never flagged."""
+    output = tmp_path / "out"
+    more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}")
+    assert run(built, output, generated / "typical", generated / "plain", more=more) == 0
+    flagged = {(row["set"], row["space"]) for row in table(output).to_pylist() if row["selected_here"]}
+    assert flagged == {("typical", "index"), ("typical", "judge")}
+    page = (output / "report" / "index.html").read_text()
+    assert "Judged where they were selected:</b> typical." in page and "p60, w = 5" in page and "nothing" in page
+
+
+def test_samples_that_are_not_finished_are_refused(built, generated, tmp_path, capsys):
+    shutil.copytree(generated / "plain", tmp_path / "plain")
+    (tmp_path / "plain" / "samples" / "artifact.json").unlink()
+    assert run(built, tmp_path / "out", tmp_path / "plain") == 2
+    assert "its images are not finished; run generate.py" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("samples", "more", "line"),
     [
@@ -172,7 +200,8 @@ def test_a_second_extractor_judges_in_its_own_space(built, sets, inputs, tmp_pat
         (["other"], ("--n=5000",), "lower --n"),
         (["other"], ("--judge.model=resnet5",), "--judge.model resnet5: timm has no such model"),
         (["other"], ("--data.source=x",), "data.source has no meaning"),
-        (["other"], ("--n-real=4",), "too few"),
+        (["other"], ("--n-real=4",), "--n-real 4: too few"),
+        (["other"], ("--n=2",), "--n 2: too few"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(built, sets, tmp_path, capsys, samples, more, line):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pd_core import errors
-from tests import tiny
+from tests import tiny, tiny_generators
 from tests.test_generate import TOY, rows
 from tests.test_generate import run as run_generate
 from workflows import tradeoff
@@ -104,9 +104,45 @@ def test_the_same_command_makes_nothing_again_and_a_lost_setting_comes_back_the_
 
 
 def test_a_target_out_of_reach_shows_the_frontier(built, swept, capsys):
-    assert run(built, swept, "--target=precision=1.5", "--overwrite") == 2
+    before = tiny.tables(swept)
+    assert run(built, swept, "--target=precision=1.5") == 2
+    assert tiny.tables(swept) == before  # a question about the table makes only the report again
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "out of reach" in said and "precision" in said and "frontier" in said
+
+
+@pytest.fixture(scope="module")
+def of_gan(built, tmp_path_factory):
+    """A TorchScript generator with polarities and truncations; its path and the output."""
+    root = tmp_path_factory.mktemp("gan")
+    gan = f"--generator.path={tiny_generators.save_bars(root / 'bars.pt')}"
+    more = ("--generator.kind=torchscript", gan, "--generator.latent_shape=[4]", "--rank=4", "--bins=8")
+    wanted = ('--thresholds=["p50"]', "--weights=[3]", "--polarities=[-1, 1]", "--truncations=[0.5, 1.0]")
+    assert run(built, root / "out", *more, *wanted, "--score=index") == 0
+    return gan, root / "out"
+
+
+def test_polarity_takes_the_very_images_that_generate_accepts(of_gan, built, tmp_path):
+    """A pool from a larger pilot has other steps: with the same pilot, steps and seed the rows are those of generate.py."""
+    gan, output = of_gan
+    setting = curve(output)["polarity -1"]
+    more = ("--weighting.kind=polarity", "--weighting.polarity=-1", "--weighting.rank=4", "--weighting.bins=8")
+    kind = ("--generator.kind=torchscript", gan, "--generator.latent_shape=[4]")
+    assert run_generate(built, tmp_path / "out", *more, *kind, n=N) == 0
+    accepted = rows(tmp_path / "out")
+    assert accepted["sample_id"].to_numpy()[-1] + 1 == setting["candidates"]
+    pool = rows(output, "pool")
+    kept = pool.filter(pa.array(np.isin(pool["sample_id"].to_numpy(), accepted["sample_id"].to_numpy())))
+    assert kept["image_hash"].to_pylist() == accepted["image_hash"].to_pylist()
+    assert setting["effective_sample_size"] < setting["candidates"]
+
+
+def test_truncations_are_pools_of_their_own(of_gan):
+    _, output = of_gan
+    found = curve(output)
+    assert {"MaGNET", "ψ = 0.5", "ψ = 1"} < set(found)
+    assert found["ψ = 0.5"]["vendi_generated"] < found["generator"]["vendi_generated"]
+    assert rows(output, "truncated-0.5")["image_hash"].to_pylist() != rows(output, "pool")["image_hash"].to_pylist()[:N]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +152,10 @@ def test_a_target_out_of_reach_shows_the_frontier(built, swept, capsys):
         (['--thresholds=["q20"]'], "cannot be read"),
         (['--thresholds=["99"]'], "outside the densities"),
         (["--truncations=[0.5]"], "has no truncation"),
-        (["--n=3", "--max-candidates=16"], "too few"),
+        (["--n=3"], "--n 3: too few"),
+        (["--max-candidates=16"], "fewer than --n"),
+        (["--polarities=[NaN]"], "finite"),
+        (["--polarities=[-1]"], "offers no latents"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(built, tmp_path, capsys, more, line):

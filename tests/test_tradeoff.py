@@ -1,7 +1,5 @@
 """The trade-off's pure part: settings, draws from a pool, frontier, choice."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
