@@ -173,22 +173,24 @@ def frechet_with_halves(
 def _transport(half: torch.Tensor, other: torch.Tensor) -> tuple[float, np.ndarray, np.ndarray]:
     """tr (Σ₁^½ Σ₂ Σ₁^½)^½, the transport's matrix and its inverse, of Σ₁^½ and Σ₂."""
     between = half @ other @ half
-    values, vectors = _kept(*_linalg().eigh((between + between.T) / 2))
+    everything = _linalg().eigh((between + between.T) / 2)
+    values, vectors = _kept(*everything)
     there, back = half @ vectors, other @ (half @ vectors)
     transport = (there / values.sqrt()) @ there.T
     inverse = (back / values.sqrt() ** 3) @ back.T
-    return float(values.sqrt().sum()), transport.cpu().numpy(), inverse.cpu().numpy()
+    return float(everything[0].clamp(min=0).sqrt().sum()), transport.cpu().numpy(), inverse.cpu().numpy()
 
 
 def _transport_by_rows(covariance: torch.Tensor, rows: torch.Tensor) -> tuple[float, np.ndarray, np.ndarray]:
     """The same of Σ₁ and X with Σ₂ = XᵀX: X Σ₁ Xᵀ = V m Vᵀ has the eigenvalues that are not 0, and Σ₁^½ Xᵀ V m^-½ the vectors."""
     turned = rows @ covariance
     between = turned @ rows.T
-    values, vectors = _kept(*_linalg().eigh((between + between.T) / 2))
+    everything = _linalg().eigh((between + between.T) / 2)
+    values, vectors = _kept(*everything)
     there, back = turned.T @ vectors, rows.T @ vectors
     transport = (there / values.sqrt() ** 3) @ there.T
     inverse = (back / values.sqrt()) @ back.T
-    return float(values.sqrt().sum()), transport.cpu().numpy(), inverse.cpu().numpy()
+    return float(everything[0].clamp(min=0).sqrt().sum()), transport.cpu().numpy(), inverse.cpu().numpy()
 
 
 def _kept(values: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -148,6 +148,7 @@ def test_the_report_names_sets_and_spaces(measured):
     assert record["workflow"] == "evaluate" and "sets/other/index/features" in record["stages"]
 
 
+@pytest.mark.slow
 def test_labels_are_measured_by_themselves(built, sets, tmp_path):
     more = ("--per-label", "--data.labels=column:label", "--metrics.k_precision=2", "--metrics.k_coverage=2")
     assert run(built, tmp_path / "out", sets / "half.parquet", more=more) == 0
@@ -173,6 +174,7 @@ def generated(built, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_what_was_selected_in_a_space_is_flagged_there_and_nowhere_else(built, inputs, generated, tmp_path):
     """In the index's space, and in a judge's that is the same extractor; the unselected set is never flagged."""
     output = tmp_path / "out"
@@ -184,6 +186,7 @@ def test_what_was_selected_in_a_space_is_flagged_there_and_nowhere_else(built, i
     assert "Judged where they were selected:</b> typical." in page and "p60, w = 5" in page and "nothing" in page
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finished_are_refused(built, generated, tmp_path, capsys):
     shutil.copytree(generated / "plain", tmp_path / "plain")
     (tmp_path / "plain" / "samples" / "artifact.json").unlink()

@@ -72,6 +72,7 @@ def test_rates_are_those_of_the_formula_over_the_pool(swept, built):
             assert abs(row["acceptance_rate"] - expected) < 5 * np.sqrt(0.25 / len(pool))
 
 
+@pytest.mark.slow
 def test_a_setting_takes_the_very_images_that_generate_accepts(swept, built, tmp_path):
     """The same candidates in the same order: generate.py with this threshold, weight and seed, held to metrics alike."""
     setting = curve(swept)["p60, w = 5"]
@@ -122,6 +123,7 @@ def of_gan(built, tmp_path_factory):
     return gan, root / "out"
 
 
+@pytest.mark.slow
 def test_polarity_takes_the_very_images_that_generate_accepts(of_gan, built, tmp_path):
     """A pool from a larger pilot has other steps: with the same pilot, steps and seed the rows are those of generate.py."""
     gan, output = of_gan
@@ -137,6 +139,7 @@ def test_polarity_takes_the_very_images_that_generate_accepts(of_gan, built, tmp
     assert setting["effective_sample_size"] < setting["candidates"]
 
 
+@pytest.mark.slow
 def test_truncations_are_pools_of_their_own(of_gan):
     _, output = of_gan
     found = curve(output)
@@ -163,6 +166,7 @@ def test_bad_input_is_one_line_and_exit_2(built, tmp_path, capsys, more, line):
     assert line in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_settings_that_the_pool_cannot_give_are_left_out_and_said(built, tmp_path, capsys):
     output = tmp_path / "out"
     assert run(built, output, "--max-candidates=100", '--thresholds=["p90"]', "--weights=[50]") == 0
