@@ -250,8 +250,9 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
     monkeypatch.setattr(
         search, "search", nearest(np.random.default_rng(0).normal(size=(9, real.extractor.feature_dim)))
     )
+    real = replace(real, distance_floor=1e-6)
     recipe = recipe_of(real, bars, acceptance.uniform(), score="both", volume=volume)
-    stage = made_part(replace(recipe, seed=1), tmp_path, 2, "pilot").samples
+    stage = made_part(replace(recipe, seed=1), tmp_path / "before", 2, "pilot").samples
     pilot = piloting.read(stage, stage.commit(stage.finished_parts().values(), {}, {}))
     if volume is None:
         assert pilot.log_volume is None and pilot.axis == "densities"
