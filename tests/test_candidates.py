@@ -5,15 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from scipy import stats
 
-from pd_core import acceptance, density, estimator, features, generators, search
-from pd_core.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of
+from pd_core import (
+    acceptance,
+    cluster,
+    density,
+    estimator,
+    features,
+    generators,
+    ids,
+    piloting,
+    sampling,
+    schemas,
+    search,
+    storage,
+    verifying,
+)
+from pd_core.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
 from pd_core.config import EstimatorSettings, FeatureSettings, GeneratorSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
@@ -195,3 +210,74 @@ def test_a_generator_without_latents_has_no_volumes(real: RealSet, toy: Generato
         UserError, match=r"--generator.path .*toy.* not a function of latents .* need a LatentGenerator"
     ):
         ChunkMaker(recipe_of(real, toy, acceptance.uniform(), volume=Volume(4)), "cpu")
+
+
+def nearest(rows: np.ndarray) -> Any:
+    """Brute force in the place of the search actors."""
+
+    def search_in(_: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, int]:
+        distances = np.linalg.norm(queries[:, None] - rows[None], axis=2).astype(np.float32)
+        order = np.argsort(distances, axis=1)[:, :k]
+        return np.take_along_axis(distances, order, axis=1), order.astype(np.int64), 0
+
+    return search_in
+
+
+def made_part(recipe: Recipe, root: Path, chunks: int, kind: str) -> sampling.Job:
+    """One part by way of all that is done on actors and in tasks, in this process."""
+    stages = [sampling.stage_of(str(root / name), name, recipe, {}) for name in (kind, "rejected")]
+    job = sampling.Job(recipe, stages[0], stages[1] if kind == "samples" else None, chunks, 1)
+    for stage in stages:
+        stage.begin(overwrite=False)
+    actor = sampling._MakeChunk(recipe, None)
+    made = [actor(pa.table({"chunk": [number]})) for number in range(chunks)]
+    finished = [sampling._finish_chunk(recipe, cast(Any, None), one) for one in made]
+    (record,) = sampling._write_part(job, pa.concat_tables(finished)).to_pylist()
+    assert record["error"] is None, record
+    return job
+
+
+@pytest.mark.parametrize("volume", [Volume(4, 16), None], ids=["volumes", "densities"])
+def test_log_volumes_reach_the_tables_and_are_what_decided(
+    real: RealSet,
+    bars: GeneratorSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    volume: Volume | None,
+) -> None:
+    """Pilot, accepted and rejected: v of the closed form at the latents of each row's seed, a of the step it lies in."""
+    monkeypatch.setattr(cluster, "assigned_device", lambda: "cpu")
+    monkeypatch.setattr(
+        search, "search", nearest(np.random.default_rng(0).normal(size=(9, real.extractor.feature_dim)))
+    )
+    real = replace(real, distance_floor=1e-6)
+    recipe = recipe_of(real, bars, acceptance.uniform(), score="both", volume=volume)
+    stage = made_part(replace(recipe, seed=1), tmp_path / "before", 2, "pilot").samples
+    pilot = piloting.read(stage, stage.commit(stage.finished_parts().values(), {}, {}))
+    if volume is None:
+        assert pilot.log_volume is None and pilot.axis == "densities"
+        weighting = acceptance.two_level(float(np.median(pilot.predicted)), 5)
+    else:
+        assert pilot.log_volume is not None and pilot.degenerate == 0
+        weighting = acceptance.tilted(pilot.log_volume, -1.0, 8)
+    job = made_part(replace(recipe, weightings={EVERYTHING: weighting}), tmp_path, 3, "samples")
+    assert job.rejected is not None
+    tables = [storage.read_table(storage.join(s.uri, storage.part_name(0))) for s in (job.samples, job.rejected)]
+    assert [table.schema.names for table in tables] == [schemas.samples().names, schemas.rejected().names]
+    numbers = np.concatenate([table["sample_id"].to_numpy() for table in tables])
+    np.testing.assert_array_equal(np.sort(numbers), np.arange(3 * CHUNK))
+    for table, wanted in zip(tables, (True, False), strict=True):
+        assert table.num_rows > 10
+        chance, number = table["acceptance_probability"].to_numpy(), table["sample_id"].to_numpy()
+        assert ((ids.uniform(number, ids.stream(recipe.seed, "acceptance")) < chance) == wanted).all()
+        if volume is None:
+            assert table["log_volume"].null_count == table.num_rows
+            deciding = table["density"].to_numpy()
+        else:
+            deciding = table["log_volume"].to_numpy()
+            latents = generators.normal_latents(table["seed"].to_pylist(), (4,)).numpy()
+            np.testing.assert_allclose(deciding, tiny_generators.Bars.log_volume(latents), atol=1e-4)
+        np.testing.assert_array_equal(chance, acceptance.acceptance_probability(deciding, weighting))
+    again, _, _ = finish(job.recipe, cast(Any, None), 1, ChunkMaker(job.recipe, "cpu").make(1))
+    assert set(again["sample_id"].to_pylist()) <= set(tables[0]["sample_id"].to_pylist())
+    assert set(verifying.compare_rows(again, tables[0]).values()) == {None}

@@ -306,8 +306,18 @@ def test_a_run_that_chance_alone_can_put_outside_of_the_pilots_interval_is_not_m
             [Weight(None, None, 1.5, 1.0, 0.5), Weight(None, 1.5, None, 2.0, 1.0)],
             ["a weight for each of 2 bins"],
         ),
+        (
+            {"kind": "polarity", "polarity": -0.5, "rank": 6, "bins": 2},
+            [Weight(None, None, -7.5, 1.5, 1.0), Weight(None, -7.5, None, 0.5, 0.333)],
+            ["over the 6 largest singular values", "exp(-0.5·v)", "Polarity Sampling", "v above", "– -7.500 1.5 1"],
+        ),
+        (
+            {"kind": "magnet"},
+            [Weight(None, None, None, 1.0, 1.0)],
+            ["exp(1·v)", "MaGNET: uniform on the manifold", "where it was not used to decide"],
+        ),
     ],
-    ids=["none", "varied", "per label", "match", "quantiles"],
+    ids=["none", "varied", "per label", "match", "quantiles", "polarity", "magnet"],
 )
 def test_every_kind_of_weighting_is_explained(settings, steps, texts, no_figures):
     data = example(weighting=WeightingSettings(**settings).model_dump(), weights=steps)
@@ -531,6 +541,7 @@ class World:
             "density_predicted": None if self.settings.score == "index" and decide else predicted,
             "density_index": None if self.settings.score == "predictor" and decide else by_index,
             "percentile": self.recipe.realset.percentile(deciding),
+            "log_volume": None,
             "acceptance_probability": chances,
             "label": rng.choice(self.recipe.class_names, m),
             "prompt": rng.choice(WORDS, m),
