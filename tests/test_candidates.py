@@ -15,6 +15,7 @@ from scipy import stats
 
 from pd_core import (
     acceptance,
+    chunking,
     cluster,
     density,
     estimator,
@@ -229,10 +230,10 @@ def made_part(recipe: Recipe, root: Path, chunks: int, kind: str) -> sampling.Jo
     job = sampling.Job(recipe, stages[0], stages[1] if kind == "samples" else None, chunks, 1)
     for stage in stages:
         stage.begin(overwrite=False)
-    actor = sampling._MakeChunk(recipe, None)
+    actor = chunking._MakeChunk(job, None)
     made = [actor(pa.table({"chunk": [number]})) for number in range(chunks)]
-    finished = [sampling._finish_chunk(recipe, cast(Any, None), one) for one in made]
-    (record,) = sampling._write_part(job, pa.concat_tables(finished)).to_pylist()
+    finished = [chunking._finish_chunk(job, cast(Any, None), one) for one in made]
+    (record,) = chunking._write_part(job, pa.concat_tables(finished)).to_pylist()
     assert record["error"] is None, record
     return job
 

@@ -157,6 +157,7 @@ def test_labels_are_measured_by_themselves(built, sets, tmp_path):
     assert found["precision"]["n_real"] == tiny.GOOD // 3
 
 
+@pytest.mark.slow
 def test_a_second_extractor_judges_in_its_own_space(built, sets, inputs, tmp_path):
     more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}", "--judge.image_size=64")
     assert run(built, tmp_path / "out", sets / "other", more=more) == 0

@@ -425,6 +425,7 @@ POLARITY = ["--weighting.kind=polarity", "--weighting.polarity=-1", "--weighting
 POLARITY += ["--generator.kind=torchscript", "--generator.latent_shape=[4]", "--generator.arguments={}"]
 
 
+@pytest.mark.slow
 def test_polarity_sampling_by_log_volumes_end_to_end(index, tmp_path, capsys):
     """Rows, rejected, plan, report, --verify; log-volumes are those of the closed form at the latents of the rows' seeds."""
     gan = f"--generator.path={tiny_generators.save_bars(tmp_path / 'bars.pt')}"

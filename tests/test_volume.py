@@ -231,8 +231,8 @@ class Halved(torch.autograd.Function):
         (lambda z: torch.zeros(len(z), 3, 4, 4), "do not depend on latents"),
         (lambda z: z.detach().view(-1, 1, 2, 4), "do not depend on latents"),
         (Halved.apply, "forwards and backwards disagree"),
-        (lambda z: z[:, :2], "set a rank of at most 2"),
-        (lambda z: z[:, None, None, :6], "use a divisor of both"),
+        (lambda z: z[:, :2], "set --weighting.rank to at most 2"),
+        (lambda z: z[:, None, None, :6], "set --weighting.output_size to a divisor"),
     ],
     ids=["constant", "detached", "own gradient", "rank", "size"],
 )
