@@ -62,7 +62,17 @@ def test_fidelity_is_traded_for_diversity_with_intervals_apart():
         rows = tradeoff.accepted(of_pool, u, weighting)[:600]
         assert len(rows) == 600
         found[weight] = metrics.evaluate(reference, pool[rows], rows + 10_000).estimates
-    low, high = (lambda w, m: found[w][m].low), (lambda w, m: found[w][m].high)
+
+    def low(weight: float, metric: str) -> float:
+        found_low = found[weight][metric].low
+        assert found_low is not None, "600 images are enough for intervals"
+        return float(found_low)
+
+    def high(weight: float, metric: str) -> float:
+        found_high = found[weight][metric].high
+        assert found_high is not None
+        return float(found_high)
+
     assert low(100, "precision") > high(1, "precision") and low(1, "precision") > high(0.01, "precision")
     assert low(0.01, "recall") > high(1, "recall") and low(1, "recall") > high(100, "recall")
     assert low(1, "coverage") > high(0.01, "coverage")
