@@ -41,6 +41,7 @@ from pd_core.errors import EXIT_BAD_INPUT, UserError
 
 ENV_PREFIX = "PD_CORE_"
 MIB = 1 << 20
+INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the network of FID
 PERTURB_EPSILON, PERTURB_STEPS = 0.1, 10  # the reference of Algorithm 1
 
 SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
@@ -114,6 +115,8 @@ class ExtractorSettings(Section):
 
     @model_validator(mode="after")
     def _one_size(self) -> ExtractorSettings:
+        if self.model == INCEPTION and (self.preprocess == "paper" or self.image_size is not None):
+            raise ValueError(f"{INCEPTION} sees images at 299 px as FID has it; drop preprocess and image_size")
         if self.preprocess == "paper" and self.image_size is not None:
             raise ValueError("image_size has no meaning for preprocess 'paper' (224 px); drop one of them")
         return self
@@ -146,7 +149,8 @@ class JudgeSettings(ExtractorSettings):
     """A second extractor whose features measure too: to judge in the space that selected is circular."""
 
     model: str = Field(
-        "none", description="timm model name, or hf_hub:ORG/NAME; none: measure in the index's space only"
+        "none",
+        description=f"timm model name, hf_hub:ORG/NAME, or {INCEPTION} for FID; none: measure in the index's space only",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pd_core import cluster, config, evaluating, evaluation_report, realset, spaces, storage, tracking
 from pd_core.config import EvaluateSettings
 from pd_core.errors import UserError
-from pd_core.evaluation_page import METRICS
+from pd_core.evaluation_page import metric_names
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 from pd_core.spaces import Extraction, Features, ImageSet, Space
@@ -115,8 +115,10 @@ def summary(job: evaluating.Job) -> list[str]:
     artifact = storage.load_artifact(job.metrics.uri)
     assert artifact is not None, "the stage is committed"
     lines = []
+    extractors = {comparison.space.name: comparison.space.extractor for comparison in job.comparisons}
     for space, by_set in artifact.totals.items():
+        names = metric_names(extractors[space])
         for name, values in by_set.items():
-            numbers = ", ".join(f"{METRICS[m]} {v:.4g}" for m, v in values.items() if m != "vendi_real")
+            numbers = ", ".join(f"{names[m]} {v:.4g}" for m, v in values.items() if m != "vendi_real")
             lines.append(f"{space}: {name}: {numbers}")
     return lines

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pd_core import report
+from pd_core.config import INCEPTION
 from pd_core.report import Drawing
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ class EvaluationData:
     settings_yaml: str = ""
 
 
+def metric_names(extractor: str) -> dict[str, str]:
+    """How each metric reads in the space of an extractor: only the Inception of Heusel et al. (2017) gives an FID."""
+    return {**METRICS, "frechet_distance": "FID"} if extractor == INCEPTION else METRICS
+
+
 # --- figures -----------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +189,7 @@ def render(data: EvaluationData) -> bytes:
     context = {
         "d": data,
         "figures": report.draw(_drawings(data)),
-        "metrics": METRICS,
+        "metric_names": metric_names,
         "names": [measured.name for measured in data.spaces[0].sets],
         "flattered": [m.name for space in data.spaces for m in space.sets if m.selected_here],
         "per_label": any(measured.labels for space in data.spaces for measured in space.sets),

@@ -97,7 +97,7 @@ def _space(
         name=space.name,
         extractor=space.extractor,
         detail=f"{space.spec.feature_dim} features of images at {preprocess.height}x{preprocess.width} px, "
-        f"{space.spec.precision}, weights {space.spec.weights_sha256[:12]}, timm {space.spec.timm_version}.",
+        f"{space.spec.precision}, weights {space.spec.weights_sha256[:12]}, {space.spec.library}.",
         is_judge=space.name == JUDGE,
         sets=[
             _measured(

@@ -7,7 +7,6 @@ actors there are nor on which of them a batch meets. Parts are committed one by 
 from __future__ import annotations
 
 import functools
-import io
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, images, schemas, sources, storage
+from pd_core import backbones, cluster, images, schemas, sources, storage
 from pd_core.config import DataSettings, FeatureSettings
 from pd_core.errors import RunError, UserError, one_line
 from pd_core.images import Preprocess, Reason
@@ -41,13 +40,13 @@ class ExtractorSpec:
     """What decides a feature: METHOD section 1's fingerprint of F.
 
     Attributes:
-        model: timm name.
+        model: name, as `backbones.load` knows it.
         checkpoint: URI of the weights, or None for timm's hub. Where it lies does not decide a feature, its hash does.
         weights_sha256: hash of every tensor of the backbone, by name.
         feature_dim: D.
         preprocess: from RGB image to model input.
         precision: fp32, bf16 or fp16.
-        timm_version: other versions give other features.
+        library: package that defines the model, with its version; other versions give other features.
     """
 
     model: str
@@ -56,7 +55,7 @@ class ExtractorSpec:
     feature_dim: int
     preprocess: Preprocess
     precision: str
-    timm_version: str
+    library: str
 
     def identity(self) -> dict[str, Any]:
         """JSON-able, without the place the weights came from."""
@@ -83,16 +82,21 @@ class Extractor:
         threads: of the CPU arithmetic; Ray workers start with one.
 
     Raises:
-        UserError: unknown model, or weights or a version of timm other than those of the spec.
+        UserError: unknown model, or weights or a library other than those of the spec.
     """
 
     def __init__(self, spec: ExtractorSpec, device: str = "cpu", threads: int = 1) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        check_version(spec)
-        model = load_model(spec.model, spec.checkpoint)
-        found = weights_hash(model)
+        library = backbones.library(spec.model)
+        if library != spec.library:
+            raise UserError(
+                f"{library} is installed, the features were made with {spec.library}, and they move with the version; "
+                f"pip install {spec.library.replace(' ', '==')} or make them again with build_index.py"
+            )
+        model = backbones.load(spec.model, spec.checkpoint)
+        found = backbones.weights_hash(model)
         if found != spec.weights_sha256:
             raise UserError(
                 f"{spec.checkpoint or spec.model}: weights {found[:12]} are not those of the run ({spec.weights_sha256[:12]}); "
@@ -131,145 +135,22 @@ class Extractor:
             return self.forward(self.normalize(batch)).cpu().numpy()
 
 
-def check_version(spec: ExtractorSpec) -> None:
-    """Raise UserError where timm is of another version than the one that made the index: its features may differ."""
-    import timm
-
-    if timm.__version__ != spec.timm_version:
-        raise UserError(
-            f"timm {timm.__version__} is installed, the index was made with {spec.timm_version}, and features move with the "
-            f"version; pip install timm=={spec.timm_version} or run build_index.py again"
-        )
-
-
-def load_model(name: str, checkpoint: str | None) -> torch.nn.Module:
-    """A timm model without its classifier, in eval mode, weights from the hub or from a file.
-
-    Raises:
-        UserError: no such model, no such file, or weights of another architecture.
-    """
-    import timm
-
-    try:
-        model = timm.create_model(name, pretrained=checkpoint is None, num_classes=0)
-    except RuntimeError as error:
-        if "Unknown model" not in str(error) and "Invalid pretrained tag" not in str(error):
-            raise UserError(f"--features.model {name}: {one_line(error)}") from None
-        raise UserError(f"--features.model {name}: timm has no such model; {_nearest_model(name)}") from None
-    except Exception as error:  # the hub raises dozens of types: offline, gated, renamed, full disk
-        status = getattr(getattr(error, "response", None), "status_code", 0) or 0
-        # the same may work a minute later
-        passing = status == 429 or status >= 500 or "Timeout" in type(error).__name__
-        raise (RunError if passing else UserError)(
-            f"--features.model {name}: cannot load its weights from the hub ({type(error).__name__}: {one_line(error)}); "
-            "check the network, or give --features.checkpoint"
-        ) from None
-    if checkpoint is not None:
-        _load_weights(model, name, checkpoint)
-    return model.eval().requires_grad_(False)
-
-
-def _nearest_model(name: str) -> str:
-    import difflib
-
-    import timm
-
-    match = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
-    return f"did you mean '{match[0]}'?" if match else "timm.list_models() lists all"
-
-
-def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
-    tensors = _read_checkpoint(checkpoint)
-    classifier = model.default_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    wanted = model.state_dict()
-    tensors = {
-        key: t for key, t in tensors.items() if key in wanted or not key.startswith(tuple(f"{h}." for h in heads))
-    }
-    missing = sorted(set(wanted) - set(tensors))
-    surplus = sorted(set(tensors) - set(wanted))
-    shapes = [key for key in wanted if key in tensors and wanted[key].shape != tensors[key].shape]
-    if missing or surplus or shapes:
-        example = (missing or surplus or shapes)[0]
-        raise UserError(
-            f"--features.checkpoint {checkpoint}: not weights of {name} ({len(missing)} tensors missing, {len(surplus)} "
-            f"unknown, {len(shapes)} of another shape, e.g. '{example}'); give --features.model the checkpoint's architecture"
-        )
-    model.load_state_dict(tensors)
-
-
-def _read_checkpoint(uri: str) -> dict[str, torch.Tensor]:
-    import pickle
-
-    import safetensors
-    import safetensors.torch
-    import torch
-
-    try:
-        data = storage.read_bytes(uri)
-    except Exception as error:
-        failure = storage.explain(error, uri)
-        raise type(failure)(f"--features.checkpoint {failure}") from None
-    try:
-        if uri.endswith(".safetensors"):
-            return safetensors.torch.load(data)
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"--features.checkpoint {uri}: not a file of weights only ({one_line(error)}); save it as .safetensors"
-        ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError(f"--features.checkpoint {uri}: holds no state dict; save model.state_dict()")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """sha256 over name, type, shape and bytes of every tensor of the model, by name."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def describe(settings: FeatureSettings) -> ExtractorSpec:
     """Load the model once to learn its weights' hash, its feature dimension and its preprocessing.
 
     Raises:
-        UserError: as `load_model`.
+        UserError: as `backbones.load`.
     """
-    import timm
-    from timm.data import resolve_model_data_config
-
-    model = load_model(settings.model, settings.checkpoint)
-    if settings.preprocess == "paper":
-        preprocess = Preprocess.paper()
-    else:
-        data = resolve_model_data_config(model)
-        _, height, width = data["input_size"]
-        preprocess = Preprocess(
-            height=settings.image_size or height,
-            width=settings.image_size or width,
-            interpolation=data["interpolation"],
-            crop_pct=float(data["crop_pct"]),
-            crop_mode=data["crop_mode"],
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-        )
+    model = backbones.load(settings.model, settings.checkpoint)
+    preprocess = backbones.preprocess_of(model, settings)
     return ExtractorSpec(
         model=settings.model,
         checkpoint=settings.checkpoint,
-        weights_sha256=weights_hash(model),
+        weights_sha256=backbones.weights_hash(model),
         feature_dim=_feature_dim(model, settings.model, preprocess),
         preprocess=preprocess,
         precision=settings.precision,
-        timm_version=timm.__version__,
+        library=backbones.library(settings.model),
     )
 
 

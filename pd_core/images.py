@@ -468,6 +468,13 @@ class Preprocess:
         """The reference settings of pseudo density (arXiv 2407.08659): squash to 224x224, ImageNet mean and std."""
         return cls(224, 224, "bilinear", 1.0, "squash", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+    @classmethod
+    def inception(cls) -> Preprocess:
+        """Of the Inception of FID (Heusel et al. 2017): squash to 299x299, (pixel - 128) / 128. Resized with antialiasing, by
+        the filter that Parmar et al. (2022, "On aliased resizing") find to be the sound one.
+        """
+        return cls(299, 299, "bicubic", 1.0, "squash", (128 / 255,) * 3, (128 / 255,) * 3)
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; `from_json` gives an equal object back."""
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}

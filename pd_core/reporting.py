@@ -108,7 +108,7 @@ def _gather(output: str, inputs: Inputs) -> report.ReportData:
             "dimension": str(extractor["feature_dim"]),
             "preprocessing": storage.canonical(extractor["preprocess"]),
             "weights sha256": extractor["weights_sha256"],
-            "timm": extractor["timm_version"],
+            "library": extractor["library"],
         },
     )
 

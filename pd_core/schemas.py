@@ -12,7 +12,7 @@ import pyarrow as pa
 
 VERSIONS = {
     "listing": 1,
-    "features": 1,
+    "features": 2,
     "quarantine": 1,
     "index": 1,
     "neighbors": 1,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pd_core import report
-from pd_core.evaluation_page import COLORS, MARKERS, METRICS, Number, draw_point, interval, plane_axes
+from pd_core.evaluation_page import COLORS, MARKERS, Number, draw_point, interval, metric_names, plane_axes
 from pd_core.report import Drawing
 
 
@@ -139,7 +139,7 @@ def render(data: TradeoffData) -> bytes:
     context = {
         "d": data,
         "figures": report.draw(_drawings(data)),
-        "metrics": {name: text for name, text in METRICS.items() if name != "vendi_real"},
+        "metric_names": metric_names,
         "interval": interval,
     }
     return report.page("tradeoff.html.j2", context)

@@ -1,0 +1,187 @@
+"""Backbones of extractors, loaded by name with their weights: timm's models, and the Inception whose Fréchet distance is
+called FID.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from typing import TYPE_CHECKING
+
+from pd_core import storage
+from pd_core.config import INCEPTION, ExtractorSettings
+from pd_core.errors import RunError, UserError, one_line
+from pd_core.images import Preprocess
+
+if TYPE_CHECKING:
+    import torch
+
+
+def library(name: str) -> str:
+    """Package that defines the model, with its version: features move with it."""
+    if name == INCEPTION:
+        from importlib import metadata
+
+        return f"torch-fidelity {metadata.version('torch-fidelity')}"
+    import timm
+
+    return f"timm {timm.__version__}"
+
+
+def load(name: str, checkpoint: str | None) -> torch.nn.Module:
+    """A model without its classifier, in eval mode: normalised float [b, 3, H, W] to pooled features [b, D].
+
+    Args:
+        name: timm's, or `inception-v3-compat`.
+        checkpoint: URI of the weights, or None for those that its package downloads.
+
+    Raises:
+        UserError: no such model, no such file, or weights of another architecture.
+        RunError: the hub is there but does not answer now.
+    """
+    model = _inception(checkpoint) if name == INCEPTION else _timm(name, checkpoint)
+    return model.eval().requires_grad_(False)
+
+
+def preprocess_of(model: torch.nn.Module, settings: ExtractorSettings) -> Preprocess:
+    """From RGB image to the model's input, as the model's own config or the settings say."""
+    if settings.model == INCEPTION:
+        return Preprocess.inception()
+    if settings.preprocess == "paper":
+        return Preprocess.paper()
+    from timm.data import resolve_model_data_config
+
+    data = resolve_model_data_config(model)
+    _, height, width = data["input_size"]
+    return Preprocess(
+        height=settings.image_size or height,
+        width=settings.image_size or width,
+        interpolation=data["interpolation"],
+        crop_pct=float(data["crop_pct"]),
+        crop_mode=data["crop_mode"],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+    )
+
+
+def _timm(name: str, checkpoint: str | None) -> torch.nn.Module:
+    import timm
+
+    try:
+        model = timm.create_model(name, pretrained=checkpoint is None, num_classes=0)
+    except RuntimeError as error:
+        if "Unknown model" not in str(error) and "Invalid pretrained tag" not in str(error):
+            raise UserError(f"--features.model {name}: {one_line(error)}") from None
+        raise UserError(f"--features.model {name}: timm has no such model; {_nearest_model(name)}") from None
+    except Exception as error:  # the hub raises dozens of types: offline, gated, renamed, full disk
+        raise _not_loaded(name, error) from None
+    if checkpoint is not None:
+        _load_weights(model, name, checkpoint)
+    return model
+
+
+def _inception(checkpoint: str | None) -> torch.nn.Module:
+    """torch-fidelity's port of the 2015 network up to its 2,048 pooled features; its own resizing is left out, since
+    images come at 299 px.
+    """
+    import torch
+
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError as error:
+        raise UserError(f"--features.model {INCEPTION}: {error}; pip install torch-fidelity") from None
+    with tempfile.NamedTemporaryFile(
+        suffix=".pth"
+    ) as file:  # it reads files with pickle: only what was read without it
+        if checkpoint is not None:
+            torch.save(_read_checkpoint(checkpoint), file.name)
+        try:
+            whole = FeatureExtractorInceptionV3(INCEPTION, ["2048"], file.name if checkpoint else None)
+        except Exception as error:
+            if checkpoint is None:
+                raise _not_loaded(INCEPTION, error) from None
+            raise UserError(
+                f"--features.checkpoint {checkpoint}: not weights of {INCEPTION} ({one_line(error)}); give the file that "
+                "torch-fidelity publishes, weights-inception-2015-12-05-6726825d.pth"
+            ) from None
+    layers = [layer for name, layer in whole.named_children() if name != "fc"]  # in the order of its `forward`
+    return torch.nn.Sequential(*layers, torch.nn.Flatten())
+
+
+def _not_loaded(name: str, error: Exception) -> Exception:
+    status = getattr(getattr(error, "response", None), "status_code", 0) or getattr(error, "code", 0) or 0
+    # the same may work a minute later
+    passing = status == 429 or (isinstance(status, int) and status >= 500) or "Timeout" in type(error).__name__
+    return (RunError if passing else UserError)(
+        f"--features.model {name}: cannot load its weights from the hub ({type(error).__name__}: {one_line(error)}); "
+        "check the network, or give --features.checkpoint"
+    )
+
+
+def _nearest_model(name: str) -> str:
+    import difflib
+
+    import timm
+
+    match = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+    return f"did you mean '{match[0]}'?" if match else "timm.list_models() lists all"
+
+
+def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
+    tensors = _read_checkpoint(checkpoint)
+    classifier = model.default_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    wanted = model.state_dict()
+    tensors = {
+        key: t for key, t in tensors.items() if key in wanted or not key.startswith(tuple(f"{h}." for h in heads))
+    }
+    missing = sorted(set(wanted) - set(tensors))
+    surplus = sorted(set(tensors) - set(wanted))
+    shapes = [key for key in wanted if key in tensors and wanted[key].shape != tensors[key].shape]
+    if missing or surplus or shapes:
+        example = (missing or surplus or shapes)[0]
+        raise UserError(
+            f"--features.checkpoint {checkpoint}: not weights of {name} ({len(missing)} tensors missing, {len(surplus)} "
+            f"unknown, {len(shapes)} of another shape, e.g. '{example}'); give --features.model the checkpoint's architecture"
+        )
+    model.load_state_dict(tensors)
+
+
+def _read_checkpoint(uri: str) -> dict[str, torch.Tensor]:
+    import pickle
+
+    import safetensors
+    import safetensors.torch
+    import torch
+
+    try:
+        data = storage.read_bytes(uri)
+    except Exception as error:
+        failure = storage.explain(error, uri)
+        raise type(failure)(f"--features.checkpoint {failure}") from None
+    try:
+        if uri.endswith(".safetensors"):
+            return safetensors.torch.load(data)
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"--features.checkpoint {uri}: not a file of weights only ({one_line(error)}); save it as .safetensors"
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise UserError(f"--features.checkpoint {uri}: holds no state dict; save model.state_dict()")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """sha256 over name, type, shape and bytes of every tensor of the model, by name."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.numpy().tobytes())
+    return digest.hexdigest()
