@@ -120,14 +120,14 @@ def compare(settings: TradeoffSettings) -> None:
             }
         job, measured = _measure(run, settings, real, found, planned.weightings, pool, truncated)
         rows = sweeping.read_curve(job.curve.uri, measured.parts)
-        if "curve" in run.made:
-            _track(tracker, rows)
         reporting = tradeoff_report.stage_of(output, job.curve, settings)
         images: dict[float | None, str] = {psi: stage.uri for psi, stage in truncated.items()}
         images[None] = pool.uri
         n_real = min(settings.n_real or real.rows, real.rows)
         inputs = tradeoff_report.Inputs(job, measured, images, candidates, n_real, settings, dict(run.timings_s))
         run.stage(reporting, lambda: tradeoff_report.run(reporting, inputs), replace=True)
+        if run.made:  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
+            _track(tracker, rows)
         with failures("run", output):
             run.record(watch.seconds, ("report",))
         for line in summary(rows):

@@ -47,6 +47,24 @@ def swept(built, tmp_path_factory):
     return output
 
 
+def test_a_run_that_was_killed_after_its_curve_still_tells_mlflow_of_each_setting(swept, built):
+    from mlflow import MlflowClient
+
+    output = swept
+    (output / "report" / "artifact.json").unlink()
+    (output / "run.json").unlink()
+    tracked = [a for a in arguments(built, output, "--target=recall=0.01") if "tracking" not in a]
+    for _ in range(2):  # the second makes nothing, and tells nothing
+        assert errors.exit_code(lambda: tradeoff.main(tracked)) == 0
+    client = MlflowClient(tracking_uri=f"sqlite:///{output.parent / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = {run.info.run_name: run.data for run in client.search_runs(experiments)}
+    assert {name for name in found if name.startswith("index: ")} == {f"index: {name}" for name in curve(output)}
+    own = found["index: p60, w = 5"]
+    assert own.metrics["precision"] == curve(output)["p60, w = 5"]["precision"]
+    assert own.params["weight"] == "5.0" and "mlflow.parentRunId" in own.tags
+
+
 def curve(output):
     table = pa.concat_tables([pq.read_table(file) for file in sorted((output / "curve").glob("*.parquet"))])
     return {row["setting"]: row for row in table.to_pylist()}
