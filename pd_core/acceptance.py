@@ -307,6 +307,19 @@ def measured_interval(rate: float, low: float, high: float, candidates: float) -
     return max(0.0, rate - math.sqrt((rate - low) ** 2 + own)), min(1.0, rate + math.sqrt((high - rate) ** 2 + own))
 
 
+def candidates_surely(n: int, rate: float, low: float) -> float:
+    """Candidates that are enough for n accepted with a probability of 97.5%; inf where the rate may be 0.
+
+    The c of which n is the low end of `measured_interval`: rate c - sqrt((rate - low)² c² + z² rate (1 - rate) c) = n. The
+    pilot's error grows as c, that of the run's own draws as sqrt(c).
+    """
+    if low == 0:
+        return math.inf
+    a = low * (2 * rate - low)  # rate² - (rate - low)²
+    b = rate * n + Z**2 * rate * (1 - rate) / 2
+    return (b + math.sqrt(max(0.0, b * b - a * n * n))) / a
+
+
 def _bin(density: ArrayLike, edges: Sequence[float]) -> NDArray[np.int64]:
     values = np.asarray(density, dtype=np.float64)
     if np.isnan(values).any():

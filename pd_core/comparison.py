@@ -193,14 +193,11 @@ def _plan(
         if s.method != "truncation"
     }
     densities = pilot.densities(settings.score)
-    rates = {
-        s.name: float(acceptance.acceptance_probability(_deciding(s, pilot, densities), weightings[s.name]).mean())
-        for s in found
-        if s.method != "truncation"
-    }
+    deciding = {s.name: (_deciding(s, pilot, densities), weightings[s.name]) for s in found if s.name in weightings}
     most = settings.max_candidates or POOL_TIMES * settings.n
-    wanted = tradeoff.pool_needed(rates.values(), settings.n, most)
+    wanted = tradeoff.pool_needed(deciding.values(), settings.n, most)
     chunks = max(-(-settings.n // settings.chunk), min(-(-wanted // settings.chunk), most // settings.chunk))
+    rates = {name: float(acceptance.acceptance_probability(*asked).mean()) for name, asked in deciding.items()}
     short = [name for name, rate in rates.items() if rate * chunks * settings.chunk < settings.n]
     lines = [f"pool: {chunks * settings.chunk} candidates for {len(found)} settings of {settings.n} images each"]
     if math.isfinite(pilot.actor_s):

@@ -259,16 +259,8 @@ class Expectation:
         return math.ceil(n / self.rate)
 
     def candidates_surely(self, n: int) -> float:
-        """Candidates that are enough for n accepted with a probability of 97.5%; inf where the rate may be 0.
-
-        The c of which n is the low end of `acceptance.measured_interval`: rate c - sqrt((rate - low)² c² + z² rate (1 - rate) c)
-        = n. The pilot's error grows as c, that of the run's own draws as sqrt(c).
-        """
-        if self.low == 0:
-            return math.inf
-        a = self.low * (2 * self.rate - self.low)  # rate² - (rate - low)²
-        b = self.rate * n + acceptance.Z**2 * self.rate * (1 - self.rate) / 2
-        return (b + math.sqrt(max(0.0, b * b - a * n * n))) / a
+        """`acceptance.candidates_surely` of these."""
+        return acceptance.candidates_surely(n, self.rate, self.low)
 
     def chunks_per_part(self, n: int, part_rows: int, chunk: int, png_bytes: float) -> int:
         """Chunks of one part: what is lost at most when a run is ended, and how often it looks at its limits.

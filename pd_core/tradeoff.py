@@ -79,17 +79,17 @@ def accepted(deciding: ArrayLike, u: ArrayLike, weighting: Weighting) -> NDArray
     return np.flatnonzero(np.asarray(u) < acceptance.acceptance_probability(deciding, weighting))
 
 
-def pool_needed(rates: Iterable[float], n: int, most: int) -> int:
-    """Candidates that give n accepted at each of these acceptance rates with a probability of about 97.5%, at most `most`.
+def pool_needed(weightings: Iterable[tuple[ArrayLike, Weighting]], n: int, most: int) -> int:
+    """Candidates that give n accepted under each of these weightings with a probability of 97.5%, at most `most`.
 
-    The c with rate · c - z sqrt(rate (1 - rate) c) = n.
+    weightings: each with the values that decide about the pilot's candidates, [M]. The pilot's own error is counted.
     """
-    needed = n
-    for rate in rates:
-        spread = acceptance.Z * math.sqrt(rate * (1 - rate))
-        root = (spread + math.sqrt(spread**2 + 4 * rate * n)) / (2 * rate)
-        needed = max(needed, math.ceil(root**2))
-    return min(needed, most)
+    needed: float = n
+    for deciding, weighting in weightings:
+        chances = acceptance.acceptance_probability(deciding, weighting)
+        low, _ = acceptance.rate_interval(chances, min(weighting.weights) / max(weighting.weights), 1.0)
+        needed = max(needed, acceptance.candidates_surely(n, float(chances.mean()), low))
+    return most if needed >= most else math.ceil(needed)
 
 
 # --- frontier and choice ------------------------------------------------------------------------------------------------
