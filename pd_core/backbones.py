@@ -4,8 +4,10 @@ called FID.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pd_core import storage
@@ -17,12 +19,25 @@ if TYPE_CHECKING:
     import torch
 
 
+# The weights of the Inception of FID, TensorFlow's of 2015-12-05 as torch-fidelity publishes them; by the custom of torch's
+# hub the name ends in the first digits of the file's sha256.
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d"
+
+
 def library(name: str) -> str:
-    """Package that defines the model, with its version: features move with it."""
+    """Package that defines the model, with its version: features move with it. Raises UserError where it is missing."""
     if name == INCEPTION:
         from importlib import metadata
 
-        return f"torch-fidelity {metadata.version('torch-fidelity')}"
+        try:
+            return f"torch-fidelity {metadata.version('torch-fidelity')}"
+        except metadata.PackageNotFoundError:
+            raise UserError(
+                f"--features.model {INCEPTION}: torch-fidelity is not installed here; pip install torch-fidelity"
+            ) from None
     import timm
 
     return f"timm {timm.__version__}"
@@ -86,26 +101,35 @@ def _inception(checkpoint: str | None) -> torch.nn.Module:
     """
     import torch
 
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ModuleNotFoundError as error:
-        raise UserError(f"--features.model {INCEPTION}: {error}; pip install torch-fidelity") from None
-    with tempfile.NamedTemporaryFile(
-        suffix=".pth"
-    ) as file:  # it reads files with pickle: only what was read without it
-        if checkpoint is not None:
-            torch.save(_read_checkpoint(checkpoint), file.name)
-        try:
-            whole = FeatureExtractorInceptionV3(INCEPTION, ["2048"], file.name if checkpoint else None)
-        except Exception as error:
-            if checkpoint is None:
-                raise _not_loaded(INCEPTION, error) from None
-            raise UserError(
-                f"--features.checkpoint {checkpoint}: not weights of {INCEPTION} ({one_line(error)}); give the file that "
-                "torch-fidelity publishes, weights-inception-2015-12-05-6726825d.pth"
-            ) from None
+    library(INCEPTION)
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    uri = checkpoint or _downloaded(INCEPTION, INCEPTION_URL, INCEPTION_SHA256)
+    data = _read_bytes(uri)
+    if not hashlib.sha256(data).hexdigest().startswith(INCEPTION_SHA256):
+        raise UserError(
+            f"--features.checkpoint {uri}: not the weights that an FID is computed with; give the file that torch-fidelity "
+            f"publishes, {INCEPTION_URL.rpartition('/')[2]}"
+        )
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:  # it unpickles what it is given: only plain tensors
+        torch.save(_tensors(data, uri), file.name)
+        whole = FeatureExtractorInceptionV3(INCEPTION, ["2048"], file.name)
     layers = [layer for name, layer in whole.named_children() if name != "fc"]  # in the order of its `forward`
     return torch.nn.Sequential(*layers, torch.nn.Flatten())
+
+
+def _downloaded(name: str, url: str, sha256: str) -> str:
+    """Path of the file in torch's own cache, with the hash checked."""
+    import torch
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+        except Exception as error:
+            raise _not_loaded(name, error) from None
+    return str(path)
 
 
 def _not_loaded(name: str, error: Exception) -> Exception:
@@ -128,7 +152,7 @@ def _nearest_model(name: str) -> str:
 
 
 def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
-    tensors = _read_checkpoint(checkpoint)
+    tensors = _tensors(_read_bytes(checkpoint), checkpoint)
     classifier = model.default_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     wanted = model.state_dict()
@@ -147,18 +171,22 @@ def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
     model.load_state_dict(tensors)
 
 
-def _read_checkpoint(uri: str) -> dict[str, torch.Tensor]:
+def _read_bytes(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri)
+    except Exception as error:
+        failure = storage.explain(error, uri)
+        raise type(failure)(f"--features.checkpoint {failure}") from None
+
+
+def _tensors(data: bytes, uri: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file's bytes; no code of it is run."""
     import pickle
 
     import safetensors
     import safetensors.torch
     import torch
 
-    try:
-        data = storage.read_bytes(uri)
-    except Exception as error:
-        failure = storage.explain(error, uri)
-        raise type(failure)(f"--features.checkpoint {failure}") from None
     try:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(data)
@@ -177,8 +205,6 @@ def _read_checkpoint(uri: str) -> dict[str, torch.Tensor]:
 
 def weights_hash(model: torch.nn.Module) -> str:
     """sha256 over name, type, shape and bytes of every tensor of the model, by name."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()

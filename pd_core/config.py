@@ -115,8 +115,10 @@ class ExtractorSettings(Section):
 
     @model_validator(mode="after")
     def _one_size(self) -> ExtractorSettings:
-        if self.model == INCEPTION and (self.preprocess == "paper" or self.image_size is not None):
-            raise ValueError(f"{INCEPTION} sees images at 299 px as FID has it; drop preprocess and image_size")
+        if self.model == INCEPTION and (self.preprocess, self.image_size, self.precision) != ("model", None, "fp32"):
+            raise ValueError(
+                f"{INCEPTION} sees images at 299 px in fp32, as FID has it; drop preprocess, image_size and precision"
+            )
         if self.preprocess == "paper" and self.image_size is not None:
             raise ValueError("image_size has no meaning for preprocess 'paper' (224 px); drop one of them")
         return self

@@ -450,6 +450,7 @@ def package_versions() -> dict[str, str]:
         "torch",
         "torchvision",
         "timm",
+        "torch-fidelity",
         "ray",
         "faiss-cpu",
         "faiss-gpu-cu12",

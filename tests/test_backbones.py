@@ -1,5 +1,7 @@
 """The Inception of FID against torch-fidelity itself; timm's models are held to timm in test_ground and test_pipeline."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -33,10 +35,11 @@ def theirs(tmp_path_factory):
     return model
 
 
-@pytest.fixture(scope="module")
-def weights(theirs, tmp_path_factory):
-    file = tmp_path_factory.mktemp("inception") / "weights.pth"
+@pytest.fixture
+def weights(theirs, tmp_path, monkeypatch):
+    file = tmp_path / "weights.pth"
     torch.save(theirs.state_dict(), file)
+    monkeypatch.setattr(backbones, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
     return file
 
 
@@ -60,23 +63,37 @@ def test_gradients_go_through_inception(weights):
     assert inputs.grad is not None and inputs.grad.abs().sum() > 0
 
 
-def test_weights_of_another_network_are_refused(theirs, tmp_path):
-    file = tmp_path / "other.pth"
-    torch.save({name: tensor for name, tensor in theirs.state_dict().items() if name != "fc.bias"}, file)
-    with pytest.raises(UserError, match=r"other\.pth: not weights of inception-v3-compat .*fc\.bias"):
-        backbones.load(INCEPTION, str(file))
+def test_only_the_published_weights_make_an_fid(weights, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(
+        UserError, match=r"weights\.pth: not the weights that an FID is computed with; give .*6726825d\.pth"
+    ):
+        backbones.load(INCEPTION, str(weights))
 
 
-def test_weights_that_hold_code_are_refused(tmp_path):
+def test_a_file_that_holds_code_is_refused_before_it_runs(tmp_path, monkeypatch):
     file = tmp_path / "code.pth"
     torch.save(Unloaded, file)
+    monkeypatch.setattr(backbones, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
     with pytest.raises(UserError, match="not a file of weights only"):
         backbones.load(INCEPTION, str(file))
 
 
-@pytest.mark.parametrize("more", [{"image_size": 64}, {"preprocess": "paper"}])
-def test_inception_at_another_size_is_no_fid(more):
-    with pytest.raises(ValueError, match="299 px as FID has it"):
+def test_a_download_of_other_content_is_refused_and_kept_nowhere(weights, tmp_path, monkeypatch):
+    """From a URL of our own, into a cache of our own."""
+    monkeypatch.undo()
+    monkeypatch.setattr(backbones, "INCEPTION_URL", weights.as_uri())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"cannot load its weights from the hub .*invalid hash"):
+        backbones.load(INCEPTION, None)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    monkeypatch.setattr(backbones, "INCEPTION_SHA256", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    assert backbones.load(INCEPTION, None)(torch.zeros(1, 3, 299, 299)).shape == (1, 2048)
+
+
+@pytest.mark.parametrize("more", [{"image_size": 64}, {"preprocess": "paper"}, {"precision": "bf16"}])
+def test_inception_in_another_form_is_no_fid(more):
+    with pytest.raises(ValueError, match="299 px in fp32, as FID has it"):
         FeatureSettings(model=INCEPTION, **more)
 
 
