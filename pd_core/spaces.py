@@ -47,7 +47,7 @@ def open_spaces(real: RealSet, judge: ExtractorSettings) -> list[Space]:
     """The index's space, and that of the second extractor where the settings name one; its weights are read in a Ray task.
 
     Raises:
-        UserError: as `features.describe`, of --judge.
+        UserError: as `features.describe`, of --judge; or it is the index's own.
     """
     found = [Space(INDEX, real.extractor)]
     if judge.model != "none":
@@ -58,6 +58,11 @@ def open_spaces(real: RealSet, judge: ExtractorSettings) -> list[Space]:
             spec = cluster.get(features.describe_remotely(FeatureSettings(**values)))
         except UserError as error:  # the reader of a model knows it by the settings of the index
             raise UserError(str(error).replace("--features.", "--judge.")) from None
+        if spec.identity() == real.extractor.identity():
+            raise UserError(
+                f"--judge.model {judge.model}: is the extractor of the index itself, which must not judge what it selected; "
+                "choose another model"
+            )
         found.append(Space(JUDGE, spec))
     return found
 

@@ -175,14 +175,21 @@ def generated(built, tmp_path_factory):
     return root
 
 
+def test_the_indexs_own_extractor_is_no_judge(built, sets, inputs, tmp_path, capsys):
+    more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}")
+    assert run(built, tmp_path / "out", sets / "other", more=more) == 2
+    expected = f"error: --judge.model {tiny.MODEL}: is the extractor of the index itself, which must not judge what it selected"
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_was_selected_in_a_space_is_flagged_there_and_nowhere_else(built, inputs, generated, tmp_path):
-    """In the index's space, and in a judge's that is the same extractor; the unselected set is never flagged."""
+    """In the index's space, not in a judge's; the unselected set is never flagged."""
     output = tmp_path / "out"
-    more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}")
+    more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}", "--judge.image_size=64")
     assert run(built, output, generated / "typical", generated / "plain", more=more) == 0
     flagged = {(row["set"], row["space"]) for row in table(output).to_pylist() if row["selected_here"]}
-    assert flagged == {("typical", "index"), ("typical", "judge")}
+    assert flagged == {("typical", "index")}
     page = (output / "report" / "index.html").read_text()
     assert "Judged where they were selected:</b> typical." in page and "p60, w = 5" in page and "nothing" in page
 
