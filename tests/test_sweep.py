@@ -2,13 +2,17 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from pd_core import errors
+from pd_core import comparison, errors, volume
+from pd_core.config import TradeoffSettings
+from pd_core.errors import UserError
 from tests import tiny, tiny_generators
 from tests.test_generate import TOY, rows
 from tests.test_generate import run as run_generate
@@ -182,6 +186,28 @@ def test_truncations_are_pools_of_their_own(of_gan):
 def test_bad_input_is_one_line_and_exit_2(built, tmp_path, capsys, more, line):
     assert run(built, tmp_path / "out", *more) == 2
     assert line in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_volumes_that_cannot_be_measured_are_refused_by_the_options_of_this_workflow(built, tmp_path, capsys):
+    """No polarity is asked for: those of the default for TorchScript."""
+    gan = f"--generator.path={tiny_generators.save_bars(tmp_path / 'bars.pt')}"
+    kind = ("--generator.kind=torchscript", gan, "--generator.latent_shape=[4]", "--truncations=[]")
+    assert run(built, tmp_path / "out", *kind, "--output_size=5") == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "set --output_size to a divisor, or give --polarities '[]'" in said and "--weighting" not in said
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [lambda z: z[:, :2], lambda z: z[:, None, None, :6], lambda z: z.detach(), lambda z: torch.zeros(2, 3, 4, 4)],
+    ids=["rank", "size", "detached", "constant"],
+)
+def test_a_refusal_of_volumes_names_no_option_that_this_workflow_lacks(decode):
+    own = {f"--{name}" for name in TradeoffSettings.model_fields}
+    with pytest.raises(UserError) as raised, comparison._own_words():
+        volume.log_volumes(decode, torch.randn(2, 8), [1, 2], volume.Volume(3, 4))
+    named = set(re.findall(r"--[a-z_.]+", str(raised.value)))
+    assert "--polarities" in named and named <= own
 
 
 @pytest.mark.slow
