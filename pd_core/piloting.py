@@ -205,12 +205,7 @@ def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: 
         assert settings.weights, "check_settings refuses none"
         return acceptance.by_quantile(quantiles, settings.weights)
     assert settings.weight is not None, "check_settings refuses none"
-    threshold = density.parse_threshold(settings.threshold).density(quantiles)
-    if not quantiles[0] <= threshold <= quantiles[-1]:
-        raise UserError(
-            f"--weighting.threshold {settings.threshold}: outside the densities of {where}, which lie in "
-            f"{quantiles[0]:.4g} ... {quantiles[-1]:.4g}; choose one inside, or a percentile such as p80"
-        )
+    threshold = density.threshold_inside(settings.threshold, quantiles, "--weighting.threshold", where)
     return acceptance.two_level(threshold, settings.weight)
 
 

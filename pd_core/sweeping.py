@@ -25,7 +25,6 @@ from pd_core import (
 )
 from pd_core.acceptance import Weighting
 from pd_core.config import MetricSettings
-from pd_core.errors import UserError
 from pd_core.realset import RealSet
 from pd_core.spaces import Features, Space
 from pd_core.tradeoff import Setting
@@ -196,13 +195,7 @@ def weighting_of(setting: Setting, real: RealSet, log_volume: np.ndarray | None,
     if setting.method == "generator":
         return acceptance.uniform()
     assert setting.threshold is not None and setting.weight is not None, setting
-    quantiles = real.density_quantiles
-    threshold = density.parse_threshold(setting.threshold).density(quantiles)
-    if not quantiles[0] <= threshold <= quantiles[-1]:
-        raise UserError(
-            f"--thresholds {setting.threshold}: outside the densities of the index, which lie in {quantiles[0]:.4g} ... "
-            f"{quantiles[-1]:.4g}; choose one inside, or a percentile such as p80"
-        )
+    threshold = density.threshold_inside(setting.threshold, real.density_quantiles, "--thresholds", "the index")
     return acceptance.two_level(threshold, setting.weight)
 
 
