@@ -46,6 +46,12 @@ OWN_WORDS = {  # for those in which volumes are refused, which are generate's
     "--weighting.output_size": "--output_size",
     INSTEAD: "give --polarities '[]' to leave Polarity Sampling out",
 }
+REFERENCE = (
+    "extractor",
+    "n_real",
+    "k_precision",
+    "k_coverage",
+)  # what a number of a setting hangs on beside its images
 POOL_TIMES = 20  # --n: largest pool, unless it is said
 PART_CHUNKS = 16  # of the pool
 
@@ -131,7 +137,9 @@ def compare(settings: TradeoffSettings) -> None:
         n_real = min(settings.n_real or real.rows, real.rows)
         inputs = tradeoff_report.Inputs(job, measured, images, candidates, n_real, settings, dict(run.timings_s))
         run.stage(reporting, lambda: tradeoff_report.run(reporting, inputs), replace=True)
-        if run.made:  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
+        if (
+            run.made
+        ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
             _track(tracker, rows)
         with failures("run", output):
             run.record(watch.seconds, ("report",))
@@ -343,7 +351,7 @@ def _track(tracker: tracking.Tracker, rows: list[dict[str, Any]]) -> None:
     """A nested run for each setting and space, so that MLflow's own charts can draw the trade-off."""
     for row in rows:
         with tracker.stage(f"{row['space']}: {row['setting']}") as nested:
-            named = ("curve", "method", "threshold", "weight", "polarity", "truncation", "n")
+            named = ("curve", "method", "threshold", "weight", "polarity", "truncation", "n", *REFERENCE)
             nested.params({name: row[name] for name in named if row[name] is not None})
             numbers = {name: value for name, value in row.items() if isinstance(value, float) and name not in named}
             nested.metrics(numbers)

@@ -459,7 +459,7 @@ def _of_volumes(settings: GenerateSettings, pilot: Pilot) -> list[str]:
     lines = [f"volumes:    exp({exponent:g} v) in {weighting.bins} steps, log-volumes v of the pilot in {ends}"]
     if exponent and weighting.edges:
         side, edge = ("above", weighting.edges[-1]) if exponent > 0 else ("up to", weighting.edges[0])
-        exact, steps = np.exp(exponent * v - np.max(exponent * v)), acceptance.weight_of(v, weighting)
+        exact, steps = acceptance.exponential(v, exponent), acceptance.weight_of(v, weighting)
         size, capped = (acceptance.effective_size(w) for w in (exact, steps))
         lines.append(
             f"cap:        all v {side} {edge:.4g} have the weight {max(weighting.weights):.3g} (1 is the generator's mean); "

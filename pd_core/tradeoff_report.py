@@ -116,6 +116,7 @@ def _point(row: Mapping[str, Any]) -> Point:
         row["candidates"],
         row["acceptance_rate"],
         row["effective_sample_size"],
+        row["exact_effective_size"],
         row["frontier"],
     )
 

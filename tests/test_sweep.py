@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pd_core import comparison, errors, volume
-from pd_core.config import TradeoffSettings
+from pd_core import acceptance, cluster, comparison, errors, metrics, sweeping, tradeoff_report, volume
+from pd_core.config import MetricSettings, TradeoffSettings
 from pd_core.errors import UserError
+from pd_core.tradeoff import Setting
 from tests import tiny, tiny_generators
 from tests.test_generate import TOY, rows
 from tests.test_generate import run as run_generate
@@ -67,6 +70,54 @@ def test_a_run_that_was_killed_after_its_curve_still_tells_mlflow_of_each_settin
     own = found["index: p60, w = 5"]
     assert own.metrics["precision"] == curve(output)["p60, w = 5"]["precision"]
     assert own.params["weight"] == "5.0" and "mlflow.parentRunId" in own.tags
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A curve of three settings over a pool of 60 candidates, of which 40 are wanted; without Ray."""
+    monkeypatch.setattr(cluster, "assigned_device", lambda: "cpu")
+    settings = (Setting("generator"), Setting("density", "p50", 50.0), Setting("polarity", polarity=-1.0))
+    curves = acceptance.uniform(), acceptance.two_level(0.9, 50.0), acceptance.tilted(np.arange(60.0), -1.0, 20)
+    weightings = dict(zip([s.name for s in settings], curves, strict=True))
+    metric_settings = MetricSettings(k_precision=2, k_coverage=4)
+    stage = sweeping.stage_of(str(tmp_path), settings, weightings, {}, metric_settings, "index", 0, 40, None)
+    where = SimpleNamespace(name="index", extractor="of a test")
+    return sweeping.Job(stage, settings, (where,), {}, {}, {}, weightings, metric_settings, "index", 0, 40, None)
+
+
+def pool_of(log_volume, rng):
+    many = len(log_volume)
+    features = rng.normal(size=(many, 4)).astype(np.float32)
+    return sweeping.Pool(np.arange(many), np.arange(many), rng.random(many), log_volume, features)
+
+
+def test_each_row_names_what_its_numbers_hang_on(job):
+    """METHOD 7: extractor, real images, generated images, k; measured or not, in the table and in the CSV."""
+    rng = np.random.default_rng(0)
+    reference = metrics.prepare(rng.normal(size=(55, 4)).astype(np.float32), np.arange(55), 2, 4)
+    pool = pool_of(np.arange(60.0), rng)
+    for i in range(3):
+        sweeping._measure_part(job, 0, i, reference, pool, 1)
+    found = sweeping.read_curve(job.curve.uri, list(job.curve.finished_parts().values()))
+    assert [row["precision"] is not None for row in found] == [True, False, False]
+    written = list(csv.DictReader(tradeoff_report.table(found).decode().splitlines()))
+    for row in (*found, *written):
+        named = [str(row[name]) for name in ("extractor", "n_real", "k_precision", "k_coverage")]
+        assert named == ["of a test", "55", "2", "4"]
+    assert [row["n"] for row in found][0] == 40 and all(row["n"] < 40 for row in found[1:])
+
+
+def test_the_exact_weights_of_polarity_are_worth_less_than_its_steps(job):
+    """Of normal volumes with standard deviation s, exp(polarity v) is worth exp(-(polarity s)²) of the sample. 200,000 values
+    with s = 1: the moment E w² has a relative standard error of sqrt((e⁴ - 1) / 200000) = 1.6%."""
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=200_000)
+    polarity = job.settings[2]
+    steps = replace(job, weightings={polarity.name: acceptance.tilted(v[:256], -1.0, 20)})
+    found = sweeping.draw(polarity, pool_of(v, rng), steps)
+    assert found.exact == pytest.approx(np.exp(-1) * len(v), rel=0.08)
+    assert found.exact < found.effective
+    assert sweeping.draw(job.settings[1], pool_of(v, rng), job).exact is None
 
 
 def curve(output):
