@@ -22,6 +22,7 @@ from tests.test_generate import run as run_generate
 from workflows import tradeoff
 
 N = 70
+THREE_PARTS = ('--thresholds=["p90"]', "--weights=[50]", "--max-candidates=600")  # of the pool: 37 chunks of 16
 
 
 def arguments(built, output, *more):
@@ -104,7 +105,7 @@ def test_each_row_names_what_its_numbers_hang_on(job):
     for row in (*found, *written):
         named = [str(row[name]) for name in ("extractor", "n_real", "k_precision", "k_coverage")]
         assert named == ["of a test", "55", "2", "4"]
-    assert [row["n"] for row in found][0] == 40 and all(row["n"] < 40 for row in found[1:])
+    assert found[0]["n"] == 40 and all(row["n"] < 40 for row in found[1:])
 
 
 def test_the_exact_weights_of_polarity_are_worth_less_than_its_steps(job):
@@ -175,6 +176,30 @@ def test_the_same_command_makes_nothing_again_and_a_lost_setting_comes_back_the_
     assert tiny.tables(swept) == before
     assert run(built, swept, "--target=recall=0.01") == 0
     assert "every stage was finished already" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(built, tmp_path_factory):
+    """A pool of three parts, and two settings."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run(built, output, *THREE_PARTS) == 0
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "before"),
+    [("pool/_parts/*.json", "pool"), ("pool/artifact.json", "curve")],
+    ids=["in the pool", "after it"],
+)
+def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, built, tmp_path, point, before):
+    output = tmp_path / "out"
+    tiny.kill_when(point, output, *arguments(built, output, *THREE_PARTS), workflow="tradeoff.py")
+    assert not (output / before / "artifact.json").exists()
+    done = {f: f.stat().st_mtime_ns for f in output.glob("pool/_parts/*.json")}
+    assert run(built, output, *THREE_PARTS) == 0
+    assert tiny.tables(output) == tiny.tables(undisturbed)
+    assert all(f.stat().st_mtime_ns == when for f, when in done.items()), "finished parts were made again"
 
 
 def test_a_target_out_of_reach_shows_the_frontier(built, swept, capsys):
