@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -82,7 +83,7 @@ def job(tmp_path, monkeypatch):
     weightings = dict(zip([s.name for s in settings], curves, strict=True))
     metric_settings = MetricSettings(k_precision=2, k_coverage=4)
     stage = sweeping.stage_of(str(tmp_path), settings, weightings, {}, metric_settings, "index", 0, 40, None)
-    where = SimpleNamespace(name="index", extractor="of a test")
+    where: Any = SimpleNamespace(name="index", extractor="of a test")
     return sweeping.Job(stage, settings, (where,), {}, {}, {}, weightings, metric_settings, "index", 0, 40, None)
 
 
@@ -117,7 +118,7 @@ def test_the_exact_weights_of_polarity_are_worth_less_than_its_steps(job):
     steps = replace(job, weightings={polarity.name: acceptance.tilted(v[:256], -1.0, 20)})
     found = sweeping.draw(polarity, pool_of(v, rng), steps)
     assert found.exact == pytest.approx(np.exp(-1) * len(v), rel=0.08)
-    assert found.exact < found.effective
+    assert found.exact is not None and found.exact < found.effective
     assert sweeping.draw(job.settings[1], pool_of(v, rng), job).exact is None
 
 
