@@ -67,7 +67,8 @@ def _perturbed(name: str, totals: dict[str, Any]) -> None:
         if way in totals:
             t = totals[way]
             interval = f"{t['confirmed_low']:.3f} … {t['confirmed_high']:.3f}"
-            print(f"| {way} | {t['rows']} | {t['confirmed_share']:.3f} ({interval}) | {t['predicted_share']:.3f} |")
+            says = "–" if t["predicted_share"] is None else f"{t['predicted_share']:.3f}"
+            print(f"| {way} | {t['rows']} | {t['confirmed_share']:.3f} ({interval}) | {says} |")
 
 
 if __name__ == "__main__":

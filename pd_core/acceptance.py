@@ -159,9 +159,15 @@ def tilted(generated: ArrayLike, exponent: float, bins: int) -> Weighting:
     edges = np.unique(v[last[last >= 0]])
     edges = edges[edges < v[-1]]  # no bin is without a sample
     inside = np.searchsorted(edges, v, side="left")
-    weights = np.exp(exponent * v - np.max(exponent * v))
+    weights = exponential(v, exponent)
     means = np.bincount(inside, weights) / np.bincount(inside)
     return Weighting(tuple(edges.tolist()), tuple((means / weights.mean()).tolist()))
+
+
+def exponential(v: ArrayLike, exponent: float) -> Float64Array:
+    """exp(exponent · v) of [M] values over its largest, float64 [M]: the weights of Polarity Sampling (arXiv 2203.01993)."""
+    tilt = exponent * np.asarray(v, dtype=np.float64)
+    return np.exp(tilt - tilt.max())
 
 
 def effective_size(weights: ArrayLike) -> float:

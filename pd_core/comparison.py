@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,10 +37,21 @@ from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting
-from pd_core.volume import Volume
+from pd_core.volume import INSTEAD, Volume
 
 PILOT = "pool-pilot"  # its folder: by `pilot` an output of generate.py is known
 STAGES = ("curve", "report")
+OWN_WORDS = {  # for those in which volumes are refused, which are generate's
+    "--weighting.rank": "--rank",
+    "--weighting.output_size": "--output_size",
+    INSTEAD: "give --polarities '[]' to leave Polarity Sampling out",
+}
+REFERENCE = (
+    "extractor",
+    "n_real",
+    "k_precision",
+    "k_coverage",
+)  # what a number of a setting hangs on beside its images
 POOL_TIMES = 20  # --n: largest pool, unless it is said
 PART_CHUNKS = 16  # of the pool
 
@@ -109,7 +120,7 @@ def compare(settings: TradeoffSettings) -> None:
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
         run = Run(settings, output, now, tracker, "tradeoff", STAGES)
-        with contextlib.ExitStack() as resources:
+        with _own_words(), contextlib.ExitStack() as resources:
             planned = _plan(run, settings, real, found, resources)
             cluster.say(planned.text)
             pool, candidates = _pool(run, settings, planned)
@@ -151,8 +162,20 @@ def plan_tradeoff(settings: TradeoffSettings) -> None:
     off = settings.tracking.model_copy(update={"enabled": False})
     with cluster.session(output) as now, tracking.start(off, output, "tradeoff", {}) as tracker:
         run = Run(settings, output, now, tracker, "tradeoff", STAGES)
-        with contextlib.ExitStack() as resources:
+        with _own_words(), contextlib.ExitStack() as resources:
             cluster.say(_plan(run, settings, real, found, resources).text)
+
+
+@contextlib.contextmanager
+def _own_words() -> Iterator[None]:
+    """A refusal of the generator's volumes names the options of this workflow."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for theirs, ours in OWN_WORDS.items():
+            text = text.replace(theirs, ours)
+        raise UserError(text) from None
 
 
 # ---- the pool --------------------------------------------------------------------------------------------------------
@@ -325,7 +348,7 @@ def _track(tracker: tracking.Tracker, rows: list[dict[str, Any]]) -> None:
     """A nested run for each setting and space, so that MLflow's own charts can draw the trade-off."""
     for row in rows:
         with tracker.stage(f"{row['space']}: {row['setting']}") as nested:
-            named = ("curve", "method", "threshold", "weight", "polarity", "truncation", "n")
+            named = ("curve", "method", "threshold", "weight", "polarity", "truncation", "n", *REFERENCE)
             nested.params({name: row[name] for name in named if row[name] is not None})
             numbers = {name: value for name, value in row.items() if isinstance(value, float) and name not in named}
             nested.metrics(numbers)

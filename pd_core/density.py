@@ -242,6 +242,22 @@ def parse_threshold(text: str | float) -> Threshold:
     return Threshold("density", value)
 
 
+def threshold_inside(text: str | float, quantiles: ArrayLike, option: str, where: str) -> float:
+    """tau on the rho scale, within the real densities.
+
+    quantiles: `density_quantiles` of the real set. option, where: the setting and the set, for the message.
+    Raises UserError: as `parse_threshold`, or tau lies outside of them, where the weight would change nothing.
+    """
+    tau = parse_threshold(text).density(quantiles)
+    low, high = np.asarray(quantiles, dtype=np.float64)[[0, -1]]
+    if not low <= tau <= high:
+        raise UserError(
+            f"{option} {text}: outside the densities of {where}, which lie in {low:.4g} ... {high:.4g}; choose one inside, or "
+            "a percentile such as p80"
+        )
+    return tau
+
+
 # --- checks ------------------------------------------------------------------------------------------------------------
 
 

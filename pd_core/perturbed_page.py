@@ -52,8 +52,9 @@ class Moved:
     Attributes:
         direction: up or down. rows: of it.
         confirmed: rows whose index-scored density moved that way; low, high: 95% interval of their share.
-        predicted_share: of rows whose predicted density did.
-        by_index, predicted: log(after / before), float64 [rows or less]; left out where a density underflows to 0.
+        predicted_share: of rows whose predicted density did; None where all of these underflow to 0.
+        by_index, predicted: log(after / before), float64 [rows or less] of the same rows; left out of both where a density
+            underflows to 0.
         no_log_ratio: rows so left out. unmoved: rows that kept their latent. feature_distance: mean.
         agreement: predicted against index-scored log density of the images after.
     """
@@ -63,7 +64,7 @@ class Moved:
     confirmed: int
     low: float
     high: float
-    predicted_share: float
+    predicted_share: float | None
     by_index: np.ndarray
     predicted: np.ndarray
     no_log_ratio: int
@@ -126,7 +127,7 @@ class PerturbedData:
         for moved in self.moved:
             assert moved.rows == self.n and 0 <= moved.confirmed <= moved.rows, (moved.rows, self.n)
             assert moved.by_index.size + moved.no_log_ratio == moved.rows
-            assert moved.predicted.size <= moved.rows
+            assert moved.predicted.size == moved.by_index.size
 
     @property
     def columns(self) -> list[str]:
@@ -162,9 +163,8 @@ def agreement_png(data: PerturbedData, narrow: bool = False) -> bytes:
     figure, axes = report.new_figure(narrow, height_in=3.4 if narrow else 4.4, width_in=4.8)
     low, high = _edges(data)[[0, -1]]
     for moved in data.moved:
-        if moved.by_index.size == moved.predicted.size:
-            color = report.MARK if moved.direction == "up" else report.BAR
-            axes.plot(moved.by_index, moved.predicted, "o", color=color, markersize=3, alpha=0.6, markeredgewidth=0)
+        color = report.MARK if moved.direction == "up" else report.BAR
+        axes.plot(moved.by_index, moved.predicted, "o", color=color, markersize=3, alpha=0.6, markeredgewidth=0)
     axes.plot([low, high], [low, high], color=report.MUTED, linewidth=1.0)
     for line in (axes.axvline, axes.axhline):
         line(0.0, color=report.INK, linewidth=0.8, linestyle=":")

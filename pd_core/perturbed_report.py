@@ -91,13 +91,7 @@ def _light(inputs: Inputs) -> pa.Table:
 
 def _moved(table: pa.Table, here: np.ndarray, way: str, totals: Mapping[str, Any]) -> Moved:
     rows = table.filter(pa.array(here))
-    columns = {
-        (kind, when): rows[f"density_{kind}_{when}"].to_numpy()
-        for kind in ("index", "predicted")
-        for when in ("before", "after")
-    }
-    by_index, left_out = perturbing.log_change(columns["index", "before"], columns["index", "after"])
-    predicted, _ = perturbing.log_change(columns["predicted", "before"], columns["predicted", "after"])
+    (by_index, predicted), left_out = perturbing.log_changes(*perturbing.densities_of(rows))
     return Moved(
         direction=way,
         rows=totals["rows"],

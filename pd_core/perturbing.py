@@ -286,7 +286,11 @@ LIGHT = [field.name for field in schemas.perturbed() if field.type != schemas.IM
 
 
 def totals_of(uri: str, names: list[str]) -> dict[str, Any]:
-    """Of each direction: shares that the index confirms and that the predictor claims, and how far densities moved."""
+    """Of each direction: shares that the index confirms and that the predictor claims, and how far densities moved.
+
+    Both shares are of all rows. A row whose predicted density underflows to 0 before and after is none that moved; where all do,
+    the predictor says nothing, and its share is None.
+    """
     table = pa.concat_tables([storage.read_table(storage.join(uri, name), LIGHT) for name in names])
     ways = np.array(table["direction"].to_pylist())
     columns = {name: table[name].to_numpy() for name in LIGHT if pa.types.is_floating(table[name].type)}
@@ -294,8 +298,9 @@ def totals_of(uri: str, names: list[str]) -> dict[str, Any]:
     totals: dict[str, Any] = {"copies": sum(table["likely_copy"].to_pylist())}
     for way in np.unique(ways).tolist():
         here = ways == way
-        of_index, left_out = log_change(columns["density_index_before"][here], columns["density_index_after"][here])
-        predicted, _ = log_change(columns["density_predicted_before"][here], columns["density_predicted_after"][here])
+        before, after = densities_of(table.filter(pa.array(here)))
+        (of_index, predicted), left_out = log_changes(before, after)
+        told = (before[1] > 0) | (after[1] > 0)
         low, high = acceptance.rate_interval(confirmed[here].astype(float), 0.0, 1.0)
         totals[way] = {
             "rows": int(here.sum()),
@@ -303,7 +308,7 @@ def totals_of(uri: str, names: list[str]) -> dict[str, Any]:
             "confirmed_share": float(confirmed[here].mean()),
             "confirmed_low": low,
             "confirmed_high": high,
-            "predicted_share": float(np.mean(SIGNS[way] * predicted > 0)),
+            "predicted_share": float(np.mean(SIGNS[way] * (after - before)[1] > 0)) if told.any() else None,
             "mean_log_ratio_index": float(of_index.mean()) if len(of_index) else None,
             "mean_log_ratio_predicted": float(predicted.mean()) if len(predicted) else None,
             "no_log_ratio": left_out,
@@ -313,10 +318,22 @@ def totals_of(uri: str, names: list[str]) -> dict[str, Any]:
     return totals
 
 
-def log_change(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, int]:
-    """log(after / before) where both are positive, and how many are not: a density may underflow to 0."""
-    finite = (before > 0) & (after > 0)
-    return np.log(after[finite]) - np.log(before[finite]), int((~finite).sum())
+def densities_of(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Before and after, by index and by predictor: float64 [2, rows] each."""
+    before, after = (
+        np.stack([rows[f"density_{kind}_{when}"].to_numpy() for kind in ("index", "predicted")])
+        for when in ("before", "after")
+    )
+    return before, after
+
+
+def log_changes(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, int]:
+    """log(after / before) of the rows where no density is 0, to which it may underflow, and how many others there are.
+
+    before, after: `densities_of`. Returns float64 [2, rows or less]: a row is left out of both or of none.
+    """
+    finite = ((before > 0) & (after > 0)).all(axis=0)
+    return np.log(after[:, finite]) - np.log(before[:, finite]), int((~finite).sum())
 
 
 # ---- what it will cost -----------------------------------------------------------------------------------------------

@@ -205,12 +205,7 @@ def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: 
         assert settings.weights, "check_settings refuses none"
         return acceptance.by_quantile(quantiles, settings.weights)
     assert settings.weight is not None, "check_settings refuses none"
-    threshold = density.parse_threshold(settings.threshold).density(quantiles)
-    if not quantiles[0] <= threshold <= quantiles[-1]:
-        raise UserError(
-            f"--weighting.threshold {settings.threshold}: outside the densities of {where}, which lie in "
-            f"{quantiles[0]:.4g} ... {quantiles[-1]:.4g}; choose one inside, or a percentile such as p80"
-        )
+    threshold = density.threshold_inside(settings.threshold, quantiles, "--weighting.threshold", where)
     return acceptance.two_level(threshold, settings.weight)
 
 
@@ -456,7 +451,7 @@ def _of_volumes(settings: GenerateSettings, pilot: Pilot) -> list[str]:
     lines = [f"volumes:    exp({exponent:g} v) in {weighting.bins} steps, log-volumes v of the pilot in {ends}"]
     if exponent and weighting.edges:
         side, edge = ("above", weighting.edges[-1]) if exponent > 0 else ("up to", weighting.edges[0])
-        exact, steps = np.exp(exponent * v - np.max(exponent * v)), acceptance.weight_of(v, weighting)
+        exact, steps = acceptance.exponential(v, exponent), acceptance.weight_of(v, weighting)
         size, capped = (acceptance.effective_size(w) for w in (exact, steps))
         lines.append(
             f"cap:        all v {side} {edge:.4g} have the weight {max(weighting.weights):.3g} (1 is the generator's mean); "

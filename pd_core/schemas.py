@@ -26,7 +26,7 @@ VERSIONS = {
     "metrics": 1,
     "scores": 1,
     "pool": 3,
-    "curve": 1,
+    "curve": 2,
     "perturbed": 1,
 }
 
@@ -241,7 +241,8 @@ def curve() -> pa.Schema:
     """One row per setting and space; metrics are null where the pool did not give n images.
 
     `candidates` were looked at for them, `acceptance_rate` is over the whole pool, and `effective_sample_size` says how many
-    equally weighted candidates of the pool the setting's weights are worth. `NAME_low`, `NAME_high`: 95% interval of NAME.
+    equally weighted candidates of the pool the setting's weights are worth; `exact_effective_size`: likewise of exp(polarity · v)
+    without the steps that bound it, null for other methods. `NAME_low`, `NAME_high`: 95% interval of NAME.
     """
     fields = [
         pa.field("space", pa.string(), nullable=False),
@@ -254,9 +255,13 @@ def curve() -> pa.Schema:
         pa.field("polarity", pa.float64()),
         pa.field("truncation", pa.float64()),
         pa.field("n", pa.int64(), nullable=False),
+        pa.field("n_real", pa.int64(), nullable=False),
+        pa.field("k_precision", pa.int32(), nullable=False),
+        pa.field("k_coverage", pa.int32(), nullable=False),
         pa.field("candidates", pa.int64(), nullable=False),
         pa.field("acceptance_rate", pa.float64(), nullable=False),
         pa.field("effective_sample_size", pa.float64(), nullable=False),
+        pa.field("exact_effective_size", pa.float64()),
     ]
     measured = [pa.field(f"{name}{end}", pa.float64()) for name in CURVE_METRICS for end in ("", "_low", "_high")]
     return pa.schema(fields + measured)

@@ -25,7 +25,6 @@ from pd_core import (
 )
 from pd_core.acceptance import Weighting
 from pd_core.config import MetricSettings
-from pd_core.errors import UserError
 from pd_core.realset import RealSet
 from pd_core.spaces import Features, Space
 from pd_core.tradeoff import Setting
@@ -196,13 +195,7 @@ def weighting_of(setting: Setting, real: RealSet, log_volume: np.ndarray | None,
     if setting.method == "generator":
         return acceptance.uniform()
     assert setting.threshold is not None and setting.weight is not None, setting
-    quantiles = real.density_quantiles
-    threshold = density.parse_threshold(setting.threshold).density(quantiles)
-    if not quantiles[0] <= threshold <= quantiles[-1]:
-        raise UserError(
-            f"--thresholds {setting.threshold}: outside the densities of the index, which lie in {quantiles[0]:.4g} ... "
-            f"{quantiles[-1]:.4g}; choose one inside, or a percentile such as p80"
-        )
+    threshold = density.threshold_inside(setting.threshold, real.density_quantiles, "--thresholds", "the index")
     return acceptance.two_level(threshold, setting.weight)
 
 
@@ -213,28 +206,32 @@ class Draw:
     Attributes:
         rows: int64 [n] of the pool, in candidate order; fewer where the pool does not give as many.
         candidates: that were looked at up to the last of them. rate: accepted share of all candidates of the pool.
-        effective: rows of the pool that the weights are worth, Kish.
+        effective: rows of the pool that the weights are worth, Kish. exact: likewise of Polarity's without steps and cap, else None.
     """
 
     rows: np.ndarray
     candidates: int
     rate: float
     effective: float
+    exact: float | None = None
 
 
 def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
     """The first n candidates that generate.py would accept with this setting."""
     many, weighting = len(pool.number), job.weightings[setting.name]
-    deciding = pool.density
+    deciding, exact = pool.density, None
     if setting.method == "polarity":
-        assert pool.log_volume is not None, "the pool of a run with polarities has volumes"
+        assert pool.log_volume is not None and setting.polarity is not None, (
+            "the pool of a run with polarities has volumes"
+        )
         deciding = pool.log_volume
+        exact = acceptance.effective_size(acceptance.exponential(deciding, setting.polarity))
     u = ids.uniform(pool.number, ids.stream(job.seed, "acceptance"))  # candidates_of draws it so
     rows = tradeoff.accepted(deciding, u, weighting)
     taken = rows[: job.n]
     looked_at = int(pool.number[taken[-1]]) + 1 if len(rows) >= job.n else many
     effective = acceptance.effective_size(acceptance.weight_of(deciding, weighting))
-    return Draw(taken, looked_at, len(rows) / many, effective)
+    return Draw(taken, looked_at, len(rows) / many, effective, exact)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -265,9 +262,13 @@ def _measure_part(job: Job, space: int, i: int, reference: metrics.Reference, po
         taken = spaces.Rows(pool.ids[found.rows], nothing, nothing, pool.features[found.rows])
     row |= {
         "n": len(taken.ids),
+        "n_real": reference.rows,
+        "k_precision": reference.k_precision,
+        "k_coverage": reference.k_coverage,
         "candidates": found.candidates,
         "acceptance_rate": found.rate,
         "effective_sample_size": found.effective,
+        "exact_effective_size": found.exact,
     }
     if len(taken.ids) == job.n:  # a smaller set has other precision and recall for its size alone: it is left out
         measured = evaluating.measured(reference, taken, setting.name, threads, cluster.assigned_device())

@@ -1,8 +1,8 @@
 """The trade-off between fidelity and diversity: settings of each method, their draws from one pool, frontier and choice.
 
-Pure functions, float64 inside. One pool of candidates serves every setting: what a setting would have accepted of them is
-exactly what generate.py would accept, since candidate i and its u depend on i alone. Sets of two settings therefore share
-candidates, and differ by the settings, not by the luck of other draws.
+Pure functions, float64 inside. One pool of candidates serves every setting but truncations, whose images are others: what a
+setting would have accepted of them is exactly what generate.py would accept, since candidate i and its u depend on i alone. Sets
+of two settings therefore share candidates, and differ by the settings, not by the luck of other draws.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Point:
 
     Attributes:
         name, curve: of the setting. place: along its curve, where the generator itself is at 0. numbers: by metric; empty where the pool did not give n images.
-        candidates: looked at. rate: accepted share. effective: rows of the pool that the weights are worth.
+        candidates: looked at. rate: accepted share. effective: rows of the pool that the weights are worth; exact: without Polarity's steps, else None.
         frontier: no other setting is better in both precision and recall.
     """
 
@@ -31,6 +31,7 @@ class Point:
     candidates: int
     rate: float
     effective: float
+    exact: float | None
     frontier: bool
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pd_core import cluster, report, running, schemas, storage, sweeping, tradeoff, tradeoff_page
 from pd_core.config import TradeoffSettings, to_yaml
-from pd_core.evaluation_page import Number
+from pd_core.evaluation_page import Number, interval
 from pd_core.spaces import JUDGE
 from pd_core.tradeoff import Setting, Target
 from pd_core.tradeoff_page import Plane, Point, TradeoffData
@@ -116,6 +116,7 @@ def _point(row: Mapping[str, Any]) -> Point:
         row["candidates"],
         row["acceptance_rate"],
         row["effective_sample_size"],
+        row["exact_effective_size"],
         row["frontier"],
     )
 
@@ -154,7 +155,7 @@ def _choice(target: Target, space: str, rows: Sequence[Mapping[str, Any]]) -> st
     if found is None:
         return f"No setting has a {asked}; the frontier: {'; '.join(frontier_lines(target, rows))}."
     numbers = numbers_of(found)
-    values = ", ".join(f"{m} {_interval(numbers[m])}" for m in (target.metric, target.sought))
+    values = ", ".join(f"{m} {interval(numbers[m])}" for m in (target.metric, target.sought))
     line = f"For a {asked} take {found['setting']}: {values}."
     if (low := numbers[target.metric].low) is None or low < target.value:
         line += f" That {target.metric} reaches {target.value:g} is not sure: measure more images (--n)."
@@ -191,11 +192,6 @@ def frontier_lines(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[st
         f"{row['setting']} ({target.metric} {row[target.metric]:.3g}, {target.sought} {row[target.sought]:.3g})"
         for row in on
     ]
-
-
-def _interval(number: Number) -> str:
-    text = report.number(number.value)
-    return text if number.low is None else f"{text} ({report.number(number.low)} … {report.number(number.high)})"
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

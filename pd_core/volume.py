@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FLOOR = 1e-6  # of a sample's largest singular value: about what float32 products tell a singular value by
 ADJOINT_TOLERANCE = 1e-2  # far above float32 rounding, far below what a lost derivative makes
+INSTEAD = "weigh by densities instead (--weighting.kind two_level)"  # the way out of each refusal, in generate's words
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def top_singular_values(
         if (most := min(y.shape[1:])) < volume.rank:
             raise UserError(
                 f"{name}: a map of {jacobian.inputs} latent dimensions to {y.shape[1]} values has no {volume.rank} singular "
-                f"values; set --weighting.rank to at most {most}"
+                f"values; set --weighting.rank to at most {most}, or {INSTEAD}"
             )
         for _ in range(volume.iterations):
             if v.shape[2] == jacobian.inputs:
@@ -153,7 +154,7 @@ class _Jacobian:
 
     def _known(self, found: Any) -> Any:
         if found is None:
-            raise UserError(f"{self.name}: its images do not depend on latents by differentiable operations")
+            raise UserError(f"{self.name}: its images do not depend on latents by differentiable operations; {INSTEAD}")
         return found
 
     @contextlib.contextmanager
@@ -162,7 +163,7 @@ class _Jacobian:
             yield
         except NotImplementedError as error:  # torch, of operations without a derivative
             raise UserError(
-                f"{self.name}: holds an operation that cannot be differentiated both ways ({one_line(error)})"
+                f"{self.name}: holds an operation that cannot be differentiated both ways ({one_line(error)}); {INSTEAD}"
             ) from None
 
 
@@ -184,7 +185,8 @@ def averaged(images: torch.Tensor, size: int | None, name: str = "the generator"
     factors = [max(1, side // size) for side in (height, width)]
     if any(side > size and side % size for side in (height, width)):
         raise UserError(
-            f"{name}: its images of {height}x{width} px cannot be averaged to {size} px; set --weighting.output_size to a divisor"
+            f"{name}: its images of {height}x{width} px cannot be averaged to {size} px; set --weighting.output_size to a "
+            f"divisor, or {INSTEAD}"
         )
     rows, columns = factors
     blocks = images.reshape(batch, channels, height // rows, rows, width // columns, columns)
@@ -203,8 +205,8 @@ def _check_adjoint(forward: torch.Tensor, backward: torch.Tensor, name: str) -> 
     wrong = (forward - backward).flatten(1).norm(dim=1) > ADJOINT_TOLERANCE * forward.flatten(1).norm(dim=1)
     if bool(wrong.any()):
         raise UserError(
-            f"{name}: its derivatives forwards and backwards disagree, as with a gradient of its own making; volumes need the "
-            "derivative of what it computes"
+            f"{name}: its derivatives forwards and backwards disagree, as with a gradient of its own making, and volumes need "
+            f"the derivative of what it computes; {INSTEAD}"
         )
 
 

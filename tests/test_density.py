@@ -242,3 +242,12 @@ def test_bad_threshold_shows_both_forms(text: str) -> None:
 def test_bad_input_is_refused(call, error: type[Exception]) -> None:
     with pytest.raises(error):
         call()
+
+
+def test_a_threshold_outside_the_real_densities_is_refused_by_the_name_of_its_setting():
+    quantiles = density.density_quantiles(np.linspace(0.5, 2.0, 1001))
+    assert density.threshold_inside("p0", quantiles, "--x", "the index") == pytest.approx(0.5)
+    assert density.threshold_inside("2", quantiles, "--x", "the index") == 2
+    for text in ("0.49", "2.01"):
+        with pytest.raises(UserError, match=rf"^--x {text}: outside the densities of label '3', .* 0.5 ... 2; choose"):
+            density.threshold_inside(text, quantiles, "--x", "label '3'")

@@ -14,7 +14,7 @@ from tests.test_generate import run as run_generate
 from workflows import evaluate
 
 
-def run(built, output, *samples, more=()):
+def arguments(built, output, *samples, more=()):
     argv = ["--real", str(built), "--samples", *map(str, samples), "--output", str(output), "--no-tracking.enabled"]
     argv += [
         "--data.max_bad_fraction=0.1",
@@ -23,7 +23,11 @@ def run(built, output, *samples, more=()):
         "--images=2",
         *more,
     ]
-    return errors.exit_code(lambda: evaluate.main(argv))
+    return argv
+
+
+def run(built, output, *samples, more=()):
+    return errors.exit_code(lambda: evaluate.main(arguments(built, output, *samples, more=more)))
 
 
 def table(output, stage="metrics"):
@@ -139,6 +143,18 @@ def test_the_same_command_makes_nothing_again_and_lost_parts_come_back_the_same(
     assert run(built, output, *names) == 0
     assert "done in" in capsys.readouterr().out
     assert tiny.tables(output) == before
+
+
+@pytest.mark.slow
+def test_a_killed_driver_resumes_to_the_same_bytes(built, sets, measured, tmp_path):
+    """Killed after the first set's numbers."""
+    output = tmp_path / "out"
+    names = (sets / "same", sets / "other", sets / "half.parquet", built)
+    tiny.kill_when("metrics/_parts/*.json", output, *arguments(built, output, *names), workflow="evaluate.py")
+    done = {f: f.stat().st_mtime_ns for f in output.glob("metrics/_parts/*.json")}
+    assert len(done) < len(names) and not (output / "metrics" / "artifact.json").exists()
+    assert run(built, output, *names) == 0
+    assert tiny.tables(output) == tiny.tables(measured)
 
 
 def test_the_report_names_sets_and_spaces(measured):

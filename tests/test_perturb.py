@@ -8,12 +8,13 @@ import threading
 import time
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from pd_core import cluster, errors, generators, ids, perturbing, schemas, storage
+from pd_core import cluster, errors, generators, ids, perturb_workflow, perturbing, schemas, storage
 from pd_core.config import GeneratorSettings
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_generate import timm_features
@@ -338,10 +339,41 @@ def test_the_output_of_another_workflow_is_left_alone(index, modules, capsys):
     assert before == (tiny.tables(index), (index / "run.json").read_bytes())
 
 
-def test_a_density_that_underflows_has_no_logarithm_and_is_counted():
-    change, left_out = perturbing.log_change(np.array([1.0, 0.0, 2.0]), np.array([np.e, 1.0, 0.0]))
-    np.testing.assert_allclose(change, [1.0])
-    assert left_out == 2
+def written(folder, **densities):
+    """A part of rows with these densities, all of direction up; returns its name."""
+    table = pa.table({f"density_{name}": values for name, values in densities.items()})
+    rows = table.num_rows
+    others = {"direction": ["up"] * rows, "confirmed": [True] * rows, "likely_copy": [False] * rows}
+    for field in schemas.perturbed():
+        if field.name not in table.column_names and field.name in perturbing.LIGHT:
+            values = others[field.name] if field.name in others else [0] * rows
+            table = table.append_column(field.name, pa.array(values).cast(field.type))
+    pq.write_table(table, folder / "part.parquet")
+    return "part.parquet"
+
+
+def test_a_density_that_underflows_has_no_logarithm_and_is_left_out_of_both_sides_of_its_row(tmp_path):
+    """Of the index in row 1, of the predictor in rows 2 to 5: one row is left, e up by the index and e² by the predictor."""
+    e = np.e
+    of_index = {"index_before": [1.0, 0.0, 1.0, 1.0, 1.0, 1.0], "index_after": [e, 1.0, e, e, 1 / e, e]}
+    predicted = {"predicted_before": [1.0, 1.0, 2.0, 0.0, 0.0, 0.0], "predicted_after": [e**2, 1.0, 0.0, 1.0, 0.0, 0.0]}
+    part = written(tmp_path, **of_index, **predicted)
+    table = pq.read_table(tmp_path / part)
+    changes, left_out = perturbing.log_changes(*perturbing.densities_of(table))
+    np.testing.assert_allclose(changes, [[1.0], [2.0]])
+    assert left_out == 5
+    own = perturbing.totals_of(str(tmp_path), [part])["up"]
+    assert (own["mean_log_ratio_index"], own["mean_log_ratio_predicted"]) == pytest.approx((1, 2))
+    assert own["confirmed_share"] == 1 and own["predicted_share"] == pytest.approx(2 / 6)  # rows 0 and 3, of all rows
+
+
+def test_shares_and_means_of_a_predictor_that_always_underflows_are_null_and_not_nan(tmp_path):
+    nothing = {"predicted_before": [0.0, 0.0], "predicted_after": [0.0, 0.0]}
+    part = written(tmp_path, index_before=[1.0, 1.0], index_after=[2.0, 2.0], **nothing)
+    totals = perturbing.totals_of(str(tmp_path), [part])
+    assert totals["up"]["predicted_share"] is None and totals["up"]["mean_log_ratio_predicted"] is None
+    json.dumps(totals, allow_nan=False)
+    assert "the predictor says nothing" in perturb_workflow._summary(totals["up"])
 
 
 def test_pictures_open_in_datasets(undisturbed, tmp_path):

@@ -2,19 +2,28 @@
 
 import csv
 import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from pd_core import errors
+from pd_core import acceptance, cluster, comparison, errors, metrics, sweeping, tradeoff_report, volume
+from pd_core.config import MetricSettings, TradeoffSettings
+from pd_core.errors import UserError
+from pd_core.tradeoff import Setting
 from tests import tiny, tiny_generators
 from tests.test_generate import TOY, rows
 from tests.test_generate import run as run_generate
 from workflows import tradeoff
 
 N = 70
+THREE_PARTS = ('--thresholds=["p90"]', "--weights=[50]", "--max-candidates=600")  # of the pool: 37 chunks of 16
 
 
 def arguments(built, output, *more):
@@ -63,6 +72,54 @@ def test_a_run_that_was_killed_after_its_curve_still_tells_mlflow_of_each_settin
     own = found["index: p60, w = 5"]
     assert own.metrics["precision"] == curve(output)["p60, w = 5"]["precision"]
     assert own.params["weight"] == "5.0" and "mlflow.parentRunId" in own.tags
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A curve of three settings over a pool of 60 candidates, of which 40 are wanted; without Ray."""
+    monkeypatch.setattr(cluster, "assigned_device", lambda: "cpu")
+    settings = (Setting("generator"), Setting("density", "p50", 50.0), Setting("polarity", polarity=-1.0))
+    curves = acceptance.uniform(), acceptance.two_level(0.9, 50.0), acceptance.tilted(np.arange(60.0), -1.0, 20)
+    weightings = dict(zip([s.name for s in settings], curves, strict=True))
+    metric_settings = MetricSettings(k_precision=2, k_coverage=4)
+    stage = sweeping.stage_of(str(tmp_path), settings, weightings, {}, metric_settings, "index", 0, 40, None)
+    where: Any = SimpleNamespace(name="index", extractor="of a test")
+    return sweeping.Job(stage, settings, (where,), {}, {}, {}, weightings, metric_settings, "index", 0, 40, None)
+
+
+def pool_of(log_volume, rng):
+    many = len(log_volume)
+    features = rng.normal(size=(many, 4)).astype(np.float32)
+    return sweeping.Pool(np.arange(many), np.arange(many), rng.random(many), log_volume, features)
+
+
+def test_each_row_names_what_its_numbers_hang_on(job):
+    """METHOD 7: extractor, real images, generated images, k; measured or not, in the table and in the CSV."""
+    rng = np.random.default_rng(0)
+    reference = metrics.prepare(rng.normal(size=(55, 4)).astype(np.float32), np.arange(55), 2, 4)
+    pool = pool_of(np.arange(60.0), rng)
+    for i in range(3):
+        sweeping._measure_part(job, 0, i, reference, pool, 1)
+    found = sweeping.read_curve(job.curve.uri, list(job.curve.finished_parts().values()))
+    assert [row["precision"] is not None for row in found] == [True, False, False]
+    written = list(csv.DictReader(tradeoff_report.table(found).decode().splitlines()))
+    for row in (*found, *written):
+        named = [str(row[name]) for name in ("extractor", "n_real", "k_precision", "k_coverage")]
+        assert named == ["of a test", "55", "2", "4"]
+    assert found[0]["n"] == 40 and all(row["n"] < 40 for row in found[1:])
+
+
+def test_the_exact_weights_of_polarity_are_worth_less_than_its_steps(job):
+    """Of normal volumes with standard deviation s, exp(polarity v) is worth exp(-(polarity s)²) of the sample. 200,000 values
+    with s = 1: the moment E w² has a relative standard error of sqrt((e⁴ - 1) / 200000) = 1.6%."""
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=200_000)
+    polarity = job.settings[2]
+    steps = replace(job, weightings={polarity.name: acceptance.tilted(v[:256], -1.0, 20)})
+    found = sweeping.draw(polarity, pool_of(v, rng), steps)
+    assert found.exact == pytest.approx(np.exp(-1) * len(v), rel=0.08)
+    assert found.exact is not None and found.exact < found.effective
+    assert sweeping.draw(job.settings[1], pool_of(v, rng), job).exact is None
 
 
 def curve(output):
@@ -120,6 +177,30 @@ def test_the_same_command_makes_nothing_again_and_a_lost_setting_comes_back_the_
     assert tiny.tables(swept) == before
     assert run(built, swept, "--target=recall=0.01") == 0
     assert "every stage was finished already" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(built, tmp_path_factory):
+    """A pool of three parts, and two settings."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run(built, output, *THREE_PARTS) == 0
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "before"),
+    [("pool/_parts/*.json", "pool"), ("pool/artifact.json", "curve")],
+    ids=["in the pool", "after it"],
+)
+def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, built, tmp_path, point, before):
+    output = tmp_path / "out"
+    tiny.kill_when(point, output, *arguments(built, output, *THREE_PARTS), workflow="tradeoff.py")
+    assert not (output / before / "artifact.json").exists()
+    done = {f: f.stat().st_mtime_ns for f in output.glob("pool/_parts/*.json")}
+    assert run(built, output, *THREE_PARTS) == 0
+    assert tiny.tables(output) == tiny.tables(undisturbed)
+    assert all(f.stat().st_mtime_ns == when for f, when in done.items()), "finished parts were made again"
 
 
 def test_a_target_out_of_reach_shows_the_frontier(built, swept, capsys):
@@ -182,6 +263,28 @@ def test_truncations_are_pools_of_their_own(of_gan):
 def test_bad_input_is_one_line_and_exit_2(built, tmp_path, capsys, more, line):
     assert run(built, tmp_path / "out", *more) == 2
     assert line in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_volumes_that_cannot_be_measured_are_refused_by_the_options_of_this_workflow(built, tmp_path, capsys):
+    """No polarity is asked for: those of the default for TorchScript."""
+    gan = f"--generator.path={tiny_generators.save_bars(tmp_path / 'bars.pt')}"
+    kind = ("--generator.kind=torchscript", gan, "--generator.latent_shape=[4]", "--truncations=[]")
+    assert run(built, tmp_path / "out", *kind, "--output_size=5") == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "set --output_size to a divisor, or give --polarities '[]'" in said and "--weighting" not in said
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [lambda z: z[:, :2], lambda z: z[:, None, None, :6], lambda z: z.detach(), lambda z: torch.zeros(2, 3, 4, 4)],
+    ids=["rank", "size", "detached", "constant"],
+)
+def test_a_refusal_of_volumes_names_no_option_that_this_workflow_lacks(decode):
+    own = {f"--{name}" for name in TradeoffSettings.model_fields}
+    with pytest.raises(UserError) as raised, comparison._own_words():
+        volume.log_volumes(decode, torch.randn(2, 8), [1, 2], volume.Volume(3, 4))
+    named = set(re.findall(r"--[a-z_.]+", str(raised.value)))
+    assert "--polarities" in named and named <= own
 
 
 @pytest.mark.slow

@@ -240,6 +240,7 @@ def test_what_has_no_volume_is_refused_in_one_line(decode: Decode, expected: str
     with pytest.raises(UserError, match=expected) as raised:
         volume.log_volumes(decode, torch.randn(2, 8), [1, 2], Volume(3, 4), "--generator.path X")
     assert str(raised.value).startswith("--generator.path X: ") and "\n" not in str(raised.value)
+    assert str(raised.value).endswith(volume.INSTEAD)
 
 
 def test_derivatives_that_are_not_finite_are_an_error() -> None:

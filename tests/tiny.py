@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,17 @@ def start(*argv: str, workflow: str = "build_index.py", **environment: str) -> s
         env={**os.environ, **environment},
         cwd=ROOT,
     )
+
+
+def kill_when(pattern: str, output: Path, *argv: str, workflow: str) -> None:
+    """Start a workflow, and kill its driver with SIGKILL as soon as a file of the output is there."""
+    first = start(*argv, workflow=workflow)
+    deadline = time.monotonic() + 240
+    while not list(output.glob(pattern)) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert first.poll() is None, first.communicate()[0]
+    first.kill()
+    first.communicate()
 
 
 def tables(output: Path) -> dict[str, bytes]:
