@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pd_core import cluster, features, ids, images, listing, running, sources, storage
 from pd_core.config import DataSettings, ExtractionSettings, ExtractorSettings, FeatureSettings
@@ -387,13 +386,3 @@ def read_rows(featured: Features, most: int | None = None) -> Rows:
     table = pa.concat_tables(kept)
     as_objects = lambda column: np.array(table[column].to_pylist(), dtype=object)  # noqa: E731
     return Rows(table["sample_id"].to_numpy(), as_objects("label"), as_objects("key"), np.concatenate(vectors))
-
-
-def labels_of(featured: Features) -> dict[str, int]:
-    """Rows of each label."""
-    counts: dict[str, int] = {}
-    for name, _ in featured.parts:
-        column = storage.read_table(storage.join(featured.uri, name), ["label"])["label"]
-        for entry in pc.value_counts(column.drop_null()).to_pylist():
-            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
-    return counts
