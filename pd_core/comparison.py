@@ -126,7 +126,9 @@ def compare(settings: TradeoffSettings) -> None:
         n_real = min(settings.n_real or real.rows, real.rows)
         inputs = tradeoff_report.Inputs(job, measured, images, candidates, n_real, settings, dict(run.timings_s))
         run.stage(reporting, lambda: tradeoff_report.run(reporting, inputs), replace=True)
-        if run.made:  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
+        if (
+            run.made
+        ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
             _track(tracker, rows)
         with failures("run", output):
             run.record(watch.seconds, ("report",))

@@ -7,6 +7,7 @@ made by the same stages as the index's: `listing/`, then `features/` and `quaran
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,13 +147,16 @@ def open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
                     raise UserError(f"--samples {uri}: its images are not finished; run {workflow}.py on it again")
                 made, realset = artifact.totals.get("settings"), artifact.identity["realset"]
                 return ImageSet(name, uri, table_source(folder), None, made, realset)
-        if not set(uri) & set("*?[") and not storage.exists(uri):
-            raise UserError(f"--samples {uri}: no such file or directory; check the path")
     try:
         source = sources.open_source(data.model_copy(update={"source": uri}))
     except UserError as error:
-        raise UserError(f"--samples {str(error).removeprefix('data.source: ')}") from None
+        raise UserError(f"--samples {_of_samples(error).removeprefix('--samples: ')}") from None
     return ImageSet(name, uri, source, None)
+
+
+def _of_samples(error: UserError) -> str:
+    """What the reader of sources, which knows them by a setting of build_index, says of a set."""
+    return re.sub(r"(--)?data\.source", "--samples", str(error))
 
 
 def table_source(uri: str, metadata: Sequence[str] = ()) -> sources.Source:
@@ -194,6 +198,7 @@ def names_of(uris: list[str]) -> list[str]:
         while sum(other[-many:] == parts[-many:] for other in split) > 1:
             many += 1
         name = "-".join(part for part in parts[-many:] if part).replace("*", "all").replace("?", "one")
+        name = name.replace("{", "").replace("}", "")
         names.append(name.removesuffix(".parquet").removesuffix(".tar"))
     if len(set(names)) < len(names):
         raise UserError(f"--samples: two sets have the name {max(names, key=names.count)!r}; rename one")
@@ -221,7 +226,10 @@ def list_set(run: running.Run, folder: str, source: sources.Source, extraction: 
     uri = storage.join(folder, "listing")
     with run.tracker.stage(run.name_of(uri)) as nested, running.failures("listing", uri):
         part_rows = extraction.settings.whole_part_rows
-        listed, artifact = cluster.get(listing.start(source, folder, part_rows, run.settings.overwrite))
+        try:
+            listed, artifact = cluster.get(listing.start(source, folder, part_rows, run.settings.overwrite))
+        except UserError as error:
+            raise UserError(_of_samples(error)) from None
         run.done(uri, artifact, nested)
     return listed
 
