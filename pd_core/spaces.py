@@ -76,6 +76,7 @@ class ImageSet:
         featured: of an output of build_index.
         made: settings that it was made with, or None where it is neither of generate.py nor of perturb.py.
         realset: fingerprints of the index that selected it, or None.
+        extractor: identity of that index's extractor; None where an older pd_core did not record it.
     """
 
     name: str
@@ -84,16 +85,20 @@ class ImageSet:
     featured: Features | None
     made: Mapping[str, Any] | None = None
     realset: Mapping[str, str] | None = None
+    extractor: Mapping[str, Any] | None = None
 
     def selected_in(self, space: Space, real: RealSet) -> bool:
         """Whether its images were chosen by densities in this very space: measured there they look better than they are.
 
-        The space is known by its extractor, whatever it is called here and whatever k the densities had.
+        The space is known by its extractor, whatever it is called here, whatever k the densities had and of whatever images.
+        Where nothing tells the extractor, it may have been this one.
         """
         if self.realset is None or self.chosen_by not in BY_DENSITY:
             return False
-        same_index = self.realset["features"] == real.fingerprints["features"]
-        return same_index and not storage.differences(space.spec.identity(), real.extractor.identity())
+        known = self.extractor
+        if known is None and self.realset["features"] == real.fingerprints["features"]:
+            known = real.extractor.identity()
+        return known is None or not storage.differences(known, space.spec.identity())
 
     @property
     def chosen_by(self) -> str:
@@ -146,7 +151,8 @@ def open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
                 if artifact is None or not artifact.rows:
                     raise UserError(f"--samples {uri}: its images are not finished; run {workflow}.py on it again")
                 made, realset = artifact.totals.get("settings"), artifact.identity["realset"]
-                return ImageSet(name, uri, table_source(folder), None, made, realset)
+                extractor = artifact.totals.get("extractor")
+                return ImageSet(name, uri, table_source(folder), None, made, realset, extractor)
     try:
         source = sources.open_source(data.model_copy(update={"source": uri}))
     except UserError as error:

@@ -1,16 +1,21 @@
 """Sets of images as they are opened, before Ray starts."""
 
 import contextlib
+import dataclasses
 import io
 import tarfile
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from pd_core import cluster, listing, sources, spaces
+from pd_core import cluster, listing, schemas, sources, spaces, storage
 from pd_core.config import DataSettings, ExtractionSettings
 from pd_core.errors import UserError
+from pd_core.features import ExtractorSpec
+from pd_core.images import Preprocess
+from pd_core.spaces import Space
 from tests import tiny
 
 
@@ -76,3 +81,53 @@ def test_images_that_have_gone_since_are_missed_in_the_same_words(tmp_path, monk
     extraction = spaces.Extraction(ExtractionSettings(), DataSettings())
     with pytest.raises(UserError, match="set: no images there; check --samples"):
         spaces.list_set(run, str(tmp_path / "out"), source, extraction)
+
+
+# ---- judged where it was selected ------------------------------------------------------------------------------------
+
+PREPROCESS = Preprocess(8, 8, "bicubic", 1.0, "squash", (0.5,) * 3, (0.5,) * 3)
+SPEC = ExtractorSpec("tiny", "/a/tiny.safetensors", "0" * 64, 4, PREPROCESS, "fp32", "timm 1")
+OTHER = dataclasses.replace(SPEC, weights_sha256="1" * 64)
+
+
+def real_set(extractor, features):
+    """As much of a RealSet as the question needs."""
+    real: Any = SimpleNamespace(extractor=extractor, fingerprints={"features": features})
+    return real
+
+
+@pytest.mark.parametrize(
+    ("kind", "recorded", "features", "judged_by", "selected"),
+    [
+        ("two_level", SPEC, "its own", SPEC, True),
+        ("two_level", SPEC, "held out", SPEC, True),  # or the same images in batches of another size
+        ("two_level", SPEC, "held out", dataclasses.replace(SPEC, checkpoint="/b/the same.safetensors"), True),
+        ("perturbed", SPEC, "held out", SPEC, True),
+        ("two_level", SPEC, "its own", OTHER, False),
+        ("two_level", OTHER, "held out", SPEC, False),
+        ("none", SPEC, "its own", SPEC, False),
+        ("polarity", SPEC, "its own", SPEC, False),
+        ("two_level", None, "its own", SPEC, True),  # by an older pd_core
+        ("two_level", None, "its own", OTHER, False),
+        ("two_level", None, "held out", SPEC, True),
+        ("two_level", None, "held out", OTHER, True),
+        ("none", None, "held out", SPEC, False),
+    ],
+)
+def test_selection_is_known_by_its_extractor(tmp_path, kind, recorded, features, judged_by, selected):
+    """Whichever real images it is measured against: those it was selected by, or any other."""
+    stage, begun = ("perturbed", "perturbed") if kind == "perturbed" else ("samples", "pilot")
+    made = {"direction": "up"} if kind == "perturbed" else {"weighting": {"kind": kind}}
+    totals = {"settings": made} | ({} if recorded is None else {"extractor": recorded.identity()})
+    identity = {"realset": {"features": "its own"}, "move": {"directions": ["up"]}}
+    storage.Stage(str(tmp_path / begun), begun, 1, identity).begin(False)
+    samples = storage.Stage(str(tmp_path / stage), stage, 1, identity)
+    samples.begin(False)
+    schema = schemas.perturbed() if kind == "perturbed" else schemas.samples()
+    row = [pa.nulls(1, field.type) for field in schema]
+    part = samples.write_table(
+        storage.part_name(0), pa.table(row, schema=pa.schema([f.with_nullable(True) for f in schema]))
+    )
+    samples.commit([part], totals, {})
+    chosen = opened(tmp_path)
+    assert chosen.selected_in(Space("judge", judged_by), real_set(SPEC, features)) == selected
