@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,19 +128,45 @@ def features_of(uri: str, artifact: storage.Artifact) -> Features:
     return Features(uri, artifact.fingerprint, parts, artifact.rows)
 
 
-def open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
-    """What lies at `uri`.
+def open_sets(uris: Sequence[str], data: DataSettings, space: Space) -> list[ImageSet]:
+    """What lies at each URI: one set, or of images perturbed both ways one for each direction, NAME-down and NAME-up.
 
     Args:
-        name: of the set.
-        uri: local or s3://.
-        data: how a folder or Parquet of the user's own is read; `source` is replaced by `uri`.
+        uris: local or s3://.
+        data: how a folder or Parquet of the user's own is read; `source` is replaced by the URI.
         space: the index's.
 
     Raises:
-        UserError: nothing there, samples that are not finished, or features of another extractor.
+        UserError: nothing there, samples that are not finished, features of another extractor, or two sets of one name.
     """
-    uri = storage.absolute(uri)
+    found = [
+        chosen
+        for name, uri in zip(names_of(uris), uris, strict=True)
+        for chosen in _by_direction(_open_set(name, storage.absolute(uri), data, space))
+    ]
+    names = [chosen.name for chosen in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"--samples: two sets have the name {max(names, key=names.count)!r}; rename one")
+    return found
+
+
+def _by_direction(chosen: ImageSet) -> list[ImageSet]:
+    """Both images of a sample in one set would be neighbors of each other, and the balls of the metrics too small."""
+    if chosen.made is None or chosen.made.get("direction") != "both":
+        return [chosen]
+    source = table_source(storage.join(chosen.uri, "perturbed"), ["direction"])
+    return [
+        replace(
+            chosen,
+            name=f"{chosen.name}-{way}",
+            source=replace(source, only=("direction", way)),
+            made={**chosen.made, "direction": way},
+        )
+        for way in ("down", "up")
+    ]
+
+
+def _open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
     with storage.explained(f"--samples {uri}"):
         if storage.begun_identity(storage.join(uri, "features")) is not None:
             return ImageSet(name, uri, None, _features_of_index(uri, space))
@@ -188,7 +214,7 @@ def _features_of_index(uri: str, space: Space) -> Features:
     return features_of(folder, artifact)
 
 
-def names_of(uris: list[str]) -> list[str]:
+def names_of(uris: Sequence[str]) -> list[str]:
     """A name for each URI: its last part without .parquet or .tar, with as many parts before it as tell it from the others.
 
     Raises:
@@ -206,8 +232,6 @@ def names_of(uris: list[str]) -> list[str]:
         name = "-".join(part for part in parts[-many:] if part).replace("*", "all").replace("?", "one")
         name = name.replace("{", "").replace("}", "")
         names.append(name.removesuffix(".parquet").removesuffix(".tar"))
-    if len(set(names)) < len(names):
-        raise UserError(f"--samples: two sets have the name {max(names, key=names.count)!r}; rename one")
     return names
 
 

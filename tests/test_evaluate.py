@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pd_core import errors, metrics, schemas
-from tests import tiny
+from tests import test_spaces, tiny
 from tests.test_generate import run as run_generate
 from workflows import evaluate
 
@@ -139,6 +139,21 @@ def test_the_same_command_makes_nothing_again_and_lost_parts_come_back_the_same(
     assert run(built, output, *names) == 0
     assert "done in" in capsys.readouterr().out
     assert tiny.tables(output) == before
+
+
+def test_a_direction_of_perturbed_images_is_measured_as_these_images_are_in_a_folder(built, tmp_path):
+    """Not with its twins of the other direction among them, nor with what was before; too few for halves, so to rounding."""
+    test_spaces.commit_both_ways(tmp_path / "moved", 12)
+    (tmp_path / "folder").mkdir()
+    for i in range(12):
+        (tmp_path / "folder" / f"{i:02d}.png").write_bytes(test_spaces.moved_png(i, 1))
+    assert run(built, tmp_path / "out", tmp_path / "moved", tmp_path / "folder") == 0
+    assert {row["set"] for row in table(tmp_path / "out").to_pylist()} == {"moved-down", "moved-up", "folder"}
+    moved, same = numbers(tmp_path / "out", "moved-down"), numbers(tmp_path / "out", "folder")
+    assert {row["n_generated"] for row in moved.values()} == {12}
+    for name, row in moved.items():
+        # the roots of eigenvalues that are zero but for rounding, as above
+        assert row["value"] == pytest.approx(same[name]["value"], rel=1e-4), name
 
 
 def test_the_report_names_sets_and_spaces(measured):
