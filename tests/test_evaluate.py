@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import errors, metrics, schemas
+from pd_core import errors, evaluating, metrics, schemas
+from pd_core.config import MetricSettings
+from pd_core.spaces import Rows
 from tests import test_spaces, tiny
 from tests.test_generate import run as run_generate
 from workflows import evaluate
@@ -227,6 +229,25 @@ def test_bad_input_is_one_line_and_exit_2(built, sets, tmp_path, capsys, samples
     assert run(built, tmp_path / "out", *(sets / name for name in samples), more=more) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert line in said, said
+
+
+@pytest.mark.parametrize("side", ["real", "generated"])
+def test_a_feature_without_a_direction_is_named_by_its_set_and_its_image(side):
+    """As of a black image and an extractor that ends in a ReLU without a bias."""
+    features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    keys, ids = np.array([f"{i}.png" for i in range(40)], dtype=object), np.arange(40)
+    good, bad = Rows(ids, keys, keys, features), Rows(ids, keys, keys, features.copy())
+    bad.features[[7, 30]] = 0
+    settings, where = MetricSettings(), "--real (space index)"
+    real = evaluating.reference_of(good, settings, 1, "cpu", where)
+    measure = {
+        "real": lambda: evaluating.reference_of(bad, settings, 1, "cpu", where),
+        "generated": lambda: evaluating.measured(real, bad, "typical", 1, "cpu"),
+    }
+    with pytest.raises(errors.UserError) as raised:
+        measure[side]()
+    expected = {"real": "--real (space index): ", "generated": "--samples typical: "}[side]
+    assert str(raised.value).startswith(f"{expected}the features of 2 of 40 images are all zero, the first is '7.png'")
 
 
 def test_features_of_another_extractor_are_refused(built, tmp_path, capsys):
