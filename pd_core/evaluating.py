@@ -92,7 +92,7 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, A
     """Make the missing parts; returns the parts and totals of metrics/ to commit.
 
     Raises:
-        UserError: a set, or the real set, is too small for k.
+        UserError: a set, or the real set, is too small for k, or has a feature that is all zero.
     """
     job.scores.begin(overwrite=True)  # the metrics stage has been begun: what lies here is its, or stale
     done = job.finished()
@@ -167,7 +167,8 @@ def _measure_part(job: Job, number: int, prepared: tuple[Rows, metrics.Reference
 
 
 def reference_of(real: Rows, settings: MetricSettings, threads: int, device: str, name: str) -> metrics.Reference:
-    """The real side of many comparisons. Raises UserError where it has too few rows."""
+    """The real side of many comparisons. Raises UserError where it has too few rows, or a feature that is all zero."""
+    _check_directions(real, name)
     try:
         return metrics.prepare(
             real.features, real.ids, settings.k_precision, settings.k_coverage, threads=threads, device=device
@@ -177,11 +178,22 @@ def reference_of(real: Rows, settings: MetricSettings, threads: int, device: str
 
 
 def measured(reference: metrics.Reference, generated: Rows, name: str, threads: int, device: str) -> metrics.Evaluation:
-    """A set against the real side. Raises UserError where it has too few rows."""
+    """A set against the real side. Raises UserError where it has too few rows, or a feature that is all zero."""
+    _check_directions(generated, f"--samples {name}")
     try:
         return metrics.evaluate(reference, generated.features, generated.ids, threads=threads, device=device)
     except UserError as error:
         raise UserError(f"--samples {name}: {error}") from None
+
+
+def _check_directions(rows: Rows, name: str) -> None:
+    zero = np.flatnonzero(~rows.features.any(axis=1))
+    if len(zero):
+        first = rows.keys[zero[0]] or int(rows.ids[zero[0]])
+        raise UserError(
+            f"{name}: the features of {len(zero)} of {len(rows.ids)} images are all zero, the first is {first!r}: they have no "
+            "direction, which the Vendi score needs; leave these images out, or take another extractor"
+        )
 
 
 def _labels(generated: Rows) -> list[str]:

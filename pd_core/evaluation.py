@@ -33,9 +33,7 @@ def prepare(settings: EvaluateSettings) -> tuple[EvaluateSettings, RealSet, list
             )
     output = checked_output(settings.output or f"{settings.real.rstrip('/')}-evaluation", "evaluate")
     real = realset.open_for(settings.real, settings.checkpoint, "--real")
-    names = spaces.names_of(settings.samples)
-    index_space = Space(spaces.INDEX, real.extractor)
-    sets = [spaces.open_set(*named, settings.data, index_space) for named in zip(names, settings.samples, strict=True)]
+    sets = spaces.open_sets(settings.samples, settings.data, Space(spaces.INDEX, real.extractor))
     return settings.model_copy(update={"output": output, "real": real.uri}), real, sets
 
 

@@ -137,7 +137,7 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
         )
         if job.rejected is not None:
             job.rejected.commit(job.rejected.finished_parts().values(), {}, {})
-        return parts, totals | {"settings": settings.model_dump(mode="json")}
+        return parts, totals | {"settings": settings.model_dump(mode="json"), "extractor": real.extractor.identity()}
 
     sampled = run.stage(job.samples, make)
     resources.close()  # the search actors' memory is wanted no more

@@ -130,8 +130,8 @@ def prepare(
         device: torch device; "auto" is cuda where torch sees one. Untested on a real GPU.
 
     Raises:
-        UserError: too few rows.
-        ValueError: not what the arguments say, a feature that is not finite or all zero.
+        UserError: too few rows, or a feature that is all zero.
+        ValueError: not what the arguments say, a feature that is not finite.
     """
     if min(k_precision, k_coverage) < 1:
         raise ValueError(f"k must be at least 1, is {k_precision} and {k_coverage}")
@@ -163,8 +163,8 @@ def evaluate(
         device: torch device; "auto" is cuda where torch sees one. Untested on a real GPU.
 
     Raises:
-        UserError: too few rows.
-        ValueError: not what the arguments say, other D than the reference, a feature that is not finite or all zero.
+        UserError: too few rows, or a feature that is all zero.
+        ValueError: not what the arguments say, other D than the reference, a feature that is not finite.
     """
     device = manifold.resolve(device)
     features = _checked("generated", features, row_ids)
@@ -363,7 +363,7 @@ def _checked(name: str, features: np.ndarray, row_ids: np.ndarray) -> np.ndarray
         raise ValueError(f"the feature of {name} row {bad} is not finite")
     if not features.any(1).all():
         bad = int(np.flatnonzero(~features.any(1))[0])
-        raise ValueError(
-            f"the feature of {name} row {bad} is all zero: it has no direction, which the Vendi score needs"
+        raise UserError(
+            f"the feature of {name} row {bad} is all zero: it has no direction, which the Vendi score needs; leave it out"
         )
     return np.ascontiguousarray(features)

@@ -157,7 +157,8 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
                 job.recipe.realset.index, now, searching.actors, searching.actor_cpus, beside_generator=True
             )
             parts, totals = perturbing.run(job, run.now, planned.pool, resources.enter_context(pool))
-        return parts, totals | {"settings": settings.model_dump(mode="json")}
+        extractor = job.recipe.realset.extractor.identity()
+        return parts, totals | {"settings": settings.model_dump(mode="json"), "extractor": extractor}
 
     perturbed = run.stage(job.stage, make)
     for way in job.move.directions:

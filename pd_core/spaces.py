@@ -7,13 +7,13 @@ made by the same stages as the index's: `listing/`, then `features/` and `quaran
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pd_core import cluster, features, ids, images, listing, running, sources, storage
 from pd_core.config import DataSettings, ExtractionSettings, ExtractorSettings, FeatureSettings
@@ -81,6 +81,7 @@ class ImageSet:
         featured: of an output of build_index.
         made: settings that it was made with, or None where it is neither of generate.py nor of perturb.py.
         realset: fingerprints of the index that selected it, or None.
+        extractor: identity of that index's extractor; None where an older pd_core did not record it.
     """
 
     name: str
@@ -89,16 +90,20 @@ class ImageSet:
     featured: Features | None
     made: Mapping[str, Any] | None = None
     realset: Mapping[str, str] | None = None
+    extractor: Mapping[str, Any] | None = None
 
     def selected_in(self, space: Space, real: RealSet) -> bool:
         """Whether its images were chosen by densities in this very space: measured there they look better than they are.
 
-        The space is known by its extractor, whatever it is called here and whatever k the densities had.
+        The space is known by its extractor, whatever it is called here, whatever k the densities had and of whatever images.
+        Where nothing tells the extractor, it may have been this one.
         """
         if self.realset is None or self.chosen_by not in BY_DENSITY:
             return False
-        same_index = self.realset["features"] == real.fingerprints["features"]
-        return same_index and not storage.differences(space.spec.identity(), real.extractor.identity())
+        known = self.extractor
+        if known is None and self.realset["features"] == real.fingerprints["features"]:
+            known = real.extractor.identity()
+        return known is None or not storage.differences(known, space.spec.identity())
 
     @property
     def chosen_by(self) -> str:
@@ -128,19 +133,45 @@ def features_of(uri: str, artifact: storage.Artifact) -> Features:
     return Features(uri, artifact.fingerprint, parts, artifact.rows)
 
 
-def open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
-    """What lies at `uri`.
+def open_sets(uris: Sequence[str], data: DataSettings, space: Space) -> list[ImageSet]:
+    """What lies at each URI: one set, or of images perturbed both ways one for each direction, NAME-down and NAME-up.
 
     Args:
-        name: of the set.
-        uri: local or s3://.
-        data: how a folder or Parquet of the user's own is read; `source` is replaced by `uri`.
+        uris: local or s3://.
+        data: how a folder or Parquet of the user's own is read; `source` is replaced by the URI.
         space: the index's.
 
     Raises:
-        UserError: nothing there, samples that are not finished, or features of another extractor.
+        UserError: nothing there, samples that are not finished, features of another extractor, or two sets of one name.
     """
-    uri = storage.absolute(uri)
+    found = [
+        chosen
+        for name, uri in zip(names_of(uris), uris, strict=True)
+        for chosen in _by_direction(_open_set(name, storage.absolute(uri), data, space))
+    ]
+    names = [chosen.name for chosen in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"--samples: two sets have the name {max(names, key=names.count)!r}; rename one")
+    return found
+
+
+def _by_direction(chosen: ImageSet) -> list[ImageSet]:
+    """Both images of a sample in one set would be neighbors of each other, and the balls of the metrics too small."""
+    if chosen.made is None or chosen.made.get("direction") != "both":
+        return [chosen]
+    source = table_source(storage.join(chosen.uri, "perturbed"), ["direction"])
+    return [
+        replace(
+            chosen,
+            name=f"{chosen.name}-{way}",
+            source=replace(source, only=("direction", way)),
+            made={**chosen.made, "direction": way},
+        )
+        for way in ("down", "up")
+    ]
+
+
+def _open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
     with storage.explained(f"--samples {uri}"):
         if storage.begun_identity(storage.join(uri, "features")) is not None:
             return ImageSet(name, uri, None, _features_of_index(uri, space))
@@ -151,14 +182,18 @@ def open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
                 if artifact is None or not artifact.rows:
                     raise UserError(f"--samples {uri}: its images are not finished; run {workflow}.py on it again")
                 made, realset = artifact.totals.get("settings"), artifact.identity["realset"]
-                return ImageSet(name, uri, table_source(folder), None, made, realset)
-        if not set(uri) & set("*?[") and not storage.exists(uri):
-            raise UserError(f"--samples {uri}: no such file or directory; check the path")
+                extractor = artifact.totals.get("extractor")
+                return ImageSet(name, uri, table_source(folder), None, made, realset, extractor)
     try:
         source = sources.open_source(data.model_copy(update={"source": uri}))
     except UserError as error:
-        raise UserError(f"--samples {str(error).removeprefix('data.source: ')}") from None
+        raise UserError(f"--samples {_of_samples(error).removeprefix('--samples: ')}") from None
     return ImageSet(name, uri, source, None)
+
+
+def _of_samples(error: UserError) -> str:
+    """What the reader of sources, which knows them by a setting of build_index, says of a set."""
+    return re.sub(r"(--)?data\.source", "--samples", str(error))
 
 
 def table_source(uri: str, metadata: Sequence[str] = ()) -> sources.Source:
@@ -184,7 +219,7 @@ def _features_of_index(uri: str, space: Space) -> Features:
     return features_of(folder, artifact)
 
 
-def names_of(uris: list[str]) -> list[str]:
+def names_of(uris: Sequence[str]) -> list[str]:
     """A name for each URI: its last part without .parquet or .tar, with as many parts before it as tell it from the others.
 
     Raises:
@@ -200,9 +235,8 @@ def names_of(uris: list[str]) -> list[str]:
         while sum(other[-many:] == parts[-many:] for other in split) > 1:
             many += 1
         name = "-".join(part for part in parts[-many:] if part).replace("*", "all").replace("?", "one")
+        name = name.replace("{", "").replace("}", "")
         names.append(name.removesuffix(".parquet").removesuffix(".tar"))
-    if len(set(names)) < len(names):
-        raise UserError(f"--samples: two sets have the name {max(names, key=names.count)!r}; rename one")
     return names
 
 
@@ -227,7 +261,10 @@ def list_set(run: running.Run, folder: str, source: sources.Source, extraction: 
     uri = storage.join(folder, "listing")
     with run.tracker.stage(run.name_of(uri)) as nested, running.failures("listing", uri):
         part_rows = extraction.settings.whole_part_rows
-        listed, artifact = cluster.get(listing.start(source, folder, part_rows, run.settings.overwrite))
+        try:
+            listed, artifact = cluster.get(listing.start(source, folder, part_rows, run.settings.overwrite))
+        except UserError as error:
+            raise UserError(_of_samples(error)) from None
         run.done(uri, artifact, nested)
     return listed
 
@@ -392,13 +429,3 @@ def read_rows(featured: Features, most: int | None = None) -> Rows:
     table = pa.concat_tables(kept)
     as_objects = lambda column: np.array(table[column].to_pylist(), dtype=object)  # noqa: E731
     return Rows(table["sample_id"].to_numpy(), as_objects("label"), as_objects("key"), np.concatenate(vectors))
-
-
-def labels_of(featured: Features) -> dict[str, int]:
-    """Rows of each label."""
-    counts: dict[str, int] = {}
-    for name, _ in featured.parts:
-        column = storage.read_table(storage.join(featured.uri, name), ["label"])["label"]
-        for entry in pc.value_counts(column.drop_null()).to_pylist():
-            counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
-    return counts

@@ -8,8 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import errors, metrics, schemas
-from tests import tiny
+from pd_core import errors, evaluating, metrics, schemas
+from pd_core.config import MetricSettings
+from pd_core.spaces import Rows
+from tests import test_spaces, tiny
 from tests.test_generate import run as run_generate
 from workflows import evaluate
 
@@ -157,6 +159,21 @@ def test_a_killed_driver_resumes_to_the_same_bytes(built, sets, measured, tmp_pa
     assert tiny.tables(output) == tiny.tables(measured)
 
 
+def test_a_direction_of_perturbed_images_is_measured_as_these_images_are_in_a_folder(built, tmp_path):
+    """Not with its twins of the other direction among them, nor with what was before; too few for halves, so to rounding."""
+    test_spaces.commit_both_ways(tmp_path / "moved", 12)
+    (tmp_path / "folder").mkdir()
+    for i in range(12):
+        (tmp_path / "folder" / f"{i:02d}.png").write_bytes(test_spaces.moved_png(i, 1))
+    assert run(built, tmp_path / "out", tmp_path / "moved", tmp_path / "folder") == 0
+    assert {row["set"] for row in table(tmp_path / "out").to_pylist()} == {"moved-down", "moved-up", "folder"}
+    moved, same = numbers(tmp_path / "out", "moved-down"), numbers(tmp_path / "out", "folder")
+    assert {row["n_generated"] for row in moved.values()} == {12}
+    for name, row in moved.items():
+        # the roots of eigenvalues that are zero but for rounding, as above
+        assert row["value"] == pytest.approx(same[name]["value"], rel=1e-4), name
+
+
 def test_the_report_names_sets_and_spaces(measured):
     page = (measured / "report" / "index.html").read_text()
     assert tiny.MODEL in page and "half" in page and "Judged where" not in page
@@ -235,6 +252,25 @@ def test_bad_input_is_one_line_and_exit_2(built, sets, tmp_path, capsys, samples
     assert run(built, tmp_path / "out", *(sets / name for name in samples), more=more) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert line in said, said
+
+
+@pytest.mark.parametrize("side", ["real", "generated"])
+def test_a_feature_without_a_direction_is_named_by_its_set_and_its_image(side):
+    """As of a black image and an extractor that ends in a ReLU without a bias."""
+    features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    keys, ids = np.array([f"{i}.png" for i in range(40)], dtype=object), np.arange(40)
+    good, bad = Rows(ids, keys, keys, features), Rows(ids, keys, keys, features.copy())
+    bad.features[[7, 30]] = 0
+    settings, where = MetricSettings(), "--real (space index)"
+    real = evaluating.reference_of(good, settings, 1, "cpu", where)
+    measure = {
+        "real": lambda: evaluating.reference_of(bad, settings, 1, "cpu", where),
+        "generated": lambda: evaluating.measured(real, bad, "typical", 1, "cpu"),
+    }
+    with pytest.raises(errors.UserError) as raised:
+        measure[side]()
+    expected = {"real": "--real (space index): ", "generated": "--samples typical: "}[side]
+    assert str(raised.value).startswith(f"{expected}the features of 2 of 40 images are all zero, the first is '7.png'")
 
 
 def test_features_of_another_extractor_are_refused(built, tmp_path, capsys):

@@ -99,6 +99,11 @@ def test_the_first_n_accepted_in_candidate_order_and_nothing_else(undisturbed):
     assert totals["acceptance_rate"] == pytest.approx(N / totals["candidates"])
 
 
+def test_the_record_names_the_extractor_of_the_densities(undisturbed, index):
+    totals = json.loads((undisturbed / "samples" / "artifact.json").read_text())["totals"]
+    assert totals["extractor"] == realset.open_realset(str(index)).extractor.identity()
+
+
 def test_the_acceptance_rate_is_that_of_the_formula(undisturbed):
     """P + (1 - P)/w with P over all candidates, within 5 standard errors of the draws of u."""
     accepted, rejected = rows(undisturbed), rows(undisturbed, "rejected")

@@ -495,6 +495,8 @@ def test_too_few_rows_for_k():
         metrics.prepare(gaussian(5, 4, 0), np.arange(5), device="cpu")
     with pytest.raises(UserError, match="3 generated images are too few for k = 5"):
         metrics.precision_recall(gaussian(9, 4, 0), gaussian(3, 4, 0), k=5)
+    with pytest.raises(UserError, match="row 0 is all zero"):
+        metrics.vendi_score(gaussian(9, 4, 0) * np.float32(0))
 
 
 def with_value(value):

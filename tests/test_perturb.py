@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pd_core import cluster, errors, generators, ids, perturb_workflow, perturbing, schemas, storage
+from pd_core import cluster, errors, generators, ids, perturb_workflow, perturbing, realset, schemas, storage
 from pd_core.config import GeneratorSettings
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_generate import timm_features
@@ -96,6 +96,10 @@ def undisturbed(index, modules, tmp_path_factory):
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_names_the_extractor_of_the_densities(undisturbed, index):
+    assert totals(undisturbed)["extractor"] == realset.open_realset(str(index)).extractor.identity()
 
 
 def test_each_of_the_first_n_candidates_has_a_row_for_each_direction(undisturbed):

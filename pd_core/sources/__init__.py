@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pd_core import schemas
 from pd_core.config import DataSettings
 from pd_core.errors import UserError
 from pd_core.images import BadImage
@@ -75,7 +77,8 @@ def identity(source: Source) -> dict[str, Any]:
     """The settings that decide the listing, as JSON values."""
     settings = source.settings
     fields = source.metadata_type or ()
-    return {
+    chosen = {} if source.only is None else {"only": list(source.only)}
+    return chosen | {
         "kind": source.kind,
         "root": names.escape(source.root),
         "names": list(source.names),
@@ -124,7 +127,14 @@ def list_images(source: Source, skipped: Counter[str] | None = None) -> Iterator
     """
     counts = Counter() if skipped is None else skipped
     modules = {"parquet": parquet.tables, "webdataset": webdataset.tables}
-    return modules.get(source.kind, files.tables)(source, counts)
+    tables = modules.get(source.kind, files.tables)(source, counts)
+    return tables if source.only is None else _with(tables, *source.only)
+
+
+def _with(tables: Iterator[pa.Table], name: str, value: str) -> Iterator[pa.Table]:
+    """Rows whose metadata have the value."""
+    for table in tables:
+        yield table.filter(pc.equal(pc.struct_field(table[schemas.METADATA], name), value))
 
 
 def read(source: Source, rows: pa.Table, sleep: Sleep = time.sleep) -> Iterator[bytes | BadImage]:

@@ -40,6 +40,7 @@ class Source:
         patterns: globs relative to the root (fsspec's: `*` stays within a folder, `**` does not).
         settings: the data section.
         metadata_type: type of the listing's `metadata` column; None where there is none.
+        only: one of the metadata, and the value that it has of the images that are listed; None: all are.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class Source:
     patterns: tuple[str, ...]
     settings: DataSettings
     metadata_type: pa.StructType | None = None
+    only: tuple[str, str] | None = None
 
     def store(self) -> stores.Local | stores.S3:
         """A new connection to where the files are."""
