@@ -19,8 +19,6 @@ of density hold in 81% to 84%, those of the Vendi score in 86% to 89%.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +26,7 @@ import numpy as np
 from pd_core import halfsamples, manifold, moments
 from pd_core.errors import UserError
 from pd_core.halfsamples import Estimate as Estimate
+from pd_core.knn import single_threaded_torch
 from pd_core.manifold import Side
 from pd_core.moments import Float64Array
 from pd_core.moments import Moments as Moments
@@ -126,7 +125,7 @@ def prepare(
         row_ids: int64 [N], each once.
         k_precision: see Evaluation.
         k_coverage: see Evaluation.
-        threads: of the search and of linear algebra.
+        threads: of the search; linear algebra has one.
         device: torch device; "auto" is cuda where torch sees one. Untested on a real GPU.
 
     Raises:
@@ -142,7 +141,7 @@ def prepare(
     side = Side.of(features, row_ids, _list_length(k), threads, device)
     plain, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
     halves = halfsamples.REAL_HALVES if halfsamples.enough_rows(len(features), k) else _NO_HALVES
-    with _torch_threads(threads):
+    with single_threaded_torch():  # the bytes must not depend on how many cores a node has
         root = moments.root(plain.covariance(), device)
         return Reference(side, plain, root, _vendi(unit, None, halves, device), k_precision, k_coverage)
 
@@ -153,13 +152,13 @@ def evaluate(
     """All metrics of a generated set, with intervals where both sides have halfsamples.enough_rows.
 
     Memory: that of manifold.Crossing, moments of the generated set (1.2 GB at D = 768) and per thread a few D x D matrices.
-    The same results with any number of threads, but for rounding in float64 of the metrics made from moments.
+    The same bytes with any number of threads.
 
     Args:
         reference: of `prepare`.
         features: float32 [M, D].
         row_ids: int64 [M], each once; they need not differ from those of the reference.
-        threads: of searches and of linear algebra.
+        threads: of searches; linear algebra has one.
         device: torch device; "auto" is cuda where torch sees one. Untested on a real GPU.
 
     Raises:
@@ -180,7 +179,7 @@ def evaluate(
     answers = crossing.run()
     series = _manifold_metrics(crossing, answers)
     plain, unit = (Moments.of(features, side.groups, unit) for unit in (False, True))
-    with _torch_threads(threads):
+    with single_threaded_torch():  # the bytes must not depend on how many cores a node has
         few = features if m < dim else None
         series["frechet_distance"] = _frechet(reference.moments, reference.root, plain, few, halves, device)
         own_halves = halfsamples.GENERATED_HALVES if halves else _NO_HALVES
@@ -296,18 +295,6 @@ def _frechet(
     return moments.frechet_with_halves(
         real, root, generated, halfsamples.REAL_HALVES, halfsamples.GENERATED_HALVES, rows, device
     )
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _vendi(unit: Moments, rows: np.ndarray | None, halves: np.ndarray, device: str) -> Float64Array:
