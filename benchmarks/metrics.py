@@ -16,6 +16,7 @@ THREADS = 2
 K = 3
 CLUSTERS: dict[str, Any] = {"count": 1000, "latent_dim": 24, "separation": 1.0, "shared": True}
 WARM_UP = 512
+TIMEOUT_S = 7200.0
 AGREEMENT = 1e-4  # a pair on the edge of a ball, decided in another rounding, moves one row of 10,000 or more
 
 TEXT = f"""\
@@ -68,7 +69,8 @@ def _run(case: Case, side: str) -> dict[str, Any]:
     if not path.exists():
         arguments = {"path": str(path), "rows": rows, "dim": case.dim, **CLUSTERS}
         process.call("benchmarks.datasets.save_clusters", arguments)
-    outcome = process.call(f"benchmarks.metrics.{side}", {"vectors": str(path), "real": case.real}, threads=THREADS)
+    arguments = {"vectors": str(path), "real": case.real}
+    outcome = process.call(f"benchmarks.metrics.{side}", arguments, threads=THREADS, timeout_s=TIMEOUT_S)
     sizes = {"real": case.real, "generated": case.generated, "side": side}
     return {**sizes, **outcome.value, "peak_rss_bytes": outcome.peak_rss_bytes}
 

@@ -159,6 +159,7 @@ def test_a_killed_driver_resumes_to_the_same_bytes(built, sets, measured, tmp_pa
     assert tiny.tables(output) == tiny.tables(measured)
 
 
+@pytest.mark.slow
 def test_a_direction_of_perturbed_images_is_measured_as_these_images_are_in_a_folder(built, tmp_path):
     """Not with its twins of the other direction among them, nor with what was before; too few for halves, so to rounding."""
     test_spaces.commit_both_ways(tmp_path / "moved", 12)

@@ -56,6 +56,7 @@ def swept(built, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_curve_still_tells_mlflow_of_each_setting(swept, built):
     from mlflow import MlflowClient
 
