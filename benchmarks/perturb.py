@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import config, generators, ids, perturb_workflow, realset, scoring, storage
+from pd_core import config, generators, ids, opening, perturb_workflow, realset, scoring, storage
 
 CHUNK, STEPS, EPSILON = 8, 10, 0.1
 DENOISING_STEPS = 10
@@ -64,8 +64,7 @@ def in_turn(index: str, generator: str, rounds: int) -> dict[str, float]:
     """Median seconds a sample of the bare loop and of ours, in turn on other chunks after one of each that is not timed."""
     settings, real = _settings(index, generator, "unused", rounds * CHUNK + CHUNK), realset.open_realset(index)
     opened = generators.open_generator(settings.generator)
-    facts = {"identity": opened.identity()}
-    job = perturb_workflow.job_of(settings, real, facts, "cpu", "unused")
+    job = perturb_workflow.job_of(settings, real, opening.facts_of(opened), "cpu", "unused")
     maker = job.open("cpu")
     times: dict[str, list[float]] = {"bare": [], "ours": []}
     for chunk in range(rounds + 1):

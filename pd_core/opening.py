@@ -40,15 +40,18 @@ def _is_file(value: str) -> bool:
 
 
 def describe(settings: GeneratorSettings, now: cluster.Cluster, pool: Pool) -> dict[str, Any]:
-    """`_describe` where an actor of the generator would run: what fits one fits this."""
+    """`facts_of` a generator that is loaded where an actor of it would run: what fits one fits this."""
     _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
     with failures("generator", str(settings.path)):
         return cluster.get(cluster.task(_describe, cpus, gpus).remote(settings))
 
 
 def _describe(settings: GeneratorSettings) -> dict[str, Any]:
-    """Identity and abilities of a generator, which is loaded for it: runs in a Ray task."""
-    generator = generators.open_generator(settings, cluster.assigned_device())
+    return facts_of(generators.open_generator(settings, cluster.assigned_device()))
+
+
+def facts_of(generator: generators.Generator) -> dict[str, Any]:
+    """Identity and abilities of a generator."""
     return {
         "identity": generator.identity(),
         "num_classes": generator.num_classes,
