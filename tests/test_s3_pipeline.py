@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pd_core import errors, storage
-from tests import tiny, toy_generator
+from tests import test_evaluate, test_sweep, tiny, toy_generator
 from tests.s3 import READER_KEY
 from workflows import build_index, generate
 
@@ -75,6 +75,21 @@ def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, bu
     assert sample(*argv, "--seed=1", "--overwrite", f"--output={outputs[0]}") == 0
     fs, folder = storage.filesystem(f"{bucket}/samples/export/png")
     assert len(fs.find(folder)) == 20  # none of the set before
+
+
+@pytest.mark.slow
+def test_evaluate_and_tradeoff_from_bucket_to_bucket_with_the_same_numbers_as_on_disk(bucket, built, tmp_path):
+    fs, folder = storage.filesystem(f"{bucket}/out")
+    fs.put(f"{built}/", folder, recursive=True)
+    fs.put(f"{tiny.write_images(tmp_path / 'same')}/", storage.filesystem(f"{bucket}/same")[1], recursive=True)
+    for place, index in ((bucket, f"{bucket}/out"), (str(tmp_path), str(built))):
+        assert test_evaluate.run(index, f"{place}/evaluated", f"{place}/same") == 0
+        assert test_sweep.run(index, f"{place}/swept") == 0
+        for output in ("evaluated", "swept"):
+            assert storage.exists(f"{place}/{output}/report/index.html")
+    for stage in ("evaluated/metrics", "evaluated/scores", "swept/pool", "swept/curve"):
+        remote, local = (storage.load_artifact(f"{place}/{stage}") for place in (bucket, tmp_path))
+        assert remote is not None and local is not None and remote.parts == local.parts and remote.rows > 0
 
 
 def test_a_stage_is_begun_anew_where_the_store_keeps_its_folder(bucket):
