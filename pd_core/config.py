@@ -536,7 +536,7 @@ class EvaluateSettings(WorkflowSettings):
     real: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     samples: list[str] = Field(
         [],
-        description="sets to measure: outputs of generate.py, folders of images, Parquet, tars, outputs of build_index.py",
+        description="sets to measure: outputs of generate.py or perturb.py, folders of images, Parquet, tars, outputs of build_index.py",
     )
     output: str | None = Field(
         None, description="where the artifacts go; local directory or s3://; default: that of --real with -evaluation"

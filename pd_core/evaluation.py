@@ -66,7 +66,9 @@ def plan_evaluate(settings: EvaluateSettings) -> None:
     with cluster.session(str(settings.output)):
         measured_in = spaces.open_spaces(real, settings.judge)
     judged = " and ".join(f"{space.extractor} ({space.name})" for space in measured_in)
-    cluster.say(f"plan: {real.rows} real images against {', '.join(chosen.name for chosen in sets)}, in {judged}")
+    each = f"{settings.n} images" if settings.n else "as many images as the smallest has"
+    names = ", ".join(chosen.name for chosen in sets)
+    cluster.say(f"plan: {real.rows} real images against {each} of each of {names}, in {judged}")
     rows, dim = settings.n_real or real.rows, max(space.spec.feature_dim for space in measured_in)
     cluster.say(
         f"plan: features of the real images take {rows * dim * 4 / 1e9:.3g} GB of memory where they are measured"
@@ -77,7 +79,8 @@ def _evaluate(run: Run, settings: EvaluateSettings, real: RealSet, sets: list[Im
     measured_in = spaces.open_spaces(real, settings.judge)
     extraction = Extraction(settings.extraction, settings.data)
     of_real = spaces.features_of_real(run, real, measured_in, extraction)
-    of_sets = [spaces.features_of_set(run, chosen, measured_in, extraction) for chosen in sets]
+    k = settings.metrics.k_precision
+    of_sets = [spaces.features_of_set(run, chosen, measured_in, extraction, k) for chosen in sets]
     comparisons = [
         evaluating.Comparison(
             chosen.name, space, of_real[space.name], found[space.name], chosen.selected_in(space, real)

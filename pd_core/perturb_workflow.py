@@ -208,7 +208,7 @@ def _cost(planned: Planned, found: perturbing.Probe, now: cluster.Cluster) -> st
     where = "of GPU memory" if found.device != "cpu" else "of memory"
     return (
         f"time: {found.step_s:.3g} s a step of one chunk, {chunk_s / job.recipe.chunk:.3g} s a sample; about "
-        f"{total_s / 60:.3g} min with {actors} {'actor' if actors == 1 else 'actors'}, beside starting up\n"
+        f"{total_s:.0f} s with {actors} {'actor' if actors == 1 else 'actors'}, beside starting up\n"
         f"memory: a step of one chunk took a process to {found.peak_bytes / 2**30:.2g} GiB {where}; lower --chunk where that is "
         "too much (other chunks, other rows: it is part of their identity)"
     )

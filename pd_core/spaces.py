@@ -295,9 +295,13 @@ def extract(
 
 
 def features_of_set(
-    run: running.Run, chosen: ImageSet, spaces: list[Space], extraction: Extraction
+    run: running.Run, chosen: ImageSet, spaces: list[Space], extraction: Extraction, k: int = 0
 ) -> dict[str, Features]:
-    """Features of a set in each space by its name, made where they are not there yet."""
+    """Features of a set in each space by its name, made where they are not there yet.
+
+    Raises:
+        UserError: no more images are listed than k, before features of any are made.
+    """
     folder = storage.join(run.output, "sets", chosen.name)
     found = {} if chosen.featured is None else {INDEX: chosen.featured}
     if missing := [space for space in spaces if space.name not in found]:
@@ -306,6 +310,10 @@ def features_of_set(
             extraction = Extraction(extraction.settings, source.settings)
         else:
             source, listed = chosen.source, list_set(run, folder, chosen.source, extraction)
+        if listed.rows <= k:
+            raise UserError(
+                f"--samples {chosen.name}: {listed.rows} images are too few for k = {k}; at least {k + 1} are needed"
+            )
         for space in missing:
             here = storage.join(folder, space.name)
             found[space.name] = extract(run, here, source, listed, space, extraction)

@@ -239,7 +239,7 @@ def test_samples_that_are_not_finished_are_refused(built, generated, tmp_path, c
 @pytest.mark.parametrize(
     ("samples", "more", "line"),
     [
-        (["few"], (), "too few"),
+        (["few"], (), "--samples few: 3 images are too few for k = 3; at least 4 are needed"),
         (["absent"], (), "no such file or directory"),
         (["same", "same"], (), "named twice"),
         (["other"], ("--n=5000",), "lower --n"),
