@@ -1,0 +1,100 @@
+"""Evaluation while training: images from the same seeds each time, measured in the index's feature space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pd_core import evaluating, ids, metrics, spaces
+from pd_core.config import MetricSettings
+from pd_core.features import ExtractorSpec
+from pd_core.generators import Conditions, Generator, generate_checked
+from pd_core.halfsamples import Estimate
+from pd_core.scoring import Scorer
+from pd_core.spaces import Features
+
+if TYPE_CHECKING:
+    import torch
+
+LOWER_IS_BETTER = ("frechet_distance",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is generated and measured; picklable.
+
+    Attributes:
+        spec: extractor of the index.
+        seed: of the run. stream: name of the seeds' stream; another one gives other images.
+        n: images. chunk: of one batch.
+        classes: class numbers that images get in turn; empty where the generator takes none.
+        name: the generator as the user knows it, for messages.
+    """
+
+    spec: ExtractorSpec
+    seed: int
+    stream: str
+    n: int
+    chunk: int
+    classes: tuple[int, ...]
+    name: str
+
+    @property
+    def chunks(self) -> int:
+        """Batches of the n images."""
+        return -(-self.n // self.chunk)
+
+    def numbers(self, chunk: int) -> np.ndarray:
+        """Images of a batch, int64."""
+        return np.arange(chunk * self.chunk, min((chunk + 1) * self.chunk, self.n))
+
+    def seeds(self, numbers: np.ndarray) -> list[int]:
+        """Seed of each image."""
+        return [int(seed) for seed in ids.integers(numbers, ids.stream(self.seed, self.stream))]
+
+    def conditions(self, numbers: np.ndarray) -> Conditions:
+        """Class of each image, all equally often."""
+        if not self.classes:
+            return Conditions()
+        return Conditions(labels=tuple(self.classes[int(i) % len(self.classes)] for i in numbers))
+
+
+def generate(plan: Plan, sampler: Generator, chunk: int, device: str) -> torch.Tensor:
+    """Images of a batch, uint8 [m, H, W, 3]."""
+    numbers = plan.numbers(chunk)
+    return generate_checked(sampler, plan.seeds(numbers), plan.conditions(numbers), plan.name, device)
+
+
+def features(plan: Plan, sampler: Generator, scorer: Scorer, chunks: Iterable[int]) -> dict[int, np.ndarray]:
+    """Features float32 [m, D] of the batches asked for, by their number."""
+    found = {}
+    for chunk in chunks:
+        images = generate(plan, sampler, chunk, str(scorer.extractor.device)).to(scorer.extractor.device)
+        found[chunk] = scorer.features(images).float().cpu().numpy()
+    return found
+
+
+def prepare(real: Features, n_real: int, settings: MetricSettings, threads: int) -> metrics.Reference:
+    """The real side of every evaluation of a run, once; in a Ray task."""
+    rows = spaces.read_rows(real, n_real)
+    return evaluating.reference_of(rows, settings, threads, "cpu", "--index")
+
+
+def measure(reference: metrics.Reference, found: Sequence[np.ndarray], threads: int, device: str) -> Mapping[str, Estimate]:
+    """Metrics of all batches together, in their order."""
+    together = np.concatenate(found)
+    rows = np.arange(len(together))
+    return metrics.evaluate(reference, together, rows, threads=threads, device=device).estimates
+
+
+def better(metric: str, one: float, other: float) -> bool:
+    """Whether `one` beats `other`."""
+    return one < other if metric in LOWER_IS_BETTER else one > other
+
+
+def values_of(estimates: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics without their intervals."""
+    return {name: estimate.value for name, estimate in estimates.items()}
