@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeGuard
+from urllib.parse import quote, unquote
 
 import fsspec
 import pyarrow as pa
@@ -324,7 +325,7 @@ class Stage:
                         delete_file(join(folder, name))
 
     def write_part(self, name: str, data: bytes, rows: int, counts: Mapping[str, int] | None = None) -> Part:
-        """Write one file of the stage and, after its bytes are seen in place, its record."""
+        """Write one file of the stage and, after its bytes are seen in place, its record. The name may lead into folders."""
         uri = join(self.uri, name)
         write_bytes(uri, data)
         fs, path = filesystem(uri)
@@ -333,8 +334,11 @@ class Stage:
             raise RunError(f"{uri}: wrote {len(data)} bytes and found {found}; run the same command again")
         part = Part(name, rows, len(data), sha256(data), dict(counts or {}))
         record = {"stage": self.fingerprint, "part": dataclasses.asdict(part)}
-        write_bytes(join(self.uri, RECORDS, f"{name}.json"), canonical(record).encode())
+        write_bytes(self._record(name), canonical(record).encode())
         return part
+
+    def _record(self, name: str) -> str:
+        return join(self.uri, RECORDS, f"{quote(name, safe='')}.json")
 
     def write_table(self, name: str, table: pa.Table, counts: Mapping[str, int] | None = None) -> Part:
         """`write_part` of a Parquet table."""
@@ -352,12 +356,14 @@ class Stage:
             contents = list(readers.map(lambda name: read_bytes(join(self.uri, RECORDS, name)), names))
         records = [json.loads(content) for content in contents]
         parts = [Part(**record["part"]) for record in records if record["stage"] == self.fingerprint]
-        present = sizes(self.uri)
-        return {part.name: part for part in parts if present.get(part.name) == part.bytes}
+        folders = {part.name.rpartition("/")[0] for part in parts}
+        present = {folder: sizes(join(self.uri, folder) if folder else self.uri) for folder in folders}
+        placed = ((part, *part.name.rpartition("/")[::2]) for part in parts)
+        return {part.name: part for part, folder, name in placed if present[folder].get(name) == part.bytes}
 
     def drop_part(self, name: str) -> None:
         """Forget a part and delete its file, if there is one."""
-        delete_file(join(self.uri, RECORDS, f"{name}.json"))
+        delete_file(self._record(name))
         delete_file(join(self.uri, name))
 
     def commit(
@@ -413,8 +419,8 @@ def _clear(uri: str) -> None:
     """
     delete_file(join(uri, ARTIFACT))
     records = sorted(sizes(join(uri, RECORDS)))
-    recorded = {name.removesuffix(".json") for name in records}
-    ours = [name for name in sorted(sizes(uri)) if name in recorded or _NUMBERED.match(name)]
+    recorded = {unquote(name.removesuffix(".json")) for name in records}
+    ours = sorted(recorded | {name for name in sizes(uri) if _NUMBERED.match(name)})
     with ThreadPoolExecutor(READERS) as deleters:
         list(deleters.map(lambda name: delete_file(join(uri, name)), ours))
         list(deleters.map(lambda name: delete_file(join(uri, RECORDS, name)), records))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +68,9 @@ def generate(plan: Plan, sampler: Generator, chunk: int, device: str) -> torch.T
     return generate_checked(sampler, plan.seeds(numbers), plan.conditions(numbers), plan.name, device)
 
 
-def features(plan: Plan, sampler: Generator, scorer: Scorer, chunks: Iterable[int]) -> dict[int, np.ndarray]:
-    """Features float32 [m, D] of the batches asked for, by their number."""
-    found = {}
-    for chunk in chunks:
-        images = generate(plan, sampler, chunk, str(scorer.extractor.device)).to(scorer.extractor.device)
-        found[chunk] = scorer.features(images).float().cpu().numpy()
-    return found
+def features(scorer: Scorer, images: torch.Tensor) -> np.ndarray:
+    """float32 [m, D] of images uint8 [m, H, W, 3]."""
+    return scorer.features(images.to(scorer.extractor.device)).float().cpu().numpy()
 
 
 def prepare(real: Features, n_real: int, settings: MetricSettings, threads: int) -> metrics.Reference:

@@ -109,6 +109,25 @@ def _same(latents: torch.Tensor) -> torch.Tensor:
     return latents
 
 
+def encoded(pipeline: Any, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Latents of images [B, C, H, W] in [-1, 1], float32: what `Network.to_pixels` of the pipeline undoes.
+
+    noise: standard normal, of the latents' shape, for autoencoders whose latents are a distribution. No gradients.
+    """
+    import torch
+
+    autoencoder = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
+    if autoencoder is None:
+        return images
+    with torch.no_grad():
+        found = autoencoder.encode(images.to(autoencoder.dtype))
+        if hasattr(found, "latent_dist"):
+            latents = found.latent_dist.mean.float() + found.latent_dist.std.float() * noise
+        else:
+            latents = found.latents.float()
+        return latents * autoencoder.config.scaling_factor
+
+
 def _decode(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
     scaled = latents / autoencoder.config.scaling_factor
     return autoencoder.decode(scaled.to(autoencoder.dtype)).sample.float()
@@ -136,12 +155,17 @@ def denoise(
     options: dict[str, Any] = {} if eta is None else {"eta": eta}
     if "generator" in inspect.signature(scheduler.step).parameters and generators is not None:
         options["generator"] = list(generators)
-    latents = noise * scheduler.init_noise_sigma
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching schedulers have neither this nor a scale
+    scaled = getattr(scheduler, "scale_model_input", _unscaled)
     for timestep in scheduler.timesteps:
-        output = predict(scheduler.scale_model_input(latents, timestep), timestep)
+        output = predict(scaled(latents, timestep), timestep)
         if not _reads_variance(scheduler):
             output = output[:, : latents.shape[1]]
         latents = scheduler.step(output, timestep, latents, **options).prev_sample
+    return latents
+
+
+def _unscaled(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     return latents
 
 

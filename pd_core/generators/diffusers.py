@@ -27,13 +27,22 @@ from pd_core.generators import (
     generators_of,
     to_uint8,
 )
-from pd_core.generators.denoising import DeterministicDiffusion, Diffusion, dit_network, draws_noise, unet_network
+from pd_core.generators.denoising import (
+    DeterministicDiffusion,
+    Diffusion,
+    Network,
+    dit_network,
+    draws_noise,
+    encoded,
+    unet_network,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from pd_core.config import GeneratorSettings
 
+DISTILLED = ("ConsistencyModelPipeline",)
 UNET_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline")
 PARAMETERS = {  # setting -> parameter of a pipeline's __call__
     "steps": "num_inference_steps",
@@ -56,16 +65,7 @@ def open_pipeline(settings: GeneratorSettings, device: str = "cpu") -> Generator
         UserError: no such directory or hub id, not a saved pipeline, weights only as pickles without permission, one that makes
             no images from noise, or steps, scheduler, guidance, eta or size that it does not take.
     """
-    assert settings.path is not None, "open_generator refuses settings without a path"
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        raise UserError("--generator.kind diffusers: not installed; pip install 'pd-core[diffusers]'") from None
-    with _local_folder(settings.path, settings.allow_pickle) as folder:
-        index = _model_index(folder, settings.path)
-        _be_quiet()
-        pipeline = _load(folder, index, settings).to(device)
-        files = files_hash(folder)  # while the copy is here: a bucket is not read twice
+    pipeline, files = _loaded(settings, device)
     if settings.scheduler is not None:
         pipeline.register_modules(scheduler=_scheduler(settings.scheduler, pipeline))
     for part in pipeline.components.values():
@@ -78,7 +78,102 @@ def open_pipeline(settings: GeneratorSettings, device: str = "cpu") -> Generator
     return CalledPipeline(pipeline, arguments, device, identity)
 
 
+class TrainablePipeline:
+    """A saved pipeline of our own loop whose network is to be trained, in float32; the rest of it is frozen.
+
+    Attributes:
+        network: U-Net or transformer, in training mode. scheduler: the one it was saved with, which tells how it was trained.
+        size: (height, width) of its images, px. colors: 1 or 3. num_classes: 0 where it takes no labels.
+    """
+
+    def __init__(self, pipeline: Any, settings: GeneratorSettings, device: str, files: str):
+        self._pipeline, self._settings, self._device, self._files = pipeline, settings, device, files
+        self._role = "transformer" if hasattr(pipeline, "transformer") else "unet"
+        self.network = getattr(pipeline, self._role).train().requires_grad_(True)
+        self.scheduler = pipeline.scheduler
+        described = self._described()
+        self.shape, self.out_channels, self.num_classes = (
+            described.shape,
+            described.out_channels,
+            described.num_classes,
+        )
+        autoencoder = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
+        scale = 1 if autoencoder is None else 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        self.size = (self.shape[1] * scale, self.shape[2] * scale)
+        self.colors = self.shape[0] if autoencoder is None else int(autoencoder.config.in_channels)
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The network's output, float32 [B, C or 2C, h, w], of noisy latents [B, C, h, w] and a timestep of each, [B]."""
+        return self._described().predict(noisy, timesteps, labels)
+
+    def encode(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Latents of images; see denoising.encoded."""
+        return encoded(self._pipeline, images, noise)
+
+    def sampler(self, network: Any) -> Generator:
+        """Images of another network of this kind, as the settings say: their scheduler, steps and guidance."""
+        trained = getattr(self._pipeline, self._role)
+        try:
+            self._pipeline.register_modules(**{self._role: network})
+            if self._settings.scheduler is not None:
+                self._pipeline.register_modules(scheduler=_scheduler(self._settings.scheduler, self._pipeline))
+            arguments = _call_arguments(self._pipeline, self._settings)
+            identity = partial(_identity, self._pipeline, arguments, "fp32", self._files)
+            return _open_denoising(self._pipeline, arguments, self._device, identity)
+        finally:
+            self._pipeline.register_modules(**{self._role: trained}, scheduler=self.scheduler)
+
+    def save(self, folder: str, network: Any) -> None:
+        """The pipeline as it was saved, with another network of this kind in its place."""
+        trained = getattr(self._pipeline, self._role)
+        try:
+            self._pipeline.register_modules(**{self._role: network})
+            self._pipeline.save_pretrained(folder, safe_serialization=True)
+        finally:
+            self._pipeline.register_modules(**{self._role: trained})
+
+    def _described(self) -> Network:
+        if self._role == "transformer":
+            return dit_network(self._pipeline, guidance=1.0)
+        return unet_network(self._pipeline)
+
+
+def open_trainable(settings: GeneratorSettings, device: str = "cpu") -> TrainablePipeline:
+    """A saved pipeline to be trained on, in float32 whatever precision it is sampled with.
+
+    Raises:
+        UserError: as `open_pipeline`; or a pipeline that has a loop of its own, or one that was distilled, whose loss is no
+            prediction of noise.
+    """
+    pipeline, files = _loaded(settings.model_copy(update={"precision": "fp32"}), device)
+    name = type(pipeline).__name__
+    if not _in_own_loop(pipeline) or name in DISTILLED:
+        raise UserError(
+            f"--generator.path {settings.path}: {name} cannot be fine-tuned here; pipelines of a U-Net or DiT and a scheduler "
+            f"can ({', '.join(sorted({*UNET_PIPELINES, 'DiTPipeline'} - {*DISTILLED}))})"
+        )
+    for part in pipeline.components.values():
+        if hasattr(part, "requires_grad_"):
+            part.requires_grad_(False)
+    return TrainablePipeline(pipeline, settings, device, files)
+
+
 # ---- Loading ---------------------------------------------------------------------------------------------------------
+
+
+def _loaded(settings: GeneratorSettings, device: str) -> tuple[Any, str]:
+    """The pipeline on a device, and the hash of its files."""
+    assert settings.path is not None, "open_generator refuses settings without a path"
+    try:
+        import diffusers  # noqa: F401
+    except ImportError:
+        raise UserError("--generator.kind diffusers: not installed; pip install 'pd-core[diffusers]'") from None
+    with _local_folder(settings.path, settings.allow_pickle) as folder:
+        index = _model_index(folder, settings.path)
+        _be_quiet()
+        pipeline = _load(folder, index, settings).to(device)
+        files = files_hash(folder)  # while the copy is here: a bucket is not read twice
+    return pipeline, files
 
 
 @contextlib.contextmanager

@@ -1,0 +1,154 @@
+"""What a training leaves behind, as parts of its stage: states to go on from, averages of each evaluation, what was measured.
+
+    state-00000100.pt               everything that step 100 and later depend on; the newest few are kept
+    average-00000100.safetensors    the moving average of the generator's weights at an evaluation
+    samples-00000100.parquet        a few images of that evaluation, from the same seeds each time
+    evaluations.parquet, history.parquet, summary.json    written when the training is over
+
+Each part is one write with a record of its hash (storage.Stage), on any store; a state whose bytes do not have it is not
+taken up. Ray Train's own checkpoints are not used: they are registered some time after they were reported, and a driver that
+dies in between loses them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pd_core import cluster, schemas, storage
+from pd_core.finetuning import judging
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = re.compile(r"state-(\d{8})\.pt")
+AVERAGE = re.compile(r"average-(\d{8})\.safetensors")
+SUMMARY, EVALUATIONS, HISTORY = "summary.json", "evaluations.parquet", "history.parquet"
+HISTORY_ROWS = 2000  # steps that are logged, at most; of more, every so manieth
+
+
+@dataclass
+class Progress:
+    """How far a training is; part of its state.
+
+    Attributes:
+        step: steps done.
+        history: (step, name, value) of what was logged.
+        evaluations: rows of schemas.evaluations().
+        best: step of the best evaluation. waited: evaluations since.
+        finished: no step follows. stopped_early: because `waited` reached the patience.
+        replaced: draws whose image could not be read, and had another in its place.
+    """
+
+    step: int = 0
+    history: list[tuple[int, str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best: int = 0
+    waited: int = 0
+    finished: bool = False
+    stopped_early: bool = False
+    replaced: int = 0
+
+    def value(self, step: int, metric: str) -> float:
+        """Of an evaluation."""
+        return next(row["value"] for row in self.evaluations if (row["step"], row["metric"]) == (step, metric))
+
+    def judge(self, metric: str, patience: int) -> None:
+        """Take the evaluation of this step into account, which was added last."""
+        if self.step == 0 or judging.better(metric, self.value(self.step, metric), self.value(self.best, metric)):
+            self.best, self.waited = self.step, 0
+        else:
+            self.waited += 1
+        self.stopped_early = bool(patience) and self.waited >= patience
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able, without the tables."""
+        values = asdict(self)
+        return {name: values[name] for name in ("step", "best", "stopped_early", "replaced")}
+
+
+def average_name(step: int) -> str:
+    """Part of the averaged weights."""
+    return f"average-{step:08d}.safetensors"
+
+
+def samples_name(step: int) -> str:
+    """Part of the images."""
+    return f"samples-{step:08d}.parquet"
+
+
+def averages_of(parts: Mapping[str, Any]) -> dict[int, str]:
+    """Part of the averaged weights by step, ascending."""
+    found = {int(match[1]): name for name in parts if (match := AVERAGE.fullmatch(name))}
+    return dict(sorted(found.items()))
+
+
+def write_state(stage: storage.Stage, progress: Progress, model: Mapping[str, Any], keep: int) -> None:
+    """Write the state of a step, then drop all but the newest `keep`."""
+    import torch
+
+    sink = io.BytesIO()
+    torch.save({"progress": asdict(progress), "model": model}, sink)
+    stage.write_part(f"state-{progress.step:08d}.pt", sink.getvalue(), 0)
+    for name in sorted(filter(STATE.fullmatch, stage.finished_parts()))[:-keep]:
+        stage.drop_part(name)
+
+
+def newest_state(stage: storage.Stage) -> str | None:
+    """Part of the last whole state; those before it are gone where a later one was broken."""
+    parts = stage.finished_parts()
+    for name in sorted(filter(STATE.fullmatch, parts), reverse=True):
+        if storage.sha256(storage.read_bytes(storage.join(stage.uri, name))) == parts[name].sha256:
+            return name
+        cluster.say(f"training: {name} is not as it was written; going on from the one before")
+        stage.drop_part(name)
+    return None
+
+
+def read_state(stage: storage.Stage, name: str, device: str) -> tuple[Progress, dict[str, Any]]:
+    """(progress, state of the model) of a part; tensors on the device."""
+    import torch
+
+    data = storage.read_bytes(storage.join(stage.uri, name))
+    values = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    return Progress(**values["progress"]), values["model"]
+
+
+def write_average(stage: storage.Stage, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write the averaged weights of an evaluation."""
+    stage.write_part(average_name(step), to_safetensors(weights), 0)
+
+
+def to_safetensors(weights: Mapping[str, torch.Tensor]) -> bytes:
+    """The file of some weights; tensors that share memory are written each by itself."""
+    import safetensors.torch
+
+    return bytes(safetensors.torch.save({name: value.contiguous().clone() for name, value in weights.items()}))
+
+
+def read_average(uri: str) -> dict[str, torch.Tensor]:
+    """Weights of a safetensors file, on the CPU."""
+    import safetensors.torch
+
+    return dict(safetensors.torch.load(storage.read_bytes(uri)))
+
+
+def write_results(stage: storage.Stage, progress: Progress) -> None:
+    """Write what was measured and logged; the summary last."""
+    stage.write_table(EVALUATIONS, pa.Table.from_pylist(progress.evaluations, schema=schemas.evaluations()))
+    rows = [dict(zip(("step", "name", "value"), row, strict=True)) for row in progress.history]
+    stage.write_table(HISTORY, pa.Table.from_pylist(rows, schema=schemas.history()))
+    stage.write_part(SUMMARY, json.dumps(progress.summary()).encode(), 0)
+
+
+def read_summary(stage: storage.Stage) -> dict[str, Any] | None:
+    """What `write_results` left, where the training is over."""
+    if SUMMARY not in stage.finished_parts():
+        return None
+    return dict(json.loads(storage.read_bytes(storage.join(stage.uri, SUMMARY))))

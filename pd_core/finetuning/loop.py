@@ -1,0 +1,232 @@
+"""One worker of a training: steps, evaluations and checkpoints, from wherever the last checkpoint is to the last step."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from pd_core import cluster, evaluating, schemas, storage
+from pd_core.config import FinetuneSettings
+from pd_core.finetuning import Share, Trainable, checkpoints, judging, models, parallel, stream
+from pd_core.finetuning.checkpoints import Progress
+from pd_core.halfsamples import Estimate
+from pd_core.scoring import Scorer
+
+if TYPE_CHECKING:
+    import torch
+
+    from pd_core.metrics import Reference
+
+REPORT_S = 0.5  # between two messages to the driver
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and how it is judged; picklable.
+
+    Attributes:
+        model: how the model is opened.
+        data: the images that are drawn.
+        plan: of the evaluations.
+        stage: where the training's parts go.
+        settings: of the workflow.
+    """
+
+    model: models.ModelSpec
+    data: stream.Data
+    plan: judging.Plan
+    stage: storage.Stage
+    settings: FinetuneSettings
+
+    @property
+    def history_every(self) -> int:
+        """Steps from one that is logged to the next."""
+        return max(1, math.ceil(self.settings.steps / checkpoints.HISTORY_ROWS))
+
+
+def work(values: Mapping[str, Any]) -> None:
+    """What Ray Train runs in each worker. values: job (Job), reference (of metrics.Reference), monitor (actor)."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    job: Job = values["job"]
+    context = ray.train.get_context()
+    threads = job.settings.worker_cpus
+    torch.set_num_threads(threads)
+    device = str(get_device()) if cluster.assigned_device() == "cuda" else "cpu"
+    share = Share(context.get_world_rank(), context.get_world_size(), device, threads)
+    Loop(job, share, values["reference"], values["monitor"]).run()
+
+
+class Loop:
+    """A worker's part of the training.
+
+    Args:
+        job: what is trained.
+        share: this worker.
+        reference: reference to the metrics.Reference in Ray's object store; rank 0 reads it.
+        monitor: handle of the driver's `training.Monitor`.
+    """
+
+    def __init__(self, job: Job, share: Share, reference: Any, monitor: Any):
+        self.job, self.share, self.settings = job, share, job.settings
+        self.model: Trainable = job.model.open(share)
+        self.scorer = Scorer(job.model.real.extractor, job.model.real.predictor(), share.device, share.threads)
+        self.progress = Progress()
+        self._reference_in_store, self._monitor = reference, monitor
+        self._reference: Reference | None = None
+        self._told_s = 0.0
+
+    def run(self) -> None:
+        """To the last step."""
+        self._restore()
+        if not self.progress.evaluations:
+            self._evaluate()
+            self._checkpoint()
+        if not self.progress.finished:
+            self._train()
+        if self.share.rank == 0:
+            checkpoints.write_results(self.job.stage, self.progress)
+
+    def _restore(self) -> None:
+        name = parallel.from_first(
+            checkpoints.newest_state(self.job.stage) if self.share.rank == 0 else None, self.share.world
+        )
+        if name is not None:
+            self.progress, state = checkpoints.read_state(self.job.stage, name, self.share.device)
+            self.model.load_state(state)
+            if self.share.rank == 0 and self.progress.step:
+                self._monitor.say.remote(f"training: goes on from step {self.progress.step}")
+
+    def _train(self) -> None:
+        settings, progress = self.settings, self.progress
+        batches = stream.batches(
+            self.job.data,
+            first_step=progress.step,
+            steps=settings.steps - progress.step,
+            batch_size=settings.training.batch_size,
+            share=self.share,
+            mirror=settings.training.mirror,
+            size=self.model.size,
+        )
+        with contextlib.closing(batches):
+            watch = storage.Stopwatch()
+            for batch in batches:
+                waited_s = watch.seconds
+                logged = self.model.step(batch)
+                progress.step += 1
+                progress.replaced += round(
+                    parallel.mean_of({"replaced": batch.replaced}, self.share.world)["replaced"] * self.share.world
+                )
+                self._log(logged | {"step_s": watch.seconds, "data_s": waited_s})
+                self._pause()
+                if progress.finished:
+                    break
+                watch = storage.Stopwatch()
+
+    def _pause(self) -> None:
+        """What is due after a step."""
+        settings, progress = self.settings, self.progress
+        last = progress.step == settings.steps
+        judged = last or progress.step % settings.evaluation.every == 0
+        if judged:
+            self._evaluate()
+        progress.finished = last or progress.stopped_early
+        if judged or progress.step % settings.checkpoint_every == 0:
+            self._checkpoint()
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        step = self.progress.step
+        if step % self.job.history_every == 0:
+            self.progress.history += [(step, n, float(v)) for n, v in values.items() if n not in ("step_s", "data_s")]
+        if self.share.rank == 0 and (time.monotonic() - self._told_s > REPORT_S or step == self.settings.steps):
+            self._told_s = time.monotonic()
+            self._monitor.stepped.remote(step, dict(values))
+
+    def _checkpoint(self) -> None:
+        if self.share.rank == 0:
+            checkpoints.write_state(self.job.stage, self.progress, self.model.state(), self.settings.keep)
+
+    # ---- evaluation ----
+
+    def _evaluate(self) -> None:
+        """Every worker makes its chunks of the images; the first measures all of them and tells the others."""
+        share, plan = self.share, self.job.plan
+        weights = self.model.averaged()
+        sampler = self.model.sampler(weights)
+        own: dict[int, np.ndarray] = {}
+        for chunk in range(share.rank, plan.chunks, share.world):
+            images = judging.generate(plan, sampler, chunk, share.device)
+            own[chunk] = judging.features(self.scorer, images)
+            if chunk == 0:
+                self._keep(images, own[chunk])
+        found = parallel.gathered(own, share.world)
+        rows: list[dict[str, Any]] | None = None
+        if share.rank == 0:
+            checkpoints.write_average(self.job.stage, self.progress.step, weights)
+            together = [found[chunk] for chunk in range(plan.chunks)]
+            rows = self._rows(judging.measure(self._real(), together, share.threads, share.device))
+            self._monitor.evaluated.remote(self.progress.step, rows)
+        rows = parallel.from_first(rows, share.world)
+        assert rows is not None
+        self.progress.evaluations += rows
+        self.progress.judge(self.settings.evaluation.metric, self.settings.evaluation.patience)
+
+    def _real(self) -> Reference:
+        import ray
+
+        if self._reference is None:
+            self._reference = ray.get(self._reference_in_store)
+        return self._reference
+
+    def _rows(self, estimates: Mapping[str, Estimate]) -> list[dict[str, Any]]:
+        """Rows of schemas.evaluations()."""
+        real = self._real()
+        return [
+            {
+                "step": self.progress.step,
+                "metric": name,
+                "value": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+                "k": evaluating.neighbors_of(name, self.settings.evaluation.metrics),
+                "n_real": real.rows,
+                "n_generated": self.job.plan.n,
+            }
+            for name, estimate in estimates.items()
+        ]
+
+    def _keep(self, images: torch.Tensor, features: np.ndarray) -> None:
+        """Write the first images, with their predicted densities."""
+        import torch
+        from PIL import Image
+
+        plan, many = self.job.plan, self.settings.images
+        numbers = plan.numbers(0)[:many]
+        densities = self.scorer.log_density(torch.from_numpy(features[:many]).to(self.share.device)).exp()
+        names = {number: name for name, number in self.job.model.classes.items()}
+        labels = plan.conditions(numbers).labels
+        pictures = []
+        for pixels in images[:many].cpu().numpy():
+            sink = io.BytesIO()
+            Image.fromarray(pixels).save(sink, "PNG")
+            pictures.append({"bytes": sink.getvalue(), "path": None})
+        schema = schemas.finetuned_samples()
+        columns: dict[str, Any] = {
+            "number": numbers,
+            "seed": plan.seeds(numbers),
+            "label": [None] * len(numbers) if labels is None else [names[label] for label in labels],
+            "density_predicted": densities.cpu().numpy(),
+            "image": pictures,
+        }
+        table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+        self.job.stage.write_table(checkpoints.samples_name(self.progress.step), table)

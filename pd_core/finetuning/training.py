@@ -1,0 +1,189 @@
+"""The training stage: workers of Ray Train from the last checkpoint to the last step, through the loss of any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pd_core import cluster, storage, tracking
+from pd_core.errors import RunError, UserError, one_line
+from pd_core.finetuning import checkpoints, loop
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many, and what each claims. gpus: 0 on CPUs."""
+
+    count: int
+    cpus: float
+    gpus: float
+
+
+def workers_of(now: cluster.Cluster, count: int, cpus: int, gpus: float | None) -> Workers:
+    """What the settings ask for, on this cluster.
+
+    Raises:
+        UserError: this machine has not so many GPUs.
+    """
+    _, _, claimed, per_gpu = cluster.actor_pool(now, count, cpus, gpus)
+    if now.local and per_gpu and now.gpus < per_gpu * count:
+        raise UserError(f"--workers {count}: {per_gpu:g} GPUs each, and this machine has {now.gpus:g}; lower one of them")
+    return Workers(count, claimed, per_gpu)
+
+
+class Monitor:
+    """Ray actor: what workers tell, until the driver asks."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._steps: list[tuple[int, dict[str, float]]] = []
+        self._evaluations: list[tuple[int, list[dict[str, Any]]]] = []
+
+    def say(self, line: str) -> None:
+        """A line for the console."""
+        self._lines.append(line)
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        """Numbers of a step."""
+        self._steps.append((step, values))
+
+    def evaluated(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Rows of an evaluation."""
+        self._evaluations.append((step, rows))
+
+    def drain(self) -> tuple[list[str], list[tuple[int, dict[str, float]]], list[tuple[int, list[dict[str, Any]]]]]:
+        """(lines, steps, evaluations) since the last call."""
+        told = self._lines, self._steps, self._evaluations
+        self._lines, self._steps, self._evaluations = [], [], []
+        return told
+
+
+def run(
+    job: loop.Job, workers: Workers, reference: Any, tracker: tracking.Tracker
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Train; returns the parts and totals to commit.
+
+    Args:
+        job: what is trained.
+        workers: on what.
+        reference: reference to the metrics.Reference in Ray's object store.
+        tracker: gets the numbers of steps and evaluations.
+
+    Raises:
+        UserError: of the model or the data. RunError: the loss is not finite, or workers kept dying.
+    """
+    stage, total = job.stage, job.settings.steps
+
+    def done() -> int:
+        return len(stage.finished_parts())
+
+    def execute() -> None:
+        if checkpoints.read_summary(stage) is None:
+            _execute(job, workers, reference, tracker)
+
+    cluster.persist("training", execute, done)
+    summary = checkpoints.read_summary(stage)
+    assert summary is not None, "the workers end with it"
+    if summary["stopped_early"]:
+        patience = job.settings.evaluation.patience
+        cluster.say(f"training: stopped at step {summary['step']} of {total}, {patience} evaluations after the best one")
+    return list(stage.finished_parts().values()), summary | {"metric": job.settings.evaluation.metric}
+
+
+def _execute(job: loop.Job, workers: Workers, reference: Any, tracker: tracking.Tracker) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    monitor = ray.remote(Monitor).options(num_cpus=0, max_restarts=cluster.ACTOR_OPTIONS["max_restarts"]).remote()
+    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    with tempfile.TemporaryDirectory() as scratch, _watched(monitor, job, tracker):
+        trainer = TorchTrainer(
+            loop.work,
+            train_loop_config={"job": job, "reference": reference, "monitor": monitor},
+            torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers.count, use_gpu=bool(workers.gpus), resources_per_worker=resources
+            ),
+            # our checkpoints are parts of the stage; whoever dies, `cluster.persist` begins anew at the last of them
+            run_config=RunConfig(
+                name=job.stage.fingerprint[:16],
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _failure(error) from None
+
+
+def _failure(error: Exception) -> Exception:
+    """What ended a training: our own error of any worker, a defect as it was raised, or else infrastructure."""
+    found: list[BaseException] = [*getattr(error, "worker_failures", {}).values()]
+    found += [e for e in (getattr(error, "controller_failure", None),) if e is not None]
+    for failure in found:
+        if (ours := cluster.cause(failure)) is not None:
+            return ours
+    reason = one_line(found[0] if found else error)
+    return RunError(f"training: a worker was lost ({reason})")
+
+
+@contextlib.contextmanager
+def _watched(monitor: Any, job: loop.Job, tracker: tracking.Tracker) -> Iterator[None]:
+    """Show progress while the body runs, in a thread, since the body waits for Ray Train."""
+    over = threading.Event()
+    with cluster.progress("training", job.settings.steps, "steps") as bar:
+        watcher = threading.Thread(target=_watch, args=(monitor, job, tracker, bar, over.wait), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join(timeout=30)
+
+
+def _watch(
+    monitor: Any, job: loop.Job, tracker: tracking.Tracker, bar: tqdm[Any], over: Callable[[float], bool]
+) -> None:
+    import ray
+
+    last = False
+    while not last:
+        last = over(POLL_S)
+        try:
+            lines, steps, evaluations = ray.get(monitor.drain.remote(), timeout=30)
+        except (ray.exceptions.RayError, TimeoutError):  # the run itself tells what is wrong
+            time.sleep(POLL_S)
+            continue
+        for line in lines:
+            cluster.say(line)
+        for step, values in steps:
+            bar.update(step - bar.n)
+            bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "acceptance") if name in values})
+        if steps:
+            tracker.metrics(steps[-1][1], step=steps[-1][0])
+        for step, rows in evaluations:
+            cluster.say(f"step {step}: {_told(rows)}")
+            tracker.metrics({f"evaluation.{row['metric']}": row["value"] for row in rows}, step=step)
+
+
+def _told(rows: list[dict[str, Any]]) -> str:
+    shown: Mapping[str, str] = {
+        "frechet_distance": "Fréchet distance",
+        "precision": "precision",
+        "recall": "recall",
+        "coverage": "coverage",
+    }
+    by_name = {row["metric"]: row for row in rows}
+    return ", ".join(f"{text} {by_name[name]['value']:.4g}" for name, text in shown.items())
