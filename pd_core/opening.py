@@ -88,7 +88,7 @@ def recipe_of(
     Raises:
         UserError: labels or prompts do not fit the generator.
     """
-    classes, names = _classes(settings, facts)
+    classes, names = classes_of(settings, facts)
     return Recipe(
         generator=settings,
         generator_identity=facts["identity"],
@@ -108,8 +108,12 @@ def recipe_of(
     )
 
 
-def _classes(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Class numbers to draw from and their names."""
+def classes_of(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Class numbers to draw from and their names; both empty where the generator takes none.
+
+    Raises:
+        UserError: labels that do not fit the generator.
+    """
     text, many = settings.labels, facts["num_classes"]
     if text == "none":
         if many:

@@ -23,6 +23,7 @@ FIRST_STAGES = {
     "evaluate": "metrics",
     "perturb": "perturbed",
     "tradeoff": "pool-pilot",
+    "finetune": "weights",
 }  # by which the output of a workflow is known
 REPORT = "index.html"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +68,15 @@ def generate(plan: Plan, sampler: Generator, chunk: int, device: str) -> torch.T
     return generate_checked(sampler, plan.seeds(numbers), plan.conditions(numbers), plan.name, device)
 
 
-def features(scorer: Scorer, images: torch.Tensor) -> np.ndarray:
+def features_of(scorer: Scorer, images: torch.Tensor) -> np.ndarray:
     """float32 [m, D] of images uint8 [m, H, W, 3]."""
     return scorer.features(images.to(scorer.extractor.device)).float().cpu().numpy()
+
+
+def features(plan: Plan, sampler: Generator, scorer: Scorer, chunks: Iterable[int]) -> dict[int, np.ndarray]:
+    """Features float32 [m, D] of the batches asked for, by their number."""
+    device = str(scorer.extractor.device)
+    return {chunk: features_of(scorer, generate(plan, sampler, chunk, device)) for chunk in chunks}
 
 
 def prepare(real: Features, n_real: int, settings: MetricSettings, threads: int) -> metrics.Reference:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pd_core import cluster, evaluating, schemas, storage
 from pd_core.config import FinetuneSettings
-from pd_core.finetuning import Share, Trainable, checkpoints, judging, models, parallel, stream
+from pd_core.finetuning import Share, Trainable, checkpoints, judging, models, parallel, stream, weights
 from pd_core.finetuning.checkpoints import Progress
 from pd_core.halfsamples import Estimate
 from pd_core.scoring import Scorer
@@ -41,7 +41,7 @@ class Job:
     """
 
     model: models.ModelSpec
-    data: stream.Data
+    data: weights.Drawable
     plan: judging.Plan
     stage: storage.Stage
     settings: FinetuneSettings
@@ -166,7 +166,7 @@ class Loop:
         own: dict[int, np.ndarray] = {}
         for chunk in range(share.rank, plan.chunks, share.world):
             images = judging.generate(plan, sampler, chunk, share.device)
-            own[chunk] = judging.features(self.scorer, images)
+            own[chunk] = judging.features_of(self.scorer, images)
             if chunk == 0:
                 self._keep(images, own[chunk])
         found = parallel.gathered(own, share.world)

@@ -299,6 +299,8 @@ def read_prompts(path: str) -> tuple[str, ...]:
 def files_hash(uri: str, suffix: str = "") -> str:
     """sha256 over name and content of every file under a directory, or of one file; read file by file.
 
+    What a stage of ours notes beside its files does not count: it holds times.
+
     Args:
         uri: the directory or file, local or s3://.
         suffix: how the names of the files that count end, e.g. ".py".
@@ -308,7 +310,7 @@ def files_hash(uri: str, suffix: str = "") -> str:
     """
     fs, path = storage.filesystem(uri)
     digest = hashlib.sha256()
-    found = sorted(name for name in fs.find(path) if name.endswith(suffix))
+    found = sorted(name for name in fs.find(path) if name.endswith(suffix) and not _is_record(name.removeprefix(path)))
     if not found:
         raise UserError(f"{uri}: no such file or directory, or nothing in it; check the path")
     for name in found:
@@ -317,6 +319,10 @@ def files_hash(uri: str, suffix: str = "") -> str:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _is_record(name: str) -> bool:
+    return name.lstrip("/") in (storage.ARTIFACT, storage.STARTED) or name.startswith(f"/{storage.RECORDS}/")
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

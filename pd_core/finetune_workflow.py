@@ -1,0 +1,339 @@
+"""The stages of finetune in their order: weights, training, merging, the best model, report; what workflows/finetune.py calls."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from pd_core import (
+    acceptance,
+    cluster,
+    config,
+    density,
+    finetuned_report,
+    opening,
+    piloting,
+    realset,
+    spaces,
+    storage,
+    tracking,
+)
+from pd_core.acceptance import Weighting
+from pd_core.config import FinetuneSettings
+from pd_core.errors import UserError
+from pd_core.evaluating import measuring_cpus
+from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, training, weights
+from pd_core.realset import RealSet
+from pd_core.running import REPORT, Run, checked_output, failures, flatten
+
+STAGES = ("weights", "training", "merging", "best", "report")
+EVALUATION_STREAM = "finetune/evaluation"
+
+
+def prepare(settings: FinetuneSettings) -> tuple[FinetuneSettings, RealSet]:
+    """Check what can be checked without Ray; local paths become absolute.
+
+    Raises:
+        UserError: a setting that every run needs is missing or does not fit another, a path that must be there is not, the
+            index is not finished, or a threshold lies outside its densities.
+    """
+    output = checked_output(settings.output, "finetune")
+    if not settings.index:
+        raise UserError("--index: not set; name the --output of build_index.py")
+    generator = opening.resolved(settings.generator)
+    weights.check_settings(settings.weighting, "labels")
+    _check_numbers(settings)
+    _check_kind(settings)
+    real = realset.open_for(settings.index, settings.checkpoint, "--index")
+    settings = settings.model_copy(
+        update={
+            "output": output,
+            "index": real.uri,
+            "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
+            "generator": generator,
+            "discriminator": settings.discriminator and storage.absolute(settings.discriminator),
+        }
+    )
+    if not settings.weighting.per_label:
+        piloting.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
+    fake_weighting(settings, real)
+    return settings, real
+
+
+def _check_numbers(settings: FinetuneSettings) -> None:
+    training_, judged = settings.training, settings.evaluation
+    if training_.batch_size % settings.workers:
+        raise UserError(
+            f"--training.batch_size {training_.batch_size}: must be a multiple of --workers {settings.workers}, which share it"
+        )
+    least = max(judged.metrics.k_precision, judged.metrics.k_coverage) + 1
+    for name, rows in (("--evaluation.n", judged.n), ("--evaluation.n-real", judged.n_real)):
+        if rows < least:
+            raise UserError(f"{name} {rows}: too few images for k = {least - 1}; raise it to {least} or more, or lower k")
+
+
+def _check_kind(settings: FinetuneSettings) -> None:
+    """What has no meaning for the kind of generator."""
+    kind, fake, training_ = settings.generator.kind, settings.fake, settings.training
+    if kind == "diffusers":
+        if fake.threshold is not None or fake.weight is not None:
+            raise UserError("--fake: a diffusion model trains on real images alone; drop it")
+        if settings.discriminator is not None:
+            raise UserError("--discriminator: has no meaning for --generator.kind diffusers; drop it")
+        return
+    for name in ("precision", "gradient_checkpointing", "min_snr", "clip"):
+        if getattr(training_, name) != type(training_).model_fields[name].get_default():
+            raise UserError(f"--training.{name}: is of diffusion models; drop it for --generator.kind {kind}")
+    if settings.discriminator is not None and kind != "torchscript":
+        raise UserError(f"--discriminator: a generator of kind {kind} brings its own; drop it")
+    if kind == "torchscript" and settings.discriminator is None:
+        raise UserError(
+            "--discriminator: not set; a TorchScript generator is fine-tuned against one, name its file (demo/train_gan.py writes both)"
+        )
+    if (fake.threshold is None) != (fake.weight is None) and settings.weighting.kind != "two_level":
+        raise UserError("--fake.threshold and --fake.weight: both are needed beside this --weighting.kind; set or drop both")
+
+
+def fake_weighting(settings: FinetuneSettings, real: RealSet) -> Weighting | None:
+    """ω of generated images (Algorithm 3): 1/w above the threshold of the real ones, unless `fake` says otherwise.
+
+    None: all of them are taken.
+
+    Raises:
+        UserError: the threshold lies outside the real densities.
+    """
+    fake, weighting = settings.fake, settings.weighting
+    if settings.generator.kind == "diffusers":
+        return None
+    if weighting.kind == "two_level":
+        assert weighting.weight is not None, "check_settings refuses none"
+        threshold = fake.threshold or weighting.threshold
+        weight = fake.weight if fake.weight is not None else 1 / weighting.weight
+    elif fake.threshold is None or fake.weight is None:
+        return None
+    else:
+        threshold, weight = fake.threshold, fake.weight
+    if weight == 1:
+        return None
+    tau = density.threshold_inside(threshold, real.density_quantiles, "--fake.threshold", "the index")
+    return acceptance.two_level(tau, weight)
+
+
+def finetune(settings: FinetuneSettings) -> None:
+    """Train a generator on weighted images; the best model is in `best/` under `settings.output`."""
+    settings, real = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output, watch = str(settings.output), storage.Stopwatch()
+    with (
+        cluster.session(output) as now,
+        tracking.start(settings.tracking, output, "finetune", {"workflow": "finetune"}) as tracker,
+    ):
+        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
+        run = Run(settings, output, now, tracker, "finetune", STAGES)
+        planned = _plan(run, settings, real)
+        cluster.say(planned.text)
+        _finetune(run, planned)
+        with failures("run", output):
+            run.record(watch.seconds, ("report",))
+        run.say_done(watch.seconds)
+        if tracker.hint:
+            cluster.say(f"tracking: {tracker.hint}")
+        cluster.say(f"model: {shlex.join(exporting.options(planned.spec, storage.join(output, 'best')))}")
+        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+
+
+def plan_finetune(settings: FinetuneSettings) -> None:
+    """Open the model, time a step of it on images of noise, print what is to be expected, and stop; writes nothing."""
+    settings, real = prepare(settings)
+    cluster.say(config.to_yaml(settings))
+    output = str(settings.output)
+    off = settings.tracking.model_copy(update={"enabled": False})
+    with cluster.session(output) as now, tracking.start(off, output, "finetune", {}) as tracker:
+        planned = _plan(Run(settings, output, now, tracker, "finetune", STAGES), settings, real)
+        cluster.say(planned.text)
+        with failures("training", output):
+            found = _on_worker(models.probe, planned.workers, planned.spec, settings.training.batch_size // settings.workers)
+        cluster.say(
+            f"time: {found['step_s']:.3g} s a step, {settings.steps * found['step_s']:.0f} s in all, beside evaluations and "
+            f"starting up\nmemory: a step took a process to {found['peak_bytes'] / 2**30:.2g} GiB; lower "
+            "--training.batch_size, or raise --training.accumulate, where that is too much"
+        )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is trained, before any image is looked at.
+
+    Attributes:
+        settings: of the workflow. real: the real set. spec: how the model is opened. facts: of `models.describe`.
+        workers: on what. device: cpu or cuda. text: for the console.
+    """
+
+    settings: FinetuneSettings
+    real: RealSet
+    spec: models.ModelSpec
+    facts: Mapping[str, Any]
+    workers: training.Workers
+    device: str
+    text: str
+
+
+def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
+    with failures("training", run.output):
+        begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, "training"))
+    gpus = cluster.gpus_to_ask(run.now, settings.worker_gpus, (begun or {}).get("device"))
+    workers = training.workers_of(run.now, settings.workers, settings.worker_cpus, gpus)
+    spec = models.ModelSpec(
+        generator=settings.generator,
+        discriminator=settings.discriminator,
+        training=settings.training,
+        fake=fake_weighting(settings, real),
+        sampling=settings.fake,
+        classes={},
+        real=real,
+        seed=settings.seed,
+    )
+    with failures("generator", str(settings.generator.path)):
+        facts = _on_worker(models.describe, workers, spec)
+    numbers, names = opening.classes_of(settings.generator, facts)
+    spec = models.with_classes(spec, dict(zip(names, numbers, strict=True)))
+    device = cluster.device_of(run.now, gpus)
+    text = (
+        f"training: {settings.steps} steps of {settings.training.batch_size} images on {workers.count} "
+        f"{'worker' if workers.count == 1 else 'workers'} ({device}); {facts['parameters']:,} parameters are trained, images of "
+        f"{facts['size'][1]}x{facts['size'][0]} px\n"
+        f"evaluation: {settings.evaluation.n} images every {settings.evaluation.every} steps, best by {settings.evaluation.metric}"
+    )
+    return Planned(settings, real, spec, facts, workers, device, text)
+
+
+def _on_worker(function: Any, workers: training.Workers, *arguments: Any) -> Any:
+    """What the function gives in a Ray task with what a worker has: what fits one fits this."""
+    return cluster.get(cluster.task(function, workers.cpus, workers.gpus).remote(*arguments))
+
+
+def _finetune(run: Run, planned: Planned) -> None:
+    settings, real, spec = planned.settings, planned.real, planned.spec
+    drawable = _weights(run, planned)
+    featured = spaces.features_of(*_finished_features(real))
+    job = _job(run, planned, drawable)
+
+    def train() -> tuple[list[storage.Part], dict[str, Any]]:
+        reference = _reference(run, settings, featured)
+        parts, totals = training.run(job, planned.workers, reference, run.tracker)
+        return parts, totals | {"weights": _told_weights(run), "settings": settings.model_dump(mode="json")}
+
+    trained = run.stage(job.stage, train)
+    step = trained.totals["best"]
+    cluster.say(f"best: step {step} by {settings.evaluation.metric}")
+    merged = _merge(run, planned, job, trained, featured) if settings.merge == "best-of" else None
+    source = exporting.Source(job.stage.uri, checkpoints.average_name(step), trained.fingerprint, step, merged=False)
+    if merged is not None and merged.totals["beats"]:
+        uri = storage.join(run.output, "merging")
+        source = exporting.Source(uri, merging.MERGED, merged.fingerprint, step, merged=True)
+    best = exporting.stage_of(run.output, source)
+    run.stage(best, lambda: exporting.run(best, spec, source))
+    reporting = finetuned_report.stage_of(run.output, job.stage, best, settings)
+    inputs = finetuned_report.Inputs(run.output, trained, merged, settings, real, planned.facts, dict(run.timings_s))
+    run.stage(reporting, lambda: finetuned_report.run(reporting, inputs))
+
+
+def _weights(run: Run, planned: Planned) -> weights.Drawable:
+    settings, real = planned.settings, planned.real
+    pictures = weights.open_pictures(run, real, settings.data)
+    weightings = weights.weightings_of(settings.weighting, real)
+    classes = planned.spec.classes or None
+    size = planned.facts["size"]
+    work = weights.work_of(
+        run.output, real, pictures, weightings, classes, (size[0], size[1]), settings.training.resize
+    )
+    artifact = run.stage(work.stage, lambda: weights.run(work, real, settings.data.max_bad_fraction))
+    for line in weights.summary(work, artifact):
+        cluster.say(line)
+    return weights.opened(work, artifact, settings.seed)
+
+
+def _told_weights(run: Run) -> dict[str, Any]:
+    """Totals of the weights stage but for its long list."""
+    return {name: value for name, value in run.artifacts["weights"].totals.items() if name != "part_weights"}
+
+
+def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
+    settings, real, spec = planned.settings, planned.real, planned.spec
+    judged = settings.evaluation
+    plan = judging.Plan(
+        spec=real.extractor,
+        seed=settings.seed,
+        stream=EVALUATION_STREAM,
+        n=judged.n,
+        chunk=judged.chunk,
+        classes=tuple(spec.classes.values()),
+        name=f"--generator.path {settings.generator.path}",
+    )
+    identity = {
+        "generator": planned.facts["identity"],
+        "settings": settings.generator.model_dump(mode="json", exclude={"path", "code", "prompts", "allow_pickle"}),
+        "discriminator": planned.facts["discriminator"],
+        "training": settings.training.model_dump(mode="json"),
+        "fake": None if spec.fake is None else spec.fake.to_json(),
+        "fake_candidates": settings.fake.max_candidates,
+        "classes": dict(spec.classes),
+        "weights": run.artifacts["weights"].fingerprint,
+        "realset": dict(real.fingerprints),
+        "evaluation": judged.model_dump(mode="json"),
+        "images": settings.images,
+        "steps": settings.steps,
+        "seed": settings.seed,
+        "device": planned.device,
+        "threads": settings.worker_cpus,
+        "torch": version("torch"),
+    }
+    stage = storage.Stage(storage.join(run.output, "training"), "training", 1, identity)
+    return loop.Job(spec, drawable, plan, stage, settings)
+
+
+def _finished_features(real: RealSet) -> tuple[str, storage.Artifact]:
+    folder = storage.join(real.uri, "features")
+    with storage.explained(folder):
+        artifact = storage.load_artifact(folder)
+    assert artifact is not None, "open_realset refuses an index without features"
+    return folder, artifact
+
+
+def _reference(run: Run, settings: FinetuneSettings, featured: spaces.Features) -> Any:
+    """Reference to the real side of all evaluations, in Ray's object store."""
+    cpus = measuring_cpus(run.now)
+    task = cluster.task(judging.prepare, cpus)
+    reference = task.remote(featured, settings.evaluation.n_real, settings.evaluation.metrics, cpus)
+    cluster.get(reference)  # too few real images are told before anything is trained
+    return reference
+
+
+def _merge(
+    run: Run, planned: Planned, job: loop.Job, trained: storage.Artifact, featured: spaces.Features
+) -> storage.Artifact:
+    settings = planned.settings
+    merge = merging.job_of(
+        run.output,
+        job.stage.uri,
+        trained,
+        models.Opener(planned.spec),
+        models.ScorerOpener(planned.real),
+        job.plan,
+        metric=settings.evaluation.metric,
+        candidates=settings.merge_candidates,
+        seed=settings.seed,
+        threads=settings.worker_cpus,
+        device=planned.device,
+    )
+
+    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+        reference = _reference(run, settings, featured)
+        return merging.run(merge, run.now, reference, settings.workers, planned.workers.gpus or None)
+
+    return run.stage(merge.stage, make)

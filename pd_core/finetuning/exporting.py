@@ -1,0 +1,49 @@
+"""The stage `best/`: the fine-tuned generator in the format that came in, which every other workflow opens as it is."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pd_core import cluster, storage
+from pd_core.finetuning import Share, checkpoints, models
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which weights: a part of the training or merging stage. step: of the training; merged: a combination of several."""
+
+    uri: str
+    part: str
+    fingerprint: str
+    step: int
+    merged: bool
+
+
+def stage_of(output: str, source: Source) -> storage.Stage:
+    """The stage under `output`."""
+    identity = {"from": source.fingerprint, "step": source.step, "merged": source.merged}
+    return storage.Stage(storage.join(output, "best"), "best", 1, identity)
+
+
+def run(stage: storage.Stage, spec: models.ModelSpec, source: Source) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Write the generator's files, in a Ray task; returns the parts and totals to commit."""
+    cluster.get(cluster.task(_write).remote(stage, spec, source))
+    parts = list(stage.finished_parts().values())
+    return parts, {"step": source.step, "merged": source.merged, "bytes": sum(part.bytes for part in parts)}
+
+
+def _write(stage: storage.Stage, spec: models.ModelSpec, source: Source) -> None:
+    model = spec.open(Share(0, 1, "cpu", 1))
+    weights = checkpoints.read_average(storage.join(source.uri, source.part))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder, weights)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            stage.write_part(file.relative_to(folder).as_posix(), file.read_bytes(), 0)
+
+
+def options(spec: models.ModelSpec, folder: str) -> list[str]:
+    """How a workflow opens what was written: its --generator.* options that differ from their defaults."""
+    return models.options(spec, folder)
