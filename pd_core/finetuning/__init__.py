@@ -60,9 +60,11 @@ class Trainable(Protocol):
 
     Attributes:
         size: (height, width) of its images, px.
+        parameters: how many numbers are trained.
     """
 
     size: tuple[int, int]
+    parameters: int
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One step of every optimiser on this worker's share; gradients are those of all workers' batches together.

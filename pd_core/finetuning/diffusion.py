@@ -189,6 +189,7 @@ class DiffusionModel:
         self._training, self._share, self._seed, self._classes = training, share, seed, classes
         self.size = pipeline.size
         self.network = pipeline.network
+        self.parameters = sum(parameter.numel() for parameter in self.network.parameters())
         if training.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self._averaged = averaging.averaged(self.network, training.ema_decay)
@@ -211,7 +212,7 @@ class DiffusionModel:
             for part in self._pieces(batch):
                 loss = self._loss(batch, part) * (len(part) / len(batch.sample_id))
                 self._scaler.scale(loss).backward()
-                total += float(loss)
+                total += loss.item()
         parameters = list(self.network.parameters())
         parallel.average_gradients(parameters, world)
         self._scaler.unscale_(self._optimizer)

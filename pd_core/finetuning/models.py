@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import resource
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from pd_core import cluster, generators, opening, storage
 from pd_core.acceptance import Weighting
 from pd_core.config import FakeWeightingSettings, GeneratorSettings, TrainingSettings
-from pd_core.finetuning import Share, Trainable
+from pd_core.finetuning import Batch, Share, Trainable
 from pd_core.realset import RealSet
+from pd_core.scoring import Scorer
+
+PROBED_STEPS = 3  # of which the first is not timed
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,82 @@ class ModelSpec:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Opener:
+    """`ModelSpec.open` of a worker that is alone; picklable."""
+
+    spec: ModelSpec
+
+    def __call__(self, device: str, threads: int) -> Trainable:
+        """The model."""
+        return self.spec.open(Share(0, 1, device, threads))
+
+
+@dataclass(frozen=True)
+class ScorerOpener:
+    """F and f of the real set; picklable."""
+
+    real: RealSet
+
+    def __call__(self, device: str, threads: int) -> Scorer:
+        """On a device."""
+        return Scorer(self.real.extractor, self.real.predictor(), device, threads)
+
+
+def with_classes(spec: ModelSpec, classes: Mapping[str, int]) -> ModelSpec:
+    """The same model with a class number for each label."""
+    return replace(spec, classes=classes)
+
+
 def describe(spec: ModelSpec) -> dict[str, Any]:
-    """Size of the model's images; in a Ray task, before anything is trained."""
-    model = spec.open(Share(0, 1, "cpu", 1))
-    return {"size": model.size}
+    """Facts of the generator (`opening.facts_of`) and of training it; in a Ray task, before anything is trained.
+
+    Beside those: size of its images (height, width), px; parameters that are trained; hash of the discriminator's file.
+
+    Raises:
+        UserError: it cannot be opened, or cannot be trained.
+    """
+    device = cluster.assigned_device()
+    facts = opening.facts_of(generators.open_generator(spec.generator, device))
+    model = spec.open(Share(0, 1, device, 1))
+    discriminator = None if spec.discriminator is None else generators.files_hash(spec.discriminator)
+    return facts | {"size": list(model.size), "parameters": model.parameters, "discriminator": discriminator}
+
+
+def probe(spec: ModelSpec, images: int) -> dict[str, float]:
+    """Seconds of a step on so many images, and the memory that a process needs for it; in a Ray task."""
+    model = spec.open(Share(0, 1, cluster.assigned_device(), 1))
+    rng = np.random.default_rng(0)
+    label = next(iter(spec.classes), None)
+    times = []
+    for step in range(PROBED_STEPS):
+        pixels = rng.integers(0, 256, (images, *model.size, 3), dtype=np.uint8)
+        numbers = np.arange(images)
+        watch = storage.Stopwatch()
+        model.step(Batch(step, step * images, numbers, np.ones(images), (label,) * images, pixels))
+        times.append(watch.seconds)
+    return {"step_s": float(np.median(times[1:])), "peak_bytes": _peak_bytes()}
+
+
+def _peak_bytes() -> float:
+    import torch
+
+    if cluster.assigned_device() == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def options(spec: ModelSpec, folder: str) -> list[str]:
+    """The --generator.* options that open what was written into a folder: those that were given, with another path."""
+    given = spec.generator.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+    given["path"] = folder
+    options_: list[str] = []
+    for name, value in given.items():
+        if value is True:
+            options_.append(f"--generator.{name}")
+        elif value is False:
+            options_.append(f"--no-generator.{name}")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            options_ += [f"--generator.{name}", text]
+    return options_
