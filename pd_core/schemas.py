@@ -28,6 +28,7 @@ VERSIONS = {
     "pool": 3,
     "curve": 2,
     "perturbed": 1,
+    "weights": 1,
 }
 
 CURVE_METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
@@ -265,3 +266,21 @@ def curve() -> pa.Schema:
     ]
     measured = [pa.field(f"{name}{end}", pa.float64()) for name in CURVE_METRICS for end in ("", "_low", "_high")]
     return pa.schema(fields + measured)
+
+
+def weights() -> pa.Schema:
+    """One row per image that fine-tuning may draw, in the order of the listing part of the same name.
+
+    `row` is the image's place in that part; `weight` is ω(ρ) of `density`, and of the label where weightings are per label;
+    images of weight 0 are there and are never drawn.
+    """
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.int64(), nullable=False),
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("row", pa.int32(), nullable=False),
+            pa.field("label", pa.string()),
+            pa.field("density", pa.float64(), nullable=False),
+            pa.field("weight", pa.float64(), nullable=False),
+        ]
+    )

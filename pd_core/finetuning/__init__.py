@@ -40,6 +40,7 @@ class Batch:
         density: pseudo density of each image, float64 [b].
         label: its label, or None, [b].
         pixels: uint8 [b, H, W, 3], mirrored where the draw says so.
+        replaced: draws whose image could not be read any more, so that the window's next one stands in for it.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Batch:
     density: np.ndarray
     label: tuple[str | None, ...]
     pixels: np.ndarray
+    replaced: int = 0
 
     @property
     def positions(self) -> np.ndarray:
