@@ -217,7 +217,7 @@ class DiffusionModel:
         parallel.average_gradients(parameters, world)
         self._scaler.unscale_(self._optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.clip))
-        loss_of_all = parallel.mean_of({"loss": total}, world)["loss"]
+        loss_of_all = parallel.sum_of({"loss": total}, world, self._share.device)["loss"] / world
         if not math.isfinite(loss_of_all) or not (math.isfinite(norm) or self._scaler.is_enabled()):
             raise RunError(
                 f"training: the loss is {loss_of_all:g} and its gradient {norm:g} at step {batch.step} (seed {self._seed}); lower "

@@ -124,9 +124,8 @@ class Loop:
                 waited_s = watch.seconds
                 logged = self.model.step(batch)
                 progress.step += 1
-                progress.replaced += round(
-                    parallel.mean_of({"replaced": batch.replaced}, self.share.world)["replaced"] * self.share.world
-                )
+                counted = parallel.sum_of({"replaced": batch.replaced}, self.share.world, self.share.device)
+                progress.replaced += round(counted["replaced"])
                 self._log(logged | {"step_s": watch.seconds, "data_s": waited_s})
                 self._pause()
                 if progress.finished:

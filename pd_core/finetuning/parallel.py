@@ -1,13 +1,13 @@
 """Workers that train on one batch together: gradients and numbers of all of them, and randomness that is theirs alone.
 
-Gradients are summed after the backward pass, not in hooks as DistributedDataParallel does: R1 differentiates twice, and passes
-are accumulated; StyleGAN2-ADA does likewise.
+Gradients are summed after the backward passes, not in hooks as DistributedDataParallel does: R1 differentiates twice, and
+passes are accumulated. StyleGAN2-ADA does likewise.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,32 +19,50 @@ if TYPE_CHECKING:
     import torch
 
 
-def average_gradients(parameters: Sequence[torch.nn.Parameter], world: int) -> None:
-    """Replace each gradient by its mean over the workers. A parameter without one on any worker keeps none."""
+def average_gradients(parameters: Iterable[torch.nn.Parameter], world: int) -> None:
+    """Set each gradient to its mean over the workers, which all get the same bytes; one that is missing counts as 0.
+
+    Not DistributedDataParallel, whose hooks do not see a gradient of a gradient. world: workers; with 1 nothing happens.
+    """
     import torch
-    from torch import distributed
 
     if world == 1:
         return
-    used = [p for p in parameters if p.grad is not None]
-    flat = torch.cat([p.grad.flatten() for p in used])  # type: ignore[union-attr]
-    distributed.all_reduce(flat)
-    flat /= world
-    for parameter, mean in zip(used, flat.split([p.numel() for p in used]), strict=True):
-        parameter.grad = mean.view_as(parameter)
+    moved = list(parameters)
+    for parameter in moved:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    average([parameter.grad for parameter in moved if parameter.grad is not None], world)
 
 
-def mean_of(values: Mapping[str, float], world: int) -> dict[str, float]:
-    """Mean of each number over the workers, the same on all of them; NaN where one is."""
+def average(tensors: Iterable[torch.Tensor], world: int) -> None:
+    """Set each floating-point tensor to its mean over the workers, in place, by one message."""
     import torch
-    from torch import distributed
+
+    if world == 1 or not (floating := [tensor for tensor in tensors if tensor.is_floating_point()]):
+        return
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in floating])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    for tensor, part in zip(floating, flat.split([tensor.numel() for tensor in floating]), strict=True):
+        tensor.detach().copy_(part.view_as(tensor))
+
+
+def sum_of(values: Mapping[str, float], world: int, device: str) -> dict[str, float]:
+    """Each number summed over the workers, in float64; what is not finite anywhere is not finite in the sum.
+
+    Args:
+        values: the same names on every worker.
+        world: workers.
+        device: on which the process group talks.
+    """
+    import torch
 
     if world == 1:
         return dict(values)
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    flat = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    distributed.all_reduce(flat)
-    return dict(zip(values, (flat / world).tolist(), strict=True))
+    numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(numbers)
+    return dict(zip(values, numbers.tolist(), strict=True))
 
 
 def gathered(values: Mapping[int, Any], world: int) -> dict[int, Any]:
@@ -81,11 +99,11 @@ def own_random_state(seed: int, step: int, share: Share) -> Iterator[None]:
 
 
 def images_of(pixels: np.ndarray, colors: int, device: str) -> torch.Tensor:
-    """uint8 [b, H, W, 3] to float32 [b, colors, H, W] in [-1, 1]; one channel is ITU-R 601 luma, as Pillow's "L"."""
+    """float32 [B, colors, H, W] in [-1, 1] of uint8 [B, H, W, 3]; grey as Pillow's mode L, which leaves grey as it is."""
     import torch
 
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
+    planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(device)
     if colors == 1:
-        red, green, blue = images.split(1, dim=1)
-        images = 0.299 * red + 0.587 * green + 0.114 * blue
-    return images / 127.5 - 1
+        red, green, blue = planes.to(torch.int32).unbind(dim=1)
+        planes = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).unsqueeze(1)
+    return planes.float() / 127.5 - 1

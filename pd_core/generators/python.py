@@ -11,13 +11,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage
 from pd_core.errors import RunError, UserError, one_line
 from pd_core.generators import Conditions, Generator, LatentGenerator, files_hash
+from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, save_weights, weights_hash
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -46,6 +49,96 @@ def open_factory(settings: GeneratorSettings, device: str = "cpu") -> Generator:
         UserError: no such module, file or factory, arguments it does not take, a result that is no Generator, or whatever the
             user's code raises, with its line.
     """
+    return _adapted(_factory(settings, device))
+
+
+def open_pair(settings: GeneratorSettings, device: str = "cpu") -> Pair:
+    """What the factory makes, whose object then has two networks more: `generator_network`, which `decode` runs, and `discriminator`.
+
+    The discriminator takes images float32 [B, C, H, W] in [-1, 1], and where there are classes also their numbers, int64 [B];
+    it gives logits [B] or [B, 1]. The factory's parameter `weights` names a file of `pairs.save_weights`.
+
+    Raises:
+        UserError: what `open_factory` refuses, or an object or a factory without one of these.
+    """
+    factory = _factory(settings, device)
+    live = _adapted(factory)
+    made = live._made
+    _check_pair(made, factory)
+    check_trainable(made.generator_network, f"{factory.where}, generator_network")
+    check_trainable(made.discriminator, f"{factory.where}, discriminator")
+    assert isinstance(live, UserLatentGenerator), "_check_pair refuses others"
+    made.generator_network.eval()
+    with _blamed(factory.where):
+        colors, size = image_shape(live)
+    start = made.generator_network.state_dict()
+    return Pair(
+        generator=made.generator_network,
+        discriminator=made.discriminator,
+        live=live,
+        judge=partial(_judged, made),
+        averaged_start={name: tensor.detach().clone() for name, tensor in start.items()},
+        colors=colors,
+        size=size,
+        sampler=partial(_sampler, factory),
+        save=partial(_save, made),
+        name=f"{factory.where}, discriminator",
+    )
+
+
+def _judged(made: Any, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    return made.discriminator(images) if labels is None else made.discriminator(images, labels)
+
+
+def _sampler(factory: _Factory, weights: Weights) -> Generator:
+    """Another object of the factory, so that the one in training stays as it is."""
+    other = _adapted(factory, {"weights": weights_hash(weights)})
+    other._made.generator_network.load_state_dict(weights)
+    other._made.generator_network.eval().requires_grad_(False)
+    return other
+
+
+def _save(made: Any, folder: str, weights: Weights) -> None:
+    save_weights(
+        os.path.join(folder, "weights.safetensors"), generator=weights, discriminator=made.discriminator.state_dict()
+    )
+
+
+def _check_pair(made: Any, factory: _Factory) -> None:
+    import torch
+
+    missing = [
+        n for n in ("generator_network", "discriminator") if not isinstance(getattr(made, n, None), torch.nn.Module)
+    ]
+    if missing or not isinstance(made, LatentGenerator):
+        missing += [] if isinstance(made, LatentGenerator) else ["latents", "decode"]
+        raise UserError(
+            f"{factory.where}: {type(made).__name__} has no {', no '.join(missing)}, which fine-tuning needs; see docs/generators.md"
+        )
+    if "weights" not in factory.parameters:
+        raise UserError(
+            f"{factory.where}: takes no argument weights, by which a fine-tuned generator is opened; see docs/generators.md"
+        )
+
+
+@dataclass(frozen=True)
+class _Factory:
+    """A user's factory with its arguments.
+
+    Attributes:
+        make: called without arguments, gives the object.
+        parameters: that it has, by name.
+        identity: its name and the hash of its file.
+        where: it, as the user knows it.
+    """
+
+    make: Callable[[], Any]
+    parameters: Mapping[str, inspect.Parameter]
+    identity: dict[str, str]
+    where: str
+
+
+def _factory(settings: GeneratorSettings, device: str) -> _Factory:
     assert settings.path is not None, "open_generator refuses settings without a path"
     where = f"--generator.path {settings.path}"
     source, name = split(settings.path)
@@ -61,11 +154,16 @@ def open_factory(settings: GeneratorSettings, device: str = "cpu") -> Generator:
         inspect.Signature(list(parameters.values())).bind(**arguments)
     except TypeError as error:
         raise UserError(f"--generator.arguments {settings.arguments}: do not fit {name} ({error}); mend them") from None
-    with _blamed(where):
-        made = factory(**arguments)
-    _check_protocol(made, where)
+    return _Factory(partial(factory, **arguments), parameters, {"factory": name, "file": code}, where)
+
+
+def _adapted(factory: _Factory, identity: Mapping[str, str] | None = None) -> UserGenerator:
+    """What the factory makes, as a `LatentGenerator` where it is one; `identity`: what else is to be told of it."""
+    with _blamed(factory.where):
+        made = factory.make()
+    _check_protocol(made, factory.where)
     cls = UserLatentGenerator if isinstance(made, LatentGenerator) else UserGenerator
-    return cls(made, {"factory": name, "file": code})
+    return cls(made, {**factory.identity, **(identity or {})})
 
 
 class UserGenerator:

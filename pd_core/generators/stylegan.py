@@ -8,12 +8,15 @@ is another than that of NVIDIA's scripts, which draw with numpy.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +31,7 @@ from pd_core.generators import (
     read_file,
     to_uint8,
 )
+from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, weights_hash
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +55,95 @@ def open_pickle(settings: GeneratorSettings, device: str = "cpu") -> StyleGAN:
     Raises:
         UserError: no permission to load a pickle, code or pickle missing, not a network pickle, bf16.
     """
+    pickled = _unpickled(settings)
+    network = pickled.network("G_ema").eval().requires_grad_(False).to(device)
+    return StyleGAN(network, settings, device, pickled.file_hash, pickled.code_hash)
+
+
+def open_pair(settings: GeneratorSettings, device: str = "cpu") -> Pair:
+    """G and D of a network pickle; the moving average starts from its G_ema.
+
+    D is called as NVIDIA's training does, with images float32 [B, C, H, W] in [-1, 1] and one-hot classes. The truncation of
+    the settings is for sampling; noise inputs are theirs, in training too, so that an image is a function of its latent.
+
+    Args:
+        settings: as for `open_pickle`.
+        device: "cpu", "cuda", "cuda:1".
+
+    Raises:
+        UserError: what `open_pickle` refuses, fp16, or a pickle without G or D.
+    """
+    if settings.precision != "fp32":
+        raise UserError(f"--generator.precision {settings.precision}: a StyleGAN is fine-tuned in fp32; leave it out")
+    pickled = _unpickled(settings)
+    generator, critic = (pickled.network(name).float().requires_grad_(True).to(device) for name in ("G", "D"))
+    check_trainable(generator, f"{pickled.where}, G")
+    check_trainable(critic, f"{pickled.where}, D")
+    average = {name: tensor.float().to(device) for name, tensor in pickled.network("G_ema").state_dict().items()}
+    if average.keys() != generator.state_dict().keys():
+        raise UserError(f"{pickled.where}: G and G_ema are other networks; name a pickle whose G_ema is of its G")
+    untruncated = settings.model_copy(update={"truncation": 1.0})
+    live = StyleGAN(generator.eval(), untruncated, device, pickled.file_hash, pickled.code_hash)
+    colors, size = image_shape(live)
+    return Pair(
+        generator=generator,
+        discriminator=critic,
+        live=live,
+        judge=partial(_judged, critic, live.num_classes),
+        averaged_start=average,
+        colors=colors,
+        size=size,
+        sampler=partial(_sampler, generator, settings, device, pickled.code_hash),
+        save=partial(_save, pickled.content, generator, critic),
+        name=f"{pickled.where}, D",
+    )
+
+
+def _judged(critic: Any, num_classes: int, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    return critic(images, _one_hot(labels, num_classes, len(images), images.device), force_fp32=True)
+
+
+def _sampler(generator: Any, settings: GeneratorSettings, device: str, code_hash: str, weights: Weights) -> StyleGAN:
+    return StyleGAN(_still(generator, weights), settings, device, weights_hash(weights), code_hash)
+
+
+def _save(content: Mapping[str, Any], generator: Any, critic: Any, folder: str, weights: Weights) -> None:
+    """network.pkl: what the original held, with other networks."""
+    networks = {"G": _still(generator), "D": _still(critic), "G_ema": _still(generator, weights)}
+    with open(os.path.join(folder, "network.pkl"), "wb") as file:
+        pickle.dump({**content, **{name: network.to("cpu") for name, network in networks.items()}}, file)
+
+
+def _still(network: Any, weights: Weights | None = None) -> Any:
+    """A copy to be sampled from or saved, with other weights if there are any."""
+    copied = copy.deepcopy(network)
+    if weights is not None:
+        copied.load_state_dict(weights)
+    return copied.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Pickled:
+    """Content of a network pickle, hashes of it and of NVIDIA's code, and its name for messages."""
+
+    content: Mapping[str, Any]
+    file_hash: str
+    code_hash: str
+    where: str
+
+    def network(self, name: str) -> torch.nn.Module:
+        import torch
+
+        found = self.content.get(name)
+        if not isinstance(found, torch.nn.Module) or (name != "D" and not hasattr(found, "z_dim")):
+            raise UserError(
+                f"{self.where}: holds no network {name}; name a network-snapshot pickle of StyleGAN2-ADA or StyleGAN3"
+            )
+        return found
+
+
+def _unpickled(settings: GeneratorSettings) -> _Pickled:
+    """What the pickle of the settings holds, once all of them are checked; NVIDIA's operations are the reference ones."""
     assert settings.path is not None, "open_generator refuses settings without a path"
     where = f"--generator.path {settings.path}"
     if not settings.allow_pickle:
@@ -61,10 +154,9 @@ def open_pickle(settings: GeneratorSettings, device: str = "cpu") -> StyleGAN:
         raise UserError(f"--generator.precision bf16: {PRECISIONS}")
     code = _import_from(settings.code)
     data = read_file(settings.path)
-    network = _network(data, where)
+    content = _content(data, where)
     _use_reference_operations()
-    network = network.eval().requires_grad_(False).to(device)
-    return StyleGAN(network, settings, device, storage.sha256(data), files_hash(code, ".py"))
+    return _Pickled(content, storage.sha256(data), files_hash(code, ".py"), where)
 
 
 def _import_from(code: str | None) -> str:
@@ -88,9 +180,7 @@ def _import_from(code: str | None) -> str:
     return folder
 
 
-def _network(data: bytes, where: str) -> torch.nn.Module:
-    import torch
-
+def _content(data: bytes, where: str) -> Mapping[str, Any]:
     try:
         with _version_parser():
             content = pickle.load(io.BytesIO(data))  # noqa: S301 - the user said --generator.allow-pickle; NVIDIA has no other format
@@ -100,12 +190,7 @@ def _network(data: bytes, where: str) -> torch.nn.Module:
             f"{where}: cannot be unpickled with this code ({type(error).__name__}: {reason}); use the code it was made with, and "
             "convert TensorFlow's with its legacy.py"
         ) from None
-    network = content.get("G_ema") if isinstance(content, dict) else None
-    if not isinstance(network, torch.nn.Module) or not hasattr(network, "z_dim"):
-        raise UserError(
-            f"{where}: holds no network G_ema; name a network-snapshot pickle of StyleGAN2-ADA or StyleGAN3"
-        )
-    return network
+    return content if isinstance(content, dict) else {}
 
 
 @contextlib.contextmanager
@@ -184,11 +269,17 @@ class StyleGAN:
         return self._network(latents, self._classes(len(latents), conditions), **self._options).float()
 
     def _classes(self, batch: int, conditions: Conditions) -> torch.Tensor:
-        """One-hot float32 [B, c_dim]; [B, 0] for an unconditional network."""
         import torch
 
         check_conditions(self, conditions.labels, conditions.prompts)
-        if conditions.labels is None:
-            return torch.zeros(batch, 0, device=self._device)
-        labels = torch.tensor(conditions.labels, device=self._device)
-        return torch.nn.functional.one_hot(labels, self.num_classes).float()
+        labels = None if conditions.labels is None else torch.tensor(conditions.labels, device=self._device)
+        return _one_hot(labels, self.num_classes, batch, self._device)
+
+
+def _one_hot(labels: torch.Tensor | None, num_classes: int, batch: int, device: torch.device | str) -> torch.Tensor:
+    """One-hot float32 [B, c_dim]; [B, 0] for an unconditional network."""
+    import torch
+
+    if labels is None:
+        return torch.zeros(batch, 0, device=device)
+    return torch.nn.functional.one_hot(labels, num_classes).float()

@@ -6,9 +6,13 @@ does not promise that a hostile file does no harm: load files of people you trus
 
 from __future__ import annotations
 
+import copy
 import io
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +22,10 @@ from pd_core.generators import (
     Conditions,
     check_conditions,
     normal_latents,
-    read_file,
     to_uint8,
     truncated_latents,
 )
+from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, weights_hash
 
 if TYPE_CHECKING:
     import torch
@@ -42,32 +46,127 @@ def open_module(settings: GeneratorSettings, device: str = "cpu") -> TorchScript
     Raises:
         UserError: no such file, not TorchScript, no latent_shape, another signature, or no num_classes where labels are taken.
     """
-    import torch
-
     where = f"--generator.path {settings.path}"
     assert settings.path is not None, "open_generator refuses settings without a path"
     if settings.latent_shape is None:
         raise UserError(
             "--generator.latent_shape: not set; a TorchScript module does not tell, e.g. [128] or [3,32,32]"
         )
-    data = read_file(settings.path)
+    module, file_hash = _load(settings.path, where, device)
+    _train(module, False)
+    return TorchScript(module.eval(), settings, device, _classes(module, where), file_hash)
+
+
+def open_pair(settings: GeneratorSettings, discriminator: str | None, device: str = "cpu") -> Pair:
+    """The generator of `open_module` with a discriminator, another file of `torch.jit.save`.
+
+    The discriminator's forward takes images float32 [B, C, H, W] in [-1, 1], whatever `value_range` the generator's output
+    has, and gives logits [B] or [B, 1]. A second argument takes the class numbers, int64 [B].
+
+    Args:
+        settings: as for `open_module`; latents are drawn within a bound when images are sampled, not while training.
+        discriminator: its file, local or s3://.
+        device: "cpu", "cuda", "cuda:1".
+
+    Raises:
+        UserError: what `open_module` refuses, of both; no discriminator; one that takes labels where the generator takes none.
+    """
+    if discriminator is None:
+        raise UserError(
+            "--discriminator: not set; a GAN is trained against its discriminator, name its TorchScript file"
+        )
+    where = f"--discriminator {discriminator}"
+    live = open_module(settings.model_copy(update={"latent_bound": None}), device)
+    generator, (critic, _) = live._module, _load(discriminator, where, device)
+    takes = _arguments(critic)
+    if len(takes) not in (1, 2):
+        raise UserError(f"{where}: forward takes ({', '.join(takes)}); it must take images, or images and labels")
+    if len(takes) > 1 and not live.num_classes:
+        raise UserError(f"{where}: takes labels, which the generator does not; name the one that belongs to it")
+    for module, name in ((generator, f"--generator.path {settings.path}"), (critic, where)):
+        _train(module.float(), True)
+        check_trainable(module, name)
+    colors, size = image_shape(live)
+    return Pair(
+        generator=generator,
+        discriminator=critic,
+        live=live,
+        judge=partial(_judged, critic, len(takes) > 1),
+        averaged_start={name: tensor.detach().clone() for name, tensor in generator.state_dict().items()},
+        colors=colors,
+        size=size,
+        sampler=partial(_sampler, generator, settings, device, live.num_classes),
+        save=partial(_save, generator, critic),
+        name=where,
+    )
+
+
+def _judged(critic: Any, with_labels: bool, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    import torch
+
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # as in `TorchScript.decode`
+        return critic(images, labels) if with_labels else critic(images)
+
+
+def _sampler(
+    generator: Any, settings: GeneratorSettings, device: str, num_classes: int, weights: Weights
+) -> TorchScript:
+    return TorchScript(_still(generator, weights), settings, device, num_classes, weights_hash(weights))
+
+
+def _save(generator: Any, critic: Any, folder: str, weights: Weights) -> None:
+    """generator.pt and discriminator.pt, which `open_pair` takes."""
+    import torch
+
+    for name, module in (("generator", _still(generator, weights)), ("discriminator", _still(critic))):
+        with _quiet():
+            torch.jit.save(module.to("cpu"), os.path.join(folder, f"{name}.pt"))
+
+
+def _still(module: Any, weights: Weights | None = None) -> Any:
+    """A copy to be sampled from or saved, with other weights if there are any."""
+    copied = copy.deepcopy(module)
+    if weights is not None:
+        copied.load_state_dict(weights)
+    _train(copied, False)
+    return copied.eval()
+
+
+def _train(module: Any, on: bool) -> None:
+    for parameter in module.parameters():  # one by one: modules of TorchScript have no requires_grad_
+        parameter.requires_grad_(on)
+
+
+def _load(path: str, where: str, device: str) -> tuple[Any, str]:
+    """The module of a file and the hash of its bytes."""
+    import torch
+
+    with storage.explained(where):
+        data = storage.read_bytes(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # of torch.export, which takes batches of one size only by default
+        with _quiet():
             module = torch.jit.load(io.BytesIO(data), map_location=device)
     except (RuntimeError, ValueError) as error:
         reason = one_line(error)
         raise UserError(f"{where}: not a TorchScript file ({reason}); write one with torch.jit.save") from None
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return TorchScript(module.eval(), settings, device, _classes(module, where), storage.sha256(data))
+    return module, storage.sha256(data)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # of torch.export, which takes batches of one size only by default
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _arguments(module: Any) -> list[str]:
+    return [argument.name for argument in module.forward.schema.arguments if argument.name != "self"]
 
 
 def _classes(module: Any, where: str) -> int:
     """Number of classes that a module's forward takes labels of; 0 if it takes latents alone."""
-    arguments = [argument.name for argument in module.forward.schema.arguments if argument.name != "self"]
+    arguments = _arguments(module)
     if len(arguments) not in (1, 2):
         raise UserError(f"{where}: forward takes ({', '.join(arguments)}); it must take latents, or latents and labels")
     if len(arguments) == 1:
