@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -27,7 +27,7 @@ from pd_core.acceptance import Weighting
 from pd_core.config import FinetuneSettings
 from pd_core.errors import UserError
 from pd_core.evaluating import measuring_cpus
-from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, training, weights
+from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 
@@ -200,8 +200,7 @@ def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
     )
     with failures("generator", str(settings.generator.path)):
         facts = _on_worker(models.describe, workers, spec)
-    numbers, names = opening.classes_of(settings.generator, facts)
-    spec = models.with_classes(spec, dict(zip(names, numbers, strict=True)))
+    spec = replace(spec, classes=facts["classes"])
     device = cluster.device_of(run.now, gpus)
     text = (
         f"training: {settings.steps} steps of {settings.training.batch_size} images on {workers.count} "
@@ -294,7 +293,9 @@ def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
         "torch": version("torch"),
     }
     stage = storage.Stage(storage.join(run.output, "training"), "training", 1, identity)
-    return loop.Job(spec, drawable, plan, stage, settings)
+    held = planned.workers.count * planned.workers.cpus
+    feed = stream.feed_of(replace(run.now, held_cpus=run.now.held_cpus + held), planned.workers.count)
+    return loop.Job(spec, drawable, feed, plan, stage, settings)
 
 
 def _finished_features(real: RealSet) -> tuple[str, storage.Artifact]:

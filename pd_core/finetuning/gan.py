@@ -229,6 +229,7 @@ class Gan:
             network: torch.optim.Adam(parameters, training.learning_rate, betas=BETAS, fused=True)
             for network, parameters in self._trained.items()
         }
+        self.parameters = sum(p.numel() for trained in self._trained.values() for p in trained)
         self._steps = 0
 
     def step(self, batch: Batch) -> dict[str, float]:

@@ -34,7 +34,7 @@ class Job:
 
     Attributes:
         model: how the model is opened.
-        data: the images that are drawn.
+        data: the images that are drawn. feed: where each worker reads and decodes its share.
         plan: of the evaluations.
         stage: where the training's parts go.
         settings: of the workflow.
@@ -42,6 +42,7 @@ class Job:
 
     model: models.ModelSpec
     data: weights.Drawable
+    feed: stream.Feed
     plan: judging.Plan
     stage: storage.Stage
     settings: FinetuneSettings
@@ -117,6 +118,7 @@ class Loop:
             share=self.share,
             mirror=settings.training.mirror,
             size=self.model.size,
+            feed=self.job.feed,
         )
         with contextlib.closing(batches):
             watch = storage.Stopwatch()

@@ -50,7 +50,16 @@ class ModelSpec:
             from pd_core.finetuning.diffusion import DiffusionModel
 
             return DiffusionModel(self.generator, self.training, share, self.seed, self.classes)
-        raise NotImplementedError
+        from pd_core.finetuning.gan import FakeSampling, Gan, predicted
+        from pd_core.generators.pairs import open_pair
+
+        pair = open_pair(self.generator, self.discriminator, share.device, share.threads)
+        fake = None
+        if self.fake is not None:
+            (threshold,), (_, weight) = self.fake.edges, self.fake.weights
+            densities = predicted(Scorer(self.real.extractor, self.real.predictor(), share.device, share.threads))
+            fake = FakeSampling(densities, threshold, weight, self.sampling.max_candidates)
+        return Gan(pair, self.training, share, self.seed, self.classes, fake)
 
 
 @dataclass(frozen=True)
@@ -75,24 +84,23 @@ class ScorerOpener:
         return Scorer(self.real.extractor, self.real.predictor(), device, threads)
 
 
-def with_classes(spec: ModelSpec, classes: Mapping[str, int]) -> ModelSpec:
-    """The same model with a class number for each label."""
-    return replace(spec, classes=classes)
-
-
 def describe(spec: ModelSpec) -> dict[str, Any]:
     """Facts of the generator (`opening.facts_of`) and of training it; in a Ray task, before anything is trained.
 
-    Beside those: size of its images (height, width), px; parameters that are trained; hash of the discriminator's file.
+    Beside those: class number of each label; size of its images (height, width), px; parameters that are trained; hash of
+    the discriminator's file.
 
     Raises:
         UserError: it cannot be opened, or cannot be trained.
     """
     device = cluster.assigned_device()
     facts = opening.facts_of(generators.open_generator(spec.generator, device))
-    model = spec.open(Share(0, 1, device, 1))
+    numbers, names = opening.classes_of(spec.generator, facts)
+    classes = dict(zip(names, numbers, strict=True))
+    model = replace(spec, classes=classes).open(Share(0, 1, device, 1))
     discriminator = None if spec.discriminator is None else generators.files_hash(spec.discriminator)
-    return facts | {"size": list(model.size), "parameters": model.parameters, "discriminator": discriminator}
+    more = {"classes": classes, "size": list(model.size), "parameters": model.parameters, "discriminator": discriminator}
+    return facts | more
 
 
 def probe(spec: ModelSpec, images: int) -> dict[str, float]:
