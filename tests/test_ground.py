@@ -224,6 +224,10 @@ def test_a_new_module_must_be_given_its_place(tmp_path: Path) -> None:
         "metrics",
         "scores",
         "curve",
+        "finetuned_samples",
+        "evaluations",
+        "history",
+        "candidates",
     ],
 )
 def test_every_column_that_is_written_is_described(table: str) -> None:
