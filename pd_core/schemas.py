@@ -28,7 +28,12 @@ VERSIONS = {
     "pool": 3,
     "curve": 2,
     "perturbed": 1,
+<<<<<<< HEAD
     "weights": 1,
+=======
+    "training": 1,
+    "merging": 1,
+>>>>>>> report
 }
 
 CURVE_METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
@@ -268,6 +273,7 @@ def curve() -> pa.Schema:
     return pa.schema(fields + measured)
 
 
+<<<<<<< HEAD
 def weights() -> pa.Schema:
     """One row per image that fine-tuning may draw, in the order of the listing part of the same name.
 
@@ -282,5 +288,61 @@ def weights() -> pa.Schema:
             pa.field("label", pa.string()),
             pa.field("density", pa.float64(), nullable=False),
             pa.field("weight", pa.float64(), nullable=False),
+=======
+def finetuned_samples() -> pa.Schema:
+    """One row per shown image of one state of a generator; `number` counts the images of an evaluation, from 0.
+
+    The same numbers have the same seeds, and the same labels, in every state. `density_predicted`: of the image as it is saved.
+    """
+    return pa.schema(
+        [
+            pa.field("number", pa.int64(), nullable=False),
+            pa.field("seed", pa.int64(), nullable=False),
+            pa.field("label", pa.string()),
+            pa.field("density_predicted", pa.float64(), nullable=False),
+            pa.field("image", IMAGE),
+        ]
+    )
+
+
+def evaluations() -> pa.Schema:
+    """One row per number of an evaluation while training, as `metrics`; step 0 is the generator as it came."""
+    return pa.schema(
+        [
+            pa.field("step", pa.int64(), nullable=False),
+            pa.field("metric", pa.string(), nullable=False),
+            pa.field("value", pa.float64(), nullable=False),
+            pa.field("low", pa.float64()),
+            pa.field("high", pa.float64()),
+            pa.field("n_real", pa.int64(), nullable=False),
+            pa.field("n_generated", pa.int64(), nullable=False),
+            pa.field("k", pa.int32()),
+        ]
+    )
+
+
+def history() -> pa.Schema:
+    """One row per number that a step logged."""
+    return pa.schema(
+        [
+            pa.field("step", pa.int64(), nullable=False),
+            pa.field("name", pa.string(), nullable=False),
+            pa.field("value", pa.float64(), nullable=False),
+        ]
+    )
+
+
+def candidates() -> pa.Schema:
+    """One row per combination of checkpoints that was tried; `value` of the metric is null where its images had none.
+
+    `coefficients` add up to 1, in the order of the checkpoints' steps.
+    """
+    return pa.schema(
+        [
+            pa.field("number", pa.int64(), nullable=False),
+            pa.field("generation", pa.int64(), nullable=False),
+            pa.field("coefficients", pa.list_(pa.field("item", pa.float64(), nullable=False)), nullable=False),
+            pa.field("value", pa.float64()),
+>>>>>>> report
         ]
     )
