@@ -639,7 +639,7 @@ class FakeWeightingSettings(Section):
         None, gt=0, description="w of generated images above it; default: 1 / weighting.weight; 1: all of them"
     )
     max_candidates: int = Field(
-        100, gt=0, alias="max-candidates", description="stop where an image of a batch is still rejected after so many"
+        100, gt=0, description="stop where an image of a batch is still rejected after so many"
     )
 
 
@@ -676,7 +676,7 @@ class InLoopSettings(Section):
 
     every: int = Field(100, gt=0, description="steps between two evaluations; checkpoints are written there")
     n: int = Field(500, gt=0, description="images generated for one")
-    n_real: int = Field(10_000, gt=0, alias="n-real", description="real images that they are measured against, at most")
+    n_real: int = Field(10_000, gt=0, description="real images that they are measured against, at most")
     chunk: int = Field(50, gt=0, description="images generated as one batch")
     metric: Literal["frechet_distance", "precision", "recall", "density", "coverage"] = Field(
         "frechet_distance", description="by which the best step is chosen"

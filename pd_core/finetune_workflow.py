@@ -15,7 +15,6 @@ from pd_core import (
     cluster,
     config,
     density,
-    finetuned_report,
     opening,
     piloting,
     realset,
@@ -72,7 +71,7 @@ def _check_numbers(settings: FinetuneSettings) -> None:
             f"--training.batch_size {training_.batch_size}: must be a multiple of --workers {settings.workers}, which share it"
         )
     least = max(judged.metrics.k_precision, judged.metrics.k_coverage) + 1
-    for name, rows in (("--evaluation.n", judged.n), ("--evaluation.n-real", judged.n_real)):
+    for name, rows in (("--evaluation.n", judged.n), ("--evaluation.n_real", judged.n_real)):
         if rows < least:
             raise UserError(f"{name} {rows}: too few images for k = {least - 1}; raise it to {least} or more, or lower k")
 
@@ -237,9 +236,6 @@ def _finetune(run: Run, planned: Planned) -> None:
         source = exporting.Source(uri, merging.MERGED, merged.fingerprint, step, merged=True)
     best = exporting.stage_of(run.output, source)
     run.stage(best, lambda: exporting.run(best, spec, source))
-    reporting = finetuned_report.stage_of(run.output, job.stage, best, settings)
-    inputs = finetuned_report.Inputs(run.output, trained, merged, settings, real, planned.facts, dict(run.timings_s))
-    run.stage(reporting, lambda: finetuned_report.run(reporting, inputs))
 
 
 def _weights(run: Run, planned: Planned) -> weights.Drawable:

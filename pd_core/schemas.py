@@ -28,12 +28,9 @@ VERSIONS = {
     "pool": 3,
     "curve": 2,
     "perturbed": 1,
-<<<<<<< HEAD
     "weights": 1,
-=======
     "training": 1,
     "merging": 1,
->>>>>>> report
 }
 
 CURVE_METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
@@ -273,7 +270,6 @@ def curve() -> pa.Schema:
     return pa.schema(fields + measured)
 
 
-<<<<<<< HEAD
 def weights() -> pa.Schema:
     """One row per image that fine-tuning may draw, in the order of the listing part of the same name.
 
@@ -288,7 +284,6 @@ def weights() -> pa.Schema:
             pa.field("label", pa.string()),
             pa.field("density", pa.float64(), nullable=False),
             pa.field("weight", pa.float64(), nullable=False),
-=======
 def finetuned_samples() -> pa.Schema:
     """One row per shown image of one state of a generator; `number` counts the images of an evaluation, from 0.
 
@@ -343,6 +338,5 @@ def candidates() -> pa.Schema:
             pa.field("generation", pa.int64(), nullable=False),
             pa.field("coefficients", pa.list_(pa.field("item", pa.float64(), nullable=False)), nullable=False),
             pa.field("value", pa.float64()),
->>>>>>> report
         ]
     )

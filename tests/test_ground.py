@@ -224,14 +224,11 @@ def test_a_new_module_must_be_given_its_place(tmp_path: Path) -> None:
         "metrics",
         "scores",
         "curve",
-<<<<<<< HEAD
         "weights",
-=======
         "finetuned_samples",
         "evaluations",
         "history",
         "candidates",
->>>>>>> report
     ],
 )
 def test_every_column_that_is_written_is_described(table: str) -> None:

@@ -422,7 +422,7 @@ class Gan:
             f"training: at step {step}, seed {self._seed}, {tally.rejected:.0f} of {tally.wanted:.0f} generated images were "
             f"rejected {fake.max_candidates} times: {tally.above / tally.candidates:.2%} of {tally.candidates:.0f} candidates have a "
             f"density above tau = {fake.threshold:.4g}, and with w = {fake.weight:.4g} {accepted:.2%} were accepted; set "
-            f"--fake.weight nearer to 1, {side}, or raise --fake.max-candidates at the cost of time"
+            f"--fake.weight nearer to 1, {side}, or raise --fake.max_candidates at the cost of time"
         )
 
 
