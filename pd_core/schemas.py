@@ -284,6 +284,10 @@ def weights() -> pa.Schema:
             pa.field("label", pa.string()),
             pa.field("density", pa.float64(), nullable=False),
             pa.field("weight", pa.float64(), nullable=False),
+        ]
+    )
+
+
 def finetuned_samples() -> pa.Schema:
     """One row per shown image of one state of a generator; `number` counts the images of an evaluation, from 0.
 
