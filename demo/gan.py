@@ -104,15 +104,18 @@ class Discriminator(nn.Module):
         return self.out(F.leaky_relu(self.hidden(x), 0.2)).squeeze(1)
 
 
-def deviation(x: torch.Tensor) -> torch.Tensor:
+def deviation(x: torch.Tensor, of: int = DEVIATIONS_OF) -> torch.Tensor:
     """Mean standard deviation over groups of images, so that a batch of look-alikes shows (Karras et al. 2018, section 3).
 
-    x: float32 [B, C, S, S], with B a multiple of the group; returns [B, 1, S, S].
+    x: float32 [B, C, S, S], with B a multiple of the group; returns [B, 1, S, S]. of: a default, since TorchScript sees no
+    globals. Raises ValueError: another B.
     """
     batch, _, height, width = x.shape
-    groups = x.reshape(DEVIATIONS_OF, batch // DEVIATIONS_OF, -1)
+    if batch % of != 0:
+        raise ValueError(f"this discriminator compares images in groups of {of}, the batch has {batch}")
+    groups = x.reshape(of, batch // of, -1)
     mean = (groups.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=1)  # one per group
-    return mean.repeat(DEVIATIONS_OF).reshape(-1, 1, 1, 1).expand(batch, 1, height, width)
+    return mean.repeat(of).reshape(-1, 1, 1, 1).expand(batch, 1, height, width)
 
 
 # ---- DiffAugment (Zhao et al. 2020, "Differentiable augmentation for data-efficient GAN training", section 3) --------

@@ -1,8 +1,9 @@
-"""Trains a small GAN on small images and saves its generator as TorchScript: one pass from a latent to an image.
+"""Trains a small GAN on small images and saves both networks as TorchScript: an image is one pass from a latent.
 
     python demo/train_gan.py --data runs/demo-data/digits --output runs/generators/gan
 
     runs/generators/gan/generator.pt    float32 [B, 64], standard normal, to images [B, 1 or 3, S, S] in [-1, 1]
+    runs/generators/gan/discriminator.pt    such images, B a multiple of 4, to logits [B]; what fine-tuning goes on from
     runs/generators/gan/train.json      settings, seed and a hash of the images
 
 A function of images, settings, --seed and --threads alone, as demo/train_ddpm.py's models are.
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from demo.gan import Discriminator, Generator
 
-FILE = "generator.pt"
+FILE, DISCRIMINATOR = "generator.pt", "discriminator.pt"
 AUGMENTATIONS = ("color", "translation", "cutout")  # of demo/gan.py
 
 
@@ -63,8 +64,8 @@ class Recipe:
     r1_interval: int = 8
 
 
-def train(images: np.ndarray, recipe: Recipe) -> Generator:
-    """The generator with its averaged weights after `recipe.steps`.
+def train(images: np.ndarray, recipe: Recipe) -> tuple[Generator, Discriminator]:
+    """The generator with its averaged weights, and the discriminator, after `recipe.steps`.
 
     The non-saturating logistic loss (Goodfellow et al. 2014, section 3) with R1 (Mescheder et al. 2018, equation 9), on
     images that are all augmented alike (Zhao et al. 2020, equations 4 and 5). images: uint8 [N, S, S] or [N, S, S, 3].
@@ -110,7 +111,7 @@ def train(images: np.ndarray, recipe: Recipe) -> Generator:
             bar.update()
     trained = averaged.module.eval()
     assert isinstance(trained, Generator), "what it averages"
-    return trained
+    return trained, discriminator.eval()
 
 
 def networks(recipe: Recipe, side: int, colors: int) -> tuple[Generator, Discriminator]:
@@ -152,13 +153,13 @@ def squared_gradient(discriminator: torch.nn.Module, images: torch.Tensor) -> to
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
-def save(generator: Generator, path: Path) -> None:
-    """Writes the generator as TorchScript."""
+def save(network: torch.nn.Module, path: Path) -> None:
+    """Writes a network as TorchScript."""
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.export, which pd_core does not read
-        torch.jit.save(torch.jit.script(generator.requires_grad_(False)), str(path))
+        torch.jit.save(torch.jit.script(network.requires_grad_(False)), str(path))
 
 
 def check_channels(channels: tuple[int, ...]) -> None:
@@ -170,7 +171,7 @@ def check_channels(channels: tuple[int, ...]) -> None:
 
 
 def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overwrite: bool) -> None:
-    """Trains the GAN of `recipe` on the images under `data` and saves its generator in `output`, unless it is there.
+    """Trains the GAN of `recipe` on the images under `data` and saves its networks in `output`, unless they are there.
 
     Raises:
         UserError: of `read_images`, `check_side`, `check_channels` and `is_finished`.
@@ -179,7 +180,8 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
     images = training.read_images(data)
     training.check_side(images, len(recipe.channels), data)
     check_channels(recipe.channels)
-    identity = training.identity_of(images, recipe)
+    # with what is written: a folder of an earlier version of this program lacks the discriminator
+    identity = training.identity_of(images, recipe) | {"files": [FILE, DISCRIMINATOR]}
     if training.is_finished(output, identity, overwrite):
         cluster.say(f"GAN: {output} (kept, it is of these settings and images); {options(output, recipe)}")
         return
@@ -188,7 +190,8 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
 
         torch.set_num_threads(threads)
         start = time.perf_counter()
-        save(train(images, recipe), folder / FILE)
+        for network, file in zip(train(images, recipe), (FILE, DISCRIMINATOR), strict=True):
+            save(network, folder / file)
         training.write_record(folder, identity)
     seconds = time.perf_counter() - start
     cluster.say(
@@ -197,9 +200,10 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
 
 
 def options(output: Path, recipe: Recipe) -> str:
-    """How workflows/generate.py opens it."""
+    """How workflows/finetune.py opens it; the other workflows do so without the discriminator."""
     return (
-        f"--generator.kind torchscript --generator.path {output / FILE} --generator.latent_shape [{recipe.latent_dim}]"
+        f"--generator.kind torchscript --generator.path {output / FILE} --generator.latent_shape [{recipe.latent_dim}] "
+        f"(to fine-tune it also --discriminator {output / DISCRIMINATOR})"
     )
 
 

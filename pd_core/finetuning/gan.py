@@ -10,6 +10,7 @@ the image that is scored is the one that is trained on, in whatever batch. The d
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,8 +102,8 @@ def choose(
 ) -> Choice:
     """One generated image for each draw: its first candidate that rejection sampling accepts.
 
-    Candidate t of a draw has a latent and a u of its own, so that the choice does not depend on which candidates are made together, up to
-    the rounding of other batches. As draws are done, the batch is filled with further candidates of the others.
+    Candidate t of a draw has a latent and a u of its own, so that the choice does not depend on which candidates are made
+    together, up to the rounding of other batches. As draws are done, the batch is filled with further candidates of the others.
 
     Args:
         live: the generator.
@@ -130,13 +131,13 @@ def _search(
 
     count, weighting = len(positions), acceptance.two_level(fake.threshold, fake.weight)
     pending, done, candidates, above = np.arange(count), 0, 0, 0
-    kept: tuple[torch.Tensor, ...] = ()
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None
     while len(pending) and done < fake.max_candidates:
         each = min(count // len(pending), fake.max_candidates - done)
         draws = np.repeat(pending, each)
         seeds = seeds_of(positions[draws], np.tile(np.arange(done, done + each), len(pending)), stream)
         latents = live.latents(seeds.tolist())
-        images = live.decode(latents, conditions_of(labels and [labels[draw] for draw in draws]))
+        images = live.decode(latents, conditions_of(labels and [labels[int(draw)] for draw in draws]))
         kept = kept or (latents.new_empty(count, *latents.shape[1:]), images.new_empty(count, *images.shape[1:]))
         if not bool(torch.isfinite(images).all()):
             return Choice(*kept, Tally(broken=1))
@@ -151,6 +152,7 @@ def _search(
         for place, values in zip(kept, (latents, images), strict=True):
             place[torch.from_numpy(pending[found]).to(place.device)] = values[torch.from_numpy(rows).to(place.device)]
         pending, done = pending[~found], done + each
+    assert kept is not None, "a batch has draws"
     return Choice(*kept, Tally(count, candidates, above, len(pending)))
 
 
@@ -347,7 +349,7 @@ class Gan:
 
     def _backward(self, loss: torch.Tensor) -> None:
         # a sum over this pass, divided by what is a worker's on average: gradients averaged over workers are those of the mean
-        (loss * (self._share.world / self._training.batch_size)).backward()  # type: ignore[no-untyped-call]
+        (loss * (self._share.world / self._training.batch_size)).backward()
 
     def _move(self, network: torch.nn.Module, sums: dict[str, float], count: int, step: int) -> dict[str, float]:
         """Adam on the gradients of all workers; means over the images of all of them."""
@@ -429,7 +431,7 @@ class Gan:
 def _passes(count: int, parts: int) -> Iterator[slice]:
     """At most `parts` slices of `count` images, of equal size within one."""
     borders = [count * part // parts for part in range(parts + 1)]
-    return (slice(a, b) for a, b in zip(borders, borders[1:], strict=False) if b > a)
+    return (slice(a, b) for a, b in itertools.pairwise(borders) if b > a)
 
 
 def _pass_sizes(training: TrainingSettings, world: int) -> set[int]:
