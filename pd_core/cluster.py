@@ -97,14 +97,7 @@ def connect() -> Cluster:
     os.environ.setdefault("RAY_num_workers_soft_limit", str(_idle_workers()))
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(
-                address="local",
-                num_cpus=2 * cores(),
-                include_dashboard=False,
-                # Ray Train looks at its own actors through the dashboard, and would say each second that there is none
-                logging_config=ray.LoggingConfig(log_level="ERROR"),
-                **quiet,
-            )
+            ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)
             break
         except Exception as error:  # Ray has no type for it: a node that a busy machine did not start within 30 s
             ray.shutdown()

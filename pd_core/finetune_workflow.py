@@ -223,7 +223,7 @@ def _finetune(run: Run, planned: Planned) -> None:
 
     def train() -> tuple[list[storage.Part], dict[str, Any]]:
         reference = _reference(run, settings, featured)
-        parts, totals = training.run(job, planned.workers, reference, run.tracker)
+        parts, totals = training.run(job, run.now, planned.workers, reference, run.tracker)
         return parts, totals | {"weights": _told_weights(run), "settings": settings.model_dump(mode="json")}
 
     trained = run.stage(job.stage, train)

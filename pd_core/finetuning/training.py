@@ -69,12 +69,13 @@ class Monitor:
 
 
 def run(
-    job: loop.Job, workers: Workers, reference: Any, tracker: tracking.Tracker
+    job: loop.Job, now: cluster.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Train; returns the parts and totals to commit.
 
     Args:
         job: what is trained.
+        now: the cluster.
         workers: on what.
         reference: reference to the metrics.Reference in Ray's object store.
         tracker: gets the numbers of steps and evaluations.
@@ -89,7 +90,7 @@ def run(
 
     def execute() -> None:
         if checkpoints.read_summary(stage) is None:
-            _execute(job, workers, reference, tracker)
+            _execute(job, now, workers, reference, tracker)
 
     cluster.persist("training", execute, done)
     summary = checkpoints.read_summary(stage)
@@ -100,15 +101,17 @@ def run(
     return list(stage.finished_parts().values()), summary | {"metric": job.settings.evaluation.metric}
 
 
-def _execute(job: loop.Job, workers: Workers, reference: Any, tracker: tracking.Tracker) -> None:
+def _execute(
+    job: loop.Job, now: cluster.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker
+) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     monitor = ray.remote(Monitor).options(num_cpus=0, max_restarts=cluster.ACTOR_OPTIONS["max_restarts"]).remote()
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     with tempfile.TemporaryDirectory() as scratch, _watched(monitor, job, tracker):
-        trainer = TorchTrainer(
+        trainer = _trainer_class(now.local)(
             loop.work,
             train_loop_config={"job": job, "reference": reference, "monitor": monitor},
             torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
@@ -126,6 +129,19 @@ def _execute(job: loop.Job, workers: Workers, reference: Any, tracker: tracking.
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _failure(error) from None
+
+
+def _trainer_class(own: bool) -> Any:
+    """Ray Train's trainer; on a cluster of our own without its cleaner, which asks the dashboard that such a cluster has not,
+    once a second and in vain, for what ends with the cluster anyway.
+    """
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+    return Trainer if own else TorchTrainer
 
 
 def _failure(error: Exception) -> Exception:
