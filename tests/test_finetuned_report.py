@@ -342,7 +342,7 @@ def settings_of(output: Path, **changes: Any) -> FinetuneSettings:
         "generator": GeneratorSettings(path="runs/generators/ddpm", steps=10, scheduler="DDIMScheduler"),
         "weighting": WeightingSettings(threshold="p80", weight=33.0),
     }
-    return FinetuneSettings.model_construct(**(FinetuneSettings.model_construct().__dict__ | values | changes))
+    return FinetuneSettings(**(values | changes))
 
 
 def inputs_of(output: Path, merge: bool = True, best: int = 200, **changes: Any) -> finetuned_report.Inputs:
