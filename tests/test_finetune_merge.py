@@ -7,6 +7,7 @@ import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,8 +81,8 @@ def test_a_combination_that_is_only_as_good_does_not_displace_the_single_one():
 
 
 def test_candidates_without_a_value_are_never_best_and_breed_nothing():
-    search = searched(lambda row: None if row.min() < 0 else float(row[0]), lower=False)
-    assert search.values[search.best] == 1.0
+    search = searched(lambda row: None if row.min() < 0 else float(row[0]) - 5, lower=False)
+    assert search.values[search.best] == -4.0
     assert None in search.values
     assert all(search.values[place] is not None for place in search._order()[: merging.PARENTS])
 
@@ -249,7 +250,13 @@ def write_training(folder: Path, shifts=SHIFTS) -> storage.Artifact:
 
 
 def job_of(folder: Path, trained: storage.Artifact, **changes):
-    values = {"metric": "frechet_distance", "candidates": CANDIDATES, "seed": 5, "threads": 1, "device": "cpu"}
+    values: dict[str, Any] = {
+        "metric": "frechet_distance",
+        "candidates": CANDIDATES,
+        "seed": 5,
+        "threads": 1,
+        "device": "cpu",
+    }
     opened = functools.partial(open_model, folder)
     plan = changes.pop("plan", PLAN)
     return merging.job_of(
@@ -286,7 +293,7 @@ def test_the_combination_beats_the_best_single_step_and_says_so(merged, referenc
     assert totals["beats"] is True
     assert totals["difference"]["high"] < 0
     # measured here anew, on the held-out seeds
-    seeds = replace(PLAN, stream=merging.HOLDOUT_STREAM).seeds(np.arange(PLAN.n))
+    seeds = replace(PLAN, stream="finetune/merge-holdout").seeds(np.arange(PLAN.n))
     for name, at in (("merged", weights["shift"].tolist()), ("single", SHIFTS[2])):
         found = metrics.evaluate(reference, features_at(at, seeds), np.arange(PLAN.n), device="cpu").estimates
         assert totals[name]["frechet_distance"]["value"] == pytest.approx(found["frechet_distance"].value, rel=1e-9)
