@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pd_core import cluster, density, ids, metrics, schemas, storage
 from pd_core.candidates import picture
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.errors import UserError, one_line
 from pd_core.finetuning import judging
 from pd_core.finetuning.judging import Plan
 from pd_core.halfsamples import Estimate
@@ -272,8 +272,8 @@ def run(
         gpus: of each, None: 1 where there are any.
 
     Raises:
-        UserError: of the model or the extractor.
-        RunError: an average by itself, or what the search found, gives images that cannot be measured.
+        UserError: of the model or the extractor; or images of the best single step, or on held-out seeds of the combination,
+            cannot be measured.
     """
     totals: dict[str, Any] = {}
 
@@ -382,32 +382,20 @@ class _Judge:
 
     def measure(self, number: int, generation: int, coefficients: np.ndarray) -> float | None:
         """The metric of a candidate on the search's seeds, also as a record in the stage."""
-        value = self._value(coefficients, alone=number < len(self.job.averages))
+        value: float | None = None
+        try:
+            value = self._value(coefficients)
+        except ValueError as error:  # weights beyond those that were trained may give images that are not finite
+            if number == self.job.single:
+                raise _explained(f"step {self.job.steps[number]}", error) from error
         row = {"number": number, "generation": generation, "coefficients": coefficients.tolist(), "value": value}
         self.job.stage.write_table(_record(number), pa.Table.from_pylist([row], schema=schemas.candidates()))
         return value
 
-    def _value(self, coefficients: np.ndarray, alone: bool) -> float | None:
-        """None where nothing can be measured: weights beyond those that were trained may give images that are not finite."""
-        try:
-            found = self._features(coefficients, SEARCH_STREAM)
-            value = judging.measure(self.reference, [found], self.job.threads, self.device)[self.job.metric].value
-        except UserError:
-            if alone:
-                raise
-            return None
-        except ValueError as error:
-            if alone:
-                raise RunError(self._line(coefficients, error)) from error
-            return None
-        return value if math.isfinite(value) else None
-
-    def _line(self, coefficients: np.ndarray, error: ValueError) -> str:
-        steps = [step for step, alpha in zip(self.job.steps, coefficients, strict=True) if alpha]
-        return (
-            f"merging: images of step {', '.join(map(str, steps))} cannot be measured ({one_line(error)}); "
-            "run again with --merge none"
-        )
+    def _value(self, coefficients: np.ndarray) -> float | None:
+        found = self._features(coefficients, SEARCH_STREAM)
+        value = judging.measure(self.reference, [found], self.job.threads, self.device)[self.job.metric].value
+        return float(value) if math.isfinite(value) else None
 
     def _features(self, coefficients: np.ndarray, stream: str) -> np.ndarray:
         """Float32 [n, D] of a combination's images from the seeds of a stream."""
@@ -420,10 +408,8 @@ class _Judge:
         """Features float32 [n, D] of a combination's images from seeds that the search has not seen."""
         try:
             return self._features(coefficients, HOLDOUT_STREAM)
-        except UserError:
-            raise
         except ValueError as error:
-            raise RunError(self._line(coefficients, error)) from error
+            raise _explained("the combination, on held-out seeds,", error) from error
 
     def judge(self, merged: np.ndarray, single: np.ndarray) -> dict[str, Any]:
         """Metrics of both, float32 [n, D] each, and whether the one beats the other beyond doubt."""
@@ -471,8 +457,12 @@ class _Judge:
         return pa.table(values, schema=schemas.finetuned_samples())
 
 
+def _explained(what: str, error: ValueError) -> UserError:
+    return UserError(f"merging: images of {what} cannot be measured ({one_line(error)}); run again with --merge none")
+
+
 def beats(difference: Estimate, metric: str) -> bool:
     """Whether an interval of a difference lies on the good side of 0; without interval there is nothing to go by."""
     if difference.low is None or difference.high is None:
         return False
-    return difference.high < 0 if metric in judging.LOWER_IS_BETTER else difference.low > 0
+    return bool(difference.high < 0 if metric in judging.LOWER_IS_BETTER else difference.low > 0)
