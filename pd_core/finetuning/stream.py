@@ -143,7 +143,7 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Itera
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=feed.cpus,
-            compute=ray.data.TaskPoolStrategy(size=feed.tasks),
+            compute=ray.data.TaskPoolStrategy(size=min(feed.tasks, len(runs))),
         )
     blocks: Any = iter(made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD_BLOCKS))
     try:
