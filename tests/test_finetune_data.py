@@ -113,9 +113,8 @@ def test_pooled_counts_over_epochs_follow_the_weights():
     values = rng.choice([0.25, 1.0, 7.0], 300) * rng.random(300)
     parts = cut(values, [100, 3, 97, 100])
     found, epochs = draws_of(parts), 400
-    counts = sum(
-        np.bincount(located(found, parts, np.arange(e * 300, (e + 1) * 300)), minlength=300) for e in range(epochs)
-    )
+    every = located(found, parts, np.arange(300 * epochs))
+    counts = np.bincount(every, minlength=300)
     assert counts.sum() == 300 * epochs
     expected = 300 * epochs * values / values.sum()
     # an epoch's count is its expected number rounded down or up, so its variance is f (1 - f), f what is cut off
@@ -148,7 +147,7 @@ def test_a_run_taken_up_at_any_position_goes_on_with_the_same_draws():
 def test_windows_cover_the_run_without_gap_and_hold_few_images():
     parts = cut(weight_sets()["two levels"], [7] * 28 + [4])
     found, first, epochs = draws_of(parts), 0, 0
-    seen = Counter()
+    seen: Counter[int] = Counter()
     while first < 600:
         window = found.window_of(first)
         assert window.first == first and window.draws > 0
