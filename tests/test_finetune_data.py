@@ -5,6 +5,7 @@ import io
 import math
 import shutil
 import tarfile
+import time
 from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
 import scipy.stats
 from PIL import Image
 
-from pd_core import acceptance, cluster, density, ids, images, realset, running, sources, storage, tracking
+from pd_core import acceptance, cluster, density, ids, listing, realset, running, sources, storage, tracking
 from pd_core.config import DataSettings, FinetuneSettings, WeightingSettings
 from pd_core.errors import RunError, UserError
 from pd_core.finetuning import Share, draws, stream, weights
@@ -84,7 +87,9 @@ def test_draws_are_those_of_systematic_resampling_computed_flat_and_exactly(name
         # within the rounding of sums of 200 float64 terms, counts are the expected number rounded down or up
         expected = [size * Fraction(w) / total for w in flat.tolist()]
         slack = Fraction(200 * size, 2**52)
-        assert all(math.floor(e - slack) <= c <= math.ceil(e + slack) for e, c in zip(expected, counts.tolist(), strict=True))
+        assert all(
+            math.floor(e - slack) <= c <= math.ceil(e + slack) for e, c in zip(expected, counts.tolist(), strict=True)
+        )
 
         offset = Fraction(float(ids.uniform(np.array([epoch]), ids.stream(seed, "finetune/offset"))[0]))
         firsts = np.cumsum([0] + [len(p) for p in parts])
@@ -108,15 +113,16 @@ def test_pooled_counts_over_epochs_follow_the_weights():
     values = rng.choice([0.25, 1.0, 7.0], 300) * rng.random(300)
     parts = cut(values, [100, 3, 97, 100])
     found, epochs = draws_of(parts), 400
-    counts = sum(
-        np.bincount(located(found, parts, np.arange(e * 300, (e + 1) * 300)), minlength=300) for e in range(epochs)
-    )
+    every = located(found, parts, np.arange(300 * epochs))
+    counts = np.bincount(every, minlength=300)
     assert counts.sum() == 300 * epochs
     expected = 300 * epochs * values / values.sum()
     # an epoch's count is its expected number rounded down or up, so its variance is f (1 - f), f what is cut off
     fraction = (expected / epochs) % 1
     z = (counts - expected) / np.sqrt(epochs * fraction * (1 - fraction))
-    chi_square = float(z @ z)  # the counts of an epoch sum to E: 299 free, and they are not independent: only a bound above
+    chi_square = float(
+        z @ z
+    )  # the counts of an epoch sum to E: 299 free, and they are not independent: only a bound above
     assert chi_square < scipy.stats.chi2.isf(1e-3, 300) * 2
     # one draw taken from each epoch, at a place of its own: independent draws from the weights
     positions = np.arange(4000) * 300 + ids.integers(np.arange(4000), 9) % 300
@@ -141,7 +147,7 @@ def test_a_run_taken_up_at_any_position_goes_on_with_the_same_draws():
 def test_windows_cover_the_run_without_gap_and_hold_few_images():
     parts = cut(weight_sets()["two levels"], [7] * 28 + [4])
     found, first, epochs = draws_of(parts), 0, 0
-    seen = Counter()
+    seen: Counter[int] = Counter()
     while first < 600:
         window = found.window_of(first)
         assert window.first == first and window.draws > 0
@@ -176,3 +182,347 @@ def test_weights_that_are_not_those_of_the_sums_are_noticed():
     found = draws_of(parts)
     with pytest.raises(AssertionError, match="not the weights"):
         located(found, [part[::-1][:10] for part in parts], np.arange(40))
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def real(built):
+    return realset.open_realset(str(built))
+
+
+def weigh(real, output, now, *, data=None, weighting=None, mapping=None, size=(16, 16), resize="crop", overwrite=False):
+    """The stage, as the workflow runs it."""
+    data = data or DataSettings()
+    settings = FinetuneSettings(output=str(output), data=data, overwrite=overwrite, tracking={"enabled": False})
+    with tracking.start(settings.tracking, str(output), "finetune", {}) as tracker:
+        run = running.Run(settings, str(output), now, tracker, "finetune", ("listing", "weights"))
+        pictures = weights.open_pictures(run, real, data)
+        omega = weights.weightings_of(weighting or WeightingSettings(weight=33.0), real)
+        work = weights.work_of(str(output), real, pictures, omega, mapping, size, resize)
+        artifact = run.stage(work.stage, lambda: weights.run(work, real, data.max_bad_fraction))
+    return work, artifact
+
+
+def table_of(work, artifact):
+    return pa.concat_tables([storage.read_table(storage.join(work.stage.uri, part.name)) for part in artifact.parts])
+
+
+def densities_of(built):
+    columns = ["sample_id", "key", "label", "density"]
+    return pa.concat_tables(
+        [pq.read_table(path, columns=columns) for path in sorted(built.glob("densities/*.parquet"))]
+    )
+
+
+def folder_of(path, files):
+    for key, content in files.items():
+        (path / key).parent.mkdir(parents=True, exist_ok=True)
+        (path / key).write_bytes(content)
+    return str(path)
+
+
+def test_weights_are_those_of_every_density(built, real, ray_cluster, tmp_path):
+    work, artifact = weigh(real, tmp_path / "out", ray_cluster)
+    found, known = table_of(work, artifact), densities_of(built)
+    assert found.select(known.column_names).equals(known)
+    tau = np.interp(800, np.arange(1001), real.density_quantiles)
+    weight = np.where(known["density"].to_numpy() > tau, 33.0, 1.0)
+    np.testing.assert_array_equal(found["weight"].to_numpy(), weight)
+    listed = [pq.read_table(path) for path in sorted(built.glob("listing/*.parquet"))]
+    assert [part.name for part in artifact.parts] == [storage.part_name(i) for i in range(len(listed))]
+    for part, rows in zip(artifact.parts, listed, strict=True):
+        here = storage.read_table(storage.join(work.stage.uri, part.name))
+        assert rows.take(here["row"])["key"].equals(here["key"])
+    totals = artifact.totals
+    assert (totals["listed"], totals["rows"], totals["without_density"], totals["zero"], totals["absent"]) == (
+        153,
+        150,
+        3,
+        0,
+        0,
+    )
+    assert totals["weight"] == weight.sum() == sum(totals["part_weights"])
+    assert totals["effective_sample_size"] == pytest.approx(acceptance.effective_size(weight), rel=1e-12)
+    assert totals["share_above"] == pytest.approx(weight[weight > 1].sum() / weight.sum(), rel=1e-12)
+    opened = weights.opened(work, artifact, seed=0)
+    cuts = np.cumsum([part.rows for part in artifact.parts])[:-1]
+    assert opened.part_weights == tuple(np.cumsum(part)[-1] for part in np.split(weight, cuts))
+    assert weights.summary(work, artifact)[0].startswith("weights: 150 images, worth ")
+
+
+def test_weights_of_a_run_that_broke_off_are_completed_and_the_same(real, ray_cluster, tmp_path):
+    weighting = WeightingSettings(kind="quantiles", weights=[0, 1, 0.3])
+    work, artifact = weigh(real, tmp_path / "whole", ray_cluster, weighting=weighting)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    folder = tmp_path / "part" / "weights"
+    (folder / storage.ARTIFACT).unlink()
+    (folder / storage.part_name(1)).unlink()
+    kept = (folder / storage.part_name(2)).stat().st_mtime_ns
+    _, again = weigh(real, tmp_path / "part", ray_cluster, weighting=weighting)
+    assert again.parts == artifact.parts and again.totals == artifact.totals
+    assert (folder / storage.part_name(2)).stat().st_mtime_ns == kept
+    assert again.totals["zero"] == (table_of(work, artifact)["weight"].to_numpy() == 0).sum() == 50
+    assert again.totals["share_above"] is None
+
+
+def test_weights_by_label(built, real, ray_cluster, tmp_path):
+    weighting = WeightingSettings(kind="two_level", threshold="p50", weight=0.5, per_label=True)
+    work, artifact = weigh(real, tmp_path / "out", ray_cluster, weighting=weighting, mapping={"a": 0, "b": 1, "c": 2})
+    known = densities_of(built)
+    labels, rho = np.array(known["label"].to_pylist()), known["density"].to_numpy()
+    expected = np.empty(len(rho))
+    for label in "abc":
+        tau = density.density_quantiles(rho[labels == label])[500]
+        expected[labels == label] = np.where(rho[labels == label] > tau, 0.5, 1.0)
+    np.testing.assert_array_equal(table_of(work, artifact)["weight"].to_numpy(), expected)
+    assert artifact.totals["share_above"] == pytest.approx(25 * 0.5 / (25 * 0.5 + 25))
+
+
+def test_own_source_meets_the_index_by_key(built, real, inputs, ray_cluster, tmp_path):
+    """Another set, in other parts' places: two thirds of the index's images, and three that it does not know."""
+    files = {key: content for key, content in tiny.files().items() if not key.startswith(("a/", "broken/"))}
+    source = folder_of(tmp_path / "own", files | {f"x/new {i}.png": tiny.png(500 + i) for i in range(3)})
+    data = DataSettings(source=source, max_bad_fraction=0.1)
+    work, artifact = weigh(real, tmp_path / "out", ray_cluster, data=data)
+    known = {row["sample_id"]: row["density"] for row in densities_of(built).to_pylist()}
+    rows = table_of(work, artifact).to_pylist()
+    assert {row["key"] for row in rows} == set(files)
+    assert all(row["density"] == known[row["sample_id"]] for row in rows)
+    totals = artifact.totals
+    assert (totals["listed"], totals["rows"], totals["without_density"], totals["absent"]) == (103, 100, 3, 50)
+
+    with pytest.raises(
+        UserError, match=r"3 of 103 images of --data\.source have no density.*'x/new 0\.png', 'x/new 1\.png'"
+    ):
+        weigh(real, tmp_path / "strict", ray_cluster, data=data.model_copy(update={"max_bad_fraction": 0.01}))
+    strange = folder_of(tmp_path / "strange", {f"{i}.png": tiny.png(i) for i in range(5)})
+    with pytest.raises(UserError, match="5 of 5 images"):
+        weigh(
+            real,
+            tmp_path / "none",
+            ray_cluster,
+            data=DataSettings(source=strange, max_bad_fraction=1.0),
+        )
+    same = DataSettings(source=str(inputs[0]), labels="parent")
+    assert weigh(real, tmp_path / "same", ray_cluster, data=same)[0].pictures.own
+
+
+def test_what_does_not_fit_the_model_is_refused_with_numbers(real, ray_cluster, tmp_path):
+    with pytest.raises(
+        UserError, match=r"150 of 150 images are not of the model's 32x24 px \(first: 'a/image 000\.png'"
+    ):
+        weigh(real, tmp_path / "size", ray_cluster, size=(24, 32), resize="none")
+    _, artifact = weigh(real, tmp_path / "crop", ray_cluster, size=(24, 32))
+    assert artifact.totals["enlarged"] == 150
+    with pytest.raises(UserError, match=r"50 of 150 images have no label that the model knows \(first: 'c/.* has 'c'"):
+        weigh(real, tmp_path / "class", ray_cluster, mapping={"a": 0, "b": 1})
+    with pytest.raises(UserError, match="match: weighs what a generator makes"):
+        weigh(real, tmp_path / "match", ray_cluster, weighting=WeightingSettings(kind="match"))
+    assert weigh(real, tmp_path / "fits", ray_cluster, size=(16, 16), resize="none")[1].rows == 150
+
+
+# ---- the stream ------------------------------------------------------------------------------------------------------
+
+FEED = stream.Feed(2, 0.5)
+
+
+def batches(drawable, first=0, steps=6, batch_size=12, rank=0, world=1, mirror=False, size=SIZE):
+    share = Share(rank, world, "cpu", 1)
+    return list(stream.batches(drawable, first, steps, batch_size, share, mirror, size, FEED))
+
+
+def parts_of(drawable):
+    return [pq.read_table(f"{drawable.uri}/{storage.part_name(i)}") for i in range(len(drawable.rows))]
+
+
+def drawn_rows(drawable, positions):
+    """Rows of weights/ that these draws are of, by the draws themselves."""
+    tables = parts_of(drawable)
+    found = Draws(drawable.part_weights, drawable.rows, drawable.seed)
+    places = located(found, [table["weight"].to_numpy() for table in tables], positions)
+    return pa.concat_tables(tables).take(pa.array(places)).to_pylist()
+
+
+def shown(content, size=SIZE):
+    """An image as Pillow alone makes it: the shorter side to the size, centre cut out."""
+    height, width = size
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    scale = max(height / image.height, width / image.width)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def same(one, other):
+    assert (one.step, one.first, one.label, one.replaced) == (other.step, other.first, other.label, other.replaced)
+    for name in ("sample_id", "density", "pixels"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.fixture(scope="session")
+def drawable(real, ray_cluster, tmp_path_factory):
+    work, artifact = weigh(real, tmp_path_factory.mktemp("weighted") / "out", ray_cluster)
+    return weights.opened(work, artifact, seed=4)
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Two steps of one worker to a task, two tasks to an execution."""
+    monkeypatch.setattr(stream, "TASK_IMAGES", 24)
+    monkeypatch.setattr(stream, "EXECUTION_TASKS", 2)
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_batches_are_the_images_that_were_drawn(drawable):
+    made = batches(drawable, steps=27, mirror=True)  # into the third epoch, and to an unfinished task
+    assert [batch.step for batch in made] == list(range(27))
+    assert np.concatenate([batch.positions for batch in made]).tolist() == list(range(27 * 12))
+    rows = drawn_rows(drawable, np.arange(27 * 12))
+    files, mirrored = tiny.files(), Draws([1.0], [1], 4).mirrored(np.arange(27 * 12))
+    assert [i for batch in made for i in batch.sample_id] == [row["sample_id"] for row in rows]
+    assert [d for batch in made for d in batch.density] == [row["density"] for row in rows]
+    assert [label for batch in made for label in batch.label] == [row["label"] for row in rows]
+    expected = [shown(files[row["key"]]) for row in rows]
+    expected = [image[:, ::-1] if flip else image for image, flip in zip(expected, mirrored, strict=True)]
+    np.testing.assert_array_equal(np.concatenate([batch.pixels for batch in made]), expected)
+    assert made[0].pixels.flags.writeable and not any(batch.replaced for batch in made)
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_two_workers_share_what_one_has_and_a_run_taken_up_goes_on(drawable):
+    alone = batches(drawable, mirror=True)
+    shares = [batches(drawable, rank=rank, world=2, mirror=True) for rank in (0, 1)]
+    for whole, *halves in zip(alone, *shares, strict=True):
+        for name in ("sample_id", "density", "pixels", "positions"):
+            joined = np.concatenate([getattr(half, name) for half in halves])
+            np.testing.assert_array_equal(joined, getattr(whole, name))
+        assert halves[0].label + halves[1].label == whole.label
+    for one, other in zip(alone[3:], batches(drawable, first=3, steps=3, mirror=True), strict=True):
+        same(one, other)
+    with pytest.raises(UserError, match=r"batch_size 10: cannot be shared equally by --workers 4"):
+        batches(drawable, batch_size=10, world=4)
+
+
+def moved(drawable, folder, max_bad_fraction):
+    """The same weights, of a copy of the images that may be harmed."""
+    source = drawable.pictures.source
+    if not folder.exists():
+        shutil.copytree(source.root, folder)
+    settings = source.settings.model_copy(update={"max_bad_fraction": max_bad_fraction})
+    source = dataclasses.replace(source, root=str(folder), settings=settings)
+    return dataclasses.replace(drawable, pictures=dataclasses.replace(drawable.pictures, source=source))
+
+
+def test_an_image_that_cannot_be_read_any_more_is_replaced_and_counted(drawable, tmp_path):
+    copy = tmp_path / "copy"
+    harmed = moved(drawable, copy, 1.0)
+    rows = drawn_rows(drawable, np.arange(150))  # one window: all images, one epoch
+    keys = [row["key"] for row in rows]
+    lost = {keys[5], keys[6], keys[149]}
+    (copy / keys[5]).unlink()
+    (copy / keys[6]).write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (copy / keys[149]).write_bytes(b"")
+    good = [next(i % 150 for i in range(place, place + 150) if keys[i % 150] not in lost) for place in range(150)]
+    replaced = sum(key in lost for key in keys)
+    made = batches(harmed, steps=10, batch_size=15)
+    assert np.concatenate([batch.sample_id for batch in made]).tolist() == [rows[i]["sample_id"] for i in good]
+    assert [batch.replaced for batch in made] == [
+        sum(key in lost for key in keys[i : i + 15]) for i in range(0, 150, 15)
+    ]
+    halves = [batches(harmed, steps=5, batch_size=30, rank=rank, world=2) for rank in (0, 1)]
+    for one, other in zip(made, [half[step] for step in range(5) for half in halves], strict=True):
+        np.testing.assert_array_equal(one.pixels, other.pixels)
+    assert len(batches(moved(drawable, copy, (replaced + 0.5) / 150), steps=10, batch_size=15)) == 10
+    refused = rf"{replaced} of the images drawn up to step \d cannot be read.*allows {replaced - 1} of 150"
+    with pytest.raises(UserError, match=refused):
+        batches(moved(drawable, copy, (replaced - 0.5) / 150), steps=10, batch_size=15)
+
+
+def test_images_that_are_gone_stop_the_run_in_one_line(drawable, tmp_path):
+    harmed = moved(drawable, tmp_path / "copy", 1.0)
+    for path in (tmp_path / "copy").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"^\S+copy: \d+ images that were drawn one after the other cannot be read any more \(first: '"
+    ):
+        batches(harmed)
+    shutil.rmtree(tmp_path / "copy")
+    with pytest.raises(RunError, match="nothing is there any more"):
+        batches(harmed)
+
+
+def test_a_stream_that_is_left_ends_its_tasks_and_leaves_no_settings_behind(drawable, ray_cluster):
+    before = ray.data.DataContext.get_current()
+    ordered = before.execution_options.preserve_order
+    before.execution_options.preserve_order = False
+    try:
+        share = Share(0, 1, "cpu", 1)
+        left = stream.batches(drawable, 0, 100_000, 12, share, False, SIZE, FEED)
+        assert next(left).step == 0
+        assert ray.data.DataContext.get_current() is before and not before.execution_options.preserve_order
+        left.close()
+        deadline = time.monotonic() + 10
+        while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+            assert time.monotonic() < deadline, "its tasks still hold CPUs"
+            time.sleep(0.1)
+    finally:
+        before.execution_options.preserve_order = ordered
+
+
+def packed(kind, files, folder):
+    """The same images in two Parquet files of small row groups, or in two tars."""
+    folder.mkdir()
+    items = sorted(files.items())
+    for number, half in enumerate((items[:80], items[80:])):
+        if kind == "parquet":
+            table = pa.table({"image": [content for _, content in half], "name": [key for key, _ in half]})
+            pq.write_table(table, folder / f"{number}.parquet", row_group_size=16)
+            continue
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for key, content in half:
+                member = tarfile.TarInfo(key)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return DataSettings(source=str(folder))
+
+
+def index_of(source, uri, part_rows):
+    """As much of an index as the stage reads, of the images of a source: their densities are a hash of their ids."""
+    listed, _ = cluster.get(listing.start(source, str(uri), part_rows, overwrite=False))
+    for kind in ("features", "densities"):
+        stage = storage.Stage(f"{uri}/{kind}", kind, 1, {})
+        stage.begin(False)
+        parts = []
+        for number in range(listed.parts):
+            found = listed.read(number)["sample_id"]
+            rho = pa.array(ids.uniform(found.to_numpy()) + 0.5)
+            sides = pa.array(np.full(len(found), 16, np.int32))
+            columns = {"sample_id": found, "density": rho, "width": sides, "height": sides}
+            parts.append(stage.write_table(storage.part_name(number), pa.table(columns)))
+        stage.commit(parts, {}, {})
+    quantiles = density.density_quantiles(np.linspace(0.5, 1.5, 100))
+    fingerprints = {"features": "f", "densities": "d"}
+    return SimpleNamespace(uri=str(uri), rows=listed.rows, density_quantiles=quantiles, fingerprints=fingerprints)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_images_in_parquet_and_in_tars(kind, ray_cluster, tmp_path):
+    files = {f"{i:03d}.png": tiny.png(i) for i in range(150)}
+    data = packed(kind, files, tmp_path / "packed")
+    source = sources.open_source(data)
+    assert source.kind == kind
+    real = index_of(source, tmp_path / "index", 32)
+    work, artifact = weigh(real, tmp_path / "out", ray_cluster, data=data)
+    opened = weights.opened(work, artifact, seed=1)
+    made = batches(opened, steps=4)
+    names = [f"{i:03d}.png" for i in range(150)]
+    keys = [
+        f"{i // 80}.parquet#{i % 80}" if kind == "parquet" else f"{i // 80}.tar#{name}" for i, name in enumerate(names)
+    ]
+    by_key = dict(zip(keys, names, strict=True))
+    rows = drawn_rows(opened, np.arange(48))
+    np.testing.assert_array_equal(
+        np.concatenate([batch.pixels for batch in made]), [shown(files[by_key[row["key"]]]) for row in rows]
+    )

@@ -6,10 +6,11 @@ and what stands in for one that cannot be read any more, depends on the position
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from pd_core.finetuning.weights import Drawable
 TASK_BYTES = 32 << 20  # pixels that a task hands over at most, unless one step has more
 TASK_IMAGES = 512  # of a task, so that the first batches come soon; of Parquet as many as there is room for
 EXECUTION_TASKS = 2048  # of one execution: the plan stays this small for any number of steps
+AHEAD_BYTES = 256 << 20  # of pixels that wait for a slow consumer; Ray Data alone would fill half of the object store
 AHEAD_BLOCKS = 2  # fetched before they are asked for
 WINDOWS_KEPT = 2  # tables of so many windows stay in a process that decodes
 MOST_TRIES = 100  # images in a row that cannot be read
@@ -50,6 +52,11 @@ class _Plan:
     b: int
     mirror: bool
     preprocess: images.Preprocess
+
+    @property
+    def step_bytes(self) -> int:
+        """Pixels of its share of a step, bytes."""
+        return self.b * self.preprocess.height * self.preprocess.width * 3
 
     def positions(self, step: int) -> np.ndarray:
         """Of this worker's draws of a step, int64 [b]."""
@@ -85,7 +92,7 @@ def batches(
     mirror: bool,
     size: tuple[int, int],
     feed: Feed,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This worker's share of steps first_step ... first_step + steps - 1, in order. Closing it ends its tasks.
 
     Of step t it is draws [t B + rank b, t B + (rank + 1) b), b = B / world.
@@ -109,25 +116,26 @@ def batches(
     for first in range(first_step, stop, together * EXECUTION_TASKS):
         last = min(stop, first + together * EXECUTION_TASKS)
         runs = [{"first": step, "stop": min(step + together, last)} for step in range(first, last, together)]
-        for batch in _execution(plan, runs, feed):
-            replaced += batch.replaced
-            if replaced > most_replaced:
-                raise UserError(
-                    f"data: {replaced} of the images drawn up to step {batch.step} cannot be read any more, "
-                    f"--data.max_bad_fraction allows {most_replaced} of {stop * b} draws; bring them back, or raise it"
-                )
-            yield batch
+        with contextlib.closing(_execution(plan, runs, feed)) as made:
+            for batch in made:
+                replaced += batch.replaced
+                if replaced > most_replaced:
+                    raise UserError(
+                        f"data: {replaced} of the images drawn up to step {batch.step} cannot be read any more, "
+                        f"--data.max_bad_fraction allows {most_replaced} of {stop * b} draws; bring them back, or raise it"
+                    )
+                yield batch
 
 
 def _steps_together(plan: _Plan) -> int:
     """Steps of one task: what fits into TASK_BYTES; fewer where images are read one by one, which a task may do as well."""
-    images_together = TASK_BYTES // (plan.preprocess.height * plan.preprocess.width * 3)
+    together = TASK_BYTES // plan.step_bytes
     if plan.drawable.pictures.source.kind != "parquet":  # there a row group is decoded whole for any of its images
-        images_together = min(images_together, TASK_IMAGES)
-    return max(1, images_together // plan.b)
+        together = min(together, TASK_IMAGES // plan.b)
+    return max(1, together)
 
 
-def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Iterator[Batch]:
+def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Generator[Batch, None, None]:
     """Batches of consecutive runs of steps by one execution of Ray Data; its settings are its own, not the process's."""
     import ray.data
 
@@ -135,6 +143,12 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Itera
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
+    block_bytes = _steps_together(plan) * plan.step_bytes
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=max(
+            AHEAD_BYTES, 2 * (feed.tasks + AHEAD_BLOCKS) * block_bytes
+        )  # or tasks wait for each other
+    )
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
     with ray.data.DataContext.current(context):
@@ -143,7 +157,7 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Itera
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=feed.cpus,
-            compute=ray.data.TaskPoolStrategy(size=feed.tasks),
+            compute=ray.data.TaskPoolStrategy(size=min(feed.tasks, len(runs))),
         )
     blocks: Any = iter(made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD_BLOCKS))
     try:
