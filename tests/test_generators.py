@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import pickle
 import random
 import re
 import subprocess
@@ -38,8 +37,8 @@ from pd_core.generators import (
 from pd_core.generators.denoising import DeterministicDiffusion, Network
 from pd_core.generators.diffusers import CalledPipeline
 from pd_core.generators.python import split
-from pd_core.generators.stylegan import _version_parser
 from tests import tiny_generators as tiny
+from tests.nvidia import StandIn
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "generators.md"
 WORDS = ("a cat", "two dogs", "sea")
@@ -762,8 +761,8 @@ def test_torchscript_bad_input(scripted, tmp_path):
 
 @pytest.fixture
 def example(tmp_path):
-    """The example of the documentation, word for word."""
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S)
+    """The first example of the documentation, word for word; tests/test_finetune_gan.py has the second."""
+    code, _ = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S)
     file = tmp_path / "blobs.py"
     file.write_text(code)
     return file
@@ -923,93 +922,12 @@ def test_identity_of_a_modules_factory_holds_its_file(example, monkeypatch):
 
 # ---- StyleGAN --------------------------------------------------------------------------------------------------------
 
-# The mechanism of NVIDIA's pickles in miniature, written for this test: an object is pickled as the source of its module, its
-# class's name and its state; the source imports `torch_utils` and `dnnlib` when it is loaded.
-PERSISTENCE = """
-import types
-import dnnlib
-
-def persistent(source, name, *args):
-    module = types.ModuleType("imported_from_pickle")
-    exec(source, module.__dict__)
-    cls = getattr(module, name)
-    cls.__reduce__ = lambda self: (rebuilt, ({"source": source, "name": name, "state": self.__dict__},))
-    return cls(*args)
-
-def rebuilt(meta):
-    module = types.ModuleType("imported_from_pickle")
-    exec(meta["source"], module.__dict__)
-    network = object.__new__(getattr(module, meta["name"]))
-    network.__dict__.update(meta["state"])
-    return network
-"""
-OPERATION = """
-import torch
-
-def _init():
-    raise RuntimeError("a compiler was asked for")
-
-def bias_act(x, impl="cuda"):
-    if impl == "cuda" and _init():
-        raise RuntimeError("a compiled operation was called")
-    return torch.nn.functional.leaky_relu(x, 0.2)
-"""
-NETWORKS = """
-import torch
-import dnnlib
-from torch_utils.ops import bias_act
-
-class Generator(torch.nn.Module):
-    def __init__(self, z_dim, c_dim, img_resolution):
-        super().__init__()
-        self.z_dim, self.c_dim, self.img_resolution, self.img_channels = z_dim, c_dim, img_resolution, 3
-        self.mapping = torch.nn.Linear(z_dim + c_dim, 8)
-        self.synthesis = torch.nn.Linear(8, 3 * img_resolution ** 2)
-        self.register_buffer("noise_const", torch.randn(3 * img_resolution ** 2))
-        self.register_buffer("w_avg", torch.zeros(8))
-
-    def forward(self, z, c, truncation_psi=1, truncation_cutoff=None, **synthesis_kwargs):
-        assert z.shape[1:] == (self.z_dim,) and c.shape == (len(z), self.c_dim), (z.shape, c.shape)
-        assert set(synthesis_kwargs) == {"noise_mode", "force_fp32"}, synthesis_kwargs
-        w = bias_act.bias_act(self.mapping(torch.cat([z, c], dim=1)))
-        w = self.w_avg.lerp(w, truncation_psi)
-        x = self.synthesis(w)
-        if synthesis_kwargs["noise_mode"] == "const":
-            x = x + 0.1 * self.noise_const
-        return x.reshape(len(z), 3, self.img_resolution, self.img_resolution)
-"""
-
 
 @pytest.fixture
-def nvidia(tmp_path, monkeypatch):
-    """A directory of code and a way to pickle networks with it, in whose place this process knows no such module."""
-    code = tmp_path / "code"
-    (code / "torch_utils" / "ops").mkdir(parents=True)
-    (code / "dnnlib").mkdir()
-    for name in ("torch_utils", "torch_utils/ops", "dnnlib"):
-        (code / name / "__init__.py").write_text("")
-    (code / "torch_utils" / "persistence.py").write_text(PERSISTENCE)
-    (code / "torch_utils" / "ops" / "bias_act.py").write_text(OPERATION)
-
-    def forget() -> None:
-        for name in [n for n in sys.modules if n.split(".")[0] in ("torch_utils", "dnnlib")]:
-            del sys.modules[name]
-        sys.path[:] = [entry for entry in sys.path if entry != str(code)]
-
-    def saved(classes: int, key: str = "G_ema") -> str:
-        sys.path.insert(0, str(code))
-        import torch_utils.persistence as persistence  # type: ignore[import-not-found]
-
-        torch.manual_seed(1)
-        with _version_parser():
-            network = persistence.persistent(NETWORKS, "Generator", 4, classes, 8)
-        file = tmp_path / f"network-{classes}-{key}.pkl"
-        file.write_bytes(pickle.dumps({key: network, "training_set_kwargs": None}))
-        forget()
-        return str(file)
-
-    yield code, saved
-    forget()
+def nvidia(tmp_path):
+    stand_in = StandIn(tmp_path)
+    yield stand_in.code, stand_in.saved
+    stand_in.forget()
 
 
 def stylegan(path: str, code: Path, **settings: Any) -> Any:
@@ -1061,7 +979,7 @@ def test_stylegan_bad_input(nvidia, tmp_path):
     refused("has no torch_utils and no dnnlib", path, code=str(tmp_path), **options)
     refused("no such file", str(tmp_path / "absent.pkl"), code=str(code), **options)
     refused("--generator.precision bf16", path, code=str(code), precision="bf16", **options)
-    refused("holds no network G_ema", saved(0, key="G"), code=str(code), **options)
+    refused("holds no network G_ema", saved(0, "G"), code=str(code), **options)
     buffer = io.BytesIO()
     torch.save({"state": torch.zeros(1)}, buffer)
     (tmp_path / "weights.pkl").write_bytes(buffer.getvalue())

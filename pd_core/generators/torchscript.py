@@ -125,7 +125,10 @@ def _save(generator: Any, critic: Any, folder: str, weights: Weights) -> None:
 
 def _still(module: Any, weights: Weights | None = None) -> Any:
     """A copy to be sampled from or saved, with other weights if there are any."""
-    copied = copy.deepcopy(module)
+    import torch
+
+    with torch.no_grad():  # TorchScript would copy within the graph
+        copied = copy.deepcopy(module)
     if weights is not None:
         copied.load_state_dict(weights)
     _train(copied, False)
