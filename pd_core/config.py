@@ -638,9 +638,7 @@ class FakeWeightingSettings(Section):
     weight: float | None = Field(
         None, gt=0, description="w of generated images above it; default: 1 / weighting.weight; 1: all of them"
     )
-    max_candidates: int = Field(
-        100, gt=0, description="stop where an image of a batch is still rejected after so many"
-    )
+    max_candidates: int = Field(100, gt=0, description="stop where an image of a batch is still rejected after so many")
 
 
 class TrainingSettings(Section):
@@ -648,7 +646,9 @@ class TrainingSettings(Section):
 
     batch_size: int = Field(64, gt=0, description="real images of one step, of all workers together")
     accumulate: int = Field(1, gt=0, description="passes that a worker's share of a step is cut into, to save memory")
-    learning_rate: float = Field(1e-4, gt=0, description="of Adam, after warm-up; of a GAN's generator and discriminator")
+    learning_rate: float = Field(
+        1e-4, gt=0, description="of Adam, after warm-up; of a GAN's generator and discriminator"
+    )
     warmup_steps: int = Field(10, ge=0, description="steps over which the learning rate rises to it")
     clip: float = Field(1.0, gt=0, description="diffusion: largest norm of the gradient")
     ema_decay: float = Field(
@@ -664,7 +664,9 @@ class TrainingSettings(Section):
         None, gt=0, description="diffusion: gamma of the min-SNR loss weights, e.g. 5; default: the plain loss"
     )
     r1_weight: float = Field(1.0, ge=0, description="GAN: gamma of the R1 penalty on real images")
-    r1_interval: int = Field(16, gt=0, description="GAN: steps from one R1 penalty to the next; it is scaled to make up")
+    r1_interval: int = Field(
+        16, gt=0, description="GAN: steps from one R1 penalty to the next; it is scaled to make up"
+    )
     mirror: bool = Field(False, description="show half of the real images mirrored")
     resize: Literal["crop", "none"] = Field(
         "crop", description="crop: shorter side to the model's, centre cut out; none: refuse images of other sizes"
@@ -712,7 +714,8 @@ class FinetuneSettings(WorkflowSettings):
     )
     keep: int = Field(2, gt=0, description="checkpoints kept to go on from; the averages of all evaluations stay")
     merge: Literal["none", "best-of"] = Field(
-        "none", description="best-of: search for the combination of the saved averages that is best, and save it if it beats the best step"
+        "none",
+        description="best-of: search for the combination of the saved averages that is best, and save it if it beats the best step",
     )
     merge_candidates: int = Field(64, gt=1, description="combinations that --merge tries")
     seed: int = Field(0, ge=0, description="of the run: images drawn, noise, latents, labels")

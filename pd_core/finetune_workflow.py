@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from pd_core import (
     cluster,
     config,
     density,
+    finetuned_report,
     opening,
     piloting,
     realset,
@@ -73,7 +73,9 @@ def _check_numbers(settings: FinetuneSettings) -> None:
     least = max(judged.metrics.k_precision, judged.metrics.k_coverage) + 1
     for name, rows in (("--evaluation.n", judged.n), ("--evaluation.n_real", judged.n_real)):
         if rows < least:
-            raise UserError(f"{name} {rows}: too few images for k = {least - 1}; raise it to {least} or more, or lower k")
+            raise UserError(
+                f"{name} {rows}: too few images for k = {least - 1}; raise it to {least} or more, or lower k"
+            )
 
 
 def _check_kind(settings: FinetuneSettings) -> None:
@@ -95,7 +97,9 @@ def _check_kind(settings: FinetuneSettings) -> None:
             "--discriminator: not set; a TorchScript generator is fine-tuned against one, name its file (demo/train_gan.py writes both)"
         )
     if (fake.threshold is None) != (fake.weight is None) and settings.weighting.kind != "two_level":
-        raise UserError("--fake.threshold and --fake.weight: both are needed beside this --weighting.kind; set or drop both")
+        raise UserError(
+            "--fake.threshold and --fake.weight: both are needed beside this --weighting.kind; set or drop both"
+        )
 
 
 def fake_weighting(settings: FinetuneSettings, real: RealSet) -> Weighting | None:
@@ -136,13 +140,13 @@ def finetune(settings: FinetuneSettings) -> None:
         run = Run(settings, output, now, tracker, "finetune", STAGES)
         planned = _plan(run, settings, real)
         cluster.say(planned.text)
-        _finetune(run, planned)
+        inputs = _finetune(run, planned)
         with failures("run", output):
             run.record(watch.seconds, ("report",))
         run.say_done(watch.seconds)
         if tracker.hint:
             cluster.say(f"tracking: {tracker.hint}")
-        cluster.say(f"model: {shlex.join(exporting.options(planned.spec, storage.join(output, 'best')))}")
+        cluster.say(f"images of it: {finetuned_report.command(inputs)}")
         cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
 
 
@@ -156,7 +160,9 @@ def plan_finetune(settings: FinetuneSettings) -> None:
         planned = _plan(Run(settings, output, now, tracker, "finetune", STAGES), settings, real)
         cluster.say(planned.text)
         with failures("training", output):
-            found = _on_worker(models.probe, planned.workers, planned.spec, settings.training.batch_size // settings.workers)
+            found = _on_worker(
+                models.probe, planned.workers, planned.spec, settings.training.batch_size // settings.workers
+            )
         cluster.say(
             f"time: {found['step_s']:.3g} s a step, {settings.steps * found['step_s']:.0f} s in all, beside evaluations and "
             f"starting up\nmemory: a step took a process to {found['peak_bytes'] / 2**30:.2g} GiB; lower "
@@ -215,7 +221,7 @@ def _on_worker(function: Any, workers: training.Workers, *arguments: Any) -> Any
     return cluster.get(cluster.task(function, workers.cpus, workers.gpus).remote(*arguments))
 
 
-def _finetune(run: Run, planned: Planned) -> None:
+def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
     settings, real, spec = planned.settings, planned.real, planned.spec
     drawable = _weights(run, planned)
     featured = spaces.features_of(*_finished_features(real))
@@ -236,6 +242,18 @@ def _finetune(run: Run, planned: Planned) -> None:
         source = exporting.Source(uri, merging.MERGED, merged.fingerprint, step, merged=True)
     best = exporting.stage_of(run.output, source)
     run.stage(best, lambda: exporting.run(best, spec, source))
+    inputs = finetuned_report.Inputs(
+        training=job.stage.uri,
+        trained=trained,
+        merging=None if merged is None else (storage.join(run.output, "merging"), merged),
+        settings=settings,
+        result=exporting.result_of(settings.generator, best.uri),
+        extractor=real.extractor.model,
+        timings_s=dict(run.timings_s),
+    )
+    reporting = finetuned_report.stage_of(run.output, trained, merged)
+    run.stage(reporting, lambda: finetuned_report.run(reporting, inputs), replace=True)
+    return inputs
 
 
 def _weights(run: Run, planned: Planned) -> weights.Drawable:

@@ -74,7 +74,7 @@ def gather(inputs: Inputs) -> FinetunedData:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         generator=str(settings.generator.path),
         weighting=weighting_text(settings),
-        effective_size=weights["effective_size"],
+        effective_size=weights["effective_sample_size"],
         n_images=weights["rows"],
         asked=settings.steps,
         steps=totals["steps"],

@@ -49,7 +49,9 @@ def save_ddpm(folder: Path, **scheduler: Any) -> str:
 def save_flow(folder: Path) -> str:
     from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 
-    return tiny_generators._save(DDPMPipeline(tiny_generators.unet(), FlowMatchEulerDiscreteScheduler(shift=3.0)), folder)
+    return tiny_generators._save(
+        DDPMPipeline(tiny_generators.unet(), FlowMatchEulerDiscreteScheduler(shift=3.0)), folder
+    )
 
 
 def save_digits_unet(folder: Path) -> str:
@@ -113,7 +115,9 @@ def test_flow_goes_from_the_image_to_the_noise_on_the_schedulers_own_levels():
     noisy, timesteps, target = process.noisy(x, noise, level)
     u = 1 - level.float() / 1000  # level 0 is all noise
     sigma = 3 * u / (1 + 2 * u)  # Esser et al. 2024, equation 23
-    torch.testing.assert_close(timesteps, sigma * 1000, rtol=1e-4, atol=1e-4)  # 1 - u in float32 loses a digit near the image
+    torch.testing.assert_close(
+        timesteps, sigma * 1000, rtol=1e-4, atol=1e-4
+    )  # 1 - u in float32 loses a digit near the image
     torch.testing.assert_close(noisy, x + sigma.view(-1, 1, 1, 1) * target)
     torch.testing.assert_close(target, noise - x)
 
@@ -132,10 +136,14 @@ def test_min_snr_is_one_loss_of_the_image_whatever_is_predicted(prediction):
     alphas = saved.alphas_cumprod[level].double()
     alpha, sigma = alphas.sqrt().view(-1, 1, 1, 1), (1 - alphas).sqrt().view(-1, 1, 1, 1)
     guessed_noise = (noisy - alpha * guess) / sigma
-    predicted = {"epsilon": guessed_noise, "sample": guess, "v_prediction": alpha * guessed_noise - sigma * guess}[prediction]
+    predicted = {"epsilon": guessed_noise, "sample": guess, "v_prediction": alpha * guessed_noise - sigma * guess}[
+        prediction
+    ]
     loss = (predicted - target).square().mean((1, 2, 3)) * process.weight(level)
     expected = (alphas / (1 - alphas)).clamp(max=5.0) * 0.01
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)  # float32 noise, divided by sigma 0.03 at level 10
+    torch.testing.assert_close(
+        loss.double(), expected, rtol=1e-3, atol=0
+    )  # float32 noise, divided by sigma 0.03 at level 10
 
 
 def test_the_loss_is_that_of_the_networks_prediction(tmp_path):
@@ -191,7 +199,11 @@ def test_learning_rate_rises_to_its_value():
 
 
 def bytes_of(opened: Any) -> list[bytes]:
-    return [value.numpy().tobytes() for state in (opened.network.state_dict(), opened.averaged()) for value in state.values()]
+    return [
+        value.numpy().tobytes()
+        for state in (opened.network.state_dict(), opened.averaged())
+        for value in state.values()
+    ]
 
 
 def test_a_run_that_is_taken_up_ends_with_the_same_bits(tmp_path):
@@ -233,7 +245,14 @@ def test_noise_and_levels_are_those_of_the_draw_whoever_computes_it(tmp_path):
     halves = [model(path, share=Share(rank, 2, "cpu", 1)) for rank in range(2)]
     given = batch(5, whole.size)
     parts = [
-        Batch(5, given.first + 2 * rank, given.sample_id[:2], given.density[:2], (None, None), given.pixels[2 * rank :][:2])
+        Batch(
+            5,
+            given.first + 2 * rank,
+            given.sample_id[:2],
+            given.density[:2],
+            (None, None),
+            given.pixels[2 * rank :][:2],
+        )
         for rank in range(2)
     ]
     noise = torch.cat([m._noise(p.positions, "noise") for m, p in zip(halves, parts, strict=True)])

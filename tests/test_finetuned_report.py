@@ -70,7 +70,7 @@ def example(**changes: Any) -> FinetunedData:
         "created": "2025-01-02T03:04:05+00:00",
         "generator": "runs/generators/ddpm",
         "weighting": "w = 33 where ρ > p80, else 1",
-        "effective_size": 412.4,
+        "effective_sample_size": 412.4,
         "n_images": 1797,
         "asked": 500,
         "steps": 300,
@@ -313,7 +313,7 @@ def write_training(output: Path, best: int = 200) -> storage.Artifact:
         "metric": "frechet_distance",
         "steps": 300,
         "stopped_early": False,
-        "weights": {"rows": 1797, "effective_size": 412.4, "share_above": 0.8919, "by_label": {"cat": 0.25}},
+        "weights": {"rows": 1797, "effective_sample_size": 412.4, "share_above": 0.8919, "by_label": {"cat": 0.25}},
     }
     return stage.commit(stage.finished_parts().values(), totals, {"training": 61.0})
 

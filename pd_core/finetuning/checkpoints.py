@@ -69,8 +69,12 @@ class Progress:
 
     def summary(self) -> dict[str, Any]:
         """JSON-able, without the tables."""
-        values = asdict(self)
-        return {name: values[name] for name in ("step", "best", "stopped_early", "replaced")}
+        return {
+            "steps": self.step,
+            "best": self.best,
+            "stopped_early": self.stopped_early,
+            "replaced": self.replaced,
+        }
 
 
 def average_name(step: int) -> str:

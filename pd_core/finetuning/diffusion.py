@@ -144,7 +144,9 @@ def process_of(saved: Any, min_snr: float | None, channels: int, out_channels: i
         if min_snr is not None:
             raise UserError("--training.min_snr: has no meaning for flow matching; drop it")
         if config.get("use_dynamic_shifting") or not hasattr(saved, "sigmas"):
-            raise UserError(f"{where}: {name} shifts its noise by the size of the image, which is not built; set a fixed shift")
+            raise UserError(
+                f"{where}: {name} shifts its noise by the size of the image, which is not built; set a fixed shift"
+            )
         return Flow(type(saved).from_config(config))
     if prediction not in ("epsilon", "sample", "v_prediction") or "beta_schedule" not in config:
         raise UserError(

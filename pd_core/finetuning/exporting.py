@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_core import cluster, storage
+from pd_core.config import GeneratorSettings
 from pd_core.finetuning import Share, checkpoints, models
 
 
@@ -44,6 +45,10 @@ def _write(stage: storage.Stage, spec: models.ModelSpec, source: Source) -> None
             stage.write_part(file.relative_to(folder).as_posix(), file.read_bytes(), 0)
 
 
-def options(spec: models.ModelSpec, folder: str) -> list[str]:
-    """How a workflow opens what was written: its --generator.* options that differ from their defaults."""
-    return models.options(spec, folder)
+def result_of(generator: GeneratorSettings, folder: str) -> GeneratorSettings:
+    """Settings that open what was written into a folder from what `generator` opened."""
+    if generator.kind == "python":
+        arguments = {**generator.arguments, "weights": storage.join(folder, "weights.safetensors")}
+        return generator.model_copy(update={"arguments": arguments})
+    name = {"diffusers": "", "torchscript": "generator.pt", "stylegan": "network.pkl"}[generator.kind]
+    return generator.model_copy(update={"path": storage.join(folder, name) if name else folder})

@@ -85,7 +85,9 @@ def prepare(real: Features, n_real: int, settings: MetricSettings, threads: int)
     return evaluating.reference_of(rows, settings, threads, "cpu", "--index")
 
 
-def measure(reference: metrics.Reference, found: Sequence[np.ndarray], threads: int, device: str) -> Mapping[str, Estimate]:
+def measure(
+    reference: metrics.Reference, found: Sequence[np.ndarray], threads: int, device: str
+) -> Mapping[str, Estimate]:
     """Metrics of all batches together, in their order."""
     together = np.concatenate(found)
     rows = np.arange(len(together))

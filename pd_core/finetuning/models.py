@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -99,7 +98,12 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
     classes = dict(zip(names, numbers, strict=True))
     model = replace(spec, classes=classes).open(Share(0, 1, device, 1))
     discriminator = None if spec.discriminator is None else generators.files_hash(spec.discriminator)
-    more = {"classes": classes, "size": list(model.size), "parameters": model.parameters, "discriminator": discriminator}
+    more = {
+        "classes": classes,
+        "size": list(model.size),
+        "parameters": model.parameters,
+        "discriminator": discriminator,
+    }
     return facts | more
 
 
@@ -124,19 +128,3 @@ def _peak_bytes() -> float:
     if cluster.assigned_device() == "cuda":
         return float(torch.cuda.max_memory_allocated())
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def options(spec: ModelSpec, folder: str) -> list[str]:
-    """The --generator.* options that open what was written into a folder: those that were given, with another path."""
-    given = spec.generator.model_dump(mode="json", exclude_defaults=True, by_alias=True)
-    given["path"] = folder
-    options_: list[str] = []
-    for name, value in given.items():
-        if value is True:
-            options_.append(f"--generator.{name}")
-        elif value is False:
-            options_.append(f"--no-generator.{name}")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            options_ += [f"--generator.{name}", text]
-    return options_

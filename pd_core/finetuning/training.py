@@ -37,7 +37,9 @@ def workers_of(now: cluster.Cluster, count: int, cpus: int, gpus: float | None) 
     """
     _, _, claimed, per_gpu = cluster.actor_pool(now, count, cpus, gpus)
     if now.local and per_gpu and now.gpus < per_gpu * count:
-        raise UserError(f"--workers {count}: {per_gpu:g} GPUs each, and this machine has {now.gpus:g}; lower one of them")
+        raise UserError(
+            f"--workers {count}: {per_gpu:g} GPUs each, and this machine has {now.gpus:g}; lower one of them"
+        )
     return Workers(count, claimed, per_gpu)
 
 
@@ -97,13 +99,13 @@ def run(
     assert summary is not None, "the workers end with it"
     if summary["stopped_early"]:
         patience = job.settings.evaluation.patience
-        cluster.say(f"training: stopped at step {summary['step']} of {total}, {patience} evaluations after the best one")
+        cluster.say(
+            f"training: stopped at step {summary['steps']} of {total}, {patience} evaluations after the best one"
+        )
     return list(stage.finished_parts().values()), summary | {"metric": job.settings.evaluation.metric}
 
 
-def _execute(
-    job: loop.Job, now: cluster.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker
-) -> None:
+def _execute(job: loop.Job, now: cluster.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
@@ -139,7 +141,9 @@ def _trainer_class(own: bool) -> Any:
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            return [c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"]
+            return [
+                c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"
+            ]
 
     return Trainer if own else TorchTrainer
 

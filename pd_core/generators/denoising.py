@@ -155,7 +155,9 @@ def denoise(
     options: dict[str, Any] = {} if eta is None else {"eta": eta}
     if "generator" in inspect.signature(scheduler.step).parameters and generators is not None:
         options["generator"] = list(generators)
-    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching schedulers have neither this nor a scale
+    latents = noise * getattr(
+        scheduler, "init_noise_sigma", 1.0
+    )  # flow matching schedulers have neither this nor a scale
     scaled = getattr(scheduler, "scale_model_input", _unscaled)
     for timestep in scheduler.timesteps:
         output = predict(scaled(latents, timestep), timestep)
