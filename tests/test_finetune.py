@@ -1,0 +1,351 @@
+"""The workflow finetune: from a real set and a generator to a better one, through kills, on one worker and on two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from pd_core import cluster, errors, storage
+from pd_core.errors import EXIT_BAD_INPUT, EXIT_FAILED
+from pd_core.finetuning import checkpoints
+from tests import tiny, tiny_generators
+from workflows import evaluate, finetune, generate
+
+STEPS, BATCH = 8, 16
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny diffusion model of 16 px."""
+    return tiny_generators.save_ddpm(tmp_path_factory.mktemp("ddpm") / "ddpm")
+
+
+def arguments(index: str | Path, generator: str | Path, output: str | Path, *more: str) -> list[str]:
+    """Settings of a training of seconds."""
+    values = {
+        "index": index,
+        "generator.path": generator,
+        "generator.scheduler": "DDIMScheduler",
+        "generator.steps": 2,
+        "weighting.threshold": "p80",
+        "weighting.weight": 33,
+        "steps": STEPS,
+        "training.batch_size": BATCH,
+        "training.learning_rate": 1e-3,
+        "evaluation.every": 4,
+        "evaluation.n": 24,
+        "evaluation.chunk": 8,
+        "checkpoint_every": 2,
+        "images": 4,
+        "output": output,
+    }
+    return [f"--{name}={value}" for name, value in values.items()] + ["--no-tracking.enabled", *more]
+
+
+def finetuned(*argv: str) -> int:
+    return errors.exit_code(lambda: finetune.main(list(argv)))
+
+
+@pytest.fixture(scope="module")
+def done(built: Path, ddpm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one undisturbed run on one worker. Nobody may change it."""
+    output = tmp_path_factory.mktemp("finetuned") / "out"
+    assert finetuned(*arguments(built, ddpm, output)) == 0
+    return output
+
+
+def results(output: Path) -> dict[str, bytes]:
+    """Bytes of everything that must not depend on what happened on the way: averages, images, numbers, the saved model."""
+    kept = [
+        *output.glob("training/*.safetensors"),
+        *output.glob("training/*.parquet"),
+        *output.rglob("best/**/*.safetensors"),
+    ]
+    return {str(file.relative_to(output)): file.read_bytes() for file in sorted(kept)}
+
+
+def history(output: Path, name: str) -> list[float]:
+    table = pq.read_table(output / "training" / checkpoints.HISTORY).to_pylist()
+    return [row["value"] for row in table if row["name"] == name]
+
+
+# ---- a run -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_model_an_evaluation_of_each_state_and_a_report(done: Path, built: Path) -> None:
+    artifacts = {stage: storage.load_artifact(str(done / stage)) for stage in ("weights", "training", "best", "report")}
+    assert all(artifacts.values())
+    training = artifacts["training"]
+    assert training is not None
+    names = {part.name for part in training.parts}
+    assert {checkpoints.average_name(s) for s in (0, 4, 8)} == {n for n in names if n.startswith("average-")}
+    assert {f"state-{s:08d}.pt" for s in (6, 8)} == {n for n in names if n.startswith("state-")}, (
+        "the newest two are kept"
+    )
+    evaluations = pq.read_table(done / "training" / checkpoints.EVALUATIONS).to_pylist()
+    frechet = {row["step"]: row["value"] for row in evaluations if row["metric"] == "frechet_distance"}
+    assert sorted(frechet) == [0, 4, 8] and training.totals["best"] == min(frechet, key=lambda step: frechet[step])
+    assert all(row["n_generated"] == 24 and row["n_real"] == tiny.GOOD for row in evaluations)
+    assert len(history(done, "loss")) == STEPS and training.totals["steps"] == STEPS
+    assert training.totals["weights"]["rows"] == tiny.GOOD
+    page = (done / "report" / "index.html").read_text()
+    assert page.count("data:image/png") > 8
+    record = json.loads((done / "run.json").read_text())
+    assert record["workflow"] == "finetune" and set(record["stages"]) >= {"weights", "training", "best", "report"}
+
+
+def test_what_was_saved_is_the_best_average(done: Path) -> None:
+    import safetensors.torch
+
+    training = storage.load_artifact(str(done / "training"))
+    assert training is not None
+    average = safetensors.torch.load_file(done / "training" / checkpoints.average_name(training.totals["best"]))
+    saved = safetensors.torch.load_file(done / "best" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert average.keys() == saved.keys()
+    assert all(average[name].equal(saved[name]) for name in average)
+
+
+def test_the_same_command_again_makes_nothing(
+    done: Path, built: Path, ddpm: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in done.rglob("*") if file.is_file() and file.name != "run.json"}
+    assert finetuned(*arguments(built, ddpm, done)) == 0
+    assert "every stage was finished already" in capfd.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_other_settings_are_refused_on_the_same_output(
+    done: Path, built: Path, ddpm: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert finetuned(*arguments(built, ddpm, done, "--training.learning_rate=1e-4")) == EXIT_BAD_INPUT
+    error = capfd.readouterr().err
+    assert "training.learning_rate: 0.001 -> 0.0001" in error and "--overwrite" in error
+
+
+def test_the_result_goes_through_generate_and_evaluate_as_it_is(done: Path, built: Path, tmp_path: Path) -> None:
+    options = ["--generator.scheduler=DDIMScheduler", "--generator.steps=2", "--no-tracking.enabled"]
+    argv = [f"--index={built}", f"--generator.path={done / 'best'}", "--n=12", "--pilot=16", "--chunk=8", *options]
+    output = tmp_path / "samples"
+    assert errors.exit_code(lambda: generate.main([*argv, "--weighting.kind=none", f"--output={output}"])) == 0
+    measured = tmp_path / "measured"
+    found = [f"--real={built}", "--samples", str(output), f"--output={measured}", "--no-tracking.enabled"]
+    assert errors.exit_code(lambda: evaluate.main(found)) == 0
+    artifact = storage.load_artifact(str(measured / "metrics"))
+    assert artifact is not None and artifact.totals["index"]["samples"]["frechet_distance"] > 0
+
+
+@pytest.mark.slow
+def test_early_stop_ends_after_its_patience(built: Path, ddpm: str, tmp_path: Path) -> None:
+    """A learning rate that ruins the model: no evaluation beats step 0."""
+    more = [
+        "--training.learning_rate=0.5",
+        "--training.warmup_steps=0",
+        "--training.ema_decay=0",
+        "--evaluation.every=1",
+    ]
+    more += ["--evaluation.patience=2", "--evaluation.metric=precision"]
+    output = tmp_path / "out"
+    assert finetuned(*arguments(built, ddpm, output, *more)) == 0
+    artifact = storage.load_artifact(str(output / "training"))
+    assert artifact is not None and artifact.totals["stopped_early"]
+    assert artifact.totals["steps"] == artifact.totals["best"] + 2 < STEPS
+
+
+def test_a_dry_run_tells_time_and_memory_and_writes_nothing(
+    built: Path, ddpm: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert finetuned(*arguments(built, ddpm, tmp_path / "out", "--dry-run")) == 0
+    out = capfd.readouterr().out
+    assert "s a step" in out and "memory: a step took a process to" in out and "parameters are trained" in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_merging_is_reported_with_what_it_gained(built: Path, ddpm: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    more = ["--merge=best-of", "--merge_candidates=12", "--steps=4", "--evaluation.every=2", "--evaluation.n=16"]
+    assert finetuned(*arguments(built, ddpm, output, *more)) == 0
+    merged, best = (storage.load_artifact(str(output / stage)) for stage in ("merging", "best"))
+    assert merged is not None and best is not None
+    assert best.totals["merged"] == merged.totals["beats"]
+    assert sum(merged.totals["coefficients"]) == pytest.approx(1)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--weighting.weight=0"], "weighting.weight: input should be greater than 0"),
+        (["--weighting.kind=match", "--weighting.weight=null", "--weighting.threshold=p80"], "weighs what a generator makes, not real images"),
+        (["--weighting.threshold=50"], "outside the densities of the index"),
+        (["--workers=3"], "must be a multiple of --workers 3"),
+        (["--evaluation.n=3"], "too few images for k = 5"),
+        (["--fake.weight=0.5"], "a diffusion model trains on real images alone"),
+        (["--discriminator=d.pt"], "--discriminator: has no meaning for --generator.kind diffusers"),
+        (["--generator.kind=torchscript"], "no meaning for generator.kind 'torchscript'"),
+        (["--index=nowhere"], "nowhere"),
+        (["--generator.path=nowhere"], "no such directory"),
+        (["--trainig.batch_size=3"], "did you mean 'training.batch_size'"),
+    ],
+)
+def test_bad_settings_end_in_one_line(
+    built: Path, ddpm: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    argv = arguments(built, ddpm, tmp_path / "out", *more)
+    try:
+        code = finetuned(*argv)
+    except SystemExit as left:  # of the parser
+        code = int(left.code or 0)
+    error = capfd.readouterr().err
+    assert code == EXIT_BAD_INPUT and message in error, error
+    assert len(error.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_images_of_another_size_are_refused_where_they_may_not_be_resized(
+    built: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    pipeline = DDPMPipeline(tiny_generators.unet(size=8), DDPMScheduler())
+    path = tiny_generators._save(pipeline, tmp_path / "ddpm")
+    assert finetuned(*arguments(built, path, tmp_path / "out", "--training.resize=none")) == EXIT_BAD_INPUT
+    assert f"{tiny.GOOD} of {tiny.GOOD} images are not of the model's 8x8 px" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
+    built: Path, ddpm: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--training.learning_rate=1e30", "--training.warmup_steps=0", "--seed=5"]
+    assert finetuned(*arguments(built, ddpm, tmp_path / "out", *more)) == EXIT_FAILED
+    error = capfd.readouterr().err
+    assert "failed: training: the loss is" in error and "(seed 5)" in error and "Traceback" not in error
+    assert (tmp_path / "out" / "training" / "state-00000000.pt").exists()
+    assert not (tmp_path / "out" / "training" / storage.ARTIFACT).exists()
+
+
+# ---- kills -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "when", ["weights/artifact.json", "training/state-00000002.pt", "training/state-00000006.pt", "best/_parts/*"]
+)
+def test_a_killed_driver_resumes_to_the_same_bits(
+    built: Path, ddpm: str, done: Path, tmp_path: Path, when: str
+) -> None:
+    output = tmp_path / "out"
+    argv = arguments(built, ddpm, output)
+    tiny.kill_when(when, output, *argv, workflow="finetune.py")
+    assert not (output / "run.json").exists()
+    assert finetuned(*argv) == 0
+    assert results(output) == results(done)
+
+
+@pytest.mark.slow
+def test_two_workers_do_what_one_does_and_go_on_after_the_loss_of_one(
+    built: Path, ddpm: str, done: Path, tmp_path: Path
+) -> None:
+    """Same batches, same noise: losses agree up to the order in which floats are added, whoever is killed meanwhile."""
+    output = tmp_path / "out"
+    argv = [*arguments(built, ddpm, output, "--workers=2", "--steps=40", "--evaluation.every=40")]
+    process = tiny.start(*argv, workflow="finetune.py")
+    deadline = time.monotonic() + 240
+    while not (output / "training" / "state-00000004.pt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    victims = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+    assert len(victims) == 2, [child.cmdline() for child in children]
+    victims[1].send_signal(signal.SIGKILL)
+    out = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, out
+    assert "goes on from step" in out, out
+    two = history(output, "loss")
+    alone = tmp_path / "alone"
+    assert finetuned(*arguments(built, ddpm, alone, "--steps=40", "--evaluation.every=40")) == 0
+    one = history(alone, "loss")
+    assert len(one) == len(two) == 40
+    # float32 sums in another order: 1e-7 a step, amplified by 40 steps of Adam, whose step is large where gradients are small
+    assert np.allclose(one, two, rtol=2e-3), np.abs(np.array(one) / two - 1).max()
+    assert one[:STEPS] == pytest.approx(history(done, "loss"), rel=1e-6), (
+        "the first steps of a longer run are those of a shorter"
+    )
+
+
+@pytest.mark.slow
+def test_a_state_that_is_not_as_it_was_written_is_passed_over(
+    built: Path, ddpm: str, done: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    argv = arguments(built, ddpm, output)
+    tiny.kill_when("training/state-00000006.pt", output, *argv, workflow="finetune.py")
+    newest = sorted((output / "training").glob("state-*.pt"))[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(bytes(data))
+    assert finetuned(*argv) == 0
+    assert results(output) == results(done)
+
+
+@pytest.mark.slow
+def test_to_a_bucket(built: Path, ddpm: str, done: Path, s3_environment: Any, ray_cluster: cluster.Cluster) -> None:
+    output = f"s3://{s3_environment.make_bucket()}/out"
+    assert finetuned(*arguments(built, ddpm, output)) == 0
+    for name, data in results(done).items():
+        assert storage.read_bytes(storage.join(output, name)) == data, name
+
+
+# ---- GANs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_gan_goes_through_the_workflow_and_generates(built: Path, tmp_path: Path) -> None:
+    from demo import train_gan
+    from demo.training import read_images
+
+    folder = tmp_path / "images"
+    for i in range(48):
+        (folder / "x").mkdir(parents=True, exist_ok=True)
+        (folder / "x" / f"{i}.png").write_bytes(tiny.png(i))
+    assert read_images(folder).shape[1:] == (16, 16, 3)
+    gan = tmp_path / "gan"
+    command = ["--data", str(folder), "--output", str(gan), "--steps", "4", "--channels", "8", "16", "--threads", "1"]
+    subprocess.run([sys.executable, str(tiny.ROOT / "demo" / "train_gan.py"), *command], check=True, env={**os.environ})
+    assert train_gan.FILE == "generator.pt"
+    more = [
+        "--generator.kind=torchscript",
+        "--generator.latent_shape=[64]",
+        f"--discriminator={gan / 'discriminator.pt'}",
+    ]
+    argv = [
+        a
+        for a in arguments(built, gan / "generator.pt", tmp_path / "out", *more)
+        if "scheduler" not in a and "generator.steps" not in a
+    ]
+    argv = [a.replace("weight=33", "weight=2") for a in argv]
+    assert finetuned(*argv) == 0
+    acceptance = history(tmp_path / "out", "acceptance")
+    assert len(acceptance) == STEPS and all(0 < value <= 1 for value in acceptance)
+    options = [*more[:2], f"--generator.path={tmp_path / 'out' / 'best' / 'generator.pt'}", "--no-tracking.enabled"]
+    argv = [
+        f"--index={built}",
+        "--n=12",
+        "--pilot=16",
+        "--chunk=8",
+        "--weighting.kind=none",
+        f"--output={tmp_path / 's'}",
+    ]
+    assert errors.exit_code(lambda: generate.main([*argv, *options])) == 0
