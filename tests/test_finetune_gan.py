@@ -514,7 +514,8 @@ def worker(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("workers")
-    processes = [multiprocessing.get_context("spawn").Process(target=worker, args=(rank, folder)) for rank in range(2)]
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=worker, args=(rank, folder), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
