@@ -108,6 +108,14 @@ def test_draws_are_those_of_systematic_resampling_computed_flat_and_exactly(name
             np.testing.assert_array_equal(counts, brute)
 
 
+@pytest.mark.parametrize("size", [1, 200, 10**9])
+@pytest.mark.parametrize("offset", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
+def test_every_draw_is_below_the_whole_weight_whatever_rounding_makes_of_the_offset(size, offset):
+    below = draws._below(np.array([0.0, 0.1, 0.1, 0.3]), 0.3, size, offset)
+    assert below[0] == 0 and below[-1] == size
+    assert below[1] == below[2] and abs(below[1] - (size / 3 - offset)) <= 1
+
+
 def test_pooled_counts_over_epochs_follow_the_weights():
     rng = np.random.default_rng(1)
     values = rng.choice([0.25, 1.0, 7.0], 300) * rng.random(300)

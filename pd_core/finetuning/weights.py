@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,8 @@ def open_pictures(run: running.Run, real: RealSet, data: DataSettings) -> Pictur
     assert of_index is not None, "the features of an index are made from its listing"
     if data.source is None:
         source, listed = spaces.unchanged_original_of(real.uri)
-        return Pictures(source, listed, own=True)
+        settings = source.settings.model_copy(update={"max_bad_fraction": data.max_bad_fraction})  # of this run
+        return Pictures(replace(source, settings=settings), listed, own=True)
     source = sources.open_source(data)
     part_rows = read_artifact(folder, of_index).part_rows  # so that the same source has the same parts
     uri = storage.join(run.output, "listing")
