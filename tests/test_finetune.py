@@ -189,7 +189,10 @@ def test_merging_is_reported_with_what_it_gained(built: Path, ddpm: str, tmp_pat
     ("more", "message"),
     [
         (["--weighting.weight=0"], "weighting.weight: input should be greater than 0"),
-        (["--weighting.kind=match", "--weighting.weight=null", "--weighting.threshold=p80"], "weighs what a generator makes, not real images"),
+        (
+            ["--weighting.kind=polarity", "--weighting.polarity=1"],
+            "weighting.weight has no meaning",
+        ),
         (["--weighting.threshold=50"], "outside the densities of the index"),
         (["--workers=3"], "must be a multiple of --workers 3"),
         (["--evaluation.n=3"], "too few images for k = 5"),
@@ -231,7 +234,8 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
     more = ["--training.learning_rate=1e30", "--training.warmup_steps=0", "--seed=5"]
     assert finetuned(*arguments(built, ddpm, tmp_path / "out", *more)) == EXIT_FAILED
     error = capfd.readouterr().err
-    assert "failed: training: the loss is" in error and "(seed 5)" in error and "Traceback" not in error
+    assert "(seed 5)" in error and "the last good checkpoint is that of step 0" in error and "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("failed: training: ")]) == 1, error
     assert (tmp_path / "out" / "training" / "state-00000000.pt").exists()
     assert not (tmp_path / "out" / "training" / storage.ARTIFACT).exists()
 

@@ -26,8 +26,8 @@ from demo import train_gan
 from pd_core import estimator, features, ids
 from pd_core.config import FeatureSettings, GeneratorSettings, TrainingSettings
 from pd_core.errors import RunError, UserError
-from pd_core.finetuning import Batch, Share
-from pd_core.finetuning.gan import FakeSampling, Gan, choose, predicted, real_images, seeds_of, squared_gradients
+from pd_core.finetuning import parallel, Batch, Share
+from pd_core.finetuning.gan import FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
 from pd_core.finetuning.parallel import average_gradients, sum_of
 from pd_core.generators import Conditions, LatentGenerator, normal_latents, open_generator, to_uint8
 from pd_core.generators.pairs import Pair, load_weights, open_pair
@@ -263,7 +263,7 @@ def test_grey_images_are_pillows() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
     pixels[0] = pixels[0, :, :, :1]  # grey to begin with
     expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in pixels])
-    found = real_images(pixels, 1, "cpu")
+    found = parallel.images_of(pixels, 1, "cpu")
     assert np.array_equal(((found + 1) * 127.5).round().numpy()[:, 0], expected)
     assert np.array_equal(expected[0], pixels[0, :, :, 0])
     assert Gan(small_pair(colors=1), SETTINGS, ALONE, 0).step(batch_of(0))["d_loss"] > 0
@@ -424,7 +424,7 @@ def test_hopeless_weights_end_with_an_explanation() -> None:
     assert "\n" not in message and "step 0, seed 4" in message
     for part in ("of 8 generated images were rejected 7 times", "100.00% of", "tau = 1e-06", "w = 0.001"):
         assert part in message
-    assert "raise --fake.threshold" in message and "--fake.max-candidates" in message
+    assert "raise --fake.threshold" in message and "--fake.max_candidates" in message
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient", "image"])

@@ -33,7 +33,7 @@ def averaged(network: torch.nn.Module, decay: float) -> AveragedModel:
 
 def warm_up(step: int, steps: int) -> float:
     """Factor of the learning rate at step 0, 1, ...: rises linearly to 1 over `steps`."""
-    return min(1.0, (step + 1) / (steps + 1))
+    return min(1.0, (step + 1) / max(1, steps))
 
 
 def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:

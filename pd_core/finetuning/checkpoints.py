@@ -104,6 +104,12 @@ def write_state(stage: storage.Stage, progress: Progress, model: Mapping[str, An
         stage.drop_part(name)
 
 
+def newest(stage: storage.Stage) -> int:
+    """Step of the last state, 0 where there is none."""
+    found = [int(match[1]) for name in stage.finished_parts() if (match := STATE.fullmatch(name))]
+    return max(found, default=0)
+
+
 def newest_state(stage: storage.Stage) -> str | None:
     """Part of the last whole state; those before it are gone where a later one was broken."""
     parts = stage.finished_parts()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,8 @@ from pd_core.config import TrainingSettings
 from pd_core.density import density_of
 from pd_core.errors import RunError, UserError
 from pd_core.finetuning import Batch, Share
-from pd_core.finetuning.parallel import average, average_gradients, sum_of
+from pd_core.finetuning.averaging import decay_at, warm_up
+from pd_core.finetuning.parallel import average, average_gradients, images_of, own_random_state, sum_of
 from pd_core.generators import Generator, LatentGenerator, to_uint8
 from pd_core.generators.pairs import Pair, check_passes, conditions_of
 from pd_core.scoring import Scorer
@@ -167,17 +167,6 @@ def squared_gradients(logits: torch.Tensor, images: torch.Tensor) -> torch.Tenso
     return gradient.square().flatten(1).sum(dim=1)
 
 
-def real_images(pixels: np.ndarray, colors: int, device: str) -> torch.Tensor:
-    """float32 [B, colors, H, W] in [-1, 1] of uint8 [B, H, W, 3]; grey as Pillow's mode L, which leaves grey as it is."""
-    import torch
-
-    planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(device)
-    if colors == 1:
-        red, green, blue = planes.to(torch.int32).unbind(dim=1)
-        planes = ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).unsqueeze(1)
-    return planes.float() / 127.5 - 1
-
-
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +212,8 @@ class Gan:
         pair.discriminator.train()
         check_passes(pair, _pass_sizes(training, share.world))
         self._averaged = {name: tensor.detach().clone() for name, tensor in pair.averaged_start.items()}
+        own = pair.generator.state_dict()
+        self._came_averaged = any(not torch.equal(own[name], start) for name, start in self._averaged.items())
         self._trained = {
             network: [parameter for parameter in network.parameters() if parameter.requires_grad]
             for network in (pair.generator, pair.discriminator)
@@ -246,9 +237,11 @@ class Gan:
         """
         assert batch.step == self._steps and batch.pixels.shape[1:3] == self.size, (batch.step, batch.pixels.shape)
         labels = self._labels(batch)
-        with _own_random_state(self._seed, batch.step, self._share):
+        with own_random_state(self._seed, batch.step, self._share):
             for optimizer in self._optimizers.values():
-                optimizer.param_groups[0]["lr"] = self._training.learning_rate * self._warmth()
+                optimizer.param_groups[0]["lr"] = self._training.learning_rate * warm_up(
+                    batch.step, self._training.warmup_steps
+                )
             logged, d_tally = self._step_discriminator(batch, labels)
             moved, g_tally = self._step_generator(batch, labels)
         average(self._pair.discriminator.buffers(), self._share.world)
@@ -298,7 +291,7 @@ class Gan:
         from torch.nn.functional import softplus
 
         choice, tally = self._chosen(batch, labels, "d")
-        real = real_images(batch.pixels, self._pair.colors, self._share.device)
+        real = images_of(batch.pixels, self._pair.colors, self._share.device)
         penalty = self._penalty()
         sums = {"d_loss": 0.0, "real_logit": 0.0, "fake_logit": 0.0, "r1": 0.0}
         for part in _passes(len(real), self._training.accumulate):
@@ -370,10 +363,10 @@ class Gan:
         return means
 
     def _follow(self) -> None:
-        """The moving average after t steps: decay min(ema_decay, (1 + t) / (10 + t)); buffers are copied."""
+        """The moving average after t steps; buffers are copied. One that came with the pair is not to be forgotten at first."""
         import torch
 
-        decay = min(self._training.ema_decay, (1 + self._steps) / (10 + self._steps))
+        decay = self._training.ema_decay if self._came_averaged else decay_at(self._steps, self._training.ema_decay)
         buffers = {name for name, _ in self._pair.generator.named_buffers()}
         with torch.no_grad():
             for name, tensor in self._pair.generator.state_dict().items():
@@ -381,10 +374,6 @@ class Gan:
                     self._averaged[name].copy_(tensor)
                 else:
                     self._averaged[name].lerp_(tensor, 1 - decay)
-
-    def _warmth(self) -> float:
-        """Learning rate of the step as a share of the full one."""
-        return min(1.0, (self._steps + 1) / max(1, self._training.warmup_steps))
 
     def _penalty(self) -> float:
         """Weight of R1 in this step, 0 in those between two penalties."""
@@ -438,14 +427,3 @@ def _pass_sizes(training: TrainingSettings, world: int) -> set[int]:
     """Images that a discriminator may see at a time."""
     shares = {training.batch_size // world, -(-training.batch_size // world)}
     return {part.stop - part.start for share in shares for part in _passes(share, training.accumulate)}
-
-
-@contextmanager
-def _own_random_state(seed: int, step: int, share: Share) -> Iterator[None]:
-    """torch's global random state is this worker's of this step, whatever was drawn before; afterwards it is as it was."""
-    import torch
-
-    devices = [share.device] if torch.device(share.device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(ids.stream(seed, f"finetune/step-{step}/rank-{share.rank}"))
-        yield

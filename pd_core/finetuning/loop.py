@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from pd_core import cluster, evaluating, schemas, storage
 from pd_core.config import FinetuneSettings
-from pd_core.finetuning import Share, Trainable, checkpoints, judging, models, parallel, stream, weights
+from pd_core.errors import RunError, UserError, one_line
+from pd_core.finetuning import Batch, Share, Trainable, checkpoints, judging, models, parallel, stream, weights
 from pd_core.finetuning.checkpoints import Progress
-from pd_core.halfsamples import Estimate
 from pd_core.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Job:
 
 def work(values: Mapping[str, Any]) -> None:
     """What Ray Train runs in each worker. values: job (Job), reference (of metrics.Reference), monitor (actor)."""
+    import ray
     import ray.train
     import torch
     from ray.train.torch import get_device
@@ -65,7 +66,16 @@ def work(values: Mapping[str, Any]) -> None:
     torch.set_num_threads(threads)
     device = str(get_device()) if cluster.assigned_device() == "cuda" else "cpu"
     share = Share(context.get_world_rank(), context.get_world_size(), device, threads)
-    Loop(job, share, values["reference"], values["monitor"]).run()
+    try:
+        Loop(job, share, values["reference"], values["monitor"]).run()
+    except (UserError, RunError) as error:
+        # all workers have it and leave; Ray Train would print an exception four times, and call it a failure of its own
+        if share.rank == 0:
+            ray.get(values["monitor"].failed.remote(str(error), type(error).__name__))
+
+
+class HopelessError(RunError):
+    """What another attempt would only repeat."""
 
 
 class Loop:
@@ -80,15 +90,23 @@ class Loop:
 
     def __init__(self, job: Job, share: Share, reference: Any, monitor: Any):
         self.job, self.share, self.settings = job, share, job.settings
-        self.model: Trainable = job.model.open(share)
-        self.scorer = Scorer(job.model.real.extractor, job.model.real.predictor(), share.device, share.threads)
+        self.model: Trainable
+        self.scorer: Scorer
         self.progress = Progress()
         self._reference_in_store, self._monitor = reference, monitor
         self._reference: Reference | None = None
         self._told_s = 0.0
 
     def run(self) -> None:
-        """To the last step."""
+        """To the last step.
+
+        Raises:
+            UserError, RunError: of any worker, on all of them. HopelessError: those of a step.
+        """
+        with self._together():
+            self.model = self.job.model.open(self.share)
+            real = self.job.model.real
+            self.scorer = Scorer(real.extractor, real.predictor(), self.share.device, self.share.threads)
         self._restore()
         if not self.progress.evaluations:
             self._evaluate()
@@ -121,18 +139,32 @@ class Loop:
             feed=self.job.feed,
         )
         with contextlib.closing(batches):
-            watch = storage.Stopwatch()
-            for batch in batches:
-                waited_s = watch.seconds
-                logged = self.model.step(batch)
+            while not progress.finished:
+                watch = storage.Stopwatch()
+                batch: Batch | None = None
+                with self._together():
+                    batch = next(batches)
+                assert batch is not None
+                data_s = watch.seconds
+                try:
+                    logged = self.model.step(batch)
+                except RunError as error:  # all workers have it
+                    raise HopelessError(str(error)) from None
                 progress.step += 1
                 counted = parallel.sum_of({"replaced": batch.replaced}, self.share.world, self.share.device)
                 progress.replaced += round(counted["replaced"])
-                self._log(logged | {"step_s": watch.seconds, "data_s": waited_s})
+                self._log(logged | {"step_s": watch.seconds, "data_s": data_s})
                 self._pause()
-                if progress.finished:
-                    break
-                watch = storage.Stopwatch()
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What one worker raises in the body, all raise."""
+        failure: Exception | None = None
+        try:
+            yield
+        except (UserError, RunError) as error:
+            failure = error
+        parallel.raise_together(failure, self.share.world, self.share.device)
 
     def _pause(self) -> None:
         """What is due after a step."""
@@ -165,22 +197,37 @@ class Loop:
         weights = self.model.averaged()
         sampler = self.model.sampler(weights)
         own: dict[int, np.ndarray] = {}
-        for chunk in range(share.rank, plan.chunks, share.world):
-            images = judging.generate(plan, sampler, chunk, share.device)
-            own[chunk] = judging.features_of(self.scorer, images)
-            if chunk == 0:
-                self._keep(images, own[chunk])
-        found = parallel.gathered(own, share.world)
-        rows: list[dict[str, Any]] | None = None
-        if share.rank == 0:
-            checkpoints.write_average(self.job.stage, self.progress.step, weights)
-            together = [found[chunk] for chunk in range(plan.chunks)]
-            rows = self._rows(judging.measure(self._real(), together, share.threads, share.device))
-            self._monitor.evaluated.remote(self.progress.step, rows)
-        rows = parallel.from_first(rows, share.world)
-        assert rows is not None
+        with self._together():
+            try:
+                for chunk in range(share.rank, plan.chunks, share.world):
+                    images = judging.generate(plan, sampler, chunk, share.device)
+                    own[chunk] = judging.features_of(self.scorer, images)
+                    if chunk == 0:
+                        self._keep(images, own[chunk])
+            except UserError:
+                raise
+            except ValueError as error:  # images of weights that have left all bounds
+                raise self._unmeasurable(error) from None
+        rows = self._measured(weights, parallel.gathered(own, share.world))
         self.progress.evaluations += rows
         self.progress.judge(self.settings.evaluation.metric, self.settings.evaluation.patience)
+
+    def _measured(self, weights: Mapping[str, torch.Tensor], found: Mapping[int, np.ndarray]) -> list[dict[str, Any]]:
+        """Rows of the evaluation: the first worker's, on all of them."""
+        share, rows = self.share, None
+        with self._together():
+            if share.rank == 0:
+                checkpoints.write_average(self.job.stage, self.progress.step, weights)
+                rows = self._rows([found[chunk] for chunk in range(self.job.plan.chunks)])
+                self._monitor.evaluated.remote(self.progress.step, rows)
+        told: list[dict[str, Any]] = parallel.from_first(rows, share.world)
+        return told
+
+    def _unmeasurable(self, error: ValueError) -> HopelessError:
+        return HopelessError(
+            f"training: images of step {self.progress.step} (seed {self.settings.seed}) cannot be measured ({one_line(error)}); "
+            "lower --training.learning_rate"
+        )
 
     def _real(self) -> Reference:
         import ray
@@ -189,9 +236,13 @@ class Loop:
             self._reference = ray.get(self._reference_in_store)
         return self._reference
 
-    def _rows(self, estimates: Mapping[str, Estimate]) -> list[dict[str, Any]]:
-        """Rows of schemas.evaluations()."""
+    def _rows(self, found: list[np.ndarray]) -> list[dict[str, Any]]:
+        """Rows of schemas.evaluations() of the features of all images, by chunk."""
         real = self._real()
+        try:
+            estimates = judging.measure(real, found, self.share.threads, self.share.device)
+        except ValueError as error:  # features that are not finite, or without a direction
+            raise self._unmeasurable(error) from None
         return [
             {
                 "step": self.progress.step,

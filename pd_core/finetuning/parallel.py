@@ -87,6 +87,19 @@ def from_first(value: Any, world: int) -> Any:
     return held[0]
 
 
+def raise_together(error: Exception | None, world: int, device: str) -> None:
+    """Raise the error of any worker on all of them: one that left alone would leave the others waiting for it.
+
+    Args:
+        error: of this worker, or None. world: workers. device: on which the process group talks.
+    """
+    failed = sum_of({"failed": float(error is not None)}, world, device)["failed"]
+    if not failed:
+        return
+    errors = gathered({} if error is None else {0: error}, world)
+    raise next(iter(errors.values()))
+
+
 @contextlib.contextmanager
 def own_random_state(seed: int, step: int, share: Share) -> Iterator[None]:
     """Dropout and the like draw from torch's global state: here it is one of the run's seed, the step and the rank."""

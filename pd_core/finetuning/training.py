@@ -50,6 +50,15 @@ class Monitor:
         self._lines: list[str] = []
         self._steps: list[tuple[int, dict[str, float]]] = []
         self._evaluations: list[tuple[int, list[dict[str, Any]]]] = []
+        self._failure: tuple[str, str] | None = None
+
+    def failed(self, message: str, kind: str) -> None:
+        """What ended all workers. kind: name of the class of the error."""
+        self._failure = message, kind
+
+    def failure(self) -> tuple[str, str] | None:
+        """What they said of it."""
+        return self._failure
 
     def say(self, line: str) -> None:
         """A line for the console."""
@@ -90,11 +99,20 @@ def run(
     def done() -> int:
         return len(stage.finished_parts())
 
+    hopeless: list[RunError] = []
+
     def execute() -> None:
         if checkpoints.read_summary(stage) is None:
-            _execute(job, now, workers, reference, tracker)
+            try:
+                _execute(job, now, workers, reference, tracker)
+            except loop.HopelessError as error:  # which `persist` would take for one that passes
+                hopeless.append(
+                    RunError(f"{error}; the last good checkpoint is that of step {checkpoints.newest(stage)}")
+                )
 
     cluster.persist("training", execute, done)
+    if hopeless:
+        raise hopeless[0]
     summary = checkpoints.read_summary(stage)
     assert summary is not None, "the workers end with it"
     if summary["stopped_early"]:
@@ -131,6 +149,9 @@ def _execute(job: loop.Job, now: cluster.Cluster, workers: Workers, reference: A
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _failure(error) from None
+    if (told := cluster.get(monitor.failure.remote())) is not None:
+        message, kind = told
+        raise {"UserError": UserError, "HopelessError": loop.HopelessError}.get(kind, RunError)(message)
 
 
 def _trainer_class(own: bool) -> Any:
