@@ -27,7 +27,7 @@ endif
 
 help:
 	@echo 'make env        .venv with the versions of constraints.txt, which every other target makes too if it is missing'
-	@echo 'make demo       demo images, build_index on them, a small generator, two datasets by density, a trade-off curve; prints where the reports are'
+	@echo 'make demo       demo images, build_index on them, a small generator, two datasets by density, a trade-off curve, a fine-tuned generator; prints where the reports are'
 	@echo 'make test       the tests that take seconds              ARGS="-k density" goes to pytest'
 	@echo 'make test-slow  the tests that take longer than 20 s each'
 	@echo 'make check      ruff (lint, format), mypy, import directions'
@@ -46,6 +46,7 @@ demo: $(STAMP)
 	$(PY) workflows/generate.py --config workflows/configs/demo-varied.yaml
 	$(PY) demo/compare.py runs/digits runs/digits-typical runs/digits-varied --output runs/demo.html
 	$(PY) workflows/tradeoff.py --config workflows/configs/demo-tradeoff.yaml
+	$(PY) workflows/finetune.py --config workflows/configs/demo-finetune.yaml
 
 test: $(STAMP)
 	$(PY) -m pytest -m "not slow" $(ARGS)
