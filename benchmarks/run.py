@@ -24,7 +24,18 @@ sys.path[0] = str(ROOT)  # not this folder: its modules are benchmarks.X
 
 from benchmarks import process, table  # noqa: E402
 
-NAMES = ("features", "selfjoin", "memory", "startup", "generate", "perturb", "metrics", "tradeoff", "stream")
+NAMES = (
+    "features",
+    "selfjoin",
+    "memory",
+    "startup",
+    "generate",
+    "perturb",
+    "metrics",
+    "tradeoff",
+    "finetune",
+    "stream",
+)
 
 
 def main(argv: Sequence[str]) -> int:

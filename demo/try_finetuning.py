@@ -114,9 +114,11 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(own)
     gan = any("discriminator" in option or "stylegan" in option for option in options)
     wanted = [(s, seed) for seed in range(arguments.seeds) for s in SETTINGS]
-    missing = [w for w in wanted if not (folder_of(arguments.output, *w) / "training" / storage.ARTIFACT).exists()]
+    missing = [
+        w for w in wanted if not (folder_of(arguments.output, w[0], w[1]) / "training" / storage.ARTIFACT).exists()
+    ]
     with ThreadPoolExecutor(arguments.jobs) as runs:
-        list(runs.map(lambda w: train(arguments.output, *w, gan, options), missing))
+        list(runs.map(lambda w: train(arguments.output, w[0], w[1], gan, options), missing))
     text = table(arguments.output, range(arguments.seeds))
     (arguments.output / "table.md").write_text(text)
     cluster.say(text)

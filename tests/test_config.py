@@ -143,6 +143,11 @@ def test_help_and_refusals_import_neither_torch_nor_ray():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "workflows" / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_load(file):
-    generating = config.TradeoffSettings if "thresholds:" in file.read_text() else config.GenerateSettings
-    workflow = generating if "generator:" in file.read_text() else config.BuildIndexSettings
+    text = file.read_text()
+    marks = {
+        "training:": config.FinetuneSettings,
+        "thresholds:": config.TradeoffSettings,
+        "generator:": config.GenerateSettings,
+    }
+    workflow = next((settings for mark, settings in marks.items() if mark in text), config.BuildIndexSettings)
     assert config.load(workflow, ["--config", str(file)], prog="test").output

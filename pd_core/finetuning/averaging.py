@@ -22,7 +22,7 @@ def averaged(network: torch.nn.Module, decay: float) -> AveragedModel:
     from torch.optim.swa_utils import AveragedModel
 
     @torch.no_grad()
-    def update(averages: Any, weights: Any, updates: torch.Tensor) -> None:
+    def update(averages: Any, weights: Any, updates: torch.Tensor | int) -> None:
         torch._foreach_lerp_(averages, weights, 1 - decay_at(int(updates), decay))
 
     model = AveragedModel(network, multi_avg_fn=update)

@@ -149,12 +149,12 @@ def read_average(uri: str) -> dict[str, torch.Tensor]:
     return dict(safetensors.torch.load(storage.read_bytes(uri)))
 
 
-def write_results(stage: storage.Stage, progress: Progress) -> None:
-    """Write what was measured and logged; the summary last."""
+def write_results(stage: storage.Stage, progress: Progress, rates: Mapping[str, float]) -> None:
+    """Write what was measured and logged; the summary last. rates: how fast it was, which no result depends on."""
     stage.write_table(EVALUATIONS, pa.Table.from_pylist(progress.evaluations, schema=schemas.evaluations()))
     rows = [dict(zip(("step", "name", "value"), row, strict=True)) for row in progress.history]
     stage.write_table(HISTORY, pa.Table.from_pylist(rows, schema=schemas.history()))
-    stage.write_part(SUMMARY, json.dumps(progress.summary()).encode(), 0)
+    stage.write_part(SUMMARY, json.dumps(progress.summary() | dict(rates)).encode(), 0)
 
 
 def read_summary(stage: storage.Stage) -> dict[str, Any] | None:

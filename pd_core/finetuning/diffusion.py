@@ -34,7 +34,10 @@ PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 class Process(Protocol):
     """How noise is added while training, and what the network is to say of it. Levels are integers in [0, levels)."""
 
-    levels: int
+    @property
+    def levels(self) -> int:
+        """How many."""
+        ...
 
     def noisy(
         self, latents: torch.Tensor, noise: torch.Tensor, level: torch.Tensor

@@ -96,6 +96,9 @@ class Loop:
         self._reference_in_store, self._monitor = reference, monitor
         self._reference: Reference | None = None
         self._told_s = 0.0
+        self._times: list[
+            tuple[float, float]
+        ] = []  # seconds of each step made here, and of them of waiting for its images
 
     def run(self) -> None:
         """To the last step.
@@ -114,7 +117,7 @@ class Loop:
         if not self.progress.finished:
             self._train()
         if self.share.rank == 0:
-            checkpoints.write_results(self.job.stage, self.progress)
+            checkpoints.write_results(self.job.stage, self.progress, self._rates())
 
     def _restore(self) -> None:
         name = parallel.from_first(
@@ -153,6 +156,7 @@ class Loop:
                 progress.step += 1
                 counted = parallel.sum_of({"replaced": batch.replaced}, self.share.world, self.share.device)
                 progress.replaced += round(counted["replaced"])
+                self._times.append((watch.seconds, data_s))
                 self._log(logged | {"step_s": watch.seconds, "data_s": data_s})
                 self._pause()
 
@@ -184,6 +188,17 @@ class Loop:
         if self.share.rank == 0 and (time.monotonic() - self._told_s > REPORT_S or step == self.settings.steps):
             self._told_s = time.monotonic()
             self._monitor.stepped.remote(step, dict(values))
+
+    def _rates(self) -> dict[str, float]:
+        """Medians of the steps made by this process, without its first, which warms up."""
+        if len(self._times) < 2:
+            return {}
+        step_s, data_s = np.median(np.array(self._times[1:]), axis=0)
+        return {
+            "step_s": float(step_s),
+            "data_s": float(data_s),
+            "images_s": self.settings.training.batch_size / float(step_s),
+        }
 
     def _checkpoint(self) -> None:
         if self.share.rank == 0:

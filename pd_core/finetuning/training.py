@@ -128,7 +128,7 @@ def _execute(job: loop.Job, now: cluster.Cluster, workers: Workers, reference: A
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    monitor = ray.remote(Monitor).options(num_cpus=0, max_restarts=cluster.ACTOR_OPTIONS["max_restarts"]).remote()
+    monitor: Any = ray.remote(Monitor).options(num_cpus=0, max_restarts=cluster.ACTOR_OPTIONS["max_restarts"]).remote()
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     with tempfile.TemporaryDirectory() as scratch, _watched(monitor, job, tracker):
         trainer = _trainer_class(now.local)(
@@ -160,7 +160,7 @@ def _trainer_class(own: bool) -> Any:
     """
     from ray.train.torch import TorchTrainer
 
-    class Trainer(TorchTrainer):  # type: ignore[misc]
+    class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             return [
                 c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"
