@@ -17,7 +17,7 @@ from pd_core import cluster, finetuned_page, report, running, schemas, storage
 from pd_core.config import FinetuneSettings, GeneratorSettings, to_yaml
 from pd_core.evaluation_page import Number
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
-from pd_core.finetuning import merging
+from pd_core.finetuning import checkpoints, merging
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 def _evaluations(training: str) -> list[Evaluated]:
-    rows = storage.read_table(storage.join(training, "evaluations.parquet")).to_pylist()
+    rows = storage.read_table(storage.join(training, checkpoints.EVALUATIONS)).to_pylist()
     by_step: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_step.setdefault(row["step"], []).append(row)
@@ -146,7 +146,7 @@ def _number(values: Mapping[str, Any]) -> Number:
 
 
 def _history(training: str) -> list[Logged]:
-    table = storage.read_table(storage.join(training, "history.parquet"))
+    table = storage.read_table(storage.join(training, checkpoints.HISTORY))
     found = []
     for name in pc.unique(table["name"]).to_pylist():
         own = table.filter(pc.equal(table["name"], name)).sort_by("step")
@@ -187,7 +187,7 @@ def _shown(inputs: Inputs) -> list[Shown]:
 
 
 def _samples(training: str, step: int) -> str:
-    return storage.join(training, f"samples-{step:08d}.parquet")
+    return storage.join(training, checkpoints.samples_name(step))
 
 
 def _one_seed(rows: Mapping[str, Mapping[str, Any]]) -> Shown:

@@ -87,10 +87,10 @@ def samples_name(step: int) -> str:
     return f"samples-{step:08d}.parquet"
 
 
-def averages_of(parts: Mapping[str, Any]) -> dict[int, str]:
-    """Part of the averaged weights by step, ascending."""
-    found = {int(match[1]): name for name in parts if (match := AVERAGE.fullmatch(name))}
-    return dict(sorted(found.items()))
+def step_of(name: str) -> int | None:
+    """Step of a part with averaged weights; None of any other part."""
+    found = AVERAGE.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def write_state(stage: storage.Stage, progress: Progress, model: Mapping[str, Any], keep: int) -> None:

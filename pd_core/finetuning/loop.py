@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pd_core import cluster, evaluating, schemas, storage
+from pd_core.candidates import picture
 from pd_core.config import FinetuneSettings
 from pd_core.errors import RunError, UserError, one_line
 from pd_core.finetuning import Batch, Share, Trainable, checkpoints, judging, models, parallel, stream, weights
@@ -275,25 +275,20 @@ class Loop:
     def _keep(self, images: torch.Tensor, features: np.ndarray) -> None:
         """Write the first images, with their predicted densities."""
         import torch
-        from PIL import Image
 
         plan, many = self.job.plan, self.settings.images
         numbers = plan.numbers(0)[:many]
         densities = self.scorer.log_density(torch.from_numpy(features[:many]).to(self.share.device)).exp()
         names = {number: name for name, number in self.job.model.classes.items()}
         labels = plan.conditions(numbers).labels
-        pictures = []
-        for pixels in images[:many].cpu().numpy():
-            sink = io.BytesIO()
-            Image.fromarray(pixels).save(sink, "PNG")
-            pictures.append({"bytes": sink.getvalue(), "path": None})
+        pixels = images[:many].cpu().numpy()
         schema = schemas.finetuned_samples()
         columns: dict[str, Any] = {
             "number": numbers,
             "seed": plan.seeds(numbers),
             "label": [None] * len(numbers) if labels is None else [names[label] for label in labels],
             "density_predicted": densities.cpu().numpy(),
-            "image": pictures,
+            "image": [picture(image, f"{number:012d}") for number, image in zip(numbers.tolist(), pixels, strict=True)],
         }
         table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
         self.job.stage.write_table(checkpoints.samples_name(self.progress.step), table)

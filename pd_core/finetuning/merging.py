@@ -23,7 +23,7 @@ import pyarrow as pa
 from pd_core import cluster, density, ids, metrics, schemas, storage
 from pd_core.candidates import picture
 from pd_core.errors import UserError, one_line
-from pd_core.finetuning import judging
+from pd_core.finetuning import checkpoints, judging
 from pd_core.finetuning.judging import Plan
 from pd_core.halfsamples import Estimate
 
@@ -39,7 +39,6 @@ GENERATION = 8  # candidates of each generation after the first
 PARENTS = 4  # best candidates that the next generation is bred from
 KEPT = (0.3, 0.5, 0.7, 0.9)  # decays of the first generation's exponential averages, per checkpoint
 SMALLEST_MUTATION = 0.03  # standard deviation of a coefficient
-_AVERAGE = re.compile(r"average-(\d+)\.safetensors")
 _RECORD = re.compile(r"candidate-(\d+)\.parquet")
 
 
@@ -172,7 +171,7 @@ class Job:
 
     Attributes:
         stage: where it goes. training: uri of the training stage.
-        averages: its parts with the averages, in the order of their steps. single: place of the best one among them.
+        averages: its parts with the averages, in the order of their `steps`. single: place of the best one among them.
         open_model: device and threads to an object with `Trainable.sampler`.
         open_scorer: device and threads to a scorer with the index's predictor.
         plan: of the evaluations while training; the search takes seeds of its own.
@@ -183,6 +182,7 @@ class Job:
     stage: storage.Stage
     training: str
     averages: tuple[str, ...]
+    steps: tuple[int, ...]
     single: int
     open_model: Callable[[str, int], Any]
     open_scorer: Callable[[str, int], Any]
@@ -191,11 +191,6 @@ class Job:
     candidates: int
     seed: int
     threads: int
-
-    @property
-    def steps(self) -> list[int]:
-        """Of the averages."""
-        return [step_of(name) for name in self.averages]
 
     def weights(self, coefficients: np.ndarray) -> dict[str, torch.Tensor]:
         """The combination; checkpoints that have no part in it are not read."""
@@ -207,13 +202,6 @@ class Job:
 
         for place in places:
             yield safetensors.torch.load(storage.read_bytes(storage.join(self.training, self.averages[place])))
-
-
-def step_of(name: str) -> int:
-    """Step of a part with averaged weights."""
-    found = _AVERAGE.fullmatch(name)
-    assert found is not None, name
-    return int(found[1])
 
 
 def job_of(
@@ -235,7 +223,9 @@ def job_of(
     Raises:
         UserError: there is nothing to combine, or the candidates do not suffice to try each average alone and a mixture.
     """
-    averages = tuple(sorted((part.name for part in trained.parts if _AVERAGE.fullmatch(part.name)), key=step_of))
+    by_step = {step: part.name for part in trained.parts if (step := checkpoints.step_of(part.name)) is not None}
+    steps = tuple(sorted(by_step))
+    averages = tuple(by_step[step] for step in steps)
     if len(averages) < 2:
         raise UserError("--merge best-of: the training saved one average only; lower --evaluation.every")
     if candidates <= len(averages):
@@ -243,7 +233,7 @@ def job_of(
             f"--merge_candidates {candidates}: the training saved {len(averages)} averages, each of which is tried alone before "
             f"any mixture; give {len(averages) + len(KEPT) + 1 + GENERATION} or more, or raise --evaluation.every"
         )
-    single = [step_of(name) for name in averages].index(trained.totals["best"])
+    single = steps.index(trained.totals["best"])
     identity = {
         "training": trained.fingerprint,
         "averages": list(averages),
@@ -256,7 +246,9 @@ def job_of(
         "device": device,
     }
     stage = storage.Stage(storage.join(output, "merging"), "merging", schemas.VERSIONS["merging"], identity)
-    return Job(stage, training, averages, single, open_model, open_scorer, plan, metric, candidates, seed, threads)
+    return Job(
+        stage, training, averages, steps, single, open_model, open_scorer, plan, metric, candidates, seed, threads
+    )
 
 
 def run(
@@ -316,7 +308,7 @@ def _merge(job: Job, judges: Sequence[Any]) -> dict[str, Any]:
     return totals | {
         "metric": job.metric,
         "coefficients": best.tolist(),
-        "steps": job.steps,
+        "steps": list(job.steps),
         "single_step": job.steps[job.single],
         "candidates": len(search.values),
         "unmeasured": sum(value is None for value in search.values),
@@ -439,7 +431,7 @@ class _Judge:
 
     def _samples(self, sampler: Any) -> pa.Table:
         plan = self.job.plan
-        name = f"samples-{self.job.steps[self.job.single]:08d}.parquet"
+        name = checkpoints.samples_name(self.job.steps[self.job.single])
         shown = storage.read_table(storage.join(self.job.training, name), ["number", "seed", "label"])
         columns: dict[str, list[Any]] = {"density_predicted": [], "image": []}
         for chunk in range(-(-shown.num_rows // plan.chunk)):
