@@ -70,7 +70,7 @@ def example(**changes: Any) -> FinetunedData:
         "created": "2025-01-02T03:04:05+00:00",
         "generator": "runs/generators/ddpm",
         "weighting": "w = 33 where ρ > p80, else 1",
-        "effective_sample_size": 412.4,
+        "effective_size": 412.4,
         "n_images": 1797,
         "asked": 500,
         "steps": 300,
