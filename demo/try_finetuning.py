@@ -3,7 +3,7 @@
     python demo/try_finetuning.py --output runs/results/finetuned --seeds 3 --jobs 2 -- --index runs/digits --generator.path ... --steps 200
 
 What follows -- goes to workflows/finetune.py as it is. Each setting of SETTINGS is trained from each seed into OUTPUT/SETTING-SEED;
-a run that is there is kept. The table, OUTPUT/table.md, is of the model at the last step, not at the best one: every row has had the same
+a run that is there is kept, and refused where it was made with other settings. The table, OUTPUT/table.md, is of the model at the last step, not at the best one: every row has had the same
 steps. `plain` is the control: the same steps on all images alike. Numbers: mean over seeds; intervals of 95% by Student's t,
 those of differences from `plain` with the same seed (the same noise, latents and evaluation seeds) paired.
 """
@@ -11,6 +11,7 @@ those of differences from `plain` with the same seed (the same noise, latents an
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -114,9 +115,11 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(own)
     gan = any("discriminator" in option or "stylegan" in option for option in options)
     wanted = [(s, seed) for seed in range(arguments.seeds) for s in SETTINGS]
-    missing = [
-        w for w in wanted if not (folder_of(arguments.output, w[0], w[1]) / "training" / storage.ARTIFACT).exists()
-    ]
+    given = arguments.output / "options.json"
+    if given.exists() and json.loads(given.read_text()) != options:
+        raise errors.UserError(f"--output {arguments.output}: holds runs of other options ({given}); choose another")
+    storage.write_bytes(str(given), json.dumps(options).encode())
+    missing = [w for w in wanted if not (folder_of(arguments.output, w[0], w[1]) / "run.json").exists()]
     with ThreadPoolExecutor(arguments.jobs) as runs:
         list(runs.map(lambda w: train(arguments.output, w[0], w[1], gan, options), missing))
     text = table(arguments.output, range(arguments.seeds))

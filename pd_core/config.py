@@ -638,7 +638,9 @@ class FakeWeightingSettings(Section):
     weight: float | None = Field(
         None, gt=0, description="w of generated images above it; default: 1 / weighting.weight; 1: all of them"
     )
-    max_candidates: int = Field(100, gt=0, description="stop where an image of a batch is still rejected after so many")
+    max_candidates: int = Field(
+        2000, gt=0, description="stop where an image of a batch is still rejected after so many"
+    )
 
 
 class TrainingSettings(Section):
@@ -702,7 +704,7 @@ class FinetuneSettings(WorkflowSettings):
     weighting: WeightingSettings = WeightingSettings()
     fake: FakeWeightingSettings = FakeWeightingSettings()
     steps: int = Field(500, gt=0, description="optimiser steps")
-    workers: int = Field(1, gt=0, description="data-parallel processes; no number depends on them but by rounding")
+    workers: int = Field(1, gt=0, description="data-parallel processes that share each batch")
     worker_cpus: int = Field(1, gt=0, description="threads of one worker without GPU, cores")
     worker_gpus: float | None = Field(
         None, ge=0, description="GPUs of one worker; default: 1 where the cluster has any"

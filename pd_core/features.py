@@ -178,23 +178,28 @@ def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> i
 # ---- the stage -------------------------------------------------------------------------------------------------------
 
 
+def decoding(data: DataSettings) -> dict[str, Any]:
+    """JSON-able: what decides the pixels of an image beside its bytes."""
+    import PIL
+
+    return {
+        "max_image_bytes": data.max_image_bytes,
+        "max_image_pixels": data.max_image_pixels,
+        "background": list(data.background),
+        "pillow": PIL.__version__,
+    }
+
+
 def stage_of(
     output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, settings: FeatureSettings, device: str
 ) -> storage.Stage:
     """The features stage under `output`; device (cpu or cuda), batch size and threads are part of it, since they may move
     the last bits.
     """
-    import PIL
-
     identity = {
         "listing": listing.fingerprint,
         "extractor": spec.identity(),
-        "decode": {
-            "max_image_bytes": data.max_image_bytes,
-            "max_image_pixels": data.max_image_pixels,
-            "background": list(data.background),
-            "pillow": PIL.__version__,
-        },
+        "decode": decoding(data),
         "device": device,
         "batch_size": settings.batch_size,
         "threads": settings.actor_cpus,

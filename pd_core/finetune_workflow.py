@@ -14,10 +14,12 @@ from pd_core import (
     cluster,
     config,
     density,
+    features,
     finetuned_report,
     opening,
     piloting,
     realset,
+    schemas,
     spaces,
     storage,
     tracking,
@@ -71,6 +73,11 @@ def _check_numbers(settings: FinetuneSettings) -> None:
             f"--training.batch_size {training_.batch_size}: must be a multiple of --workers {settings.workers}, which share it"
         )
     least = max(judged.metrics.k_precision, judged.metrics.k_coverage) + 1
+    if settings.images > min(judged.n, judged.chunk):
+        raise UserError(
+            f"--images {settings.images}: the report shows images of an evaluation's first batch, {min(judged.n, judged.chunk)}; "
+            "lower it, or raise --evaluation.chunk"
+        )
     for name, rows in (("--evaluation.n", judged.n), ("--evaluation.n_real", judged.n_real)):
         if rows < least:
             raise UserError(
@@ -82,8 +89,11 @@ def _check_kind(settings: FinetuneSettings) -> None:
     """What has no meaning for the kind of generator."""
     kind, fake, training_ = settings.generator.kind, settings.fake, settings.training
     if kind == "diffusers":
-        if fake.threshold is not None or fake.weight is not None:
+        if fake != type(fake)():
             raise UserError("--fake: a diffusion model trains on real images alone; drop it")
+        for name in ("r1_weight", "r1_interval"):
+            if getattr(training_, name) != type(training_).model_fields[name].get_default():
+                raise UserError(f"--training.{name}: is of GANs; drop it for --generator.kind diffusers")
         if settings.discriminator is not None:
             raise UserError("--discriminator: has no meaning for --generator.kind diffusers; drop it")
         return
@@ -96,9 +106,15 @@ def _check_kind(settings: FinetuneSettings) -> None:
         raise UserError(
             "--discriminator: not set; a TorchScript generator is fine-tuned against one, name its file (demo/train_gan.py writes both)"
         )
-    if (fake.threshold is None) != (fake.weight is None) and settings.weighting.kind != "two_level":
+    if settings.weighting.per_label:
         raise UserError(
-            "--fake.threshold and --fake.weight: both are needed beside this --weighting.kind; set or drop both"
+            "--weighting.per_label: a GAN's generated images have one threshold for all labels; leave it out"
+        )
+    given, weighting = {fake.threshold is not None, fake.weight is not None}, settings.weighting.kind
+    if (weighting == "none" and len(given) > 1) or (weighting == "quantiles" and False in given):
+        raise UserError(
+            f"--fake.threshold and --fake.weight: how generated images are drawn does not follow from --weighting.kind {weighting}; "
+            "set both (--fake.weight 1: all of them)"
         )
 
 
@@ -213,6 +229,14 @@ def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
         f"{facts['size'][1]}x{facts['size'][0]} px\n"
         f"evaluation: {settings.evaluation.n} images every {settings.evaluation.every} steps, best by {settings.evaluation.metric}"
     )
+    if spec.fake is not None:
+        (tau,), (_, weight) = spec.fake.edges, spec.fake.weights
+        text += f"\ngenerated images: drawn with weight {weight:.4g} where their density is above {tau:.4g}"
+    if facts["came_averaged"] and settings.steps * (1 - settings.training.ema_decay) < 1:
+        text += (
+            f"\naverage: {settings.training.ema_decay**settings.steps:.0%} of it will still be the average that came; lower "
+            "--training.ema_decay to see more of what is trained"
+        )
     return Planned(settings, real, spec, facts, workers, device, text)
 
 
@@ -236,12 +260,16 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
     step = trained.totals["best"]
     cluster.say(f"best: step {step} by {settings.evaluation.metric}")
     merged = _merge(run, planned, job, trained, featured) if settings.merge == "best-of" else None
-    source = exporting.Source(job.stage.uri, checkpoints.average_name(step), trained.fingerprint, step, merged=False)
+    companions = checkpoints.companions_name(step)
+    beside = storage.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
+    source = exporting.Source(
+        job.stage.uri, checkpoints.average_name(step), beside, trained.fingerprint, step, merged=False
+    )
     if merged is not None and merged.totals["beats"]:
         uri = storage.join(run.output, "merging")
-        source = exporting.Source(uri, merging.MERGED, merged.fingerprint, step, merged=True)
+        source = exporting.Source(uri, merging.MERGED, beside, merged.fingerprint, step, merged=True)
     best = exporting.stage_of(run.output, source)
-    run.stage(best, lambda: exporting.run(best, spec, source))
+    run.stage(best, lambda: exporting.run(best, spec, source), replace=True)
     inputs = finetuned_report.Inputs(
         training=job.stage.uri,
         trained=trained,
@@ -294,7 +322,8 @@ def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
         "discriminator": planned.facts["discriminator"],
         "training": settings.training.model_dump(mode="json"),
         "fake": None if spec.fake is None else spec.fake.to_json(),
-        "fake_candidates": settings.fake.max_candidates,
+        "fake_candidates": None if spec.fake is None else settings.fake.max_candidates,
+        "decode": features.decoding(drawable.pictures.source.settings),
         "classes": dict(spec.classes),
         "weights": run.artifacts["weights"].fingerprint,
         "realset": dict(real.fingerprints),
@@ -306,9 +335,10 @@ def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
         "threads": settings.worker_cpus,
         "torch": version("torch"),
     }
-    stage = storage.Stage(storage.join(run.output, "training"), "training", 1, identity)
+    stage = storage.Stage(storage.join(run.output, "training"), "training", schemas.VERSIONS["training"], identity)
     held = planned.workers.count * planned.workers.cpus
-    feed = stream.feed_of(replace(run.now, held_cpus=run.now.held_cpus + held), planned.workers.count)
+    now = cluster.refreshed(run.now)
+    feed = stream.feed_of(replace(now, held_cpus=now.held_cpus + held), planned.workers.count)
     return loop.Job(spec, drawable, feed, plan, stage, settings)
 
 

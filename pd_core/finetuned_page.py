@@ -22,11 +22,12 @@ HISTORY = {  # in order of display: name, and how it reads
     "loss": "loss",
     "g_loss": "loss of the generator",
     "d_loss": "loss of the discriminator",
+    "real_logit": "logit of real images, mean",
+    "fake_logit": "logit of generated images, mean",
     "r1": "R1 penalty",
     "acceptance": "accepted share of the generated images",
     "gradient_norm": "norm of the gradient",
     "learning_rate": "learning rate",
-    "images_s": "images per second",
 }
 
 

@@ -197,6 +197,8 @@ def test_merging_is_reported_with_what_it_gained(built: Path, ddpm: str, tmp_pat
         (["--workers=3"], "must be a multiple of --workers 3"),
         (["--evaluation.n=3"], "too few images for k = 5"),
         (["--fake.weight=0.5"], "a diffusion model trains on real images alone"),
+        (["--training.r1_weight=0.5"], "--training.r1_weight: is of GANs"),
+        (["--images=9"], "--images 9: the report shows images of an evaluation's first batch, 8"),
         (["--discriminator=d.pt"], "--discriminator: has no meaning for --generator.kind diffusers"),
         (["--generator.kind=torchscript"], "no meaning for generator.kind 'torchscript'"),
         (["--index=nowhere"], "nowhere"),
@@ -341,6 +343,18 @@ def test_a_gan_goes_through_the_workflow_and_generates(built: Path, tmp_path: Pa
     ]
     argv = [a.replace("weight=33", "weight=2") for a in argv]
     assert finetuned(*argv) == 0
+    import safetensors.torch
+    import torch
+
+    trained = storage.load_artifact(str(tmp_path / "out" / "training"))
+    assert trained is not None
+    beside = tmp_path / "out" / "training" / checkpoints.companions_name(trained.totals["best"])
+    companions = safetensors.torch.load_file(beside)
+    saved, came = (
+        torch.jit.load(str(folder / "discriminator.pt")).state_dict() for folder in (tmp_path / "out" / "best", gan)
+    )
+    assert all(saved[name].equal(companions[f"discriminator.{name}"]) for name in saved)
+    assert trained.totals["best"] == 0 or not all(saved[name].equal(came[name]) for name in saved)
     acceptance = history(tmp_path / "out", "acceptance")
     assert len(acceptance) == STEPS and all(0 < value <= 1 for value in acceptance)
     options = [*more[:2], f"--generator.path={tmp_path / 'out' / 'best' / 'generator.pt'}", "--no-tracking.enabled"]

@@ -26,7 +26,7 @@ from demo import train_gan
 from pd_core import estimator, features, ids
 from pd_core.config import FeatureSettings, GeneratorSettings, TrainingSettings
 from pd_core.errors import RunError, UserError
-from pd_core.finetuning import parallel, Batch, Share
+from pd_core.finetuning import Batch, Share, parallel
 from pd_core.finetuning.gan import FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
 from pd_core.finetuning.parallel import average_gradients, sum_of
 from pd_core.generators import Conditions, LatentGenerator, normal_latents, open_generator, to_uint8

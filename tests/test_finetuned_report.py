@@ -81,7 +81,7 @@ def example(**changes: Any) -> FinetunedData:
         "k_precision": 3,
         "k_coverage": 5,
         "evaluations": [evaluated(step) for step in STEPS],
-        "history": [logged("loss"), logged("images_s")],
+        "history": [logged("loss"), logged("g_loss")],
         "shown": [shown(i) for i in range(3)],
         "merged": combination(),
         "command": "python workflows/generate.py --index runs/cats",
@@ -182,10 +182,8 @@ def test_smoothing_keeps_the_mean_and_the_order():
 
 
 def test_history_is_in_order_of_display_with_unknown_names_last():
-    names = [
-        one.name for one in finetuned_page.history_shown([logged(n, 3) for n in ("zeta", "images_s", "a", "loss")])
-    ]
-    assert names == ["loss", "images_s", "a", "zeta"]
+    names = [one.name for one in finetuned_page.history_shown([logged(n, 3) for n in ("zeta", "g_loss", "a", "loss")])]
+    assert names == ["loss", "g_loss", "a", "zeta"]
 
 
 # --- what is missing, and what is said of it ---------------------------------------------------------------------------

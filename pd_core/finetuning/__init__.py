@@ -63,10 +63,12 @@ class Trainable(Protocol):
     Attributes:
         size: (height, width) of its images, px.
         parameters: how many numbers are trained.
+        came_averaged: whether the moving average came with the model, other than its weights.
     """
 
     size: tuple[int, int]
     parameters: int
+    came_averaged: bool
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One step of every optimiser on this worker's share; gradients are those of all workers' batches together.
@@ -85,6 +87,14 @@ class Trainable(Protocol):
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """The moving average of the generator's weights, by name, on the CPU."""
+        ...
+
+    def companions(self) -> dict[str, torch.Tensor]:
+        """What else is saved with the average, by name, on the CPU: a GAN's networks in training; nothing of a diffusion model."""
+        ...
+
+    def load_companions(self, companions: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `companions`."""
         ...
 
     def sampler(self, weights: Mapping[str, torch.Tensor]) -> Generator:

@@ -2,6 +2,7 @@
 
     state-00000100.pt               everything that step 100 and later depend on; the newest few are kept
     average-00000100.safetensors    the moving average of the generator's weights at an evaluation
+    companions-00000100.safetensors a GAN's networks in training, which are saved beside it
     samples-00000100.parquet        a few images of that evaluation, from the same seeds each time
     evaluations.parquet, history.parquet, summary.json    written when the training is over
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 STATE = re.compile(r"state-(\d{8})\.pt")
+COMPANIONS = "companions-{:08d}.safetensors"
 AVERAGE = re.compile(r"average-(\d{8})\.safetensors")
 SUMMARY, EVALUATIONS, HISTORY = "summary.json", "evaluations.parquet", "history.parquet"
 HISTORY_ROWS = 2000  # steps that are logged, at most; of more, every so manieth
@@ -82,6 +84,11 @@ def average_name(step: int) -> str:
     return f"average-{step:08d}.safetensors"
 
 
+def companions_name(step: int) -> str:
+    """Part of what is saved with the averaged weights."""
+    return COMPANIONS.format(step)
+
+
 def samples_name(step: int) -> str:
     """Part of the images."""
     return f"samples-{step:08d}.parquet"
@@ -99,15 +106,15 @@ def write_state(stage: storage.Stage, progress: Progress, model: Mapping[str, An
 
     sink = io.BytesIO()
     torch.save({"progress": asdict(progress), "model": model}, sink)
-    stage.write_part(f"state-{progress.step:08d}.pt", sink.getvalue(), 0)
+    stage.write_part(f"state-{progress.step:08d}.pt", bytes(sink.getbuffer()), 0)
     for name in sorted(filter(STATE.fullmatch, stage.finished_parts()))[:-keep]:
         stage.drop_part(name)
 
 
 def newest(stage: storage.Stage) -> int:
-    """Step of the last state, 0 where there is none."""
+    """Step of the last state, -1 where there is none."""
     found = [int(match[1]) for name in stage.finished_parts() if (match := STATE.fullmatch(name))]
-    return max(found, default=0)
+    return max(found, default=-1)
 
 
 def newest_state(stage: storage.Stage) -> str | None:
@@ -130,9 +137,13 @@ def read_state(stage: storage.Stage, name: str, device: str) -> tuple[Progress, 
     return Progress(**values["progress"]), values["model"]
 
 
-def write_average(stage: storage.Stage, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write the averaged weights of an evaluation."""
+def write_average(
+    stage: storage.Stage, step: int, weights: Mapping[str, torch.Tensor], companions: Mapping[str, torch.Tensor]
+) -> None:
+    """Write the averaged weights of an evaluation, and what is saved with them, where there is any."""
     stage.write_part(average_name(step), to_safetensors(weights), 0)
+    if companions:
+        stage.write_part(companions_name(step), to_safetensors(companions), 0)
 
 
 def to_safetensors(weights: Mapping[str, torch.Tensor]) -> bytes:
@@ -142,7 +153,7 @@ def to_safetensors(weights: Mapping[str, torch.Tensor]) -> bytes:
     return bytes(safetensors.torch.save({name: value.contiguous().clone() for name, value in weights.items()}))
 
 
-def read_average(uri: str) -> dict[str, torch.Tensor]:
+def read_weights(uri: str) -> dict[str, torch.Tensor]:
     """Weights of a safetensors file, on the CPU."""
     import safetensors.torch
 

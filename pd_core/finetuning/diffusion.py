@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 BETAS = (0.9, 0.999)  # of AdamW, as diffusion models are trained with
-DISTILLED = ("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler")
+DISTILLED = ("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler", "FlowMatchLCMScheduler")
 PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 
@@ -163,7 +163,7 @@ def process_of(saved: Any, min_snr: float | None, channels: int, out_channels: i
 
 
 class DiffusionModel:
-    """A diffusers pipeline that is trained; a `Trainable`.
+    """A diffusers pipeline that is trained; a `Trainable`. A variance that the network predicts behind the noise is not trained.
 
     Args:
         settings: of the generator: what is loaded, and how images are sampled for evaluation.
@@ -188,6 +188,7 @@ class DiffusionModel:
 
         self._pipeline = diffusers.open_trainable(settings, share.device)
         pipeline, where = self._pipeline, f"--generator.path {settings.path}"
+        self.came_averaged = False
         self._process = process_of(
             pipeline.scheduler, training.min_snr, pipeline.shape[0], pipeline.out_channels, where
         )
@@ -230,7 +231,15 @@ class DiffusionModel:
             )
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._averaged.update_parameters(self.network)
+        if (
+            self._scaler.is_enabled() and self._scaler.get_scale() < 1
+        ):  # every step so far has been skipped on the way there
+            raise RunError(
+                f"training: gradients in fp16 are not finite however they are scaled, up to step {batch.step} (seed {self._seed}); set "
+                "--training.precision bf16 or fp32"
+            )
+        if math.isfinite(norm):
+            self._averaged.update_parameters(self.network)
         return {"loss": loss_of_all, "gradient_norm": norm, "learning_rate": rate}
 
     def _pieces(self, batch: Batch) -> Iterator[np.ndarray]:
@@ -292,6 +301,14 @@ class DiffusionModel:
     def averaged(self) -> dict[str, torch.Tensor]:
         """See Trainable."""
         return averaging.weights_of(self._averaged.module)
+
+    def companions(self) -> dict[str, torch.Tensor]:
+        """See Trainable: none, a pipeline is saved with its average."""
+        return {}
+
+    def load_companions(self, companions: Mapping[str, torch.Tensor]) -> None:
+        """See Trainable."""
+        assert not companions, "a diffusion model has none"
 
     def sampler(self, weights: Mapping[str, torch.Tensor]) -> Generator:
         """See Trainable."""

@@ -14,10 +14,16 @@ from pd_core.finetuning import Share, checkpoints, models
 
 @dataclass(frozen=True)
 class Source:
-    """Which weights: a part of the training or merging stage. step: of the training; merged: a combination of several."""
+    """Which weights: a part of the training or merging stage.
+
+    Attributes:
+        uri: of the stage. part: name. fingerprint: of the stage.
+        companions: uri of what is saved with them, or None. step: of the training. merged: a combination of several steps.
+    """
 
     uri: str
     part: str
+    companions: str | None
     fingerprint: str
     step: int
     merged: bool
@@ -38,7 +44,9 @@ def run(stage: storage.Stage, spec: models.ModelSpec, source: Source) -> tuple[l
 
 def _write(stage: storage.Stage, spec: models.ModelSpec, source: Source) -> None:
     model = spec.open(Share(0, 1, "cpu", 1))
-    weights = checkpoints.read_average(storage.join(source.uri, source.part))
+    weights = checkpoints.read_weights(storage.join(source.uri, source.part))
+    if source.companions is not None:
+        model.load_companions(checkpoints.read_weights(source.companions))
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder, weights)
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):

@@ -36,6 +36,7 @@ Densities = Callable[["torch.Tensor"], np.ndarray]
 """Pseudo densities float64 [B] of images uint8 [B, H, W, 3] on the generator's device."""
 
 Labels = Sequence[int] | None
+VAIN = 200  # candidates of every draw of a batch, of which not one was accepted
 BETAS = (0.0, 0.99)  # of Adam, for both networks, as in StyleGAN
 
 
@@ -132,7 +133,7 @@ def _search(
     count, weighting = len(positions), acceptance.two_level(fake.threshold, fake.weight)
     pending, done, candidates, above = np.arange(count), 0, 0, 0
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
-    while len(pending) and done < fake.max_candidates:
+    while len(pending) and done < fake.max_candidates and not (len(pending) == count and done >= VAIN):
         each = min(count // len(pending), fake.max_candidates - done)
         draws = np.repeat(pending, each)
         seeds = seeds_of(positions[draws], np.tile(np.arange(done, done + each), len(pending)), stream)
@@ -213,7 +214,7 @@ class Gan:
         check_passes(pair, _pass_sizes(training, share.world))
         self._averaged = {name: tensor.detach().clone() for name, tensor in pair.averaged_start.items()}
         own = pair.generator.state_dict()
-        self._came_averaged = any(not torch.equal(own[name], start) for name, start in self._averaged.items())
+        self.came_averaged = any(not torch.equal(own[name], start) for name, start in self._averaged.items())
         self._trained = {
             network: [parameter for parameter in network.parameters() if parameter.requires_grad]
             for network in (pair.generator, pair.discriminator)
@@ -275,6 +276,21 @@ class Gan:
     def averaged(self) -> dict[str, torch.Tensor]:
         """The moving average of the generator's weights, with its buffers, by name, on the CPU."""
         return {name: tensor.cpu().clone() for name, tensor in self._averaged.items()}
+
+    def companions(self) -> dict[str, torch.Tensor]:
+        """Generator and discriminator as they are in training."""
+        networks = {"generator": self._pair.generator, "discriminator": self._pair.discriminator}
+        return {
+            f"{part}.{name}": tensor.detach().cpu().clone()
+            for part, network in networks.items()
+            for name, tensor in network.state_dict().items()
+        }
+
+    def load_companions(self, companions: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `companions`."""
+        for part, network in (("generator", self._pair.generator), ("discriminator", self._pair.discriminator)):
+            own = {n.removeprefix(f"{part}."): t for n, t in companions.items() if n.startswith(f"{part}.")}
+            network.load_state_dict(own)
 
     def sampler(self, weights: Mapping[str, torch.Tensor]) -> Generator:
         """A generator of its own with these weights."""
@@ -366,7 +382,7 @@ class Gan:
         """The moving average after t steps; buffers are copied. One that came with the pair is not to be forgotten at first."""
         import torch
 
-        decay = self._training.ema_decay if self._came_averaged else decay_at(self._steps, self._training.ema_decay)
+        decay = self._training.ema_decay if self.came_averaged else decay_at(self._steps, self._training.ema_decay)
         buffers = {name for name, _ in self._pair.generator.named_buffers()}
         with torch.no_grad():
             for name, tensor in self._pair.generator.state_dict().items():
@@ -408,10 +424,11 @@ class Gan:
 
     def _hopeless(self, tally: Tally, fake: FakeSampling, step: int) -> str:
         accepted = (tally.wanted - tally.rejected) / tally.candidates
+        times = min(fake.max_candidates, VAIN) if tally.rejected == tally.wanted else fake.max_candidates
         side = "lower --fake.threshold" if fake.weight > 1 else "raise --fake.threshold"
         return (
             f"training: at step {step}, seed {self._seed}, {tally.rejected:.0f} of {tally.wanted:.0f} generated images were "
-            f"rejected {fake.max_candidates} times: {tally.above / tally.candidates:.2%} of {tally.candidates:.0f} candidates have a "
+            f"rejected {times} times: {tally.above / tally.candidates:.2%} of {tally.candidates:.0f} candidates have a "
             f"density above tau = {fake.threshold:.4g}, and with w = {fake.weight:.4g} {accepted:.2%} were accepted; set "
             f"--fake.weight nearer to 1, {side}, or raise --fake.max_candidates at the cost of time"
         )

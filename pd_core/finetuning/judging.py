@@ -56,10 +56,11 @@ class Plan:
         return [int(seed) for seed in ids.integers(numbers, ids.stream(self.seed, self.stream))]
 
     def conditions(self, numbers: np.ndarray) -> Conditions:
-        """Class of each image, all equally often."""
+        """Class of each image: all equally often, up to one; which come first is drawn, since there may be more than images."""
         if not self.classes:
             return Conditions()
-        return Conditions(labels=tuple(self.classes[int(i) % len(self.classes)] for i in numbers))
+        order = np.argsort(ids.integers(np.arange(len(self.classes)), ids.stream(self.seed, f"{self.stream}/classes")))
+        return Conditions(labels=tuple(self.classes[int(order[int(i) % len(order)])] for i in numbers))
 
 
 def generate(plan: Plan, sampler: Generator, chunk: int, device: str) -> torch.Tensor:

@@ -66,12 +66,15 @@ def work(values: Mapping[str, Any]) -> None:
     torch.set_num_threads(threads)
     device = str(get_device()) if cluster.assigned_device() == "cuda" else "cpu"
     share = Share(context.get_world_rank(), context.get_world_size(), device, threads)
+    training = Loop(job, share, values["reference"], values["monitor"])
     try:
-        Loop(job, share, values["reference"], values["monitor"]).run()
+        training.run()
     except (UserError, RunError) as error:
-        # all workers have it and leave; Ray Train would print an exception four times, and call it a failure of its own
-        if share.rank == 0:
-            ray.get(values["monitor"].failed.remote(str(error), type(error).__name__))
+        ray.get(values["monitor"].failed.remote(str(error), type(error).__name__))
+        # What all workers have is told, and they leave: Ray Train would print the exception four times, and take it for a
+        # failure of its own. What this one alone has must end the others, which wait for it.
+        if not training.agreed:
+            raise
 
 
 class HopelessError(RunError):
@@ -95,6 +98,7 @@ class Loop:
         self.progress = Progress()
         self._reference_in_store, self._monitor = reference, monitor
         self._reference: Reference | None = None
+        self.agreed = False  # whether the error that ends this worker ends all of them
         self._told_s = 0.0
         self._times: list[
             tuple[float, float]
@@ -120,9 +124,11 @@ class Loop:
             checkpoints.write_results(self.job.stage, self.progress, self._rates())
 
     def _restore(self) -> None:
-        name = parallel.from_first(
-            checkpoints.newest_state(self.job.stage) if self.share.rank == 0 else None, self.share.world
-        )
+        name: str | None = None
+        with self._together():
+            if self.share.rank == 0:
+                name = checkpoints.newest_state(self.job.stage)
+        name = parallel.from_first(name, self.share.world)
         if name is not None:
             self.progress, state = checkpoints.read_state(self.job.stage, name, self.share.device)
             self.model.load_state(state)
@@ -151,7 +157,8 @@ class Loop:
                 data_s = watch.seconds
                 try:
                     logged = self.model.step(batch)
-                except RunError as error:  # all workers have it
+                except RunError as error:  # of numbers that all workers have added up
+                    self.agreed = True
                     raise HopelessError(str(error)) from None
                 progress.step += 1
                 counted = parallel.sum_of({"replaced": batch.replaced}, self.share.world, self.share.device)
@@ -168,7 +175,11 @@ class Loop:
             yield
         except (UserError, RunError) as error:
             failure = error
-        parallel.raise_together(failure, self.share.world, self.share.device)
+        try:
+            parallel.raise_together(failure, self.share.world, self.share.device)
+        except Exception:
+            self.agreed = True
+            raise
 
     def _pause(self) -> None:
         """What is due after a step."""
@@ -201,8 +212,9 @@ class Loop:
         }
 
     def _checkpoint(self) -> None:
-        if self.share.rank == 0:
-            checkpoints.write_state(self.job.stage, self.progress, self.model.state(), self.settings.keep)
+        with self._together():
+            if self.share.rank == 0:
+                checkpoints.write_state(self.job.stage, self.progress, self.model.state(), self.settings.keep)
 
     # ---- evaluation ----
 
@@ -210,9 +222,9 @@ class Loop:
         """Every worker makes its chunks of the images; the first measures all of them and tells the others."""
         share, plan = self.share, self.job.plan
         weights = self.model.averaged()
-        sampler = self.model.sampler(weights)
         own: dict[int, np.ndarray] = {}
         with self._together():
+            sampler = self.model.sampler(weights)
             try:
                 for chunk in range(share.rank, plan.chunks, share.world):
                     images = judging.generate(plan, sampler, chunk, share.device)
@@ -232,7 +244,7 @@ class Loop:
         share, rows = self.share, None
         with self._together():
             if share.rank == 0:
-                checkpoints.write_average(self.job.stage, self.progress.step, weights)
+                checkpoints.write_average(self.job.stage, self.progress.step, weights, self.model.companions())
                 rows = self._rows([found[chunk] for chunk in range(self.job.plan.chunks)])
                 self._monitor.evaluated.remote(self.progress.step, rows)
         told: list[dict[str, Any]] = parallel.from_first(rows, share.world)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,8 +86,8 @@ class ScorerOpener:
 def describe(spec: ModelSpec) -> dict[str, Any]:
     """Facts of the generator (`opening.facts_of`) and of training it; in a Ray task, before anything is trained.
 
-    Beside those: class number of each label; size of its images (height, width), px; parameters that are trained; hash of
-    the discriminator's file.
+    Beside those: class number of each label; size of its images (height, width), px; parameters that are trained; whether
+    an average came with it; hash of the discriminator's file.
 
     Raises:
         UserError: it cannot be opened, or cannot be trained.
@@ -102,6 +102,7 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         "classes": classes,
         "size": list(model.size),
         "parameters": model.parameters,
+        "came_averaged": model.came_averaged,
         "discriminator": discriminator,
     }
     return facts | more
@@ -113,6 +114,7 @@ def probe(spec: ModelSpec, images: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     label = next(iter(spec.classes), None)
     times = []
+    _forget_peak()
     for step in range(PROBED_STEPS):
         pixels = rng.integers(0, 256, (images, *model.size, 3), dtype=np.uint8)
         numbers = np.arange(images)
@@ -127,4 +129,10 @@ def _peak_bytes() -> float:
 
     if cluster.assigned_device() == "cuda":
         return float(torch.cuda.max_memory_allocated())
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    status = Path("/proc/self/status").read_text()
+    return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024
+
+
+def _forget_peak() -> None:
+    """What this process took for earlier tasks is not of this one."""
+    Path("/proc/self/clear_refs").write_text("5")

@@ -29,6 +29,7 @@ EXECUTION_TASKS = 2048  # of one execution: the plan stays this small for any nu
 AHEAD_BYTES = 256 << 20  # of pixels that wait for a slow consumer; Ray Data alone would fill half of the object store
 AHEAD_BLOCKS = 2  # fetched before they are asked for
 WINDOWS_KEPT = 2  # tables of so many windows stay in a process that decodes
+ELASTIC_TASKS = 4  # of each worker, where an autoscaler finds room for them
 MOST_TRIES = 100  # images in a row that cannot be read
 
 Place = tuple[int, int]  # of an image: its part, and its row in that part of weights/
@@ -79,6 +80,8 @@ def feed_of(now: cluster.Cluster, world: int) -> Feed:
     now: with what the workers claim in `held_cpus`. Where they have claimed everything the tasks claim nothing: they would
     wait for ever.
     """
+    if now.elastic:  # what is there now says little; what is asked for is added
+        return Feed(ELASTIC_TASKS, cluster.DECODE_CPUS)
     tasks = max(1, int(cluster.computing_cpus(now) / world))
     return Feed(tasks, cluster.DECODE_CPUS if tasks * world * cluster.DECODE_CPUS <= now.free_cpus else 0.0)
 

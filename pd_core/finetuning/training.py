@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 POLL_S = 1.0
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")  # in what torch.distributed says
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def workers_of(now: cluster.Cluster, count: int, cpus: int, gpus: float | None) 
     """What the settings ask for, on this cluster.
 
     Raises:
-        UserError: this machine has not so many GPUs.
+        UserError: there are not so many GPUs, or several workers are to share one.
     """
     _, _, claimed, per_gpu = cluster.actor_pool(now, count, cpus, gpus)
     if now.local and per_gpu and now.gpus < per_gpu * count:
@@ -97,7 +98,7 @@ def run(
     stage, total = job.stage, job.settings.steps
 
     def done() -> int:
-        return len(stage.finished_parts())
+        return checkpoints.newest(stage) + 1
 
     hopeless: list[RunError] = []
 
@@ -142,7 +143,7 @@ def _execute(job: loop.Job, now: cluster.Cluster, workers: Workers, reference: A
             run_config=RunConfig(
                 name=job.stage.fingerprint[:16],
                 storage_path=scratch,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                failure_config=FailureConfig(max_failures=0),
             ),
         )
         try:
@@ -170,14 +171,34 @@ def _trainer_class(own: bool) -> Any:
 
 
 def _failure(error: Exception) -> Exception:
-    """What ended a training: our own error of any worker, a defect as it was raised, or else infrastructure."""
-    found: list[BaseException] = [*getattr(error, "worker_failures", {}).values()]
-    found += [e for e in (getattr(error, "controller_failure", None),) if e is not None]
+    """What ended a training: our own error of any worker, a defect as it was raised, or else infrastructure, which is tried again."""
+    import ray
+    import torch
+
+    raised: list[Any] = [*getattr(error, "worker_failures", {}).values()]
+    raised += [e for e in (getattr(error, "controller_failure", None),) if e is not None]
+    found: list[BaseException] = [getattr(failure, "_base_exc", failure) for failure in raised]
     for failure in found:
         if (ours := cluster.cause(failure)) is not None:
             return ours
-    reason = one_line(found[0] if found else error)
-    return RunError(f"training: a worker was lost ({reason})")
+    if any(isinstance(failure, torch.OutOfMemoryError) for failure in found):
+        return UserError(
+            "training: a GPU has too little memory for its share of a step; lower --training.batch_size, raise "
+            "--training.accumulate, or set --training.gradient_checkpointing"
+        )
+    lost = [failure for failure in found if _passes(failure, ray.exceptions.RayError)]
+    if lost or not found:
+        return RunError(f"training: a worker was lost ({one_line(lost[0] if lost else error)})")
+    return error  # a defect, of this program or of the user's own network
+
+
+def _passes(failure: BaseException, ray_error: type[BaseException]) -> bool:
+    """Whether it is one of machines and networks: of Ray, of a store, or of a worker whose peer has gone."""
+    import torch
+
+    if isinstance(failure, torch.distributed.DistError | ray_error) or storage.is_failure(failure):
+        return True
+    return isinstance(failure, RuntimeError) and any(word in str(failure) for word in PEER_GONE)
 
 
 @contextlib.contextmanager
