@@ -144,7 +144,7 @@ def test_help_and_refusals_import_neither_torch_nor_ray():
 @pytest.mark.parametrize("file", sorted((ROOT / "workflows" / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_load(file):
     text = file.read_text()
-    marks = {
+    marks: dict[str, type[config.WorkflowSettings]] = {
         "training:": config.FinetuneSettings,
         "thresholds:": config.TradeoffSettings,
         "generator:": config.GenerateSettings,

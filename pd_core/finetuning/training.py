@@ -161,7 +161,9 @@ def _trainer_class(own: bool) -> Any:
     """
     from ray.train.torch import TorchTrainer
 
-    class Trainer(TorchTrainer):
+    base: Any = TorchTrainer
+
+    class Trainer(base):  # type: ignore[misc] - a class that is chosen when it is imported
         def _create_default_callbacks(self) -> list[Any]:
             return [
                 c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"
