@@ -163,7 +163,7 @@ def _trainer_class(own: bool) -> Any:
 
     base: Any = TorchTrainer
 
-    class Trainer(base):  # type: ignore[misc] - a class that is chosen when it is imported
+    class Trainer(base):
         def _create_default_callbacks(self) -> list[Any]:
             return [
                 c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"
