@@ -27,7 +27,7 @@ from pd_core import estimator, features, ids
 from pd_core.config import FeatureSettings, GeneratorSettings, TrainingSettings
 from pd_core.errors import RunError, UserError
 from pd_core.finetuning import Batch, Share, parallel
-from pd_core.finetuning.gan import FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
+from pd_core.finetuning.gan import VAIN, FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
 from pd_core.finetuning.parallel import average_gradients, sum_of
 from pd_core.generators import Conditions, LatentGenerator, normal_latents, open_generator, to_uint8
 from pd_core.generators.pairs import Pair, load_weights, open_pair
@@ -425,6 +425,17 @@ def test_hopeless_weights_end_with_an_explanation() -> None:
     for part in ("of 8 generated images were rejected 7 times", "100.00% of", "tau = 1e-06", "w = 0.001"):
         assert part in message
     assert "raise --fake.threshold" in message and "--fake.max_candidates" in message
+
+
+def test_a_low_rate_is_waited_for_and_none_at_all_is_not() -> None:
+    """One candidate of 200 accepted: some draws need far more than the others, and all get theirs."""
+    positions, pair = np.arange(8), small_pair()
+    rare = FakeSampling(by_brightness, threshold=1e-6, weight=0.005, max_candidates=100_000)  # all lie above it
+    tally = choose(pair.live, rare, positions, None, 4, "d").tally
+    assert tally.rejected == 0 and 400 < tally.candidates < 6400  # 1,600 expected, geometric: standard deviation 560
+    never = FakeSampling(by_brightness, threshold=1e-6, weight=1e-12, max_candidates=100_000)
+    tally = choose(pair.live, never, positions, None, 4, "d").tally
+    assert (tally.rejected, tally.candidates) == (8, 8 * VAIN)
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient", "image"])

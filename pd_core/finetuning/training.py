@@ -121,6 +121,8 @@ def run(
         cluster.say(
             f"training: stopped at step {summary['steps']} of {total}, {patience} evaluations after the best one"
         )
+    if summary["replaced"]:
+        cluster.say(f"training: {summary['replaced']} drawn images could not be read any more, others took their places")
     return list(stage.finished_parts().values()), summary | {"metric": job.settings.evaluation.metric}
 
 
