@@ -682,8 +682,10 @@ class InLoopSettings(Section):
     n: int = Field(500, gt=0, description="images generated for one")
     n_real: int = Field(10_000, gt=0, description="real images that they are measured against, at most")
     chunk: int = Field(50, gt=0, description="images generated as one batch")
-    metric: Literal["frechet_distance", "precision", "recall", "density", "coverage"] = Field(
-        "frechet_distance", description="by which the best step is chosen"
+    metric: Literal["auto", "frechet_distance", "precision", "recall", "density", "coverage"] = Field(
+        "auto",
+        description="by which the best step is chosen; auto: precision where weighting.weight is above 1, recall where it is below, "
+        "frechet_distance for other weightings",
     )
     patience: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: never")
     metrics: MetricSettings = MetricSettings()

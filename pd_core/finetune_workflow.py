@@ -57,6 +57,7 @@ def prepare(settings: FinetuneSettings) -> tuple[FinetuneSettings, RealSet]:
             "index": real.uri,
             "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
             "generator": generator,
+            "evaluation": settings.evaluation.model_copy(update={"metric": _metric(settings)}),
             "discriminator": settings.discriminator and storage.absolute(settings.discriminator),
         }
     )
@@ -64,6 +65,16 @@ def prepare(settings: FinetuneSettings) -> tuple[FinetuneSettings, RealSet]:
         piloting.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
     fake_weighting(settings, real)
     return settings, real
+
+
+def _metric(settings: FinetuneSettings) -> str:
+    """By which the best step is chosen: the one that the weights are to move, unless another is asked for."""
+    weight = settings.weighting.weight
+    if settings.evaluation.metric != "auto":
+        return settings.evaluation.metric
+    if settings.weighting.kind != "two_level" or weight is None or weight == 1:
+        return "frechet_distance"
+    return "precision" if weight > 1 else "recall"
 
 
 def _check_numbers(settings: FinetuneSettings) -> None:
@@ -258,7 +269,8 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
 
     trained = run.stage(job.stage, train)
     step = trained.totals["best"]
-    cluster.say(f"best: step {step} by {settings.evaluation.metric}")
+    came = ", the generator as it came: no later one was better" if step == 0 else ""
+    cluster.say(f"best: step {step} by {settings.evaluation.metric}{came}")
     merged = _merge(run, planned, job, trained, featured) if settings.merge == "best-of" else None
     companions = checkpoints.companions_name(step)
     beside = storage.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None

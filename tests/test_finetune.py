@@ -94,8 +94,9 @@ def test_a_run_leaves_a_model_an_evaluation_of_each_state_and_a_report(done: Pat
         "the newest two are kept"
     )
     evaluations = pq.read_table(done / "training" / checkpoints.EVALUATIONS).to_pylist()
-    frechet = {row["step"]: row["value"] for row in evaluations if row["metric"] == "frechet_distance"}
-    assert sorted(frechet) == [0, 4, 8] and training.totals["best"] == min(frechet, key=lambda step: frechet[step])
+    precision = {row["step"]: row["value"] for row in evaluations if row["metric"] == "precision"}
+    assert sorted(precision) == [0, 4, 8] and training.totals["metric"] == "precision", "w is above 1"
+    assert training.totals["best"] == max(precision, key=lambda step: precision[step])
     assert all(row["n_generated"] == 24 and row["n_real"] == tiny.GOOD for row in evaluations)
     assert len(history(done, "loss")) == STEPS and training.totals["steps"] == STEPS
     assert training.totals["weights"]["rows"] == tiny.GOOD

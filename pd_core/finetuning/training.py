@@ -122,7 +122,9 @@ def run(
             f"training: stopped at step {summary['steps']} of {total}, {patience} evaluations after the best one"
         )
     if summary["replaced"]:
-        cluster.say(f"training: {summary['replaced']} drawn images could not be read any more, others took their places")
+        cluster.say(
+            f"training: {summary['replaced']} drawn images could not be read any more, others took their places"
+        )
     return list(stage.finished_parts().values()), summary | {"metric": job.settings.evaluation.metric}
 
 
