@@ -107,9 +107,9 @@ def run(
             try:
                 _execute(job, now, workers, reference, tracker)
             except loop.HopelessError as error:  # which `persist` would take for one that passes
-                hopeless.append(
-                    RunError(f"{error}; the last good checkpoint is that of step {checkpoints.newest(stage)}")
-                )
+                good = checkpoints.newest(stage)
+                kept = f"; the last good checkpoint is that of step {good}" if good >= 0 else ""
+                hopeless.append(RunError(f"{error}{kept}"))
 
     cluster.persist("training", execute, done)
     if hopeless:
