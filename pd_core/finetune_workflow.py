@@ -238,7 +238,7 @@ def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
         f"training: {settings.steps} steps of {settings.training.batch_size} images on {workers.count} "
         f"{'worker' if workers.count == 1 else 'workers'} ({device}); {facts['parameters']:,} parameters are trained, images of "
         f"{facts['size'][1]}x{facts['size'][0]} px\n"
-        f"evaluation: {settings.evaluation.n} images every {settings.evaluation.every} steps, best by {settings.evaluation.metric}"
+        f"evaluation: {settings.evaluation.n} images every {settings.evaluation.every} steps and at the first and last, best by {settings.evaluation.metric}"
     )
     if spec.fake is not None:
         (tau,), (_, weight) = spec.fake.edges, spec.fake.weights
@@ -270,8 +270,10 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
     trained = run.stage(job.stage, train)
     step = trained.totals["best"]
     came = ", the generator as it came: no later one was better" if step == 0 else ""
-    cluster.say(f"best: step {step} by {settings.evaluation.metric}{came}")
+    cluster.say(f"best: step {step} by {settings.evaluation.metric}, {trained.totals['best_value']:.4g}{came}")
     merged = _merge(run, planned, job, trained, featured) if settings.merge == "best-of" else None
+    if merged is not None:
+        cluster.say(_told_merge(merged, step))
     companions = checkpoints.companions_name(step)
     beside = storage.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
     source = exporting.Source(
@@ -294,6 +296,15 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
     reporting = finetuned_report.stage_of(run.output, trained, merged)
     run.stage(reporting, lambda: finetuned_report.run(reporting, inputs), replace=True)
     return inputs
+
+
+def _told_merge(merged: storage.Artifact, step: int) -> str:
+    """What came of the merge."""
+    totals, metric = merged.totals, merged.totals["metric"]
+    one, other = (totals[which][metric]["value"] for which in ("merged", "single"))
+    verdict = "beats" if totals["beats"] else "does not beat"
+    kept = "the combination" if totals["beats"] else f"step {step}"
+    return f"merging: the combination {verdict} step {step} on fresh seeds ({metric} {one:.4g}, {other:.4g}); best/ holds {kept}"
 
 
 def _weights(run: Run, planned: Planned) -> weights.Drawable:

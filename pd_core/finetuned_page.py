@@ -16,7 +16,12 @@ from pd_core import report
 from pd_core.evaluation_page import Number, draw_point, interval, metric_names, plane_axes
 from pd_core.report import Drawing
 
-STATES = {"before": "as it came", "best": "best step", "merged": "combination"}  # of an image, from left to right
+STATES = {
+    "before": "as it came",
+    "best": "best step",
+    "last": "last step",
+    "merged": "combination",
+}  # of an image, from left to right
 SMOOTHING = 40  # windows that a history is cut into, over which its line is a mean
 HISTORY = {  # in order of display: name, and how it reads
     "loss": "loss",
@@ -152,8 +157,9 @@ class FinetunedData:
 
     @property
     def states(self) -> list[str]:
-        """Of the images of a seed, from left to right; step 0 is not shown twice."""
-        there = {"before": True, "best": self.best > 0, "merged": self.merged is not None}
+        """Of the images of a seed, from left to right; where no step is better than 0, the last one shows what training did."""
+        last = self.best == 0 and self.evaluations[-1].step > 0
+        there = {"before": True, "best": self.best > 0, "last": last, "merged": self.merged is not None}
         return [state for state in STATES if there[state]]
 
 

@@ -174,10 +174,12 @@ def _merged(totals: Mapping[str, Any]) -> Merged:
 
 def _shown(inputs: Inputs) -> list[Shown]:
     """Images of the same seeds, in every state."""
-    best = inputs.trained.totals["best"]
+    best, last = inputs.trained.totals["best"], _evaluations(inputs.training)[-1].step
     places = {"before": _samples(inputs.training, 0)}
     if best > 0:
         places["best"] = _samples(inputs.training, best)
+    elif last > 0:
+        places["last"] = _samples(inputs.training, last)
     if inputs.merging is not None:
         places["merged"] = storage.join(inputs.merging[0], merging.SAMPLES)
     states = {state: storage.read_table(uri).sort_by("number").to_pylist() for state, uri in places.items()}

@@ -207,7 +207,7 @@ def test_what_is_missing_leaves_no_trace(changes, gone, no_figures):
 
 
 def test_a_run_without_a_better_step_says_so_and_shows_its_images_once(no_figures):
-    data = example(best=0, merged=None, shown=[shown(0, states=("before",))])
+    data = example(best=0, merged=None, shown=[shown(0, states=("before", "last"))])
     text = Page(finetuned_page.render(data)).text
     assert "No evaluated step has a better Fréchet distance than the generator as it came" in text
 

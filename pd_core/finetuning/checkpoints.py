@@ -69,11 +69,12 @@ class Progress:
             self.waited += 1
         self.stopped_early = bool(patience) and self.waited >= patience
 
-    def summary(self) -> dict[str, Any]:
-        """JSON-able, without the tables."""
+    def summary(self, metric: str) -> dict[str, Any]:
+        """JSON-able, without the tables. metric: that chose the best step."""
         return {
             "steps": self.step,
             "best": self.best,
+            "best_value": self.value(self.best, metric),
             "stopped_early": self.stopped_early,
             "replaced": self.replaced,
         }
@@ -160,12 +161,15 @@ def read_weights(uri: str) -> dict[str, torch.Tensor]:
     return dict(safetensors.torch.load(storage.read_bytes(uri)))
 
 
-def write_results(stage: storage.Stage, progress: Progress, rates: Mapping[str, float]) -> None:
-    """Write what was measured and logged; the summary last. rates: how fast it was, which no result depends on."""
+def write_results(stage: storage.Stage, progress: Progress, metric: str, rates: Mapping[str, float]) -> None:
+    """Write what was measured and logged; the summary last.
+
+    metric: that chose the best step. rates: how fast it was, which no result depends on.
+    """
     stage.write_table(EVALUATIONS, pa.Table.from_pylist(progress.evaluations, schema=schemas.evaluations()))
     rows = [dict(zip(("step", "name", "value"), row, strict=True)) for row in progress.history]
     stage.write_table(HISTORY, pa.Table.from_pylist(rows, schema=schemas.history()))
-    stage.write_part(SUMMARY, json.dumps(progress.summary() | dict(rates)).encode(), 0)
+    stage.write_part(SUMMARY, json.dumps(progress.summary(metric) | dict(rates)).encode(), 0)
 
 
 def read_summary(stage: storage.Stage) -> dict[str, Any] | None:

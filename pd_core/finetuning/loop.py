@@ -121,7 +121,7 @@ class Loop:
         if not self.progress.finished:
             self._train()
         if self.share.rank == 0:
-            checkpoints.write_results(self.job.stage, self.progress, self._rates())
+            checkpoints.write_results(self.job.stage, self.progress, self.settings.evaluation.metric, self._rates())
 
     def _restore(self) -> None:
         name: str | None = None

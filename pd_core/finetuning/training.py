@@ -237,8 +237,13 @@ def _watch(
         for line in lines:
             cluster.say(line)
         for step, values in steps:
+            if not bar.n:  # starting up and the first evaluation are no steps
+                bar.initial = step
+                bar.reset()
             bar.update(step - bar.n)
-            bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "acceptance") if name in values})
+            bar.set_postfix(
+                {name: f"{values[name]:.3g}" for name in ("loss", "d_loss", "g_loss", "acceptance") if name in values}
+            )
         if steps:
             tracker.metrics(steps[-1][1], step=steps[-1][0])
         for step, rows in evaluations:

@@ -181,7 +181,7 @@ def work_of(
     identity = {
         "listing": pictures.listing.fingerprint,
         "realset": {name: real.fingerprints[name] for name in ("features", "densities")},
-        "weightings": {label: weighting.to_json() for label, weighting in weightings.items()},
+        "weightings": {label or "all": weighting.to_json() for label, weighting in weightings.items()},
         "classes": None if mapping is None else sorted(mapping),
         "size": list(size),
         "resize": resize,
@@ -290,8 +290,8 @@ def _check(work: Work, parts: Sequence[storage.Part], max_bad_fraction: float, k
     if not rows or (not work.pictures.own and without > max_bad_fraction * listed):
         raise UserError(
             f"data: {without} of {listed} images of --data.source have no density in --index {index} (first: "
-            f"{_first(work, parts, 'without_density', known)}); name the source that the index was made from, run "
-            "build_index.py on this one, or raise --data.max_bad_fraction"
+            f"{_first(work, parts, 'without_density', known)}); name the source that the index was made from, "
+            f"or run build_index.py on this one and name its output by --index{', or raise --data.max_bad_fraction' if rows else ''}"
         )
     height, width = work.size
     if work.resize == "none" and (many := _count(parts, "other_size")):
