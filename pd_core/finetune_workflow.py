@@ -84,16 +84,16 @@ def _check_numbers(settings: FinetuneSettings) -> None:
             f"--training.batch_size {training_.batch_size}: must be a multiple of --workers {settings.workers}, which share it"
         )
     least = max(judged.metrics.k_precision, judged.metrics.k_coverage) + 1
-    if settings.images > min(judged.n, judged.chunk):
-        raise UserError(
-            f"--images {settings.images}: the report shows images of an evaluation's first batch, {min(judged.n, judged.chunk)}; "
-            "lower it, or raise --evaluation.chunk"
-        )
     for name, rows in (("--evaluation.n", judged.n), ("--evaluation.n_real", judged.n_real)):
         if rows < least:
             raise UserError(
                 f"{name} {rows}: too few images for k = {least - 1}; raise it to {least} or more, or lower k"
             )
+    if settings.images > min(judged.n, judged.chunk):
+        raise UserError(
+            f"--images {settings.images}: the report shows images of an evaluation's first batch, {min(judged.n, judged.chunk)}; "
+            "lower it, or raise --evaluation.chunk"
+        )
 
 
 def _check_kind(settings: FinetuneSettings) -> None:
