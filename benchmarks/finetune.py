@@ -35,7 +35,7 @@ def measure(quick: bool) -> table.Section:
     section = table.Section("Fine-tuning", TEXT)
     made = process.call("benchmarks.generate.prepare", {"cache": str(process.CACHE), "work": str(process.WORK)}).value
     gan = process.call("benchmarks.finetune.prepare_gan", {"cache": str(process.CACHE)}).value
-    steps = 20 if quick else 120
+    steps = 20 if quick else 60
     shown = table.Table(
         "Steps", ["model", "weights", "workers", "s a step", "of which waiting for images s", "images/s", "acceptance"]
     )
