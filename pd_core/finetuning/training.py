@@ -178,7 +178,6 @@ def _trainer_class(own: bool) -> Any:
 
 def _failure(error: Exception) -> Exception:
     """What ended a training: our own error of any worker, a defect as it was raised, or else infrastructure, which is tried again."""
-    import ray
     import torch
 
     raised: list[Any] = [*getattr(error, "worker_failures", {}).values()]
@@ -192,17 +191,22 @@ def _failure(error: Exception) -> Exception:
             "training: a GPU has too little memory for its share of a step; lower --training.batch_size, raise "
             "--training.accumulate, or set --training.gradient_checkpointing"
         )
-    lost = [failure for failure in found if _passes(failure, ray.exceptions.RayError)]
+    lost = [failure for failure in found if _passes(failure)]
     if lost or not found:
         return RunError(f"training: a worker was lost ({one_line(lost[0] if lost else error)})")
     return error  # a defect, of this program or of the user's own network
 
 
-def _passes(failure: BaseException, ray_error: type[BaseException]) -> bool:
-    """Whether it is one of machines and networks: of Ray, of a store, or of a worker whose peer has gone."""
+def _passes(failure: BaseException) -> bool:
+    """Whether it is one of machines and networks: of Ray and Ray Train, of a store, or of a worker whose peer has gone."""
+    import ray
     import torch
 
-    if isinstance(failure, torch.distributed.DistError | ray_error) or storage.is_failure(failure):
+    if isinstance(failure, ray.exceptions.RayTaskError):  # what a task of ours has raised
+        return storage.is_failure(failure.cause)
+    if type(failure).__module__.partition(".")[0] == "ray" or storage.is_failure(failure):
+        return True
+    if isinstance(failure, torch.distributed.DistError):
         return True
     return isinstance(failure, RuntimeError) and any(word in str(failure) for word in PEER_GONE)
 
