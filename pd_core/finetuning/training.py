@@ -242,8 +242,8 @@ def _watch(
             cluster.say(line)
         for step, values in steps:
             if not bar.n:  # starting up and the first evaluation are no steps
-                bar.initial = step
                 bar.reset()
+                bar.initial = step
             bar.update(step - bar.n)
             bar.set_postfix(
                 {name: f"{values[name]:.3g}" for name in ("loss", "d_loss", "g_loss", "acceptance") if name in values}
