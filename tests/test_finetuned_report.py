@@ -388,7 +388,7 @@ def test_the_stage_writes_the_page_and_its_figures(tmp_path, ray_cluster):
 
 
 @pytest.mark.parametrize(
-    ("merge", "best", "states"), [(False, 200, ["before", "best"]), (True, 0, ["before", "merged"])]
+    ("merge", "best", "states"), [(False, 200, ["before", "best"]), (True, 0, ["before", "last", "merged"])]
 )
 def test_states_that_do_not_exist_are_not_read(tmp_path, merge, best, states):
     data = finetuned_report.gather(inputs_of(tmp_path, merge=merge, best=best))
