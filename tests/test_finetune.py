@@ -237,8 +237,9 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
     more = ["--training.learning_rate=1e30", "--training.warmup_steps=0", "--seed=5"]
     assert finetuned(*arguments(built, ddpm, tmp_path / "out", *more)) == EXIT_FAILED
     error = capfd.readouterr().err
-    assert "(seed 5)" in error and "the last good checkpoint is that of step 0" in error and "Traceback" not in error
-    assert len([line for line in error.splitlines() if line.startswith("failed: training: ")]) == 1, error
+    # one line of ours, and no traceback of ours: Ray may print some of its own when the machine is busy
+    assert "(seed 5)" in error and "the last good checkpoint is that of step 0" in error
+    assert error.count("failed: training: ") == 1 and "pd_core/finetuning" not in error, error
     assert (tmp_path / "out" / "training" / "state-00000000.pt").exists()
     assert not (tmp_path / "out" / "training" / storage.ARTIFACT).exists()
 
