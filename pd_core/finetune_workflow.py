@@ -78,11 +78,8 @@ def _metric(settings: FinetuneSettings) -> str:
 
 
 def _check_numbers(settings: FinetuneSettings) -> None:
-    training_, judged = settings.training, settings.evaluation
-    if training_.batch_size % settings.workers:
-        raise UserError(
-            f"--training.batch_size {training_.batch_size}: must be a multiple of --workers {settings.workers}, which share it"
-        )
+    judged = settings.evaluation
+    stream.check_share(settings.training.batch_size, settings.workers)
     least = max(judged.metrics.k_precision, judged.metrics.k_coverage) + 1
     for name, rows in (("--evaluation.n", judged.n), ("--evaluation.n_real", judged.n_real)):
         if rows < least:

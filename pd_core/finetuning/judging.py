@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -98,8 +98,3 @@ def measure(
 def better(metric: str, one: float, other: float) -> bool:
     """Whether `one` beats `other`."""
     return one < other if metric in LOWER_IS_BETTER else one > other
-
-
-def values_of(estimates: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics without their intervals."""
-    return {name: estimate.value for name, estimate in estimates.items()}

@@ -69,7 +69,7 @@ def check_share(batch_size: int, world: int) -> int:
     """Images of each worker's share of a step. Raises UserError: they cannot be shared equally."""
     if batch_size % world:
         raise UserError(
-            f"--training.batch_size {batch_size}: cannot be shared equally by --workers {world}; give a multiple of it"
+            f"--training.batch_size {batch_size}: cannot be shared equally by --workers {world}; it must be a multiple of --workers {world}"
         )
     return batch_size // world
 
