@@ -347,14 +347,15 @@ class Stage:
     def finished_parts(self) -> dict[str, Part]:
         """Recorded parts whose file is in place with its recorded size; others are to be made again.
 
-        A record names its stage's fingerprint: what a late task of an earlier run writes here is not taken for ours.
+        A record names its stage's fingerprint: what a late task of an earlier run writes here is not taken for ours. One that
+        such a task drops meanwhile is not there.
         """
         names = sorted(sizes(join(self.uri, RECORDS)))
         if not names:
             return {}
         with ThreadPoolExecutor(READERS) as readers:
-            contents = list(readers.map(lambda name: read_bytes(join(self.uri, RECORDS, name)), names))
-        records = [json.loads(content) for content in contents]
+            contents = list(readers.map(lambda name: _read_if_there(join(self.uri, RECORDS, name)), names))
+        records = [json.loads(content) for content in contents if content is not None]
         parts = [Part(**record["part"]) for record in records if record["stage"] == self.fingerprint]
         folders = {part.name.rpartition("/")[0] for part in parts}
         present = {folder: sizes(join(self.uri, folder) if folder else self.uri) for folder in folders}
@@ -424,6 +425,13 @@ def _clear(uri: str) -> None:
     with ThreadPoolExecutor(READERS) as deleters:
         list(deleters.map(lambda name: delete_file(join(uri, name)), ours))
         list(deleters.map(lambda name: delete_file(join(uri, RECORDS, name)), records))
+
+
+def _read_if_there(uri: str) -> bytes | None:
+    try:
+        return read_bytes(uri)
+    except FileNotFoundError:
+        return None
 
 
 def _started(uri: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import pyarrow as pa
 import pytest
@@ -205,3 +206,26 @@ def test_an_identity_has_the_fingerprint_that_it_has_after_it_was_recorded():
     """Keys that are numbers become texts in a record, which sort in another order; tuples become lists."""
     identity = {"classes": {2: "a", 10: "b"}, "size": (8, 8)}
     assert storage.fingerprint(identity) == storage.fingerprint(json.loads(json.dumps(identity)))
+
+
+def test_a_part_that_another_run_drops_meanwhile_is_not_there(tmp_path):
+    # the tasks of a killed run go on for seconds, and drop checkpoints as they write new ones
+    made = stage(tmp_path)
+    made.begin(overwrite=False)
+    over = threading.Event()
+
+    def another_run() -> None:
+        while not over.is_set():
+            for number in range(8):
+                made.write_part(f"state-{number}.pt", b"x", 0)
+            for number in range(8):
+                made.drop_part(f"state-{number}.pt")
+
+    other = threading.Thread(target=another_run)
+    other.start()
+    try:
+        for _ in range(300):
+            assert set(made.finished_parts()) <= {f"state-{number}.pt" for number in range(8)}
+    finally:
+        over.set()
+        other.join()

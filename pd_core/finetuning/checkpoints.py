@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pd_core import cluster, schemas, storage
+from pd_core.errors import RunError
 from pd_core.finetuning import judging
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def newest_state(stage: storage.Stage) -> str | None:
     """Part of the last whole state; those before it are gone where a later one was broken."""
     parts = stage.finished_parts()
     for name in sorted(filter(STATE.fullmatch, parts), reverse=True):
-        if storage.sha256(storage.read_bytes(storage.join(stage.uri, name))) == parts[name].sha256:
+        if storage.sha256(_state_bytes(stage, name)) == parts[name].sha256:
             return name
         cluster.say(f"training: {name} is not as it was written; going on from the one before")
         stage.drop_part(name)
@@ -133,9 +134,21 @@ def read_state(stage: storage.Stage, name: str, device: str) -> tuple[Progress, 
     """(progress, state of the model) of a part; tensors on the device."""
     import torch
 
-    data = storage.read_bytes(storage.join(stage.uri, name))
+    data = _state_bytes(stage, name)
     values = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     return Progress(**values["progress"]), values["model"]
+
+
+def _state_bytes(stage: storage.Stage, name: str) -> bytes:
+    """Raises RunError: it has gone since it was found, which a run does that is still writing its own states here."""
+    uri = storage.join(stage.uri, name)
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise RunError(
+            f"{uri}: gone since it was found, another run of this --output is still writing; end it, or run the same command "
+            "again when it is over"
+        ) from None
 
 
 def write_average(
