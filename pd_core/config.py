@@ -404,8 +404,32 @@ class WorkflowSettings(BaseSettings):
     tracking: TrackingSettings = TrackingSettings()
 
 
+class UpdateSettings(Section):
+    """When an update (`base`) makes anew what it could have taken over."""
+
+    max_growth: float = Field(
+        0.5,
+        gt=0,
+        description="rows added or taken away since the quantizer was trained, as a share of those it had then",
+    )
+    max_cell_distance: float = Field(
+        1.2,
+        gt=1,
+        description="mean squared distance of new rows to their cell's centroid, over that of the rows there were",
+    )
+    max_r2_drop: float = Field(
+        0.05, ge=0, description="fall of the predictor's held-out R2 of log density since it was fitted"
+    )
+
+
 class BuildIndexSettings(WorkflowSettings):
     """Settings of workflows/build_index.py."""
+
+    base: str | None = Field(
+        None,
+        description="earlier output of build_index with the same settings: what is unchanged in the source is taken over from it",
+    )
+    update: UpdateSettings = UpdateSettings()
 
     preset: Literal["default", "paper", "million"] = Field(
         "default", description="paper: the authors' settings; million: settings for 10^6 images and more"

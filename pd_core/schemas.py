@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 VERSIONS = {
-    "listing": 1,
-    "features": 2,
+    "listing": 2,
+    "features": 3,
     "quarantine": 1,
     "index": 1,
     "neighbors": 1,
@@ -47,6 +47,7 @@ def listing(metadata: pa.StructType | None = None) -> pa.Schema:
 
     `container` is the file that holds the image (the image file itself in a directory), relative to the source's
     root; `offset` and `size` locate it inside: byte range in a tar, (row, -1) in a Parquet file, (0, file size) otherwise.
+    `version` changes when that file does.
     """
     fields = [
         pa.field("sample_id", pa.int64(), nullable=False),
@@ -54,6 +55,7 @@ def listing(metadata: pa.StructType | None = None) -> pa.Schema:
         pa.field("container", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
         pa.field("label", pa.string()),
     ]
     return _with_metadata(fields, metadata)
