@@ -43,6 +43,9 @@ ROUND_DELAYS_S = (0.0, 1.0, 10.0, 30.0)  # before each execution; infrastructure
 FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
 
+_shared: Cluster | None = None  # by a run whose parts are runs themselves
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What the run can count on at its start. An autoscaling cluster may hold more later."""
@@ -112,6 +115,9 @@ def session(output: str) -> Iterator[Cluster]:
     """`connect` for the time of a run; a cluster that was started for it ends with it."""
     import ray
 
+    if _shared is not None:
+        yield refreshed(_shared)
+        return
     joined = ray.is_initialized()
     now = connect()
     cpus = f"{cores()} cores" if now.local else f"{now.cpus:g} CPUs"
@@ -124,6 +130,17 @@ def session(output: str) -> Iterator[Cluster]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def shared(now: Cluster) -> Iterator[None]:
+    """Sessions inside the body are that of `now`: the runs in it are parts of one."""
+    global _shared
+    before, _shared = _shared, now
+    try:
+        yield
+    finally:
+        _shared = before
 
 
 def _describe(local: bool) -> Cluster:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from pd_core.config import METRICS
+
 VERSIONS = {
     "listing": 2,
     "features": 3,
@@ -31,9 +33,10 @@ VERSIONS = {
     "weights": 1,
     "training": 1,
     "merging": 1,
+    "release": 1,
 }
 
-CURVE_METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
+CURVE_METRICS = METRICS
 
 METADATA = "metadata"  # struct column of whatever else the source said of an image; absent where it said nothing
 

@@ -145,6 +145,48 @@ def write_bytes(uri: str, data: bytes) -> None:
         raise
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Write the file unless there is one; whether it was written. Of several processes that try at once one succeeds.
+
+    Locally by a link, on an object store by a PUT on the condition that the object is absent (`If-None-Match: *`).
+    """
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        write_bytes(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except Exception as error:  # s3fs gives the store's refusal as an OSError without a type of its own
+        if "PreconditionFailed" in f"{error} {error.__cause__!r}" or isinstance(error, FileExistsError):
+            return False
+        raise
+    return True
+
+
+def folders(uri: str) -> list[str]:
+    """Names of the folders directly in a directory, in order; empty where there is none."""
+    fs, path = filesystem(uri)
+    try:
+        entries = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
+
+
+def remove_folder(uri: str) -> None:
+    """Delete a directory with all that is in it; nothing there is fine."""
+    fs, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
 def copy(source: str, target: str) -> None:
     """The bytes of a file at another place, without reading them where that can be had.
 

@@ -85,8 +85,12 @@ def open_base(uri: str) -> Base:
     return Base(uri, artifacts, settings)
 
 
+class OtherSettings(UserError):
+    """The base was made with other settings than those of now."""
+
+
 def check_same(base: Base, settings: BuildIndexSettings, spec: features.ExtractorSpec, device: str) -> None:
-    """Raises UserError: a setting that decides features or densities, or the extractor, is not what the base was made with."""
+    """Raises OtherSettings: a setting that decides features or densities, or the extractor, is not what the base was made with."""
     now = settings.model_dump(mode="json")
     decides = {
         "data": ("kind", "labels", "image_column", "key_column", "metadata_columns"),
@@ -106,7 +110,7 @@ def check_same(base: Base, settings: BuildIndexSettings, spec: features.Extracto
     of_base = base.artifacts["features"].identity
     found += storage.differences({name: of_base[name] for name in identity}, identity)
     if found:
-        raise UserError(
+        raise OtherSettings(
             f"--base {base.uri}: was made with other settings ({'; '.join(found[:6])}), so its numbers are not comparable; "
             "leave --base out to build anew"
         )

@@ -108,6 +108,7 @@ IVF = (
 )
 
 
+@pytest.mark.slow
 def test_an_index_with_cells_keeps_its_quantizer_and_stays_within_its_error(source, inputs, tmp_path, ray_cluster):
     base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
     assert built(source, inputs[1], base, *IVF) == 0
@@ -131,6 +132,7 @@ def test_an_index_with_cells_keeps_its_quantizer_and_stays_within_its_error(sour
     assert np.array_equal(np.stack(found["neighbor_distances"].to_numpy()), distances)
 
 
+@pytest.mark.slow
 def test_a_quantizer_that_new_rows_have_left_behind_is_trained_again(source, inputs, tmp_path, ray_cluster, capsys):
     base, output = tmp_path / "base", tmp_path / "updated"
     assert built(source, inputs[1], base, *IVF) == 0
