@@ -24,7 +24,6 @@ FIRST_STAGES = {
     "perturb": "perturbed",
     "tradeoff": "pool-pilot",
     "finetune": "weights",
-    "curate": "releases",
 }  # by which the output of a workflow is known
 REPORT = "index.html"
 
@@ -126,6 +125,8 @@ def checked_output(output: str | None, workflow: str) -> str:
         )
     output = storage.absolute(output)
     with storage.explained(output):
+        if workflow != "curate" and storage.exists(storage.join(output, "index", "current.json")):
+            raise UserError(f"--output {output}: holds the releases of curate.py; choose another")
         for other, stage in FIRST_STAGES.items():
             if other != workflow and storage.begun_identity(storage.join(output, stage)) is not None:
                 raise UserError(f"--output {output}: holds a run of {other}.py; choose another")

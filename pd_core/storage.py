@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -148,6 +147,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create(uri: str, data: bytes) -> bool:
     """Write the file unless there is one; whether it was written. Of several processes that try at once one succeeds.
 
+    False is also the answer to a client that repeats a request whose answer was lost: read the file to know.
     Locally by a link, on an object store by a PUT on the condition that the object is absent (`If-None-Match: *`).
     """
     fs, path = filesystem(uri)
@@ -161,13 +161,17 @@ def create(uri: str, data: bytes) -> bool:
         finally:
             os.unlink(temporary)
         return True
-    try:
-        fs.pipe_file(path, data, mode="create")
-    except Exception as error:  # s3fs gives the store's refusal as an OSError without a type of its own
-        if "PreconditionFailed" in f"{error} {error.__cause__!r}" or isinstance(error, FileExistsError):
-            return False
-        raise
-    return True
+    for last in (False, False, True):
+        try:
+            fs.pipe_file(path, data, mode="create")
+            return True
+        except Exception as error:  # s3fs gives the store's refusal as an OSError without a type of its own
+            said = f"{error} {error.__cause__!r}"
+            if "PreconditionFailed" in said or isinstance(error, FileExistsError):
+                return False
+            if last or "ConditionalRequestConflict" not in said:  # the answer to racing requests: to be asked again
+                raise
+    raise AssertionError
 
 
 def folders(uri: str) -> list[str]:
@@ -200,9 +204,10 @@ def copy(source: str, target: str) -> None:
         try:
             os.link(source, temporary)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            shutil.copyfile(source, temporary)  # another disk, or one without links
+            write_bytes(target, read_bytes(source))  # another disk, or one without links
+            return
         os.rename(temporary, target)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)  # a rename onto a link of the same file leaves both names
