@@ -12,6 +12,7 @@ their mean: a core of a busy cluster shares caches and memory with busy neighbor
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ def models() -> dict[str, float]:
         batch = torch.rand(64, 3, 224, 224).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             model(batch[:8])
-            costs[f"model_s.{name}"] = cpu_s(lambda m=model, b=batch: m(b), 1) / len(batch)
+            costs[f"model_s.{name}"] = cpu_s(functools.partial(model, batch), 1) / len(batch)
     return costs
 
 
@@ -82,8 +83,14 @@ def decoding() -> dict[str, float]:
     costs = {"photo_bytes": float(np.mean([len(p) for p in photos]))}
     for name, contents in (("photo", photos), ("icon", [icon])):
         work = [*contents] * (40 // len(contents))
-        costs[f"decode_s.{name}"] = cpu_s(lambda w=work: [images.prepare(c, limits, preprocess) for c in w]) / len(work)
+        decode = functools.partial(images.prepare, limits=limits, preprocess=preprocess)
+        costs[f"decode_s.{name}"] = cpu_s(functools.partial(_all, decode, work)) / len(work)
     return costs
+
+
+def _all(function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+    for item in items:
+        function(item)
 
 
 def _encoded(image: Any, kind: str) -> bytes:
@@ -204,7 +211,7 @@ def search() -> dict[str, float]:
         )  # as the benchmark of the self-join
         flat = knn.ShardSearch(index.flat_rows(np.arange(rows), x), 1, "cpu")
         few = x[:4000]
-        costs[f"pair_exact_s.{dim}"] = cpu_s(lambda f=flat, q=few: f.search_all(q, k), 2) / (len(few) * rows)
+        costs[f"pair_exact_s.{dim}"] = cpu_s(functools.partial(flat.search_all, few, k), 2) / (len(few) * rows)
         centroids = index.train_quantizer(x, cells, 0)
         quantizer = index.quantizer_of(centroids)
         own = index.cell_of(quantizer, x)
@@ -215,14 +222,14 @@ def search() -> dict[str, float]:
         for nprobe in (8, 64):
             probes = index.coarse_probes(quantizer, x, nprobe)
             pairs = int(np.bincount(own, minlength=cells)[probes].sum())
-            taken.append((pairs, cpu_s(lambda h=held, q=x, p=probes: h.search_cells(q, p, k), 1)))
+            taken.append((pairs, cpu_s(functools.partial(held.search_cells, x, probes, k), 1)))
         (few_pairs, few_s), (many_pairs, many_s) = taken
         costs[f"pair_s.{dim}"] = pair = (many_s - few_s) / (many_pairs - few_pairs)
         costs[f"query_s.{dim}"] = (few_s - pair * few_pairs) / rows
     centroids = rng.standard_normal((8192, DIM), np.float32)
     quantizer, q = index.quantizer_of(centroids), rng.standard_normal((4096, DIM), np.float32)
     for nprobe in (1, 64):
-        coarse = cpu_s(lambda n=nprobe: index.coarse_probes(quantizer, q, n), 2)
+        coarse = cpu_s(functools.partial(index.coarse_probes, quantizer, q, nprobe), 2)
         costs[f"coarse_s.{nprobe}"] = coarse / (len(q) * len(centroids))
     found = np.sort(rng.random((65_536, k + 1), np.float32)), rng.integers(1 << 62, size=(65_536, k + 1))
     costs["merge_s"] = cpu_s(lambda: knn.merge_topk([found, found], k + 1), 2) / len(found[0])
@@ -300,13 +307,16 @@ def fitting() -> dict[str, float]:
 
 
 def tasks() -> dict[str, float]:
-    """Ray on this machine: a first task with what it imports, one that does nothing, a piece of many, a block of Ray Data."""
+    """Ray on this machine: a first task with what it imports, with torch too on all cores, one that does nothing, a piece of many, a block of Ray Data."""
     import ray.data
 
     with cluster.session(str(process.WORK)):
         watch = time.perf_counter()
         cluster.get(cluster.task(_imports).remote())
         costs = {"task_start_s": time.perf_counter() - watch}
+        watch = time.perf_counter()
+        cluster.get([cluster.task(_imports_torch).remote() for _ in range(cluster.cores())])
+        costs["torch_start_s"] = time.perf_counter() - watch
         nothing = cluster.task(_nothing)
         for count in (50, 1000):  # the first ones start the workers
             cpu = time.process_time()
@@ -315,7 +325,7 @@ def tasks() -> dict[str, float]:
             costs["task_driver_s"] = (time.process_time() - cpu) / count
         deal, build = ray.remote(_deal).options(num_returns=64), cluster.task(_build)
         cpu = time.process_time()
-        pieces = [deal.remote() for _ in range(32)]
+        pieces: list[Any] = [deal.remote() for _ in range(32)]
         cluster.get([build.remote(*[piece[shard] for piece in pieces]) for shard in range(64)])
         costs["piece_driver_s"] = (time.process_time() - cpu - 96 * costs["task_driver_s"]) / (32 * 64)
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -334,6 +344,14 @@ def tasks() -> dict[str, float]:
 
 def _imports() -> None:
     import pd_core.indexing  # noqa: F401
+
+
+def _imports_torch() -> None:
+    import torch
+
+    import pd_core.knn  # noqa: F401
+
+    torch.zeros(1)
 
 
 def _deal() -> list[np.ndarray]:

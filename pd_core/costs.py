@@ -29,6 +29,7 @@ MEASURED_DIM = 768  # of the vectors that pairs were measured with; their time i
 RAY_BLOCK_BYTES = 128 << 20  # Ray Data's target for a block
 REQUESTS_OF_COLUMNS = 5  # to read some columns of a Parquet file: its size, its footer, the columns
 DRIVER_BYTES = 200e6  # of the driver before it knows of any part
+PIXELS_OF_PNG = 2.0  # bytes of a photograph's pixels over those of its PNG (two of them: 1.7 and 2.3)
 SAMPLE_BYTES = 200  # of a sample's row beside its image
 RECORDED_STAGES = 4  # listing, features, neighbors, densities: the driver holds the records of all their parts
 
@@ -47,36 +48,37 @@ class UnitCosts:
     `unit_costs: NAME` is a figure of docs/unit_costs.json, `benchmarks: NAME` a section of docs/benchmarks.json.
     """
 
-    list_s: float = _unit(1.05e-5, "core s / file", "unit_costs: list_s")
+    list_s: float = _unit(1.05e-05, "core s / file", "unit_costs: list_s")
     listing_bytes: float = _unit(14.3, "B / image", "unit_costs: listing_bytes")
-    table_write_s: float = _unit(5.27e-9, "core s / B", "unit_costs: table_write_s_per_byte")
-    table_read_s: float = _unit(2.56e-9, "core s / B", "unit_costs: table_read_s_per_byte")
+    table_write_s: float = _unit(5.27e-09, "core s / B", "unit_costs: table_write_s_per_byte")
+    table_read_s: float = _unit(2.56e-09, "core s / B", "unit_costs: table_read_s_per_byte")
     feature_ratio: float = _unit(0.976, "B / B of float32", "unit_costs: features_bytes_ratio")
     neighbor_bytes: float = _unit(15.9, "B / neighbor", "unit_costs: neighbors_bytes")
-    neighbor_write_s: float = _unit(2.97e-6, "core s / row, k = 20", "unit_costs: neighbors_write_s")
-    neighbor_read_s: float = _unit(6.05e-7, "core s / row, k = 20", "unit_costs: neighbors_read_s")
-    record_read_s: float = _unit(6.39e-5, "core s / part", "unit_costs: record_read_s")
-    part_memory_bytes: float = _unit(605.0, "B of the driver / part", "unit_costs: part_memory_bytes")
-    kmeans_flops: float = _unit(1.32e11, "FLOP/s of a core", "unit_costs: kmeans_flops")
-    coarse_s: float = _unit(1.27e-8, "core s / pair, D = 768", "unit_costs: coarse_s.64")
-    exact_pair_s: float = _unit(1.03e-8, "core s / pair, D = 768", "unit_costs: pair_exact_s.768")
-    pair_s: float = _unit(1.29e-8, "core s / pair, D = 768", "unit_costs: pair_s.768")
-    query_s: float = _unit(4.04e-5, "core s / query and process", "unit_costs: query_s.768")
-    merge_s: float = _unit(1.88e-6, "core s / query and process", "unit_costs: merge_s")
-    shard_build_s: float = _unit(3.02e-9, "core s / B", "unit_costs: shard_build_s_per_byte")
-    mean_distance_s: float = _unit(7.65e-8, "core s / row, k = 20", "unit_costs: mean_distance_s")
-    calibrate_s: float = _unit(1.62e-7, "core s / row", "unit_costs: calibrate_s")
+    neighbor_write_s: float = _unit(2.97e-06, "core s / row, k = 20", "unit_costs: neighbors_write_s")
+    neighbor_read_s: float = _unit(6.05e-07, "core s / row, k = 20", "unit_costs: neighbors_read_s")
+    record_read_s: float = _unit(6.39e-05, "core s / part", "unit_costs: record_read_s")
+    part_memory_bytes: float = _unit(605, "B of the driver / part", "unit_costs: part_memory_bytes")
+    kmeans_flops: float = _unit(1.32e+11, "FLOP/s of a core", "unit_costs: kmeans_flops")
+    coarse_s: float = _unit(1.27e-08, "core s / pair, D = 768", "unit_costs: coarse_s.64")
+    exact_pair_s: float = _unit(1.03e-08, "core s / pair, D = 768", "unit_costs: pair_exact_s.768")
+    pair_s: float = _unit(1.29e-08, "core s / pair, D = 768", "unit_costs: pair_s.768")
+    query_s: float = _unit(4.04e-05, "core s / query and process", "unit_costs: query_s.768")
+    merge_s: float = _unit(1.88e-06, "core s / query and process", "unit_costs: merge_s")
+    shard_build_s: float = _unit(3.02e-09, "core s / B", "unit_costs: shard_build_s_per_byte")
+    mean_distance_s: float = _unit(7.65e-08, "core s / row, k = 20", "unit_costs: mean_distance_s")
+    calibrate_s: float = _unit(1.62e-07, "core s / row", "unit_costs: calibrate_s")
     calibrate_bytes: float = _unit(61.6, "B / row", "unit_costs: calibrate_bytes")
-    rank_s: float = _unit(1.51e-6, "core s / row", "unit_costs: rank_s")
-    epoch_s: float = _unit(2.25e-5, "core s / row, D = 768, batches of 256", "unit_costs: epoch_s.256")
-    epoch_large_s: float = _unit(2.35e-5, "core s / row, D = 768, batches of 4,096", "unit_costs: epoch_s.4096")
-    task_start_s: float = _unit(3.0, "s", "unit_costs: task_start_s")
-    task_driver_s: float = _unit(8.3e-4, "s of the driver / task", "unit_costs: task_driver_s")
-    piece_driver_s: float = _unit(2e-5, "s of the driver / piece", "unit_costs: piece_driver_s")
-    block_driver_s: float = _unit(5e-3, "s of the driver / block", "unit_costs: block_driver_s")
+    rank_s: float = _unit(1.51e-06, "core s / row", "unit_costs: rank_s")
+    epoch_s: float = _unit(2.25e-05, "core s / row, D = 768, batches of 256", "unit_costs: epoch_s.256")
+    epoch_large_s: float = _unit(2.35e-05, "core s / row, D = 768, batches of 4,096", "unit_costs: epoch_s.4096")
+    task_start_s: float = _unit(0.393, "s", "unit_costs: task_start_s")
+    torch_start_s: float = _unit(1.33, "s", "unit_costs: torch_start_s")
+    task_driver_s: float = _unit(0.00088, "s of the driver / task", "unit_costs: task_driver_s")
+    piece_driver_s: float = _unit(0.000175, "s of the driver / piece", "unit_costs: piece_driver_s")
+    block_driver_s: float = _unit(0.00419, "s of the driver / block", "unit_costs: block_driver_s")
     features_start_s: float = _unit(15.5, "s", "benchmarks: features, start-up, mean of both sizes")
-    search_start_s: float = _unit(5.71, "s", "benchmarks: selfjoin, start-up, mean")
-    report_s: float = _unit(2.1, "s", "docs/log.md: a run of 1,911 images")
+    search_start_s: float = _unit(5.72, "s", "benchmarks: selfjoin, start-up, mean")
+    report_s: float = _unit(2.1, "s", "docs/log.md, 2026-11-27: the report of 1,911 images")
 
     def on(self, core_flops: float) -> UnitCosts:
         """The same on a core of so many FLOP/s in matrix products: what consists of products changes with it, nothing else."""
@@ -86,7 +88,7 @@ class UnitCosts:
         return replace(self, kmeans_flops=self.kmeans_flops / factor, **slower)
 
 
-CORE_FLOPS = 1.75e11  # unit_costs: flops, of the core that all of these are of
+CORE_FLOPS = 1.93e+11  # unit_costs: flops, of the core that all of these are of
 MEASURED = UnitCosts()
 
 
@@ -146,7 +148,7 @@ class Fleet:
 CORES, STORE, REQUESTS, NETWORK = "cores", "store bandwidth", "store requests", "network"
 ONE, FEW, DRIVER, POOL, MEMORY = "one process", "few tasks", "driver", "actor pool", "memory"
 NOWHERE = "no setting; a design change: see docs/scaling.md"
-HOLD_LESS = "more nodes, nodes with more memory, or --index.kind ivf_sq8 (a quarter of the bytes)"
+HOLD_LESS = "more nodes; nodes with more memory; --index.kind ivf_sq8 where it is ivf_flat (a quarter of the bytes)"
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,11 @@ class Phase:
         return self.levers.get(limit, NOWHERE if limit in (ONE, MEMORY) else "more nodes")
 
 
+# Phases that more nodes can make slower. A block of queries is merged in one task, an answer of every search process after
+# the other: once there are more processes than blocks, each one more costs every block another merge.
+SLOWER_WITH_NODES = {"neighbors: search"}
+
+
 def slots(phase: Phase, fleet: Fleet) -> float:
     """Tasks that run at the same time."""
     return max(1.0, min(float(phase.tasks), phase.at_once, fleet.all_cores / phase.threads))
@@ -223,7 +230,9 @@ def limits(phase: Phase, fleet: Fleet) -> dict[str, float]:
         NETWORK: phase.moved_bytes / busy if fleet.nodes > 1 else 0.0,
         REQUESTS: max(phase.gets / fleet.gets_per_s, phase.puts / fleet.puts_per_s),
     }
-    return found | dict(phase.floors)
+    for name, floor in phase.floors.items():
+        found[name] = max(found.get(name, 0.0), floor)
+    return found
 
 
 def seconds(phase: Phase, fleet: Fleet) -> float:
@@ -495,15 +504,14 @@ def _features(build: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
         memory_bytes=PROCESS_BYTES + 12 * batch_bytes,
         start_s=unit.features_start_s,
         floors={
-            POOL: pool_s,
+            POOL if on_gpu or replicas * chosen.actor_cpus < 0.9 * fleet.all_cores else CORES: pool_s,
             "decoding tasks": build.rows * build.decode_s / min(decoders, fleet.all_cores),
             DRIVER: (2 * blocks + build.parts) * unit.block_driver_s + 2 * build.parts * _record_s(fleet, unit),
         },
         levers={
             CORES: "more nodes; GPUs with --features.actor_gpus 1; --features.precision bf16",
             FEW: "more nodes; GPUs with --features.actor_gpus 1",
-            POOL: "--features.actors: up to nearly one per core (without it three quarters of the cores, and at most 64 where the "
-            "cluster scales from nothing)",
+            POOL: "--features.actors: nearly one per core (default: three quarters of the cores that are up, or 64); more GPUs",
             "decoding tasks": "none: features.MAX_TASKS of them at most",
             NETWORK: "--features.image_size, or nodes with more network",
             REQUESTS: "pack the images: Parquet files or tars are read in requests of 8 MiB",
@@ -632,6 +640,7 @@ def _cells(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
             read_bytes=2 * size,
             gets=2.0 * build.parts,
             memory_bytes=PROCESS_BYTES + group_bytes,
+            start_s=unit.torch_start_s,
             floors={DRIVER: groups * (unit.task_driver_s + queries * unit.merge_s)},
             levers={
                 CORES: "--index.calibration_queries smaller; more nodes",
@@ -648,14 +657,22 @@ def _cells(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
             gets=float(build.shards),
             # its bytes, faiss's copy, and the rows taken out of that
             memory_bytes=PROCESS_BYTES + 3 * vectors / build.shards,
+            start_s=unit.torch_start_s,
             levers={MEMORY: "--index.shards larger: a task of each core holds a shard three times"},
         ),
     ]
 
 
+def search_core_s(build: Build, actors: int, unit: UnitCosts = MEASURED) -> float:
+    """Of one core, for all rows against all, within the search processes."""
+    each = (unit.exact_pair_s if build.exact else unit.pair_s) * build.dim / MEASURED_DIM
+    pairs = float(build.rows) * build.rows * build.scanned
+    return pairs * each + build.rows * fan_out(build, actors) * unit.query_s
+
+
 def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     """`selfjoin.find_neighbors`: actors hold all shards, tasks send them blocks of queries and merge what they answer."""
-    density, dim, k = build.settings.density, build.dim, build.settings.density.k
+    density, k = build.settings.density, build.settings.density.k
     actors, threads = searchers(build, fleet)
     blocks = -(-build.rows // density.block_rows)
     block_rows = min(build.rows, density.block_rows)
@@ -672,12 +689,7 @@ def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
         start_s=unit.search_start_s,
         levers={ONE: "--index.shards larger", FEW: "--index.shards larger", MEMORY: HOLD_LESS},
     )
-    pairs = float(build.rows) * build.rows * build.scanned
-    if build.exact:
-        computing = pairs * unit.exact_pair_s * dim / MEASURED_DIM
-    else:
-        computing = pairs * unit.pair_s * dim / MEASURED_DIM
-    computing += build.rows * fan_out(build, actors) * unit.query_s
+    computing = search_core_s(build, actors, unit)
     asking = _coarse_s(build, build.rows, unit)
     merging = float(build.rows) * actors * unit.merge_s
     text = _features_bytes(build, unit)
@@ -812,7 +824,7 @@ def _estimator(build: Build, unit: UnitCosts) -> Phase:
         read_bytes=passes * size,
         gets=float(passes * 2 * build.parts),
         memory_bytes=PROCESS_BYTES + 2 * window + 2 * heldout,
-        start_s=unit.task_start_s,
+        start_s=unit.torch_start_s,
         levers={
             ONE: "--estimator.epochs and --estimator.patience smaller, --estimator.batch_size 4096; design: fit to a sample",
         },
@@ -904,7 +916,7 @@ class Sampling:
 
     Attributes:
         n: images wanted. rate: share of candidates that is accepted. chunk: candidates of a batch. chunks_per_part: of a file.
-        actor_s: of one replica per candidate. png_bytes: of an image as it is kept, px: its pixels.
+        actor_s: of one replica per candidate. png_bytes: of an image as it is kept.
         replicas: generator processes, at most.
         index_bytes: of the index that scores them, searchers: processes that hold it.
     """
@@ -915,7 +927,6 @@ class Sampling:
     chunks_per_part: int
     actor_s: float
     png_bytes: float
-    pixels: int
     replicas: int
     index_bytes: float
     searchers: int
@@ -946,8 +957,8 @@ def generate(sampling: Sampling, dim: int, fleet: Fleet, unit: UnitCosts = MEASU
             written_bytes=written,
             gets=float(parts),
             puts=2.0 * parts,
-            moved_bytes=sampling.n * (3.0 * sampling.pixels + 2 * 4 * dim),
-            memory_bytes=PROCESS_BYTES + sampling.chunk * 12.0 * sampling.pixels,
+            moved_bytes=sampling.n * (PIXELS_OF_PNG * sampling.png_bytes + 2 * 4 * dim),
+            memory_bytes=PROCESS_BYTES + sampling.chunk * 4 * PIXELS_OF_PNG * sampling.png_bytes,
             shared_bytes=sampling.index_bytes / min(fleet.nodes, sampling.searchers),
             start_s=executions * unit.features_start_s + unit.search_start_s,
             floors={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,20 +102,35 @@ def plan(
             f"--density.k {settings.density.k}: needs more than k images, found {rows}; lower k or add images"
         )
     fleet = fleet_of(now, str(settings.output))
-    build = costs.build_of(
+    build = build_of(settings, source, counted, spec, unit, fleet)
+    phases = costs.build_index(build, fleet, costs.MEASURED.on(unit.flops))
+    sizes = _sizes(settings, rows, counted["bytes"], spec, unit, build, phases, fleet)
+    return "\n".join([*sizes, *_times(unit, build, phases, fleet, START_UP_S)])
+
+
+def build_of(
+    settings: BuildIndexSettings,
+    source: sources.Source,
+    counted: Mapping[str, Any],
+    spec: features.ExtractorSpec,
+    unit: Probe,
+    fleet: costs.Fleet,
+) -> costs.Build:
+    """The run as the model sees it, with the seconds that were probed here.
+
+    counted: of `listing.count`.
+    """
+    return costs.build_of(
         settings,
-        rows,
+        counted["rows"],
         counted["files"],
         spec.feature_dim,
         spec.preprocess.height * spec.preprocess.width,
-        counted["bytes"] / rows,
+        counted["bytes"] / counted["rows"],
         unit.decode_s,
         0.0 if fleet.gpus else unit.extract_s * settings.features.actor_cpus,
         parquet=source.kind == "parquet",
     )
-    phases = costs.build_index(build, fleet, costs.MEASURED.on(unit.flops))
-    sizes = _sizes(settings, rows, counted["bytes"], spec, unit, build, phases, fleet)
-    return "\n".join([*sizes, *_times(unit, build, phases, fleet, START_UP_S)])
 
 
 def fleet_of(now: cluster.Cluster, output: str) -> costs.Fleet:
@@ -202,6 +217,15 @@ def limit_lines(phases: Sequence[costs.Phase], fleet: costs.Fleet) -> list[str]:
     if costs.total_s(phases, fleet) < costs.LARGE_S:
         return []
     return [f"limit:     {first}, {_time(first.seconds)}; what moves it: {first.lever}"]
+
+
+def of_samples(sampling: costs.Sampling, dim: int, fleet: costs.Fleet) -> list[str]:
+    """The same of the samples of generate, whose candidates the pilot has timed."""
+    if math.isnan(sampling.actor_s):  # the pilot's seconds are lost
+        return []
+    return [
+        line.replace("limit:     ", "limit:      ") for line in limit_lines(costs.generate(sampling, dim, fleet), fleet)
+    ]
 
 
 def _exact_s(build: costs.Build, unit: Probe, fleet: costs.Fleet) -> float:
