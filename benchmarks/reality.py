@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pd_core import cluster, config, costs, indexing, listing, pipeline, plannin
 from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
 
 JOIN_ROWS, JOIN_SHARDS = 100_000, 2
+PX, PART_ROWS = 64, 512
+HERE = costs.Fleet(1, 2.0, 24 * costs.GIB, local=True)  # the machine of docs/scaling.json
 
 
 def measure() -> dict[str, Any]:
@@ -36,13 +39,12 @@ def small_build() -> dict[str, Any]:
     arguments = [
         *(f"--data.source={datasets.emoji()}", f"--output={output}", "--no-tracking.enabled"),
         *(f"--features.model={datasets.MODEL}", f"--features.checkpoint={datasets.checkpoint()}"),
-        *("--features.image_size=64", "--features.part_rows=512"),
+        *(f"--features.image_size={PX}", f"--features.part_rows={PART_ROWS}"),
     ]
     settings, source = pipeline.prepare(config.load(BuildIndexSettings, arguments, prog="build_index.py"))
-    with cluster.session(str(output)) as now:
+    with cluster.session(str(output)):
         counted = listing.count(source)
         spec, unit = cluster.get(planning.probe(source, counted["sample"], settings, pipeline.limits_of(settings)))
-        fleet = planning.fleet_of(now, str(output))
     command = [sys.executable, "workflows/build_index.py", *arguments]
     with (process.WORK / "build.log").open("w") as log:
         done = subprocess.run(command, cwd=process.ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -51,25 +53,23 @@ def small_build() -> dict[str, Any]:
     run = json.loads((output / "run.json").read_text())
     fitted = storage.load_artifact(str(output / "estimator"))
     assert fitted is not None
-    build = planning.build_of(settings, source, counted, spec, unit, fleet)
-    phases = costs.build_index(replace(build, epochs=fitted.totals["epochs"]), fleet, costs.MEASURED.on(unit.flops))
-    expected, written = costs.by_stage(phases, fleet), costs.written_bytes(phases)
-    stages = {
-        name: {
-            "predicted_s": expected[name],
-            "measured_s": run["timings_s"][name],
-            "predicted_bytes": written[name],
-            "measured_bytes": _size(output / name),
-        }
-        for name in expected
-    }
     return {
-        "rows": counted["rows"],
-        "stages": stages,
-        "elapsed_s": run["elapsed_s"],
-        "epochs": fitted.totals["epochs"],
+        **{"rows": counted["rows"], "dim": spec.feature_dim, "image_bytes": counted["bytes"] / counted["rows"]},
         "probe": {"decode_s": unit.decode_s, "model_s": unit.extract_s, "flops": unit.flops},
+        "epochs": fitted.totals["epochs"],
+        "elapsed_s": run["elapsed_s"],
+        "stages": {name: {"s": s, "bytes": _size(output / name)} for name, s in run["timings_s"].items()},
     }
+
+
+def phases_of_build(found: Mapping[str, Any]) -> list[costs.Phase]:
+    """What the model says of the run, from its probe and the epochs that it took."""
+    settings = BuildIndexSettings.model_validate({"features": {"part_rows": PART_ROWS}})
+    probe, rows = found["probe"], found["rows"]
+    build = costs.build_of(
+        settings, rows, rows, found["dim"], PX * PX, found["image_bytes"], probe["decode_s"], probe["model_s"]
+    )
+    return costs.build_index(replace(build, epochs=found["epochs"]), HERE, costs.MEASURED.on(probe["flops"]))
 
 
 def _size(folder: Path) -> int:
@@ -86,7 +86,6 @@ def join() -> dict[str, Any]:
     settings = BuildIndexSettings(index=IndexSettings(kind="ivf_flat", shards=JOIN_SHARDS), density=DensitySettings())
     uri = storage.join(work, "features")
     with cluster.session(work) as now:
-        fleet = planning.fleet_of(now, work)
         stage, resolved = indexing.stage_of(work, featured, settings.index, settings.density)
         indexed = stage.complete(lambda: indexing.run(stage, uri, featured, resolved, settings.density), False)
         info = search.open_index(stage.uri)
@@ -98,21 +97,16 @@ def join() -> dict[str, Any]:
         densities = last.complete(
             lambda: selfjoin.write_densities(last, near.uri, neighbors, uri, settings.density), False
         )
-    build = costs.build_of(settings, JOIN_ROWS, JOIN_ROWS, datasets.DIM, 1, 0, 0, 0)
-    build = replace(build, nprobe=indexed.totals["nprobe"], scanned=indexed.totals["scan_fraction"])
-    expected = costs.by_stage(costs.build_index(build, fleet), fleet)
     found = {"index": indexed, "neighbors": neighbors, "densities": densities}
-    actors, _ = costs.searchers(build, fleet)
     return {
-        "rows": JOIN_ROWS,
-        "nprobe": build.nprobe,
-        "scanned": build.scanned,
-        "rows_sent_per_query": {
-            "predicted": costs.fan_out(build, actors),
-            "measured": neighbors.totals["rows_sent_per_query"],
-        },
-        "stages": {
-            name: {"predicted_s": expected[name], "measured_s": sum(artifact.timings_s.values())}
-            for name, artifact in found.items()
-        },
+        **{"rows": JOIN_ROWS, "nprobe": indexed.totals["nprobe"], "scanned": indexed.totals["scan_fraction"]},
+        "rows_sent_per_query": neighbors.totals["rows_sent_per_query"],
+        "stages": {name: {"s": sum(artifact.timings_s.values())} for name, artifact in found.items()},
     }
+
+
+def phases_of_join(found: Mapping[str, Any]) -> list[costs.Phase]:
+    """What the model says of it, from the cells that calibration chose."""
+    settings = BuildIndexSettings.model_validate({"index": {"kind": "ivf_flat", "shards": JOIN_SHARDS}})
+    build = costs.build_of(settings, found["rows"], found["rows"], datasets.DIM, 1, 0.0, 0.0, 0.0)
+    return costs.build_index(replace(build, nprobe=found["nprobe"], scanned=found["scanned"]), HERE)

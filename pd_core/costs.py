@@ -58,7 +58,7 @@ class UnitCosts:
     neighbor_read_s: float = _unit(6.05e-07, "core s / row, k = 20", "unit_costs: neighbors_read_s")
     record_read_s: float = _unit(6.39e-05, "core s / part", "unit_costs: record_read_s")
     part_memory_bytes: float = _unit(605, "B of the driver / part", "unit_costs: part_memory_bytes")
-    kmeans_flops: float = _unit(1.32e+11, "FLOP/s of a core", "unit_costs: kmeans_flops")
+    kmeans_flops: float = _unit(1.32e11, "FLOP/s of a core", "unit_costs: kmeans_flops")
     coarse_s: float = _unit(1.27e-08, "core s / pair, D = 768", "unit_costs: coarse_s.64")
     exact_pair_s: float = _unit(1.03e-08, "core s / pair, D = 768", "unit_costs: pair_exact_s.768")
     pair_s: float = _unit(1.29e-08, "core s / pair, D = 768", "unit_costs: pair_s.768")
@@ -88,7 +88,7 @@ class UnitCosts:
         return replace(self, kmeans_flops=self.kmeans_flops / factor, **slower)
 
 
-CORE_FLOPS = 1.93e+11  # unit_costs: flops, of the core that all of these are of
+CORE_FLOPS = 1.93e11  # unit_costs: flops, of the core that all of these are of
 MEASURED = UnitCosts()
 
 
@@ -547,6 +547,17 @@ def _flat(build: Build, unit: UnitCosts) -> list[Phase]:
     ]
 
 
+def neighbors_bytes(build: Build, unit: UnitCosts = MEASURED) -> float:
+    """Of the neighbors table: Parquet keeps each different id of a part once, 8 bytes, and its place wherever it is named.
+
+    The unit cost is that of ids which are all different; of few rows many are the same.
+    """
+    named = float(min(build.rows, build.settings.features.whole_part_rows) * build.settings.density.k)
+    different = build.rows * -math.expm1(named * math.log1p(-1.0 / build.rows)) if build.rows > 1 else 1.0
+    each = unit.neighbor_bytes - 8.0 * (1.0 - min(1.0, different / named))
+    return build.rows * build.settings.density.k * each
+
+
 def training_rows(build: Build) -> int:
     """Rows that the quantizer is trained on."""
     return min(build.rows, build.cells * build.settings.index.train_rows_per_cell)
@@ -672,7 +683,7 @@ def search_core_s(build: Build, actors: int, unit: UnitCosts = MEASURED) -> floa
 
 def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     """`selfjoin.find_neighbors`: actors hold all shards, tasks send them blocks of queries and merge what they answer."""
-    density, k = build.settings.density, build.settings.density.k
+    density = build.settings.density
     actors, threads = searchers(build, fleet)
     blocks = -(-build.rows // density.block_rows)
     block_rows = min(build.rows, density.block_rows)
@@ -693,7 +704,7 @@ def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     asking = _coarse_s(build, build.rows, unit)
     merging = float(build.rows) * actors * unit.merge_s
     text = _features_bytes(build, unit)
-    near = build.rows * k * unit.neighbor_bytes
+    near = neighbors_bytes(build, unit)
     asked = asking + merging + text * unit.table_read_s + build.rows * unit.neighbor_write_s
     in_flight = min(blocks, actors + 1)
     wider = "--index.shards larger (a search process each, at most as many as cores), smaller --density.block_rows"
@@ -751,7 +762,7 @@ def _densities(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     """`selfjoin.write_densities`: summaries of all parts go to one task, its ranks of all rows to every node."""
     k = build.settings.density.k
     groups = -(-build.parts // selfjoin.GROUP_PARTS)
-    near = build.rows * k * unit.neighbor_bytes
+    near = neighbors_bytes(build, unit)
     written = near + build.rows * (32.0 + TEXT_BYTES)
     group_rows = build.rows / groups
     read = build.rows * (unit.neighbor_read_s + unit.mean_distance_s)
@@ -883,8 +894,8 @@ def update_index(build: Build, new: int, fleet: Fleet, unit: UnitCosts = MEASURE
     fresh = replace(build, rows=new, files=max(1, round(build.files * new / build.rows)))
     whole = {phase.title: phase for phase in build_index(build, fleet, unit)}
     share = pairs_of_update(old, new) / (float(build.rows) * build.rows)
-    searching, density = whole["neighbors: search"], build.settings.density
-    near = build.rows * density.k * unit.neighbor_bytes
+    searching = whole["neighbors: search"]
+    near = neighbors_bytes(build, unit)
     joined = replace(
         searching,
         name="old rows with new ones, new rows with all",

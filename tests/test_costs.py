@@ -164,9 +164,9 @@ def test_stages_write_the_bytes_that_the_model_says(joined):
     # Random floats compress hardly, by 7%. But Parquet keeps the first MiB of different values twice, in a dictionary and as
     # places in it: of these parts a third of the values, 2 bytes each, which makes them larger by 17%; at D = 768, 4%.
     assert written["features"] == pytest.approx(found["features"], rel=0.15)
-    # ids of neighbors, of which many are the same, compress somewhat
-    assert 0.6 * written["neighbors"] <= found["neighbors"] <= 1.1 * written["neighbors"]
-    assert 0.6 * written["densities"] <= found["densities"] <= 1.1 * written["densities"]
+    # the model takes neighbors for drawn at random, and distances for random floats: near rows share theirs
+    assert written["neighbors"] == pytest.approx(found["neighbors"], rel=0.25)
+    assert written["densities"] == pytest.approx(found["densities"], rel=0.25)
 
 
 def test_an_exact_search_moves_the_rows_that_the_model_says(joined, ray_cluster):
@@ -194,7 +194,10 @@ def test_a_search_by_cells_moves_as_many_rows_as_shards_are_probed(tmp_path, ray
         _, _, traffic = search.search(pool, x, K)
     probes = index.coarse_probes(search.read_quantizer(stage.uri), x, info.nprobe)
     owners = np.asarray(info.shard_of_cell)[probes]
-    assert traffic.rows_sent == sum(len(set(row)) for row in owners.tolist())
+    # a query whose cells hold fewer than k rows is sent to everyone once more
+    table = json.loads(storage.read_bytes(storage.join(stage.uri, search.CELLS)))
+    short = (np.asarray(table["rows_of_cell"])[probes].sum(axis=1) < K).sum()
+    assert traffic.rows_sent == sum(len(set(row)) for row in owners.tolist()) + 4 * short
     # the model's spread is a number of the data: with the one that these rows have, it says the same
     build = costs.build_of(settings, len(x), len(x), DIM, 1, 0.0, 0.0, 0.0)
     spread = math.log(traffic.rows_sent / len(x), 4)
