@@ -213,6 +213,17 @@ def quarantine_of(features: storage.Stage) -> storage.Stage:
     return replace(features, uri=uri, kind="quarantine", schema_version=schemas.VERSIONS["quarantine"])
 
 
+def batches_together(batches: int, batch_size: int, batch_bytes: int, parquet_rows: int | None) -> int:
+    """Batches that one task decodes: so many that Ray's own work of a millisecond or more per task weighs little.
+
+    Of Parquet, in parts of `parquet_rows`, more, since a row group is decoded whole for any of its rows.
+    """
+    least = max(1, -(-batches // MAX_TASKS))
+    if parquet_rows is not None:
+        return max(least, min(PARQUET_ROWS, parquet_rows) // batch_size)
+    return max(least, min(TASK_BYTES // batch_bytes, TASK_BATCHES, batches // FEWEST_TASKS))
+
+
 @dataclass(frozen=True)
 class Work:
     """What every process of the stage needs to know; small and picklable."""
@@ -238,15 +249,10 @@ class Work:
 
     @property
     def batches_together(self) -> int:
-        """Batches that one task decodes: so many that Ray's own work of a millisecond or more per task weighs little.
-
-        Of Parquet more, since a row group is decoded whole for any of its rows.
-        """
-        least = max(1, -(-self.batches() // MAX_TASKS))
-        if self.source.kind == "parquet":
-            return max(least, min(PARQUET_ROWS, self.listing.part_rows) // self.batch_size)
+        """Batches that one task decodes."""
         size = self.spec.preprocess.height * self.spec.preprocess.width * 3 * self.batch_size
-        return max(least, min(TASK_BYTES // size, TASK_BATCHES, self.batches() // FEWEST_TASKS))
+        rows = self.listing.part_rows if self.source.kind == "parquet" else None
+        return batches_together(self.batches(), self.batch_size, size, rows)
 
     @property
     def batches_per_part(self) -> int:

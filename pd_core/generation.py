@@ -14,10 +14,12 @@ from pd_core import (
     chunking,
     cluster,
     config,
+    costs,
     exporting,
     ids,
     opening,
     piloting,
+    planning,
     realset,
     sampling,
     sampling_report,
@@ -204,7 +206,37 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     fit = cluster.actors_that_fit(run.now, pool.actor_cpus, pool.actor_gpus)
     actors = max(1, min(most, fit))  # what the autoscaler may add is not there yet
     text = piloting.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
+    text = "\n".join([text, *_limits(run, settings, job, expected, pilot, most)])
     return Planned(job, pool, pilot, expected, open_index, text)
+
+
+def _limits(
+    run: Run,
+    settings: GenerateSettings,
+    job: sampling.Job,
+    expected: piloting.Expectation,
+    pilot: piloting.Pilot,
+    replicas: int,
+) -> list[str]:
+    """What limits a run that is large."""
+    assert settings.n is not None
+    real = job.recipe.realset
+    chosen, fleet = settings.search, planning.fleet_of(run.now, run.output)
+    searchers, *_ = cluster.search_actors(
+        run.now, chosen.actors, chosen.actor_cpus, real.index.shards, search.BESIDE_SHARE
+    )
+    sampled = costs.Sampling(
+        n=settings.n,
+        rate=expected.rate,
+        chunk=settings.chunk,
+        chunks_per_part=job.chunks_per_part,
+        actor_s=pilot.actor_s,
+        png_bytes=pilot.png_bytes,
+        replicas=replicas,
+        index_bytes=4.0 * real.rows * real.index.dim,
+        searchers=searchers,
+    )
+    return planning.of_samples(sampled, real.index.dim, fleet)
 
 
 def _job(

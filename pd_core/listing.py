@@ -61,18 +61,22 @@ def start(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
 
 
 def count(source: sources.Source) -> dict[str, Any]:
-    """Images, bytes and a few sample rows of a source, without writing anything; for --dry-run."""
+    """Images, bytes, files that hold them, and a few sample rows of a source, without writing anything; for --dry-run."""
     return cluster.get(cluster.task(_count).remote(source))
 
 
 def _count(source: sources.Source) -> dict[str, Any]:
-    rows, size = 0, 0
+    rows, size, files, last = 0, 0, 0, None
     sample: pa.Table | None = None
     for table in sources.list_images(source):
         rows += table.num_rows
         size += int(np.maximum(table["size"].to_numpy(), 0).sum())
         sample = _sample(source, sample, table)
-    return {"rows": rows, "bytes": size, "sample": sample}
+        if table.num_rows:  # the images of one container follow each other
+            containers = table["container"]
+            files += pc.count_distinct(containers).as_py() - (containers[0].as_py() == last)
+            last = containers[-1].as_py()
+    return {"rows": rows, "bytes": size, "files": files, "sample": sample}
 
 
 def _sample(source: sources.Source, before: pa.Table | None, table: pa.Table) -> pa.Table:
