@@ -1,0 +1,1 @@
+RAYS_OWN: set[str] = set()

@@ -1,0 +1,219 @@
+"""Metrics of our own, scraped from the exporter of a real head node and held to what the artifacts say."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pd_core import storage, telemetry
+from tests import tiny
+from tests.heads import Head, running_head
+from tests.test_monitoring import RAYS_OWN
+
+Labels = dict[str, str]
+OF_RAY = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
+VALUES = {
+    "workflow": {"build_index", "generate", "retried"},
+    "stage": {"features", "neighbors", "densities", "search", "pilot", "samples", "anything"},
+    "resource": {"cpu"},
+    "device": {"cpu"},
+    "outcome": set(telemetry.OUTCOMES),
+}
+RETRIED = """
+from pd_core import cluster
+from pd_core.errors import RunError
+cluster.ROUND_DELAYS_S = (0.0, 0.0, 0.0)
+rounds = iter((RunError("first"), RunError("second"), None))
+def execute():
+    if (error := next(rounds)) is not None:
+        raise error
+with cluster.session("", "retried"):
+    cluster.persist("anything", execute, lambda: 0)
+"""
+
+
+class Scraped:
+    """What the exporter answered."""
+
+    def __init__(self, head: Head):
+        text = urllib.request.urlopen(f"{head.metrics}/metrics", timeout=10).read().decode()
+        # the parser puts Ray's counters, which declare their types with the suffix, under names without it
+        self.samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def of(self, counter: telemetry.Counter, **labels: str) -> list[tuple[Labels, float]]:
+        """Labels and value of every series of the counter that has these labels."""
+        return [
+            (sample.labels, sample.value)
+            for sample in self.samples
+            if sample.name == counter.exported and labels.items() <= sample.labels.items()
+        ]
+
+    def sum(self, counter: telemetry.Counter, **labels: str) -> float | None:
+        """As PromQL's sum(): None where there is no series, which is not the same as 0. Without the billionths of beginnings."""
+        found = self.of(counter, **labels)
+        return round(sum(value for _, value in found), 6) if found else None
+
+
+def wait_until(head: Head, holds: Callable[[Scraped], bool]) -> Scraped:
+    """The first scrape for which it holds, or the last of 30 s: processes hand over what they counted every 10 s."""
+    deadline = time.monotonic() + 30
+    while not holds(scraped := Scraped(head)) and time.monotonic() < deadline:
+        time.sleep(1)
+    return scraped
+
+
+def run(head: Head, *argv: str, workflow: str) -> tuple[int, str]:
+    process = tiny.start(*argv, workflow=workflow, **head.environment, RAY_ADDRESS=head.gcs)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory, monkeypatch_module):
+    with running_head(tmp_path_factory.mktemp("head")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    """Drivers of the module inherit this process's environment, where a cluster of its own may have turned metrics off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(telemetry.SWITCH, raising=False)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def built_there(head, inputs, tmp_path_factory):
+    """An index, built on the head's cluster."""
+    output = tmp_path_factory.mktemp("there") / "index"
+    done, text = run(head, *tiny.arguments(*inputs, output, "--no-tracking.enabled"), workflow="build_index.py")
+    assert done == 0, text
+    return output
+
+
+def committed(uri) -> storage.Artifact:
+    artifact = storage.load_artifact(str(uri))
+    assert artifact is not None
+    return artifact
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_counters_of_build_index_are_what_it_committed(head, built_there):
+    stages = {name: committed(built_there / name) for name in ("features", "quarantine", "neighbors", "densities")}
+    ours = {"workflow": "build_index"}
+    scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, **ours, outcome="done") == 1)
+    features, bad = stages["features"], stages["quarantine"]
+    assert scraped.sum(telemetry.IMAGES, **ours, stage="features") == features.rows + bad.rows == len(tiny.files())
+    reasons = {labels["reason"]: round(value, 6) for labels, value in scraped.of(telemetry.QUARANTINED, **ours)}
+    assert {reason: value for reason, value in reasons.items() if value} == bad.totals["reasons"]
+    assert scraped.sum(telemetry.SEARCHED, **ours) == features.rows
+    for name in ("features", "neighbors", "densities"):
+        assert scraped.sum(telemetry.PARTS, **ours, stage=name) == len(stages[name].parts), name
+    assert scraped.sum(telemetry.RETRIES, **ours) == 0
+    assert [scraped.sum(telemetry.RUNS, **ours, outcome=outcome) for outcome in telemetry.OUTCOMES] == [1, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_seconds_are_held_by_the_actors_of_a_stage_and_never_more_than_there_were(head, built_there):
+    scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, workflow="build_index", outcome="done") == 1)
+    held = {stage: scraped.sum(telemetry.HELD_S, stage=stage, resource="cpu") for stage in ("features", "search")}
+    assert all(held.values()), held
+    elapsed_s = storage.json.loads((built_there / "run.json").read_text())["elapsed_s"]
+    assert sum(held.values()) <= 4 * elapsed_s
+    busy = scraped.sum(telemetry.BUSY_S, workflow="build_index", stage="features", device="cpu")
+    assert busy is not None and 0 < busy < 4 * elapsed_s
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_counters_of_generate_are_what_it_made(head, built_there, tmp_path):
+    settings = {
+        "index": built_there,
+        "generator.kind": "python",
+        "generator.path": "tests.toy_generator:make",
+        "n": 40,
+        "weighting.threshold": "p60",
+        "weighting.weight": 10,
+        "chunk": 16,
+        "pilot": 64,
+        "output": tmp_path / "out",
+    }
+    argv = [f"--{name}={value}" for name, value in settings.items()]
+    done, text = run(head, *argv, "--no-tracking.enabled", workflow="generate.py")
+    assert done == 0, text
+    ours = {"workflow": "generate"}
+    scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, **ours, outcome="done") == 1)
+    assert scraped.sum(telemetry.CANDIDATES, **ours, stage="pilot") == 64
+    assert scraped.sum(telemetry.ACCEPTED, **ours, stage="pilot") == 64
+    samples = committed(tmp_path / "out" / "samples")
+    # All candidates of the parts that were made: the last of them is then cut to the n-th row.
+    made = len(samples.parts) * samples.identity["chunks_per_part"] * 16
+    assert scraped.sum(telemetry.CANDIDATES, **ours, stage="samples") == made >= samples.totals["candidates"]
+    accepted = scraped.sum(telemetry.ACCEPTED, **ours, stage="samples")
+    assert accepted is not None and samples.rows <= accepted <= samples.rows + made - samples.totals["candidates"]
+    assert scraped.sum(telemetry.PARTS, **ours, stage="samples") == len(samples.parts)
+    assert scraped.sum(telemetry.FAILED_PARTS, **ours, stage="samples") == 0
+    held = {stage: scraped.sum(telemetry.HELD_S, **ours, stage=stage) for stage in ("pilot", "samples", "search")}
+    assert all(held.values()), held
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_ends_and_retries_are_counted(head, built_there, inputs):
+    before = Scraped(head).sum(telemetry.IMAGES, workflow="build_index")
+    argv = tiny.arguments(*inputs, built_there, "--no-tracking.enabled", "--features.batch_size=16")
+    done, text = run(head, *argv, workflow="build_index.py")
+    assert done == 2, text
+    environment = {**os.environ, **head.environment, "RAY_ADDRESS": head.gcs, "PYTHONPATH": str(tiny.ROOT)}
+    subprocess.run([sys.executable, "-c", RETRIED], env=environment, check=True, timeout=120)
+    scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, workflow="retried", outcome="done") == 1)
+    assert scraped.sum(telemetry.RUNS, workflow="build_index", outcome="refused") == 1
+    assert scraped.sum(telemetry.RUNS, workflow="build_index", outcome="failed") == 0
+    assert scraped.sum(telemetry.IMAGES, workflow="build_index") == before
+    assert scraped.sum(telemetry.RETRIES, workflow="retried", stage="anything") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_tags_have_few_values_and_what_rules_ask_of_ray_is_there(head, built_there):
+    scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, workflow="build_index", outcome="done") == 1)
+    found = [(counter, labels) for counter in telemetry.COUNTERS for labels, _ in scraped.of(counter)]
+    assert len({counter.name for counter, _ in found}) >= 9
+    for counter, labels in found:
+        own = {k: v for k, v in labels.items() if k not in OF_RAY and not k.startswith("otel_")}
+        assert set(own) == {"workflow", *counter.tags}
+        assert all(v in VALUES.get(k, {v}) for k, v in own.items()), own
+    names = {sample.name for sample in scraped.samples}
+    assert names | {"ray_unintentional_worker_failures_total"} >= RAYS_OWN, RAYS_OWN - names
+
+
+def test_a_cluster_of_our_own_counts_nothing(ray_cluster):
+    with telemetry.running("build_index"):
+        assert not telemetry.exported()
+        for counter in telemetry.COUNTERS:
+            counter.add(1, **dict.fromkeys(counter.tags, "x"))
+    assert not telemetry._opened
+
+
+def test_a_workflow_inside_another_counts_as_that():
+    with telemetry.running("curate"):
+        with telemetry.running("build_index"):
+            assert telemetry.workflow() == "curate"
+        with telemetry.running(""):
+            assert telemetry.workflow() == "curate"
+    assert telemetry.workflow() == ""
+
+
+def test_names_are_those_of_prometheus():
+    names = [counter.name for counter in telemetry.COUNTERS]
+    assert len(names) == len(set(names)) == 12
+    for counter in telemetry.COUNTERS:
+        assert counter.name.startswith("pd_core_") and not counter.name.endswith("_total")
+        assert counter.description and counter.exported == f"ray_{counter.name}_total"
