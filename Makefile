@@ -16,7 +16,7 @@ OTHER_FAISS := $(if $(filter gpu,$(FAISS)),cpu,gpu)
 # a uv that is only a version manager's shim does not answer
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv)
 # the folders that hold Python
-SOURCES := $(patsubst %/,%,$(sort $(dir $(wildcard $(addsuffix /*.py,pd_core workflows demo benchmarks tests infra)))))
+SOURCES := $(patsubst %/,%,$(sort $(dir $(wildcard $(addsuffix /*.py,pd_core workflows demo benchmarks tests infra infra/mlflow)))))
 
 ifeq ($(filter $(FAISS),cpu gpu),)
 $(error FAISS=$(FAISS): it must be cpu or gpu)
@@ -86,11 +86,14 @@ endif
 	@touch $@
 
 # For the platform that the tests run on; elsewhere a pin holds for the packages that exist there. No index address is written down.
+# The other faiss, for the GPU image, is pinned by what it adds to that.
+COMPILE = '$(UV)' pip compile pyproject.toml --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --no-annotate --no-emit-index-url --no-emit-find-links
 lock:
 	@test -n '$(UV)' || { echo 'make lock needs uv (pip install uv)' >&2; exit 1; }
-	'$(UV)' pip compile pyproject.toml --extra cpu --extra demo --extra dev --output-file constraints.txt --quiet \
-	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' $(LOCK_FLAGS)
+	$(COMPILE) --extra cpu --extra demo --extra dev --output-file constraints.txt --custom-compile-command 'make lock' $(LOCK_FLAGS)
+	{ echo '# What faiss-gpu needs beside constraints.txt, written by `make lock`.'; \
+	  $(COMPILE) --extra gpu --constraint constraints.txt --no-header | grep -vxFf constraints.txt; } > infra/container/constraints-gpu.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -189,7 +189,13 @@ def _extractor(checkpoint: str, threads: int) -> Any:
     return features.Extractor(spec, threads=threads).extract
 
 
-def _views(images: str | None, rows: int) -> Iterator[np.ndarray]:
+def pictures(images: str | None, rows: int, seed: int) -> Iterator[np.ndarray]:
+    """The same views one by one, uint8 [64, 64, 3]."""
+    for batch in _views(images, rows, seed):
+        yield from batch
+
+
+def _views(images: str | None, rows: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Batches uint8 [b, 64, 64, 3]."""
     from PIL import Image
     from sklearn.datasets import load_digits, load_sample_images
@@ -205,7 +211,7 @@ def _views(images: str | None, rows: int) -> Iterator[np.ndarray]:
     if images is not None:
         emojis = [_over_white(path) for path in sorted(Path(images).glob("*.png"))]
         pools += [emojis, emojis]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for start in range(0, rows, VIEW_BATCH):
         yield np.stack([_view(pools, rng) for _ in range(min(VIEW_BATCH, rows - start))])
 

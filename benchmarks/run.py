@@ -28,6 +28,8 @@ NAMES = (
     "features",
     "selfjoin",
     "memory",
+    "update",
+    "commit",
     "startup",
     "generate",
     "perturb",

@@ -43,6 +43,9 @@ ROUND_DELAYS_S = (0.0, 1.0, 10.0, 30.0)  # before each execution; infrastructure
 FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
 
+_shared: Cluster | None = None  # by a run whose parts are runs themselves
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What the run can count on at its start. An autoscaling cluster may hold more later."""
@@ -115,6 +118,9 @@ def session(output: str, workflow: str = "") -> Iterator[Cluster]:
     """
     import ray
 
+    if _shared is not None:
+        yield refreshed(_shared)
+        return
     joined = ray.is_initialized()
     now = connect()
     cpus = f"{cores()} cores" if now.local else f"{now.cpus:g} CPUs"
@@ -123,7 +129,7 @@ def session(output: str, workflow: str = "") -> Iterator[Cluster]:
     if nodes > 1 and "://" not in output:
         say(f"ray: {nodes} nodes and a local --output; every node must see {output} (a shared disk), or use s3://")
     try:
-        with telemetry.running(workflow), _counted(workflow):
+        with telemetry.running(workflow), _counted() if workflow else contextlib.nullcontext():
             yield now
     finally:
         if not joined:
@@ -131,11 +137,8 @@ def session(output: str, workflow: str = "") -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def _counted(workflow: str) -> Iterator[None]:
-    """Count how the run inside ends, if it is one of its own and not part of another."""
-    if not workflow or telemetry.workflow() != workflow:
-        yield
-        return
+def _counted() -> Iterator[None]:
+    """Count how the run inside ends."""
     for outcome in telemetry.OUTCOMES:
         telemetry.RUNS.add(0, outcome=outcome)
     outcome = "failed"
@@ -147,6 +150,17 @@ def _counted(workflow: str) -> Iterator[None]:
         raise
     finally:
         telemetry.RUNS.add(1, outcome=outcome)
+
+
+@contextlib.contextmanager
+def shared(now: Cluster) -> Iterator[None]:
+    """Sessions inside the body are that of `now`: the runs in it are parts of one."""
+    global _shared
+    before, _shared = _shared, now
+    try:
+        yield
+    finally:
+        _shared = before
 
 
 def _describe(local: bool) -> Cluster:

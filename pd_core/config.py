@@ -404,8 +404,32 @@ class WorkflowSettings(BaseSettings):
     tracking: TrackingSettings = TrackingSettings()
 
 
+class UpdateSettings(Section):
+    """When an update (`base`) makes anew what it could have taken over."""
+
+    max_growth: float = Field(
+        0.5,
+        gt=0,
+        description="rows added or taken away since the quantizer was trained, as a share of those it had then",
+    )
+    max_cell_distance: float = Field(
+        1.2,
+        gt=1,
+        description="mean squared distance of new rows to their cell's centroid, over that of the rows there were",
+    )
+    max_r2_drop: float = Field(
+        0.05, ge=0, description="fall of the predictor's held-out R2 of log density since it was fitted"
+    )
+
+
 class BuildIndexSettings(WorkflowSettings):
     """Settings of workflows/build_index.py."""
+
+    base: str | None = Field(
+        None,
+        description="earlier output of build_index with the same settings: what is unchanged in the source is taken over from it",
+    )
+    update: UpdateSettings = UpdateSettings()
 
     preset: Literal["default", "paper", "million"] = Field(
         "default", description="paper: the authors' settings; million: settings for 10^6 images and more"
@@ -726,6 +750,128 @@ class FinetuneSettings(WorkflowSettings):
     images: int = Field(24, gt=0, description="images in each grid of the report, from the same seeds before and after")
 
 
+RELEASE_METRICS = (  # that a gate may name, beside those of evaluate
+    "n",
+    "likely_copies",
+    "acceptance_rate",
+)
+METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
+
+
+class RecipeSettings(WeightingSettings):
+    """One curated set of a release: what is asked for, and how much of it."""
+
+    name: str = Field(description="of the set: a folder of the release")
+    n: int = Field(gt=0, description="accepted images")
+    labels: str | None = Field(None, description="class numbers, as generator.labels; default: those of the generator")
+    seed: int = Field(0, ge=0, description="of its candidates")
+    score: Literal["predictor", "index", "both"] = Field("both", description="what decides, as generate's")
+    drop_copies: bool = Field(False, description="do not accept likely copies of real images")
+
+    @field_validator("name")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value):
+            raise ValueError("expected a folder name of a-z, 0-9, '.', '_' and '-'")
+        return value
+
+    @property
+    def weighting(self) -> WeightingSettings:
+        """As generate has it."""
+        return WeightingSettings(**{name: getattr(self, name) for name in WeightingSettings.model_fields})
+
+
+class GateSettings(Section):
+    """A condition for a release to become the latest one."""
+
+    metric: str = Field(description="a metric of evaluate; or n, likely_copies (share), acceptance_rate")
+    recipe: str | None = Field(None, description="of this set; default: of each")
+    space: Literal["index", "judge"] = Field("index", description="where it is measured")
+    min: float | None = Field(None, description="at least")
+    max: float | None = Field(None, description="at most")
+    max_increase: float | None = Field(None, ge=0, description="over the latest release, as a share of its value")
+    max_decrease: float | None = Field(None, ge=0, description="under the latest release, as a share of its value")
+
+    @model_validator(mode="after")
+    def _known(self) -> GateSettings:
+        if self.metric not in (known := [*METRICS, *RELEASE_METRICS]):
+            raise ValueError(
+                f"unknown metric {self.metric!r}; {nearest_name(self.metric, known)} (one of {', '.join(known)})"
+            )
+        if all(bound is None for bound in (self.min, self.max, self.max_increase, self.max_decrease)):
+            raise ValueError(f"gate on {self.metric} sets no bound; give min, max, max_increase or max_decrease")
+        return self
+
+
+class ReleaseEvaluationSettings(Section):
+    """How the sets of a release are measured, as evaluate does."""
+
+    n: int | None = Field(None, gt=0, description="images of each set; default: as many as the smallest has")
+    n_real: int | None = Field(None, gt=0, description="real images that they are measured against; default: all")
+    judge: JudgeSettings = JudgeSettings()
+    metrics: MetricSettings = MetricSettings()
+    extraction: ExtractionSettings = ExtractionSettings()
+
+
+class GenerationSettings(Section):
+    """How the samples of every recipe are made, as generate's settings of the same names."""
+
+    chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the samples' identity")
+    part_rows: int = Field(1000, gt=0, description="accepted images per committed part, about")
+    pilot: int = Field(256, gt=0, description="candidates of the pilot")
+    actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
+    actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
+    actor_gpus: float | None = Field(
+        None, ge=0, description="GPUs of one replica; default: 1 where the cluster has any"
+    )
+    max_candidates: int | None = Field(None, gt=0, description="stop before more than these are generated for a recipe")
+
+
+class LockSettings(Section):
+    """The run lock of an output."""
+
+    lease_s: float = Field(
+        900, gt=1, description="a run that has not renewed its lease for so long is taken for dead, s"
+    )
+
+
+class CurateSettings(WorkflowSettings):
+    """Settings of workflows/curate.py."""
+
+    data: DataSettings = DataSettings()
+    features: FeatureSettings = FeatureSettings()
+    index: IndexSettings = IndexSettings()
+    density: DensitySettings = DensitySettings()
+    estimator: EstimatorSettings = EstimatorSettings()
+    update: UpdateSettings = UpdateSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    generation: GenerationSettings = GenerationSettings()
+    recipes: list[RecipeSettings] = Field([], description="sets of a release, each {name, n, threshold, weight, ...}")
+    evaluation: ReleaseEvaluationSettings = ReleaseEvaluationSettings()
+    gates: list[GateSettings] = Field(
+        [], description="conditions, each {metric, min|max|max_increase|max_decrease, recipe, space}"
+    )
+    keep: int = Field(3, gt=0, description="index versions, and sets of candidates, that are kept; releases always are")
+    lock: LockSettings = LockSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CurateSettings:
+        names = [recipe.name for recipe in self.recipes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"recipes: {twice[0]!r} is named twice")
+        for gate in self.gates:
+            if gate.recipe is not None and gate.recipe not in names:
+                raise ValueError(f"gates: unknown recipe {gate.recipe!r}; {nearest_name(gate.recipe, names)}")
+            if gate.space == "judge" and self.evaluation.judge.model == "none":
+                raise ValueError(f"gates: {gate.metric} in the judge's space, but evaluation.judge.model is none")
+        return self
+
+
+_LISTED: Mapping[str, type[Section]] = {
+    "recipes": RecipeSettings,
+    "gates": GateSettings,
+}  # settings that are lists of sections
+
 WORKFLOWS: Sequence[type[WorkflowSettings]] = (
     BuildIndexSettings,
     GenerateSettings,
@@ -733,6 +879,7 @@ WORKFLOWS: Sequence[type[WorkflowSettings]] = (
     EvaluateSettings,
     TradeoffSettings,
     FinetuneSettings,
+    CurateSettings,
 )
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -855,6 +1002,8 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"]) or "settings"
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden" and (of := _LISTED.get(str(item["loc"][0]))):
+            message = f"unknown setting; {nearest_name(str(item['loc'][-1]), list(of.model_fields))}"
         found = f" (found {item['input']!r})" if item["loc"] and not isinstance(item["input"], BaseModel | dict) else ""
         found = re.sub(r"//[^/@]*@", "//***@", found)  # a URL with a password in it
         lines.append(f"{name}: {message[0].lower()}{message[1:]}{found}")
@@ -940,6 +1089,29 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
         return cast(Settings, settings_class.model_construct(**values))
     except ValidationError as error:
         raise UserError(f"settings: {_explain(error)}") from None
+
+
+def made(settings_class: type[Settings], **values: Any) -> Settings:
+    """Settings of a workflow that another one starts: these values, defaults for the others, the environment unread.
+
+    Raises:
+        UserError: as `load`.
+    """
+
+    class Given(settings_class):  # type: ignore[valid-type, misc]
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (init_settings,)
+
+    try:
+        resolved = Given(**values)
+    except ValidationError as error:
+        raise UserError(f"settings: {_explain(error)}") from None
+    return cast(
+        Settings, settings_class.model_construct(**{n: getattr(resolved, n) for n in settings_class.model_fields})
+    )
 
 
 def to_yaml(settings: BaseModel) -> str:

@@ -17,6 +17,8 @@ class RunError(RuntimeError):
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_NOTHING_NEW = 3
+EXIT_HELD_BACK = 4
 EXIT_INTERRUPTED = 130
 
 
@@ -33,13 +35,13 @@ def one_line(error: BaseException | str) -> str:
     return f"{words if len(words) > LINE_CHARACTERS // 2 else head} ..."
 
 
-def exit_code(program: Callable[[], None]) -> int:
-    """Run a workflow; what went wrong becomes one line on standard error and an exit code.
+def exit_code(program: Callable[[], int | None]) -> int:
+    """Run a workflow; what went wrong becomes one line on standard error and an exit code. A program may return its own code.
 
     An exception that is neither kind of error is a defect of this program and keeps its traceback.
     """
     try:
-        program()
+        return program() or EXIT_DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -49,4 +51,3 @@ def exit_code(program: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted: what is done is kept; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return EXIT_DONE

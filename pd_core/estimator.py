@@ -130,6 +130,15 @@ class DensityPredictor:
                 log_density[start : start + len(block)] = self._log_density(score).cpu().numpy()
         return Prediction(density_of(log_density), log_density)
 
+    def rescaled(self, shift: float) -> DensityPredictor:
+        """This predictor, changed in place, of log densities that are greater by `shift`: of the same d̄ under another c."""
+        if self.architecture.target == "log_density":
+            self.target_mean += shift
+        else:
+            self.target_mean *= math.exp(shift)
+            self.target_std *= math.exp(shift)
+        return self
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DensityPredictor:
         """Moves the predictor in place, as torch.nn.Module.to does, and returns it."""
         self.layers.to(device=device, dtype=dtype)
@@ -566,6 +575,12 @@ def _load(load: LoadPart, part: int, feature_dim: int) -> tuple[NDArray[np.int64
     return sample_id, rows
 
 
+def held_out(sample_id: NDArray[np.int64], settings: EstimatorSettings) -> NDArray[np.bool_]:
+    """Which rows no fit has trained on, bool [n]; of the split by hash, which is the same in every run."""
+    assert settings.split == "hash", "a random split is not known afterwards"
+    return _split_position(sample_id, 0, settings) < settings.holdout_fraction
+
+
 def _split_position(sample_id: NDArray[np.int64], part: int, settings: EstimatorSettings) -> NDArray[np.float64]:
     """Uniform [0, 1) for each row; a row is held out where it is below holdout_fraction.
 
@@ -593,8 +608,6 @@ def _concatenate(loaded: Iterator[_Rows], rows: int, feature_dim: int) -> _Rows:
 
 def to_bytes(predictor: DensityPredictor, metrics: FitMetrics) -> dict[str, bytes]:
     """The predictor's two files by name: safetensors with weights and statistics, JSON that describes them."""
-    from safetensors.torch import save
-
     architecture = predictor.architecture
     description = {
         "format_version": FORMAT_VERSION,
@@ -603,9 +616,15 @@ def to_bytes(predictor: DensityPredictor, metrics: FitMetrics) -> dict[str, byte
         "tensors": {name: list(tensor.shape) for name, tensor in predictor.state_dict().items()},
         "metrics": asdict(metrics),
     }
-    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in predictor.state_dict().items()})
     text = json.dumps(description, indent=2, sort_keys=True, allow_nan=False)
-    return {WEIGHTS_FILE: weights, DESCRIPTION_FILE: text.encode() + b"\n"}
+    return {WEIGHTS_FILE: weights_bytes(predictor), DESCRIPTION_FILE: text.encode() + b"\n"}
+
+
+def weights_bytes(predictor: DensityPredictor) -> bytes:
+    """The safetensors file of weights and statistics."""
+    from safetensors.torch import save
+
+    return bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in predictor.state_dict().items()}))
 
 
 def from_bytes(files: Mapping[str, bytes]) -> DensityPredictor:

@@ -207,6 +207,12 @@ def stage_of(
     return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
 
 
+def quarantine_of(features: storage.Stage) -> storage.Stage:
+    """The quarantine stage beside a features stage."""
+    uri = features.uri.removesuffix("features") + "quarantine"
+    return replace(features, uri=uri, kind="quarantine", schema_version=schemas.VERSIONS["quarantine"])
+
+
 @dataclass(frozen=True)
 class Work:
     """What every process of the stage needs to know; small and picklable."""
@@ -222,8 +228,7 @@ class Work:
     @property
     def quarantine(self) -> storage.Stage:
         """Beside the features, of the same identity: what one has of an image the other has not."""
-        uri = self.features.uri.removesuffix("features") + "quarantine"
-        return replace(self.features, uri=uri, kind="quarantine", schema_version=schemas.VERSIONS["quarantine"])
+        return quarantine_of(self.features)
 
     def finished_parts(self) -> dict[str, storage.Part]:
         """Parts of features/ that are in place together with their quarantined rows."""
@@ -256,7 +261,7 @@ class Work:
 
 
 def run(
-    work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad_fraction: float
+    work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad_fraction: float, some: bool = True
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Make the missing parts of features/ and quarantine/; returns the parts and totals of features/ to commit.
 
@@ -265,6 +270,7 @@ def run(
         now: the cluster.
         settings: of the stage.
         max_bad_fraction: share of the listed images that may be quarantined.
+        some: refuse a source none of whose images is usable.
 
     Raises:
         UserError: more images than that are unusable.
@@ -281,7 +287,7 @@ def run(
             f"features: {work.listing.rows} images listed, but {good} features and {bad} quarantined; "
             "this is a defect: keep the output and report it"
         )
-    if good == 0:
+    if good == 0 and some:
         raise UserError(f"{work.source.root}: none of the {bad} images is usable; see {work.quarantine.uri}")
     quarantine = {"rows": bad, "reasons": reasons}
     work.quarantine.commit(work.quarantine.finished_parts().values(), quarantine, {"quarantine": watch.seconds})
@@ -359,7 +365,7 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     )
     extracted = decoded.map_batches(
         _ExtractBatch,
-        fn_constructor_args=(work.spec, settings.actor_cpus, telemetry.workflow()),
+        fn_constructor_args=(work.spec, settings.actor_cpus, work.batch_size, telemetry.workflow()),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
@@ -443,10 +449,15 @@ def _decode_batch(work: Work, part: int, first_row: int, contents: Sequence[byte
 
 
 class _ExtractBatch:
-    """Ray Data actor: a decoded batch to its features."""
+    """Ray Data actor: a decoded batch to its features.
 
-    def __init__(self, spec: ExtractorSpec, threads: int, workflow: str) -> None:
+    The model always sees `batch_size` images: the kernels that a library picks depend on how many there are, and with them the
+    last bits. So an image has the same feature beside whatever others, in a last batch too.
+    """
+
+    def __init__(self, spec: ExtractorSpec, threads: int, batch_size: int, workflow: str) -> None:
         telemetry.hold(workflow, "features")
+        self.batch_size = batch_size
         self.failure: UserError | RunError | None = None
         try:
             self.extractor = Extractor(spec, cluster.assigned_device(), threads)
@@ -466,11 +477,12 @@ class _ExtractBatch:
         if good.any():
             watch = storage.Stopwatch()
             raw = batch["pixels"].combine_chunks().buffers()[2]
-            shape = (int(good.sum()), spec.preprocess.height, spec.preprocess.width, 3)
+            found = int(good.sum())
+            shape = (found, spec.preprocess.height, spec.preprocess.width, 3)
+            pixels = np.zeros((self.batch_size, *shape[1:]), np.uint8)
+            pixels[:found] = np.frombuffer(raw, np.uint8, count=int(np.prod(shape))).reshape(shape)
             with np.errstate(all="ignore"):
-                features[good] = self.extractor.extract(
-                    np.frombuffer(raw, np.uint8, count=int(np.prod(shape))).reshape(shape)
-                )
+                features[good] = self.extractor.extract(pixels)[:found]
             telemetry.busy(watch.seconds, "features", self.extractor.device.type)
         for row in np.flatnonzero(~np.isfinite(features).all(axis=1)):
             features[row] = 0

@@ -65,7 +65,7 @@ def _fit(
     settings: EstimatorSettings,
 ) -> dict[str, Any]:
     def loader(name: str) -> estimator.LoadPart:
-        return lambda: _load(features_uri, densities_uri, name)
+        return lambda: load_part(features_uri, densities_uri, name)
 
     result = estimator.fit([loader(name) for name in names], settings, feature_dim=feature_dim, device="cpu")
     for name, data in estimator.to_bytes(result.predictor, result.metrics).items():
@@ -85,7 +85,8 @@ def _fit(
     }
 
 
-def _load(features_uri: str, densities_uri: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def load_part(features_uri: str, densities_uri: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """sample_id int64 [n], features float32 [n, D] and log densities float64 [n] of a part."""
     table, features = load_features(storage.join(features_uri, name))
     density = storage.read_table(storage.join(densities_uri, name), ["sample_id", "log_density"])
     assert density["sample_id"].equals(table["sample_id"]), name

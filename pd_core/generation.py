@@ -41,13 +41,8 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
         UserError: a setting that every run needs is missing, a path that must be there is not, the index is not finished, or
             the threshold lies outside its densities.
     """
-    output = checked_output(settings.output, "generate")
-    if not settings.index:
-        raise UserError("--index: not set; name the --output of build_index.py")
-    if settings.n is None:
-        raise UserError("--n: not set; how many accepted images are wanted")
-    generator = opening.resolved(settings.generator)
-    piloting.check_settings(settings.weighting, generator.labels)
+    output, generator = check(settings)
+    assert settings.index is not None, "it was checked"
     real = realset.open_for(settings.index, settings.checkpoint, "--index")
     settings = settings.model_copy(
         update={
@@ -60,6 +55,22 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
     if settings.weighting.kind == "two_level" and not settings.weighting.per_label:
         piloting.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
     return settings, real
+
+
+def check(settings: GenerateSettings) -> tuple[str, config.GeneratorSettings]:
+    """Check what needs neither Ray nor the index; returns the output and the generator with absolute paths.
+
+    Raises:
+        UserError: a setting that every run needs is missing, or a path that must be there is not.
+    """
+    output = checked_output(settings.output, "generate")
+    if not settings.index:
+        raise UserError("--index: not set; name the --output of build_index.py")
+    if settings.n is None:
+        raise UserError("--n: not set; how many accepted images are wanted")
+    generator = opening.resolved(settings.generator)
+    piloting.check_settings(settings.weighting, generator.labels)
+    return output, generator
 
 
 def generate(settings: GenerateSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,32 @@ def resolve_kind(settings: IndexSettings, exact: bool, rows: int) -> str:
     return settings.kind
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What an index takes over from an earlier one with cells: the trained quantizer, and how many cells are probed.
+
+    Attributes:
+        uri, fingerprint: of the earlier index stage. quantizer: its part.
+        kind, cells, nprobe: as its totals have them. rows: the index that the quantizer was trained for had.
+        auto: the kind was chosen, not given.
+    """
+
+    uri: str
+    fingerprint: str
+    quantizer: storage.Part
+    kind: str
+    cells: int
+    nprobe: int
+    rows: int
+    auto: bool
+
+
 def stage_of(
-    output: str, features: storage.Artifact, settings: IndexSettings, density: DensitySettings
+    output: str,
+    features: storage.Artifact,
+    settings: IndexSettings,
+    density: DensitySettings,
+    kept: Kept | None = None,
 ) -> tuple[storage.Stage, IndexSettings]:
     """The index stage under `output`, and the settings with kind, shards and cells resolved.
 
@@ -42,13 +67,16 @@ def stage_of(
         raise UserError(
             f"--density.k {density.k}: needs more than k images, found {rows} good ones; lower k or add images"
         )
-    kind = resolve_kind(settings, density.exact, rows)
+    kind = resolve_kind(settings, density.exact, rows) if kept is None else kept.kind
     if kind == "ivf_pq" and dim % settings.pq_bytes:
         raise UserError(
             f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {index.nearest_divisor(dim, settings.pq_bytes)}"
         )
     most_cells = max(1, rows // index.ROWS_PER_CELL)
-    cells = 0 if kind == "flat" else min(settings.cells or index.default_cells(rows), most_cells)
+    if kept is not None:
+        cells = kept.cells
+    else:
+        cells = 0 if kind == "flat" else min(settings.cells or index.default_cells(rows), most_cells)
     shards = min(
         settings.shards or index.default_shards(rows, dim),
         max(1, cells or sum(part.rows > 0 for part in features.parts)),
@@ -67,13 +95,15 @@ def stage_of(
             "max_scan_fraction": settings.max_scan_fraction,
             "train_rows_per_cell": settings.train_rows_per_cell,
             "calibration_queries": settings.calibration_queries,
-            "auto": settings.kind == "auto",
+            "auto": settings.kind == "auto" if kept is None else kept.auto,
             "k": density.k,
             "seed": settings.seed,
             "threads": settings.actor_cpus,  # k-means sums per thread
         }
     if kind == "ivf_pq":
         identity["pq_bytes"] = settings.pq_bytes
+    if kept is not None:
+        identity |= {"base": kept.fingerprint, "rows_when_trained": kept.rows}
     uri = storage.join(output, "index")
     return storage.Stage(uri, "index", schemas.VERSIONS["index"], identity), resolved
 
@@ -84,6 +114,7 @@ def run(
     features: storage.Artifact,
     settings: IndexSettings,
     density: DensitySettings,
+    kept: Kept | None = None,
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Build what is missing of the index; returns the parts and totals to commit.
 
@@ -93,6 +124,8 @@ def run(
         features: their commit record.
         settings: from `stage_of`, resolved.
         density: k.
+        kept: quantizer and number of probed cells of an earlier index, where they are taken over; then `recall` in the totals
+            may fall short of the target, for the caller to judge.
 
     Raises:
         UserError: the target recall is out of reach.
@@ -104,6 +137,8 @@ def run(
         _fill_flat(stage, groups, settings)
         return _all_parts(stage, rows), facts
     assert settings.cells is not None and settings.shards is not None
+    if kept is not None and search.QUANTIZER not in stage.finished_parts():
+        stage.adopt(kept.uri, kept.quantizer)
     template = _train(stage, groups, settings, rows, dim)
     owners = _fill_cells(stage, groups, template, settings, rows * dim * 4 // settings.shards)
     info = search.IndexInfo(
@@ -116,7 +151,8 @@ def run(
         settings.cells,
         tuple(owners.tolist()),
     )
-    facts |= {"cells": settings.cells} | _calibrate(stage, info, groups, settings, density.k)
+    facts |= {"cells": settings.cells}
+    facts |= _calibrate(stage, info, groups, settings, density.k, None if kept is None else kept.nprobe)
     return _all_parts(stage, rows), facts
 
 
@@ -318,9 +354,13 @@ def _calibrate(
     groups: Sequence[Sequence[str]],
     settings: IndexSettings,
     k: int,
+    nprobe: int | None,
 ) -> dict[str, Any]:
-    """Choose nprobe for the target recall by exact search on a sample, and measure what it gives."""
+    """Choose nprobe for the target recall by exact search on a sample, and measure what it gives; or what a given one gives."""
     import ray
+
+    if nprobe == 0:  # every search is exact
+        return {"nprobe": 0}
 
     sample = _task(_sample)
     fraction = min(1.0, settings.calibration_queries / info.rows)
@@ -328,7 +368,7 @@ def _calibrate(
     query_ids = np.concatenate([i for i, _ in picked])
     queries = ray.put(np.concatenate([f for _, f in picked]))
     exact = _exact(stage, queries, query_ids, groups, k)
-    return cluster.get(_task(_choose).remote(stage, info, settings, k, queries, query_ids, exact))
+    return cluster.get(_task(_choose).remote(stage, info, settings, k, queries, query_ids, exact, nprobe))
 
 
 def _choose(
@@ -339,6 +379,7 @@ def _choose(
     queries: np.ndarray,
     query_ids: np.ndarray,
     exact: tuple[np.ndarray, np.ndarray, np.ndarray],
+    given: int | None,
 ) -> dict[str, Any]:
     """A task, since the distance of every query to every cell is more than a driver should hold."""
     exact_distances, exact_ids, neighbor_cells = exact
@@ -347,7 +388,7 @@ def _choose(
     ranked = index.coarse_probes(quantizer, queries, cells)
     counts = np.array(json.loads(storage.read_bytes(storage.join(stage.uri, search.CELLS)))["rows_of_cell"])
     curve = knn.recall_curve(knn.neighbor_ranks(neighbor_cells, ranked), cells)
-    nprobe = knn.choose_nprobe(curve, settings.target_recall) or cells
+    nprobe = given or knn.choose_nprobe(curve, settings.target_recall) or cells
     scanned = knn.scan_fraction(ranked[:, :nprobe], counts)
     facts: dict[str, Any] = {
         "nprobe": nprobe,
@@ -355,16 +396,16 @@ def _choose(
         "target_recall": settings.target_recall,
         "calibration_queries": len(queries),
     }
-    if stage.identity["auto"] and knn.relative_cost(scanned, info.rows, cells) >= 1:
+    if given is None and stage.identity["auto"] and knn.relative_cost(scanned, info.rows, cells) >= 1:
         return facts | {"nprobe": 0, "nprobe_at_target": nprobe}
-    if scanned > settings.max_scan_fraction:
+    if given is None and scanned > settings.max_scan_fraction:
         raise UserError(
             f"index: recall {settings.target_recall} needs {nprobe} of {cells} cells per query ({scanned:.0%} of the rows); "
             "use --index.kind auto or flat, or lower --index.target_recall"
         )
     distances, found = _approximate(info, queries, query_ids, ranked[:, :nprobe], k)
     measured = knn.recall_and_error(exact_ids, exact_distances, found, distances)
-    if measured.recall < settings.target_recall:
+    if given is None and measured.recall < settings.target_recall:
         raise UserError(
             f"index: {info.kind} reaches recall {measured.recall:.4f} at nprobe {nprobe}, below --index.target_recall "
             f"{settings.target_recall}, since its codes lose precision; use ivf_flat or lower the target"

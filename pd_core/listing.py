@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
         parts: list[storage.Part] = []
         ids: list[np.ndarray] = []
         skipped: Counter[str] = Counter()
-        for number, table in enumerate(_parts(sources.list_images(source, skipped), part_rows)):
+        for number, table in enumerate(recut(sources.list_images(source, skipped), part_rows)):
             parts.append(stage.write_table(storage.part_name(number), table))
             ids.append(table["sample_id"].to_numpy())
         if not parts:
@@ -135,7 +135,7 @@ def rows_of_ids(uri: str, wanted: set[int]) -> Iterator[tuple[str, pa.Table]]:
             yield part.name, whole.filter(keep)
 
 
-def _parts(tables: Iterator[pa.Table], part_rows: int) -> Iterator[pa.Table]:
+def recut(tables: Iterable[pa.Table], part_rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of exactly `part_rows`, the last one shorter."""
     held: list[pa.Table] = []
     rows = 0

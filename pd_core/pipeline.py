@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 from pd_core import (
     cluster,
     config,
@@ -18,12 +21,13 @@ from pd_core import (
     sources,
     storage,
     tracking,
+    updating,
 )
 from pd_core.config import BuildIndexSettings
 from pd_core.errors import UserError
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 
-STAGES = ("listing", "features", "index", "neighbors", "densities", "estimator", "report")
+STAGES = ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report")
 
 
 def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.Source]:
@@ -40,7 +44,10 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     featuring = settings.features.model_copy(
         update={"checkpoint": None if checkpoint is None else storage.absolute(checkpoint)}
     )
-    settings = settings.model_copy(update={"output": output, "features": featuring})
+    base = settings.base and storage.absolute(settings.base)
+    if base == output:
+        raise UserError(f"--base {settings.base}: is the --output itself; an update is an output of its own")
+    settings = settings.model_copy(update={"output": output, "features": featuring, "base": base})
     source = sources.open_source(settings.data)
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
     if recursive and storage.is_inside(output, source.root):
@@ -81,7 +88,27 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
         cluster.say(planning.plan(settings, source, now, limits_of(settings)))
 
 
+@dataclass(frozen=True)
+class _Featured:
+    """What the stages after features/ start from. base, changes, added: of an update, else None."""
+
+    spec: features.ExtractorSpec
+    listed: listing.Listing
+    listing: storage.Artifact
+    features: storage.Artifact
+    base: updating.Base | None = None
+    changes: updating.Changes | None = None
+    added: storage.Artifact | None = None
+
+
 def _build(run: Run, settings: BuildIndexSettings, source: sources.Source) -> None:
+    featured = _extract(run, settings, source) if settings.base is None else _update(run, settings, source)
+    indexed, info, kept = _index(run, settings, featured)
+    _finish(run, settings, source, featured, indexed, info, kept)
+
+
+def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> _Featured:
+    """Features of every image of the source."""
     output, now = run.output, run.now
     describing = features.describe_remotely(settings.features)  # loads the model while the source is listed
     listing_it = listing.start(source, output, settings.features.whole_part_rows, settings.overwrite)
@@ -101,40 +128,138 @@ def _build(run: Run, settings: BuildIndexSettings, source: sources.Source) -> No
     extracting = settings.features.model_copy(update={"actor_gpus": gpus})
     work = features.Work(source, listed, spec, limits_of(settings), settings.features.batch_size, featuring)
     featured = run.stage(featuring, lambda: features.run(work, now, extracting, settings.data.max_bad_fraction))
+    return _Featured(spec, listed, artifact, featured)
 
-    indexing_stage, index_settings = indexing.stage_of(output, featured, settings.index, settings.density)
-    indexed = run.stage(
-        indexing_stage,
-        lambda: indexing.run(indexing_stage, featuring.uri, featured, index_settings, settings.density),
-    )
-    info = search.open_index(indexing_stage.uri)
 
-    neighbors_stage = selfjoin.neighbors_stage(output, info, settings.density)
-    neighbors = run.stage(
-        neighbors_stage,
-        lambda: selfjoin.find_neighbors(
-            neighbors_stage, info, featuring.uri, featured, settings.density, index_settings, now
-        ),
+def _update(run: Run, settings: BuildIndexSettings, source: sources.Source) -> _Featured:
+    """Features of the images that are not in the base as they are now, and those of the others from there."""
+    output, now = run.output, run.now
+    base = updating.open_base(str(settings.base))
+    describing = features.describe_remotely(settings.features)
+    with failures("features", output):
+        spec: features.ExtractorSpec = cluster.get(describing)
+    gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
+    updating.check_same(base, settings, spec, cluster.device_of(now, gpus))
+    with run.tracker.stage("listing") as nested, failures("listing", storage.join(output, "listing")):
+        comparing = updating.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
+        changes, artifact = cluster.get(comparing)
+        run.done(changes.listed.uri, artifact, nested)
+        nested.dataset("images", source.root, artifact.fingerprint, "source", {"rows": artifact.rows})
+    new = changes.added.rows if changes.added else 0
+    cluster.say(f"update: {new:,} new images, {len(changes.removed):,} gone or changed, of {artifact.rows:,}")
+    added: storage.Artifact | None = None
+    if changes.added is not None:
+        uri = storage.join(output, updating.ADDED)
+        fresh = features.stage_of(
+            uri, changes.added, spec, settings.data, settings.features, cluster.device_of(now, gpus)
+        )
+        extracting = settings.features.model_copy(update={"actor_gpus": gpus})
+        work = features.Work(source, changes.added, spec, limits_of(settings), settings.features.batch_size, fresh)
+        added = run.stage(fresh, lambda: features.run(work, now, extracting, max_bad_fraction=1.0, some=False))
+    stage = updating.features_stage(output, changes, base, added)
+    merged = run.stage(
+        stage, lambda: updating.merge_features(stage, changes, base, output, settings.data.max_bad_fraction)
     )
+    return _Featured(spec, changes.listed, artifact, merged, base, changes, added)
+
+
+def _index(
+    run: Run, settings: BuildIndexSettings, featured: _Featured
+) -> tuple[storage.Artifact, search.IndexInfo, bool]:
+    """The index over the features, and whether it has the quantizer of the base, if that has any."""
+    base, features_uri = featured.base, storage.join(run.output, "features")
+    reason = None
+    if base is not None:
+        assert featured.changes is not None
+        rows, output = featured.features.rows, run.output
+        reason = updating.drift(base, featured.changes, featured.added, rows, output, settings.update)
+    kept = None if base is None or reason else updating.kept_index(base)
+    while True:
+        stage, resolved = indexing.stage_of(run.output, featured.features, settings.index, settings.density, kept)
+        make = functools.partial(indexing.run, stage, features_uri, featured.features, resolved, settings.density, kept)
+        indexed = run.stage(stage, make, replace=base is not None)
+        reason = reason or (None if kept is None else updating.short_of_recall(indexed))
+        if reason is None or kept is None:
+            break
+        kept = None
+    if reason:
+        cluster.say(f"update: the quantizer is trained again and all neighbors are searched for: {reason}")
+    return indexed, search.open_index(stage.uri), reason is None
+
+
+def _finish(
+    run: Run,
+    settings: BuildIndexSettings,
+    source: sources.Source,
+    featured: _Featured,
+    indexed: storage.Artifact,
+    info: search.IndexInfo,
+    kept: bool,
+) -> None:
+    """Neighbors, densities, predictor and report. kept: those of the base still hold, if there is one."""
+    output, now, base = run.output, run.now, featured.base
+    features_uri, featured_artifact = storage.join(output, "features"), featured.features
+    if base is not None and kept:
+        assert featured.changes is not None
+        neighbors_stage = updating.neighbors_stage(output, info, base, settings.density)
+        find = functools.partial(
+            updating.merge_neighbors,
+            neighbors_stage,
+            info,
+            base,
+            featured.changes,
+            output,
+            featured_artifact,
+            settings.density,
+            settings.index,
+            now,
+        )
+    else:
+        neighbors_stage = selfjoin.neighbors_stage(output, info, settings.density)
+        find = functools.partial(
+            selfjoin.find_neighbors,
+            neighbors_stage,
+            info,
+            features_uri,
+            featured_artifact,
+            settings.density,
+            settings.index,
+            now,
+        )
+    neighbors = run.stage(neighbors_stage, find)
     densities_stage = selfjoin.stage_of(output, neighbors_stage, settings.density)
     densities = run.stage(
         densities_stage,
         lambda: selfjoin.write_densities(
-            densities_stage, neighbors_stage.uri, neighbors, featuring.uri, settings.density
+            densities_stage, neighbors_stage.uri, neighbors, features_uri, settings.density
         ),
     )
 
-    fitting_stage = fitting.stage_of(output, densities_stage, settings.estimator)
-    fitted = run.stage(
-        fitting_stage,
-        lambda: fitting.run(
-            fitting_stage, featuring.uri, densities_stage.uri, densities, spec.feature_dim, settings.estimator
-        ),
-    )
+    dim = featured.spec.feature_dim
+    if base is not None:
+        fitting_stage = updating.estimator_stage(output, densities_stage, settings.estimator, base)
+        fit = functools.partial(
+            updating.keep_or_fit, fitting_stage, base, output, densities, dim, settings.estimator, settings.update
+        )
+    else:
+        fitting_stage = fitting.stage_of(output, densities_stage, settings.estimator)
+        fit = functools.partial(
+            fitting.run, fitting_stage, features_uri, densities_stage.uri, densities, dim, settings.estimator
+        )
+    fitted = run.stage(fitting_stage, fit)
 
     reporting_stage = reporting.stage_of(output, densities_stage, fitting_stage, settings)
     inputs = reporting.Inputs(
-        source, listed, limits_of(settings), settings, artifact, featured, indexed, densities, fitted, run.timings_s
+        source,
+        featured.listed,
+        limits_of(settings),
+        settings,
+        featured.listing,
+        featured_artifact,
+        indexed,
+        densities,
+        fitted,
+        run.timings_s,
     )
     run.stage(reporting_stage, lambda: reporting.run(reporting_stage, output, inputs))
 

@@ -24,6 +24,7 @@ FIRST_STAGES = {
     "perturb": "perturbed",
     "tradeoff": "pool-pilot",
     "finetune": "weights",
+    "curate": "releases",
 }  # by which the output of a workflow is known
 REPORT = "index.html"
 

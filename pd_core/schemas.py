@@ -10,9 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from pd_core.config import METRICS
+
 VERSIONS = {
-    "listing": 1,
-    "features": 2,
+    "listing": 2,
+    "features": 3,
     "quarantine": 1,
     "index": 1,
     "neighbors": 1,
@@ -31,9 +33,10 @@ VERSIONS = {
     "weights": 1,
     "training": 1,
     "merging": 1,
+    "release": 1,
 }
 
-CURVE_METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
+CURVE_METRICS = METRICS
 
 METADATA = "metadata"  # struct column of whatever else the source said of an image; absent where it said nothing
 
@@ -47,6 +50,7 @@ def listing(metadata: pa.StructType | None = None) -> pa.Schema:
 
     `container` is the file that holds the image (the image file itself in a directory), relative to the source's
     root; `offset` and `size` locate it inside: byte range in a tar, (row, -1) in a Parquet file, (0, file size) otherwise.
+    `version` changes when that file does.
     """
     fields = [
         pa.field("sample_id", pa.int64(), nullable=False),
@@ -54,6 +58,7 @@ def listing(metadata: pa.StructType | None = None) -> pa.Schema:
         pa.field("container", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
         pa.field("label", pa.string()),
     ]
     return _with_metadata(fields, metadata)

@@ -199,13 +199,18 @@ def _routes(pool: SearchPool, queries: np.ndarray) -> Iterator[tuple[Any, np.nda
     if info.exact:
         yield from ((actor, np.arange(len(queries)), None) for actor in pool.actors)
         return
-    probes = index.coarse_probes(_quantizer(info), queries, info.nprobe)
+    probes = probes_of(info, queries)
     holder = _holder(np.asarray(info.shard_of_cell), info.shards, len(pool.actors))
     holders = holder[probes]
     for number, actor in enumerate(pool.actors):
         rows = np.flatnonzero((holders == number).any(axis=1))
         if len(rows):
             yield actor, rows, probes[rows]  # cells held elsewhere count as empty there
+
+
+def probes_of(info: IndexInfo, queries: np.ndarray) -> np.ndarray:
+    """Cells that each query is compared with, nearest first: int32 [m, nprobe] for float32 [m, D]."""
+    return index.coarse_probes(_quantizer(info), queries, info.nprobe)
 
 
 _open_quantizers: dict[str, Any] = {}  # one per process: tasks of one run share it

@@ -105,15 +105,23 @@ def _join_block(
         if name not in missing:
             start = stop
             continue
-        columns = [
-            pa.array(sample_id),
-            pa.FixedSizeListArray.from_arrays(pa.array(neighbor_ids[start:stop].reshape(-1)), k),
-            pa.FixedSizeListArray.from_arrays(pa.array(distances[start:stop].reshape(-1)), k),
-        ]
-        schema = schemas.neighbors(k)
-        stage.write_table(name, pa.table([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema))
+        write_neighbors(stage, name, sample_id, neighbor_ids[start:stop], distances[start:stop])
         start = stop
     return traffic
+
+
+def write_neighbors(
+    stage: storage.Stage, name: str, sample_id: np.ndarray, neighbor_ids: np.ndarray, distances: np.ndarray
+) -> None:
+    """One part: int64 [n], int64 [n, k], float32 [n, k]."""
+    k = neighbor_ids.shape[1]
+    columns = [
+        pa.array(sample_id),
+        pa.FixedSizeListArray.from_arrays(pa.array(neighbor_ids.reshape(-1)), k),
+        pa.FixedSizeListArray.from_arrays(pa.array(distances.reshape(-1)), k),
+    ]
+    schema = schemas.neighbors(k)
+    stage.write_table(name, pa.table([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema))
 
 
 # ---- second pass -----------------------------------------------------------------------------------------------------
@@ -166,6 +174,7 @@ def _summary(neighbors_uri: str, names: Sequence[str], k: int) -> np.ndarray:
 def _calibrate(volume_dim: float, *summaries: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
     """What the whole set decides: floor, c, quantiles; and all log densities, ascending, for the ranks."""
     distances, nearest = np.concatenate(summaries).T
+    distances = np.sort(distances)  # sums then have the same bits whatever the order of the parts
     floor = density.distance_floor(distances)
     floored, touched = density.apply_distance_floor(distances, floor)
     c = density.log_normalizer(floored, volume_dim)

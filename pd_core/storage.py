@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import os
 import platform
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -141,6 +143,75 @@ def write_bytes(uri: str, data: bytes) -> None:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write the file unless there is one; whether it was written. Of several processes that try at once one succeeds.
+
+    Locally by a link, on an object store by a PUT on the condition that the object is absent (`If-None-Match: *`).
+    """
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        write_bytes(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except Exception as error:  # s3fs gives the store's refusal as an OSError without a type of its own
+        if "PreconditionFailed" in f"{error} {error.__cause__!r}" or isinstance(error, FileExistsError):
+            return False
+        raise
+    return True
+
+
+def folders(uri: str) -> list[str]:
+    """Names of the folders directly in a directory, in order; empty where there is none."""
+    fs, path = filesystem(uri)
+    try:
+        entries = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
+
+
+def remove_folder(uri: str) -> None:
+    """Delete a directory with all that is in it; nothing there is fine."""
+    fs, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+def copy(source: str, target: str) -> None:
+    """The bytes of a file at another place, without reading them where that can be had.
+
+    On one local disk a hard link (files are replaced here, never written into), on one object store a copy that the store
+    makes by itself; else through this process. Raises FileNotFoundError.
+    """
+    if is_local(source) and is_local(target):
+        source, target = absolute(source), absolute(target)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            os.link(source, temporary)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+            shutil.copyfile(source, temporary)  # another disk, or one without links
+        os.rename(temporary, target)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # a rename onto a link of the same file leaves both names
+        return
+    (fs, path), (other, place) = filesystem(source), filesystem(target)
+    if fs is other:
+        fs.cp_file(path, place)
+    else:
+        other.pipe_file(place, fs.cat_file(path))
 
 
 def exists(uri: str) -> bool:
@@ -333,9 +404,29 @@ class Stage:
         if found != len(data):
             raise RunError(f"{uri}: wrote {len(data)} bytes and found {found}; run the same command again")
         part = Part(name, rows, len(data), sha256(data), dict(counts or {}))
-        record = {"stage": self.fingerprint, "part": dataclasses.asdict(part)}
-        write_bytes(self._record(name), canonical(record).encode())
+        self._write_record(part)
         return part
+
+    def adopt(self, uri: str, part: Part, name: str | None = None) -> Part:
+        """A part that was committed in the directory `uri`, as one of this stage: copied, with a record of its own.
+
+        name: in this stage, if it is another. Raises RunError: the file is not there as it was recorded.
+        """
+        source, target = join(uri, part.name), join(self.uri, name or part.name)
+        try:
+            copy(source, target)
+        except FileNotFoundError:
+            raise RunError(f"{source}: gone, although {uri} is finished; restore it, or build without it") from None
+        fs, path = filesystem(target)
+        if (found := fs.size(path)) != part.bytes:
+            raise RunError(f"{source}: has {found} bytes, {part.bytes} were committed; restore it, or build without it")
+        part = dataclasses.replace(part, name=name or part.name)
+        self._write_record(part)
+        return part
+
+    def _write_record(self, part: Part) -> None:
+        record = {"stage": self.fingerprint, "part": dataclasses.asdict(part)}
+        write_bytes(self._record(part.name), canonical(record).encode())
 
     def _record(self, name: str) -> str:
         return join(self.uri, RECORDS, f"{quote(name, safe='')}.json")

@@ -67,6 +67,7 @@ RETRIES = Counter("pd_core_retries", "Executions of a stage that infrastructure 
 RUNS = Counter(
     "pd_core_runs", "Runs of a workflow that ended: done, refused (settings or input) or failed", ("outcome",)
 )
+RELEASES = Counter("pd_core_releases", "Runs of curate: released, nothing_new or held_back by a gate", ("outcome",))
 BUSY_S = Counter("pd_core_busy_seconds", "Seconds that actors computed, on cpu or gpu", ("stage", "device"))
 HELD_S = Counter("pd_core_held_seconds", "Seconds that actors held a CPU or GPU: claim x time", ("stage", "resource"))
 
@@ -92,9 +93,9 @@ def workflow() -> str:
 
 @contextlib.contextmanager
 def running(name: str) -> Iterator[None]:
-    """Tag what is counted inside with the name of a workflow; one that runs inside another counts as that other."""
+    """Tag what is counted inside with the name of a workflow."""
     global _workflow
-    before, _workflow = _workflow, _workflow or name
+    before, _workflow = _workflow, name
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pd_core import storage, telemetry
+from pd_core import cluster, storage, telemetry
 from tests import tiny
 from tests.heads import Head, running_head
 from tests.test_monitoring import RAYS_OWN
@@ -202,18 +202,16 @@ def test_a_cluster_of_our_own_counts_nothing(ray_cluster):
     assert not telemetry._opened
 
 
-def test_a_workflow_inside_another_counts_as_that():
-    with telemetry.running("curate"):
-        with telemetry.running("build_index"):
-            assert telemetry.workflow() == "curate"
-        with telemetry.running(""):
+def test_runs_of_which_a_run_consists_count_as_it(ray_cluster):
+    with cluster.session("", "curate") as now, cluster.shared(now):
+        with cluster.session("", "build_index"):
             assert telemetry.workflow() == "curate"
     assert telemetry.workflow() == ""
 
 
 def test_names_are_those_of_prometheus():
     names = [counter.name for counter in telemetry.COUNTERS]
-    assert len(names) == len(set(names)) == 12
+    assert len(names) == len(set(names)) == 13
     for counter in telemetry.COUNTERS:
         assert counter.name.startswith("pd_core_") and not counter.name.endswith("_total")
         assert counter.description and counter.exported == f"ray_{counter.name}_total"

@@ -24,7 +24,9 @@ from pd_core.finetuning.draws import Draws, Window
 from pd_core.finetuning.weights import Drawable
 
 TASK_BYTES = 32 << 20  # pixels that a task hands over at most, unless one step has more
-TASK_IMAGES = 512  # of a task, so that the first batches come soon; of Parquet as many as there is room for
+TASK_IMAGES = (
+    4096  # of a task: Ray Data's own work of some 0.1 s a task halved the rate of small images at 512 (docs/log.md)
+)
 EXECUTION_TASKS = 2048  # of one execution: the plan stays this small for any number of steps
 AHEAD_BYTES = 256 << 20  # of pixels that wait for a slow consumer; Ray Data alone would fill half of the object store
 AHEAD_BLOCKS = 2  # fetched before they are asked for

@@ -20,20 +20,23 @@ def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:
         rows = found.take(order.slice(start, TABLE_ROWS))
         keys = rows["name"].to_pylist()
         labels = _folders(source, keys) if source.settings.labels == "parent" else [None] * len(keys)
-        yield listing_table(source, keys, keys, [0] * len(keys), rows["size"].combine_chunks(), labels)
+        yield listing_table(
+            source, keys, keys, [0] * len(keys), rows["size"].combine_chunks(), rows["state"].combine_chunks(), labels
+        )
 
 
 def _collect(source: Source, skipped: Counter[str]) -> pa.Table:
-    """Names and sizes as Arrow arrays: a Python object per file would take ten times the memory."""
-    schema = pa.schema([("name", pa.large_string()), ("size", pa.int64())])
-    batches, keys, sizes = [], [], []
+    """Names, sizes and states as Arrow arrays: a Python object per file would take ten times the memory."""
+    schema = pa.schema([("name", pa.large_string()), ("size", pa.int64()), ("state", pa.int64())])
+    batches, keys, sizes, states = [], [], [], []
     for entry in entries(source, source.kind, skipped):
         keys.append(entry.name)
         sizes.append(entry.size)
+        states.append(entry.state)
         if len(keys) == TABLE_ROWS:
-            batches.append(pa.record_batch([keys, sizes], schema=schema))
-            keys, sizes = [], []
-    batches.append(pa.record_batch([keys, sizes], schema=schema))
+            batches.append(pa.record_batch([keys, sizes, states], schema=schema))
+            keys, sizes, states = [], [], []
+    batches.append(pa.record_batch([keys, sizes, states], schema=schema))
     return pa.Table.from_batches(batches)
 
 

@@ -21,7 +21,7 @@ from pd_core.errors import UserError, one_line
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores
 from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
-from pd_core.sources.stores import Sleep, Span
+from pd_core.sources.stores import Entry, Sleep, Span
 
 Store = stores.Local | stores.S3
 
@@ -156,7 +156,7 @@ def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:
             found = _resolve(file.schema_arrow, source.settings, entry.name)
             columns = columns or found
             _check_same(columns, found, entry.name)
-            yield from _file_tables(source, file, entry.name, columns)
+            yield from _file_tables(source, file, entry, columns)
 
 
 def _check_same(expected: Columns, found: Columns, name: str) -> None:
@@ -169,19 +169,20 @@ def _check_same(expected: Columns, found: Columns, name: str) -> None:
             )
 
 
-def _file_tables(source: Source, file: pq.ParquetFile, name: str, columns: Columns) -> Iterator[pa.Table]:
+def _file_tables(source: Source, file: pq.ParquetFile, entry: Entry, columns: Columns) -> Iterator[pa.Table]:
     try:
-        yield from _rows(source, file, name, columns)
+        yield from _rows(source, file, entry, columns)
     except pa.ArrowMemoryError:
         raise
     except _CORRUPT as error:
-        uri = names.printable(f"{source.root}/{name}")
+        uri = names.printable(f"{source.root}/{entry.name}")
         raise UserError(
             f"{uri}: a key, label or metadata column is corrupt ({_line(error)}); repair or remove the file"
         ) from error
 
 
-def _rows(source: Source, file: pq.ParquetFile, name: str, columns: Columns) -> Iterator[pa.Table]:
+def _rows(source: Source, file: pq.ParquetFile, entry: Entry, columns: Columns) -> Iterator[pa.Table]:
+    name, state = entry.name, entry.state
     read = list(dict.fromkeys(c for c in (columns.key, columns.label, *columns.metadata) if c is not None))
     start = 0
     for rows, batch in _row_batches(file, read):
@@ -194,7 +195,7 @@ def _rows(source: Source, file: pq.ParquetFile, name: str, columns: Columns) -> 
             metadata = pa.StructArray.from_arrays(
                 [_column(batch, field.name) for field in source.metadata_type], fields=list(source.metadata_type)
             )
-        yield listing_table(source, keys, [name] * rows, offsets, [-1] * rows, labels, metadata)
+        yield listing_table(source, keys, [name] * rows, offsets, [-1] * rows, [state] * rows, labels, metadata)
 
 
 def _row_batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch | None]]:

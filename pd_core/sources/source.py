@@ -262,11 +262,12 @@ def listing_table(
     container: Sequence[str] | pa.Array,
     offset: np.ndarray | Sequence[int],
     size: np.ndarray | Sequence[int],
+    version: np.ndarray | Sequence[int] | pa.Array,
     label: Sequence[str | None] | pa.Array,
     metadata: pa.Array | None = None,
 ) -> pa.Table:
     """Columns as a table of `schemas.listing`; `sample_id` is made from the keys."""
-    columns = [names.sample_ids(keys), keys, container, offset, size, label]
+    columns = [names.sample_ids(keys), keys, container, offset, size, version, label]
     if source.metadata_type is not None:
         columns.append(metadata)
     schema = schemas.listing(source.metadata_type)

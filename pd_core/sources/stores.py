@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import io
 import os
 import platform
@@ -51,6 +52,12 @@ class Entry:
     name: str
     size: int
     version: str
+
+    @property
+    def state(self) -> int:
+        """Hash of size and version, an int64."""
+        digest = hashlib.blake2b(f"{self.size}\0{self.version}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True)

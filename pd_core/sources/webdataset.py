@@ -170,16 +170,16 @@ def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:
     A tar that breaks off gives one more row, with size BROKEN_SIZE, at the byte where it does.
     """
     store = source.store()
-    found = [entry.name for entry in containers(source, skipped)]
+    states = {entry.name: entry.state for entry in containers(source, skipped)}
     workers = SCANS if isinstance(store, stores.S3) else 1
-    for name, tar in _ahead(lambda name: _scan_entry(store, name), found, workers):
+    for name, tar in _ahead(lambda name: _scan_entry(store, name), list(states), workers):
         skipped.update(tar.skipped)
         for start in range(0, len(tar.images), TABLE_ROWS):
-            yield _table(source, name, tar, start)
+            yield _table(source, name, states[name], tar, start)
         if tar.broken_at is not None:
             metadata = pa.nulls(1, source.metadata_type)
             key = f"{name}#{tar.broken_at}"
-            yield listing_table(source, [key], [name], [tar.broken_at], [BROKEN_SIZE], [None], metadata)
+            yield listing_table(source, [key], [name], [tar.broken_at], [BROKEN_SIZE], [states[name]], [None], metadata)
 
 
 def _ahead(work: Callable[[str], Tar], items: list[str], workers: int) -> Iterator[tuple[str, Tar]]:
@@ -196,7 +196,7 @@ def _ahead(work: Callable[[str], Tar], items: list[str], workers: int) -> Iterat
             yield name, future.result()
 
 
-def _table(source: Source, name: str, tar: Tar, start: int) -> pa.Table:
+def _table(source: Source, name: str, state: int, tar: Tar, start: int) -> pa.Table:
     images = tar.images[start : start + TABLE_ROWS]
     label = _label_extension(source)
     texts = [tar.texts.get(sample, {}) for _, sample, _, _ in images]
@@ -206,6 +206,7 @@ def _table(source: Source, name: str, tar: Tar, start: int) -> pa.Table:
         [name] * len(images),
         [offset for _, _, offset, _ in images],
         [size for _, _, _, size in images],
+        [state] * len(images),
         [text[label].strip() if label in text else None for text in texts],
         _metadata(source, texts, label),
     )

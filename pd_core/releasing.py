@@ -1,0 +1,275 @@
+"""Releases: immutable sets with their lineage, the gates that let one become the latest, and what changed since the last.
+
+`releases/<date>-<hash>/` is one artifact: the samples of each recipe (`NAME/part-*.parquet`), `metrics.parquet`, `release.json`
+(lineage, gates, settings, changes) and a README.md that data set tools read. The hash is of everything that decides the content, so
+the same inputs give the same release, on whatever day. `latest.json` names the one that passed last.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pd_core import cluster, schemas, storage
+from pd_core.config import GateSettings
+from pd_core.errors import RunError, UserError
+
+RELEASES, LATEST = "releases", "latest.json"
+METRICS, RECORD, CARD = "metrics.parquet", "release.json", "README.md"
+HASH_LETTERS = 12
+
+Numbers = Mapping[
+    str, Mapping[str, float]
+]  # by recipe, by "space.metric"; n, likely_copies and acceptance_rate without a space
+
+
+@dataclass(frozen=True)
+class Set:
+    """One recipe's samples: name, directory of the samples stage, its commit record."""
+
+    name: str
+    uri: str
+    artifact: storage.Artifact
+
+
+# ---- gates -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate said of one recipe. value, last: of the metric now and in the latest release; None where there is none."""
+
+    recipe: str
+    metric: str
+    space: str
+    condition: str
+    value: float | None
+    last: float | None
+    holds: bool
+
+    def describe(self) -> str:
+        """For a person."""
+        value = "has no value" if self.value is None else f"is {self.value:.4g}"
+        before = "" if self.last is None else f", {self.last:.4g} in the latest release"
+        return f"{self.recipe}: {self.metric} {value}{before}; the gate wants {self.condition}"
+
+
+def judge(gates: Sequence[GateSettings], numbers: Numbers, last: Numbers) -> list[Verdict]:
+    """Every gate on every recipe that it is for.
+
+    A metric without a value fails its gate. A bound on the change from the latest release holds where that has no such recipe or value.
+    """
+    return [
+        _verdict(gate, recipe, values, last.get(recipe, {}))
+        for gate in gates
+        for recipe, values in numbers.items()
+        if gate.recipe in (None, recipe)
+    ]
+
+
+def _verdict(gate: GateSettings, recipe: str, values: Mapping[str, float], before: Mapping[str, float]) -> Verdict:
+    name = gate.metric if gate.metric in values else f"{gate.space}.{gate.metric}"
+    value, last = values.get(name), before.get(name)
+    wanted, holds = [], value is not None
+    bounds = [("at least", gate.min), ("at most", gate.max)]
+    if last is not None:
+        bounds += [
+            ("at least", None if gate.max_decrease is None else last - gate.max_decrease * abs(last)),
+            ("at most", None if gate.max_increase is None else last + gate.max_increase * abs(last)),
+        ]
+    for word, bound in bounds:
+        if bound is not None:
+            wanted.append(f"{word} {bound:.4g}")
+            holds = holds and value is not None and (value >= bound if word == "at least" else value <= bound)
+    condition = " and ".join(wanted) or "no more change than from the latest release, which has no such value"
+    return Verdict(recipe, gate.metric, gate.space, condition, value, last, holds)
+
+
+def numbers_of(sets: Sequence[Set], measured: pa.Table) -> dict[str, dict[str, float]]:
+    """What gates look at, of each recipe.
+
+    measured: rows of evaluate's metrics/, whose `set` is the recipe's name; those by label are left out.
+    """
+    numbers: dict[str, dict[str, float]] = {}
+    for made in sets:
+        totals = made.artifact.totals
+        numbers[made.name] = {
+            "n": float(made.artifact.rows),
+            "likely_copies": totals["copies"] / made.artifact.rows,
+            "acceptance_rate": made.artifact.rows / totals["candidates"],
+        }
+    for row in measured.filter(pc.is_null(measured["label"])).to_pylist():
+        if row["set"] in numbers:
+            numbers[row["set"]][f"{row['space']}.{row['metric']}"] = row["value"]
+    return numbers
+
+
+# ---- what there is ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release that is there: its name, its directory, what its record says."""
+
+    name: str
+    uri: str
+    record: dict[str, Any]
+
+
+def open_latest(root: str) -> Release | None:
+    """The release that `latest.json` names, or None where nothing was released yet.
+
+    Raises:
+        UserError: that release is gone or not finished.
+    """
+    try:
+        pointer = json.loads(storage.read_bytes(storage.join(root, LATEST)))
+    except FileNotFoundError:
+        return None
+    found = open_release(root, pointer["release"])
+    if found is None:
+        raise UserError(
+            f"{storage.join(root, LATEST)}: names {pointer['release']}, which is not there any more; restore it, or delete "
+            f"{LATEST} to begin without a release to compare with"
+        )
+    return found
+
+
+def open_release(root: str, name: str) -> Release | None:
+    """A finished release, or None."""
+    uri = storage.join(root, RELEASES, name)
+    if storage.load_artifact(uri) is None:
+        return None
+    return Release(name, uri, json.loads(storage.read_bytes(storage.join(uri, RECORD))))
+
+
+def name_of(root: str, identity: Mapping[str, Any]) -> str:
+    """Name of the release with this identity: the one that it has, or today's date and its hash."""
+    digest = storage.fingerprint(identity)[:HASH_LETTERS]
+    there = [name for name in storage.folders(storage.join(root, RELEASES)) if name.endswith(f"-{digest}")]
+    return there[0] if there else f"{datetime.datetime.now(datetime.UTC).date().isoformat()}-{digest}"
+
+
+# ---- make one --------------------------------------------------------------------------------------------------------
+
+
+def stage_of(root: str, identity: Mapping[str, Any]) -> storage.Stage:
+    """The stage of a release under `root`."""
+    uri = storage.join(root, RELEASES, name_of(root, identity))
+    return storage.Stage(uri, "release", schemas.VERSIONS["release"], dict(identity))
+
+
+def run(
+    stage: storage.Stage, sets: Sequence[Set], measured: pa.Table, record: Mapping[str, Any], last: Release | None
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Write a release; returns the parts and totals to commit.
+
+    Args:
+        stage: from `stage_of`, begun.
+        sets: its recipes' samples, whose parts are taken over as they are.
+        measured: rows of evaluate's metrics/.
+        record: lineage, settings, numbers and verdicts, JSON-able.
+        last: the latest release until now.
+    """
+    done = stage.finished_parts()
+    adopt = cluster.task(_adopt)
+    todo = [(made, part) for made in sets for part in made.artifact.parts if f"{made.name}/{part.name}" not in done]
+    with cluster.progress("release", sum(len(made.artifact.parts) for made in sets), "parts", len(done)) as bar:
+        submit = lambda item: adopt.remote(stage, item[0].name, item[0].uri, item[1])  # noqa: E731
+        for _ in cluster.bounded(submit, todo, cluster.in_flight):
+            bar.update(1)
+    changes = cluster.get(cluster.task(_changes).remote(sets, last, dict(record["numbers"])))
+    whole = dict(record) | {"changes": changes, "last": None if last is None else last.name}
+    stage.write_table(METRICS, measured)
+    stage.write_part(CARD, _card(stage, sets, whole).encode(), 0)
+    stage.write_part(RECORD, json.dumps(whole, indent=1).encode(), 0)
+    parts = list(stage.finished_parts().values())
+    rows = {made.name: sum(p.rows for p in parts if p.name.startswith(f"{made.name}/")) for made in sets}
+    if rows != (wanted := {made.name: made.artifact.rows for made in sets}):
+        raise RunError(f"{stage.uri}: holds {rows} rows of {wanted}; run the same command again")
+    return parts, {"rows": rows, "gates_hold": record["gates_hold"]}
+
+
+def _adopt(stage: storage.Stage, name: str, uri: str, part: storage.Part) -> None:
+    stage.adopt(uri, part, f"{name}/{part.name}")
+
+
+def _changes(sets: Sequence[Set], last: Release | None, numbers: Numbers) -> dict[str, Any]:
+    """Of each recipe: images that the last release has too, that are new, and that are gone; and each number before and now.
+
+    Images are told by 64 bits of their hash: 8 bytes each in memory, and of ten million a pair is alike by chance once in 400,000 releases.
+    """
+    changes: dict[str, Any] = {}
+    for made in sets:
+        now = _hashes(made.uri, [part.name for part in made.artifact.parts])
+        before = np.empty(0, np.uint64)
+        old_numbers: Mapping[str, float] = {}
+        if last is not None:
+            artifact = storage.load_artifact(last.uri)
+            assert artifact is not None, "it was opened"
+            before = _hashes(last.uri, [p.name for p in artifact.parts if p.name.startswith(f"{made.name}/")])
+            old_numbers = last.record["numbers"].get(made.name, {})
+        same = int(np.isin(now, before).sum())
+        new = numbers[made.name]
+        changes[made.name] = {
+            "images_kept": same,
+            "images_new": len(now) - same,
+            "images_gone": int((~np.isin(before, now)).sum()),
+            "numbers": {k: [old_numbers.get(k), new.get(k)] for k in sorted({*old_numbers, *new})},
+        }
+    if last is not None:
+        gone = sorted(set(last.record["numbers"]) - {made.name for made in sets})
+        changes |= {name: {"recipe": "gone"} for name in gone}
+    return changes
+
+
+def _hashes(uri: str, names: Sequence[str]) -> np.ndarray:
+    """The first 64 bits of `image_hash`, hexadecimal, of every row of some parts: uint64 [n]."""
+    found = [np.empty(0, np.uint64)]
+    for name in names:
+        column = storage.read_table(storage.join(uri, name), ["image_hash"])["image_hash"]
+        found.append(np.array([int(text[:16], 16) for text in column.to_pylist()], np.uint64))
+    return np.concatenate(found)
+
+
+def _card(stage: storage.Stage, sets: Sequence[Set], record: Mapping[str, Any]) -> str:
+    """README.md: the sets as data set tools find them, and what a person wants to know first."""
+    configs = "".join(f"- config_name: {made.name}\n  data_files: {made.name}/*.parquet\n" for made in sets)
+    names = sorted({name for values in record["numbers"].values() for name in values})
+    head = "| set | " + " | ".join(names) + " |\n|---|" + "--:|" * len(names) + "\n"
+    lines = [
+        f"| {made.name} | " + " | ".join(_number(record["numbers"][made.name].get(name)) for name in names) + " |\n"
+        for made in sets
+    ]
+    gates = "".join(f"- {'holds' if v['holds'] else 'FAILS'}: {Verdict(**v).describe()}\n" for v in record["verdicts"])
+    return (
+        f"---\nconfigs:\n{configs}---\n\n# {stage.uri.rpartition('/')[2]}\n\nSynthetic images, selected by pseudo density. Lineage, "
+        f"settings and changes: `{RECORD}`.\n\n{head}{''.join(lines)}\nGates:\n\n{gates or '- none were set'}\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def point(root: str, name: str, token: int) -> None:
+    """Move `latest.json` to a release. token: of the run lock, for who reads it later."""
+    pointer = {
+        "release": name,
+        "uri": f"{RELEASES}/{name}",
+        "moved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "lock_token": token,
+    }
+    storage.write_bytes(storage.join(root, LATEST), json.dumps(pointer, indent=1).encode())
+
+
+def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """For the record."""
+    return [asdict(verdict) for verdict in verdicts]

@@ -1,0 +1,689 @@
+"""An update of an index: the stages of build_index again, from those of an earlier run (the base) and what is new in the source.
+
+Images that lie unchanged in the source keep their features. A row's neighbors change only where one of them is gone or a new
+row comes nearer, so old rows are compared with the new ones alone; the distance of a pair is the same bits wherever it is
+computed, hence with an exact index the result is that of a whole build on the same features. Densities need numbers of the
+whole set (c and the ranks) and are written anew by the stage's own second pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pd_core import (
+    cluster,
+    estimator,
+    features,
+    fitting,
+    ids,
+    images,
+    index,
+    indexing,
+    knn,
+    listing,
+    schemas,
+    search,
+    selfjoin,
+    sources,
+    storage,
+    telemetry,
+)
+from pd_core.config import BuildIndexSettings, DensitySettings, EstimatorSettings, IndexSettings, UpdateSettings
+from pd_core.errors import RunError, UserError
+from pd_core.features import load_features
+
+ADDED = "added"  # folder of the new images' own listing, features and quarantine
+REMOVED = "removed.parquet"  # in the listing of these, the sample ids of the base that are gone
+DRIFT_PARTS = 4  # of the base, that new rows are compared with
+STAGES = ("listing", "features", "index", "neighbors", "densities", "estimator")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A finished output of build_index: its place and the commit record of each stage."""
+
+    uri: str
+    artifacts: dict[str, storage.Artifact]
+    settings: dict[str, Any]
+
+    def folder(self, stage: str) -> str:
+        """Directory of a stage."""
+        return storage.join(self.uri, stage)
+
+
+def open_base(uri: str) -> Base:
+    """The earlier run at `uri`.
+
+    Raises:
+        UserError: it is not there, not finished, or of another schema.
+    """
+    uri = storage.absolute(uri)
+    with storage.explained(f"--base {uri}"):
+        try:
+            settings = json.loads(storage.read_bytes(storage.join(uri, "run.json")))["settings"]
+        except FileNotFoundError:
+            raise UserError(
+                f"--base {uri}: no finished run of build_index there; finish it, or leave --base out"
+            ) from None
+        found = {stage: storage.load_artifact(storage.join(uri, stage)) for stage in STAGES}
+    artifacts: dict[str, storage.Artifact] = {}
+    for stage, artifact in found.items():
+        if artifact is None or artifact.schema_version != schemas.VERSIONS[stage]:
+            raise UserError(
+                f"--base {uri}: {stage}/ is not finished or of another pd_core; leave --base out to build anew"
+            )
+        artifacts[stage] = artifact
+    return Base(uri, artifacts, settings)
+
+
+class OtherSettings(UserError):
+    """The base was made with other settings than those of now."""
+
+
+def check_same(base: Base, settings: BuildIndexSettings, spec: features.ExtractorSpec, device: str) -> None:
+    """Raises OtherSettings: a setting that decides features or densities, or the extractor, is not what the base was made with."""
+    now = settings.model_dump(mode="json")
+    decides = {
+        "data": ("kind", "labels", "image_column", "key_column", "metadata_columns"),
+        "features": ("part_rows",),
+        "index": ("kind", "shards", "cells", "target_recall", "pq_bytes"),
+        "density": ("k", "exact"),
+    }
+    before = {section: {name: base.settings[section][name] for name in names} for section, names in decides.items()}
+    found = storage.differences(before, {s: {name: now[s][name] for name in names} for s, names in decides.items()})
+    identity = {
+        "extractor": spec.identity(),
+        "decode": features.decoding(settings.data),
+        "device": device,
+        "batch_size": settings.features.batch_size,
+        "threads": settings.features.actor_cpus,
+    }
+    of_base = base.artifacts["features"].identity
+    found += storage.differences({name: of_base[name] for name in identity}, identity)
+    if found:
+        raise OtherSettings(
+            f"--base {base.uri}: was made with other settings ({'; '.join(found[:6])}), so its numbers are not comparable; "
+            "leave --base out to build anew"
+        )
+
+
+# ---- listing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the source has now, against the base.
+
+    Attributes:
+        listed: the whole listing: images of the base that are unchanged, in its order, then the new ones.
+        added: listing of the new ones, or None.
+        kept: images of each part of the base's listing that stay, of the `base_rows` that it has.
+        removed: sample ids of the base that are gone, changed, or read again; ascending int64.
+    """
+
+    listed: listing.Listing
+    added: listing.Listing | None
+    kept: tuple[int, ...]
+    base_rows: tuple[int, ...]
+    removed: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Images that are new or removed; one that was changed is both."""
+        return (0 if self.added is None else self.added.rows) + len(self.removed)
+
+
+def compare(source: sources.Source, base: Base, output: str, part_rows: int, overwrite: bool) -> Any:
+    """Reference to (Changes, Artifact): one Ray task lists the source and writes listing/ and added/listing/."""
+    return cluster.task(_compare).remote(source, base, output, part_rows, overwrite)
+
+
+def _compare(
+    source: sources.Source, base: Base, output: str, part_rows: int, overwrite: bool
+) -> tuple[Changes, storage.Artifact]:
+    watch = storage.Stopwatch()
+    before = base.artifacts["listing"]
+    identity = {
+        "source": sources.identity(source),
+        "state": sources.state(source),
+        "part_rows": part_rows,
+        "base": before.fingerprint,
+        "base_features": base.artifacts["features"].fingerprint,
+    }
+    version = schemas.VERSIONS["listing"]
+    stage = storage.Stage(storage.join(output, "listing"), "listing", version, identity)
+    fresh = storage.Stage(storage.join(output, ADDED, "listing"), "listing", version, identity)
+    done = stage.begin(overwrite)
+    if done is None:
+        known = _Known.of(base)
+        fresh.begin(overwrite=True)
+        skipped: Counter[str] = Counter()
+        rows = listing.recut(known.new_of(sources.list_images(source, skipped)), part_rows)
+        added = [fresh.write_table(storage.part_name(number), table) for number, table in enumerate(rows)]
+        sources.check_unique(np.concatenate(known.met), functools.partial(_keys_of, source))
+        metadata = before.totals["metadata"]
+        removed = pa.table({"sample_id": np.sort(known.ids[~known.seen])})
+        added.append(fresh.write_part(REMOVED, storage.table_bytes(removed), 0))
+        fresh.commit(added, {"rows": sum(p.rows for p in added), "skipped": {}, "metadata": metadata}, {})
+        whole = listing.recut(_kept_then_added(base, known, fresh, added), part_rows)
+        parts = [stage.write_table(storage.part_name(number), table) for number, table in enumerate(whole)]
+        if not parts:
+            raise UserError(f"{source.root}: no images there; check --data.source")
+        totals = {
+            "rows": sum(part.rows for part in parts),
+            "skipped": dict(sorted(skipped.items())),
+            "metadata": metadata,
+            "added": sum(part.rows for part in added),
+            "removed": removed.num_rows,
+            "kept": known.kept(),
+        }
+        done = stage.commit(parts, totals, {"listing": watch.seconds})
+    written = storage.load_artifact(fresh.uri)
+    assert written is not None, "it is committed before the listing that follows from it"
+    changes = Changes(
+        listing.read_artifact(stage.uri, done),
+        listing.read_artifact(fresh.uri, written) if written.rows else None,
+        tuple(done.totals["kept"]),
+        tuple(part.rows for part in before.parts),
+        storage.read_table(storage.join(fresh.uri, REMOVED))["sample_id"].to_numpy(),
+    )
+    return changes, done
+
+
+class _Known:
+    """The images of the base's listing, and which of them the source still has; 33 bytes a row.
+
+    Attributes:
+        ids, place: sample_id int64 [N], and a hash of where the image lies and of the state of that file, int64 [N].
+        seen: bool [N].
+        met: sample ids of the source, as they were met.
+    """
+
+    def __init__(self, sample_id: np.ndarray, place: np.ndarray, part_rows: list[int]) -> None:
+        self.ids, self.place, self.part_rows = sample_id, place, part_rows
+        self.order = np.argsort(sample_id, kind="stable")
+        self.seen = np.zeros(len(sample_id), bool)
+        self.met: list[np.ndarray] = []
+
+    @classmethod
+    def of(cls, base: Base) -> _Known:
+        """From the tables; an image that could not be read (a passing reason) is known no more, so that it is tried again."""
+        artifact, again = base.artifacts["listing"], _unreadable(base)
+        sample_ids, places = [], []
+        for part in artifact.parts:
+            table = storage.read_table(storage.join(base.folder("listing"), part.name), _PLACE)
+            sample_ids.append(table["sample_id"].to_numpy())
+            places.append(np.where(np.isin(sample_ids[-1], again), 0, _place_of(table)))
+        return cls(np.concatenate(sample_ids), np.concatenate(places), [part.rows for part in artifact.parts])
+
+    def new_of(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Rows of a listing that are not known, while `seen` and `met` are filled."""
+        for table in tables:
+            sample_id, place = table["sample_id"].to_numpy(), _place_of(table)
+            self.met.append(sample_id)
+            at = np.searchsorted(self.ids, sample_id, sorter=self.order)
+            row = self.order[np.minimum(at, len(self.order) - 1)]
+            same = (self.ids[row] == sample_id) & (self.place[row] == place)
+            self.seen[row[same]] = True
+            if not same.all():
+                yield table.filter(pa.array(~same))
+
+    def kept(self) -> list[int]:
+        """Of each part of the listing, how many are still there."""
+        return [int(part.sum()) for part in np.split(self.seen, np.cumsum(self.part_rows)[:-1])]
+
+
+_PLACE = ("sample_id", "offset", "size", "version")
+
+
+def _place_of(table: pa.Table) -> np.ndarray:
+    """A hash, never 0, of where each image lies in its file and of the file's state; the file's name is in the key."""
+    offset, size, version = (table[name].to_numpy().astype(np.uint64) for name in _PLACE[1:])
+    with np.errstate(over="ignore"):
+        mixed = ids.splitmix64(version ^ ids.splitmix64(offset ^ ids.splitmix64(size)))
+    return np.where(mixed == 0, 1, mixed).astype(np.int64)
+
+
+def _unreadable(base: Base) -> np.ndarray:
+    """Sample ids that the base quarantined since the store did not give them."""
+    quarantine = storage.load_artifact(base.folder("quarantine"))
+    found = [np.empty(0, np.int64)]
+    for part in () if quarantine is None else quarantine.parts:
+        if images.Reason.UNREADABLE in part.counts:
+            table = storage.read_table(storage.join(base.folder("quarantine"), part.name), ["sample_id", "reason"])
+            found.append(table.filter(pc.equal(table["reason"], images.Reason.UNREADABLE))["sample_id"].to_numpy())
+    return np.concatenate(found)
+
+
+def _kept_then_added(
+    base: Base, known: _Known, fresh: storage.Stage, added: Sequence[storage.Part]
+) -> Iterator[pa.Table]:
+    start = 0
+    for part in base.artifacts["listing"].parts:
+        seen = known.seen[start : start + part.rows]
+        start += part.rows
+        if seen.any():
+            yield storage.read_table(storage.join(base.folder("listing"), part.name)).filter(pa.array(seen))
+    for part in added:
+        if part.name != REMOVED:
+            yield storage.read_table(storage.join(fresh.uri, part.name))
+
+
+def _keys_of(source: sources.Source, rows: np.ndarray) -> list[str]:
+    """Keys of some rows of the source's listing, which is walked again for it."""
+    found, start = {}, 0
+    for table in sources.list_images(source):
+        for row in rows[(rows >= start) & (rows < start + table.num_rows)].tolist():
+            found[row] = table["key"][row - start].as_py()
+        start += table.num_rows
+    return [found[row] for row in rows.tolist()]
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def features_stage(output: str, changes: Changes, base: Base, added: storage.Artifact | None) -> storage.Stage:
+    """The features stage under `output`: of the base, without what was removed, and with what was added."""
+    before = base.artifacts["features"]
+    keep = ("extractor", "decode", "device", "batch_size", "threads")
+    identity = {name: before.identity[name] for name in keep} | {
+        "listing": changes.listed.fingerprint,
+        "base": before.fingerprint,
+        "added": None if added is None else added.fingerprint,
+    }
+    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Parts of the base and of what was added, from which a part of the whole listing is put together."""
+
+    number: int
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+    whole: bool  # exactly the base's part of the same number
+
+
+def _pieces(changes: Changes) -> Iterator[_Piece]:
+    """Of each part of the whole listing, in order."""
+    ends = np.cumsum(changes.kept)
+    total = int(ends[-1]) if len(ends) else 0
+    part_rows = changes.listed.part_rows
+    for number in range(changes.listed.parts):
+        start = number * part_rows
+        stop = start + changes.listed.rows_of(number)
+        old = [p for p in range(*_between(ends, start, min(stop, total))) if changes.kept[p]] if start < total else []
+        first, last = max(start, total) - total, stop - total
+        new = range(first // part_rows, -(-last // part_rows)) if last > 0 else range(0)
+        # no row of it is gone: the base's parts are full but for the last, and a part that lost a row is not
+        whole = old == [number] and not len(new) and changes.kept[number] == stop - start == changes.base_rows[number]
+        yield _Piece(number, tuple(old), tuple(new), whole)
+
+
+def _between(ends: np.ndarray, start: int, stop: int) -> tuple[int, int]:
+    """First part that holds row `start`, and the one after that which holds row `stop` - 1; parts end at `ends`."""
+    return int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop - 1, side="right")) + 1
+
+
+def merge_features(
+    stage: storage.Stage, changes: Changes, base: Base, output: str, max_bad_fraction: float
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Put features/ and quarantine/ together; returns the parts and totals of features/ to commit."""
+    quarantine = features.quarantine_of(stage)
+    quarantine.begin(overwrite=True)
+    done, kept = stage.finished_parts(), base.artifacts["features"]
+    merge = cluster.task(_merge_part)
+    todo = [piece for piece in _pieces(changes) if storage.part_name(piece.number) not in done]
+    folders = {"old": base.uri, "new": storage.join(output, ADDED), "listing": changes.listed.uri}
+    with cluster.progress("features", changes.listed.parts, "parts", changes.listed.parts - len(todo)) as bar:
+        submit = lambda piece: merge.remote(stage, quarantine, folders, piece)  # noqa: E731
+        for _ in cluster.bounded(submit, todo, cluster.in_flight):
+            bar.update(1)
+            telemetry.PARTS.add(1, stage="features")
+    parts = stage.finished_parts()
+    reasons = features.reasons_of(parts.values())
+    listed, good = changes.listed.rows, sum(part.rows for part in parts.values())
+    features.stop_if_mostly_bad(reasons, listed, int(max_bad_fraction * listed), quarantine.uri)
+    if good + sum(reasons.values()) != listed:
+        raise RunError(
+            f"features: {listed} images listed, but {good} features and {sum(reasons.values())} quarantined; "
+            "this is a defect: keep the output and report it"
+        )
+    bad = {"rows": sum(reasons.values()), "reasons": reasons}
+    quarantine.commit(quarantine.finished_parts().values(), bad, {})
+    totals = kept.totals | {"rows": good, "listed": listed, "quarantined": bad["rows"]}
+    return list(parts.values()), totals
+
+
+def _merge_part(stage: storage.Stage, quarantine: storage.Stage, folders: dict[str, str], piece: _Piece) -> None:
+    name = storage.part_name(piece.number)
+    if piece.whole:
+        before = {kind: _parts_of(storage.join(folders["old"], kind)) for kind in ("features", "quarantine")}
+        if name in before["quarantine"]:
+            quarantine.adopt(storage.join(folders["old"], "quarantine"), before["quarantine"][name])
+        stage.adopt(storage.join(folders["old"], "features"), before["features"][name])
+        return
+    wanted = storage.read_table(storage.join(folders["listing"], name), ["sample_id"])["sample_id"]
+    bad = _gather(folders, "quarantine", piece, wanted)
+    reasons: Counter[str] = Counter(bad["reason"].to_pylist()) if bad is not None else Counter()
+    if bad is not None and bad.num_rows:
+        quarantine.write_table(name, bad, dict(sorted(reasons.items())))
+    else:
+        quarantine.drop_part(name)
+    good = _gather(folders, "features", piece, wanted)
+    assert good is not None, "every part has features, if only of no rows"
+    stage.write_table(name, good, dict(sorted(reasons.items())))
+
+
+def _parts_of(uri: str) -> dict[str, storage.Part]:
+    artifact = storage.load_artifact(uri)
+    return {} if artifact is None else {part.name: part for part in artifact.parts}
+
+
+def _gather(folders: dict[str, str], kind: str, piece: _Piece, wanted: pa.ChunkedArray) -> pa.Table | None:
+    """Rows of a table of the base and of what was added that belong to a part, in the order of the listing."""
+    tables = []
+    for folder, numbers in ((folders["old"], piece.old), (folders["new"], piece.new)):
+        uri = storage.join(folder, kind)
+        there = _parts_of(uri) if numbers else {}
+        for number in numbers:
+            if (name := storage.part_name(number)) in there:
+                table = storage.read_table(storage.join(uri, name))
+                tables.append(table.filter(pc.is_in(table["sample_id"], value_set=wanted)))
+    return pa.concat_tables(tables).combine_chunks() if tables else None
+
+
+# ---- index -----------------------------------------------------------------------------------------------------------
+
+
+def kept_index(base: Base) -> indexing.Kept | None:
+    """What the index of an update has from the base: the quantizer, and how many cells are probed; None without cells."""
+    before = base.artifacts["index"]
+    if before.totals["kind"] == "flat":
+        return None
+    return indexing.Kept(
+        uri=base.folder("index"),
+        fingerprint=before.fingerprint,
+        quantizer=next(part for part in before.parts if part.name == search.QUANTIZER),
+        kind=before.totals["kind"],
+        cells=before.totals["cells"],
+        nprobe=before.totals["nprobe"],
+        rows=_rows_when_trained(before),
+        auto=before.identity["auto"],
+    )
+
+
+def _rows_when_trained(before: storage.Artifact) -> int:
+    return int(before.identity.get("rows_when_trained", before.totals["rows"]))
+
+
+def drift(
+    base: Base, changes: Changes, added: storage.Artifact | None, rows: int, output: str, settings: UpdateSettings
+) -> str | None:
+    """Why the quantizer has to be trained again, or None. An index without cells has none."""
+    before = base.artifacts["index"]
+    if before.totals["kind"] == "flat":
+        return None
+    then = _rows_when_trained(before)
+    growth = max(abs(rows - then), changes.count) / then
+    if growth > settings.max_growth:
+        return f"{growth:.0%} of the rows have changed since it was trained, --update.max_growth is {settings.max_growth:g}"
+    if added is None:
+        return None
+    new = [storage.join(output, ADDED, "features", part.name) for part in added.parts if part.rows]
+    parts = [part.name for part in base.artifacts["features"].parts if part.rows]
+    old = [storage.join(base.folder("features"), name) for name in parts[:: max(1, len(parts) // DRIFT_PARTS)]]
+    measure = cluster.task(_cell_distance)
+    far, before_far = cluster.get([measure.remote(base.folder("index"), uris) for uris in (new, old)])
+    if far > settings.max_cell_distance * before_far:
+        return (
+            f"the new rows' mean squared distance to their cells' centroids is {far / before_far:.2f} times that of the others, "
+            f"--update.max_cell_distance is {settings.max_cell_distance:g}"
+        )
+    return None
+
+
+def short_of_recall(indexed: storage.Artifact) -> str | None:
+    """Why an index with the base's quantizer does not do, or None."""
+    totals = indexed.totals
+    if totals["nprobe"] and totals["recall"] < totals["target_recall"]:
+        return f"recall {totals['recall']:.4f} of the extended index is below --index.target_recall {totals['target_recall']:g}"
+    return None
+
+
+def _cell_distance(index_uri: str, uris: Sequence[str]) -> float:
+    """Mean squared distance of the rows of some features parts to the centroid of their cell."""
+    quantizer = search.read_quantizer(index_uri)
+    total, rows = 0.0, 0
+    for uri in uris:
+        _, vectors = load_features(uri)
+        distances, _ = quantizer.search(np.ascontiguousarray(vectors), 1)
+        total, rows = total + float(distances.sum(dtype=np.float64)), rows + len(vectors)
+    return total / max(1, rows)
+
+
+# ---- neighbors -------------------------------------------------------------------------------------------------------
+
+
+def neighbors_stage(output: str, info: search.IndexInfo, base: Base, settings: DensitySettings) -> storage.Stage:
+    """The neighbors stage under `output`."""
+    identity = selfjoin.neighbors_stage(output, info, settings).identity
+    identity["base"] = base.artifacts["neighbors"].fingerprint
+    return storage.Stage(storage.join(output, "neighbors"), "neighbors", schemas.VERSIONS["neighbors"], identity)
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What a task of the stage needs; picklable. pieces: of each part, by its number."""
+
+    stage: storage.Stage
+    features: str
+    base: str
+    k: int
+    pieces: dict[int, _Piece]
+
+
+def merge_neighbors(
+    stage: storage.Stage,
+    info: search.IndexInfo,
+    base: Base,
+    changes: Changes,
+    output: str,
+    merged: storage.Artifact,
+    settings: DensitySettings,
+    index_settings: IndexSettings,
+    now: cluster.Cluster,
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """Neighbors of new rows, and of those that lost one, over the whole index; of all others from what they had and the new rows.
+
+    Returns:
+        Parts and totals to commit; `searched` counts the rows of the first kind in this call.
+    """
+    import ray
+
+    done = stage.finished_parts()
+    pieces = {piece.number: piece for piece in _pieces(changes)}
+    blocks = selfjoin.make_blocks(merged, settings.block_rows)
+    todo = [missing for block in blocks if (missing := [name for name in block if name not in done])]
+    telemetry.PARTS.add(0, stage="neighbors")
+    telemetry.SEARCHED.add(0, stage="neighbors")
+    removed, searched = ray.put(changes.removed), 0
+    features_uri = storage.join(output, "features")
+    job = _Merge(stage, features_uri, base.uri, settings.k, pieces)
+    new = _new_rows(info, output, changes)
+    with (
+        search.open_pool(info, cluster.refreshed(now), index_settings.actors, index_settings.actor_cpus) as pool,
+        cluster.progress("neighbors", len(merged.parts), "parts", len(done)) as bar,
+    ):
+        merge = cluster.task(_merge_block, pool.io_cpus)
+        submit = lambda names: merge.remote(job, names, pool, new, removed)  # noqa: E731
+        for names, count in cluster.bounded(submit, todo, lambda: len(pool.actors) + 1):
+            bar.update(len(names))
+            telemetry.PARTS.add(len(names), stage="neighbors")
+            telemetry.SEARCHED.add(count, stage="neighbors")
+            searched += count
+    parts = list(stage.finished_parts().values())
+    if (found := sum(part.rows for part in parts)) != merged.rows:
+        raise RunError(f"{stage.uri}: {found} of {merged.rows} rows are there; run the same command again")
+    totals = {"rows": merged.rows, "k": settings.k, "dim": info.dim, "nprobe": info.nprobe, "searched": searched}
+    return parts, totals
+
+
+def _new_rows(info: search.IndexInfo, output: str, changes: Changes) -> Any:
+    """Reference to the shard of the new rows alone, as bytes of a `.faiss` file; None where there are none."""
+    uri = storage.join(output, ADDED, "features")
+    added = storage.load_artifact(uri) if changes.added is not None else None
+    names = [storage.join(uri, part.name) for part in added.parts if part.rows] if added is not None else []
+    return cluster.task(_shard_of).remote(info, names) if names else None
+
+
+def _shard_of(info: search.IndexInfo, uris: Sequence[str]) -> bytes:
+    sample_id, vectors = indexing.load_group(uris)
+    if info.kind == "flat":
+        return index.serialize(index.build_shard(index.train_template("flat", info.dim), vectors, sample_id))
+    template = storage.read_bytes(storage.join(info.uri, search.QUANTIZER))
+    cells = index.cell_of(search.read_quantizer(info.uri), vectors)
+    return index.serialize(index.build_shard(template, vectors, sample_id, cells))
+
+
+def _merge_block(
+    job: _Merge, names: Sequence[str], pool: search.SearchPool, new: bytes | None, removed: np.ndarray
+) -> int:
+    """Write the neighbors of some parts; returns how many rows were searched for in the whole index."""
+    nearest = None if new is None else knn.ShardSearch.open([new], device="cpu")
+    searched = 0
+    for name in names:
+        table, vectors = load_features(storage.join(job.features, name))
+        sample_id = table["sample_id"].to_numpy()
+        number = storage.part_number(name)
+        assert number is not None, name
+        distances, found = _neighbors_before(job, job.pieces[number], sample_id)
+        whole = (found[:, 0] == knn.MISSING_ID) | np.isin(found, removed).any(axis=1)
+        old = np.flatnonzero(~whole)
+        if nearest is not None and len(old):
+            more = _among(nearest, pool.info, vectors[old], job.k)
+            distances[old], found[old] = knn.merge_topk([(distances[old], found[old]), more], job.k)
+        if whole.any():
+            distances[whole], found[whole], _ = search.search(pool, vectors[whole], job.k, sample_id[whole])
+        selfjoin.write_neighbors(job.stage, name, sample_id, found, distances)
+        searched += int(whole.sum())
+    return searched
+
+
+def _among(rows: knn.ShardSearch, info: search.IndexInfo, queries: np.ndarray, k: int) -> knn.Found:
+    """The k nearest of the new rows, where a search of the whole index would have looked."""
+    if info.exact:
+        return rows.search_all(queries, k)
+    return rows.search_cells(queries, search.probes_of(info, queries), k)
+
+
+def _neighbors_before(job: _Merge, piece: _Piece, sample_id: np.ndarray) -> knn.Found:
+    """What the base had for each row; MISSING_ID where it did not know the row."""
+    distances = np.full((len(sample_id), job.k), np.inf, np.float32)
+    found = np.full((len(sample_id), job.k), knn.MISSING_ID, np.int64)
+    order = np.argsort(sample_id)
+    for number in piece.old:
+        uri = storage.join(job.base, "neighbors", storage.part_name(number))
+        if not storage.exists(uri):  # a part all of whose images are in quarantine
+            continue
+        table = storage.read_table(uri)
+        theirs = table["sample_id"].to_numpy()
+        at = order[np.minimum(np.searchsorted(sample_id, theirs, sorter=order), len(order) - 1)]
+        same = sample_id[at] == theirs
+        for column, target in (("neighbor_distances", distances), ("neighbor_ids", found)):
+            values = table[column].combine_chunks().flatten().to_numpy().reshape(-1, job.k)
+            target[at[same]] = values[same]
+    return distances, found
+
+
+# ---- estimator -------------------------------------------------------------------------------------------------------
+
+
+def estimator_stage(output: str, densities: storage.Stage, settings: EstimatorSettings, base: Base) -> storage.Stage:
+    """The estimator stage under `output`."""
+    stage = fitting.stage_of(output, densities, settings)
+    identity = stage.identity | {"base": base.artifacts["estimator"].fingerprint}
+    return dataclasses.replace(stage, identity=identity)
+
+
+def keep_or_fit(
+    stage: storage.Stage,
+    base: Base,
+    output: str,
+    densities: storage.Artifact,
+    feature_dim: int,
+    settings: EstimatorSettings,
+    update: UpdateSettings,
+) -> tuple[list[storage.Part], dict[str, Any]]:
+    """The base's predictor, on the new scale, while it holds on held-out rows; else one that is fitted anew."""
+    shift = densities.totals["log_normalizer"] - base.artifacts["densities"].totals["log_normalizer"]
+    uris = storage.join(output, "features"), storage.join(output, "densities")
+    names = [part.name for part in densities.parts]
+    keep = cluster.task(_keep, cluster.feasible_cpus(settings.threads))
+    fitted_r2 = base.artifacts["estimator"].totals.get("fitted_r2", _r2_of(base))
+    least = None if fitted_r2 is None else fitted_r2 - update.max_r2_drop
+    if settings.split != "hash":
+        least = None  # which rows the base has trained on is not known
+    heldout = cluster.get(keep.remote(stage, base.folder("estimator"), shift, uris, names, settings, least))
+    if heldout is None:
+        cluster.say(
+            f"estimator: the base's predictor has lost more than {update.max_r2_drop:g} of its R²; fitting anew"
+        )
+        return fitting.run(stage, uris[0], uris[1], densities, feature_dim, settings)
+    cluster.say(
+        f"estimator: kept from the base; R² of log density {heldout['r2_log_density']:.3f}, {fitted_r2:.3f} when fitted"
+    )
+    before = base.artifacts["estimator"].totals
+    totals = {name: before[name] for name in ("n_train", "epochs", "best_epoch")}
+    totals |= {"heldout": heldout, "n_heldout": heldout["n"], "fitted_r2": fitted_r2}
+    return list(stage.finished_parts().values()), totals
+
+
+def _r2_of(base: Base) -> float | None:
+    value: float | None = base.artifacts["estimator"].totals["heldout"]["r2_log_density"]
+    return value
+
+
+def _keep(
+    stage: storage.Stage,
+    folder: str,
+    shift: float,
+    uris: tuple[str, str],
+    names: Sequence[str],
+    settings: EstimatorSettings,
+    least: float | None,
+) -> dict[str, Any] | None:
+    """Write the base's predictor with its target moved by `shift`, the change of log c; None where it does not hold any more."""
+    files = {
+        name: storage.read_bytes(storage.join(folder, name))
+        for name in (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
+    }
+    predictor = estimator.from_bytes(files).rescaled(shift)
+    true, predicted = [], []
+    for name in names:
+        sample_id, vectors, log_density = fitting.load_part(*uris, name)
+        held = estimator.held_out(sample_id, settings)
+        if held.any():
+            true.append(log_density[held])
+            predicted.append(predictor.predict(vectors[held]).log_density)
+    if least is None or not true:
+        return None
+    measured = estimator.calibration(np.concatenate(true), np.concatenate(predicted))
+    if measured.r2_log_density is None or measured.r2_log_density < least:
+        return None
+    stage.write_part(estimator.WEIGHTS_FILE, estimator.weights_bytes(predictor), 0)
+    stage.write_part(estimator.DESCRIPTION_FILE, files[estimator.DESCRIPTION_FILE], 0)
+    shown = slice(estimator.CALIBRATION_ROWS)
+    table = {"log_density": np.concatenate(true)[shown], "predicted_log_density": np.concatenate(predicted)[shown]}
+    stage.write_table(fitting.HELDOUT, pa.table(table))
+    return dataclasses.asdict(measured)

@@ -1,0 +1,244 @@
+"""The scheduled job end to end: releases, nothing new, gates, updates, locks, and what is left after a kill."""
+
+import json
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pd_core import cluster, config, errors, leases, releasing, storage
+from tests import tiny, toy_generator
+from tests.test_update import write
+from workflows import curate
+
+EARLIER = 110
+TYPICAL = {"name": "typical", "n": 40, "threshold": "p60", "weight": 10}
+VARIED = {"name": "varied", "n": 40, "threshold": "p40", "weight": 0.2}
+
+
+def settings_file(source: Path, checkpoint: Path, output: Path | str, **more: object) -> str:
+    values = {
+        "output": str(output),
+        "data": {"source": str(source), "labels": "parent", "max_bad_fraction": 0.1},
+        "features": {"model": tiny.MODEL, "checkpoint": str(checkpoint), "batch_size": 8, "part_rows": 32},
+        "density": {"k": 5, "block_rows": 64},
+        "estimator": {"epochs": 3},
+        "generator": {"kind": "python", "path": f"{toy_generator.__file__}:make"},
+        "generation": {"chunk": 16, "pilot": 64},
+        "recipes": [TYPICAL, VARIED],
+        "gates": [{"metric": "n", "min": 40}, {"metric": "likely_copies", "max": 1.0}],
+        "tracking": {"enabled": False},
+    } | more
+    file = source.parent / "curate.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return str(file)
+
+
+def run(*args: object, **more: object) -> int:
+    return errors.exit_code(lambda: curate.main(["--config", settings_file(*args, **more)]))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "images", list(tiny.files().items())[:EARLIER])
+
+
+def releases(output: Path) -> list[str]:
+    return storage.folders(str(output / "releases"))
+
+
+def latest(output: Path) -> str:
+    return json.loads((output / "latest.json").read_text())["release"]
+
+
+def test_a_schedule_of_runs(source, inputs, tmp_path, ray_cluster, capsys):
+    """Released; nothing new; new images: an update and a release that says what changed; a gate that holds the next back."""
+    output, checkpoint = tmp_path / "out", inputs[1]
+    assert run(source, checkpoint, output) == errors.EXIT_DONE
+    first = latest(output)
+    assert releases(output) == [first]
+    at = output / "releases" / first
+    before = {str(f.relative_to(at)): f.read_bytes() for f in at.rglob("*") if f.is_file()}
+    for name in ("typical", "varied"):
+        table = pq.ParquetDataset(sorted(str(f) for f in (at / name).glob("*.parquet"))).read()
+        assert table.num_rows == 40 and len(table["image_hash"].unique()) == 40
+    record = json.loads((at / "release.json").read_text())
+    assert record["last"] is None and record["gates_hold"] and len(record["verdicts"]) == 4
+    assert 0 < record["numbers"]["typical"]["index.precision"] <= 1
+
+    capsys.readouterr()
+    assert run(source, checkpoint, output) == errors.EXIT_NOTHING_NEW
+    assert f"nothing new since {at}" in capsys.readouterr().out
+    assert releases(output) == [first]
+
+    write(source, list(tiny.files().items())[EARLIER:])
+    assert run(source, checkpoint, output) == errors.EXIT_DONE
+    assert "update: 43 new images, 0 gone or changed, of 153" in capsys.readouterr().out
+    second = latest(output)
+    assert second != first and set(releases(output)) == {first, second}
+    changes = json.loads((output / "releases" / second / "release.json").read_text())["changes"]
+    for name, change in changes.items():
+        assert change["images_kept"] + change["images_new"] == 40 == change["images_kept"] + change["images_gone"], name
+        assert change["numbers"]["n"] == [40, 40]
+    # the images of one candidate are the same in both; other densities take another selection of them
+    assert any(change["images_new"] for change in changes.values())
+    assert before == {str(f.relative_to(at)): f.read_bytes() for f in at.rglob("*") if f.is_file()}
+
+    gates = [{"metric": "likely_copies", "recipe": "varied", "max": -1.0}]
+    for _ in range(2):  # again: the same release, held back again
+        capsys.readouterr()
+        assert run(source, checkpoint, output, gates=gates) == errors.EXIT_HELD_BACK
+        said = capsys.readouterr().out
+        assert "gate: varied: likely_copies is" in said and "held back: " in said
+        assert latest(output) == second and len(releases(output)) == 3
+
+    storage.remove_folder(str(output / "releases" / second))
+    assert run(source, checkpoint, output) == errors.EXIT_BAD_INPUT
+    assert f"names {second}, which is not there any more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_only_the_newest_versions_are_kept_and_releases_need_none_of_them(source, inputs, tmp_path, ray_cluster):
+    output = tmp_path / "out"
+    for number in range(3):
+        write(source, list(tiny.files().items())[EARLIER + 5 * number : EARLIER + 5 * (number + 1)])
+        assert run(source, inputs[1], output, keep=1, recipes=[TYPICAL]) == errors.EXIT_DONE
+    assert len(storage.folders(str(output / "index"))) == len(storage.folders(str(output / "candidates"))) == 1
+    assert len(releases(output)) == 3
+    for name in releases(output):
+        artifact = storage.load_artifact(str(output / "releases" / name))
+        assert artifact is not None
+        for part in artifact.parts:
+            assert storage.sha256((output / "releases" / name / part.name).read_bytes()) == part.sha256
+
+
+@pytest.mark.slow
+def test_other_settings_of_the_features_are_indexed_anew(source, inputs, tmp_path, ray_cluster, capsys):
+    output = tmp_path / "out"
+    assert run(source, inputs[1], output, recipes=[TYPICAL]) == errors.EXIT_DONE
+    capsys.readouterr()
+    assert run(source, inputs[1], output, recipes=[TYPICAL], density={"k": 6, "block_rows": 64}) == errors.EXIT_DONE
+    assert "density.k: 5 -> 6" in (said := capsys.readouterr().out) and "building anew" in said
+    assert len(releases(output)) == 2
+
+
+@pytest.mark.slow
+def test_a_live_lock_is_named_and_a_stale_one_taken_over(source, inputs, tmp_path, ray_cluster, capsys):
+    output = tmp_path / "out"
+    with leases.hold(str(output / "lock"), 60):
+        assert run(source, inputs[1], output) == errors.EXIT_BAD_INPUT
+    line = capsys.readouterr().err
+    assert "another run holds the lock: process" in line and " since 20" in line
+    leases.acquire(str(output / "lock"), 0.1)  # its run has died
+    time.sleep(0.2)
+    assert run(source, inputs[1], output, recipes=[TYPICAL]) == errors.EXIT_DONE
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"gates": [{"metric": "precison", "min": 0.5}]}, "unknown metric 'precison'; did you mean 'precision'?"),
+        ({"gates": [{"metric": "precision", "min": 0.5, "recipe": "typcal"}]}, "did you mean 'typical'?"),
+        ({"gates": [{"metric": "precision"}]}, "sets no bound"),
+        ({"gates": [{"metric": "precision", "min": 0.5, "space": "judge"}]}, "evaluation.judge.model is none"),
+        ({"recipes": [TYPICAL | {"treshold": "p3"}]}, "unknown setting; did you mean 'threshold'?"),
+        ({"recipes": [TYPICAL, TYPICAL]}, "'typical' is named twice"),
+        ({"recipes": []}, "recipes: none"),
+        ({"recipes": [TYPICAL | {"name": "../x"}]}, "expected a folder name"),
+        ({"generator": {"kind": "diffusers", "path": "/nowhere/ddpm"}}, "/nowhere/ddpm"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_2(source, inputs, tmp_path, capsys, more, expected):
+    assert run(source, inputs[1], tmp_path / "out", **more) == errors.EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert expected in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def numbers(**values: float) -> dict[str, dict[str, float]]:
+    return {"a": {name.replace("__", "."): value for name, value in values.items()}}
+
+
+@pytest.mark.parametrize(
+    ("gate", "now", "last", "holds"),
+    [
+        ({"metric": "precision", "min": 0.5}, {"index__precision": 0.5}, {}, True),
+        ({"metric": "precision", "min": 0.5}, {"index__precision": 0.499}, {}, False),
+        ({"metric": "precision", "min": 0.5}, {"judge__precision": 0.9}, {}, False),  # measured elsewhere: no value
+        (
+            {"metric": "precision", "min": 0.5, "space": "judge"},
+            {"judge__precision": 0.9, "index__precision": 0.1},
+            {},
+            True,
+        ),
+        (
+            {"metric": "frechet_distance", "max_increase": 0.05},
+            {"index__frechet_distance": 10.5},
+            {"index__frechet_distance": 10.0},
+            True,
+        ),
+        (
+            {"metric": "frechet_distance", "max_increase": 0.05},
+            {"index__frechet_distance": 10.6},
+            {"index__frechet_distance": 10.0},
+            False,
+        ),
+        (
+            {"metric": "frechet_distance", "max_increase": 0.05},
+            {"index__frechet_distance": 99.0},
+            {},
+            True,
+        ),  # the first release
+        ({"metric": "recall", "max_decrease": 0.1}, {"index__recall": 0.44}, {"index__recall": 0.5}, False),
+        ({"metric": "n", "min": 3, "max": 5}, {"n": 6.0}, {}, False),
+    ],
+)
+def test_gates(gate, now, last, holds):
+    (verdict,) = releasing.judge([config.GateSettings(**gate)], numbers(**now), numbers(**last) if last else {})
+    assert verdict.holds is holds
+    assert verdict.describe().startswith(f"a: {gate['metric']} ")
+
+
+def test_a_gate_is_for_its_recipe_or_for_each():
+    values = {"a": {"n": 1.0}, "b": {"n": 9.0}}
+    both = releasing.judge([config.GateSettings(metric="n", min=5)], values, {})
+    assert [(v.recipe, v.holds) for v in both] == [("a", False), ("b", True)]
+    assert [v.recipe for v in releasing.judge([config.GateSettings(metric="n", min=5, recipe="b")], values, {})] == [
+        "b"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point",
+    [
+        "index/*/features/_parts/*",
+        "candidates/*/typical/samples/_parts/*",
+        "candidates/*/evaluation/metrics/_parts/*",
+        "releases/*/_parts/*",
+    ],
+)
+def test_a_killed_run_is_taken_up_by_the_next(source, inputs, tmp_path, ray_cluster, point):
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
+    assert run(source, inputs[1], undisturbed) == errors.EXIT_DONE
+    lock = {"lease_s": 3.0}
+    file = settings_file(source, inputs[1], output, lock=lock)
+    tiny.kill_when(point, output, "--config", file, workflow="curate.py")
+    time.sleep(3.5)  # a lease of a killed run ends by itself
+    assert run(source, inputs[1], output, lock=lock) == errors.EXIT_DONE
+    assert len(releases(output)) == len(storage.folders(str(output / "index"))) == 1
+    for name in ("typical", "varied"):
+        ours, theirs = (table_of(at / "releases" / releases(at)[0] / name) for at in (output, undisturbed))
+        assert ours.equals(theirs)
+
+
+def table_of(folder: Path) -> pa.Table:
+    return pq.ParquetDataset(sorted(str(f) for f in folder.glob("*.parquet"))).read()
+
+
+def test_parts_of_a_run_share_its_cluster(ray_cluster):
+    with cluster.shared(ray_cluster), cluster.session("") as now:
+        assert now.local == ray_cluster.local

@@ -1,0 +1,909 @@
+"""The files in infra/: schemas of their kinds, unknown keys refused, and what must hold beyond schemas (no root, no secret, no open door).
+
+Nothing is started. KubeRay's resource definitions are not part of this project: where they are absent, its kinds are checked in
+all but their schema.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from compose_spec import PyCompose
+
+from pd_core import config, errors
+
+ROOT = Path(__file__).resolve().parents[1]
+INFRA = ROOT / "infra"
+DOCUMENT = (ROOT / "docs" / "operations.md").read_text()
+CONSTRAINTS = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+)
+
+KUBERNETES = "1.33"  # oldest version that the manifests are written for
+KUBERAY_GROUP = "ray.io/"
+CRDS_VARIABLE = "KUBERAY_CRDS"  # not PD_CORE_...: that would be a setting
+CRDS = Path(os.environ.get(CRDS_VARIABLE, ROOT.parent / "shared" / "data" / "kuberay-crds"))
+BUCKET = "s3://my-bucket/"
+SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, as it is for kubectl; PyYAML keeps the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.value != "<<"]
+        if len(keys) != len(set(keys)):
+            raise yaml.constructor.ConstructorError(None, None, f"a key stands twice: {keys}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path) -> list[Any]:
+    return [document for document in yaml.load_all(path.read_text(), StrictLoader) if document is not None]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+FILES = sorted(path for path in INFRA.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+YAML_FILES = [path for path in FILES if path.suffix in (".yaml", ".yml")]
+COMPOSE = [path for path in YAML_FILES if path.name == "compose.yaml"]
+LAUNCHERS = [path for path in YAML_FILES if path.parent.name == "launcher"]
+IMAGES = [path for path in FILES if path.name == "Dockerfile"]
+POLICIES = [path for path in FILES if path.parent.name == "policies"]
+SCRIPTS = [path for path in FILES if path.suffix == ".sh"]
+PROGRAMS = [path for path in FILES if path.suffix == ".py"]
+PINS = [path for path in FILES if path.suffix == ".txt"]
+MONITORING = [path for path in FILES if path.is_relative_to(INFRA / "monitoring")]  # has tests of its own
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One Kubernetes object of a file."""
+
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.values["kind"]
+
+    @property
+    def name(self) -> str:
+        return self.values["metadata"].get("name") or self.values["metadata"]["generateName"]
+
+    @property
+    def kuberay(self) -> bool:
+        return self.values["apiVersion"].startswith(KUBERAY_GROUP)
+
+
+MANIFESTS = [
+    Manifest(path, document)
+    for path in YAML_FILES
+    if path not in MONITORING
+    for document in load(path)
+    if isinstance(document, dict) and {"apiVersion", "kind"} <= document.keys()
+]
+each_manifest = pytest.mark.parametrize(
+    "manifest", MANIFESTS, ids=[f"{named(m.path)}:{m.kind}/{m.name}" for m in MANIFESTS]
+)
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=[named(path) for path in paths])
+
+
+# ---- every file is of a kind that is checked ---------------------------------------------------------------------------
+
+
+def test_every_file_is_checked_by_some_test() -> None:
+    checked = {
+        *COMPOSE,
+        *LAUNCHERS,
+        *IMAGES,
+        *POLICIES,
+        *SCRIPTS,
+        *PROGRAMS,
+        *PINS,
+        *MONITORING,
+        *(m.path for m in MANIFESTS),
+    }
+    rest = {named(path) for path in FILES if path not in checked}
+    assert rest == {
+        "infra/README.md",
+        "infra/mlflow/basic_auth.ini",
+    }  # the second: test_users_database_holds_no_password
+
+
+def test_the_readme_names_every_file() -> None:
+    text = (INFRA / "README.md").read_text()
+    missing = [
+        named(p) for p in FILES if p not in MONITORING and p.name not in text and f"{p.parent.name}/`" not in text
+    ]
+    assert missing == ["infra/README.md"]
+
+
+# ---- schemas -------------------------------------------------------------------------------------------------------------
+
+
+def kubernetes_problem(values: Mapping[str, Any]) -> str | None:
+    """What Kubernetes' own schema, with unknown keys refused, says against an object; None where it says nothing."""
+    try:
+        kubernetes_validate.validate(dict(values), KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return f"{'.'.join(str(part) for part in error.path)}: {error.message}"
+    except kubernetes_validate.SchemaNotFoundError as error:
+        return error.message
+    return None
+
+
+def pod_template_problem(template: Mapping[str, Any]) -> str | None:
+    """The same for a pod template."""
+    wrapped = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+    return kubernetes_problem(wrapped)
+
+
+def closed(schema: Any) -> Any:
+    """A structural schema in which keys that it does not name are errors; the API server would drop them silently."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        keeps = schema.get("x-kubernetes-preserve-unknown-fields", False)
+        result.setdefault("additionalProperties", bool(keeps))
+    return result
+
+
+@cache
+def kuberay_validator(kind: str, version: str) -> jsonschema.Draft202012Validator:
+    (definition,) = load(CRDS / f"ray.io_{kind.lower()}s.yaml")
+    (schema,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == version]
+    return jsonschema.Draft202012Validator(closed(schema))
+
+
+def kuberay_problems(values: Mapping[str, Any]) -> list[str]:
+    """What KubeRay's resource definition, with unknown keys refused, says against an object."""
+    validator = kuberay_validator(values["kind"], values["apiVersion"].removeprefix(KUBERAY_GROUP))
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(values)]
+
+
+def cluster_spec(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The Ray cluster that an object of KubeRay describes, if it does."""
+    spec = values["spec"].get("jobTemplate", values["spec"])
+    return spec if values["kind"] == "RayCluster" else spec.get("rayClusterSpec")
+
+
+def pod_templates(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every pod template of an object, KubeRay's sidecar of the autoscaler as a container of a pod of its own."""
+    spec = values.get("spec", {})
+    if values["apiVersion"].startswith(KUBERAY_GROUP):
+        cluster = cluster_spec(values)
+        if cluster is None:
+            return
+        yield cluster["headGroupSpec"]["template"]
+        for group in cluster.get("workerGroupSpecs", []):
+            yield group["template"]
+        options = cluster.get("autoscalerOptions", {})
+        keys = ("env", "envFrom", "image", "resources", "securityContext", "volumeMounts")
+        container = {"name": "autoscaler", **{key: options[key] for key in keys if key in options}}
+        pod = cluster["headGroupSpec"]["template"]["spec"].get("securityContext", {})
+        yield {"spec": {"containers": [container], "securityContext": pod}}
+    elif values["kind"] == "CronJob":
+        yield spec["jobTemplate"]["spec"]["template"]
+    elif "template" in spec:
+        yield spec["template"]
+
+
+@each_manifest
+def test_kubernetes_schema(manifest: Manifest) -> None:
+    values = manifest.values
+    if manifest.kuberay:  # its metadata, which the resource definitions leave open, and its pods
+        values = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": manifest.values["metadata"]}
+    assert kubernetes_problem(values) is None
+    assert [problem for t in pod_templates(manifest.values) if (problem := pod_template_problem(t))] == []
+
+
+@pytest.mark.skipif(
+    not (CRDS / "ray.io_rayclusters.yaml").exists(),
+    reason=f"no resource definitions of KubeRay: set {CRDS_VARIABLE} to the folder helm-chart/kuberay-operator/crds of a "
+    "KubeRay release (github.com/ray-project/kuberay); all else of these manifests is checked without them",
+)
+class TestKubeRaySchema:
+    @pytest.mark.parametrize(
+        "manifest", [m for m in MANIFESTS if m.kuberay], ids=[m.name for m in MANIFESTS if m.kuberay]
+    )
+    def test_it_holds(self, manifest: Manifest) -> None:
+        assert kuberay_problems(manifest.values) == []
+
+    @pytest.mark.parametrize(
+        ("kind", "path", "value", "said"),
+        [
+            ("RayCluster", "spec.enableInTreeAutoscalling", True, "'enableInTreeAutoscalling' was unexpected"),
+            ("RayCluster", "spec.workerGroupSpecs.0.minReplica", 0, "'minReplica' was unexpected"),
+            ("RayCluster", "spec.workerGroupSpecs.0.minReplicas", "0", "'0' is not of type 'integer'"),
+            ("RayCluster", "spec.headGroupSpec.template.spec.containers.0.imagePolicy", "x", "'imagePolicy' was unexp"),
+            ("RayCluster", "spec.autoscalerOptions.upscalingMode", "Eager", "'Eager' is not one of"),
+            ("RayCluster", "spec.authOptions.tokenSecret", "x", "'tokenSecret' was unexpected"),
+            ("RayJob", "spec.entryPoint", "x", "'entryPoint' was unexpected"),
+            ("RayCronJob", "spec.concurrencyPolicy", "Forbid", "'concurrencyPolicy' was unexpected"),
+            ("RayCronJob", "spec.jobTemplate.spec", {}, "'spec' was unexpected"),
+        ],
+    )
+    def test_a_planted_fault_is_found(self, kind: str, path: str, value: Any, said: str) -> None:
+        problems = kuberay_problems(planted(kind, path, value))
+        assert len(problems) == 1 and said in problems[0], problems
+
+
+def planted(kind: str, path: str, value: Any) -> dict[str, Any]:
+    """A copy of the first object of this kind, with a value set at a dotted path."""
+    values = json.loads(json.dumps(next(m.values for m in MANIFESTS if m.kind == kind)))
+    *parents, last = path.split(".")
+    place: Any = values
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    place[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "said"),
+    [
+        ("CronJob", "spec.jobTemplate.spec.template.spec.restartPolicyy", "Never", "restartPolicyy"),
+        ("CronJob", "spec.concurrencyPolicies", "Forbid", "concurrencyPolicies"),
+        ("NetworkPolicy", "spec.podSelectors", {}, "podSelectors"),
+        ("Deployment", "spec.replicas", "one", "'one' is not of type"),
+        ("ServiceAccount", "automountToken", False, "automountToken"),
+    ],
+)
+def test_a_planted_fault_in_a_kind_of_kubernetes_is_found(kind: str, path: str, value: Any, said: str) -> None:
+    assert said in str(kubernetes_problem(planted(kind, path, value)))
+
+
+def test_a_planted_fault_in_a_pod_of_ray_is_found() -> None:
+    path = "spec.workerGroupSpecs.1.template.spec.containers.0.resources.limit"
+    problems = [pod_template_problem(t) for t in pod_templates(planted("RayCluster", path, {}))]
+    assert [p for p in problems if p] and "limit" in str(problems[2])
+    problems = [
+        pod_template_problem(t) for t in pod_templates(planted("RayCluster", "spec.autoscalerOptions.env", [1]))
+    ]
+    assert [p is None for p in problems] == [True, True, True, False]
+
+
+# ---- what a manifest refers to -------------------------------------------------------------------------------------------
+
+
+def containers(values: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(pod spec, container) of every container."""
+    for template in pod_templates(values):
+        for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]:
+            yield template["spec"], container
+
+
+def test_all_lies_in_the_namespace() -> None:
+    (namespace,) = [m for m in MANIFESTS if m.kind == "Namespace"]
+    assert namespace.values["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert {m.values["metadata"].get("namespace") for m in MANIFESTS if m.kind != "Namespace"} == {namespace.name}
+
+
+@each_manifest
+def test_secrets_come_by_reference_and_the_documents_make_them(manifest: Manifest) -> None:
+    wanted: list[tuple[str, str]] = []
+    for _, container in containers(manifest.values):
+        for variable in container.get("env", []):
+            assert "valueFrom" in variable or not SECRET_NAME.search(variable["name"]), (
+                f"{variable['name']} has a value"
+            )
+            reference = variable.get("valueFrom", {}).get("secretKeyRef")
+            if reference:
+                wanted.append((reference["name"], reference["key"]))
+    if manifest.kuberay and (cluster := cluster_spec(manifest.values)):
+        wanted.append((cluster["authOptions"]["secretName"], "auth_token"))  # the key that KubeRay looks for
+    for name, key in wanted:
+        command = re.search(rf"create secret generic {name} ((?:.*\\\n)*.*)", DOCUMENT)
+        assert command and f"--from-literal={key}=" in command[1], f"docs/operations.md makes no {key} in Secret {name}"
+
+
+@each_manifest
+def test_accounts_and_configuration_exist(manifest: Manifest) -> None:
+    accounts = {m.name for m in MANIFESTS if m.kind == "ServiceAccount"}
+    maps = {m.name for m in MANIFESTS if m.kind == "ConfigMap"}
+    services = {m.name for m in MANIFESTS if m.kind == "Service"}
+    services |= {f"{m.name}-head-svc" for m in MANIFESTS if m.kind == "RayCluster"}  # named so by KubeRay
+    for template in pod_templates(manifest.values):
+        assert template["spec"].get("serviceAccountName") in {None, *accounts}
+        used = {v["configMap"]["name"] for v in template["spec"].get("volumes", []) if "configMap" in v}
+        assert used <= maps
+    called = re.findall(r"([\w-]+)\.pd-core\.svc", json.dumps(manifest.values))
+    assert set(called) <= services
+    selector = manifest.values.get("spec", {}).get("clusterSelector")
+    assert selector in (None, {"ray.io/cluster": next(m.name for m in MANIFESTS if m.kind == "RayCluster")})
+
+
+# ---- policies: who runs, who may come in ---------------------------------------------------------------------------------
+
+
+def root_problems(values: Mapping[str, Any]) -> list[str]:
+    """Containers that may be root, or gain rights, or would be refused in the namespace."""
+    problems = []
+    for pod, container in containers(values):
+        outer, inner = pod.get("securityContext", {}), container.get("securityContext", {})
+        both = {**outer, **inner}
+        holds = {
+            "runAsNonRoot": both.get("runAsNonRoot") is True,
+            "runAsUser": both.get("runAsUser", 0) > 0,
+            "allowPrivilegeEscalation": inner.get("allowPrivilegeEscalation") is False,
+            "capabilities": inner.get("capabilities") == {"drop": ["ALL"]},
+            "seccompProfile": both.get("seccompProfile") == {"type": "RuntimeDefault"},
+            "host": not any(pod.get(name) for name in ("hostNetwork", "hostPID", "hostIPC")),
+            "hostPort": not any("hostPort" in port for port in container.get("ports", [])),
+            "hostPath": not any("hostPath" in volume for volume in pod.get("volumes", [])),
+        }
+        problems += [f"{container['name']}: {name}" for name, held in holds.items() if not held]
+    return problems
+
+
+def door_problems(values: Mapping[str, Any]) -> list[str]:
+    """What would let the outside in."""
+    problems = []
+    if values["kind"] in ("Ingress", "Gateway", "HTTPRoute", "Route"):
+        problems.append(f"kind {values['kind']}")
+    if values["kind"] == "Service" and values["spec"].get("type", "ClusterIP") != "ClusterIP":
+        problems.append(f"Service of type {values['spec']['type']}")
+    if values["apiVersion"].startswith(KUBERAY_GROUP) and (cluster := cluster_spec(values)):
+        head = cluster["headGroupSpec"]
+        # KubeRay's default for the dashboard is 0.0.0.0: it needs the token
+        if cluster.get("authOptions", {}).get("mode") != "token" or not cluster["authOptions"].get("secretName"):
+            problems.append("no token authentication")
+        if head.get("serviceType") != "ClusterIP" or "headService" in head:
+            problems.append("head service")
+        if head.get("enableIngress"):
+            problems.append("ingress")
+        disabled = [v for _, c in containers(values) for v in c.get("env", []) if v["name"] == "RAY_AUTH_MODE"]
+        if any(variable.get("value") != "token" for variable in disabled):
+            problems.append("RAY_AUTH_MODE")
+    return problems
+
+
+@each_manifest
+def test_no_container_is_root(manifest: Manifest) -> None:
+    assert root_problems(manifest.values) == []
+
+
+@each_manifest
+def test_no_door_is_open(manifest: Manifest) -> None:
+    assert door_problems(manifest.values) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "kind", "path", "value"),
+    [
+        (root_problems, "Deployment", "spec.template.spec.securityContext", {}),
+        (root_problems, "RayCluster", "spec.workerGroupSpecs.1.template.spec.securityContext.runAsUser", 0),
+        (root_problems, "RayCluster", "spec.autoscalerOptions.securityContext", {}),
+        (root_problems, "CronJob", "spec.jobTemplate.spec.template.spec.hostNetwork", True),
+        (door_problems, "Service", "spec.type", "LoadBalancer"),
+        (door_problems, "Service", "spec.type", "NodePort"),
+        (door_problems, "RayCluster", "spec.authOptions", {"mode": "disabled"}),
+        (door_problems, "RayCluster", "spec.headGroupSpec.serviceType", "LoadBalancer"),
+        (door_problems, "RayCluster", "spec.headGroupSpec.enableIngress", True),
+    ],
+)
+def test_a_planted_hole_is_found(
+    check: Callable[[Mapping[str, Any]], list[str]], kind: str, path: str, value: Any
+) -> None:
+    assert check(planted(kind, path, value)) != []
+
+
+def test_only_the_namespace_and_the_operator_reach_the_dashboard() -> None:
+    heads = [
+        m.values["spec"]
+        for m in MANIFESTS
+        if m.kind == "NetworkPolicy"
+        and m.values["spec"]["podSelector"].get("matchLabels", {}).get("ray.io/node-type") == "head"
+    ]
+    assert len(heads) == 1 and heads[0]["policyTypes"] == ["Ingress"]
+    for rule in heads[0]["ingress"]:
+        if any(port["port"] == 8265 for port in rule.get("ports", [{"port": 8265}])):
+            assert rule["from"]
+            for peer in rule["from"]:
+                operator = peer.get("podSelector", {}).get("matchLabels") == {
+                    "app.kubernetes.io/name": "kuberay-operator"
+                }
+                assert "ipBlock" not in peer and ("namespaceSelector" not in peer or operator)
+
+
+# ---- policies: the Ray cluster -------------------------------------------------------------------------------------------
+
+CLUSTERS = [cluster for m in MANIFESTS if m.kuberay and (cluster := cluster_spec(m.values))]
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_groups_scale_from_zero_and_cpu_and_gpu_are_apart(cluster: dict[str, Any]) -> None:
+    assert cluster["enableInTreeAutoscaling"] is True and cluster["autoscalerOptions"]["idleTimeoutSeconds"] > 0
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    gpus = {}
+    for name, group in groups.items():
+        assert (group["minReplicas"], group["replicas"]) == (0, 0) and group["maxReplicas"] > 0
+        pod = group["template"]["spec"]
+        assert pod["nodeSelector"] and pod["tolerations"], "spot"
+        assert pod["restartPolicy"] == "Never"  # autoscaler v2 asks for it
+        resources = pod["containers"][0]["resources"]
+        assert resources["requests"] == resources["limits"]
+        gpus[name] = int(resources["limits"].get("nvidia.com/gpu", 0))
+        assert pod["containers"][0]["image"].endswith("-gpu" if gpus[name] else "-cpu")
+    assert sorted(bool(count) for count in gpus.values()) == [False, True]
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_cluster_runs_the_pinned_ray(cluster: dict[str, Any]) -> None:
+    assert cluster["rayVersion"] == CONSTRAINTS["ray"]
+
+
+def test_nights_do_not_overlap_and_only_one_schedule_is_on() -> None:
+    (cron,) = [m.values["spec"] for m in MANIFESTS if m.kind == "CronJob"]
+    assert cron["concurrencyPolicy"] == "Forbid" and cron["jobTemplate"]["spec"]["backoffLimit"] == 0
+    (alpha,) = [m.values["spec"] for m in MANIFESTS if m.kind == "RayCronJob"]
+    assert alpha["suspend"] is True
+
+
+# ---- entrypoints ---------------------------------------------------------------------------------------------------------
+
+
+def entrypoints() -> Iterator[tuple[Manifest, list[str]]]:
+    """Every command that Ray is given to run."""
+    for manifest in MANIFESTS:
+        spec = manifest.values.get("spec", {})
+        if manifest.kind in ("RayJob", "RayCronJob"):
+            yield manifest, shlex.split(spec.get("jobTemplate", spec)["entrypoint"])
+        elif manifest.kind == "CronJob":
+            for _, container in containers(manifest.values):
+                command = [*container["command"], *container["args"]]
+                assert command[:3] == ["ray", "job", "submit"]
+                yield manifest, command[command.index("--") + 1 :]
+
+
+ENTRYPOINTS = list(entrypoints())
+SCHEDULED = ["sh", "/opt/pd_core/infra/container/scheduled.sh"]
+
+
+def settings_class(workflow: str) -> type[config.WorkflowSettings]:
+    name = "".join(word.capitalize() for word in workflow.split("_")) + "Settings"
+    return next(one for one in config.WORKFLOWS if one.__name__ == name)
+
+
+def resolved(command: list[str], maps: Mapping[str, str]) -> tuple[str, config.WorkflowSettings]:
+    """Workflow and settings of an entrypoint, parsed by the workflow's own parser; `maps`: where mounted files lie here."""
+    if command[:2] == SCHEDULED:
+        workflow = "curate"
+    else:
+        assert command[0] == "python" and command[1].startswith("/opt/pd_core/workflows/")
+        workflow = Path(command[1]).stem
+    if not (ROOT / "workflows" / f"{workflow}.py").exists():
+        pytest.skip(f"there is no workflows/{workflow}.py")
+    return workflow, config.load(settings_class(workflow), [maps.get(a, a) for a in command[2:]], prog=workflow)
+
+
+@pytest.fixture(scope="module")
+def mounted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The files of the ConfigMaps, by the paths that the pods see them at."""
+    folder = tmp_path_factory.mktemp("mounted")
+    places = {}
+    for manifest in MANIFESTS:
+        if manifest.kind == "ConfigMap":
+            for name, text in manifest.values["data"].items():
+                (folder / name).write_text(text)
+                places[f"/etc/pd_core/{name}"] = str(folder / name)
+    return places
+
+
+def uris(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, URI) of every setting that names something in a bucket."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", uri) for inner, uri in uris(value))
+        else:
+            texts = value if isinstance(value, list | tuple) else [value]
+            yield from ((name, text) for text in texts if isinstance(text, str) and "://" in text)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "command"), ENTRYPOINTS, ids=[f"{m.kind}-{m.name}{i}" for i, (m, _) in enumerate(ENTRYPOINTS)]
+)
+def test_entrypoints_are_understood_by_their_workflow(
+    manifest: Manifest, command: list[str], mounted: dict[str, str]
+) -> None:
+    _, settings = resolved(command, mounted)
+    assert str(settings.output).startswith(BUCKET), "a local output would go with the pod"
+    for name, uri in uris(settings.model_dump()):
+        if name != "tracking.uri":
+            assert allowed("s3:GetObject", uri), f"{name}: infra/policies/bucket.json lets nobody read {uri}"
+    assert allowed("s3:PutObject", f"{settings.output}/x") and allowed("s3:DeleteObject", f"{settings.output}/x")
+
+
+def test_there_is_a_job_for_every_workflow() -> None:
+    run = {"curate" if c[:2] == SCHEDULED else Path(c[1]).stem for m, c in ENTRYPOINTS if m.kind == "RayJob"}
+    assert run >= {path.stem for path in (ROOT / "workflows").glob("*.py")}
+
+
+def test_jobs_that_run_a_model_ask_for_a_gpu() -> None:
+    """The GPU group is empty at the start: a stage that asks for none would run on CPUs for ever."""
+    for manifest, command in ENTRYPOINTS:
+        if manifest.kind == "RayJob" and command[:2] != SCHEDULED:
+            assert re.search(r"--(\w+\.)?(actor|worker)_gpus 1", " ".join(command)), manifest.name
+
+
+@pytest.mark.parametrize("option", ["--generator.stepz 5", "--n ten", "--output"])
+def test_a_mistyped_option_is_found(option: str, mounted: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = next(c for m, c in ENTRYPOINTS if m.name == "pd-core-generate-")
+    with pytest.raises((SystemExit, errors.UserError)) as caught:
+        resolved([*command, *option.split()], mounted)
+    said = f"{capsys.readouterr().err} {caught.value}"
+    assert option.split()[0].lstrip("-").split(".")[-1] in said
+
+
+def test_environment_variables_of_ours_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {name for path in FILES for name in re.findall(r"\bPD_CORE_[A-Z0-9_]+", path.read_text())}
+    for name in found:
+        monkeypatch.setenv(name, "1")
+    config.load(config.BuildIndexSettings, [], prog="test")  # refuses unknown ones
+    monkeypatch.setenv("PD_CORE_DENSITY__KK", "1")
+    with pytest.raises(errors.UserError, match="PD_CORE_DENSITY__KK"):
+        config.load(config.BuildIndexSettings, [], prog="test")
+
+
+# ---- bucket policies -----------------------------------------------------------------------------------------------------
+
+
+def allowed(action: str, uri: str, policy: str = "bucket.json") -> bool:
+    """Whether a policy lets its holder do this to an object."""
+    statements = json.loads((INFRA / "policies" / policy).read_text())["Statement"]
+    arn = uri.replace("s3://", "arn:aws:s3:::")
+    for statement in statements:
+        actions, resources = ([v] if isinstance(v, str) else v for v in (statement["Action"], statement["Resource"]))
+        # a folder that is read, such as a saved pipeline, is read object by object
+        if action in actions and any(fnmatchcase(arn, r) or fnmatchcase(f"{arn}/x", r) for r in resources):
+            return True
+    return False
+
+
+@each(POLICIES)
+def test_policies_are_narrow(path: Path) -> None:
+    policy = json.loads(path.read_text())
+    assert policy.keys() == {"Version", "Statement"} and policy["Version"] == "2012-10-17"
+    for statement in policy["Statement"]:
+        assert (
+            statement.keys() <= {"Sid", "Effect", "Action", "Resource", "Condition"} and statement["Effect"] == "Allow"
+        )
+        actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
+        resources = [statement["Resource"]] if isinstance(statement["Resource"], str) else statement["Resource"]
+        for action in actions:
+            assert re.fullmatch(r"(s3|ec2|iam):[A-Z][A-Za-z]+", action)
+            if action == "s3:ListBucket":
+                assert statement["Condition"]["StringLike"]["s3:prefix"]
+                assert all("/" not in resource for resource in resources)
+            elif action.startswith("s3:"):
+                assert all(re.fullmatch(r"arn:aws:s3:::[\w-]+/[\w/-]+/\*", resource) for resource in resources)
+            elif action in ("ec2:TerminateInstances", "iam:PassRole"):
+                assert "*" not in resources
+
+
+def test_the_bucket_policy_gives_what_is_needed_and_no_more() -> None:
+    assert allowed("s3:GetObject", f"{BUCKET}images/a.png") and allowed("s3:PutObject", f"{BUCKET}pd/a")
+    for uri in ("images/a.png", "models/a", "mlflow/a", "a"):
+        assert not allowed("s3:PutObject", BUCKET + uri) and not allowed("s3:DeleteObject", BUCKET + uri)
+    assert not allowed("s3:GetObject", f"{BUCKET}mlflow/a") and not allowed(
+        "s3:GetObject", f"{BUCKET}pd/a", "mlflow-bucket.json"
+    )
+
+
+def test_the_document_shows_the_policy_as_it_is() -> None:
+    (shown,) = re.findall(r"```json\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert json.loads(shown) == json.loads((INFRA / "policies" / "bucket.json").read_text())
+
+
+# ---- the cluster launcher ------------------------------------------------------------------------------------------------
+
+
+@each(LAUNCHERS)
+def test_launcher_files_pass_ray_s_own_validation(path: Path) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    (values,) = load(path)
+    validate_config(prepare_config(values))
+    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
+        validate_config(prepare_config({**values, "max_worker": 1}))
+
+
+@each(LAUNCHERS)
+def test_launcher_files_scale_from_zero_on_spot_and_hold_no_key(path: Path) -> None:
+    (values,) = load(path)
+    assert values["provider"]["use_internal_ips"] is True
+    assert values["auth"].keys() == {"ssh_user"}
+    types = values["available_node_types"]
+    assert types[values["head_node_type"]]["resources"] == {"CPU": 0}
+    workers = {name: one for name, one in types.items() if name != values["head_node_type"]}
+    assert sorted(bool(one["resources"].get("GPU")) for one in workers.values()) == [False, True]
+    for one in workers.values():
+        assert one["min_workers"] == 0 and one["max_workers"] > 0
+        assert "spot" in json.dumps(one["node_config"]).lower()
+        assert ("docker" in one) == bool(one["resources"].get("GPU"))
+    assert "--env=RAY_AUTH_MODE=token" in values["docker"]["run_options"]
+    assert (
+        "/home/ray/.ray/auth_token" in values["file_mounts"]
+    )  # where Ray looks for it, in the home of the image's user
+    (start,) = [line for line in values["head_start_ray_commands"] if "--head" in line]
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+def test_aws_accepts_the_nodes() -> None:
+    """botocore's own description of RunInstances."""
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    shape = (
+        botocore.session.Session().get_service_model("ec2", "2016-11-15").operation_model("RunInstances").input_shape
+    )
+    (values,) = load(INFRA / "launcher" / "aws.yaml")
+    for one in values["available_node_types"].values():
+        node = {**one["node_config"], "MinCount": 1, "MaxCount": 1}
+        node["SubnetId"] = node.pop("SubnetIds")[0]  # Ray takes one after the other
+        assert ParamValidator().validate(node, shape).generate_report() == ""
+        node["IamInstanceProfil"] = {}
+        assert "IamInstanceProfil" in ParamValidator().validate(node, shape).generate_report()
+    assert values["available_node_types"]["cpu"]["node_config"]["IamInstanceProfile"].keys() == {"Name"}
+
+
+# ---- images --------------------------------------------------------------------------------------------------------------
+
+
+def image_references() -> Iterator[tuple[str, str]]:
+    """(file, image) of every image that a file names."""
+
+    def walk(value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                if key in ("image", "worker_image", "head_image") and isinstance(inner, str):
+                    yield inner
+                else:
+                    yield from walk(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from walk(inner)
+
+    for path in YAML_FILES:
+        yield from ((named(path), image) for document in load(path) for image in walk(document))
+    for path in IMAGES:
+        for image in re.findall(r"^(?:FROM|ARG BASE_IMAGE=)\s*(\S+)", path.read_text(), re.MULTILINE):
+            if image != "${BASE_IMAGE}":
+                yield named(path), image
+
+
+def test_every_image_is_pinned() -> None:
+    found = list(image_references())
+    assert len(found) > 8
+    assert [(f, image) for f, image in found if not re.fullmatch(r"[\w./-]+:v?\d+\.\d+(\.\d+)?[\w.-]*", image)] == []
+
+
+def test_images_carry_the_versions_of_this_project() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version
+    for file, image in image_references():
+        name, _, tag = image.rpartition(":")
+        if name.endswith("pd-core"):
+            assert re.fullmatch(rf"{re.escape(version[1])}-(cpu|gpu)(-aws|-gcp)?", tag), file
+        elif name.endswith("pd-core-mlflow"):
+            assert tag == CONSTRAINTS["mlflow"], file
+
+
+@each(IMAGES)
+def test_image_files_are_sound(path: Path) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    found = subprocess.run([hadolint, "--no-color", str(path)], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+    text = path.read_text()
+    users = re.findall(r"^USER (.+)$", text, re.MULTILINE)
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith(("ENV", "ARG")):
+            assert not SECRET_NAME.search(line), line
+        if "pip install" in line:
+            assert "--constraint" in line, line
+
+
+def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*"
+    open_to = [line.removeprefix("!") for line in lines if line.startswith("!")]
+    assert [name for name in open_to if not (ROOT / name).exists()] == []
+    for path in IMAGES:
+        for line in re.findall(r"^COPY (.+)$", path.read_text(), re.MULTILINE):
+            for source in shlex.split(line)[:-1]:
+                assert (ROOT / source).exists(), source
+                assert any(source == name or source.startswith(f"{name}/") for name in open_to), source
+
+
+@each(PINS)
+def test_what_images_install_is_pinned(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        found = re.fullmatch(r"([a-z0-9-]+)(?:\[\w+\])?==([\w.]+)", line)
+        assert found, line
+        assert CONSTRAINTS.get(found[1], found[2]) == found[2], f"constraints.txt has another {found[1]}"
+    assert lines
+
+
+def test_both_images_hold_the_same_faiss_and_one_botocore() -> None:
+    gpu = (INFRA / "container" / "constraints-gpu.txt").read_text()
+    assert f"faiss-gpu=={CONSTRAINTS['faiss-cpu']}\n" in gpu
+    for path in PINS:
+        for version in re.findall(r"^boto3==(.+)$", path.read_text(), re.MULTILINE):
+            assert version == CONSTRAINTS["botocore"]  # each boto3 asks for the botocore of its own number
+
+
+# ---- scripts -------------------------------------------------------------------------------------------------------------
+
+
+@each(SCRIPTS)
+def test_scripts_are_shell(path: Path) -> None:
+    assert subprocess.run(["sh", "-n", str(path)], capture_output=True, check=False).stderr == b""
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 0), (4, 4), (2, 2), (1, 1)])
+def test_nothing_new_is_a_success_for_a_schedule_and_all_else_is_not(tmp_path: Path, code: int, expected: int) -> None:
+    (tmp_path / "infra" / "container").mkdir(parents=True)
+    (tmp_path / "workflows").mkdir()
+    shutil.copy(INFRA / "container" / "scheduled.sh", tmp_path / "infra" / "container")
+    (tmp_path / "workflows" / "curate.py").write_text(f"import sys; print(sys.argv[1:]); sys.exit({code})")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["sh", str(tmp_path / "infra" / "container" / "scheduled.sh"), "--config", "a b.yaml"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (expected, "['--config', 'a b.yaml']\n")
+
+
+def test_programs_are_among_what_make_check_checks() -> None:
+    said = subprocess.run(["make", "-n", "check"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (mypy,) = [line for line in said.splitlines() if "/mypy " in line]
+    assert {str(path.parent.relative_to(ROOT)) for path in PROGRAMS} <= set(mypy.split())
+
+
+# ---- MLflow --------------------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_starts_with_authentication_and_options_that_it_knows() -> None:
+    from mlflow.cli import server
+
+    known = {option for parameter in server.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    text = (INFRA / "mlflow" / "serve.sh").read_text()
+    (command,) = re.findall(r"^exec (mlflow server .*(?:\\\n.*)*)", text, re.MULTILINE)
+    used = re.findall(r"(?<=\s)(--[\w-]+)", command)
+    assert [option for option in used if option not in known] == []
+    assert "--app-name basic-auth" in command
+    starts = [named(p) for p in FILES if re.search(r"^[^#]*mlflow server", p.read_text(), re.MULTILINE)]
+    assert starts == ["infra/mlflow/serve.sh"]  # the one place; the image runs it
+
+
+def test_users_database_holds_no_password() -> None:
+    import configparser
+
+    parser = configparser.ConfigParser()
+    parser.read(INFRA / "mlflow" / "basic_auth.ini")
+    section = parser["mlflow"]
+    assert section.keys() == {"database_uri", "authorization_function", "default_permission"}
+    assert re.fullmatch(r"postgresql\+psycopg2://mlflow@postgres:5432/mlflow", section["database_uri"])
+
+
+@each(COMPOSE)
+def test_compose_files_are_sound(path: Path) -> None:
+    (values,) = load(path)
+    PyCompose.from_yaml(path.read_text())  # raises on an unknown key
+    with pytest.raises(ValueError, match="portz"):
+        PyCompose.from_yaml(path.read_text().replace("ports:", "portz:"))
+    for service in values["services"].values():
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"])
+        assert not service.get("privileged") and "network_mode" not in service
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
+        assert set(service.get("depends_on", {})) <= values["services"].keys()
+        for name, value in service.get("environment", {}).items():
+            if SECRET_NAME.search(name):
+                assert value is None or re.fullmatch(r"\$\{\w+(:\?.*)?\}", value), f"{name} has a value"
+        if "build" in service:
+            context = path.parent / service["build"]["context"]
+            assert (context / service["build"]["dockerfile"]).exists() and context.resolve() == ROOT
+
+
+# ---- secrets -------------------------------------------------------------------------------------------------------------
+
+SECRETS = {
+    "AWS key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+    "password in a URL": r"://[^\s/:@'\"]+:[^\s/@'\"]+@",
+    "Secret with data": r"^kind: Secret$",
+    "a value": r"(?i)^[ \t]*[\w-]*(password|secret|token|access_key)[\w-]*[ \t]*[:=][ \t]*['\"]?[^\s'\"${}\[\]|>]{8,}['\"]?$",
+    "long random text": r"\b(?=[A-Za-z0-9+/]*[0-9])(?=[A-Za-z0-9+/]*[A-Z])(?=[A-Za-z0-9+/]*[a-z])[A-Za-z0-9+/]{32,}\b",
+}
+
+
+def secrets_in(text: str) -> list[str]:
+    return [f"{what}: {m[0]}" for what, rule in SECRETS.items() for m in re.finditer(rule, text, re.MULTILINE)]
+
+
+@each([*FILES, ROOT / "docs" / "operations.md"])
+def test_no_file_holds_a_secret(path: Path) -> None:
+    text = path.read_text()
+    known = ("secretName: pd-core-ray-token",)
+    assert [found for found in secrets_in(text) if not found.endswith(known)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "aws_access_key_id = AKIAIOSFODNN7EXAMPLE",
+        "  POSTGRES_PASSWORD: correct-horse",
+        "database_uri = postgresql://mlflow:hunter22@postgres/mlflow",
+        "kind: Secret",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "auth: wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY",
+    ],
+)
+def test_a_planted_secret_is_found(line: str) -> None:
+    assert secrets_in(f"a: 1\n{line}\n") != []
+
+
+# ---- docs/operations.md --------------------------------------------------------------------------------------------------
+
+
+def texts_of_ours() -> str:
+    """Every text in the source, what is filled in standing as `…`."""
+    import ast
+
+    found = []
+    for path in (ROOT / "pd_core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_lines_of_the_troubleshooting_table_are_lines_of_ours() -> None:
+    (table,) = re.findall(r"^\| line \|.*\n\|[-|]+\n((?:\|.*\n)+)", DOCUMENT, re.MULTILINE)
+    lines = [row.split(" | ")[0].removeprefix("| ").strip("`") for row in table.splitlines()]
+    lines = [line.replace("MLFLOW_TRACKING_URI", "…") for line in lines]  # a constant, filled in
+    ours = texts_of_ours()
+    pieces = [(line, piece.strip(" ().'")) for line in lines for piece in line.split("…") if re.search(r"\w{3}", piece)]
+    assert len(lines) > 20 and [pair for pair in pieces if pair[1] not in ours] == []
+
+
+def test_files_that_the_document_names_are_there() -> None:
+    named_files = re.findall(r"infra/[\w./-]+\w", DOCUMENT)
+    assert len(named_files) > 10
+    assert [n for n in named_files if not (ROOT / n).exists() and not n.startswith("infra/monitoring")] == []
+
+
+def test_it_installs_in_ten_commands() -> None:
+    (block,) = re.findall(r"Ten commands:\n\n```sh\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert [int(n) for n in re.findall(r"^# (\d+) ", block, re.MULTILINE)] == list(range(1, 11))
+    applied = {ROOT / n for n in re.findall(r"-f (infra/[\w./-]+)", block) if "Dockerfile" not in n}
+    left_out = {m.path for m in MANIFESTS} - {m.path for m in MANIFESTS for a in applied if m.path.is_relative_to(a)}
+    jobs = {path for path in left_out if path.parent.name == "jobs"}
+    assert left_out - jobs == {INFRA / "kubernetes" / "schedule" / "raycronjob.yaml"}  # the other schedule

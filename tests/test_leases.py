@@ -1,0 +1,97 @@
+"""The run lock: one holder at a time, on a disk and on S3; the dead do not block, and those that were overtaken stop."""
+
+import concurrent.futures
+import multiprocessing
+import time
+
+import pytest
+
+from pd_core import leases, storage
+from pd_core.errors import RunError, UserError
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request, tmp_path):
+    if request.param == "disk":
+        return str(tmp_path / "lock")
+    return f"s3://{request.getfixturevalue('s3_environment').make_bucket()}/out/lock"
+
+
+def test_a_second_run_is_told_who_holds_the_lock_and_takes_it_when_that_is_over(folder):
+    with leases.hold(folder, 60) as first:
+        with pytest.raises(UserError, match=r"process \d+ on .* since 20.*lease ends 20"):
+            leases.acquire(folder, 60)
+        first.check()
+    with leases.hold(folder, 60) as second:
+        assert second.token == first.token + 1
+
+
+def test_of_many_that_try_at_once_one_gets_it(folder):
+    def attempt(_: int) -> bool:
+        try:
+            leases.acquire(folder, 60)
+        except UserError:
+            return False
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, range(8))) == 1
+
+
+def test_a_lease_that_ran_out_is_taken_over_and_its_holder_stops(folder):
+    dead = leases.acquire(folder, 0.2)
+    time.sleep(0.3)
+    with leases.hold(folder, 60) as live:
+        assert live.token == dead.token + 1
+        dead.renew()  # it wakes up
+        with pytest.raises(RunError, match="taken over by process"):
+            dead.check()
+        dead.release()
+        with pytest.raises(UserError, match="another run holds the lock"):  # not released by the one that lost it
+            leases.acquire(folder, 60)
+
+
+def test_a_lease_that_could_not_be_renewed_is_not_relied_on(folder):
+    lease = leases.acquire(folder, 2.0)
+    lease.check()
+    time.sleep(2.1)
+    with pytest.raises(RunError, match="could not be renewed in time"):
+        lease.check()
+
+
+def test_a_held_lease_is_renewed(folder):
+    with leases.hold(folder, 1.5) as lease:
+        time.sleep(2.5)
+        lease.check()
+        with pytest.raises(UserError, match="another run holds"):
+            leases.acquire(folder, 1.5)
+
+
+def _die_holding(folder: str) -> None:
+    import os
+    import signal
+
+    leases.acquire(folder, 1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_holder_blocks_no_longer_than_its_lease(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=_die_holding, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            assert leases.acquire(str(tmp_path), 1.0).token == 2
+            return
+        except UserError:
+            time.sleep(0.1)
+    pytest.fail("never taken over")
+
+
+def test_files_of_earlier_holders_are_cleared(tmp_path):
+    for _ in range(leases.KEPT + 5):
+        with leases.hold(str(tmp_path), 60):
+            pass
+    assert len(storage.sizes(str(tmp_path))) == leases.KEPT

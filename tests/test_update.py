@@ -1,0 +1,182 @@
+"""An update of an index is a whole build: same rows, same neighbors, same densities; and nothing that was done is done again."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pd_core import config, errors, estimator, pipeline, search, storage
+from tests import tiny
+
+EARLIER = 110  # images of the base
+
+
+def built(source: Path, checkpoint: Path, output: Path, *more: str) -> int:
+    argv = tiny.arguments(source, checkpoint, output, "--no-tracking.enabled", *more)
+    return errors.exit_code(
+        lambda: pipeline.build_index(config.load(config.BuildIndexSettings, argv, prog="build_index.py"))
+    )
+
+
+def rows(output: Path, stage: str) -> pa.Table:
+    artifact = storage.load_artifact(str(output / stage))
+    assert artifact is not None
+    tables = [storage.read_table(str(output / stage / part.name)) for part in artifact.parts]
+    return pa.concat_tables(tables).sort_by("sample_id") if tables else pa.table({})
+
+
+def totals(output: Path, stage: str) -> dict:
+    artifact = storage.load_artifact(str(output / stage))
+    assert artifact is not None
+    return artifact.totals
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The images of the base; `grow` adds the others."""
+    return write(tmp_path / "images", list(tiny.files().items())[:EARLIER])
+
+
+def write(root: Path, files: list[tuple[str, bytes]]) -> Path:
+    for key, data in files:
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / key).write_bytes(data)
+    return root
+
+
+def grow(source: Path) -> None:
+    """New images, broken ones among them, three that are gone, and two whose content is another."""
+    write(source, list(tiny.files().items())[EARLIER:])
+    for number in (0, 40, 41):
+        (source / f"{'abc'[number % 3]}/image {number:03d}.png").unlink()
+    for number in (7, 100):
+        (source / f"{'abc'[number % 3]}/image {number:03d}.png").write_bytes(tiny.png(1000 + number))
+
+
+def same_rows(output: Path, whole: Path) -> None:
+    """Every column of every table but those that say where a row lies."""
+    for stage in ("listing", "features", "quarantine", "neighbors", "densities"):
+        assert rows(output, stage).equals(rows(whole, stage)), stage
+    for name in ("log_normalizer", "distance_floor", "density_quantiles", "nearest_distance_quantiles"):
+        assert totals(output, "densities")[name] == totals(whole, "densities")[name]
+
+
+def test_an_exact_index_is_updated_to_that_of_a_whole_build(source, inputs, tmp_path, ray_cluster):
+    base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
+    assert built(source, inputs[1], base) == 0
+    before = tiny.tables(base)
+    grow(source)
+    assert built(source, inputs[1], output, f"--base={base}") == 0
+    assert built(source, inputs[1], whole) == 0
+    same_rows(output, whole)
+    # what lies unchanged was not looked at again, and only those that lost a neighbor or are new were searched for
+    changed = len(tiny.files()) - EARLIER + 2
+    assert totals(output / "added", "features")["listed"] == changed
+    neighbors = totals(output, "neighbors")
+    assert changed - len(tiny.BAD) <= neighbors["searched"] < neighbors["rows"]
+    assert (output / "report" / "index.html").exists()
+    assert tiny.tables(base) == before
+    # an update of the update, when everything that was new has gone again: the base's rows, less those that were lost
+    third, again = tmp_path / "third", tmp_path / "again"
+    for key in list(tiny.files())[EARLIER:]:
+        (source / key).unlink()
+    assert built(source, inputs[1], third, f"--base={output}") == 0
+    assert built(source, inputs[1], again) == 0
+    same_rows(third, again)
+
+
+def test_an_update_of_an_unchanged_source_takes_everything_over(source, inputs, tmp_path, ray_cluster):
+    base, output = tmp_path / "base", tmp_path / "updated"
+    assert built(source, inputs[1], base) == 0
+    assert built(source, inputs[1], output, f"--base={base}") == 0
+    same_rows(output, base)
+    assert totals(output, "neighbors")["searched"] == 0
+    # parts are links, not copies
+    assert (output / "features" / "part-00000000.parquet").samefile(base / "features" / "part-00000000.parquet")
+    ours, theirs = (estimator.load(at / "estimator") for at in (output, base))
+    assert all((a == b).all() for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+
+
+IVF = (
+    "--index.kind=ivf_flat",
+    "--index.cells=4",
+    "--index.shards=2",
+    "--index.target_recall=0.8",
+    "--update.max_growth=2",
+    "--update.max_cell_distance=9",
+)
+
+
+@pytest.mark.slow
+def test_an_index_with_cells_keeps_its_quantizer_and_stays_within_its_error(source, inputs, tmp_path, ray_cluster):
+    base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
+    assert built(source, inputs[1], base, *IVF) == 0
+    grow(source)
+    assert built(source, inputs[1], output, f"--base={base}", *IVF) == 0
+    assert built(source, inputs[1], whole) == 0  # exact
+    quantizer = [(at / "index" / "quantizer.faiss").read_bytes() for at in (base, output)]
+    assert quantizer[0] == quantizer[1]
+    facts = totals(output, "index")
+    assert facts["recall"] >= 0.8 and facts["nprobe"] == totals(base, "index")["nprobe"]
+    ours, exact = (rows(at, "densities")["mean_knn_distance"].to_numpy() for at in (output, whole))
+    error = ours / exact - 1
+    assert error.min() > -1e-6 and error.max() <= facts["max_distance_relative_error"] + 1e-6
+    # and it is what a search of every row in that index finds: no neighbor was lost on the way
+    info = search.open_index(str(output / "index"))
+    table = rows(output, "features")
+    with search.open_pool(info, ray_cluster, 1, 1) as pool:
+        distances, ids, _ = search.search(pool, np.stack(table["feature"].to_numpy()), 5, table["sample_id"].to_numpy())
+    found = rows(output, "neighbors")
+    assert np.array_equal(np.stack(found["neighbor_ids"].to_numpy()), ids)
+    assert np.array_equal(np.stack(found["neighbor_distances"].to_numpy()), distances)
+
+
+@pytest.mark.slow
+def test_a_quantizer_that_new_rows_have_left_behind_is_trained_again(source, inputs, tmp_path, ray_cluster, capsys):
+    base, output = tmp_path / "base", tmp_path / "updated"
+    assert built(source, inputs[1], base, *IVF) == 0
+    grow(source)
+    assert built(source, inputs[1], output, f"--base={base}", *IVF, "--update.max_growth=0.1") == 0
+    assert "quantizer is trained again" in capsys.readouterr().out
+    assert (base / "index" / "quantizer.faiss").read_bytes() != (output / "index" / "quantizer.faiss").read_bytes()
+    assert totals(output, "neighbors").get("searched") is None
+
+
+@pytest.mark.parametrize(
+    "point", ["listing/_parts/*", "added/features/artifact.json", "features/_parts/*", "neighbors/_parts/*"]
+)
+@pytest.mark.slow
+def test_a_killed_update_resumes_to_the_same_bytes(source, inputs, tmp_path, ray_cluster, point):
+    base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "undisturbed"
+    assert built(source, inputs[1], base) == 0
+    grow(source)
+    more = ("--no-tracking.enabled", f"--base={base}")
+    assert built(source, inputs[1], whole, f"--base={base}") == 0
+    tiny.kill_when(point, output, *tiny.arguments(source, inputs[1], output, *more), workflow="build_index.py")
+    assert built(source, inputs[1], output, f"--base={base}") == 0
+    assert tiny.tables(output) == tiny.tables(whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--density.k=6",), "density.k: 5 -> 6"),
+        (("--features.batch_size=16",), "batch_size: 8 -> 16"),
+        (("--base=/nowhere",), "no finished run of build_index there"),
+    ],
+)
+def test_a_base_of_other_settings_is_refused(built_base, inputs, tmp_path, ray_cluster, capsys, more, expected):
+    source, base = built_base
+    argv = (f"--base={base}", *more)
+    assert built(source, inputs[1], tmp_path / "out", *argv) == errors.EXIT_BAD_INPUT
+    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(line) == 1 and expected in line[0] and "leave --base out" in line[0]
+
+
+@pytest.fixture(scope="module")
+def built_base(inputs, ray_cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    source = write(folder / "images", list(tiny.files().items())[:40])
+    assert built(source, inputs[1], folder / "out") == 0
+    return source, folder / "out"
