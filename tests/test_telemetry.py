@@ -1,5 +1,6 @@
 """Metrics of our own, scraped from the exporter of a real head node and held to what the artifacts say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,17 @@ with cluster.session("", "retried"):
 """
 
 
+DIES = """
+import os, ray
+from pd_core import cluster
+with cluster.session(""):
+    try:
+        ray.get(ray.remote(num_cpus=0.1, max_retries=0)(lambda: os._exit(1)).remote())
+    except ray.exceptions.WorkerCrashedError:
+        pass
+"""
+
+
 class Scraped:
     """What the exporter answered."""
 
@@ -44,6 +56,10 @@ class Scraped:
         text = urllib.request.urlopen(f"{head.metrics}/metrics", timeout=10).read().decode()
         # the parser puts Ray's counters, which declare their types with the suffix, under names without it
         self.samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    @property
+    def names(self) -> set[str]:
+        return {sample.name for sample in self.samples}
 
     def of(self, counter: telemetry.Counter, **labels: str) -> list[tuple[Labels, float]]:
         """Labels and value of every series of the counter that has these labels."""
@@ -71,6 +87,11 @@ def run(head: Head, *argv: str, workflow: str) -> tuple[int, str]:
     process = tiny.start(*argv, workflow=workflow, **head.environment, RAY_ADDRESS=head.gcs)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
+
+
+def run_script(head: Head, script: str) -> None:
+    environment = {**os.environ, **head.environment, "RAY_ADDRESS": head.gcs, "PYTHONPATH": str(tiny.ROOT)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +144,10 @@ def test_counters_of_build_index_are_what_it_committed(head, built_there):
 @pytest.mark.timeout(700)
 def test_seconds_are_held_by_the_actors_of_a_stage_and_never_more_than_there_were(head, built_there):
     scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, workflow="build_index", outcome="done") == 1)
-    held = {stage: scraped.sum(telemetry.HELD_S, stage=stage, resource="cpu") for stage in ("features", "search")}
+    stages = ("features", "search")
+    held = {stage: scraped.sum(telemetry.HELD_S, stage=stage, resource="cpu") or 0.0 for stage in stages}
     assert all(held.values()), held
-    elapsed_s = storage.json.loads((built_there / "run.json").read_text())["elapsed_s"]
+    elapsed_s = json.loads((built_there / "run.json").read_text())["elapsed_s"]
     assert sum(held.values()) <= 4 * elapsed_s
     busy = scraped.sum(telemetry.BUSY_S, workflow="build_index", stage="features", device="cpu")
     assert busy is not None and 0 < busy < 4 * elapsed_s
@@ -171,8 +193,7 @@ def test_ends_and_retries_are_counted(head, built_there, inputs):
     argv = tiny.arguments(*inputs, built_there, "--no-tracking.enabled", "--features.batch_size=16")
     done, text = run(head, *argv, workflow="build_index.py")
     assert done == 2, text
-    environment = {**os.environ, **head.environment, "RAY_ADDRESS": head.gcs, "PYTHONPATH": str(tiny.ROOT)}
-    subprocess.run([sys.executable, "-c", RETRIED], env=environment, check=True, timeout=120)
+    run_script(head, RETRIED)
     scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, workflow="retried", outcome="done") == 1)
     assert scraped.sum(telemetry.RUNS, workflow="build_index", outcome="refused") == 1
     assert scraped.sum(telemetry.RUNS, workflow="build_index", outcome="failed") == 0
@@ -190,8 +211,12 @@ def test_tags_have_few_values_and_what_rules_ask_of_ray_is_there(head, built_the
         own = {k: v for k, v in labels.items() if k not in OF_RAY and not k.startswith("otel_")}
         assert set(own) == {"workflow", *counter.tags}
         assert all(v in VALUES.get(k, {v}) for k, v in own.items()), own
-    names = {sample.name for sample in scraped.samples}
-    assert names | {"ray_unintentional_worker_failures_total"} >= RAYS_OWN, RAYS_OWN - names
+    run_script(head, DIES)
+    (died,) = (name for name in RAYS_OWN if name.endswith("worker_failures_total"))
+    scraped = wait_until(head, lambda s: died in s.names)
+    assert scraped.names >= set(RAYS_OWN), set(RAYS_OWN) - scraped.names
+    for name, labels in RAYS_OWN.items():
+        assert all(labels <= set(s.labels) for s in scraped.samples if s.name == name), name
 
 
 def test_a_cluster_of_our_own_counts_nothing(ray_cluster):
@@ -203,9 +228,8 @@ def test_a_cluster_of_our_own_counts_nothing(ray_cluster):
 
 
 def test_runs_of_which_a_run_consists_count_as_it(ray_cluster):
-    with cluster.session("", "curate") as now, cluster.shared(now):
-        with cluster.session("", "build_index"):
-            assert telemetry.workflow() == "curate"
+    with cluster.session("", "curate") as now, cluster.shared(now), cluster.session("", "build_index"):
+        assert telemetry.workflow() == "curate"
     assert telemetry.workflow() == ""
 
 
