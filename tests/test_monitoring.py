@@ -67,7 +67,7 @@ def expressions() -> dict[str, str]:
     for path in DASHBOARDS:
         for panel in panels(json.loads(path.read_text())):
             for target in panel.get("targets", []):
-                found[f"{path.name}: {panel['id']}{target['refId']}"] = filled(target["expr"])
+                found[f"{path.name}: {panel['title']} {panel['id']}{target['refId']}"] = filled(target["expr"])
     return found
 
 

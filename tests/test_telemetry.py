@@ -2,25 +2,31 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from pd_core import cluster, storage, telemetry
-from tests import tiny
-from tests.heads import Head, running_head
+from pd_core import cluster, errors, storage, telemetry
+from tests import test_curate, test_finetune, test_monitoring, test_perturb, tiny, tiny_generators
+from tests.heads import Head, free_ports, running_head
 from tests.test_monitoring import RAYS_OWN
+from tests.test_update import write
 
 Labels = dict[str, str]
 OF_RAY = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
 VALUES = {
-    "workflow": {"build_index", "generate", "retried"},
-    "stage": {"features", "neighbors", "densities", "search", "pilot", "samples", "anything"},
+    "workflow": {"build_index", "generate", "perturb", "finetune", "curate", "retried"},
+    "stage": {*test_monitoring.VALUES["stage"], "merging", "anything"},
     "resource": {"cpu"},
     "device": {"cpu"},
     "outcome": set(telemetry.OUTCOMES),
@@ -109,7 +115,37 @@ def monkeypatch_module():
 
 
 @pytest.fixture(scope="module")
-def built_there(head, inputs, tmp_path_factory):
+def prometheus(head, tmp_path_factory):
+    """The address of a real Prometheus with our configuration and alarms, where one is installed; else None."""
+    if (program := shutil.which("prometheus")) is None:
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = yaml.safe_load((test_monitoring.FOLDER / "prometheus.yaml").read_text())
+    # the file that lists nodes is one for the machine, where other heads may run
+    config["scrape_configs"] = [
+        {"job_name": "ray", "static_configs": [{"targets": [head.metrics.removeprefix("http://")]}]}
+    ]
+    config["rule_files"] = [str(test_monitoring.FOLDER / "rules.yaml")]
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    (port,) = free_ports(1)
+    options = [f"--config.file={folder / 'prometheus.yaml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [program, *options, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
+        )
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def answer(prometheus: str, path: str, **parameters: str) -> Any:
+    url = f"{prometheus}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    return json.loads(urllib.request.urlopen(url, timeout=30).read())["data"]
+
+
+@pytest.fixture(scope="module")
+def built_there(head, prometheus, inputs, tmp_path_factory):
     """An index, built on the head's cluster."""
     output = tmp_path_factory.mktemp("there") / "index"
     done, text = run(head, *tiny.arguments(*inputs, output, "--no-tracking.enabled"), workflow="build_index.py")
@@ -188,6 +224,50 @@ def test_counters_of_generate_are_what_it_made(head, built_there, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
+def test_images_that_are_perturbed_are_counted(head, built_there, tmp_path):
+    module = tmp_path / "smooth.pt"
+    torch.jit.script(test_perturb.Smooth()).save(module)
+    argv = test_perturb.arguments(built_there, tmp_path / "out", test_perturb.scripted(module))
+    done, text = run(head, *argv, workflow="perturb.py")
+    assert done == 0, text
+    ours = {"workflow": "perturb", "stage": "perturbed"}
+    scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, workflow="perturb", outcome="done") == 1)
+    perturbed = committed(tmp_path / "out" / "perturbed")
+    assert scraped.sum(telemetry.IMAGES, **ours) == perturbed.rows
+    assert scraped.sum(telemetry.PARTS, **ours) == len(perturbed.parts)
+    assert scraped.sum(telemetry.HELD_S, **ours)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_steps_of_a_training_are_counted(head, built_there, tmp_path):
+    generator = tiny_generators.save_ddpm(tmp_path / "ddpm")
+    done, text = run(head, *test_finetune.arguments(built_there, generator, tmp_path / "out"), workflow="finetune.py")
+    assert done == 0, text
+    ours = {"workflow": "finetune", "stage": "training"}
+    scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, workflow="finetune", outcome="done") == 1)
+    assert scraped.sum(telemetry.STEPS, **ours) == test_finetune.STEPS
+    assert scraped.sum(telemetry.HELD_S, **ours, resource="cpu") and scraped.sum(telemetry.BUSY_S, **ours, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_what_curate_comes_to_is_counted_and_all_it_consists_of_as_its_own(head, inputs, tmp_path):
+    source = write(tmp_path / "images", tiny.files().items())
+    file = test_curate.settings_file(source, inputs[1], tmp_path / "out", recipes=[test_curate.TYPICAL])
+    codes = [run(head, "--config", file, workflow="curate.py") for _ in range(2)]
+    assert [code for code, _ in codes] == [errors.EXIT_DONE, errors.EXIT_NOTHING_NEW], codes
+    ours = {"workflow": "curate"}
+    scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, **ours, outcome="done") == 2)
+    outcomes = ("released", "nothing_new", "held_back")
+    assert [scraped.sum(telemetry.RELEASES, outcome=outcome) for outcome in outcomes] == [1, 1, 0]
+    assert scraped.sum(telemetry.IMAGES, **ours, stage="features") == len(tiny.files())
+    accepted = scraped.sum(telemetry.ACCEPTED, **ours, stage="samples")
+    assert accepted is not None and accepted >= test_curate.TYPICAL["n"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_ends_and_retries_are_counted(head, built_there, inputs):
     before = Scraped(head).sum(telemetry.IMAGES, workflow="build_index")
     argv = tiny.arguments(*inputs, built_there, "--no-tracking.enabled", "--features.batch_size=16")
@@ -217,6 +297,28 @@ def test_tags_have_few_values_and_what_rules_ask_of_ray_is_there(head, built_the
     assert scraped.names >= set(RAYS_OWN), set(RAYS_OWN) - scraped.names
     for name, labels in RAYS_OWN.items():
         assert all(labels <= set(s.labels) for s in scraped.samples if s.name == name), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_prometheus_answers_every_panel_and_alarms_ring_for_what_happened(prometheus, built_there):
+    """After the tests before this one, whose runs it has seen."""
+    if prometheus is None:
+        pytest.skip("prometheus is not installed")
+    for where, expression in test_monitoring.expressions().items():
+        found = answer(prometheus, "query", query=expression)["result"]
+        # nothing held a GPU; an alarm that does not ring has no value
+        assert found or "json" not in where or "GPUs" in where, where
+    deadline = time.monotonic() + 90
+    wanted = {("PdCoreRunEndedInError", "build_index")}
+    while True:
+        ringing = {
+            (a["labels"]["alertname"], a["labels"].get("workflow")) for a in answer(prometheus, "alerts")["alerts"]
+        }
+        if wanted <= ringing or time.monotonic() > deadline:
+            break
+        time.sleep(2)
+    assert wanted <= ringing
 
 
 def test_a_cluster_of_our_own_counts_nothing(ray_cluster):
