@@ -180,8 +180,8 @@ def _outside(log: Path, begin: float, end: float) -> float:
 class TimedMakeChunk(chunking._MakeChunk):
     """chunking._MakeChunk, logged."""
 
-    def __init__(self, work: chunking.Work, deadline: float | None) -> None:
-        super().__init__(work, deadline)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.inside_s = 0.0
         for owner, name in ((self.maker.generator, "generate"), (self.maker.scorer, "features")):
             setattr(owner, name, self._timed(getattr(owner, name)))

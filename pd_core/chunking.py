@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pd_core import cluster, search, storage
+from pd_core import cluster, search, storage, telemetry
 from pd_core.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class Work(Protocol):
     @property
     def name(self) -> str:
         """Of what is made, for messages."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Of the stage, for metrics."""
         ...
 
     @property
@@ -74,6 +79,10 @@ class Work(Protocol):
         """Commit a part of finished chunks, in their order; its rows."""
         ...
 
+    def count(self, chunks: int, rows: int) -> None:
+        """Tell the metrics of a committed part."""
+        ...
+
 
 # ---- a chunk on its actor --------------------------------------------------------------------------------------------
 
@@ -93,13 +102,15 @@ def _row(schema: pa.Schema, values: Mapping[str, Any]) -> pa.Table:
 class _MakeChunk:
     """Ray Data actor: a chunk's number to what it holds. A chunk that fails twice goes on as an error, not as an exception."""
 
-    def __init__(self, work: Work, deadline: float | None) -> None:
-        """deadline: in seconds since the epoch; chunks that come later are not made."""
+    def __init__(self, work: Work, deadline: float | None, workflow: str = "") -> None:
+        """deadline: in seconds since the epoch; chunks that come later are not made. workflow: for the metrics."""
+        telemetry.hold(workflow, work.kind)
         self.work, self.deadline = work, deadline
         self.failure: UserError | RunError | None = None
         self.broken = False
         try:
-            self.maker = work.open(cluster.assigned_device())
+            self.device = cluster.assigned_device()
+            self.maker = work.open(self.device)
         except (UserError, RunError) as error:  # an actor that dies in its constructor would take the reason with it
             self.failure = error
 
@@ -125,6 +136,7 @@ class _MakeChunk:
                 if "out of memory" in reason:
                     reason += "; lower --chunk"
         self.broken = made is None and "CUDA error" in reason  # no later chunk of this process can succeed
+        telemetry.busy(watch.seconds, self.work.kind, self.device)
         values = {"chunk": chunk, "busy_s": watch.seconds} | ({"error": reason} if made is None else dict(made))
         return _row(self.work.made, values)
 
@@ -221,6 +233,7 @@ def execute(
 
     n: rows at which the progress bar ends.
     """
+    _count(work, 0, 0, 0, 0)
     for record in _stream(work, wanted, now, pool, index, deadline).iter_rows():
         part = record["part"]
         state.late = record["late"] or (deadline is not None and time.time() > deadline)
@@ -228,13 +241,21 @@ def execute(
             return
         if record["error"] is None:
             state.rows[part] = record["rows"]
+            _count(work, 1, 0, len(record["busy_s"]), record["rows"])
         else:
             state.failed[part] = record["error"]
+            _count(work, 0, 1, 0, 0)
             cluster.say(f"{work.name}: {record['error']}; its part is left out for now, the others go on")
         state.busy_s += record["busy_s"]
         bar.update(min(record["rows"], n - bar.n))
         if state.late or state.hopeless or enough():
             return
+
+
+def _count(work: Work, parts: int, failed: int, chunks: int, rows: int) -> None:
+    telemetry.PARTS.add(parts, stage=work.kind)
+    telemetry.FAILED_PARTS.add(failed, stage=work.kind)
+    work.count(chunks, rows)
 
 
 def _stream(
@@ -259,7 +280,7 @@ def _stream(
     fewest, most, cpus, gpus = cluster.actor_pool(free, pool.actors, pool.actor_cpus, pool.actor_gpus, len(numbers))
     made = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
         _MakeChunk,
-        fn_constructor_args=(work, deadline),
+        fn_constructor_args=(work, deadline, telemetry.workflow()),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),

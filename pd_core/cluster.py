@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage
+from pd_core import storage, telemetry
 from pd_core.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def connect() -> Cluster:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # Nobody scrapes the metrics of such a cluster, and their exporter leaves a thread behind (one per session) that can
     # crash a process that is done: seen as a segmentation fault in its exit.
-    os.environ.setdefault("RAY_enable_open_telemetry", "0")
+    os.environ.setdefault(telemetry.SWITCH, "0")
     # Tasks of a fraction of a CPU make more workers than CPUs; Ray would end the idle ones of these after a second, and
     # start them again for the next task, at 2 s of imports each (a fifth of the machine while small images stream).
     os.environ.setdefault("RAY_num_workers_soft_limit", str(_idle_workers()))
@@ -111,8 +111,11 @@ def connect() -> Cluster:
 
 
 @contextlib.contextmanager
-def session(output: str) -> Iterator[Cluster]:
-    """`connect` for the time of a run; a cluster that was started for it ends with it."""
+def session(output: str, workflow: str = "") -> Iterator[Cluster]:
+    """`connect` for the time of a run; a cluster that was started for it ends with it.
+
+    workflow: whose run it is, for the metrics; empty where it is none's.
+    """
     import ray
 
     if _shared is not None:
@@ -126,10 +129,27 @@ def session(output: str) -> Iterator[Cluster]:
     if nodes > 1 and "://" not in output:
         say(f"ray: {nodes} nodes and a local --output; every node must see {output} (a shared disk), or use s3://")
     try:
-        yield now
+        with telemetry.running(workflow), _counted() if workflow else contextlib.nullcontext():
+            yield now
     finally:
         if not joined:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    """Count how the run inside ends."""
+    for outcome in telemetry.OUTCOMES:
+        telemetry.RUNS.add(0, outcome=outcome)
+    outcome = "failed"
+    try:
+        yield
+        outcome = "done"
+    except UserError:
+        outcome = "refused"
+        raise
+    finally:
+        telemetry.RUNS.add(1, outcome=outcome)
 
 
 @contextlib.contextmanager
@@ -361,8 +381,10 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
 
     failure: Exception | None = None
     delays, before = iter(ROUND_DELAYS_S), 0
+    telemetry.RETRIES.add(0, stage=stage)
     while (delay_s := next(delays, None)) is not None:
         if failure is not None:
+            telemetry.RETRIES.add(1, stage=stage)
             say(f"{stage}: {one_line(failure)}; trying what is missing again in {delay_s:g} s")
             time.sleep(delay_s)
         failure = None

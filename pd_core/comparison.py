@@ -115,7 +115,7 @@ def compare(settings: TradeoffSettings) -> None:
     cluster.say(config.to_yaml(settings))
     output, watch = str(settings.output), storage.Stopwatch()
     with (
-        cluster.session(output) as now,
+        cluster.session(output, "tradeoff") as now,
         tracking.start(settings.tracking, output, "tradeoff", {"workflow": "tradeoff"}) as tracker,
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
@@ -160,7 +160,7 @@ def plan_tradeoff(settings: TradeoffSettings) -> None:
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     off = settings.tracking.model_copy(update={"enabled": False})
-    with cluster.session(output) as now, tracking.start(off, output, "tradeoff", {}) as tracker:
+    with cluster.session(output, "tradeoff") as now, tracking.start(off, output, "tradeoff", {}) as tracker:
         run = Run(settings, output, now, tracker, "tradeoff", STAGES)
         with _own_words(), contextlib.ExitStack() as resources:
             cluster.say(_plan(run, settings, real, found, resources).text)

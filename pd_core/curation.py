@@ -35,6 +35,7 @@ from pd_core import (
     releasing,
     sources,
     storage,
+    telemetry,
     tracking,
     updating,
 )
@@ -47,6 +48,7 @@ BEGUN = "begun.json"  # in a version of the index: what it is made from
 _VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{12}")
 CURRENT = "current.json"  # in INDEX: the version that was finished last
 EVALUATION = "evaluation"
+OUTCOMES = {errors.EXIT_DONE: "released", errors.EXIT_NOTHING_NEW: "nothing_new", errors.EXIT_HELD_BACK: "held_back"}
 SECTIONS = ("data", "features", "index", "density", "estimator", "update")  # of the settings of build_index
 
 
@@ -88,11 +90,14 @@ def curate(settings: CurateSettings) -> int:
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     with leases.hold(storage.join(output, LOCK), settings.lock.lease_s) as lease, _session(settings) as (run, tracker):
+        for outcome in OUTCOMES.values():
+            telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
             index = _index(run, settings, lease)
             lease.check()
             code = _release(run, settings, index, lease)
             _clear(settings, lease)
+        telemetry.RELEASES.add(1, outcome=OUTCOMES[code])
         tracker.metrics({"exit_code": code})
     return code
 
@@ -102,7 +107,7 @@ def _session(settings: CurateSettings) -> Iterator[tuple[Run, tracking.Tracker]]
     """One cluster for the run and all that it consists of, and a tracked run of its own."""
     output = str(settings.output)
     with (
-        cluster.session(output) as now,
+        cluster.session(output, "curate") as now,
         cluster.shared(now),
         tracking.start(settings.tracking, output, "curate", {"workflow": "curate"}) as tracker,
     ):

@@ -43,7 +43,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     cluster.say(config.to_yaml(settings))
     output, watch = str(settings.output), storage.Stopwatch()
     with (
-        cluster.session(output) as now,
+        cluster.session(output, "evaluate") as now,
         tracking.start(settings.tracking, output, "evaluate", {"workflow": "evaluate"}) as tracker,
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
@@ -63,7 +63,7 @@ def plan_evaluate(settings: EvaluateSettings) -> None:
     """Print the resolved settings and what would be measured; write nothing."""
     settings, real, sets = prepare(settings)
     cluster.say(config.to_yaml(settings))
-    with cluster.session(str(settings.output)):
+    with cluster.session(str(settings.output), "evaluate"):
         measured_in = spaces.open_spaces(real, settings.judge)
     judged = " and ".join(f"{space.extractor} ({space.name})" for space in measured_in)
     each = f"{settings.n} images" if settings.n else "as many images as the smallest has"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import backbones, cluster, images, schemas, sources, storage
+from pd_core import backbones, cluster, images, schemas, sources, storage, telemetry
 from pd_core.config import DataSettings, FeatureSettings
 from pd_core.errors import RunError, UserError, one_line
 from pd_core.images import Preprocess, Reason
@@ -332,12 +332,22 @@ def _execute(
     bad = reasons_of(done.values())
     stop_if_mostly_bad(bad, work.listing.rows, max_bad, work.quarantine.uri)
     rows_done = sum(part.rows + sum(part.counts.values()) for part in done.values())
+    _count(0, 0, dict.fromkeys(Reason, 0))
     with cluster.progress("features", work.listing.rows, "images", rows_done) as bar:
         for record in _stream(work, now, settings).iter_rows():
             bar.update(record["rows"])
-            for reason, count in json.loads(record["quarantined"]).items():
+            reasons = json.loads(record["quarantined"])
+            _count(1, record["rows"], reasons)
+            for reason, count in reasons.items():
                 bad[reason] = bad.get(reason, 0) + count
             stop_if_mostly_bad(bad, work.listing.rows, max_bad, work.quarantine.uri)
+
+
+def _count(parts: int, rows: int, quarantined: Mapping[str, int]) -> None:
+    telemetry.PARTS.add(parts, stage="features")
+    telemetry.IMAGES.add(rows, stage="features")
+    for reason, count in quarantined.items():
+        telemetry.QUARANTINED.add(count, stage="features", reason=str(reason))
 
 
 def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
@@ -361,7 +371,7 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     )
     extracted = decoded.map_batches(
         _ExtractBatch,
-        fn_constructor_args=(work.spec, settings.actor_cpus, work.batch_size),
+        fn_constructor_args=(work.spec, settings.actor_cpus, work.batch_size, telemetry.workflow()),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
@@ -451,7 +461,8 @@ class _ExtractBatch:
     last bits. So an image has the same feature beside whatever others, in a last batch too.
     """
 
-    def __init__(self, spec: ExtractorSpec, threads: int, batch_size: int) -> None:
+    def __init__(self, spec: ExtractorSpec, threads: int, batch_size: int, workflow: str) -> None:
+        telemetry.hold(workflow, "features")
         self.batch_size = batch_size
         self.failure: UserError | RunError | None = None
         try:
@@ -470,6 +481,7 @@ class _ExtractBatch:
         good = np.array([reason is None for reason in reasons], dtype=bool)
         features = np.zeros((count, spec.feature_dim), dtype=np.float32)
         if good.any():
+            watch = storage.Stopwatch()
             raw = batch["pixels"].combine_chunks().buffers()[2]
             found = int(good.sum())
             shape = (found, spec.preprocess.height, spec.preprocess.width, 3)
@@ -477,6 +489,7 @@ class _ExtractBatch:
             pixels[:found] = np.frombuffer(raw, np.uint8, count=int(np.prod(shape))).reshape(shape)
             with np.errstate(all="ignore"):
                 features[good] = self.extractor.extract(pixels)[:found]
+            telemetry.busy(watch.seconds, "features", self.extractor.device.type)
         for row in np.flatnonzero(~np.isfinite(features).all(axis=1)):
             features[row] = 0
             reasons[row] = Reason.FEATURE_NOT_FINITE.value

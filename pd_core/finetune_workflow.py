@@ -157,7 +157,7 @@ def finetune(settings: FinetuneSettings) -> None:
     cluster.say(config.to_yaml(settings))
     output, watch = str(settings.output), storage.Stopwatch()
     with (
-        cluster.session(output) as now,
+        cluster.session(output, "finetune") as now,
         tracking.start(settings.tracking, output, "finetune", {"workflow": "finetune"}) as tracker,
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
@@ -180,7 +180,7 @@ def plan_finetune(settings: FinetuneSettings) -> None:
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     off = settings.tracking.model_copy(update={"enabled": False})
-    with cluster.session(output) as now, tracking.start(off, output, "finetune", {}) as tracker:
+    with cluster.session(output, "finetune") as now, tracking.start(off, output, "finetune", {}) as tracker:
         planned = _plan(Run(settings, output, now, tracker, "finetune", STAGES), settings, real)
         cluster.say(planned.text)
         with failures("training", output):

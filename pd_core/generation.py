@@ -81,7 +81,7 @@ def generate(settings: GenerateSettings) -> None:
     cluster.say(config.to_yaml(settings))
     output, watch = str(settings.output), storage.Stopwatch()
     with (
-        cluster.session(output) as now,
+        cluster.session(output, "generate") as now,
         tracking.start(settings.tracking, output, "generate", {"workflow": "generate"}) as tracker,
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
@@ -109,7 +109,7 @@ def plan_generate(settings: GenerateSettings) -> None:
             f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made with; "
             "choose another --output"
         )
-    with cluster.session(output) as now, tracking.start(_off(settings), output, "generate", {}) as tracker:
+    with cluster.session(output, "generate") as now, tracking.start(_off(settings), output, "generate", {}) as tracker:
         run = Run(settings, output, now, tracker, "generate", STAGES)
         with contextlib.ExitStack() as resources:
             planned = _plan(run, settings, real, resources)

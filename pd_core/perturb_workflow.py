@@ -57,7 +57,7 @@ def perturb(settings: PerturbSettings) -> None:
     cluster.say(config.to_yaml(settings))
     output, watch = str(settings.output), storage.Stopwatch()
     with (
-        cluster.session(output) as now,
+        cluster.session(output, "perturb") as now,
         tracking.start(settings.tracking, output, "perturb", {"workflow": "perturb"}) as tracker,
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
@@ -80,7 +80,7 @@ def plan_perturb(settings: PerturbSettings) -> None:
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     off = settings.tracking.model_copy(update={"enabled": False})
-    with cluster.session(output) as now, tracking.start(off, output, "perturb", {}) as tracker:
+    with cluster.session(output, "perturb") as now, tracking.start(off, output, "perturb", {}) as tracker:
         planned = _plan(Run(settings, output, now, tracker, "perturb", STAGES), settings, real)
         cluster.say(planned.text)
         with failures("perturbed", output):

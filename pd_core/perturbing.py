@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import acceptance, chunking, cluster, density, generators, ids, perturbation, schemas, search, storage
+from pd_core import (
+    acceptance,
+    chunking,
+    cluster,
+    density,
+    generators,
+    ids,
+    perturbation,
+    schemas,
+    search,
+    storage,
+    telemetry,
+)
 from pd_core.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
 from pd_core.chunking import MAX_CHUNKS, Pool, Progress
 from pd_core.errors import RunError, UserError
@@ -108,6 +120,15 @@ class Job:
         counts = {"not_finite": sum(finished["not_finite"].to_pylist())}
         self.stage.write_table(storage.part_name(part), table, counts)
         return table.num_rows
+
+    @property
+    def kind(self) -> str:
+        """perturbed."""
+        return self.stage.kind
+
+    def count(self, chunks: int, rows: int) -> None:
+        """Images, one for each direction of a sample."""
+        telemetry.IMAGES.add(rows, stage=self.kind)
 
 
 def stage_of(uri: str, recipe: Recipe, move: Move, chunks_per_part: int, n: int) -> storage.Stage:

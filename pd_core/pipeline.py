@@ -67,7 +67,10 @@ def build_index(settings: BuildIndexSettings) -> None:
     output = str(settings.output)
     watch = storage.Stopwatch()
     tags = {"workflow": "build_index"}
-    with cluster.session(output) as now, tracking.start(settings.tracking, output, "build_index", tags) as tracker:
+    with (
+        cluster.session(output, "build_index") as now,
+        tracking.start(settings.tracking, output, "build_index", tags) as tracker,
+    ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
         run = Run(settings, output, now, tracker, "build_index", STAGES)
         _build(run, settings, source)
@@ -83,7 +86,7 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
     """Print the resolved settings and the plan; write nothing."""
     settings, source = prepare(settings)
     cluster.say(config.to_yaml(settings))
-    with cluster.session(str(settings.output)) as now:
+    with cluster.session(str(settings.output), "build_index") as now:
         cluster.say(planning.plan(settings, source, now, limits_of(settings)))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import chunking, cluster, schemas, search, storage
+from pd_core import chunking, cluster, schemas, search, storage, telemetry
 from pd_core.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
 from pd_core.chunking import LATE, MAX_CHUNKS, Pool, Progress
 from pd_core.errors import RunError
@@ -133,6 +133,16 @@ class Job:
             self.rejected.write_table(storage.part_name(part), _rejected(self.recipe, part, self, table, scores))
         self.samples.write_table(storage.part_name(part), table, counts | _histogram(self.recipe, scores.density))
         return table.num_rows
+
+    @property
+    def kind(self) -> str:
+        """samples, or pilot."""
+        return self.samples.kind
+
+    def count(self, chunks: int, rows: int) -> None:
+        """Candidates and those accepted; the run may need fewer of its last part."""
+        telemetry.CANDIDATES.add(chunks * self.recipe.chunk, stage=self.kind)
+        telemetry.ACCEPTED.add(rows, stage=self.kind)
 
     def done(self) -> dict[int, storage.Part]:
         """Finished parts by number; where rejected rows are kept, both files are there."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import cluster, index, knn, storage
+from pd_core import cluster, index, knn, storage, telemetry
 from pd_core.errors import RunError, UserError
 
 QUANTIZER = "quantizer.faiss"
@@ -77,7 +77,8 @@ def open_index(uri: str) -> IndexInfo:
 class _Searcher:
     """Ray actor that holds some shards in memory; after a restart it opens them again."""
 
-    def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int) -> None:
+    def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int, workflow: str) -> None:
+        telemetry.hold(workflow, "search")
         files = [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
         self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
 
@@ -128,7 +129,7 @@ def open_pool(
     actor = ray.remote(_Searcher).options(num_cpus=cpus, num_gpus=gpus, **cluster.ACTOR_OPTIONS)
     holders = _holder(np.arange(info.shards), info.shards, count)
     owned = [np.flatnonzero(holders == number).tolist() for number in range(count)]
-    handles = tuple(actor.remote(info, shards, threads) for shards in owned)
+    handles = tuple(actor.remote(info, shards, threads, telemetry.workflow()) for shards in owned)
     pool = SearchPool(info, handles, count * cpus, cluster.io_cpus(now, count * cpus))
     try:
         cluster.wait_for(pool.actors, "search")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, density, schemas, search, storage
+from pd_core import cluster, density, schemas, search, storage, telemetry
 from pd_core.config import DensitySettings, IndexSettings
 from pd_core.errors import RunError
 from pd_core.features import load_features
@@ -52,14 +52,18 @@ def find_neighbors(
     todo = [(block, [n for n in block if n not in done]) for block in blocks if any(n not in done for n in block)]
     rows_done = sum(part.rows for part in done.values())
     asked = sent = 0
+    telemetry.PARTS.add(0, stage="neighbors")
+    telemetry.SEARCHED.add(0, stage="neighbors")
     with (
         search.open_pool(info, cluster.refreshed(now), index_settings.actors, index_settings.actor_cpus) as pool,
         cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
     ):
         join = cluster.task(_join_block, pool.io_cpus)
         submit = lambda item: join.remote(stage, pool, features_uri, *item, settings.k)  # noqa: E731
-        for _, traffic in cluster.bounded(submit, todo, lambda: len(pool.actors) + 1):
+        for (_, written), traffic in cluster.bounded(submit, todo, lambda: len(pool.actors) + 1):
             bar.update(traffic.queries)
+            telemetry.PARTS.add(len(written), stage="neighbors")
+            telemetry.SEARCHED.add(traffic.queries, stage="neighbors")
             asked += traffic.queries
             sent += traffic.rows_sent
     totals: dict[str, Any] = {"rows": features.rows, "k": settings.k, "dim": info.dim, "nprobe": info.nprobe}
@@ -145,10 +149,12 @@ def write_densities(
     done = stage.finished_parts()
     wanted = [[name for name in group if name not in done] for group in groups]
     write = ray.remote(_write_group).options(**options)
+    telemetry.PARTS.add(0, stage="densities")
     with cluster.progress("densities", len(names), "parts", len(done)) as bar:
         submit = lambda group: write.remote(stage, neighbors_uri, features_uri, group, settings, totals, ranks)  # noqa: E731
         for group, _ in cluster.bounded(submit, [group for group in wanted if group], cluster.in_flight):
             bar.update(len(group))
+            telemetry.PARTS.add(len(group), stage="densities")
     parts = stage.finished_parts()
     return [parts[name] for name in names], totals | {"k": settings.k, "volume_dim": settings.volume_dim}
 

@@ -36,6 +36,7 @@ from pd_core import (
     selfjoin,
     sources,
     storage,
+    telemetry,
 )
 from pd_core.config import BuildIndexSettings, DensitySettings, EstimatorSettings, IndexSettings, UpdateSettings
 from pd_core.errors import RunError, UserError
@@ -380,6 +381,7 @@ def merge_features(
     with cluster.progress("features", changes.listed.parts, "parts", changes.listed.parts - len(todo)) as bar:
         for _ in cluster.bounded(submit, todo, cluster.in_flight):
             bar.update(1)
+            telemetry.PARTS.add(1, stage="features")
     parts = stage.finished_parts()
     reasons = features.reasons_of(parts.values())
     listed, good = changes.listed.rows, sum(part.rows for part in parts.values())
@@ -589,6 +591,8 @@ def merge_neighbors(
     pieces = {piece.number: piece for piece in _pieces(changes)}
     blocks = selfjoin.make_blocks(merged, settings.block_rows)
     todo = [missing for block in blocks if (missing := [name for name in block if name not in done])]
+    telemetry.PARTS.add(0, stage="neighbors")
+    telemetry.SEARCHED.add(0, stage="neighbors")
     removed, searched = ray.put(changes.removed), 0
     features_uri = storage.join(output, "features")
     job = _Merge(stage, features_uri, base.uri, settings.k, _cell_rows(base))
@@ -605,6 +609,8 @@ def merge_neighbors(
 
         for names, count in cluster.bounded(submit, todo, cluster.in_flight):
             bar.update(len(names))
+            telemetry.PARTS.add(len(names), stage="neighbors")
+            telemetry.SEARCHED.add(count, stage="neighbors")
             searched += count
     parts = list(stage.finished_parts().values())
     if (found := sum(part.rows for part in parts)) != merged.rows:

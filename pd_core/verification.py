@@ -45,7 +45,7 @@ def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int |
     artifact = committed.pop("samples", None)
     if artifact is None or artifact.kind != "samples":
         raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
-    with cluster.session(uri) as now, failures("verify", uri):
+    with cluster.session(uri, "verify") as now, failures("verify", uri):
         recipe = recipe_of(uri, artifact, generator)
         if recipe.device == "cuda" and not now.gpus:
             raise UserError(

@@ -507,7 +507,7 @@ def test_a_chunk_that_comes_after_the_deadline_is_not_made(monkeypatch):
     """A part may take hours: the clock is looked at before each of its chunks."""
 
     class Work:
-        made = pa.schema([("pixels", pa.large_binary())])
+        kind, made = "samples", pa.schema([("pixels", pa.large_binary())])
 
         def open(self, device):
             return device

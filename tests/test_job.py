@@ -1,92 +1,32 @@
 """`ray job submit` against `ray start --head`, with the workflow's own defaults of a job: nothing installed by hand."""
 
-import contextlib
-import os
 import re
-import secrets
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 
 from tests import tiny
+from tests.heads import RAY, running_head
 
 # a head with a dashboard takes 10 s, a job 15 s more, on top of the workflow
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
-RAY = str(Path(sys.executable).parent / "ray")
-
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A head node of our own; its processes are ended by pid, never through `ray stop`."""
-    log_file = tmp_path_factory.mktemp("head") / "head.log"
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    log = log_file.open("w")
-    ports = free_ports(3)
-    process = subprocess.Popen(
-        [
-            RAY,
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus=4",
-            f"--port={ports[0]}",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={ports[1]}",
-            f"--ray-client-server-port={ports[2]}",
-        ],
-        env=environment,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{ports[1]}"
-    deadline = time.monotonic() + 120
-    ready = [RAY, "job", "list", "--address", address]
-    while subprocess.run(ready, env=environment, capture_output=True).returncode != 0:
-        assert process.poll() is None and time.monotonic() < deadline, log_file.read_text()
-        time.sleep(1)
-    yield address, environment
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    process.send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=30)
-    for one in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    log.close()
-
-
-def free_ports(count: int) -> list[int]:
-    import socket
-
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    with running_head(tmp_path_factory.mktemp("head")) as running:
+        yield running
 
 
 def submit(head, *argv, workflow="build_index.py"):
-    address, environment = head
     return subprocess.run(
         [
             RAY,
             "job",
             "submit",
             "--address",
-            address,
+            head.dashboard,
             "--working-dir",
             str(tiny.ROOT),
             "--",
@@ -94,7 +34,7 @@ def submit(head, *argv, workflow="build_index.py"):
             f"workflows/{workflow}",
             *argv,
         ],
-        env=environment,
+        env=head.environment,
         capture_output=True,
         text=True,
         timeout=580,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, evaluating, schemas, storage
+from pd_core import cluster, evaluating, schemas, storage, telemetry
 from pd_core.candidates import picture
 from pd_core.config import FinetuneSettings
 from pd_core.errors import RunError, UserError, one_line
@@ -54,13 +54,14 @@ class Job:
 
 
 def work(values: Mapping[str, Any]) -> None:
-    """What Ray Train runs in each worker. values: job (Job), reference (of metrics.Reference), monitor (actor)."""
+    """What Ray Train runs in each worker. values: job (Job), reference (of metrics.Reference), monitor (actor), workflow."""
     import ray
     import ray.train
     import torch
     from ray.train.torch import get_device
 
     job: Job = values["job"]
+    telemetry.hold(values["workflow"], "training")
     context = ray.train.get_context()
     threads = job.settings.worker_cpus
     torch.set_num_threads(threads)
@@ -163,6 +164,7 @@ class Loop:
                 progress.step += 1
                 counted = parallel.sum_of({"replaced": batch.replaced}, self.share.world, self.share.device)
                 progress.replaced += round(counted["replaced"])
+                telemetry.busy(watch.seconds - data_s, "training", self.share.device)
                 self._times.append((watch.seconds, data_s))
                 self._log(logged | {"step_s": watch.seconds, "data_s": data_s})
                 self._pause()

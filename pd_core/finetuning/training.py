@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pd_core import cluster, storage, tracking
+from pd_core import cluster, storage, telemetry, tracking
 from pd_core.errors import RunError, UserError, one_line
 from pd_core.finetuning import checkpoints, loop
 
@@ -138,7 +138,12 @@ def _execute(job: loop.Job, now: cluster.Cluster, workers: Workers, reference: A
     with tempfile.TemporaryDirectory() as scratch, _watched(monitor, job, tracker):
         trainer = _trainer_class(now.local)(
             loop.work,
-            train_loop_config={"job": job, "reference": reference, "monitor": monitor},
+            train_loop_config={
+                "job": job,
+                "reference": reference,
+                "monitor": monitor,
+                "workflow": telemetry.workflow(),
+            },
             torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=workers.count, use_gpu=bool(workers.gpus), resources_per_worker=resources
@@ -215,8 +220,10 @@ def _passes(failure: BaseException) -> bool:
 def _watched(monitor: Any, job: loop.Job, tracker: tracking.Tracker) -> Iterator[None]:
     """Show progress while the body runs, in a thread, since the body waits for Ray Train."""
     over = threading.Event()
+    begun = max(0, checkpoints.newest(job.stage))
+    telemetry.STEPS.add(0, stage="training")
     with cluster.progress("training", job.settings.steps, "steps") as bar:
-        watcher = threading.Thread(target=_watch, args=(monitor, job, tracker, bar, over.wait), daemon=True)
+        watcher = threading.Thread(target=_watch, args=(monitor, begun, tracker, bar, over.wait), daemon=True)
         watcher.start()
         try:
             yield
@@ -225,9 +232,8 @@ def _watched(monitor: Any, job: loop.Job, tracker: tracking.Tracker) -> Iterator
             watcher.join(timeout=30)
 
 
-def _watch(
-    monitor: Any, job: loop.Job, tracker: tracking.Tracker, bar: tqdm[Any], over: Callable[[float], bool]
-) -> None:
+def _watch(monitor: Any, begun: int, tracker: tracking.Tracker, bar: tqdm[Any], over: Callable[[float], bool]) -> None:
+    """begun: step from which the workers go on."""
     import ray
 
     last = False
@@ -245,6 +251,8 @@ def _watch(
                 bar.reset()
                 bar.initial = step
             bar.update(step - bar.n)
+            telemetry.STEPS.add(max(0, step - begun), stage="training")
+            begun = max(begun, step)
             bar.set_postfix(
                 {name: f"{values[name]:.3g}" for name in ("loss", "d_loss", "g_loss", "acceptance") if name in values}
             )
