@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.errors import CredentialsRefused, RunError, UserError, one_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -424,7 +424,7 @@ def raise_cause(error: BaseException) -> None:
 
 
 def cause(error: BaseException) -> UserError | RunError | None:
-    """The UserError or RunError that a Ray error wraps, at any depth."""
+    """The UserError or RunError that a Ray error wraps, at any depth; credentials that were refused are one."""
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]
     while chain:
@@ -434,6 +434,8 @@ def cause(error: BaseException) -> UserError | RunError | None:
         seen.add(id(current))
         if isinstance(current, UserError | RunError) and type(current) in (UserError, RunError):
             return current  # Ray's own wrappers are made subclasses of the cause's type
+        if type(current) is CredentialsRefused:  # in another process: no storage.explained was around it
+            return storage.explain(current, current.uri)
         chain += [getattr(current, "cause", None), current.__cause__, current.__context__]
     return None
 
