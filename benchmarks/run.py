@@ -35,6 +35,7 @@ NAMES = (
     "tradeoff",
     "finetune",
     "stream",
+    "autoscaling",
 )
 
 
