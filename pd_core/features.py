@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -354,8 +353,7 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     """The Ray Data plan: batch numbers -> decoded batches -> features -> committed parts, in order."""
     import ray.data
 
-    # its plans are not for the user; set after the import, which sets another level
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    cluster.silence_ray_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

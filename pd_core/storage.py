@@ -45,8 +45,12 @@ _NUMBERED = re.compile(r"(part|shard)-\d+\.\w+$")
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URI and the path in it. Listings are never cached: other processes write there."""
-    options = {"use_listings_cache": False} if uri.startswith("s3://") else {}
-    return fsspec.core.url_to_fs(uri, **options)
+    if not uri.startswith("s3://"):
+        return fsspec.core.url_to_fs(uri)
+    from pd_core.s3 import S3FileSystem  # half a second of imports
+
+    fs = S3FileSystem(**S3FileSystem._get_kwargs_from_urls(uri), use_listings_cache=False)
+    return fs, fs._strip_protocol(uri)
 
 
 def is_local(uri: str) -> bool:
@@ -84,9 +88,9 @@ def explain(error: BaseException, uri: str) -> UserError | RunError:
         )
     if kind in ("NoCredentialsError", "PartialCredentialsError") or "Unable to locate credentials" in chain:
         return UserError(f"{uri}: no credentials found; set them in the environment or use an instance role")
-    if "ExpiredToken" in chain:
+    if any(word in chain for word in ("ExpiredToken", "TokenRefreshRequired")):
         return UserError(f"{uri}: the credentials have expired; refresh them and run the same command again")
-    if any(word in chain for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch")):
+    if any(word in chain for word in ("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")):
         return UserError(
             f"{uri}: the store does not accept these credentials ({text}); check the access key and secret"
         )

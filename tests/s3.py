@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import fsspec
 
+from tests import fronting
+
 ACCESS_KEY = "test-key"
 SECRET_KEY = "test-secret"
+OTHER_KEY = "other-key"  # with the same secret and rights as the first
 READER_KEY = "reader-key"  # with the same secret: may read everything and write nothing
 START_TIMEOUT_S = 60.0
 
@@ -97,13 +101,19 @@ def _wait_until_up(server: S3Server, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def running_server(directory: Path) -> Iterator[S3Server]:
-    """Start a server that keeps its data and its log in `directory`, and end it afterwards."""
+def running_server(directory: Path, more: Mapping[str, str] | None = None) -> Iterator[S3Server]:
+    """Start a server that keeps its data and its log in `directory`, and end it afterwards.
+
+    Args:
+        directory: made here.
+        more: further access keys and their secrets, with all rights.
+    """
     (directory / "data").mkdir(parents=True)
     master, volume, filer, s3 = _free_ports(4)
+    keys = {ACCESS_KEY: SECRET_KEY, OTHER_KEY: SECRET_KEY, **(more or {})}
     identity = {
         "name": "test",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "credentials": [{"accessKey": key, "secretKey": secret} for key, secret in keys.items()],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     reader = {
@@ -141,3 +151,53 @@ def running_server(directory: Path) -> Iterator[S3Server]:
             yield server
         finally:
             _end(process)
+
+
+# As S3 documents it: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+EXPIRED = fronting.Answer(
+    400,
+    {"Content-Type": "application/xml"},
+    b"""<?xml version="1.0" encoding="UTF-8"?>
+<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message><RequestId>1</RequestId></Error>""",
+)
+
+
+@dataclass
+class ExpiringServer:
+    """A server in front of another one that refuses expired keys as S3 does; all else goes through as it is.
+
+    Attributes:
+        url: the endpoint.
+        expired: access keys that are refused.
+        requests: (method, path, access key, whether it was refused) of each, in order.
+    """
+
+    url: str = ""
+    expired: set[str] = field(default_factory=set)
+    requests: list[tuple[str, str, str, bool]] = field(default_factory=list)
+
+    def refused(self) -> list[str]:
+        """Methods of the refused requests."""
+        return [method for method, _, _, refused in self.requests if refused]
+
+    def gate(self, request: fronting.Request) -> fronting.Answer | None:
+        """Whether a request goes through."""
+        found = re.search("Credential=([^/]+)/", request.headers.get("Authorization", ""))
+        key = found[1] if found else ""
+        self.requests.append((request.method, request.path, key, key in self.expired))
+        return EXPIRED if key in self.expired else None
+
+
+@contextlib.contextmanager
+def expiring_server(behind: S3Server) -> Iterator[ExpiringServer]:
+    """Such a server on loopback."""
+    front = ExpiringServer()
+    with fronting.fronting(behind.url, front.gate) as front.url:
+        yield front
+
+
+def write_credentials(file: Path, key: str, secret: str = SECRET_KEY) -> None:
+    """Replace a shared credentials file whole, as tools that rotate keys do."""
+    new = file.with_suffix(".new")
+    new.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+    new.replace(file)

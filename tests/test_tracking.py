@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from pd_core import tracking
+from pd_core import errors, tracking
 from pd_core.config import TrackingSettings
 from pd_core.errors import UserError
 
@@ -300,7 +300,7 @@ def test_precedence_of_the_uri(monkeypatch, tmp_path):
     ],
 )
 def test_redact(text, shown):
-    assert tracking.redact(text) == shown
+    assert errors.redact(text) == shown
 
 
 def test_credentials_reach_neither_lines_nor_store(out, capsys, monkeypatch):
