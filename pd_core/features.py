@@ -204,7 +204,8 @@ def stage_of(
         "batch_size": settings.batch_size,
         "threads": settings.actor_cpus,
     }
-    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
+    beside = (storage.join(output, "quarantine"),)
+    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ class Work:
     def quarantine(self) -> storage.Stage:
         """Beside the features, of the same identity: what one has of an image the other has not."""
         uri = self.features.uri.removesuffix("features") + "quarantine"
-        return replace(self.features, uri=uri, kind="quarantine", schema_version=schemas.VERSIONS["quarantine"])
+        version = schemas.VERSIONS["quarantine"]
+        return replace(self.features, uri=uri, kind="quarantine", schema_version=version, beside=())
 
     def finished_parts(self) -> dict[str, storage.Part]:
         """Parts of features/ that are in place together with their quarantined rows."""
