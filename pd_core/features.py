@@ -203,13 +203,15 @@ def stage_of(
         "batch_size": settings.batch_size,
         "threads": settings.actor_cpus,
     }
-    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
+    beside = (storage.join(output, "quarantine"),)
+    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
 
 
 def quarantine_of(features: storage.Stage) -> storage.Stage:
     """The quarantine stage beside a features stage."""
     uri = features.uri.removesuffix("features") + "quarantine"
-    return replace(features, uri=uri, kind="quarantine", schema_version=schemas.VERSIONS["quarantine"])
+    version = schemas.VERSIONS["quarantine"]
+    return replace(features, uri=uri, kind="quarantine", schema_version=version, beside=())
 
 
 def batches_together(batches: int, batch_size: int, batch_bytes: int, parquet_rows: int | None) -> int:

@@ -142,7 +142,7 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
             job.rejected.begin(settings.overwrite)
 
     def make() -> tuple[list[storage.Part], dict[str, Any]]:
-        exporting.remove(run.output)  # of an older set of samples
+        exporting.remove_other(run.output, job.samples)
         if job.rejected is None:
             storage.remove(storage.join(run.output, "rejected"))
         parts, totals = sampling.run(
@@ -253,6 +253,7 @@ def _job(
     rejected = None
     if settings.keep_rejected:
         rejected = sampling.stage_of(storage.join(output, "rejected"), "rejected", recipe, more)
+        samples = replace(samples, beside=(rejected.uri,))
     return sampling.Job(recipe, samples, rejected, per_part, settings.n)
 
 

@@ -90,11 +90,13 @@ def _sample(source: sources.Source, before: pa.Table | None, table: pa.Table) ->
 
 
 def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, storage.Artifact]:
-    watch = storage.Stopwatch()
     identity = {"source": sources.identity(source), "state": sources.state(source), "part_rows": part_rows}
     stage = storage.Stage(storage.join(output, "listing"), "listing", schemas.VERSIONS["listing"], identity)
-    done = stage.begin(overwrite)
-    if done is None:
+    before = stage.recorded()
+
+    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+        if before is not None:
+            cluster.say(f"listing: {storage.told_damage(stage.damage(before))}; making it anew")
         parts: list[storage.Part] = []
         ids: list[np.ndarray] = []
         skipped: Counter[str] = Counter()
@@ -109,7 +111,9 @@ def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
             "skipped": dict(sorted(skipped.items())),
             "metadata": _type_to_text(source.metadata_type),
         }
-        done = stage.commit(parts, totals, {"listing": watch.seconds})
+        return parts, totals
+
+    done = stage.complete(make, overwrite)
     return read_artifact(stage.uri, done), done
 
 

@@ -308,7 +308,8 @@ def features_stage(output: str, changes: Changes, base: Base, added: storage.Art
         "base": before.fingerprint,
         "added": None if added is None else added.fingerprint,
     }
-    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
+    beside = (storage.join(output, "quarantine"),)
+    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
 
 
 @dataclass(frozen=True)

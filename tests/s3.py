@@ -81,23 +81,69 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # the data goes too, and an orderly end takes over ten seconds
-    process.wait(10)
+class Weed:
+    """SeaweedFS with its data and its log in a directory: can be killed, and started again on the same ports and data."""
 
+    def __init__(self, directory: Path, more: Mapping[str, str] | None = None):
+        (directory / "data").mkdir(parents=True)
+        master, volume, filer, s3 = _free_ports(4)
+        keys = {ACCESS_KEY: SECRET_KEY, OTHER_KEY: SECRET_KEY, **(more or {})}
+        identity = {
+            "name": "test",
+            "credentials": [{"accessKey": key, "secretKey": secret} for key, secret in keys.items()],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        reader = {
+            "name": "reader",
+            "credentials": [{"accessKey": READER_KEY, "secretKey": SECRET_KEY}],
+            "actions": ["Read", "List"],
+        }
+        (directory / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
+        # a bucket is a collection of its own volumes: one each (the default is seven), or the server runs out of volumes
+        (directory / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
+        self.directory = directory
+        self.command = [
+            str(Path(sys.executable).parent / "weed"),
+            *("server", f"-dir={directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"),
+            *("-s3", f"-s3.port={s3}", f"-s3.config={directory / 's3.json'}"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),  # fixed ports otherwise: a second server could not start
+            *("-master.volumeSizeLimitMB=64", "-volume.max=500"),
+        ]
+        url = f"http://127.0.0.1:{s3}"
+        env = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self.server = S3Server(url, env, directory / "server.log")
+        self.process: subprocess.Popen[bytes] | None = None
 
-def _wait_until_up(server: S3Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            server.make_bucket("ready")
-            return
-        except Exception as error:
-            if process.poll() is not None or time.monotonic() > deadline:
-                tail = server.log.read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"the S3 server did not start: {error}\n{tail}") from error
-            time.sleep(0.2)
+    def start(self) -> S3Server:
+        """Returns once it answers."""
+        with self.server.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=subprocess.STDOUT, cwd=self.directory, start_new_session=True
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self.server.make_bucket(f"ready-{uuid.uuid4().hex[:12]}")
+                return self.server
+            except Exception as error:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    tail = self.server.log.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"the S3 server did not start: {error}\n{tail}") from error
+                time.sleep(0.2)
+
+    def kill(self) -> None:
+        """SIGKILL; an orderly end takes over ten seconds."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
 
 
 @contextlib.contextmanager
@@ -108,49 +154,11 @@ def running_server(directory: Path, more: Mapping[str, str] | None = None) -> It
         directory: made here.
         more: further access keys and their secrets, with all rights.
     """
-    (directory / "data").mkdir(parents=True)
-    master, volume, filer, s3 = _free_ports(4)
-    keys = {ACCESS_KEY: SECRET_KEY, OTHER_KEY: SECRET_KEY, **(more or {})}
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": key, "secretKey": secret} for key, secret in keys.items()],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    reader = {
-        "name": "reader",
-        "credentials": [{"accessKey": READER_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Read", "List"],
-    }
-    (directory / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
-    # a bucket is a collection of its own volumes: one each (the default is seven), or the server runs out of volumes
-    (directory / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
-    log = directory / "server.log"
-    command = [
-        str(Path(sys.executable).parent / "weed"),
-        *("server", f"-dir={directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-        *(f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}"),
-        *("-s3", f"-s3.port={s3}", f"-s3.config={directory / 's3.json'}"),
-        *("-s3.port.iceberg=0", "-s3.port.lance=0"),  # fixed ports otherwise: a second server could not start
-        *("-master.volumeSizeLimitMB=64", "-volume.max=500"),
-    ]
-    url = f"http://127.0.0.1:{s3}"
-    env = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=directory, start_new_session=True
-        )
-        try:
-            server = S3Server(url, env, log)
-            _wait_until_up(server, process)
-            yield server
-        finally:
-            _end(process)
+    weed = Weed(directory, more)
+    try:
+        yield weed.start()
+    finally:
+        weed.kill()
 
 
 # As S3 documents it: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
