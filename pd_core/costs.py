@@ -25,6 +25,7 @@ STORE_SHARE = 0.3  # of a node's memory that Ray keeps for its object store
 KMEANS_ITERATIONS = 10  # of index.train_quantizer
 KEY_BYTES = 40  # mean length of an image's key
 TEXT_BYTES = 60  # of a row in Parquet: id, key, content hash, size and label
+HASH_BYTES = 36  # of that, the content hash, which only features have
 MEASURED_DIM = 768  # of the vectors that pairs were measured with; their time is proportional to D (768 over 384: 1.9)
 RAY_BLOCK_BYTES = 128 << 20  # Ray Data's target for a block
 REQUESTS_OF_COLUMNS = 5  # to read some columns of a Parquet file: its size, its footer, the columns
@@ -763,7 +764,7 @@ def _densities(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     k = build.settings.density.k
     groups = -(-build.parts // selfjoin.GROUP_PARTS)
     near = neighbors_bytes(build, unit)
-    written = near + build.rows * (32.0 + TEXT_BYTES)
+    written = near + build.rows * (32.0 + TEXT_BYTES - HASH_BYTES)
     group_rows = build.rows / groups
     read = build.rows * (unit.neighbor_read_s + unit.mean_distance_s)
     return [
