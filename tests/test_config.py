@@ -155,6 +155,7 @@ def test_help_and_refusals_import_neither_torch_nor_ray():
 def test_shipped_configurations_load(file):
     text = file.read_text()
     marks: dict[str, type[config.WorkflowSettings]] = {
+        "recipes:": config.CurateSettings,
         "training:": config.FinetuneSettings,
         "thresholds:": config.TradeoffSettings,
         "generator:": config.GenerateSettings,
