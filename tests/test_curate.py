@@ -55,7 +55,7 @@ def latest(output: Path) -> str:
 
 
 def test_a_schedule_of_runs(source, inputs, tmp_path, ray_cluster, capsys):
-    """Released; nothing new; new images: an update and a release that says what changed; a gate that holds the next back."""
+    """Released; nothing new; new images: an update and a release that says what changed."""
     output, checkpoint = tmp_path / "out", inputs[1]
     assert run(source, checkpoint, output) == errors.EXIT_DONE
     first = latest(output)
@@ -86,6 +86,16 @@ def test_a_schedule_of_runs(source, inputs, tmp_path, ray_cluster, capsys):
     # the images of one candidate are the same in both; other densities take another selection of them
     assert any(change["images_new"] for change in changes.values())
     assert before == {str(f.relative_to(at)): f.read_bytes() for f in at.rglob("*") if f.is_file()}
+
+
+@pytest.mark.slow
+def test_a_source_that_goes_back_gates_and_hands_on_the_pointer(source, inputs, tmp_path, ray_cluster, capsys):
+    output, checkpoint = tmp_path / "out", inputs[1]
+    assert run(source, checkpoint, output) == errors.EXIT_DONE
+    first = latest(output)
+    write(source, list(tiny.files().items())[EARLIER:])
+    assert run(source, checkpoint, output) == errors.EXIT_DONE
+    second = latest(output)
 
     # the source as it was before: the index and the release of then, and back again
     for key in list(tiny.files())[EARLIER:]:
