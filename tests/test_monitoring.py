@@ -101,7 +101,7 @@ def problems(expression: str) -> list[str]:
     found = []
     asked = selectors(expression)
     for selector in asked:
-        labels = KNOWN.get(selector.name)
+        labels = KNOWN.get(selector.name or "")
         if labels is None:
             found.append(f"no metric {selector.name}")
             continue
@@ -111,7 +111,7 @@ def problems(expression: str) -> list[str]:
             values = VALUES.get(matcher.name)
             if values and not set(matcher.value.split("|")) <= values:
                 found.append(f"{matcher.name} is never {matcher.value}")
-    anywhere = set().union(*(KNOWN.get(selector.name, set()) for selector in asked))
+    anywhere = set().union(*(KNOWN.get(selector.name or "", set()) for selector in asked))
     return found + [f"no metric has label {label}" for label in groupings(expression) - anywhere]
 
 
@@ -182,7 +182,7 @@ def test_every_alarm_is_played_to_ringing_and_to_silence():
     for text in series:  # labels as they are: an alarm on a series that never comes proves nothing
         (selector,) = selectors(text)
         own = {m.name for m in selector.matchers.matchers} - {"WorkerId", "Component"}
-        assert own == KNOWN[selector.name], text
+        assert own == KNOWN[selector.name or ""], text
 
 
 @with_promtool
