@@ -29,7 +29,7 @@ VALUES = {
     "stage": {*test_monitoring.VALUES["stage"], "merging", "anything"},
     "resource": {"cpu"},
     "device": {"cpu"},
-    "outcome": set(telemetry.OUTCOMES),
+    "outcome": test_monitoring.VALUES["outcome"],
 }
 RETRIED = """
 from pd_core import cluster
