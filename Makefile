@@ -16,13 +16,13 @@ OTHER_FAISS := $(if $(filter gpu,$(FAISS)),cpu,gpu)
 # a uv that is only a version manager's shim does not answer
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv)
 # the folders that hold Python
-SOURCES := $(patsubst %/,%,$(sort $(dir $(wildcard $(addsuffix /*.py,pd_core workflows demo benchmarks tests infra infra/mlflow)))))
+SOURCES := $(patsubst %/,%,$(sort $(dir $(wildcard $(addsuffix /*.py,pd_core workflows demo benchmarks chaos tests infra infra/mlflow)))))
 
 ifeq ($(filter $(FAISS),cpu gpu),)
 $(error FAISS=$(FAISS): it must be cpu or gpu)
 endif
 
-.PHONY: help env demo test test-slow check bench lock clean
+.PHONY: help env demo test test-slow check bench chaos lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make test-slow  the tests that take longer than 20 s each'
 	@echo 'make check      ruff (lint, format), mypy, import directions'
 	@echo 'make bench      the benchmarks; writes docs/benchmarks.md'
+	@echo 'make chaos      kills workflows in every way at random moments and compares; writes docs/reliability.md'
 	@echo 'make lock       constraints.txt from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade for the newest versions)'
 	@echo 'make clean      remove .venv and caches; what runs wrote (runs/) stays'
 	@echo 'FAISS=cpu|gpu chooses the faiss package, PYTHON=... the interpreter (3.11 or newer); now $(FAISS), $(PYTHON)'
@@ -84,6 +85,9 @@ else
 	$(PY) -m pip install --quiet --editable '.[$(FAISS),demo,dev]' --constraint constraints.txt
 endif
 	@touch $@
+
+chaos: $(STAMP)
+	$(PY) chaos/run.py $(ARGS)
 
 # For the platform that the tests run on; elsewhere a pin holds for the packages that exist there. No index address is written down.
 # The other faiss, for the GPU image, is pinned by what it adds to that.

@@ -37,6 +37,7 @@ NAMES = (
     "tradeoff",
     "finetune",
     "stream",
+    "autoscaling",
 )
 
 

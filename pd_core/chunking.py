@@ -7,7 +7,6 @@ of actors, on who died meanwhile, or on where a run was taken up again. What a c
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -269,8 +268,7 @@ def _stream(
     """The Ray Data plan: chunk numbers -> made -> searched and encoded -> committed parts, in order."""
     import ray.data
 
-    # its plans are not for the user; set after the import, which sets another level
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    cluster.silence_ray_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage, telemetry
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.errors import CredentialsRefused, RunError, UserError, one_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -463,7 +463,7 @@ def raise_cause(error: BaseException) -> None:
 
 
 def cause(error: BaseException) -> UserError | RunError | None:
-    """The UserError or RunError that a Ray error wraps, at any depth."""
+    """The UserError or RunError that a Ray error wraps, at any depth; credentials that were refused are one."""
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]
     while chain:
@@ -473,6 +473,8 @@ def cause(error: BaseException) -> UserError | RunError | None:
         seen.add(id(current))
         if isinstance(current, UserError | RunError) and type(current) in (UserError, RunError):
             return current  # Ray's own wrappers are made subclasses of the cause's type
+        if type(current) is CredentialsRefused:  # in another process: no storage.explained was around it
+            return storage.explain(current, current.uri)
         chain += [getattr(current, "cause", None), current.__cause__, current.__context__]
     return None
 
@@ -494,6 +496,13 @@ def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[tqdm[
         file=sys.stderr,
     ) as bar:
         yield bar
+
+
+def silence_ray_data() -> None:
+    """Keep its plans and tracebacks from the user: what ends an execution reaches `persist`, which tells it in one line."""
+    import ray.data  # noqa: F401 - it sets another level
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def say(line: str) -> None:

@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_origin
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -37,7 +36,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from pd_core.errors import EXIT_BAD_INPUT, UserError
+from pd_core.errors import EXIT_BAD_INPUT, UserError, redact
 
 ENV_PREFIX = "PD_CORE_"
 MIB = 1 << 20
@@ -54,10 +53,29 @@ TRUNCATION_SETTINGS: dict[GeneratorKind, str] = {
 WeightingKind = Literal["two_level", "quantiles", "match", "polarity", "magnet", "none"]
 
 
+def _without_password(value: Any) -> Any:
+    """The value of a setting, unless it is, or holds, a URL with a name or password in it.
+
+    Raises:
+        ValueError: it is. Settings are printed, stored beside the data and sent to MLflow.
+    """
+    texts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+    for text in texts:
+        found = re.match(r"[a-z][a-z0-9+.-]*://([^/]*)", text, re.IGNORECASE) if isinstance(text, str) else None
+        # with the colon: a password may hold a slash, before which no @ is
+        if found and ("@" in found[1] or re.search(r":(?!\d*$)", re.sub(r"\[.*?\]", "", found[1]))):
+            raise ValueError(
+                "must not hold a name or password, since settings are printed and stored; credentials come from the "
+                "environment (AWS_ACCESS_KEY_ID ..., MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+            )
+    return value
+
+
 class Section(BaseModel):
     """A group of settings; unknown names are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    _no_password = field_validator("*")(_without_password)
 
 
 class DataSettings(Section):
@@ -219,16 +237,6 @@ class TrackingSettings(Section):
         None, description="default: MLFLOW_TRACKING_URI, else mlflow.db (SQLite) beside a local output, else off"
     )
     experiment: str = Field("pd_core", description="MLflow experiment")
-
-    @field_validator("uri")
-    @classmethod
-    def _no_secret(cls, value: str | None) -> str | None:
-        if value and not value.startswith("sqlite") and "@" in urlsplit(value).netloc:
-            raise ValueError(
-                "must not hold a name or password, since settings are printed and stored; "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            )
-        return value
 
 
 class GeneratorSettings(Section):
@@ -402,6 +410,8 @@ class WorkflowSettings(BaseSettings):
     overwrite: bool = Field(False, description="replace stages that were made with other settings")
     dry_run: bool = Field(False, alias="dry-run", description="print the settings and the plan, then stop")
     tracking: TrackingSettings = TrackingSettings()
+
+    _no_password = field_validator("*")(_without_password)
 
 
 class UpdateSettings(Section):
@@ -956,7 +966,7 @@ class _Parser(argparse.ArgumentParser):
             message = f"unknown setting --{name}; {nearest_name(name, self.known)}"
         elif unknown:
             message = f"unexpected argument {unknown!r}; settings are written --section.name value"
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: error: {redact(message)}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
 
 
@@ -1005,7 +1015,7 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden" and (of := _LISTED.get(str(item["loc"][0]))):
             message = f"unknown setting; {nearest_name(str(item['loc'][-1]), list(of.model_fields))}"
         found = f" (found {item['input']!r})" if item["loc"] and not isinstance(item["input"], BaseModel | dict) else ""
-        found = re.sub(r"//[^/@]*@", "//***@", found)  # a URL with a password in it
+        found = re.sub(r"//.*@", "//***@", found)  # a URL with a password in it, which may hold a slash
         lines.append(f"{name}: {message[0].lower()}{message[1:]}{found}")
     return "; ".join(lines)
 

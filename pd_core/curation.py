@@ -2,29 +2,36 @@
 
 Under `output`: `lock/`, `index/VERSION/` (each an output of build_index), `candidates/VERSION/` (outputs of generate and
 evaluate), `releases/DATE-HASH/`, `latest.json`. A VERSION ends with a hash of everything that decides its content: a run that was
-broken off is found again by the next one, which goes on with it; a run that finds nothing new makes nothing.
+broken off is found again by the next one, which goes on with it; a run that finds nothing new makes nothing. A source that changes
+while a version is made gives another version: let the first, long build run on a source that rests.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
 from pd_core import (
+    candidates,
     chunking,
     cluster,
     config,
+    density,
     errors,
     evaluation,
+    features,
     generation,
     leases,
     opening,
     pipeline,
+    realset,
     releasing,
     sources,
     storage,
@@ -34,9 +41,11 @@ from pd_core import (
 )
 from pd_core.config import CurateSettings, RecipeSettings
 from pd_core.errors import UserError
-from pd_core.running import Run, failures, flatten
+from pd_core.running import Run, checked_output, failures, flatten
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
+BEGUN = "begun.json"  # in a version of the index: what it is made from
+_VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{12}")
 CURRENT = "current.json"  # in INDEX: the version that was finished last
 EVALUATION = "evaluation"
 OUTCOMES = {errors.EXIT_DONE: "released", errors.EXIT_NOTHING_NEW: "nothing_new", errors.EXIT_HELD_BACK: "held_back"}
@@ -49,22 +58,29 @@ def prepare(settings: CurateSettings) -> CurateSettings:
     Raises:
         UserError: as the workflows of which the run consists; no recipes.
     """
-    if not settings.output:
-        raise UserError("--output: not set; name the directory or s3:// prefix for the releases")
+    output = checked_output(settings.output, "curate")
     if not settings.recipes:
         raise UserError(
             "recipes: none; name at least one set, e.g. {name: typical, n: 1000, threshold: p80, weight: 33}"
         )
-    if cluster.in_job_copy() and storage.is_local(settings.output) and not settings.output.startswith("/"):
-        raise UserError(
-            f"--output {settings.output}: would go with the job's temporary copy; give an absolute path or s3://"
-        )
-    output = storage.absolute(settings.output)
-    settings = settings.model_copy(update={"output": output, "generator": opening.resolved(settings.generator)})
+    # one store for all the runs that this one consists of, and it is not beside theirs
+    uri = tracking.resolve_uri(settings.tracking, output) if settings.tracking.enabled else None
+    settings = settings.model_copy(
+        update={
+            "output": output,
+            "generator": opening.resolved(settings.generator),
+            "tracking": settings.tracking.model_copy(update={"uri": uri, "enabled": uri is not None}),
+        }
+    )
     checked, _ = pipeline.prepare(_build_settings(settings, storage.join(output, INDEX, "x"), None))
     settings = settings.model_copy(update={"features": checked.features})
     for recipe in settings.recipes:
-        generation.check(_generate_settings(settings, recipe, storage.join(output, INDEX, "x"), output))
+        try:
+            generation.check(_generate_settings(settings, recipe, storage.join(output, INDEX, "x"), output))
+            if recipe.kind == "two_level":
+                density.parse_threshold(recipe.threshold)
+        except UserError as error:
+            raise UserError(f"recipes: {recipe.name}: {error}") from None
     return settings
 
 
@@ -80,7 +96,7 @@ def curate(settings: CurateSettings) -> int:
             index = _index(run, settings, lease)
             lease.check()
             code = _release(run, settings, index, lease)
-            _clear(output, settings.keep)
+            _clear(settings, lease)
         telemetry.RELEASES.add(1, outcome=OUTCOMES[code])
         tracker.metrics({"exit_code": code})
     return code
@@ -116,36 +132,68 @@ def _build_settings(settings: CurateSettings, output: str, base: str | None) -> 
 
 
 def _index(run: Run, settings: CurateSettings, lease: leases.Lease) -> Version:
-    """The index of the source as it is now: the current version, or an update of it, or one that is built anew."""
+    """The index of the source as it is now: one that is finished already, an update of the current one, or one built anew."""
     root = storage.join(run.output, INDEX)
     current = _current(root)
-    version = _version_of_now(root, settings)
-    if current is not None and current.digest == version.digest and _finished(current.uri):
-        cluster.say(f"index: nothing new in {settings.data.source}; {current.uri} it is")
-        return current
+    version = _version_of_now(run, settings, current)
+    if _finished(version.uri):
+        cluster.say(f"index: {settings.data.source} is as it was for {version.uri}")
+        _make_current(root, version, lease)
+        return version
     base = current.uri if current is not None and _finished(current.uri) else None
     if current is not None and base is None:
         cluster.say(f"index: {current.uri} is not there any more; building anew")
+    begun = _begun(version.uri)
+    if begun is not None:  # goes on as it was begun, if that can be had
+        base = begun["base"] if begun["base"] is None or _finished(begun["base"]) else base
+    other = begun is not None and begun["base"] != base
+    storage.write_bytes(storage.join(version.uri, BEGUN), json.dumps({"base": base}).encode())
+    build = _build_settings(settings, version.uri, base).model_copy(update={"overwrite": other})
     try:
-        pipeline.build_index(_build_settings(settings, version.uri, base))
+        pipeline.build_index(build)
     except updating.OtherSettings as error:
         cluster.say(f"index: {error}; building anew")
-        pipeline.build_index(_build_settings(settings, version.uri, None).model_copy(update={"overwrite": True}))
-    lease.check()
-    pointer = {"version": version.uri.rpartition("/")[2], "digest": version.digest}
-    storage.write_bytes(storage.join(root, CURRENT), json.dumps(pointer).encode())
+        storage.write_bytes(storage.join(version.uri, BEGUN), json.dumps({"base": None}).encode())
+        pipeline.build_index(build.model_copy(update={"base": None, "overwrite": True}))
+    _make_current(root, version, lease)
     return version
 
 
-def _version_of_now(root: str, settings: CurateSettings) -> Version:
+def _begun(uri: str) -> dict[str, Any] | None:
+    """What a run that was broken off noted of the version."""
+    try:
+        return json.loads(storage.read_bytes(storage.join(uri, BEGUN)))
+    except FileNotFoundError:
+        return None
+
+
+def _make_current(root: str, version: Version, lease: leases.Lease) -> None:
+    lease.confirm()
+    pointer = {"version": version.uri.rpartition("/")[2], "digest": version.digest}
+    storage.write_bytes(storage.join(root, CURRENT), json.dumps(pointer).encode())
+
+
+def _version_of_now(run: Run, settings: CurateSettings, current: Version | None) -> Version:
+    """By a hash of what decides the content of the index: how many processes make it does not, nor where the weights lie."""
     source = sources.open_source(settings.data)
+    state = cluster.task(sources.state).remote(source)
+    spec: features.ExtractorSpec = cluster.get(features.describe_remotely(settings.features))
+    before = None if current is None else storage.begun_identity(storage.join(current.uri, "features"))
+    gpus = cluster.gpus_to_ask(run.now, settings.features.actor_gpus, (before or {}).get("device"))
+    featuring = settings.features
     decides = {
-        "settings": {name: getattr(settings, name).model_dump(mode="json") for name in SECTIONS},
         "source": sources.identity(source),
-        "state": cluster.get(cluster.task(sources.state).remote(source)),
+        "state": cluster.get(state),
+        "extractor": spec.identity(),
+        "decode": features.decoding(settings.data),
+        "device": cluster.device_of(run.now, gpus),
+        "batches": [featuring.batch_size, featuring.whole_part_rows, featuring.actor_cpus],
+        "index": settings.index.model_dump(mode="json", exclude={"actors"}),
+        "density": settings.density.model_dump(mode="json"),
+        "estimator": settings.estimator.model_dump(mode="json"),
     }
     digest = storage.fingerprint(decides)[: releasing.HASH_LETTERS]
-    return Version(_named(root, digest), digest)
+    return Version(_named(storage.join(run.output, INDEX), digest), digest)
 
 
 def _current(root: str) -> Version | None:
@@ -162,7 +210,7 @@ def _finished(uri: str) -> bool:
 
 def _named(root: str, digest: str) -> str:
     """The folder of a digest: the one that is there, or a new one whose name begins with the time."""
-    there = [name for name in storage.folders(root) if name.endswith(f"-{digest}")]
+    there = [name for name in _versions(root) if name.endswith(f"-{digest}")]
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     return storage.join(root, there[-1] if there else f"{now}-{digest}")
 
@@ -192,12 +240,14 @@ def _generate_settings(
     )
 
 
-def _evaluate_settings(settings: CurateSettings, index: str, folder: str) -> config.EvaluateSettings:
+def _evaluate_settings(
+    settings: CurateSettings, index: str, samples: list[str], folder: str
+) -> config.EvaluateSettings:
     how = settings.evaluation
     return config.made(
         config.EvaluateSettings,
         real=index,
-        samples=[storage.join(folder, recipe.name) for recipe in settings.recipes],
+        samples=samples,
         output=storage.join(folder, EVALUATION),
         checkpoint=settings.features.checkpoint,
         n=how.n,
@@ -212,26 +262,20 @@ def _evaluate_settings(settings: CurateSettings, index: str, folder: str) -> con
 def _release(run: Run, settings: CurateSettings, index: Version, lease: leases.Lease) -> int:
     """Make what the recipes ask for, measure it, write the release, and move the pointer if every gate holds."""
     last = releasing.open_latest(run.output)
-    how = settings.generation
-    gpus = cluster.gpus_to_ask(run.now, how.actor_gpus, None)
-    facts = opening.describe(settings.generator, run.now, chunking.Pool(how.actors, how.actor_cpus, gpus))
-    inputs = {
-        "index": {name: a.fingerprint for name, a in updating.open_base(index.uri).artifacts.items()},
-        "generator": facts["identity"],
-        "generator_settings": settings.generator.model_dump(mode="json"),
-        "generation": how.model_dump(mode="json", exclude={"actors", "max_candidates"}),
-        "recipes": [recipe.model_dump(mode="json") for recipe in settings.recipes],
-        "evaluation": settings.evaluation.model_dump(mode="json"),
+    of_sets = _inputs(run, settings, index)
+    identity = {
+        "sets": of_sets,
+        "evaluation": settings.evaluation.model_dump(mode="json", exclude={"extraction": {"actors", "actor_gpus"}}),
+        "gates": [gate.model_dump(mode="json") for gate in settings.gates],
     }
-    identity = inputs | {"gates": [gate.model_dump(mode="json") for gate in settings.gates]}
     stage = releasing.stage_of(run.output, identity)
-    there = releasing.open_release(run.output, stage.uri.rpartition("/")[2])
+    name = stage.uri.rpartition("/")[2]
+    there = releasing.open_release(run.output, name)
     if there is not None and last is not None and there.name == last.name:
         cluster.say(f"nothing new since {last.uri}")
         return errors.EXIT_NOTHING_NEW
     if there is None:
-        folder = _named(storage.join(run.output, CANDIDATES), storage.fingerprint(inputs)[: releasing.HASH_LETTERS])
-        sets, measured = _sets(settings, index, folder, lease)
+        sets, measured = _sets(run, settings, index, of_sets, identity, lease)
         numbers = releasing.numbers_of(sets, measured)
     else:
         numbers = there.record["numbers"]
@@ -249,36 +293,8 @@ def _release(run: Run, settings: CurateSettings, index: Version, lease: leases.L
             "gates_hold": all(verdict.holds for verdict in verdicts),
         }
         run.stage(stage, lambda: releasing.run(stage, sets, measured, record, last))
-    return _point(run, stage, verdicts, numbers, lease)
-
-
-def _sets(
-    settings: CurateSettings, index: Version, folder: str, lease: leases.Lease
-) -> tuple[list[releasing.Set], pa.Table]:
-    """The samples of every recipe, and the rows of their evaluation."""
-    sets = []
-    for recipe in settings.recipes:
-        asked = _generate_settings(settings, recipe, index.uri, folder)
-        generation.generate(asked)
-        lease.check()
-        uri = storage.join(str(asked.output), "samples")
-        artifact = storage.load_artifact(uri)
-        assert artifact is not None, "generate has committed it"
-        sets.append(releasing.Set(recipe.name, uri, artifact))
-    evaluation.evaluate(_evaluate_settings(settings, index.uri, folder))
-    lease.check()
-    metrics = storage.join(folder, EVALUATION, "metrics")
-    artifact = storage.load_artifact(metrics)
-    assert artifact is not None, "evaluate has committed it"
-    return sets, pa.concat_tables([storage.read_table(storage.join(metrics, part.name)) for part in artifact.parts])
-
-
-def _point(
-    run: Run, stage: storage.Stage, verdicts: list[releasing.Verdict], numbers: releasing.Numbers, lease: leases.Lease
-) -> int:
     for recipe, values in numbers.items():
-        run.tracker.metrics({f"{recipe}.{name}": value for name, value in values.items()})
-    lease.check()
+        run.tracker.metrics({f"{recipe}.{metric}": value for metric, value in values.items()})
     if failed := [verdict for verdict in verdicts if not verdict.holds]:
         for verdict in failed:
             cluster.say(f"gate: {verdict.describe()}")
@@ -286,21 +302,81 @@ def _point(
             f"held back: {stage.uri} was not made the latest release, {len(failed)} of {len(verdicts)} gates fail"
         )
         return errors.EXIT_HELD_BACK
-    releasing.point(run.output, stage.uri.rpartition("/")[2], lease.token)
+    if name in releasing.held_by_hand(run.output):
+        cluster.say(f"held back: {stage.uri}, which {releasing.LATEST} names in `held`")
+        return errors.EXIT_HELD_BACK
+    lease.confirm()
+    releasing.point(run.output, name, lease.token, verdicts, last)
     cluster.say(f"released: {stage.uri}")
     return errors.EXIT_DONE
 
 
-def _clear(output: str, keep: int) -> None:
+def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dict[str, Any]]:
+    """Of each recipe, everything that decides its samples; JSON-able."""
+    how, generator = settings.generation, settings.generator
+    gpus = cluster.gpus_to_ask(run.now, how.actor_gpus, None)
+    facts = opening.describe(generator, run.now, chunking.Pool(how.actors, how.actor_cpus, gpus))
+    prompts = opening.prompts_of(generator, facts)
+    every = {
+        "index": dict(realset.open_for(index.uri, settings.features.checkpoint, "--index").fingerprints),
+        "generator": facts["identity"],
+        "generator_settings": generator.model_dump(mode="json", exclude={"path", "code", "prompts", "allow_pickle"}),
+        "prompts": candidates.prompts_hash(prompts),
+        "generation": how.model_dump(mode="json", exclude={"actors", "actor_gpus", "max_candidates"}),
+        "device": cluster.device_of(run.now, gpus),
+    }
+    return {recipe.name: every | {"recipe": recipe.model_dump(mode="json")} for recipe in settings.recipes}
+
+
+def _sets(
+    run: Run,
+    settings: CurateSettings,
+    index: Version,
+    of_sets: dict[str, dict[str, Any]],
+    identity: dict[str, Any],
+    lease: leases.Lease,
+) -> tuple[list[releasing.Set], pa.Table]:
+    """The samples of every recipe, and the rows of their evaluation; each in a folder by what decides it."""
+    root = storage.join(run.output, CANDIDATES)
+    sets, outputs = [], []
+    for recipe in settings.recipes:
+        folder = _named(root, storage.fingerprint(of_sets[recipe.name])[: releasing.HASH_LETTERS])
+        asked = _generate_settings(settings, recipe, index.uri, folder)
+        generation.generate(asked)
+        lease.check()
+        outputs.append(str(asked.output))
+        uri = storage.join(outputs[-1], "samples")
+        artifact = storage.load_artifact(uri)
+        assert artifact is not None, "generate has committed it"
+        sets.append(releasing.Set(recipe.name, uri, artifact))
+    measured = {name: identity[name] for name in ("sets", "evaluation")}
+    folder = _named(root, storage.fingerprint(measured)[: releasing.HASH_LETTERS])
+    evaluation.evaluate(_evaluate_settings(settings, index.uri, outputs, folder))
+    lease.check()
+    metrics = storage.join(folder, EVALUATION, "metrics")
+    artifact = storage.load_artifact(metrics)
+    assert artifact is not None, "evaluate has committed it"
+    return sets, pa.concat_tables([storage.read_table(storage.join(metrics, part.name)) for part in artifact.parts])
+
+
+def _clear(settings: CurateSettings, lease: leases.Lease) -> None:
     """Delete all but the newest versions of the index and of the candidates; releases hold what they need themselves."""
+    lease.confirm()
+    output = str(settings.output)
     current = _current(storage.join(output, INDEX))
-    for kind in (INDEX, CANDIDATES):
+    sets = len(settings.recipes) + 1  # each in a folder of its own, and their evaluation
+    for kind, keep in ((INDEX, settings.keep), (CANDIDATES, settings.keep * sets)):
         root = storage.join(output, kind)
-        for name in storage.folders(root)[:-keep]:
+        for name in _versions(root)[:-keep]:
             uri = storage.join(root, name)
             if current is None or uri != current.uri:
                 storage.delete_file(storage.join(uri, "run.json"))  # first: half deleted it must not be taken for whole
                 storage.remove_folder(uri)
+
+
+def _versions(root: str) -> list[str]:
+    """Names of the versions in a folder, oldest first."""
+    return [name for name in storage.folders(root) if _VERSION.fullmatch(name)]
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -311,16 +387,19 @@ def plan_curate(settings: CurateSettings) -> None:
     settings = prepare(settings)
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
-    with cluster.session(output, "curate"), failures("curate", output):
-        root = storage.join(output, INDEX)
-        current, version = _current(root), _version_of_now(root, settings)
+    with (
+        _session(settings.model_copy(update={"tracking": config.TrackingSettings(enabled=False)})) as (run, _),
+        failures("curate", output),
+    ):
+        current = _current(storage.join(output, INDEX))
+        version = _version_of_now(run, settings, current)
         last = releasing.open_latest(output)
         if current is None:
             cluster.say(
                 f"plan: index: built from {settings.data.source}; build_index.py --dry-run with the same settings tells its cost"
             )
-        elif current.digest == version.digest:
-            cluster.say(f"plan: index: nothing new, {current.uri} it is")
+        elif _finished(version.uri):
+            cluster.say(f"plan: index: the source is as it was for {version.uri}")
         else:
             cluster.say(
                 f"plan: index: the source or the settings have changed; an update of {current.uri}, or all anew where it does not fit"

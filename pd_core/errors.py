@@ -1,7 +1,8 @@
-"""The two ways a run ends early, and the exit code of each."""
+"""The ways a run ends early, and the exit code of each."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,22 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A stage could not finish. Exit code 1; the message names the stage, the part and the next step."""
+
+
+class CredentialsRefused(PermissionError):
+    """An object store refuses the credentials, also those that were read anew.
+
+    Not a UserError, so that what handles errors of storage handles this one too, and names the setting concerned;
+    `storage.explain` makes the line of it.
+
+    Args:
+        text: the store's error code and what it says.
+        uri: what was asked for.
+    """
+
+    def __init__(self, text: str, uri: str = ""):  # a copy from another process is made of the text, then gets the rest
+        super().__init__(text)
+        self.uri = uri
 
 
 EXIT_DONE = 0
@@ -35,6 +52,11 @@ def one_line(error: BaseException | str) -> str:
     return f"{words if len(words) > LINE_CHARACTERS // 2 else head} ..."
 
 
+def redact(text: str) -> str:
+    """The text with `user:password@` of every URL in it replaced by `***@`."""
+    return re.sub(r"://[^/\s'\"]*@", "://***@", text)
+
+
 def exit_code(program: Callable[[], int | None]) -> int:
     """Run a workflow; what went wrong becomes one line on standard error and an exit code. A program may return its own code.
 
@@ -43,10 +65,10 @@ def exit_code(program: Callable[[], int | None]) -> int:
     try:
         return program() or EXIT_DONE
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {redact(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted: what is done is kept; run the same command again to go on", file=sys.stderr)

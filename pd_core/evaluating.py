@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,11 +81,12 @@ def job_of(
         "n_real": n_real,
         "per_label": per_label,
     }
-    stages = [
+    metrics, scores = (
         storage.Stage(storage.join(output, kind), kind, schemas.VERSIONS[kind], identity)
         for kind in ("metrics", "scores")
-    ]
-    return Job(stages[0], stages[1], chosen, settings, n, n_real, per_label)
+    )
+    metrics = replace(metrics, beside=(scores.uri,))
+    return Job(metrics, scores, chosen, settings, n, n_real, per_label)
 
 
 def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, Any]]:

@@ -37,10 +37,11 @@ def run(
     return parts, {"images": sum(part.rows for part in parts), "form": form}
 
 
-def remove(output: str) -> None:
-    """Delete the export under `output`, if one was begun there."""
+def remove_other(output: str, samples: storage.Stage) -> None:
+    """Delete the export under `output`, if one was begun there of other samples."""
     uri = storage.join(output, "export")
-    if storage.begun_identity(uri) is not None:
+    begun = storage.begun_identity(uri)
+    if begun is not None and begun["samples"] != samples.fingerprint:
         _drop_pictures(uri)
         storage.remove(uri)
 

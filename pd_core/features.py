@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -204,13 +203,26 @@ def stage_of(
         "batch_size": settings.batch_size,
         "threads": settings.actor_cpus,
     }
-    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
+    beside = (storage.join(output, "quarantine"),)
+    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
 
 
 def quarantine_of(features: storage.Stage) -> storage.Stage:
     """The quarantine stage beside a features stage."""
     uri = features.uri.removesuffix("features") + "quarantine"
-    return replace(features, uri=uri, kind="quarantine", schema_version=schemas.VERSIONS["quarantine"])
+    version = schemas.VERSIONS["quarantine"]
+    return replace(features, uri=uri, kind="quarantine", schema_version=version, beside=())
+
+
+def batches_together(batches: int, batch_size: int, batch_bytes: int, parquet_rows: int | None) -> int:
+    """Batches that one task decodes: so many that Ray's own work of a millisecond or more per task weighs little.
+
+    Of Parquet, in parts of `parquet_rows`, more, since a row group is decoded whole for any of its rows.
+    """
+    least = max(1, -(-batches // MAX_TASKS))
+    if parquet_rows is not None:
+        return max(least, min(PARQUET_ROWS, parquet_rows) // batch_size)
+    return max(least, min(TASK_BYTES // batch_bytes, TASK_BATCHES, batches // FEWEST_TASKS))
 
 
 @dataclass(frozen=True)
@@ -238,15 +250,10 @@ class Work:
 
     @property
     def batches_together(self) -> int:
-        """Batches that one task decodes: so many that Ray's own work of a millisecond or more per task weighs little.
-
-        Of Parquet more, since a row group is decoded whole for any of its rows.
-        """
-        least = max(1, -(-self.batches() // MAX_TASKS))
-        if self.source.kind == "parquet":
-            return max(least, min(PARQUET_ROWS, self.listing.part_rows) // self.batch_size)
+        """Batches that one task decodes."""
         size = self.spec.preprocess.height * self.spec.preprocess.width * 3 * self.batch_size
-        return max(least, min(TASK_BYTES // size, TASK_BATCHES, self.batches() // FEWEST_TASKS))
+        rows = self.listing.part_rows if self.source.kind == "parquet" else None
+        return batches_together(self.batches(), self.batch_size, size, rows)
 
     @property
     def batches_per_part(self) -> int:
@@ -348,8 +355,7 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     """The Ray Data plan: batch numbers -> decoded batches -> features -> committed parts, in order."""
     import ray.data
 
-    # its plans are not for the user; set after the import, which sets another level
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    cluster.silence_ray_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

@@ -14,10 +14,12 @@ from pd_core import (
     chunking,
     cluster,
     config,
+    costs,
     exporting,
     ids,
     opening,
     piloting,
+    planning,
     realset,
     sampling,
     sampling_report,
@@ -140,7 +142,7 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
             job.rejected.begin(settings.overwrite)
 
     def make() -> tuple[list[storage.Part], dict[str, Any]]:
-        exporting.remove(run.output)  # of an older set of samples
+        exporting.remove_other(run.output, job.samples)
         if job.rejected is None:
             storage.remove(storage.join(run.output, "rejected"))
         parts, totals = sampling.run(
@@ -204,7 +206,37 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     fit = cluster.actors_that_fit(run.now, pool.actor_cpus, pool.actor_gpus)
     actors = max(1, min(most, fit))  # what the autoscaler may add is not there yet
     text = piloting.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
+    text = "\n".join([text, *_limits(run, settings, job, expected, pilot, most)])
     return Planned(job, pool, pilot, expected, open_index, text)
+
+
+def _limits(
+    run: Run,
+    settings: GenerateSettings,
+    job: sampling.Job,
+    expected: piloting.Expectation,
+    pilot: piloting.Pilot,
+    replicas: int,
+) -> list[str]:
+    """What limits a run that is large."""
+    assert settings.n is not None
+    real = job.recipe.realset
+    chosen, fleet = settings.search, planning.fleet_of(run.now, run.output)
+    searchers, *_ = cluster.search_actors(
+        run.now, chosen.actors, chosen.actor_cpus, real.index.shards, search.BESIDE_SHARE
+    )
+    sampled = costs.Sampling(
+        n=settings.n,
+        rate=expected.rate,
+        chunk=settings.chunk,
+        chunks_per_part=job.chunks_per_part,
+        actor_s=pilot.actor_s,
+        png_bytes=pilot.png_bytes,
+        replicas=replicas,
+        index_bytes=4.0 * real.rows * real.index.dim,
+        searchers=searchers,
+    )
+    return planning.of_samples(sampled, real.index.dim, fleet)
 
 
 def _job(
@@ -221,6 +253,7 @@ def _job(
     rejected = None
     if settings.keep_rejected:
         rejected = sampling.stage_of(storage.join(output, "rejected"), "rejected", recipe, more)
+        samples = replace(samples, beside=(rejected.uri,))
     return sampling.Job(recipe, samples, rejected, per_part, settings.n)
 
 

@@ -313,8 +313,12 @@ def _shards_at_once(shard_bytes: int, groups: int) -> int:
     """
     import ray
 
-    store = ray.cluster_resources().get("object_store_memory", 0.0)
-    fit = min(int(STORE_SHARE * store / max(shard_bytes, 1)), MOST_SHARDS_AT_ONCE, MOST_PIECES // groups)
+    return fit_shards(ray.cluster_resources().get("object_store_memory", 0.0), shard_bytes, groups)
+
+
+def fit_shards(store_bytes: float, shard_bytes: int, groups: int) -> int:
+    """Shards whose rows are in an object store of so many bytes together, each in a piece of every group."""
+    fit = min(int(STORE_SHARE * store_bytes / max(shard_bytes, 1)), MOST_SHARDS_AT_ONCE, MOST_PIECES // groups)
     return max(FEWEST_SHARDS_AT_ONCE, fit)
 
 

@@ -9,19 +9,23 @@ Expiry compares clocks of two machines: they may differ by less than the lease l
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pd_core import storage
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, one_line
 
 RENEWALS = 3  # of a lease before it runs out
 KEPT = 8  # files of earlier holders that stay to be read
@@ -30,11 +34,12 @@ _NAME = re.compile(r"(\d{8,})\.json")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lock: a name for people, and times in seconds since 1970."""
+    """Who holds the lock: a name for people, and times in seconds since 1970. nonce: tells this attempt from all others."""
 
     owner: str
     since: float
     expires: float
+    nonce: str
     done: bool = False
 
     def describe(self) -> str:
@@ -62,28 +67,40 @@ class Lease:
             raise RunError(f"{self.uri}: this run has lost the lock: {self._lost}; what is done is kept, run it again")
 
     def renew(self) -> None:
-        """Move the end of the lease; see whether it is still ours."""
+        """Move the end of the lease, unless it is over or another has taken over: looked at before and after the write, which may
+        take any time; the new lease counts from before it.
+        """
+        renewed = dataclasses.replace(self.holder, expires=time.time() + self.lease_s)
+        if self._overtaken() or time.time() > self.holder.expires:
+            return
+        storage.write_bytes(_file(self.uri, self.token), _bytes(renewed))
+        if not self._overtaken():
+            self.holder = renewed
+
+    def confirm(self) -> None:
+        """`check` that asks the store: before what cannot be taken back."""
+        self.renew()
+        self.check()
+
+    def _overtaken(self) -> bool:
         held = _newest(self.uri)
         if held is not None and held[0] > self.token:
             self._lost = f"taken over by {held[1].describe()}"
-            return
-        renewed = Holder(self.holder.owner, self.holder.since, time.time() + self.lease_s)
-        storage.write_bytes(_file(self.uri, self.token), _bytes(renewed))
-        self.holder = renewed
+        return self._lost is not None
 
     def release(self) -> None:
         """Say that the run is over; a lock that another has taken over is left alone."""
         if self._lost is None:
-            done = Holder(self.holder.owner, self.holder.since, self.holder.expires, done=True)
-            storage.write_bytes(_file(self.uri, self.token), _bytes(done))
+            storage.write_bytes(_file(self.uri, self.token), _bytes(dataclasses.replace(self.holder, done=True)))
 
 
 @contextlib.contextmanager
 def hold(uri: str, lease_s: float) -> Iterator[Lease]:
-    """Hold the lock of a folder for the body; a thread renews it.
+    """Hold the lock of a folder for the body; a thread renews it, and interrupts the body where it is lost.
 
     Raises:
         UserError: a live run holds it; who, and since when.
+        RunError: the lock was lost.
     """
     lease = acquire(uri, lease_s)
     over = threading.Event()
@@ -91,10 +108,18 @@ def hold(uri: str, lease_s: float) -> Iterator[Lease]:
     renewing.start()
     try:
         yield lease
+    except KeyboardInterrupt:
+        lease.check()  # says so where the loss of the lock was the reason
+        raise
     finally:
         over.set()
         renewing.join()
-        lease.release()
+        try:
+            lease.release()
+        except Exception as error:  # whatever the store says now, what ended the body matters more
+            print(
+                f"{uri}: the lock could not be given back ({one_line(error)}); it ends with its lease", file=sys.stderr
+            )
 
 
 def acquire(uri: str, lease_s: float) -> Lease:
@@ -109,11 +134,13 @@ def acquire(uri: str, lease_s: float) -> Lease:
             raise _held(uri, newest[1])
         token = 1 if newest is None else newest[0] + 1
         now = time.time()
-        holder = Holder(f"process {os.getpid()} on {socket.gethostname()}", now, now + lease_s)
-        created = storage.create(_file(uri, token), _bytes(holder))
+        holder = Holder(f"process {os.getpid()} on {socket.gethostname()}", now, now + lease_s, uuid.uuid4().hex)
+        storage.create(_file(uri, token), _bytes(holder))
+        # Whether it was us is seen in the file: a store's client that repeats a request whose answer was lost is refused by its own
+        # first. And the number may be one that was long over when we created it, and cleared.
         newest = _newest(uri)
         assert newest is not None, "whoever has created it"
-        if not created or newest[0] > token:  # the latter: this number was long over when it was created, and cleared
+        if newest[0] > token or newest[1].nonce != holder.nonce:
             raise _held(uri, newest[1])
         for name in sorted(filter(_NAME.fullmatch, storage.sizes(uri)))[:-KEPT]:
             storage.delete_file(storage.join(uri, name))
@@ -133,6 +160,11 @@ def _renew(lease: Lease, over: threading.Event) -> None:
         # a store that does not answer now may do so at the next renewal; `check` knows when it is too late
         with contextlib.suppress(Exception):
             lease.renew()
+        try:
+            lease.check()
+        except RunError:
+            _thread.interrupt_main()
+            return
 
 
 def _newest(uri: str) -> tuple[int, Holder] | None:
@@ -148,4 +180,4 @@ def _file(uri: str, token: int) -> str:
 
 
 def _bytes(holder: Holder) -> bytes:
-    return json.dumps(asdict(holder)).encode()
+    return json.dumps(dataclasses.asdict(holder)).encode()

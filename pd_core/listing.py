@@ -61,18 +61,22 @@ def start(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
 
 
 def count(source: sources.Source) -> dict[str, Any]:
-    """Images, bytes and a few sample rows of a source, without writing anything; for --dry-run."""
+    """Images, bytes, files that hold them, and a few sample rows of a source, without writing anything; for --dry-run."""
     return cluster.get(cluster.task(_count).remote(source))
 
 
 def _count(source: sources.Source) -> dict[str, Any]:
-    rows, size = 0, 0
+    rows, size, files, last = 0, 0, 0, None
     sample: pa.Table | None = None
     for table in sources.list_images(source):
         rows += table.num_rows
         size += int(np.maximum(table["size"].to_numpy(), 0).sum())
         sample = _sample(source, sample, table)
-    return {"rows": rows, "bytes": size, "sample": sample}
+        if table.num_rows:  # the images of one container follow each other
+            containers = table["container"]
+            files += pc.count_distinct(containers).as_py() - (containers[0].as_py() == last)
+            last = containers[-1].as_py()
+    return {"rows": rows, "bytes": size, "files": files, "sample": sample}
 
 
 def _sample(source: sources.Source, before: pa.Table | None, table: pa.Table) -> pa.Table:
@@ -86,11 +90,13 @@ def _sample(source: sources.Source, before: pa.Table | None, table: pa.Table) ->
 
 
 def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, storage.Artifact]:
-    watch = storage.Stopwatch()
     identity = {"source": sources.identity(source), "state": sources.state(source), "part_rows": part_rows}
     stage = storage.Stage(storage.join(output, "listing"), "listing", schemas.VERSIONS["listing"], identity)
-    done = stage.begin(overwrite)
-    if done is None:
+    before = stage.recorded()
+
+    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+        if before is not None:
+            cluster.say(f"listing: {storage.told_damage(stage.damage(before))}; making it anew")
         parts: list[storage.Part] = []
         ids: list[np.ndarray] = []
         skipped: Counter[str] = Counter()
@@ -105,7 +111,9 @@ def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
             "skipped": dict(sorted(skipped.items())),
             "metadata": _type_to_text(source.metadata_type),
         }
-        done = stage.commit(parts, totals, {"listing": watch.seconds})
+        return parts, totals
+
+    done = stage.complete(make, overwrite)
     return read_artifact(stage.uri, done), done
 
 

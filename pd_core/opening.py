@@ -100,7 +100,7 @@ def recipe_of(
         threads=threads,
         classes=classes,
         class_names=names,
-        prompts=_prompts(settings, facts),
+        prompts=prompts_of(settings, facts),
         device=device,
         copy_distance=real.copy_distance(copies_quantile),
         drop_copies=False,
@@ -135,8 +135,8 @@ def classes_of(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[t
     return numbers, tuple(names[c] if names else str(c) for c in numbers)
 
 
-def _prompts(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Texts to draw from."""
+def prompts_of(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Texts to draw from. facts: as `describe` gives them. Raises UserError: they do not fit the generator."""
     path = settings.prompts
     if path is None:
         if facts["takes_prompts"]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pd_core import (
     cluster,
@@ -139,7 +141,7 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source) -> _
     with failures("features", output):
         spec: features.ExtractorSpec = cluster.get(describing)
     gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
-    updating.check_same(base, settings, spec, cluster.device_of(now, gpus))
+    updating.check_same(base, settings, source, spec, cluster.device_of(now, gpus))
     with run.tracker.stage("listing") as nested, failures("listing", storage.join(output, "listing")):
         comparing = updating.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
         changes, artifact = cluster.get(comparing)
@@ -167,24 +169,45 @@ def _index(
     run: Run, settings: BuildIndexSettings, featured: _Featured
 ) -> tuple[storage.Artifact, search.IndexInfo, bool]:
     """The index over the features, and whether it has the quantizer of the base, if that has any."""
-    base, features_uri = featured.base, storage.join(run.output, "features")
+    base, changes, output = featured.base, featured.changes, run.output
     reason = None
-    if base is not None:
-        assert featured.changes is not None
-        rows, output = featured.features.rows, run.output
-        reason = updating.drift(base, featured.changes, featured.added, rows, output, settings.update)
+    if base is not None and changes is not None:
+        reason = updating.drift(
+            base,
+            changes,
+            featured.added,
+            featured.features.rows,
+            output,
+            settings.update,
+            settings.index,
+            settings.density,
+        )
+        begun = storage.begun_identity(storage.join(output, "index")) or {}
+        if begun.get("features") == featured.features.fingerprint and "cells" in begun and "base" not in begun:
+            reason = reason or "so it was decided before"
     kept = None if base is None or reason else updating.kept_index(base)
-    while True:
-        stage, resolved = indexing.stage_of(run.output, featured.features, settings.index, settings.density, kept)
-        make = functools.partial(indexing.run, stage, features_uri, featured.features, resolved, settings.density, kept)
-        indexed = run.stage(stage, make, replace=base is not None)
-        reason = reason or (None if kept is None else updating.short_of_recall(indexed))
-        if reason is None or kept is None:
-            break
-        kept = None
+    indexed = _index_stage(run, settings, featured, kept)
+    if kept is not None and (reason := updating.short_of_recall(indexed)):
+        indexed = _index_stage(run, settings, featured, None)
     if reason:
-        cluster.say(f"update: the quantizer is trained again and all neighbors are searched for: {reason}")
-    return indexed, search.open_index(stage.uri), reason is None
+        cluster.say(f"update: the index is built anew and all neighbors are searched for: {reason}")
+    return indexed, search.open_index(storage.join(output, "index")), reason is None
+
+
+def _index_stage(
+    run: Run, settings: BuildIndexSettings, featured: _Featured, kept: indexing.Kept | None
+) -> storage.Artifact:
+    base, changes = featured.base, featured.changes
+    features_uri = storage.join(run.output, "features")
+    stage, resolved = indexing.stage_of(run.output, featured.features, settings.index, settings.density, kept)
+
+    def make() -> tuple[Iterable[storage.Part], dict[str, Any]]:
+        parts, facts = indexing.run(stage, features_uri, featured.features, resolved, settings.density, kept)
+        if kept is not None and base is not None and changes is not None:
+            facts |= updating.trained_facts(base, changes)
+        return parts, facts
+
+    return run.stage(stage, make, replace=base is not None)
 
 
 def _finish(

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, features, images, index, indexing, listing, sources, storage
+from pd_core import cluster, costs, features, images, listing, sources, storage
 from pd_core.config import BuildIndexSettings
 from pd_core.errors import UserError
 
 PROBE_BATCHES = 3  # the first one warms up
-START_UP_S = 30.0  # Ray, the listing task, model imports in every actor
+START_UP_S = 10.0  # of Ray and of the first model, which tells the features' dimension
+RANKS = "densities: normalizer and ranks"
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Unit costs measured on this cluster: seconds of one core per image, and float32 matrix products in FLOP/s."""
+    """Unit costs measured on this cluster: seconds of one core per image, and its float32 matrix products in FLOP/s."""
 
     decode_s: float
     extract_s: float
@@ -78,7 +81,7 @@ def _flops() -> float:
     watch = storage.Stopwatch()
     for _ in range(4):
         a @ a
-    return 4 * 2 * 1024**3 / watch.seconds
+    return 4 * 2 * 1024**3 / (watch.seconds * torch.get_num_threads())
 
 
 def plan(
@@ -98,56 +101,136 @@ def plan(
         raise UserError(
             f"--density.k {settings.density.k}: needs more than k images, found {rows}; lower k or add images"
         )
-    return "\n".join(
-        [*_sizes(settings, rows, counted["bytes"], spec, unit, now), *_times(settings, rows, spec, unit, now)]
+    fleet = fleet_of(now, str(settings.output))
+    build = build_of(settings, source, counted, spec, unit, fleet)
+    phases = costs.build_index(build, fleet, costs.MEASURED.on(unit.flops))
+    sizes = _sizes(settings, rows, counted["bytes"], spec, unit, build, phases, fleet)
+    return "\n".join([*sizes, *_times(unit, build, phases, fleet, START_UP_S)])
+
+
+def build_of(
+    settings: BuildIndexSettings,
+    source: sources.Source,
+    counted: Mapping[str, Any],
+    spec: features.ExtractorSpec,
+    unit: Probe,
+    fleet: costs.Fleet,
+) -> costs.Build:
+    """The run as the model sees it, with the seconds that were probed here.
+
+    counted: of `listing.count`.
+    """
+    return costs.build_of(
+        settings,
+        counted["rows"],
+        counted["files"],
+        spec.feature_dim,
+        spec.preprocess.height * spec.preprocess.width,
+        counted["bytes"] / counted["rows"],
+        unit.decode_s,
+        0.0 if fleet.gpus else unit.extract_s * settings.features.actor_cpus,
+        parquet=source.kind == "parquet",
+    )
+
+
+def fleet_of(now: cluster.Cluster, output: str) -> costs.Fleet:
+    """The cluster as the model sees it. Network and object store are not probed, but taken to be as `costs` assumes."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    memory = min((n.get("memory", 0.0) + n.get("object_store_memory", 0.0) for n in nodes), default=0.0)
+    remote = not storage.is_local(output)
+    count = max(1, len(nodes))
+    return costs.Fleet(
+        nodes=1 if now.local else count,
+        cores=float(cluster.cores()) if now.local else max(1.0, now.cpus / count),
+        memory_bytes=memory or math.inf,  # a cluster that scales from zero has no node to ask
+        network_bytes_per_s=costs.NETWORK_BYTES_PER_S if remote or not now.local else math.inf,
+        request_s=costs.REQUEST_S if remote else 0.0,
+        gets_per_s=costs.GETS_PER_S if remote else math.inf,
+        puts_per_s=costs.PUTS_PER_S if remote else math.inf,
+        local=now.local,
+        gpus=0.0 if now.local else now.gpus / count,
     )
 
 
 def _sizes(
-    settings: BuildIndexSettings, rows: int, size: int, spec: features.ExtractorSpec, unit: Probe, now: cluster.Cluster
+    settings: BuildIndexSettings,
+    rows: int,
+    size: int,
+    spec: features.ExtractorSpec,
+    unit: Probe,
+    build: costs.Build,
+    phases: Sequence[costs.Phase],
+    fleet: costs.Fleet,
 ) -> list[str]:
-    dim, k = spec.feature_dim, settings.density.k
     allowed = settings.data.max_bad_fraction
-    kind = indexing.resolve_kind(settings.index, settings.density.exact, rows)
-    shards = settings.index.shards or index.default_shards(rows, dim)
-    cells = 0 if kind == "flat" else settings.index.cells or index.default_cells(rows)
-    part_rows = settings.features.whole_part_rows
-    vector = {"ivf_sq8": dim, "ivf_pq": settings.index.pq_bytes}.get(kind, 4 * dim)
-    searchers, *_ = cluster.search_actors(now, settings.index.actors, settings.index.actor_cpus, shards)
-    block = min(rows, settings.density.block_rows) * (4 * dim * 2 + 36 * k)
-    train = cells * settings.index.train_rows_per_cell * dim * 4
-    written = rows * (4 * dim + vector + 2 * 12 * k + 300)
+    by_name = {phase.title: phase for phase in phases}
+    searching = by_name["neighbors: search"]
+    training = by_name.get("index: train the quantizer")
     batch_bytes = settings.features.batch_size * spec.preprocess.height * spec.preprocess.width * 3
+    block = costs.block_bytes(build, min(rows, settings.density.block_rows))
     return [
         f"images:    {rows:,} listed, {_bytes(size)}"
         + (f"; {unit.bad} of {unit.tried} probed are bad" if unit.bad else "")
         + ("" if unit.bad <= allowed * unit.tried else f": the run would stop, --data.max_bad_fraction is {allowed:g}"),
-        f"features:  {spec.model}, {dim} dimensions, {spec.precision}, {-(-rows // part_rows):,} parts of {part_rows:,} images",
-        f"index:     {kind}, {shards} shards" + (f", {cells:,} cells" if cells else ", exact search"),
-        f"writes:    about {_bytes(written)} to {settings.output}",
-        f"memory:    extractor about {_bytes(unit.model_bytes + 12 * batch_bytes + 400e6)} each; "
-        f"search process {_bytes(2 * rows * vector / searchers + 400e6)} each ({searchers}); "
-        f"block of queries {_bytes(block)}" + (f"; quantizer training {_bytes(2 * train)}" if train else ""),
+        f"features:  {spec.model}, {spec.feature_dim} dimensions, {spec.precision}, {build.parts:,} parts of "
+        f"{settings.features.whole_part_rows:,} images",
+        f"index:     {build.settings.index.kind}, {build.shards} shards"
+        + (f", {build.cells:,} cells" if build.cells else ", exact search"),
+        f"writes:    about {_bytes(sum(costs.written_bytes(phases).values()))} to {settings.output}",
+        f"memory:    extractor about {_bytes(unit.model_bytes + 12 * batch_bytes + costs.PROCESS_BYTES)} each; "
+        f"search process {_bytes(searching.memory_bytes)} each ({searching.tasks}); "
+        f"block of queries {_bytes(block)}; ranks of all rows {_bytes(by_name[RANKS].memory_bytes)}; "
+        f"driver {_bytes(costs.driver_bytes(build))}"
+        + (f"; quantizer training {_bytes(training.memory_bytes)}" if training else ""),
     ]
 
 
 def _times(
-    settings: BuildIndexSettings, rows: int, spec: features.ExtractorSpec, unit: Probe, now: cluster.Cluster
+    unit: Probe, build: costs.Build, phases: Sequence[costs.Phase], fleet: costs.Fleet, start_s: float
 ) -> list[str]:
-    _, most, cpus, gpus = cluster.actor_pool(
-        now, settings.features.actors, settings.features.actor_cpus, settings.features.actor_gpus
-    )
-    cores = cluster.computing_cpus(now)
-    # a GPU replica is not probed: its model time is taken as nothing, decoding as the limit
-    model_s = 0.0 if gpus else unit.extract_s / max(1.0, min(most, cores / (cpus or 1.0)))
-    features_s = rows * (model_s + unit.decode_s / cores)
-    exact_s = 2.0 * rows * rows * spec.feature_dim / (unit.flops * cores)
-    return [
-        f"time:      features about {_time(START_UP_S + features_s)} ({unit.decode_s * 1e3:.1f} ms decoding and "
-        f"{unit.extract_s * 1e3:.1f} ms model per image and core, {most} extractors at most)",
-        f"           neighbors {'about' if rows <= indexing.FLAT_ROWS else 'at most'} {_time(exact_s)} "
-        f"(exact search at {unit.flops / 1e9:.0f} GFLOP/s a core, {cores:g} cores)",
+    stages = ", ".join(f"{stage} {_time(spent)}" for stage, spent in costs.by_stage(phases, fleet).items())
+    gpu = " (decoding alone: a GPU is not probed)" if fleet.gpus else ""
+    lines = [
+        f"time:      about {_time(start_s + costs.total_s(phases, fleet))}: {stages}{gpu}; at {unit.decode_s * 1e3:.1f} ms decoding "
+        f"and {unit.extract_s * 1e3:.1f} ms model per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, "
+        f"{fleet.all_cores:g} cores",
+        f"           the predictor's fit takes at most {build.epochs} epochs, and less where its loss stops falling",
     ]
+    if build.cells:
+        lines.append(
+            f"           neighbors: as if {build.nprobe} of {build.cells:,} cells reached the recall, which calibration decides; "
+            f"at most {_time(_exact_s(build, unit, fleet))} (exact search)"
+        )
+    return lines + limit_lines(phases, fleet)
+
+
+def limit_lines(phases: Sequence[costs.Phase], fleet: costs.Fleet) -> list[str]:
+    """What limits a run that is large, or that does not fit into memory."""
+    first = costs.bottleneck(phases, fleet)
+    if first.limit == costs.MEMORY:
+        return [
+            f"limit:     {first}: {_bytes(costs.node_bytes(first.phase, fleet))} on a node that has "
+            f"{_bytes(fleet.worker_bytes)} for processes; {first.lever}"
+        ]
+    if costs.total_s(phases, fleet) < costs.LARGE_S:
+        return []
+    return [f"limit:     {first}, {_time(first.seconds)}; what moves it: {first.lever}"]
+
+
+def of_samples(sampling: costs.Sampling, dim: int, fleet: costs.Fleet) -> list[str]:
+    """The same of the samples of generate, whose candidates the pilot has timed."""
+    if math.isnan(sampling.actor_s):  # the pilot's seconds are lost
+        return []
+    return [
+        line.replace("limit:     ", "limit:      ") for line in limit_lines(costs.generate(sampling, dim, fleet), fleet)
+    ]
+
+
+def _exact_s(build: costs.Build, unit: Probe, fleet: costs.Fleet) -> float:
+    each = costs.MEASURED.on(unit.flops).exact_pair_s * build.dim / costs.MEASURED_DIM
+    return float(build.rows) * build.rows * each / fleet.all_cores
 
 
 def _bytes(value: float) -> str:

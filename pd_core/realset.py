@@ -123,6 +123,7 @@ def _finished(uri: str, stage: str) -> storage.Artifact:
             f"--index {uri}: {stage}/ has schema {artifact.kind} {artifact.schema_version}, this pd_core reads "
             f"{stage} {schemas.VERSIONS[stage]}; run build_index.py again"
         )
+    storage.check_whole(folder, artifact)
     return artifact
 
 

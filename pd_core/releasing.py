@@ -7,8 +7,10 @@ the same inputs give the same release, on whatever day. `latest.json` names the 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,7 +66,8 @@ class Verdict:
 def judge(gates: Sequence[GateSettings], numbers: Numbers, last: Numbers) -> list[Verdict]:
     """Every gate on every recipe that it is for.
 
-    A metric without a value fails its gate. A bound on the change from the latest release holds where that has no such recipe or value.
+    A metric without a value fails its gate. A bound on the change from the latest release holds where that has no such recipe or no
+    finite value, or measured another number of images.
     """
     return [
         _verdict(gate, recipe, values, last.get(recipe, {}))
@@ -77,6 +80,10 @@ def judge(gates: Sequence[GateSettings], numbers: Numbers, last: Numbers) -> lis
 def _verdict(gate: GateSettings, recipe: str, values: Mapping[str, float], before: Mapping[str, float]) -> Verdict:
     name = gate.metric if gate.metric in values else f"{gate.space}.{gate.metric}"
     value, last = values.get(name), before.get(name)
+    if last is not None and not math.isfinite(last):
+        last = None
+    if values.get(size := f"{gate.space}.n_generated") != before.get(size) and name != gate.metric:
+        last = None  # most metrics move with the number of images
     wanted, holds = [], value is not None
     bounds = [("at least", gate.min), ("at most", gate.max)]
     if last is not None:
@@ -102,12 +109,15 @@ def numbers_of(sets: Sequence[Set], measured: pa.Table) -> dict[str, dict[str, f
         totals = made.artifact.totals
         numbers[made.name] = {
             "n": float(made.artifact.rows),
-            "likely_copies": totals["copies"] / made.artifact.rows,
+            # where copies were dropped, the count is of those that are not in the set
+            "likely_copies": 0.0 if totals["settings"]["drop_copies"] else totals["copies"] / made.artifact.rows,
             "acceptance_rate": made.artifact.rows / totals["candidates"],
         }
     for row in measured.filter(pc.is_null(measured["label"])).to_pylist():
         if row["set"] in numbers:
-            numbers[row["set"]][f"{row['space']}.{row['metric']}"] = row["value"]
+            of_set = numbers[row["set"]]
+            of_set[f"{row['space']}.{row['metric']}"] = row["value"]
+            of_set[f"{row['space']}.n_generated"] = float(row["n_generated"])
     return numbers
 
 
@@ -259,15 +269,39 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def point(root: str, name: str, token: int) -> None:
-    """Move `latest.json` to a release. token: of the run lock, for who reads it later."""
+def held_by_hand(root: str) -> list[str]:
+    """Releases that `latest.json` says, in `held`, are not to become the latest: who went back to an older one put it there."""
+    try:
+        return list(json.loads(storage.read_bytes(storage.join(root, LATEST))).get("held", []))
+    except FileNotFoundError:
+        return []
+
+
+def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: Release | None) -> None:
+    """Move `latest.json` to a release.
+
+    Args:
+        token: of the run lock. verdicts: by which it is moved, against `last`, the latest until now.
+
+    Raises:
+        RunError: a later holder of the lock has moved it.
+    """
+    uri = storage.join(root, LATEST)
+    with contextlib.suppress(FileNotFoundError):
+        if (there := json.loads(storage.read_bytes(uri)).get("lock_token", 0)) > token:
+            raise RunError(
+                f"{uri}: was moved by run {there} of the lock, this is {token}; what is done is kept, run it again"
+            )
     pointer = {
         "release": name,
         "uri": f"{RELEASES}/{name}",
         "moved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "lock_token": token,
+        "last": None if last is None else last.name,
+        "verdicts": as_json(verdicts),
+        "held": held_by_hand(root),
     }
-    storage.write_bytes(storage.join(root, LATEST), json.dumps(pointer, indent=1).encode())
+    storage.write_bytes(uri, json.dumps(pointer, indent=1).encode())
 
 
 def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ FIRST_STAGES = {
     "perturb": "perturbed",
     "tradeoff": "pool-pilot",
     "finetune": "weights",
-    "curate": "releases",
 }  # by which the output of a workflow is known
 REPORT = "index.html"
 
@@ -55,18 +54,34 @@ class Run:
     def stage(self, stage: storage.Stage, make: Make, replace: bool = False) -> storage.Artifact:
         """Complete a stage inside a tracked run of its own; `replace`: one of other settings may go, such as a report."""
         with self.tracker.stage(self.name_of(stage.uri)) as nested, failures(stage.kind, stage.uri):
-            artifact = stage.complete(lambda: self._make(stage.uri, make), self.settings.overwrite or replace)
+            before = stage.recorded()
+            artifact = stage.complete(lambda: self._make(stage, make, before), self.settings.overwrite or replace)
             self.done(stage.uri, artifact, nested)
         return artifact
 
-    def _make(self, uri: str, make: Make) -> Made:
-        """What was made of an older state of this stage is finished no more; then make the stage."""
-        name = self.name_of(uri)
+    def _make(self, stage: storage.Stage, make: Make, before: storage.Artifact | None) -> Made:
+        """Make the stage. What was made of an older state of it is finished no more.
+
+        before: its record, of a stage that was finished and damaged since; where what is made anew is the same to the byte,
+            later stages stay finished.
+        """
+        name = self.name_of(stage.uri)
         self.made.append(name)
+        storage.delete_file(storage.join(self.output, RUN))
+        if before is None:
+            self._unfinish_after(name)
+            return make()
+        cluster.say(f"{name}: {storage.told_damage(stage.damage(before))}; making it anew")
+        parts, totals = make()
+        parts = tuple(parts)
+        if not before.holds(parts):
+            cluster.say(f"{name}: what was made anew is not the same to the byte, so later stages are made again too")
+            self._unfinish_after(name)
+        return parts, totals
+
+    def _unfinish_after(self, name: str) -> None:
         for later in self.stages[self.stages.index(name) + 1 if name in self.stages else 0 :]:
             storage.delete_file(storage.join(self.output, later, storage.ARTIFACT))
-        storage.delete_file(storage.join(self.output, RUN))
-        return make()
 
     def name_of(self, uri: str) -> str:
         """Folder of a stage in the output."""
@@ -126,6 +141,8 @@ def checked_output(output: str | None, workflow: str) -> str:
         )
     output = storage.absolute(output)
     with storage.explained(output):
+        if workflow != "curate" and storage.exists(storage.join(output, "index", "current.json")):
+            raise UserError(f"--output {output}: holds the releases of curate.py; choose another")
         for other, stage in FIRST_STAGES.items():
             if other != workflow and storage.begun_identity(storage.join(output, stage)) is not None:
                 raise UserError(f"--output {output}: holds a run of {other}.py; choose another")

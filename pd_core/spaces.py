@@ -181,6 +181,7 @@ def _open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet
                 artifact = storage.load_artifact(folder)
                 if artifact is None or not artifact.rows:
                     raise UserError(f"--samples {uri}: its images are not finished; run {workflow}.py on it again")
+                storage.check_whole(folder, artifact)
                 made, realset = artifact.totals.get("settings"), artifact.identity["realset"]
                 extractor = artifact.totals.get("extractor")
                 return ImageSet(name, uri, table_source(folder), None, made, realset, extractor)
@@ -210,6 +211,7 @@ def _features_of_index(uri: str, space: Space) -> Features:
     artifact = storage.load_artifact(folder)
     if artifact is None:
         raise UserError(f"--samples {uri}: its features are not finished; run build_index.py --output {uri} again")
+    storage.check_whole(folder, artifact)
     spec = ExtractorSpec.from_json(artifact.totals["extractor"])
     if what := storage.differences(spec.identity(), space.spec.identity()):
         raise UserError(
@@ -342,7 +344,8 @@ def original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
     source, folder = source_of(uri), storage.join(uri, "listing")
     with storage.explained(folder):
         artifact = storage.load_artifact(folder)
-    assert artifact is not None, "run.json is written after the listing"
+        assert artifact is not None, "run.json is written after the listing"
+        storage.check_whole(folder, artifact)
     return source, listing.read_artifact(folder, artifact)
 
 

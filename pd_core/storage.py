@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from pd_core.errors import RunError, UserError, one_line
 ARTIFACT = "artifact.json"
 STARTED = "started.json"
 RECORDS = "_parts"
+MEND = "run the command that wrote it again, which makes such parts anew"
 READERS = 16  # threads that read or delete small files
 TEMPORARY_S = 3600.0  # no file takes longer to write
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
@@ -46,8 +46,12 @@ _NUMBERED = re.compile(r"(part|shard)-\d+\.\w+$")
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URI and the path in it. Listings are never cached: other processes write there."""
-    options = {"use_listings_cache": False} if uri.startswith("s3://") else {}
-    return fsspec.core.url_to_fs(uri, **options)
+    if not uri.startswith("s3://"):
+        return fsspec.core.url_to_fs(uri)
+    from pd_core.s3 import S3FileSystem  # half a second of imports
+
+    fs = S3FileSystem(**S3FileSystem._get_kwargs_from_urls(uri), use_listings_cache=False)
+    return fs, fs._strip_protocol(uri)
 
 
 def is_local(uri: str) -> bool:
@@ -85,9 +89,9 @@ def explain(error: BaseException, uri: str) -> UserError | RunError:
         )
     if kind in ("NoCredentialsError", "PartialCredentialsError") or "Unable to locate credentials" in chain:
         return UserError(f"{uri}: no credentials found; set them in the environment or use an instance role")
-    if "ExpiredToken" in chain:
+    if any(word in chain for word in ("ExpiredToken", "TokenRefreshRequired")):
         return UserError(f"{uri}: the credentials have expired; refresh them and run the same command again")
-    if any(word in chain for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch")):
+    if any(word in chain for word in ("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")):
         return UserError(
             f"{uri}: the store does not accept these credentials ({text}); check the access key and secret"
         )
@@ -148,6 +152,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create(uri: str, data: bytes) -> bool:
     """Write the file unless there is one; whether it was written. Of several processes that try at once one succeeds.
 
+    False is also the answer to a client that repeats a request whose answer was lost: read the file to know.
     Locally by a link, on an object store by a PUT on the condition that the object is absent (`If-None-Match: *`).
     """
     fs, path = filesystem(uri)
@@ -161,13 +166,17 @@ def create(uri: str, data: bytes) -> bool:
         finally:
             os.unlink(temporary)
         return True
-    try:
-        fs.pipe_file(path, data, mode="create")
-    except Exception as error:  # s3fs gives the store's refusal as an OSError without a type of its own
-        if "PreconditionFailed" in f"{error} {error.__cause__!r}" or isinstance(error, FileExistsError):
-            return False
-        raise
-    return True
+    for last in (False, False, True):
+        try:
+            fs.pipe_file(path, data, mode="create")
+            return True
+        except Exception as error:  # s3fs gives the store's refusal as an OSError without a type of its own
+            said = f"{error} {error.__cause__!r}"
+            if "PreconditionFailed" in said or isinstance(error, FileExistsError):
+                return False
+            if last or "ConditionalRequestConflict" not in said:  # the answer to racing requests: to be asked again
+                raise
+    raise AssertionError
 
 
 def folders(uri: str) -> list[str]:
@@ -200,9 +209,10 @@ def copy(source: str, target: str) -> None:
         try:
             os.link(source, temporary)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            shutil.copyfile(source, temporary)  # another disk, or one without links
+            write_bytes(target, read_bytes(source))  # another disk, or one without links
+            return
         os.rename(temporary, target)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)  # a rename onto a link of the same file leaves both names
@@ -249,13 +259,18 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None, without: Collection[str] = ()) -> pa.Table:
-    """A Parquet file as a table: all of it in one request, or some columns, the bytes of the others unread."""
-    if columns is None and not without:
-        return pq.ParquetFile(io.BytesIO(read_bytes(uri))).read()
+    """A Parquet file as a table: all of it in one request, or some columns, the bytes of the others unread.
+
+    Raises:
+        UserError: what is there is no whole Parquet file.
+    """
     fs, path = filesystem(uri)
-    with fs.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
-        return parquet.read([n for n in columns or parquet.schema_arrow.names if n not in without])
+    with io.BytesIO(read_bytes(uri)) if columns is None and not without else fs.open(path, "rb") as file:
+        try:
+            parquet = pq.ParquetFile(file)
+            return parquet.read([n for n in columns or parquet.schema_arrow.names if n not in without])
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{uri}: is no whole Parquet file ({one_line(error)}); {MEND}") from None
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
@@ -309,6 +324,14 @@ class Artifact:
         """Rows of all parts."""
         return sum(part.rows for part in self.parts)
 
+    def to_bytes(self) -> bytes:
+        """Content of `artifact.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1).encode()
+
+    def holds(self, parts: Iterable[Part]) -> bool:
+        """Whether these parts are those of the record, to the byte."""
+        return {part.name: part.sha256 for part in parts} == {part.name: part.sha256 for part in self.parts}
+
 
 def load_artifact(uri: str) -> Artifact | None:
     """The commit record in a stage's directory, or None where the stage is not finished."""
@@ -318,6 +341,34 @@ def load_artifact(uri: str) -> Artifact | None:
         return None
     values["parts"] = tuple(Part(**part) for part in values["parts"])
     return Artifact(**values)
+
+
+def damaged_parts(uri: str, parts: Iterable[Part]) -> dict[str, str]:
+    """What is wrong with each of a directory's parts that is gone or has not its size, by name; takes a listing per folder."""
+    named = [(part, *part.name.rpartition("/")[::2]) for part in parts]
+    present = {folder: sizes(join(uri, folder) if folder else uri) for folder in {folder for _, folder, _ in named}}
+    found = {}
+    for part, folder, name in named:
+        size = present[folder].get(name)
+        if size != part.bytes:
+            found[part.name] = "is gone" if size is None else f"has {size} of {part.bytes} bytes"
+    return found
+
+
+def check_whole(uri: str, artifact: Artifact) -> None:
+    """What was committed in a directory is there, by size; for those who read what another command has written.
+
+    Raises:
+        UserError: it is not; names the part.
+    """
+    if damaged := damaged_parts(uri, artifact.parts):
+        raise UserError(f"{uri}: {told_damage(damaged)}; {MEND}")
+
+
+def told_damage(damaged: Mapping[str, str]) -> str:
+    """The first of what `damaged_parts` found, and how many more there are."""
+    name, what = min(damaged.items())
+    return f"{name} {what} since it was committed{f', as {len(damaged) - 1} more' if len(damaged) > 1 else ''}"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -346,12 +397,14 @@ class Stage:
         kind: name of the stage, e.g. `features`.
         schema_version: of its tables.
         identity: JSON-able settings and inputs that decide the content; its hash is the fingerprint.
+        beside: directories of stages that are made together with this one and committed before it.
     """
 
     uri: str
     kind: str
     schema_version: int
     identity: dict[str, Any]
+    beside: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -361,12 +414,17 @@ class Stage:
     def begin(self, overwrite: bool) -> Artifact | None:
         """Claim the directory. Returns the commit record if the stage is already done with this fingerprint.
 
+        A stage that lost parts after its commit, or has not their bytes any more, is finished no more.
+
         Raises:
             UserError: the directory holds a stage of another fingerprint and `overwrite` is off.
         """
         done = load_artifact(self.uri)
         if done is not None and done.fingerprint == self.fingerprint:
-            return done
+            if not self.damage(done):
+                return done
+            delete_file(join(self.uri, ARTIFACT))
+            done = None
         other = done.identity if done is not None else _started(self.uri)
         if other is not None and (done is not None or fingerprint_of(other, self) != self.fingerprint):
             if not overwrite:
@@ -381,6 +439,20 @@ class Stage:
         self._drop_temporaries()
         write_bytes(join(self.uri, STARTED), canonical(self.identity).encode())
         return None
+
+    def recorded(self) -> Artifact | None:
+        """The commit record in the directory where it is of this fingerprint, whether all its parts are whole or not."""
+        done = load_artifact(self.uri)
+        return done if done is not None and done.fingerprint == self.fingerprint else None
+
+    def damage(self, done: Artifact) -> dict[str, str]:
+        """`damaged_parts` of what was committed here and in the stages beside."""
+        found = damaged_parts(self.uri, done.parts)
+        for uri in self.beside:
+            artifact = load_artifact(uri)
+            own = {ARTIFACT: "is gone"} if artifact is None else damaged_parts(uri, artifact.parts)
+            found |= {f"../{uri.rpartition('/')[2]}/{name}": what for name, what in own.items()}
+        return found
 
     def _drop_temporaries(self) -> None:
         """Delete what a killed process left half-written; on an object store there is no such thing.
@@ -441,17 +513,22 @@ class Stage:
         A record names its stage's fingerprint: what a late task of an earlier run writes here is not taken for ours. One that
         such a task drops meanwhile is not there.
         """
+        parts = self._records()
+        damaged = damaged_parts(self.uri, parts)
+        return {part.name: part for part in parts if part.name not in damaged}
+
+    def lost_parts(self) -> dict[str, str]:
+        """What is wrong with each recorded part that is gone or has not its recorded size, by name."""
+        return damaged_parts(self.uri, self._records())
+
+    def _records(self) -> list[Part]:
         names = sorted(sizes(join(self.uri, RECORDS)))
         if not names:
-            return {}
+            return []
         with ThreadPoolExecutor(READERS) as readers:
             contents = list(readers.map(lambda name: _read_if_there(join(self.uri, RECORDS, name)), names))
         records = [json.loads(content) for content in contents if content is not None]
-        parts = [Part(**record["part"]) for record in records if record["stage"] == self.fingerprint]
-        folders = {part.name.rpartition("/")[0] for part in parts}
-        present = {folder: sizes(join(self.uri, folder) if folder else self.uri) for folder in folders}
-        placed = ((part, *part.name.rpartition("/")[::2]) for part in parts)
-        return {part.name: part for part, folder, name in placed if present[folder].get(name) == part.bytes}
+        return [Part(**record["part"]) for record in records if record["stage"] == self.fingerprint]
 
     def drop_part(self, name: str) -> None:
         """Forget a part and delete its file, if there is one."""
@@ -475,7 +552,7 @@ class Stage:
             versions=package_versions(),
             timings_s={name: round(value, 3) for name, value in timings_s.items()},
         )
-        write_bytes(join(self.uri, ARTIFACT), json.dumps(dataclasses.asdict(artifact), indent=1).encode())
+        write_bytes(join(self.uri, ARTIFACT), artifact.to_bytes())
         return artifact
 
     def complete(self, make: Callable[[], tuple[Iterable[Part], Mapping[str, Any]]], overwrite: bool) -> Artifact:
@@ -483,11 +560,15 @@ class Stage:
 
         `make` writes the parts that `finished_parts` does not have and returns all parts and the totals.
         """
+        before = self.recorded()
         done = self.begin(overwrite)
         if done is not None:
             return done
         watch = Stopwatch()
         parts, totals = make()
+        if before is not None and before.holds(parts):  # what was damaged is as it was, and so is what was said of it
+            write_bytes(join(self.uri, ARTIFACT), before.to_bytes())
+            return before
         return self.commit(parts, totals, {self.kind: watch.seconds})
 
 

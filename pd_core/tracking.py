@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from pd_core import storage
 from pd_core.cluster import say
 from pd_core.config import TrackingSettings
-from pd_core.errors import UserError
+from pd_core.errors import UserError, redact
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 SQLITE = "sqlite:///"
@@ -62,11 +62,6 @@ METRICS_PER_REQUEST = 1000
 
 
 # ---- where to -------------------------------------------------------------------------------------------------------
-
-
-def redact(text: str) -> str:
-    """The text with `user:password@` of every URL in it replaced by `***@`."""
-    return re.sub(r"://[^/\s'\"]*@", "://***@", text)
 
 
 def _shown(uri: str) -> str:

@@ -90,7 +90,9 @@ class OtherSettings(UserError):
     """The base was made with other settings than those of now."""
 
 
-def check_same(base: Base, settings: BuildIndexSettings, spec: features.ExtractorSpec, device: str) -> None:
+def check_same(
+    base: Base, settings: BuildIndexSettings, source: sources.Source, spec: features.ExtractorSpec, device: str
+) -> None:
     """Raises OtherSettings: a setting that decides features or densities, or the extractor, is not what the base was made with."""
     now = settings.model_dump(mode="json")
     decides = {
@@ -110,6 +112,9 @@ def check_same(base: Base, settings: BuildIndexSettings, spec: features.Extracto
     }
     of_base = base.artifacts["features"].identity
     found += storage.differences({name: of_base[name] for name in identity}, identity)
+    listed = base.artifacts["listing"].identity["source"]
+    columns = {name: listed.get(name) for name in ("kind", "metadata", "labels", "image_column", "key_column")}
+    found += storage.differences(columns, {name: sources.identity(source).get(name) for name in columns}, "source.")
     if found:
         raise OtherSettings(
             f"--base {base.uri}: was made with other settings ({'; '.join(found[:6])}), so its numbers are not comparable; "
@@ -170,6 +175,8 @@ def _compare(
         skipped: Counter[str] = Counter()
         rows = listing.recut(known.new_of(sources.list_images(source, skipped)), part_rows)
         added = [fresh.write_table(storage.part_name(number), table) for number, table in enumerate(rows)]
+        if not known.met:
+            raise UserError(f"{source.root}: no images there; check --data.source")
         sources.check_unique(np.concatenate(known.met), functools.partial(_keys_of, source))
         metadata = before.totals["metadata"]
         removed = pa.table({"sample_id": np.sort(known.ids[~known.seen])})
@@ -177,8 +184,6 @@ def _compare(
         fresh.commit(added, {"rows": sum(p.rows for p in added), "skipped": {}, "metadata": metadata}, {})
         whole = listing.recut(_kept_then_added(base, known, fresh, added), part_rows)
         parts = [stage.write_table(storage.part_name(number), table) for number, table in enumerate(whole)]
-        if not parts:
-            raise UserError(f"{source.root}: no images there; check --data.source")
         totals = {
             "rows": sum(part.rows for part in parts),
             "skipped": dict(sorted(skipped.items())),
@@ -204,7 +209,7 @@ class _Known:
     """The images of the base's listing, and which of them the source still has; 33 bytes a row.
 
     Attributes:
-        ids, place: sample_id int64 [N], and a hash of where the image lies and of the state of that file, int64 [N].
+        ids, place: sample_id int64 [N], and a hash of the file it lies in, where, and of the state of that file, int64 [N].
         seen: bool [N].
         met: sample ids of the source, as they were met.
     """
@@ -243,14 +248,16 @@ class _Known:
         return [int(part.sum()) for part in np.split(self.seen, np.cumsum(self.part_rows)[:-1])]
 
 
-_PLACE = ("sample_id", "offset", "size", "version")
+_PLACE = ("sample_id", "container", "offset", "size", "version")
 
 
 def _place_of(table: pa.Table) -> np.ndarray:
-    """A hash, never 0, of where each image lies in its file and of the file's state; the file's name is in the key."""
-    offset, size, version = (table[name].to_numpy().astype(np.uint64) for name in _PLACE[1:])
+    """A hash, never 0, of the file that each image lies in, of where it lies there, and of the file's state."""
+    names = table["container"].combine_chunks().dictionary_encode()
+    container = sources.sample_ids(names.dictionary.to_pylist())[names.indices.to_numpy()].astype(np.uint64)
+    offset, size, version = (table[name].to_numpy().astype(np.uint64) for name in _PLACE[2:])
     with np.errstate(over="ignore"):
-        mixed = ids.splitmix64(version ^ ids.splitmix64(offset ^ ids.splitmix64(size)))
+        mixed = ids.splitmix64(version ^ ids.splitmix64(offset ^ ids.splitmix64(size ^ ids.splitmix64(container))))
     return np.where(mixed == 0, 1, mixed).astype(np.int64)
 
 
@@ -301,7 +308,8 @@ def features_stage(output: str, changes: Changes, base: Base, added: storage.Art
         "base": before.fingerprint,
         "added": None if added is None else added.fingerprint,
     }
-    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity)
+    beside = (storage.join(output, "quarantine"),)
+    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
 
 
 @dataclass(frozen=True)
@@ -335,18 +343,43 @@ def _between(ends: np.ndarray, start: int, stop: int) -> tuple[int, int]:
     return int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop - 1, side="right")) + 1
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """Where a part's rows of one table come from: folder, and the parts there that are read."""
+
+    base: str
+    old: tuple[storage.Part, ...]
+    added: str
+    new: tuple[storage.Part, ...]
+
+
 def merge_features(
     stage: storage.Stage, changes: Changes, base: Base, output: str, max_bad_fraction: float
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Put features/ and quarantine/ together; returns the parts and totals of features/ to commit."""
+    import ray
+
     quarantine = features.quarantine_of(stage)
     quarantine.begin(overwrite=True)
     done, kept = stage.finished_parts(), base.artifacts["features"]
-    merge = cluster.task(_merge_part)
+    there = {kind: _parts_of(base.folder(kind)) for kind in ("features", "quarantine")}
+    new = {kind: _parts_of(storage.join(output, ADDED, kind)) for kind in there}
+    merge, removed = cluster.task(_merge_part), ray.put(changes.removed)
     todo = [piece for piece in _pieces(changes) if storage.part_name(piece.number) not in done]
-    folders = {"old": base.uri, "new": storage.join(output, ADDED), "listing": changes.listed.uri}
+
+    def submit(piece: _Piece) -> Any:
+        read = {
+            kind: _Sources(
+                base.folder(kind),
+                _named(there[kind], piece.old),
+                storage.join(output, ADDED, kind),
+                _named(new[kind], piece.new),
+            )
+            for kind in there
+        }
+        return merge.remote(stage, quarantine, changes.listed.uri, piece, read, removed)
+
     with cluster.progress("features", changes.listed.parts, "parts", changes.listed.parts - len(todo)) as bar:
-        submit = lambda piece: merge.remote(stage, quarantine, folders, piece)  # noqa: E731
         for _ in cluster.bounded(submit, todo, cluster.in_flight):
             bar.update(1)
             telemetry.PARTS.add(1, stage="features")
@@ -365,41 +398,55 @@ def merge_features(
     return list(parts.values()), totals
 
 
-def _merge_part(stage: storage.Stage, quarantine: storage.Stage, folders: dict[str, str], piece: _Piece) -> None:
-    name = storage.part_name(piece.number)
-    if piece.whole:
-        before = {kind: _parts_of(storage.join(folders["old"], kind)) for kind in ("features", "quarantine")}
-        if name in before["quarantine"]:
-            quarantine.adopt(storage.join(folders["old"], "quarantine"), before["quarantine"][name])
-        stage.adopt(storage.join(folders["old"], "features"), before["features"][name])
-        return
-    wanted = storage.read_table(storage.join(folders["listing"], name), ["sample_id"])["sample_id"]
-    bad = _gather(folders, "quarantine", piece, wanted)
-    reasons: Counter[str] = Counter(bad["reason"].to_pylist()) if bad is not None else Counter()
-    if bad is not None and bad.num_rows:
-        quarantine.write_table(name, bad, dict(sorted(reasons.items())))
-    else:
-        quarantine.drop_part(name)
-    good = _gather(folders, "features", piece, wanted)
-    assert good is not None, "every part has features, if only of no rows"
-    stage.write_table(name, good, dict(sorted(reasons.items())))
-
-
 def _parts_of(uri: str) -> dict[str, storage.Part]:
     artifact = storage.load_artifact(uri)
     return {} if artifact is None else {part.name: part for part in artifact.parts}
 
 
-def _gather(folders: dict[str, str], kind: str, piece: _Piece, wanted: pa.ChunkedArray) -> pa.Table | None:
-    """Rows of a table of the base and of what was added that belong to a part, in the order of the listing."""
+def _named(parts: dict[str, storage.Part], numbers: Sequence[int]) -> tuple[storage.Part, ...]:
+    names = [storage.part_name(number) for number in numbers]
+    return tuple(parts[name] for name in names if name in parts)
+
+
+def _merge_part(
+    stage: storage.Stage,
+    quarantine: storage.Stage,
+    listing_uri: str,
+    piece: _Piece,
+    read: dict[str, _Sources],
+    removed: np.ndarray,
+) -> None:
+    name = storage.part_name(piece.number)
+    if piece.whole:
+        for target, kind in ((quarantine, "quarantine"), (stage, "features")):
+            for part in read[kind].old:
+                target.adopt(read[kind].base, part)
+        return
+    wanted = storage.read_table(storage.join(listing_uri, name), ["sample_id"])["sample_id"]
+    bad = _gather(read["quarantine"], wanted, removed)
+    reasons: Counter[str] = Counter(bad["reason"].to_pylist()) if bad is not None else Counter()
+    if bad is not None and bad.num_rows:
+        quarantine.write_table(name, bad, dict(sorted(reasons.items())))
+    else:
+        quarantine.drop_part(name)
+    good = _gather(read["features"], wanted, removed)
+    assert good is not None, "every part has features, if only of no rows"
+    stage.write_table(name, good, dict(sorted(reasons.items())))
+
+
+def _gather(read: _Sources, wanted: pa.ChunkedArray, removed: np.ndarray) -> pa.Table | None:
+    """Rows of a table of the base and of what was added that belong to a part, in the order of the listing.
+
+    An image whose content has changed is in both under one id: the base's row is among the removed.
+    """
     tables = []
-    for folder, numbers in ((folders["old"], piece.old), (folders["new"], piece.new)):
-        uri = storage.join(folder, kind)
-        there = _parts_of(uri) if numbers else {}
-        for number in numbers:
-            if (name := storage.part_name(number)) in there:
-                table = storage.read_table(storage.join(uri, name))
-                tables.append(table.filter(pc.is_in(table["sample_id"], value_set=wanted)))
+    for uri, parts in ((read.base, read.old), (read.added, read.new)):
+        for part in parts:
+            table = storage.read_table(storage.join(uri, part.name))
+            keep = pc.is_in(table["sample_id"], value_set=wanted)
+            if uri == read.base:
+                keep = pc.and_(keep, pa.array(~np.isin(table["sample_id"].to_numpy(), removed)))
+            tables.append(table.filter(keep))
     return pa.concat_tables(tables).combine_chunks() if tables else None
 
 
@@ -423,29 +470,59 @@ def kept_index(base: Base) -> indexing.Kept | None:
     )
 
 
+def _changed(before: storage.Artifact) -> int:
+    return int(before.totals.get("changed", 0))
+
+
+def trained_facts(base: Base, changes: Changes) -> dict[str, Any]:
+    """What an index that keeps the base's quantizer remembers of it, for its totals: see `drift`."""
+    before = base.artifacts["index"]
+    if before.totals["kind"] == "flat":
+        return {}
+    distance = before.totals.get("cell_distance")
+    if distance is None:
+        parts = [part.name for part in base.artifacts["features"].parts if part.rows]
+        old = [storage.join(base.folder("features"), name) for name in parts[:: max(1, len(parts) // DRIFT_PARTS)]]
+        distance = cluster.get(cluster.task(_cell_distance).remote(base.folder("index"), old))
+    return {"changed": _changed(before) + changes.count, "cell_distance": distance}
+
+
 def _rows_when_trained(before: storage.Artifact) -> int:
     return int(before.identity.get("rows_when_trained", before.totals["rows"]))
 
 
 def drift(
-    base: Base, changes: Changes, added: storage.Artifact | None, rows: int, output: str, settings: UpdateSettings
+    base: Base,
+    changes: Changes,
+    added: storage.Artifact | None,
+    rows: int,
+    output: str,
+    settings: UpdateSettings,
+    index_settings: IndexSettings,
+    density: DensitySettings,
 ) -> str | None:
-    """Why the quantizer has to be trained again, or None. An index without cells has none."""
+    """Why the index has to be built anew, its quantizer trained again, and every neighbor searched for; or None."""
     before = base.artifacts["index"]
     if before.totals["kind"] == "flat":
+        kind = indexing.resolve_kind(index_settings, density.exact, rows)
+        if kind != "flat":
+            return f"{rows:,} rows are enough for an index with cells, which the base has not"
+        growth = changes.count / before.totals["rows"]
+        if growth > settings.max_growth:
+            return f"{growth:.0%} of the rows have changed, --update.max_growth is {settings.max_growth:g}"
         return None
-    then = _rows_when_trained(before)
-    growth = max(abs(rows - then), changes.count) / then
+    growth = (_changed(before) + changes.count) / _rows_when_trained(before)
     if growth > settings.max_growth:
-        return f"{growth:.0%} of the rows have changed since it was trained, --update.max_growth is {settings.max_growth:g}"
-    if added is None:
+        return f"{growth:.0%} of the rows have changed since its quantizer was trained, --update.max_growth is {settings.max_growth:g}"
+    if added is None or not added.rows:
         return None
     new = [storage.join(output, ADDED, "features", part.name) for part in added.parts if part.rows]
     parts = [part.name for part in base.artifacts["features"].parts if part.rows]
     old = [storage.join(base.folder("features"), name) for name in parts[:: max(1, len(parts) // DRIFT_PARTS)]]
     measure = cluster.task(_cell_distance)
-    far, before_far = cluster.get([measure.remote(base.folder("index"), uris) for uris in (new, old)])
-    if far > settings.max_cell_distance * before_far:
+    far = cluster.get(measure.remote(base.folder("index"), new))
+    before_far = before.totals.get("cell_distance") or cluster.get(measure.remote(base.folder("index"), old))
+    if before_far > 0 and far > settings.max_cell_distance * before_far:
         return (
             f"the new rows' mean squared distance to their cells' centroids is {far / before_far:.2f} times that of the others, "
             f"--update.max_cell_distance is {settings.max_cell_distance:g}"
@@ -484,13 +561,13 @@ def neighbors_stage(output: str, info: search.IndexInfo, base: Base, settings: D
 
 @dataclass(frozen=True)
 class _Merge:
-    """What a task of the stage needs; picklable. pieces: of each part, by its number."""
+    """What a task of the stage needs; picklable. cell_rows: rows of each cell in the base's index, int64 [cells]."""
 
     stage: storage.Stage
     features: str
     base: str
     k: int
-    pieces: dict[int, _Piece]
+    cell_rows: np.ndarray
 
 
 def merge_neighbors(
@@ -519,15 +596,19 @@ def merge_neighbors(
     telemetry.SEARCHED.add(0, stage="neighbors")
     removed, searched = ray.put(changes.removed), 0
     features_uri = storage.join(output, "features")
-    job = _Merge(stage, features_uri, base.uri, settings.k, pieces)
+    job = _Merge(stage, features_uri, base.uri, settings.k, _cell_rows(base))
     new = _new_rows(info, output, changes)
     with (
-        search.open_pool(info, cluster.refreshed(now), index_settings.actors, index_settings.actor_cpus) as pool,
+        # most of the work is in the tasks, which compare with the new rows: the pool gets the smaller share of the CPUs
+        search.open_pool(info, cluster.refreshed(now), index_settings.actors, index_settings.actor_cpus, True) as pool,
         cluster.progress("neighbors", len(merged.parts), "parts", len(done)) as bar,
     ):
-        merge = cluster.task(_merge_block, pool.io_cpus)
-        submit = lambda names: merge.remote(job, names, pool, new, removed)  # noqa: E731
-        for names, count in cluster.bounded(submit, todo, lambda: len(pool.actors) + 1):
+        merge = cluster.task(_merge_block)
+
+        def submit(names: list[str]) -> Any:
+            return merge.remote(job, [(name, pieces[_number(name)]) for name in names], pool, new, removed)
+
+        for names, count in cluster.bounded(submit, todo, cluster.in_flight):
             bar.update(len(names))
             telemetry.PARTS.add(len(names), stage="neighbors")
             telemetry.SEARCHED.add(count, stage="neighbors")
@@ -537,6 +618,19 @@ def merge_neighbors(
         raise RunError(f"{stage.uri}: {found} of {merged.rows} rows are there; run the same command again")
     totals = {"rows": merged.rows, "k": settings.k, "dim": info.dim, "nprobe": info.nprobe, "searched": searched}
     return parts, totals
+
+
+def _cell_rows(base: Base) -> np.ndarray:
+    if base.artifacts["index"].totals["kind"] == "flat":
+        return np.empty(0, np.int64)
+    table = json.loads(storage.read_bytes(storage.join(base.folder("index"), search.CELLS)))
+    return np.array(table["rows_of_cell"], np.int64)
+
+
+def _number(name: str) -> int:
+    number = storage.part_number(name)
+    assert number is not None, name
+    return number
 
 
 def _new_rows(info: search.IndexInfo, output: str, changes: Changes) -> Any:
@@ -557,18 +651,19 @@ def _shard_of(info: search.IndexInfo, uris: Sequence[str]) -> bytes:
 
 
 def _merge_block(
-    job: _Merge, names: Sequence[str], pool: search.SearchPool, new: bytes | None, removed: np.ndarray
+    job: _Merge, wanted: Sequence[tuple[str, _Piece]], pool: search.SearchPool, new: bytes | None, removed: np.ndarray
 ) -> int:
     """Write the neighbors of some parts; returns how many rows were searched for in the whole index."""
     nearest = None if new is None else knn.ShardSearch.open([new], device="cpu")
     searched = 0
-    for name in names:
+    for name, piece in wanted:
         table, vectors = load_features(storage.join(job.features, name))
         sample_id = table["sample_id"].to_numpy()
-        number = storage.part_number(name)
-        assert number is not None, name
-        distances, found = _neighbors_before(job, job.pieces[number], sample_id)
-        whole = (found[:, 0] == knn.MISSING_ID) | np.isin(found, removed).any(axis=1)
+        distances, found = _neighbors_before(job, piece, sample_id)
+        # new, or with other content under the id that it had; one of its neighbors is gone; more than its cells were searched
+        whole = (found[:, 0] == knn.MISSING_ID) | np.isin(sample_id, removed) | np.isin(found, removed).any(axis=1)
+        if not pool.info.exact:
+            whole |= job.cell_rows[search.probes_of(pool.info, vectors)].sum(axis=1) <= job.k + 1
         old = np.flatnonzero(~whole)
         if nearest is not None and len(old):
             more = _among(nearest, pool.info, vectors[old], job.k)
@@ -626,14 +721,21 @@ def keep_or_fit(
     update: UpdateSettings,
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """The base's predictor, on the new scale, while it holds on held-out rows; else one that is fitted anew."""
-    shift = densities.totals["log_normalizer"] - base.artifacts["densities"].totals["log_normalizer"]
+    before = base.artifacts["estimator"]
+    asked = {name: stage.identity[name] for name in ("settings", "torch")}
+    of_base = {name: before.identity[name] for name in asked}
+    volume_dim = [artifact.totals["volume_dim"] for artifact in (densities, base.artifacts["densities"])]
+    fitted_r2 = before.totals.get("fitted_r2", before.totals["heldout"]["r2_log_density"])
     uris = storage.join(output, "features"), storage.join(output, "densities")
+    if asked != of_base or volume_dim[0] != volume_dim[1] or settings.split != "hash" or fitted_r2 is None:
+        cluster.say(
+            "estimator: fitted anew, since the base's was made with other settings or cannot be judged on held-out images"
+        )
+        return fitting.run(stage, uris[0], uris[1], densities, feature_dim, settings)
+    shift = densities.totals["log_normalizer"] - base.artifacts["densities"].totals["log_normalizer"]
     names = [part.name for part in densities.parts]
     keep = cluster.task(_keep, cluster.feasible_cpus(settings.threads))
-    fitted_r2 = base.artifacts["estimator"].totals.get("fitted_r2", _r2_of(base))
-    least = None if fitted_r2 is None else fitted_r2 - update.max_r2_drop
-    if settings.split != "hash":
-        least = None  # which rows the base has trained on is not known
+    least = fitted_r2 - update.max_r2_drop
     heldout = cluster.get(keep.remote(stage, base.folder("estimator"), shift, uris, names, settings, least))
     if heldout is None:
         cluster.say(
@@ -643,15 +745,9 @@ def keep_or_fit(
     cluster.say(
         f"estimator: kept from the base; R² of log density {heldout['r2_log_density']:.3f}, {fitted_r2:.3f} when fitted"
     )
-    before = base.artifacts["estimator"].totals
-    totals = {name: before[name] for name in ("n_train", "epochs", "best_epoch")}
+    totals = {name: before.totals[name] for name in ("n_train", "epochs", "best_epoch")}
     totals |= {"heldout": heldout, "n_heldout": heldout["n"], "fitted_r2": fitted_r2}
     return list(stage.finished_parts().values()), totals
-
-
-def _r2_of(base: Base) -> float | None:
-    value: float | None = base.artifacts["estimator"].totals["heldout"]["r2_log_density"]
-    return value
 
 
 def _keep(
@@ -661,7 +757,7 @@ def _keep(
     uris: tuple[str, str],
     names: Sequence[str],
     settings: EstimatorSettings,
-    least: float | None,
+    least: float,
 ) -> dict[str, Any] | None:
     """Write the base's predictor with its target moved by `shift`, the change of log c; None where it does not hold any more."""
     files = {
@@ -669,14 +765,17 @@ def _keep(
         for name in (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
     }
     predictor = estimator.from_bytes(files).rescaled(shift)
-    true, predicted = [], []
-    for name in names:
+    true, predicted, rows = [], [], 0
+    for name in names:  # parts follow no order of the densities: the first ones are as good as any
+        if rows >= estimator.HELDOUT_ROWS:
+            break
         sample_id, vectors, log_density = fitting.load_part(*uris, name)
         held = estimator.held_out(sample_id, settings)
         if held.any():
+            rows += int(held.sum())
             true.append(log_density[held])
             predicted.append(predictor.predict(vectors[held]).log_density)
-    if least is None or not true:
+    if not true:
         return None
     measured = estimator.calibration(np.concatenate(true), np.concatenate(predicted))
     if measured.r2_log_density is None or measured.r2_log_density < least:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pd_core import cluster, errors
+from pd_core.s3 import S3FileSystem
 from tests import tiny
 from tests.s3 import S3Server, running_server
 
@@ -23,13 +24,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """The server, with this process's environment pointing at it: `s3://` URIs mean it."""
-    import s3fs
-
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # instances keep the credentials they were made with
+    S3FileSystem.clear_instance_cache()  # instances keep the credentials they were made with
     yield s3_server
-    s3fs.S3FileSystem.clear_instance_cache()
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -80,13 +80,23 @@ def test_unknown_option_exits_2_with_one_line(argument, expected, capsys):
         (["--config", "/nowhere/at/all.yaml"], "no such file"),
         (["--density.volume_dim", "inf"], "density.volume_dim: input should be a finite number"),
         (["--estimator.hidden", "512,0"], "estimator.hidden.1: input should be greater than 0"),
-        (["--tracking.uri", "https://me:secret@host"], "MLFLOW_TRACKING_PASSWORD (found 'https://***@host')"),
+        (["--tracking.uri", "https://me:secret@host"], "MLFLOW_TRACKING_PASSWORD) (found 'https://***@host')"),
+        (["--tracking.uri", "https://me:se/cret@host"], "tracking.uri: must not hold a name or password"),
+        (["--data.source", "s3://KEY:se/cret@bucket/x"], "data.source: must not hold a name or password"),
+        (["--output", "s3://KEY:secret@bucket/x"], "output: must not hold a name or password"),
     ],
 )
 def test_wrong_values_are_one_line_that_names_the_setting(argv, expected):
     with pytest.raises(UserError) as error:
         load(*argv)
-    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert expected in str(error.value) and "\n" not in str(error.value) and "cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://[::1]:5000", "http://host:5000/a:b@c", "s3://bucket/a@b/*.png", "sqlite:///a@b"]
+)
+def test_urls_without_a_password_are_settings(uri):
+    assert load("--data.source", uri).data.source == uri
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,24 @@ def test_a_schedule_of_runs(source, inputs, tmp_path, ray_cluster, capsys):
     assert any(change["images_new"] for change in changes.values())
     assert before == {str(f.relative_to(at)): f.read_bytes() for f in at.rglob("*") if f.is_file()}
 
+    # the source as it was before: the index and the release of then, and back again
+    for key in list(tiny.files())[EARLIER:]:
+        (source / key).rename(tmp_path / key.replace("/", "-"))
+    assert run(source, checkpoint, output) == errors.EXIT_DONE
+    assert latest(output) == first and len(releases(output)) == 2
+    for key in list(tiny.files())[EARLIER:]:
+        (tmp_path / key.replace("/", "-")).rename(source / key)
+    assert run(source, checkpoint, output) == errors.EXIT_DONE
+    assert latest(output) == second
+
+    # how many processes do the work, and a release that was taken back by hand
+    assert run(source, checkpoint, output, evaluation={"extraction": {"actors": 1}}) == errors.EXIT_NOTHING_NEW
+    pointer = json.loads((output / "latest.json").read_text())
+    (output / "latest.json").write_text(json.dumps(pointer | {"release": first, "held": [second]}))
+    assert run(source, checkpoint, output) == errors.EXIT_HELD_BACK
+    assert latest(output) == first
+    (output / "latest.json").write_text(json.dumps(pointer))
+
     gates = [{"metric": "likely_copies", "recipe": "varied", "max": -1.0}]
     for _ in range(2):  # again: the same release, held back again
         capsys.readouterr()
@@ -106,7 +124,8 @@ def test_only_the_newest_versions_are_kept_and_releases_need_none_of_them(source
     for number in range(3):
         write(source, list(tiny.files().items())[EARLIER + 5 * number : EARLIER + 5 * (number + 1)])
         assert run(source, inputs[1], output, keep=1, recipes=[TYPICAL]) == errors.EXIT_DONE
-    assert len(storage.folders(str(output / "index"))) == len(storage.folders(str(output / "candidates"))) == 1
+    assert len(storage.folders(str(output / "index"))) == 1
+    assert len(storage.folders(str(output / "candidates"))) == 2  # a recipe and its evaluation
     assert len(releases(output)) == 3
     for name in releases(output):
         artifact = storage.load_artifact(str(output / "releases" / name))
@@ -146,6 +165,8 @@ def test_a_live_lock_is_named_and_a_stale_one_taken_over(source, inputs, tmp_pat
         ({"gates": [{"metric": "precision", "min": 0.5, "space": "judge"}]}, "evaluation.judge.model is none"),
         ({"recipes": [TYPICAL | {"treshold": "p3"}]}, "unknown setting; did you mean 'threshold'?"),
         ({"recipes": [TYPICAL, TYPICAL]}, "'typical' is named twice"),
+        ({"recipes": [TYPICAL | {"threshold": "p800"}]}, "recipes: typical: threshold 'p800'"),
+        ({"recipes": [{"name": "typical", "n": 3}]}, "recipes: typical: --weighting.weight"),
         ({"recipes": []}, "recipes: none"),
         ({"recipes": [TYPICAL | {"name": "../x"}]}, "expected a folder name"),
         ({"generator": {"kind": "diffusers", "path": "/nowhere/ddpm"}}, "/nowhere/ddpm"),
@@ -194,6 +215,14 @@ def numbers(**values: float) -> dict[str, dict[str, float]]:
         ),  # the first release
         ({"metric": "recall", "max_decrease": 0.1}, {"index__recall": 0.44}, {"index__recall": 0.5}, False),
         ({"metric": "n", "min": 3, "max": 5}, {"n": 6.0}, {}, False),
+        ({"metric": "recall", "max_decrease": 0.1}, {"index__recall": 0.4}, {"index__recall": float("nan")}, True),
+        ({"metric": "recall", "min": 0.1}, {"index__recall": float("nan")}, {}, False),
+        (  # of another number of images: not comparable
+            {"metric": "frechet_distance", "max_increase": 0.05},
+            {"index__frechet_distance": 20.0, "index__n_generated": 50.0},
+            {"index__frechet_distance": 10.0, "index__n_generated": 100.0},
+            True,
+        ),
     ],
 )
 def test_gates(gate, now, last, holds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,28 @@ def test_a_state_that_is_not_as_it_was_written_is_passed_over(
     newest.write_bytes(bytes(data))
     assert finetuned(*argv) == 0
     assert results(output) == results(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lost", "again"),
+    [("average-00000004.safetensors", [0, 4, 8]), ("samples-00000008.parquet", [8]), ("history.parquet", [])],
+)
+def test_a_part_that_was_cut_short_after_its_commit_is_made_again(
+    built: Path, ddpm: str, done: Path, tmp_path: Path, lost: str, again: list[int]
+) -> None:
+    """Steps are made again only where they must be."""
+    output = tmp_path / "out"
+    shutil.copytree(done, output)
+    (output / "training" / lost).write_bytes((output / "training" / lost).read_bytes()[:-20])
+    averages = {step: output / "training" / checkpoints.average_name(step) for step in (0, 4, 8)}
+    before = {step: file.stat().st_mtime_ns for step, file in averages.items()}
+    assert finetuned(*arguments(built, ddpm, output)) == 0
+    assert results(output) == results(done)
+    assert [step for step, file in averages.items() if file.stat().st_mtime_ns != before[step]] == again
+    records = [storage.load_artifact(str(folder / "training")) for folder in (output, done)]
+    found, expected = ({part.name for part in record.parts} for record in records if record is not None)
+    assert found == expected
 
 
 @pytest.mark.slow

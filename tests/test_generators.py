@@ -37,6 +37,7 @@ from pd_core.generators import (
 from pd_core.generators.denoising import DeterministicDiffusion, Network
 from pd_core.generators.diffusers import CalledPipeline
 from pd_core.generators.python import split
+from pd_core.s3 import S3FileSystem
 from tests import tiny_generators as tiny
 from tests.nvidia import StandIn
 
@@ -1024,12 +1025,11 @@ def test_stylegan_in_half_precision_is_described_anywhere_and_runs_on_gpus(nvidi
 @pytest.mark.parametrize("read", [generators.read_prompts, generators.read_file])
 def test_a_store_that_refuses_is_one_line(s3_environment, monkeypatch, read):
     """Without credentials botocore's own error comes through, which is no OSError."""
-    import s3fs
 
     bucket = s3_environment.make_bucket()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "")
-    s3fs.S3FileSystem.clear_instance_cache()
+    S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match="credentials"):
         read(f"s3://{bucket}/prompts.txt")
 

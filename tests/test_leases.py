@@ -95,3 +95,46 @@ def test_files_of_earlier_holders_are_cleared(tmp_path):
         with leases.hold(str(tmp_path), 60):
             pass
     assert len(storage.sizes(str(tmp_path))) == leases.KEPT
+
+
+def test_a_renewal_that_is_written_after_another_took_over_is_no_renewal(tmp_path, monkeypatch):
+    slow = leases.acquire(str(tmp_path), 0.3)
+    write = storage.write_bytes
+
+    def after_a_pause(uri: str, data: bytes) -> None:
+        monkeypatch.setattr(storage, "write_bytes", write)
+        time.sleep(0.4)  # the lease ends meanwhile
+        leases.acquire(str(tmp_path), 60)
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", after_a_pause)
+    slow.renew()
+    with pytest.raises(RunError, match="has lost the lock"):
+        slow.check()
+
+
+def test_a_run_that_loses_its_lock_is_interrupted_and_says_so(tmp_path):
+    with pytest.raises(RunError, match="taken over by process"), leases.hold(str(tmp_path), 0.6):  # noqa: PT012
+        storage.create(str(tmp_path / "00000002.json"), (tmp_path / "00000001.json").read_bytes())
+        time.sleep(20)
+
+
+def test_an_error_of_the_body_is_not_hidden_by_one_of_the_release(tmp_path, monkeypatch, capsys):
+    def gone(uri: str, data: bytes) -> None:
+        raise PermissionError("ExpiredToken")
+
+    with pytest.raises(UserError, match="the credentials have expired"), leases.hold(str(tmp_path), 60):  # noqa: PT012
+        monkeypatch.setattr(storage, "write_bytes", gone)
+        raise UserError("the credentials have expired")
+    assert "the lock could not be given back (ExpiredToken)" in capsys.readouterr().err
+
+
+def test_a_holder_whose_answer_was_lost_has_the_lock(tmp_path, monkeypatch):
+    create = storage.create
+
+    def lost(uri: str, data: bytes) -> bool:
+        create(uri, data)
+        return False  # what the client says when it asks again
+
+    monkeypatch.setattr(storage, "create", lost)
+    assert leases.acquire(str(tmp_path), 60).token == 1

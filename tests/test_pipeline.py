@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,8 +16,8 @@ import pytest
 
 from pd_core import errors, features, storage
 from pd_core.config import FeatureSettings
-from tests import tiny
-from workflows import build_index
+from tests import tiny, toy_generator
+from workflows import build_index, generate
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,42 @@ def kill_once(title: str, stage: Path, killed: list[int], over: threading.Event)
                 process.kill()
                 killed.append(process.pid)
                 return
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def test_parts_damaged_after_their_commit_are_made_again_and_what_follows_stays(undisturbed, inputs, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    kept = {s: (output / s / "artifact.json").read_bytes() for s in ("listing", "features", "index", "neighbors")}
+    cut(output / "listing" / storage.part_name(1))
+    cut(output / "features" / storage.part_name(2))
+    next((output / "quarantine").glob("*.parquet")).unlink()
+    cut(output / "neighbors" / storage.part_name(0))
+    later = [file for s in ("index", "densities", "estimator", "report") for file in (output / s).iterdir()]
+    before = {file: file.stat().st_mtime_ns for file in later}
+    assert run(*inputs, output) == 0
+    assert tiny.tables(output) == tiny.tables(undisturbed)
+    assert {s: (output / s / "artifact.json").read_bytes() for s in kept} == kept
+    assert {file: file.stat().st_mtime_ns for file in later} == before
+    said = capsys.readouterr().out
+    assert "features: ../quarantine/part-" in said or f"features: {storage.part_name(2)} has" in said
+    assert f"neighbors: {storage.part_name(0)} has" in said and "making it anew" in said
+    assert run(*inputs, output) == 0 and "every stage was finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["features", "index", "estimator"])
+def test_a_damaged_index_is_refused_naming_the_part(undisturbed, tmp_path, capsys, stage):
+    shutil.copytree(undisturbed, tmp_path / "index")
+    part = sorted(f for f in (tmp_path / "index" / stage).iterdir() if f.is_file() and f.name.startswith(("p", "s")))[0]
+    cut(part)
+    argv = [f"--index={tmp_path / 'index'}", "--n=5", f"--output={tmp_path / 'out'}", "--weighting.kind=none"]
+    argv += ["--generator.kind=python", f"--generator.path={toy_generator.__file__}:make", "--no-tracking.enabled"]
+    assert errors.exit_code(lambda: generate.main(argv)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert f"{stage}: {part.name} has" in line and "run the command that wrote it again" in line
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from pd_core import schemas, sources
 from pd_core.config import DataSettings
 from pd_core.errors import RunError, UserError
 from pd_core.images import BadImage, Reason
+from pd_core.s3 import S3FileSystem
 from pd_core.sources import names, stores
 from pd_core.sources.source import expand_braces
 from tests.s3 import S3Server
@@ -875,12 +876,11 @@ def test_s3_mistakes_are_told_in_one_line(
     environment: dict[str, str],
     message: str,
 ) -> None:
-    import s3fs
 
     place.put("a.png", b"1")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
+    S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=message) as caught:
         opened(uri.format(place=place))
     assert "\n" not in str(caught.value)

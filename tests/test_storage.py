@@ -1,5 +1,6 @@
 """Artifacts: whole or not at all, resumed part by part, refused under another fingerprint."""
 
+import dataclasses
 import json
 import os
 
@@ -150,6 +151,91 @@ def test_a_part_whose_bytes_are_not_in_place_is_not_recorded(tmp_path, monkeypat
     with pytest.raises(RunError, match="wrote"):
         made.write_part("part-0", b"12345", 1)
     assert made.finished_parts() == {}
+
+
+def finished(folder, **identity):
+    """A stage of three parts, one of them in a folder of its own, and the calls that made them."""
+    made, calls = stage(folder, **identity), []
+
+    def make():
+        for i in range(3):
+            name = f"sub/{storage.part_name(i)}" if i == 2 else storage.part_name(i)
+            if name not in made.finished_parts():
+                made.write_table(name, table(i + 1))
+                calls.append(name)
+        return made.finished_parts().values(), {"calls": len(calls)}
+
+    return made, make, calls
+
+
+def test_parts_damaged_after_the_commit_are_made_again_and_the_record_stays(tmp_path):
+    made, make, calls = finished(tmp_path)
+    artifact = made.complete(make, overwrite=False)
+    record = (tmp_path / "artifact.json").read_bytes()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.parquet")}
+    cut, gone = tmp_path / "sub" / storage.part_name(2), tmp_path / storage.part_name(0)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    calls.clear()
+    assert made.recorded() == artifact
+    assert sorted(made.damage(artifact)) == [storage.part_name(0), f"sub/{storage.part_name(2)}"]
+    assert made.complete(make, overwrite=False) == artifact, "the same parts: what was said of them still holds"
+    assert sorted(calls) == [storage.part_name(0), f"sub/{storage.part_name(2)}"]
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.parquet")} == before
+    assert (tmp_path / "artifact.json").read_bytes() == record
+
+
+def test_a_damaged_stage_is_finished_no_more_until_it_is_made(tmp_path):
+    made, make, _ = finished(tmp_path)
+    made.complete(make, overwrite=False)
+    (tmp_path / storage.part_name(1)).write_bytes(b"")
+    assert made.begin(overwrite=False) is None
+    assert storage.load_artifact(made.uri) is None
+    with pytest.raises(UserError, match="other settings"):  # it is still that stage
+        stage(tmp_path, model="b").begin(overwrite=False)
+
+
+def test_parts_that_come_out_otherwise_get_a_record_of_their_own(tmp_path):
+    made, make, _ = finished(tmp_path)
+    old = made.complete(make, overwrite=False)
+    (tmp_path / storage.part_name(1)).unlink()
+
+    def otherwise():
+        made.write_table(storage.part_name(1), table(7))
+        return made.finished_parts().values(), {}
+
+    new = made.complete(otherwise, overwrite=False)
+    assert new == storage.load_artifact(made.uri) != old and new.rows == old.rows + 5
+
+
+@pytest.mark.parametrize("lost", ["part", "record"])
+def test_a_stage_is_as_whole_as_the_one_beside_it(tmp_path, lost):
+    beside, make_beside, _ = finished(tmp_path / "beside")
+    made, make, _ = finished(tmp_path / "own")
+    made = dataclasses.replace(made, beside=(beside.uri,))
+    beside.complete(make_beside, overwrite=False)
+    artifact = made.complete(make, overwrite=False)
+    assert made.begin(overwrite=False) == artifact
+    (tmp_path / "beside" / {"part": storage.part_name(0), "record": "artifact.json"}[lost]).unlink()
+    (name,) = made.damage(artifact)
+    assert name == "../beside/" + {"part": storage.part_name(0), "record": "artifact.json"}[lost]
+    assert made.begin(overwrite=False) is None
+
+
+def test_who_reads_a_damaged_part_is_told_which_and_what_to_do(tmp_path):
+    made, make, _ = finished(tmp_path)
+    artifact = made.complete(make, overwrite=False)
+    storage.check_whole(made.uri, artifact)
+    part = tmp_path / storage.part_name(1)
+    part.write_bytes(part.read_bytes()[:-40])
+    size = part.stat().st_size
+    with pytest.raises(
+        UserError, match=rf"{part.name} has {size} of {size + 40} bytes .*run the command that wrote it"
+    ):
+        storage.check_whole(made.uri, artifact)
+    for columns in (None, ["x"]):
+        with pytest.raises(UserError, match=rf"{part.name}: is no whole Parquet file .*run the command that wrote it"):
+            storage.read_table(str(part), columns)
 
 
 def test_fingerprint_follows_identity_and_not_the_order_of_its_keys():

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pd_core import cluster, errors, storage, telemetry
 from tests import test_curate, test_finetune, test_monitoring, test_perturb, tiny, tiny_generators
-from tests.heads import Head, free_ports, running_head
+from tests.ray_head import Head, free_ports, running_head
 from tests.test_monitoring import RAYS_OWN
 from tests.test_update import write
 
@@ -90,13 +90,13 @@ def wait_until(head: Head, holds: Callable[[Scraped], bool]) -> Scraped:
 
 
 def run(head: Head, *argv: str, workflow: str) -> tuple[int, str]:
-    process = tiny.start(*argv, workflow=workflow, **head.environment, RAY_ADDRESS=head.gcs)
+    process = tiny.start(*argv, workflow=workflow, **head.environment, RAY_ADDRESS=head.address)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 
 def run_script(head: Head, script: str) -> None:
-    environment = {**os.environ, **head.environment, "RAY_ADDRESS": head.gcs, "PYTHONPATH": str(tiny.ROOT)}
+    environment = {**os.environ, **head.environment, "RAY_ADDRESS": head.address, "PYTHONPATH": str(tiny.ROOT)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 
 
@@ -296,8 +296,8 @@ def test_tags_have_few_values_and_what_rules_ask_of_ray_is_there(head, built_the
     (died,) = (name for name in RAYS_OWN if name.endswith("worker_failures_total"))
     scraped = wait_until(head, lambda s: died in s.names)
     assert scraped.names >= set(RAYS_OWN), set(RAYS_OWN) - scraped.names
-    for name, needed in RAYS_OWN.items():
-        assert all(needed <= set(s.labels) for s in scraped.samples if s.name == name), name
+    for name, wanted in RAYS_OWN.items():
+        assert all(wanted <= set(s.labels) for s in scraped.samples if s.name == name), name
 
 
 @pytest.mark.slow

@@ -16,15 +16,15 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pd_core import tracking
+from pd_core import errors, tracking
 from pd_core.config import TrackingSettings
 from pd_core.errors import UserError
+from tests.mlflow_server import MlflowServer
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +300,7 @@ def test_precedence_of_the_uri(monkeypatch, tmp_path):
     ],
 )
 def test_redact(text, shown):
-    assert tracking.redact(text) == shown
+    assert errors.redact(text) == shown
 
 
 def test_credentials_reach_neither_lines_nor_store(out, capsys, monkeypatch):
@@ -453,38 +453,20 @@ def test_port_that_nobody_listens_on(tmp_path, capsys):
 
 
 @pytest.fixture
-def server(tmp_path, migrated) -> Iterator[tuple[str, subprocess.Popen]]:
-    """`mlflow server` with its own artifact store, in a process group of its own."""
+def server(tmp_path, migrated) -> Iterator[MlflowServer]:
     (tmp_path / "mlflow.db").write_bytes(migrated.read_bytes())
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--serve-artifacts"]
-    command += ["--artifacts-destination", str(tmp_path / "served")]
-    log = (tmp_path / "server.log").open("wb")
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
+    started = MlflowServer(tmp_path)
     try:
-        for _ in range(400):  # 18 s on two free cores, much longer on busy ones
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=5):
-                break
-            time.sleep(0.5)
-        else:
-            pytest.fail(f"no answer from mlflow server\n{(tmp_path / 'server.log').read_text()}")
-        yield uri, process
+        started.start()
+        yield started
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
+        started.kill()
 
 
 @pytest.mark.slow
 def test_server_that_dies_in_the_middle(server, tmp_path, capsys):
     """One run from end to end, read back from the server; then one in whose second stage the server is killed."""
-    uri, process = server
+    uri = server.uri
     with start("s3://bucket/out", uri, experiment="remote") as tracker:
         assert use(tracker) == "done"
         assert tracker.run_id in tracker.hint
@@ -492,8 +474,7 @@ def test_server_that_dies_in_the_middle(server, tmp_path, capsys):
     with start("s3://bucket/out", uri, experiment="remote") as second:
         with second.stage("features") as stage:
             stage.metrics({"rows": 1})
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        server.kill()
         with second.stage("index") as stage:
             use(stage)
         assert use(second) == "done"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 STATE = re.compile(r"state-(\d{8})\.pt")
 COMPANIONS = "companions-{:08d}.safetensors"
 AVERAGE = re.compile(r"average-(\d{8})\.safetensors")
+BY_STEP = re.compile(r"(?:average|companions|samples)-(\d{8})\.\w+")  # written at an evaluation
 SUMMARY, EVALUATIONS, HISTORY = "summary.json", "evaluations.parquet", "history.parquet"
 HISTORY_ROWS = 2000  # steps that are logged, at most; of more, every so manieth
 
@@ -111,6 +112,25 @@ def write_state(stage: storage.Stage, progress: Progress, model: Mapping[str, An
     stage.write_part(f"state-{progress.step:08d}.pt", bytes(sink.getbuffer()), 0)
     for name in sorted(filter(STATE.fullmatch, stage.finished_parts()))[:-keep]:
         stage.drop_part(name)
+
+
+def drop_after_loss(stage: storage.Stage) -> None:
+    """Where parts that training writes once and reads no more are gone or cut short: drop the states behind the first of
+    them, and the summary, so that training goes on from before it and writes them again.
+    """
+    lost = stage.lost_parts()
+    states = {name for name in lost if STATE.fullmatch(name)}
+    for name in states:
+        stage.drop_part(name)
+    if not lost.keys() - states:
+        return
+    written = [int(found[1]) for name in lost if (found := BY_STEP.fullmatch(name))]
+    for name in stage.finished_parts():
+        if (found := STATE.fullmatch(name)) and written and int(found[1]) >= min(written):
+            stage.drop_part(name)
+    stage.drop_part(SUMMARY)
+    if written:
+        cluster.say(f"training: {storage.told_damage(lost)}; going on from before step {min(written)}")
 
 
 def newest(stage: storage.Stage) -> int:

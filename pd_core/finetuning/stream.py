@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,8 +143,7 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Gener
     """Batches of consecutive runs of steps by one execution of Ray Data; its settings are its own, not the process's."""
     import ray.data
 
-    # its plans are not for the user; set after the import, which sets another level
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    cluster.silence_ray_data()
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     block_bytes = _steps_together(plan) * plan.step_bytes

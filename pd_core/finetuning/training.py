@@ -103,6 +103,7 @@ def run(
     hopeless: list[RunError] = []
 
     def execute() -> None:
+        checkpoints.drop_after_loss(stage)
         if checkpoints.read_summary(stage) is None:
             try:
                 _execute(job, now, workers, reference, tracker)

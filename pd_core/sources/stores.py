@@ -74,7 +74,8 @@ def open_store(root: str) -> Local | S3:
     if root.startswith("s3://"):
         return S3(root)
     if not storage.is_local(root):
-        raise UserError(f"{root}: only local paths and s3:// are read; copy the images to one of them")
+        shown = root.partition("?")[0]  # behind it may be a signature
+        raise UserError(f"{shown}: only local paths and s3:// are read; copy the images to one of them")
     return Local(root)
 
 
@@ -263,7 +264,7 @@ def _pread(descriptor: int, start: int, size: int) -> bytes:
 # ---- S3 --------------------------------------------------------------------------------------------------------------
 
 _DENIED_OBJECT = frozenset({"AccessDenied", "AllAccessDisabled", "InvalidObjectState", "403", "Forbidden"})
-_WRONG_SETTINGS = frozenset({"NoSuchBucket", "InvalidBucketName", "InvalidToken", "AuthorizationHeaderMalformed"})
+_WRONG_SETTINGS = frozenset({"NoSuchBucket", "InvalidBucketName", "AuthorizationHeaderMalformed"})
 
 
 def _code(error: BaseException) -> str:

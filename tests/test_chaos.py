@@ -1,0 +1,144 @@
+"""The comparison finds what is planted; and a short, seeded part of `make chaos`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from chaos import run, table
+from chaos.compare import Difference, compare
+from chaos.faults import FAULTS
+from chaos.workflows import WORKFLOWS
+from pd_core import storage
+
+ROWS = 10  # of each part
+KEYS = [f"{i:02d}.png" for i in range(3 * ROWS)]
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> tuple[Path, Path]:
+    """The same finished stage and report twice: disturbed, undisturbed."""
+    for name in ("found", "expected"):
+        stage = storage.Stage(str(tmp_path / name / "features"), "features", 1, {"seed": 0})
+        stage.begin(False)
+        for i in range(3):
+            keys = KEYS[i * ROWS : (i + 1) * ROWS]
+            columns = {"sample_id": range(i * ROWS, (i + 1) * ROWS), "key": keys, "value": [i / 7] * ROWS}
+            stage.write_table(storage.part_name(i), pa.table(columns))
+        stage.commit(stage.finished_parts().values(), {"rows": 3 * ROWS}, {"features": len(name)})
+        report = storage.Stage(str(tmp_path / name / "report"), "report", 1, {"seed": 0})
+        report.begin(False)
+        report.commit([report.write_part("index.html", f"took {len(name)} s".encode(), 0)], {}, {})
+    return tmp_path / "found", tmp_path / "expected"
+
+
+def test_equal_outputs_differ_in_nothing_but_the_report(outputs: tuple[Path, Path]) -> None:
+    assert (outputs[0] / "report/index.html").read_bytes() != (outputs[1] / "report/index.html").read_bytes()
+    assert compare(*outputs) == Difference()
+
+
+PART = f"features/{storage.part_name(1)}"
+
+
+def rewrite(file: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.read_table(file)), file)
+
+
+def recorded(output: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """A change that the stage itself has made and recorded."""
+    stage = storage.Stage(str(output / "features"), "features", 1, {"seed": 0})
+    stage.write_table(storage.part_name(1), change(pq.read_table(output / PART)))
+    stage.commit(stage.finished_parts().values(), {"rows": 3 * ROWS}, {})
+
+
+def other_value(rows: pa.Table) -> pa.Table:
+    return rows.set_column(2, "value", pa.array([0.5] * len(rows)))
+
+
+def one_twice(rows: pa.Table) -> pa.Table:
+    return pa.concat_tables([rows, rows.slice(3, 1)])
+
+
+def cut_a_byte(output: Path) -> None:
+    (output / PART).write_bytes((output / PART).read_bytes()[:-1])
+
+
+def flip_a_bit(output: Path) -> None:
+    data = bytearray((output / PART).read_bytes())
+    data[10] ^= 1  # within the row group
+    (output / PART).write_bytes(bytes(data))
+
+
+def leave_a_stray(output: Path) -> None:
+    shutil.copy(output / PART, output / "features" / storage.part_name(9))
+
+
+@pytest.mark.parametrize(
+    ("plant", "lost", "doubled", "part"),
+    [
+        (lambda o: recorded(o, lambda t: t.slice(1)), 1, 0, f"{PART}: other bytes"),
+        (lambda o: recorded(o, one_twice), 0, 1, f"{PART}: other bytes"),
+        (lambda o: recorded(o, other_value), 0, 0, f"{PART}: other bytes"),
+        (lambda o: rewrite(o / PART, lambda t: t.slice(1)), 1, 0, f"{PART}: not as its record says"),
+        (cut_a_byte, ROWS, 0, f"{PART}: not as its record says"),
+        (lambda o: (o / PART).unlink(), ROWS, 0, f"{PART}: not as its record says"),
+        (leave_a_stray, 0, ROWS, None),
+        (lambda o: (o / "features" / storage.ARTIFACT).unlink(), 0, 0, "features: not finished"),
+    ],
+)
+def test_what_is_planted_is_found(
+    outputs: tuple[Path, Path], plant: Callable[[Path], None], lost: int, doubled: int, part: str | None
+) -> None:
+    plant(outputs[0])
+    found = compare(*outputs)
+    assert (found.lost, found.doubled, found.parts) == (lost, doubled, [] if part is None else [part])
+    assert not found.none
+
+
+def test_a_bit_is_enough(outputs: tuple[Path, Path]) -> None:
+    flip_a_bit(outputs[0])
+    assert f"{PART}: not as its record says" in compare(*outputs).parts
+
+
+def test_results_are_added_up_and_a_case_that_is_tried_again_counts_once(tmp_path: Path) -> None:
+    case = {"workflow": "generate", "fault": "driver", "number": 0, "seed": 0, "runs": 4, "kills": 3, "hits": 2}
+    case |= {"reruns": 1, "lost": 0, "doubled": 0, "differing": [], "lines": ["failed: /a/b/out/samples: no"]}
+    case |= {"tracebacks": 0, "broken": None, "seconds": 1.0}
+    (tmp_path / table.PAGE).write_text("# Page\n<!-- matrix -->\nold\n<!-- end -->\nafter\n")
+    for one in (case, case, {**case, "number": 1, "lost": 5, "reruns": 0}, {**case, "number": 2, "broken": "hung"}):
+        table.add(tmp_path, one)
+    text = (tmp_path / table.PAGE).read_text()
+    assert text.startswith("# Page\n<!-- matrix -->\n| workflow") and text.endswith("<!-- end -->\nafter\n")
+    assert "| generate | driver | 3 | 12 | 6 of 9 | 1 | 1 (1 not done) | 5 | 0 | 0 |" in text and "old" not in text
+
+
+@pytest.mark.parametrize("only", ["nothing", "generate:flood", "generate:driver:x"])
+def test_a_case_that_is_none_is_refused(only: str) -> None:
+    with pytest.raises(ValueError, match=r"--only|invalid"):
+        run.chosen([only], None)
+
+
+def test_cases_are_named() -> None:
+    assert run.chosen(["generate:actor"], None) == [("generate", "actor", 0), ("generate", "actor", 1)]
+    assert run.chosen(["*:node:3"], None)[:2] == [("build_index", "node", 3), ("generate", "node", 3)]
+    assert len(run.chosen(None, 2)) == 2 * len(WORKFLOWS) * len(FAULTS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_actors_and_drivers_that_are_killed_and_parts_that_are_cut_lose_nothing(
+    tmp_path: Path,
+) -> None:
+    cases = ["build_index:actor:0", "build_index:driver:0", "build_index:truncated:0"]
+    argv = [argument for case in cases for argument in ("--only", case)]
+    assert run.main([*argv, "--seed=1", f"--work={tmp_path / 'work'}", f"--docs={tmp_path}"]) == 0
+    results = json.loads((tmp_path / table.RESULTS).read_text())["cases"]
+    assert [f"{r['workflow']}:{r['fault']}:{r['number']}" for r in results] == cases
+    for result in results:
+        assert result["hits"] and not (result["lost"] or result["doubled"] or result["differing"]), result
