@@ -29,7 +29,7 @@ VALUES = {
     "stage": {*test_monitoring.VALUES["stage"], "merging", "anything"},
     "resource": {"cpu"},
     "device": {"cpu"},
-    "outcome": set(telemetry.OUTCOMES),
+    "outcome": test_monitoring.VALUES["outcome"],
 }
 RETRIED = """
 from pd_core import cluster
@@ -261,7 +261,8 @@ def test_what_curate_comes_to_is_counted_and_all_it_consists_of_as_its_own(head,
     scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, **ours, outcome="done") == 2)
     outcomes = ("released", "nothing_new", "held_back")
     assert [scraped.sum(telemetry.RELEASES, outcome=outcome) for outcome in outcomes] == [1, 1, 0]
-    assert scraped.sum(telemetry.IMAGES, **ours, stage="features") == len(tiny.files())
+    # of the source, and of the 40 samples that are measured
+    assert scraped.sum(telemetry.IMAGES, **ours, stage="features") == len(tiny.files()) + 40
     accepted = scraped.sum(telemetry.ACCEPTED, **ours, stage="samples")
     assert accepted is not None and accepted >= 40
 
