@@ -36,6 +36,7 @@ START_ATTEMPTS = 4
 AUTOSCALED_ACTORS = 64  # replicas that the pool may ask an autoscaling cluster for
 SMALL_CPUS = 8  # a joined cluster up to this size is treated as one machine that does not grow
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a job
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 WORKERS_PER_CORE = 8  # idle processes that a cluster of our own keeps, unless memory for that is short
 WORKER_BYTES = 1 << 30
 WAIT_S = 60.0  # between two lines that say what a stage waits for
@@ -100,7 +101,8 @@ def connect() -> Cluster:
     os.environ.setdefault("RAY_num_workers_soft_limit", str(_idle_workers()))
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)
+            with _on_loopback():
+                ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)
             break
         except Exception as error:  # Ray has no type for it: a node that a busy machine did not start within 30 s
             ray.shutdown()
@@ -108,6 +110,25 @@ def connect() -> Cluster:
                 raise
             say("ray: the machine is busy and did not start a cluster within 30 s; trying again")
     return _describe(local=True)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started inside listens on 127.0.0.1; by itself it would on every interface.
+
+    The variable is Ray's, for laptops with a firewall that asks; its processes inherit it, this one has read it already.
+    """
+    from ray._private import ray_constants
+
+    before = os.environ.get(LOOPBACK_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[LOOPBACK_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:  # the next one may be a cluster of many nodes
+        del os.environ[LOOPBACK_VARIABLE]
+        if before[0] is not None:
+            os.environ[LOOPBACK_VARIABLE] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 @contextlib.contextmanager

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from pd_core.cluster import LOOPBACK_VARIABLE
+
 RAY = str(Path(sys.executable).parent / "ray")
 START_TIMEOUT_S = 180.0
 
@@ -88,6 +90,7 @@ def running_head(directory: Path, *options: str, port: int = 0, **environment: s
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
+        LOOPBACK_VARIABLE: "0",  # without it Ray listens on every interface
         **environment,
     }
     # what a cluster of a test process sets for itself would turn the metrics of this one off
