@@ -77,7 +77,14 @@ def test_an_exact_index_is_updated_to_that_of_a_whole_build(source, inputs, tmp_
     assert changed - len(tiny.BAD) <= neighbors["searched"] < neighbors["rows"]
     assert (output / "report" / "index.html").exists()
     assert tiny.tables(base) == before
-    # an update of the update, when everything that was new has gone again: the base's rows, less those that were lost
+
+
+@pytest.mark.slow
+def test_an_update_of_an_update_whose_news_have_gone_again(source, inputs, tmp_path, ray_cluster):
+    base, output = tmp_path / "base", tmp_path / "updated"
+    assert built(source, inputs[1], base) == 0
+    grow(source)
+    assert built(source, inputs[1], output, f"--base={base}") == 0
     third, again = tmp_path / "third", tmp_path / "again"
     for key in list(tiny.files())[EARLIER:]:
         (source / key).unlink()
