@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ START_ATTEMPTS = 4
 AUTOSCALED_ACTORS = 64  # replicas that the pool may ask an autoscaling cluster for
 SMALL_CPUS = 8  # a joined cluster up to this size is treated as one machine that does not grow
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a job
+LISTENS_S = 15.0  # a head that restarts is not there for some seconds
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 WORKERS_PER_CORE = 8  # idle processes that a cluster of our own keeps, unless memory for that is short
 WORKER_BYTES = 1 << 30
@@ -84,6 +86,7 @@ def connect() -> Cluster:
     if address:
         # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
         package = {"py_modules": [os.path.dirname(__file__)], "excludes": ["**/__pycache__"]}
+        _check_that_somebody_listens(address)
         try:
             ray.init(address=address, runtime_env=None if JOB_VARIABLE in os.environ else package, **quiet)
         except ConnectionError as error:
@@ -110,6 +113,24 @@ def connect() -> Cluster:
                 raise
             say("ray: the machine is busy and did not start a cluster within 30 s; trying again")
     return _describe(local=True)
+
+
+def _check_that_somebody_listens(address: str) -> None:
+    """Raise RunError where nobody does: Ray itself would try for minutes without a word of ours."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():  # auto: Ray looks for the address
+        return
+    deadline = time.monotonic() + LISTENS_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENS_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
+                ) from None
+            time.sleep(1)
 
 
 @contextlib.contextmanager

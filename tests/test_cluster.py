@@ -149,3 +149,12 @@ def test_a_generator_finds_room_beside_the_search_it_needs(now, shards):
 def test_a_search_that_has_the_cluster_to_itself_uses_its_gpus():
     assert cluster.search_actors(joined(64.0, 4.0, node_cpus=16.0), None, 1, shards=4)[3] == 1
     assert cluster.search_actors(joined(64.0, 4.0, node_cpus=16.0), None, 1, shards=5)[3] == 0
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "[::1]:9"])
+def test_an_address_where_nobody_listens_is_told(monkeypatch, address):
+    monkeypatch.setattr(cluster, "LISTENS_S", 0.1)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(RunError, match="no Ray cluster answers there"):
+        cluster.connect()
