@@ -1010,13 +1010,13 @@ def _refuse_unknown_environment(known: Sequence[str]) -> None:
 def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"]) or "settings"
+        name = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden" and (of := _LISTED.get(str(item["loc"][0]))):
             message = f"unknown setting; {nearest_name(str(item['loc'][-1]), list(of.model_fields))}"
         found = f" (found {item['input']!r})" if item["loc"] and not isinstance(item["input"], BaseModel | dict) else ""
         found = re.sub(r"//.*@", "//***@", found)  # a URL with a password in it, which may hold a slash
-        lines.append(f"{name}: {message[0].lower()}{message[1:]}{found}")
+        lines.append(f"{name}: {message[0].lower()}{message[1:]}{found}" if name else message)
     return "; ".join(lines)
 
 

@@ -396,7 +396,7 @@ def plan_curate(settings: CurateSettings) -> None:
         last = releasing.open_latest(output)
         if current is None:
             cluster.say(
-                f"plan: index: built from {settings.data.source}; build_index.py --dry-run with the same settings tells its cost"
+                f"plan: index: built from {settings.data.source}; build_index.py --dry-run with these {', '.join(SECTIONS)} tells its cost"
             )
         elif _finished(version.uri):
             cluster.say(f"plan: index: the source is as it was for {version.uri}")
@@ -405,5 +405,12 @@ def plan_curate(settings: CurateSettings) -> None:
                 f"plan: index: the source or the settings have changed; an update of {current.uri}, or all anew where it does not fit"
             )
         for recipe in settings.recipes:
-            cluster.say(f"plan: {recipe.name}: {recipe.n} images, {recipe.kind}")
-        cluster.say(f"plan: {len(settings.gates)} gates; latest release: {'none' if last is None else last.name}")
+            how = f", threshold {recipe.threshold}, weight {recipe.weight:g}" if recipe.kind == "two_level" else ""
+            cluster.say(f"plan: set {recipe.name}: {recipe.n} images by {recipe.kind}{how}")
+        for gate in settings.gates:
+            bounds = gate.model_dump(include={"min", "max", "max_increase", "max_decrease"}, exclude_none=True)
+            said = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
+            cluster.say(f"plan: gate: {gate.metric} of {gate.recipe or 'every set'}: {said}")
+        cluster.say(
+            f"plan: latest release: {'none, so that changes from it are not judged' if last is None else last.name}"
+        )

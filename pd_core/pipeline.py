@@ -49,6 +49,8 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     base = settings.base and storage.absolute(settings.base)
     if base == output:
         raise UserError(f"--base {settings.base}: is the --output itself; an update is an output of its own")
+    if base:
+        updating.open_base(base)
     settings = settings.model_copy(update={"output": output, "features": featuring, "base": base})
     source = sources.open_source(settings.data)
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
