@@ -208,7 +208,8 @@ def test_order_does_not_depend_on_creation(tmp_path: Path) -> None:
     files = {f"{i % 7}/{i}.png": bytes([i]) for i in range(60)}
     forward = write(tmp_path / "forward", files)
     backward = write(tmp_path / "backward", dict(reversed(files.items())))
-    assert listed(opened(forward)).equals(listed(opened(backward)))
+    one, other = (listed(opened(folder)).drop_columns(["version"]) for folder in (forward, backward))  # it is of the mtime
+    assert one.equals(other)
 
 
 def test_large_listings_come_in_several_tables_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
