@@ -60,6 +60,7 @@ class Case:
     reruns: int = 0
     lines: list[str] = field(default_factory=list)
     tracebacks: int = 0
+    last: Run | None = None
 
     def __post_init__(self) -> None:
         self.random = random.Random(f"{self.seed}/{self.workflow}/{self.fault}/{self.number}")
@@ -79,7 +80,13 @@ class Case:
         self.runs += 1
         log = self.folder / f"run-{self.runs}.log"
         environment = {n: v for n, v in os.environ.items() if not n.startswith(("RAY_", "AWS_", "MLFLOW_", "PD_CORE_"))}
-        return Run(self, log, {**environment, **self.env})
+        self.last = Run(self, log, {**environment, **self.env})
+        return self.last
+
+    def end(self) -> None:
+        """No driver of it runs on."""
+        if self.last is not None and self.last.alive:
+            self.last.end()
 
     def rerun(self) -> None:
         """Run the command until it succeeds.
@@ -161,13 +168,17 @@ class Run:
 
     def _check_time(self) -> None:
         if time.monotonic() > self.deadline:
-            family = self._family()
-            os.killpg(self.process.pid, signal.SIGKILL)
-            for process in family:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            self.process.wait()
+            self.end()
             raise HangError(f"{self.case.workflow}: not done after {LIMIT_S:.0f} s; see {self.log}")
+
+    def end(self) -> None:
+        """SIGKILL to the driver and all that it has started."""
+        family = self._family()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
 
     def _family(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray._private.node import Node
 
 NODES = 2  # beside the head
-OWN = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}  # of each
+CPUS = 2  # of each
 GONE_S = 30.0
 
 
@@ -34,18 +34,19 @@ class Nodes:
             "RAY_TMPDIR": self.folder,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_open_telemetry": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's only way to a loopback address of all nodes and drivers
         }
         os.environ.update(self.env)  # before Ray is imported
         from ray.cluster_utils import Cluster
 
-        self.cluster: Any = Cluster(initialize_head=True, head_node_args={**OWN, "include_dashboard": False})
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS, "include_dashboard": False})
         self.env["RAY_ADDRESS"] = self.cluster.address
         self.replace()
 
     def replace(self) -> None:
         """Add nodes until there are NODES again."""
         while len(self.cluster.worker_nodes) < NODES:
-            self.cluster.add_node(**OWN)
+            self.cluster.add_node(num_cpus=CPUS)
 
     def workers(self, node: Node | None = None) -> list[psutil.Process]:
         """Ray worker processes that run something now, of one node or of all."""

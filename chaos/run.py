@@ -52,7 +52,9 @@ class Chaos:
 
     @functools.cache  # noqa: B019
     def _nodes(self) -> Nodes:
-        return self._stack.enter_context(running_nodes())
+        nodes = self._stack.enter_context(running_nodes())
+        end_on_sigterm()  # Ray has put its own in the place of ours
+        return nodes
 
     @functools.cache  # noqa: B019
     def _weed(self) -> Weed:
@@ -146,6 +148,8 @@ def _disturbed(case: Case, site: faults.Site) -> str | None:
         faults.FAULTS[case.fault](case, site)
     except (HangError, RuntimeError) as error:
         return str(error)
+    finally:
+        case.end()
     return None
 
 
@@ -207,6 +211,11 @@ def chosen(only: Sequence[str] | None, count: int | None) -> list[tuple[str, str
     return list(dict.fromkeys(found))
 
 
+def end_on_sigterm() -> None:
+    """Unwind, so that everything that was started is ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the cases one after the other; each adds its result when it is done. 0: none lost or doubled anything."""
     parser = argparse.ArgumentParser(prog="make chaos", description="Disturb the workflows, compare, count.")
@@ -217,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where reliability.json and .md are")
     parser.add_argument("--fresh", action="store_true", help="make inputs and undisturbed outputs again")
     given = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that everything started is ended
+    end_on_sigterm()
     try:
         cases = chosen(given.only, given.cases)
     except ValueError as error:
