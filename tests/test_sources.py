@@ -208,7 +208,9 @@ def test_order_does_not_depend_on_creation(tmp_path: Path) -> None:
     files = {f"{i % 7}/{i}.png": bytes([i]) for i in range(60)}
     forward = write(tmp_path / "forward", files)
     backward = write(tmp_path / "backward", dict(reversed(files.items())))
-    one, other = (listed(opened(folder)).drop_columns(["version"]) for folder in (forward, backward))  # it is of the mtime
+    one, other = (
+        listed(opened(folder)).drop_columns(["version"]) for folder in (forward, backward)
+    )  # it is of the mtime
     assert one.equals(other)
 
 
