@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from pd_core import errors, tracking
+from pd_core import config, errors, tracking
 from pd_core.config import TrackingSettings
 from pd_core.errors import UserError
 from tests.mlflow_server import MlflowServer
@@ -250,8 +250,6 @@ def test_store_that_cannot_be_opened_is_given_up_at_once(tmp_path, capsys):
         ("gopher://host", "unknown or unsupported store 'gopher'"),
         ("postgresql://db/mlflow", "put an MLflow server in front"),
         ("http://", "expected http(s)://HOST:PORT"),
-        ("http://host:port", "expected http(s)://HOST:PORT"),
-        ("http://me:hun/ter2@host:80", "expected http(s)://HOST:PORT"),
         ("sqlite://", "unknown or unsupported store"),
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:///a?b", "cannot open a path with '?' or '%'"),
@@ -269,6 +267,17 @@ def test_wrong_uri_is_refused_before_the_run(monkeypatch, tmp_path, uri, expecte
     assert origin in message
     assert "\n" not in message
     assert "hun" not in message
+
+
+@pytest.mark.parametrize("uri", ["http://host:port", "http://me:hun/ter2@host:80"])
+def test_an_address_that_is_none_is_refused_by_the_settings_and_of_the_environment(monkeypatch, tmp_path, uri):
+    with pytest.raises(UserError, match="must not hold a name or password") as caught:
+        config.load(config.BuildIndexSettings, [f"--tracking.uri={uri}"], prog="build_index.py")
+    assert "hun" not in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match="expected http") as caught, start(tmp_path):
+        raise AssertionError("the body must not run")
+    assert "hun" not in str(caught.value)
 
 
 def test_a_refused_uri_of_the_environment_is_shown_without_its_password(monkeypatch, tmp_path):
