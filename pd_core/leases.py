@@ -9,13 +9,13 @@ Expiry compares clocks of two machines: they may differ by less than the lease l
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -163,7 +163,8 @@ def _renew(lease: Lease, over: threading.Event) -> None:
         try:
             lease.check()
         except RunError:
-            _thread.interrupt_main()
+            # a real signal, which wakes the main thread out of whatever it waits for
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
             return
 
 
