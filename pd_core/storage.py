@@ -248,6 +248,11 @@ class Artifact:
         """Content of `artifact.json`."""
         return json.dumps(dataclasses.asdict(self), indent=1).encode()
 
+    def state(self) -> dict[str, Any]:
+        """Number of parts, their bytes, and a hash of their names and contents."""
+        hashes = {part.name: part.sha256 for part in self.parts}
+        return {"files": len(hashes), "bytes": sum(p.bytes for p in self.parts), "hash": fingerprint(hashes)}
+
     def holds(self, parts: Iterable[Part]) -> bool:
         """Whether these parts are those of the record, to the byte."""
         return {part.name: part.sha256 for part in parts} == {part.name: part.sha256 for part in self.parts}
