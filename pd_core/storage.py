@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -96,6 +97,8 @@ def explain(error: BaseException, uri: str) -> UserError | RunError:
         return UserError(f"{uri}: not found; check the path or bucket name")
     if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
         return UserError(f"{uri}: {text}; check the path")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"{uri}: no room left there ({text}); make room and run the same command again")
     if kind in ("EndpointConnectionError", "ConnectTimeoutError") or "Could not connect" in chain:
         return RunError(f"{uri}: cannot reach the store ({text}); check the endpoint and the network, then run again")
     return RunError(f"{uri}: {kind}: {text}")
