@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NODES = 2  # beside the head
 CPUS = 2  # of each
+NOT_WORKING = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")  # a raylet ends with its agents
 GONE_S = 30.0
 
 
@@ -44,7 +45,14 @@ class Nodes:
         self.replace()
 
     def replace(self) -> None:
-        """Add nodes until there are NODES again."""
+        """Add nodes until there are NODES again.
+
+        Raises:
+            RuntimeError: one is gone that no case has killed.
+        """
+        for node in self.cluster.list_all_nodes():
+            if (raylet := _raylet(node)) is None or raylet.status() == psutil.STATUS_ZOMBIE:
+                raise RuntimeError(f"a node of the cluster has died by itself: see {self.folder}")
         while len(self.cluster.worker_nodes) < NODES:
             self.cluster.add_node(num_cpus=CPUS)
 
@@ -85,7 +93,7 @@ class Nodes:
 def is_busy(process: psutil.Process) -> bool:
     """Whether a process is a Ray worker that holds an actor or runs a task. Raises psutil.Error."""
     title = " ".join(process.cmdline())
-    return title.startswith("ray::") and not title.startswith("ray::IDLE")
+    return title.startswith("ray::") and not title.startswith(NOT_WORKING)
 
 
 def _raylet(node: Node) -> psutil.Process | None:

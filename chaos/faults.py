@@ -39,9 +39,9 @@ class Site:
 
 
 def actor(case: Case, site: Site) -> None:
-    """Three times, a Ray worker process that holds an actor or runs a task is killed; Ray starts another."""
+    """Four times, a Ray worker process that holds an actor or runs a task is killed; Ray starts another."""
     nodes, run = site.nodes(), case.start()
-    for events, delay_s in case.moments(3):
+    for events, delay_s in case.moments(4):
         case.kills += 1
         if not run.wait_until(events, delay_s):
             continue

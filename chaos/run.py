@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
@@ -98,6 +99,7 @@ class Chaos:
         inputs, env, more = self.inputs, {}, [UNTRACKED]
         output = str(self.scratch / f"{workflow}-{fault}-{number}")
         if fault in faults.ON_CLUSTER:
+            self.site.nodes().replace()  # all are there
             env = self.site.nodes().env
         if fault in faults.ON_S3:
             env = self.site.weed().server.env
@@ -105,20 +107,25 @@ class Chaos:
                 output, inputs = self._to_bucket(f"{workflow}-{fault}-{number}".lower().replace("_", "-"))
         if fault == "mlflow":
             env, more = {"MLFLOW_TRACKING_URI": self.site.mlflow().uri}, []
-        if fault == "truncated":
-            shutil.copytree(expected, output)
+        if fault == "truncated":  # at the place where it was made, which listings of its own stages name
+            output, expected = str(expected), self.scratch / "kept"
+            shutil.copytree(output, expected)
         if fault == "full-disk":
             output = str(self.site.disk / "output")
         argv = arguments(workflow, inputs, output, *more)
         case = self._case(workflow, fault, number, argv, output, dict(env), count_events(str(expected)))
         with contextlib.ExitStack() as around:
             around.enter_context(_environment(env if fault in faults.ON_S3 else {}))
+            if fault == "truncated":
+                around.callback(_put_back, expected, Path(output))
             if fault == "full-disk":
                 around.enter_context(faults.small_disk(case, self.site, expected))
             watch = storage.Stopwatch()
             broken = _disturbed(case, self.site)
             difference = Difference() if broken else self._compared(case, expected)
-        return _result(case, difference, broken, watch.seconds)
+        result = _result(case, difference, broken, watch.seconds)
+        text = json.dumps(result).replace(case.output, "OUTPUT").replace(str(self.folder), "WORK")
+        return dict(json.loads(text))  # which names no place of this machine
 
     def _to_bucket(self, name: str) -> tuple[str, Inputs]:
         """An output in a bucket, and inputs of which images and index are there too."""
@@ -140,6 +147,11 @@ class Chaos:
         fs = self.site.weed().server.filesystem()
         fs.get(case.output.removeprefix("s3://") + "/", str(local), recursive=True)
         return compare(local, expected)
+
+
+def _put_back(kept: Path, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.move(kept, place)
 
 
 def _disturbed(case: Case, site: faults.Site) -> str | None:

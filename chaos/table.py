@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -98,17 +97,12 @@ def _row(workflow: str, fault: str, cases: Sequence[Result]) -> str:
 
 
 def by_fault(cases: Sequence[Result]) -> list[str]:
-    """What each fault said to the operator, with the places taken out, and how often."""
+    """What each fault said to the operator, and how often."""
     lines = []
     for fault in FAULTS:
-        seen = Counter(_general(line) for c in cases if c["fault"] == fault for line in c["lines"])
+        seen = Counter(line.replace("`", "'") for c in cases if c["fault"] == fault for line in c["lines"])
         lines += [f"- `{fault}` ({count} times): `{line}`" for line, count in seen.most_common(3)]
     return lines
-
-
-def _general(line: str) -> str:
-    """A line without the place it speaks of."""
-    return re.sub(r"(s3:/|)/[^\s:;,]*/([^\s/:;,]+/[^\s/:;,]+)", r"OUTPUT/\2", line).replace("`", "'")
 
 
 def may_differ() -> list[str]:

@@ -198,11 +198,13 @@ def _of_samples(error: UserError) -> str:
 
 
 def table_source(uri: str, metadata: Sequence[str] = ()) -> sources.Source:
-    """The Parquet parts of a stage of ours as a source of images; metadata: columns to carry along."""
+    """The Parquet parts of a finished stage of ours as a source of images; metadata: columns to carry along."""
     settings = DataSettings(
         source=storage.join(uri, "*.parquet"), kind="parquet", labels="column:label", metadata_columns=list(metadata)
     )
-    return sources.open_source(settings)
+    artifact = storage.load_artifact(uri)
+    assert artifact is not None, "whoever asks has seen that it is finished"
+    return replace(sources.open_source(settings), committed=artifact.state())
 
 
 def _features_of_index(uri: str, space: Space) -> Features:

@@ -101,6 +101,8 @@ def explain(error: BaseException, uri: str) -> UserError | RunError:
         return UserError(f"{uri}: not found; check the path or bucket name")
     if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
         return UserError(f"{uri}: {text}; check the path")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"{uri}: no room left there ({text}); make room and run the same command again")
     if kind in ("EndpointConnectionError", "ConnectTimeoutError") or "Could not connect" in chain:
         return RunError(f"{uri}: cannot reach the store ({text}); check the endpoint and the network, then run again")
     return RunError(f"{uri}: {kind}: {text}")
@@ -327,6 +329,11 @@ class Artifact:
     def to_bytes(self) -> bytes:
         """Content of `artifact.json`."""
         return json.dumps(dataclasses.asdict(self), indent=1).encode()
+
+    def state(self) -> dict[str, Any]:
+        """Number of parts, their bytes, and a hash of their names and contents."""
+        hashes = {part.name: part.sha256 for part in self.parts}
+        return {"files": len(hashes), "bytes": sum(p.bytes for p in self.parts), "hash": fingerprint(hashes)}
 
     def holds(self, parts: Iterable[Part]) -> bool:
         """Whether these parts are those of the record, to the byte."""

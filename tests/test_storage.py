@@ -271,6 +271,8 @@ class SlowDown(OSError):
         (PermissionError("Access Denied: SlowDown"), RunError, "throttles"),  # throttling that looks like a denial
         (PermissionError("The provided token has expired ExpiredToken"), UserError, "expired"),
         (OSError(5, "InternalError"), RunError, "OSError"),
+        (OSError(28, "No space left on device"), RunError, "make room and run the same command again"),
+        (OSError(122, "Disk quota exceeded"), RunError, "make room and run the same command again"),
     ],
 )
 def test_storage_errors_become_one_line(error, kind, expected):

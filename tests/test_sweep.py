@@ -180,6 +180,20 @@ def test_the_same_command_makes_nothing_again_and_a_lost_setting_comes_back_the_
     assert "every stage was finished already" in capsys.readouterr().out
 
 
+def test_a_part_of_the_pool_that_was_cut_short_comes_back_and_nothing_follows_from_it(built, swept, capsys):
+    """Its file is a newer one then, but holds what the listing of the pool has listed."""
+    before = tiny.tables(swept)
+    times = {
+        f: f.stat().st_mtime_ns for f in swept.rglob("*") if f.is_file() and f.parent.name not in ("pool", "_parts")
+    }
+    (swept / "pool" / "part-00000000.parquet").write_bytes(b"PAR1")
+    assert run(built, swept, "--target=recall=0.01") == 0
+    assert "pool: part-00000000.parquet has 4 of" in capsys.readouterr().out
+    assert tiny.tables(swept) == before
+    changed = {f.name for f, when in times.items() if f.stat().st_mtime_ns != when}
+    assert changed == {"run.json"}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(built, tmp_path_factory):
     """A pool of three parts, and two settings."""

@@ -93,12 +93,15 @@ def identity(source: Source) -> dict[str, Any]:
 def state(source: Source) -> dict[str, Any]:
     """What the source holds now: number of files, their bytes, and a hash that changes when one of them does.
 
-    The hash is over name, size and mtime (S3: ETag) of each file, whatever the order they are met in. Files that a
+    The hash is over name, size and mtime (S3: ETag) of each file, whatever the order they are met in; of files that a stage
+    of ours has committed, over name and content, so that a part that is made again is no change. Files that a
     Parquet `path` names are not part of it.
 
     Raises:
         UserError, RunError: as `entries`.
     """
+    if source.committed is not None:
+        return dict(source.committed)
     count = size = total = 0
     for entry in entries(source, source.kind, Counter()):
         text = f"{entry.name}\0{entry.size}\0{entry.version}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ class Source:
         settings: the data section.
         metadata_type: type of the listing's `metadata` column; None where there is none.
         only: one of the metadata, and the value that it has of the images that are listed; None: all are.
+        committed: `state` of files that one of our stages has committed, by what they hold; None: they are looked at.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Source:
     settings: DataSettings
     metadata_type: pa.StructType | None = None
     only: tuple[str, str] | None = None
+    committed: Mapping[str, Any] | None = None
 
     def store(self) -> stores.Local | stores.S3:
         """A new connection to where the files are."""
