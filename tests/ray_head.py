@@ -132,8 +132,12 @@ def _end(head: Head, process: subprocess.Popen[bytes]) -> None:
 # ---- a cluster that scales -------------------------------------------------------------------------------------------
 
 HEAD_TYPE = "ray.head.default"  # the name that Ray's fake provider gives its head
-HEAD_ID = "f" * 51 + "00000"
 IDLE_S = 15.0
+COMMANDS = (
+    *("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands"),
+    *("setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands"),
+)
 
 
 @contextlib.contextmanager
@@ -161,10 +165,16 @@ def autoscaling_head(directory: Path, node_types: Mapping[str, Mapping[str, int]
         "provider": {
             "type": "fake_multinode",
             "gcs_address": f"127.0.0.1:{port}",
-            "head_node_id": HEAD_ID,
+            "use_node_id_as_ip": True,  # all have one address
             "launch_multiple": True,
         },
+        # the rest is what `ray up` would fill in
         "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "upscaling_speed": 1.0,
+        **{name: [] for name in COMMANDS},
         "available_node_types": {HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, **types},
         "head_node_type": HEAD_TYPE,
     }
@@ -183,7 +193,6 @@ class Watch:
         self._process = subprocess.Popen(
             [sys.executable, str(script), head.address],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env=head.environment,
         )
@@ -203,6 +212,7 @@ class Watch:
             for look in self.seen[first:]:
                 if holds(look):
                     return look
+            assert self._process.poll() is None, "watch_nodes.py has ended"
             time.sleep(0.1)
         raise AssertionError(f"not within {timeout_s:g} s; last seen {self.seen[-1:]}")
 

@@ -1,4 +1,4 @@
-"""`python watch_nodes.py ADDRESS`: one line of JSON twice a second: time, worker nodes by type, and pending demands."""
+"""`python watch_nodes.py ADDRESS`: one line of JSON twice a second: time, worker nodes with and without GPU, and pending demands."""
 
 import json
 import sys
@@ -9,12 +9,14 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 
 while True:
     status = get_cluster_status(sys.argv[1])
-    nodes = Counter(n.ray_node_type_name for n in [*status.active_nodes, *status.idle_nodes])
+    totals = [node.total_resources() for node in [*status.active_nodes, *status.idle_nodes]]
+    nodes = Counter(
+        "gpu" if total.get("GPU") else "cpu" for total in totals if total.get("CPU")
+    )  # the head has neither
     demands = [
-        {"bundle": bundle.bundle, "count": bundle.count}
+        {"bundle": dict(bundle.bundle), "count": bundle.count}
         for demand in status.resource_demands.ray_task_actor_demand
         for bundle in demand.bundles_by_count
     ]
-    workers = {name: count for name, count in nodes.items() if name != "ray.head.default"}
-    print(json.dumps({"time_s": time.time(), "nodes": workers, "demands": demands}), flush=True)
+    print(json.dumps({"time_s": time.time(), "nodes": nodes, "demands": demands}), flush=True)
     time.sleep(0.5)
