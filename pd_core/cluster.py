@@ -346,7 +346,7 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
     delays, before = iter(ROUND_DELAYS_S), 0
     while (delay_s := next(delays, None)) is not None:
         if failure is not None:
-            say(f"{stage}: {one_line(failure)}; trying what is missing again in {delay_s:g} s")
+            say(f"{stage}: {_told(failure)}; trying what is missing again in {delay_s:g} s")
             time.sleep(delay_s)
         failure = None
         try:
@@ -366,9 +366,15 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
     if isinstance(failure, RunError):
         raise failure
     assert failure is not None
-    raise RunError(
-        f"{stage}: repeated failures ({one_line(failure)}); what is done is kept, run the same command again"
-    )
+    raise RunError(f"{stage}: repeated failures ({_told(failure)}); what is done is kept, run the same command again")
+
+
+def _told(failure: Exception) -> str:
+    """A failure in one line; of a store's the words of the store, without what Ray and Ray Data put around them."""
+    cause = getattr(failure, "cause", None)
+    if not storage.is_failure(cause):
+        return one_line(failure)
+    return f"{type(cause).__name__}: {one_line(str(cause).partition(": 'Failed to apply UDF")[0])}"
 
 
 def _is_defect(error: Exception) -> bool:
