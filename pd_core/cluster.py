@@ -374,7 +374,8 @@ def _told(failure: Exception) -> str:
     cause = getattr(failure, "cause", None)
     if not storage.is_failure(cause):
         return one_line(failure)
-    return f"{type(cause).__name__}: {one_line(str(cause).partition(": 'Failed to apply UDF")[0])}"
+    own, _, _ = str(cause).partition(": 'Failed to apply UDF")
+    return f"{type(cause).__name__}: {one_line(own)}"
 
 
 def _is_defect(error: Exception) -> bool:
