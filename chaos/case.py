@@ -71,9 +71,10 @@ class Case:
         delays = [self.random.uniform(0, LONGEST_DELAY_S) for _ in targets]
         return iter(list(zip(targets, delays, strict=True)))
 
-    def moment_after(self, events: int) -> tuple[int, float]:
-        """A random moment after so many files are there."""
-        return events + self.random.randrange(max(1, self.events - events)), self.random.uniform(0, LONGEST_DELAY_S)
+    def moment_after(self, events: int, share: float) -> tuple[int, float]:
+        """A random moment after so many files are there, within a share of what is missing then."""
+        missing = max(1, round((self.events - events) * share))
+        return events + self.random.randrange(missing), self.random.uniform(0, LONGEST_DELAY_S)
 
     def start(self) -> Run:
         """A driver."""

@@ -79,10 +79,10 @@ def node(case: Case, site: Site) -> None:
 
 def driver(case: Case, site: Site) -> None:
     """Three times in turn the command is run and its driver killed, later each time; then it runs to its end."""
-    for _ in range(3):
+    for left in (3, 2, 1):
         case.kills += 1
-        (events, delay_s), run = case.moment_after(count_events(case.output)), case.start()
-        if run.wait_until(events, delay_s):
+        moment, run = case.moment_after(count_events(case.output), 1 / left), case.start()
+        if run.wait_until(*moment):
             run.kill()
             case.hits += 1
         elif run.finish() == 0:

@@ -427,7 +427,7 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
     while (delay_s := next(delays, None)) is not None:
         if failure is not None:
             telemetry.RETRIES.add(1, stage=stage)
-            say(f"{stage}: {one_line(failure)}; trying what is missing again in {delay_s:g} s")
+            say(f"{stage}: {_told(failure)}; trying what is missing again in {delay_s:g} s")
             time.sleep(delay_s)
         failure = None
         try:
@@ -447,9 +447,16 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
     if isinstance(failure, RunError):
         raise failure
     assert failure is not None
-    raise RunError(
-        f"{stage}: repeated failures ({one_line(failure)}); what is done is kept, run the same command again"
-    )
+    raise RunError(f"{stage}: repeated failures ({_told(failure)}); what is done is kept, run the same command again")
+
+
+def _told(failure: Exception) -> str:
+    """A failure in one line; of a store's the words of the store, without what Ray and Ray Data put around them."""
+    cause = getattr(failure, "cause", None)
+    if not storage.is_failure(cause):
+        return one_line(failure)
+    own, _, _ = str(cause).partition(": 'Failed to apply UDF")
+    return f"{type(cause).__name__}: {one_line(own)}"
 
 
 def _is_defect(error: Exception) -> bool:

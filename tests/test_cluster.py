@@ -96,6 +96,22 @@ def test_patience_begins_anew_with_every_execution_that_made_something(monkeypat
     assert rounds == [12]
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_store_said_in_a_task_is_told_without_its_wrapping(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "ROUND_DELAYS_S", (0.0, 0.0))
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError) as failure:
+        cluster.persist("samples", lambda: cluster.get(cluster.task(full).remote()), lambda: 0)
+    told = "OSError: [Errno 28] No space left on device"
+    assert (
+        str(failure.value) == f"samples: repeated failures ({told}); what is done is kept, run the same command again"
+    )
+    assert f"samples: {told}; trying what is missing again in 0 s" in capsys.readouterr().out
+
+
 def test_no_actor_claims_more_than_the_largest_node_has():
     now = joined(16.0, node_cpus=4.0)
     assert cluster.actor_pool(now, None, 8, None)[2] == 4.0
