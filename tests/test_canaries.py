@@ -81,15 +81,9 @@ def test_a_cluster_of_our_own_listens_on_loopback_alone_and_has_no_dashboard(ray
     assert {"raylet", "gcs_server"} <= {name for name, _ in listening}
     for name, address in listening:
         assert (getattr(address, "ipv4_mapped", None) or address).is_loopback, (name, address)
-<<<<<<< HEAD
     # what is left of the dashboard serves no page; where it listens at all, for Ray's own processes, it is on loopback as well
-    dashboards = [process for process in family if "dashboard.py" in " ".join(process.cmdline())]
-    assert all("--disable-frontend" in " ".join(process.cmdline()) for process in dashboards)
-=======
-    # what is left of the dashboard counts usage, which is off too, and serves nothing
     dashboards = [command for process in family if "dashboard.py" in (command := " ".join(process.cmdline()))]
     assert all("--disable-frontend" in command for command in dashboards)
->>>>>>> secure
 
 
 def _connections(process):
