@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pd_core import cluster, index, indexing, knn, schemas, search, selfjoin, storage
-from pd_core.config import DensitySettings, IndexSettings
+from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
 
 K = 20
 THREADS = 2
@@ -47,6 +47,23 @@ def build(vectors: str, work: str) -> dict[str, Any]:
         seconds = watch.seconds
         _build_index(work, featured, 2)
     return {"index": one.totals, "build_s": seconds, "auto_is_exact": _auto_is_exact(one.totals)}
+
+
+def complete(
+    output: str, featured: storage.Artifact, settings: BuildIndexSettings, now: cluster.Cluster
+) -> tuple[dict[str, storage.Artifact], str]:
+    """Index, neighbors and densities of committed features under `output`, by the stages of the workflow; and the index's place."""
+    uri = storage.join(output, "features")
+    stage, resolved = indexing.stage_of(output, featured, settings.index, settings.density)
+    indexed = stage.complete(lambda: indexing.run(stage, uri, featured, resolved, settings.density), False)
+    info = search.open_index(stage.uri)
+    near = selfjoin.neighbors_stage(output, info, settings.density)
+    neighbors = near.complete(
+        lambda: selfjoin.find_neighbors(near, info, uri, featured, settings.density, resolved, now), False
+    )
+    last = selfjoin.stage_of(output, near, settings.density)
+    densities = last.complete(lambda: selfjoin.write_densities(last, near.uri, neighbors, uri, settings.density), False)
+    return {"index": indexed, "neighbors": neighbors, "densities": densities}, stage.uri
 
 
 def write_features(x: np.ndarray, work: str, name: str, part_rows: int = PART_ROWS) -> storage.Artifact:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import cluster, config, costs, indexing, listing, pipeline, planning, search, selfjoin, storage
+from pd_core import cluster, config, costs, listing, pipeline, planning, storage
 from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
 
 JOIN_ROWS, JOIN_SHARDS = 100_000, 2
@@ -84,23 +84,15 @@ def join() -> dict[str, Any]:
     x = datasets.clusters(JOIN_ROWS, count=50, latent_dim=16, separation=1.5)
     featured = joins.write_features(x, work, "features")
     settings = BuildIndexSettings(index=IndexSettings(kind="ivf_flat", shards=JOIN_SHARDS), density=DensitySettings())
-    uri = storage.join(work, "features")
     with cluster.session(work) as now:
-        stage, resolved = indexing.stage_of(work, featured, settings.index, settings.density)
-        indexed = stage.complete(lambda: indexing.run(stage, uri, featured, resolved, settings.density), False)
-        info = search.open_index(stage.uri)
-        near = selfjoin.neighbors_stage(work, info, settings.density)
-        neighbors = near.complete(
-            lambda: selfjoin.find_neighbors(near, info, uri, featured, settings.density, resolved, now), False
-        )
-        last = selfjoin.stage_of(work, near, settings.density)
-        densities = last.complete(
-            lambda: selfjoin.write_densities(last, near.uri, neighbors, uri, settings.density), False
-        )
-    found = {"index": indexed, "neighbors": neighbors, "densities": densities}
+        found, _ = joins.complete(work, featured, settings, now)
     return {
-        **{"rows": JOIN_ROWS, "nprobe": indexed.totals["nprobe"], "scanned": indexed.totals["scan_fraction"]},
-        "rows_sent_per_query": neighbors.totals["rows_sent_per_query"],
+        **{
+            "rows": JOIN_ROWS,
+            "nprobe": found["index"].totals["nprobe"],
+            "scanned": found["index"].totals["scan_fraction"],
+        },
+        "rows_sent_per_query": found["neighbors"].totals["rows_sent_per_query"],
         "stages": {name: {"s": sum(artifact.timings_s.values())} for name, artifact in found.items()},
     }
 

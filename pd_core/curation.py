@@ -45,7 +45,7 @@ from pd_core.running import Run, checked_output, failures, flatten
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from
-_VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{12}")
+_VERSION = re.compile(rf"\d{{8}}T\d{{6}}Z-[0-9a-f]{{{releasing.HASH_LETTERS}}}")
 CURRENT = "current.json"  # in INDEX: the version that was finished last
 EVALUATION = "evaluation"
 OUTCOMES = {errors.EXIT_DONE: "released", errors.EXIT_NOTHING_NEW: "nothing_new", errors.EXIT_HELD_BACK: "held_back"}
@@ -161,10 +161,8 @@ def _index(run: Run, settings: CurateSettings, lease: leases.Lease) -> Version:
 
 def _begun(uri: str) -> dict[str, Any] | None:
     """What a run that was broken off noted of the version."""
-    try:
-        return json.loads(storage.read_bytes(storage.join(uri, BEGUN)))
-    except FileNotFoundError:
-        return None
+    begun: dict[str, Any] | None = storage.read_json(storage.join(uri, BEGUN))
+    return begun
 
 
 def _make_current(root: str, version: Version, lease: leases.Lease) -> None:
@@ -192,16 +190,13 @@ def _version_of_now(run: Run, settings: CurateSettings, current: Version | None)
         "density": settings.density.model_dump(mode="json"),
         "estimator": settings.estimator.model_dump(mode="json"),
     }
-    digest = storage.fingerprint(decides)[: releasing.HASH_LETTERS]
+    digest = releasing.digest(decides)
     return Version(_named(storage.join(run.output, INDEX), digest), digest)
 
 
 def _current(root: str) -> Version | None:
-    try:
-        pointer = json.loads(storage.read_bytes(storage.join(root, CURRENT)))
-    except FileNotFoundError:
-        return None
-    return Version(storage.join(root, pointer["version"]), pointer["digest"])
+    pointer = storage.read_json(storage.join(root, CURRENT))
+    return None if pointer is None else Version(storage.join(root, pointer["version"]), pointer["digest"])
 
 
 def _finished(uri: str) -> bool:
@@ -260,54 +255,83 @@ def _evaluate_settings(
 
 
 def _release(run: Run, settings: CurateSettings, index: Version, lease: leases.Lease) -> int:
-    """Make what the recipes ask for, measure it, write the release, and move the pointer if every gate holds."""
+    """The release of what there is now, made where it is not there, and the pointer moved to it if every gate holds."""
     last = releasing.open_latest(run.output)
-    of_sets = _inputs(run, settings, index)
     identity = {
-        "sets": of_sets,
+        "sets": _inputs(run, settings, index),
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"extraction": {"actors", "actor_gpus"}}),
         "gates": [gate.model_dump(mode="json") for gate in settings.gates],
     }
-    stage = releasing.stage_of(run.output, identity)
-    name = stage.uri.rpartition("/")[2]
+    name = releasing.name_of(run.output, identity)
     there = releasing.open_release(run.output, name)
     if there is not None and last is not None and there.name == last.name:
         cluster.say(f"nothing new since {last.uri}")
         return errors.EXIT_NOTHING_NEW
     if there is None:
-        sets, measured = _sets(run, settings, index, of_sets, identity, lease)
-        numbers = releasing.numbers_of(sets, measured)
-    else:
-        numbers = there.record["numbers"]
-    verdicts = releasing.judge(settings.gates, numbers, {} if last is None else last.record["numbers"])
-    if there is None:
-        record = {
-            "inputs": identity,
-            "index": index.uri,
-            "source": settings.data.source,
-            "samples": {made.name: made.artifact.fingerprint for made in sets},
-            "settings": settings.model_dump(mode="json"),
-            "versions": storage.package_versions(),
-            "numbers": numbers,
-            "verdicts": releasing.as_json(verdicts),
-            "gates_hold": all(verdict.holds for verdict in verdicts),
-        }
-        run.stage(stage, lambda: releasing.run(stage, sets, measured, record, last))
+        _make_release(run, settings, index, identity, last, lease)
+        there = releasing.open_release(run.output, name)
+        assert there is not None, "it is committed"
+    return _promote(run, settings, there, last, lease)
+
+
+def _judge(
+    settings: CurateSettings, numbers: releasing.Numbers, last: releasing.Release | None
+) -> list[releasing.Verdict]:
+    return releasing.judge(settings.gates, numbers, {} if last is None else last.record["numbers"])
+
+
+def _make_release(
+    run: Run,
+    settings: CurateSettings,
+    index: Version,
+    identity: dict[str, Any],
+    last: releasing.Release | None,
+    lease: leases.Lease,
+) -> None:
+    """Make what the recipes ask for, measure it, and write the release."""
+    sets, measured = _sets(run, settings, index, identity, lease)
+    numbers = releasing.numbers_of(sets, measured)
+    verdicts = _judge(settings, numbers, last)
+    record = {
+        "inputs": identity,
+        "index": index.uri,
+        "source": settings.data.source,
+        "samples": {made.name: made.artifact.fingerprint for made in sets},
+        "settings": settings.model_dump(mode="json"),
+        "versions": storage.package_versions(),
+        "numbers": numbers,
+        "verdicts": releasing.as_json(verdicts),
+        "gates_hold": all(verdict.holds for verdict in verdicts),
+    }
+    stage = releasing.stage_of(run.output, identity)
+    run.stage(stage, lambda: releasing.run(stage, sets, measured, record, last))
+
+
+def _promote(
+    run: Run,
+    settings: CurateSettings,
+    release: releasing.Release,
+    last: releasing.Release | None,
+    lease: leases.Lease,
+) -> int:
+    """Move the pointer to a release, unless a gate or a person is against it; returns the exit code."""
+    numbers: releasing.Numbers = release.record["numbers"]
+    verdicts = _judge(settings, numbers, last)
     for recipe, values in numbers.items():
         run.tracker.metrics({f"{recipe}.{metric}": value for metric, value in values.items()})
     if failed := [verdict for verdict in verdicts if not verdict.holds]:
         for verdict in failed:
             cluster.say(f"gate: {verdict.describe()}")
         cluster.say(
-            f"held back: {stage.uri} was not made the latest release, {len(failed)} of {len(verdicts)} gates fail"
+            f"held back: {release.uri} was not made the latest release, {len(failed)} of {len(verdicts)} gates fail"
         )
         return errors.EXIT_HELD_BACK
-    if name in releasing.held_by_hand(run.output):
-        cluster.say(f"held back: {stage.uri}, which {releasing.LATEST} names in `held`")
+    if release.name in releasing.held_by_hand(run.output):
+        cluster.say(f"held back: {release.uri}, which {releasing.LATEST} names in `held`")
         return errors.EXIT_HELD_BACK
     lease.confirm()
-    releasing.point(run.output, name, lease.token, verdicts, last)
-    cluster.say(f"released: {stage.uri}")
+    releasing.point(run.output, release.name, lease.token, verdicts, last)
+    cluster.say(f"released: {release.uri}")
     return errors.EXIT_DONE
 
 
@@ -332,7 +356,6 @@ def _sets(
     run: Run,
     settings: CurateSettings,
     index: Version,
-    of_sets: dict[str, dict[str, Any]],
     identity: dict[str, Any],
     lease: leases.Lease,
 ) -> tuple[list[releasing.Set], pa.Table]:
@@ -340,7 +363,7 @@ def _sets(
     root = storage.join(run.output, CANDIDATES)
     sets, outputs = [], []
     for recipe in settings.recipes:
-        folder = _named(root, storage.fingerprint(of_sets[recipe.name])[: releasing.HASH_LETTERS])
+        folder = _named(root, releasing.digest(identity["sets"][recipe.name]))
         asked = _generate_settings(settings, recipe, index.uri, folder)
         generation.generate(asked)
         lease.check()
@@ -350,7 +373,7 @@ def _sets(
         assert artifact is not None, "generate has committed it"
         sets.append(releasing.Set(recipe.name, uri, artifact))
     measured = {name: identity[name] for name in ("sets", "evaluation")}
-    folder = _named(root, storage.fingerprint(measured)[: releasing.HASH_LETTERS])
+    folder = _named(root, releasing.digest(measured))
     evaluation.evaluate(_evaluate_settings(settings, index.uri, outputs, folder))
     lease.check()
     metrics = storage.join(folder, EVALUATION, "metrics")

@@ -49,8 +49,6 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     base = settings.base and storage.absolute(settings.base)
     if base == output:
         raise UserError(f"--base {settings.base}: is the --output itself; an update is an output of its own")
-    if base:
-        updating.open_base(base)
     settings = settings.model_copy(update={"output": output, "features": featuring, "base": base})
     source = sources.open_source(settings.data)
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
@@ -65,6 +63,7 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
 def build_index(settings: BuildIndexSettings) -> None:
     """Images to committed features, index, densities, predictor and report under `settings.output`."""
     settings, source = prepare(settings)
+    base = None if settings.base is None else updating.open_base(settings.base)
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     watch = storage.Stopwatch()
@@ -75,7 +74,7 @@ def build_index(settings: BuildIndexSettings) -> None:
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
         run = Run(settings, output, now, tracker, "build_index", STAGES)
-        _build(run, settings, source)
+        _build(run, settings, source, base)
         with failures("run", output):
             run.record(watch.seconds, ("report", "estimator"))
         run.say_done(watch.seconds)
@@ -87,9 +86,13 @@ def build_index(settings: BuildIndexSettings) -> None:
 def plan_build_index(settings: BuildIndexSettings) -> None:
     """Print the resolved settings and the plan; write nothing."""
     settings, source = prepare(settings)
+    if settings.base is not None:
+        updating.open_base(settings.base)
     cluster.say(config.to_yaml(settings))
     with cluster.session(str(settings.output), "build_index") as now:
         cluster.say(planning.plan(settings, source, now, limits_of(settings)))
+    if settings.base is not None:
+        cluster.say("base:      the plan is that of a whole build; what lies unchanged in the source is not made again")
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class _Featured:
     added: storage.Artifact | None = None
 
 
-def _build(run: Run, settings: BuildIndexSettings, source: sources.Source) -> None:
-    featured = _extract(run, settings, source) if settings.base is None else _update(run, settings, source)
+def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base: updating.Base | None) -> None:
+    featured = _extract(run, settings, source) if base is None else _update(run, settings, source, base)
     indexed, info, kept = _index(run, settings, featured)
     _finish(run, settings, source, featured, indexed, info, kept)
 
@@ -135,10 +138,9 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
     return _Featured(spec, listed, artifact, featured)
 
 
-def _update(run: Run, settings: BuildIndexSettings, source: sources.Source) -> _Featured:
+def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base: updating.Base) -> _Featured:
     """Features of the images that are not in the base as they are now, and those of the others from there."""
     output, now = run.output, run.now
-    base = updating.open_base(str(settings.base))
     describing = features.describe_remotely(settings.features)
     with failures("features", output):
         spec: features.ExtractorSpec = cluster.get(describing)

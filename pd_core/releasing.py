@@ -7,7 +7,6 @@ the same inputs give the same release, on whatever day. `latest.json` names the 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import math
@@ -27,9 +26,8 @@ RELEASES, LATEST = "releases", "latest.json"
 METRICS, RECORD, CARD = "metrics.parquet", "release.json", "README.md"
 HASH_LETTERS = 12
 
-Numbers = Mapping[
-    str, Mapping[str, float]
-]  # by recipe, by "space.metric"; n, likely_copies and acceptance_rate without a space
+# by recipe, by "space.metric"; n, likely_copies and acceptance_rate without a space
+Numbers = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -139,9 +137,8 @@ def open_latest(root: str) -> Release | None:
     Raises:
         UserError: that release is gone or not finished.
     """
-    try:
-        pointer = json.loads(storage.read_bytes(storage.join(root, LATEST)))
-    except FileNotFoundError:
+    pointer = storage.read_json(storage.join(root, LATEST))
+    if pointer is None:
         return None
     found = open_release(root, pointer["release"])
     if found is None:
@@ -160,11 +157,16 @@ def open_release(root: str, name: str) -> Release | None:
     return Release(name, uri, json.loads(storage.read_bytes(storage.join(uri, RECORD))))
 
 
+def digest(values: Mapping[str, Any]) -> str:
+    """What names end with: the first letters of the hash of everything that decides the content."""
+    return storage.fingerprint(values)[:HASH_LETTERS]
+
+
 def name_of(root: str, identity: Mapping[str, Any]) -> str:
     """Name of the release with this identity: the one that it has, or today's date and its hash."""
-    digest = storage.fingerprint(identity)[:HASH_LETTERS]
-    there = [name for name in storage.folders(storage.join(root, RELEASES)) if name.endswith(f"-{digest}")]
-    return there[0] if there else f"{datetime.datetime.now(datetime.UTC).date().isoformat()}-{digest}"
+    ending = f"-{digest(identity)}"
+    there = [name for name in storage.folders(storage.join(root, RELEASES)) if name.endswith(ending)]
+    return there[0] if there else f"{datetime.datetime.now(datetime.UTC).date().isoformat()}{ending}"
 
 
 # ---- make one --------------------------------------------------------------------------------------------------------
@@ -271,10 +273,7 @@ def _number(value: float | None) -> str:
 
 def held_by_hand(root: str) -> list[str]:
     """Releases that `latest.json` says, in `held`, are not to become the latest: who went back to an older one put it there."""
-    try:
-        return list(json.loads(storage.read_bytes(storage.join(root, LATEST))).get("held", []))
-    except FileNotFoundError:
-        return []
+    return list((storage.read_json(storage.join(root, LATEST)) or {}).get("held", []))
 
 
 def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: Release | None) -> None:
@@ -287,11 +286,11 @@ def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: R
         RunError: a later holder of the lock has moved it.
     """
     uri = storage.join(root, LATEST)
-    with contextlib.suppress(FileNotFoundError):
-        if (there := json.loads(storage.read_bytes(uri)).get("lock_token", 0)) > token:
-            raise RunError(
-                f"{uri}: was moved by run {there} of the lock, this is {token}; what is done is kept, run it again"
-            )
+    there = storage.read_json(uri) or {}
+    if (other := there.get("lock_token", 0)) > token:
+        raise RunError(
+            f"{uri}: was moved by run {other} of the lock, this is {token}; what is done is kept, run it again"
+        )
     pointer = {
         "release": name,
         "uri": f"{RELEASES}/{name}",
@@ -299,7 +298,7 @@ def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: R
         "lock_token": token,
         "last": None if last is None else last.name,
         "verdicts": as_json(verdicts),
-        "held": held_by_hand(root),
+        "held": there.get("held", []),
     }
     storage.write_bytes(uri, json.dumps(pointer, indent=1).encode())
 

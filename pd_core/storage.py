@@ -131,6 +131,14 @@ def read_bytes(uri: str) -> bytes:
     return fs.cat_file(path)
 
 
+def read_json(uri: str) -> Any:
+    """The values of a JSON file, None where there is no file."""
+    try:
+        return json.loads(read_bytes(uri))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the file whole or not at all: rename on a local disk, one PUT on an object store."""
     fs, path = filesystem(uri)
@@ -342,9 +350,8 @@ class Artifact:
 
 def load_artifact(uri: str) -> Artifact | None:
     """The commit record in a stage's directory, or None where the stage is not finished."""
-    try:
-        values = json.loads(read_bytes(join(uri, ARTIFACT)))
-    except (FileNotFoundError, NotADirectoryError):
+    values = read_json(join(uri, ARTIFACT))
+    if values is None:
         return None
     values["parts"] = tuple(Part(**part) for part in values["parts"])
     return Artifact(**values)
@@ -533,9 +540,8 @@ class Stage:
         if not names:
             return []
         with ThreadPoolExecutor(READERS) as readers:
-            contents = list(readers.map(lambda name: _read_if_there(join(self.uri, RECORDS, name)), names))
-        records = [json.loads(content) for content in contents if content is not None]
-        return [Part(**record["part"]) for record in records if record["stage"] == self.fingerprint]
+            records = list(readers.map(lambda name: read_json(join(self.uri, RECORDS, name)), names))
+        return [Part(**record["part"]) for record in records if record and record["stage"] == self.fingerprint]
 
     def drop_part(self, name: str) -> None:
         """Forget a part and delete its file, if there is one."""
@@ -606,18 +612,9 @@ def _clear(uri: str) -> None:
         list(deleters.map(lambda name: delete_file(join(uri, RECORDS, name)), records))
 
 
-def _read_if_there(uri: str) -> bytes | None:
-    try:
-        return read_bytes(uri)
-    except FileNotFoundError:
-        return None
-
-
 def _started(uri: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(read_bytes(join(uri, STARTED)))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    started: dict[str, Any] | None = read_json(join(uri, STARTED))
+    return started
 
 
 def fingerprint_of(identity: Mapping[str, Any], stage: Stage) -> str:

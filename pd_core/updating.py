@@ -69,12 +69,9 @@ def open_base(uri: str) -> Base:
     """
     uri = storage.absolute(uri)
     with storage.explained(f"--base {uri}"):
-        try:
-            settings = json.loads(storage.read_bytes(storage.join(uri, "run.json")))["settings"]
-        except FileNotFoundError:
-            raise UserError(
-                f"--base {uri}: no finished run of build_index there; finish it, or leave --base out"
-            ) from None
+        recorded = storage.read_json(storage.join(uri, "run.json"))
+        if recorded is None:
+            raise UserError(f"--base {uri}: no finished run of build_index there; finish it, or leave --base out")
         found = {stage: storage.load_artifact(storage.join(uri, stage)) for stage in STAGES}
     artifacts: dict[str, storage.Artifact] = {}
     for stage, artifact in found.items():
@@ -83,7 +80,7 @@ def open_base(uri: str) -> Base:
                 f"--base {uri}: {stage}/ is not finished or of another pd_core; leave --base out to build anew"
             )
         artifacts[stage] = artifact
-    return Base(uri, artifacts, settings)
+    return Base(uri, artifacts, recorded["settings"])
 
 
 class OtherSettings(UserError):
@@ -476,15 +473,25 @@ def _changed(before: storage.Artifact) -> int:
 
 def trained_facts(base: Base, changes: Changes) -> dict[str, Any]:
     """What an index that keeps the base's quantizer remembers of it, for its totals: see `drift`."""
-    before = base.artifacts["index"]
-    if before.totals["kind"] == "flat":
-        return {}
-    distance = before.totals.get("cell_distance")
+    return {"changed": _changed(base.artifacts["index"]) + changes.count, "cell_distance": _trained_distance(base)}
+
+
+def _trained_distance(base: Base) -> float:
+    """`_cell_distance` of a sample of the rows that there were when the quantizer was trained."""
+    distance = base.artifacts["index"].totals.get("cell_distance")
     if distance is None:
         parts = [part.name for part in base.artifacts["features"].parts if part.rows]
-        old = [storage.join(base.folder("features"), name) for name in parts[:: max(1, len(parts) // DRIFT_PARTS)]]
-        distance = cluster.get(cluster.task(_cell_distance).remote(base.folder("index"), old))
-    return {"changed": _changed(before) + changes.count, "cell_distance": distance}
+        chosen = tuple(
+            storage.join(base.folder("features"), name) for name in parts[:: max(1, len(parts) // DRIFT_PARTS)]
+        )
+        distance = _measured_once(base.artifacts["index"].fingerprint, base.folder("index"), chosen)
+    return float(distance)
+
+
+@functools.lru_cache(maxsize=1)  # asked for by `drift`, and again for what is remembered
+def _measured_once(fingerprint: str, index_uri: str, uris: tuple[str, ...]) -> float:
+    distance: float = cluster.get(cluster.task(_cell_distance).remote(index_uri, uris))
+    return distance
 
 
 def _rows_when_trained(before: storage.Artifact) -> int:
@@ -517,11 +524,8 @@ def drift(
     if added is None or not added.rows:
         return None
     new = [storage.join(output, ADDED, "features", part.name) for part in added.parts if part.rows]
-    parts = [part.name for part in base.artifacts["features"].parts if part.rows]
-    old = [storage.join(base.folder("features"), name) for name in parts[:: max(1, len(parts) // DRIFT_PARTS)]]
-    measure = cluster.task(_cell_distance)
-    far = cluster.get(measure.remote(base.folder("index"), new))
-    before_far = before.totals.get("cell_distance") or cluster.get(measure.remote(base.folder("index"), old))
+    far = cluster.get(cluster.task(_cell_distance).remote(base.folder("index"), new))
+    before_far = _trained_distance(base)
     if before_far > 0 and far > settings.max_cell_distance * before_far:
         return (
             f"the new rows' mean squared distance to their cells' centroids is {far / before_far:.2f} times that of the others, "
@@ -662,24 +666,21 @@ def _merge_block(
         distances, found = _neighbors_before(job, piece, sample_id)
         # new, or with other content under the id that it had; one of its neighbors is gone; more than its cells were searched
         whole = (found[:, 0] == knn.MISSING_ID) | np.isin(sample_id, removed) | np.isin(found, removed).any(axis=1)
-        if not pool.info.exact:
-            whole |= job.cell_rows[search.probes_of(pool.info, vectors)].sum(axis=1) <= job.k + 1
+        probes = None if pool.info.exact else search.probes_of(pool.info, vectors)
+        if probes is not None:
+            whole |= job.cell_rows[probes].sum(axis=1) <= job.k + 1
         old = np.flatnonzero(~whole)
-        if nearest is not None and len(old):
-            more = _among(nearest, pool.info, vectors[old], job.k)
+        if nearest is not None and len(old):  # where a search of the whole index would have looked
+            if probes is None:
+                more = nearest.search_all(vectors[old], job.k)
+            else:
+                more = nearest.search_cells(vectors[old], probes[old], job.k)
             distances[old], found[old] = knn.merge_topk([(distances[old], found[old]), more], job.k)
         if whole.any():
             distances[whole], found[whole], _ = search.search(pool, vectors[whole], job.k, sample_id[whole])
         selfjoin.write_neighbors(job.stage, name, sample_id, found, distances)
         searched += int(whole.sum())
     return searched
-
-
-def _among(rows: knn.ShardSearch, info: search.IndexInfo, queries: np.ndarray, k: int) -> knn.Found:
-    """The k nearest of the new rows, where a search of the whole index would have looked."""
-    if info.exact:
-        return rows.search_all(queries, k)
-    return rows.search_cells(queries, search.probes_of(info, queries), k)
 
 
 def _neighbors_before(job: _Merge, piece: _Piece, sample_id: np.ndarray) -> knn.Found:

@@ -212,7 +212,7 @@ def test_a_whole_job_leaves_no_credential_anywhere(store, tracked, environment, 
     with running_head(tmp_path, "--num-cpus=4", f"--temp-dir={folder}/ray", **environment) as head:
         jobs = [
             ("build_index.py", tiny.arguments(f"{root}/images", weights, f"{root}/index")),
-            ("generate.py", _sampling(f"{root}/index", f"{root}/samples")),
+            ("generate.py", toy_generator.sampling(index=f"{root}/index", output=f"{root}/samples")),
             ("evaluate.py", [f"--real={root}/index", f"--samples={root}/samples", f"--output={root}/evaluated"]),
         ]
         printed = ""
@@ -234,21 +234,6 @@ def test_a_whole_job_leaves_no_credential_anywhere(store, tracked, environment, 
     leaks = {f"{place}: {file}": who for place in found for file, who in found[place].items() if who != {"planted"}}
     assert not leaks
     assert len(list(copy.rglob("*.parquet"))) > 10
-
-
-def _sampling(index, output):
-    settings = {
-        "index": index,
-        "generator.kind": "python",
-        "generator.path": f"{toy_generator.__file__}:make",
-        "n": 20,
-        "weighting.threshold": "p60",
-        "weighting.weight": 10,
-        "chunk": 16,
-        "pilot": 64,
-        "output": output,
-    }
-    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 NOBODY = "http://127.0.0.1:9"  # discard: nobody listens

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from benchmarks import scaling, simulation
-from pd_core import cluster, costs, features, index, indexing, planning, schemas, search, selfjoin, sources, storage
+from benchmarks import joins, scaling, simulation
+from pd_core import cluster, costs, features, index, indexing, planning, schemas, search, sources, storage
 from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
 from tests.synthetic import clustered
 
@@ -140,18 +140,9 @@ def joined(tmp_path_factory, ray_cluster):
         }
     )
     featured = commit_features(output, clustered(ROWS, DIM), PART_ROWS)
-    uri = storage.join(output, "features")
-    stage, resolved = indexing.stage_of(output, featured, settings.index, settings.density)
-    indexed = stage.complete(lambda: indexing.run(stage, uri, featured, resolved, settings.density), False)
-    info = search.open_index(stage.uri)
-    near = selfjoin.neighbors_stage(output, info, settings.density)
-    neighbors = near.complete(
-        lambda: selfjoin.find_neighbors(near, info, uri, featured, settings.density, resolved, ray_cluster), False
-    )
-    last = selfjoin.stage_of(output, near, settings.density)
-    densities = last.complete(lambda: selfjoin.write_densities(last, near.uri, neighbors, uri, settings.density), False)
-    made = {"features": featured, "index": indexed, "neighbors": neighbors, "densities": densities}
-    return made, costs.build_of(settings, ROWS, ROWS, DIM, 1, 0.0, 0.0, 0.0), stage.uri
+    found, index_uri = joins.complete(output, featured, settings, ray_cluster)
+    made = {"features": featured} | found
+    return made, costs.build_of(settings, ROWS, ROWS, DIM, 1, 0.0, 0.0, 0.0), index_uri
 
 
 def test_stages_write_the_bytes_that_the_model_says(joined):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests import tiny
+from tests import tiny, toy_generator
 from tests.ray_head import running_head
 
 # a head with a dashboard takes 10 s, a job 15 s more, on top of the workflow
@@ -24,18 +24,8 @@ def test_jobs_run_the_workflows(head, tmp_path):
     assert (tmp_path / "out" / "run.json").exists()
     assert re.search(r"ray: 4 CPUs and 0 GPUs at ", done.stdout)
 
-    settings = {
-        "index": tmp_path / "out",
-        "generator.kind": "python",
-        "generator.path": "tests.toy_generator:make",
-        "n": 20,
-        "weighting.threshold": "p60",
-        "weighting.weight": 10,
-        "chunk": 16,
-        "pilot": 64,
-        "output": tmp_path / "samples",
-    }
-    argv = [f"--{name}={value}" for name, value in settings.items()]
+    in_the_job = {"generator.path": "tests.toy_generator:make"}
+    argv = toy_generator.sampling(index=tmp_path / "out", output=tmp_path / "samples", **in_the_job)
     done = head.submit("generate.py", *argv, "--no-tracking.enabled")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"report: {tmp_path / 'samples'}/report/index.html" in done.stdout

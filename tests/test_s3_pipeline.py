@@ -48,18 +48,7 @@ def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, inputs
 def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, built, tmp_path):
     fs, folder = storage.filesystem(f"{bucket}/out")
     fs.put(f"{built}/", folder, recursive=True)
-    settings = {
-        "index": f"{bucket}/out",
-        "generator.kind": "python",
-        "generator.path": f"{toy_generator.__file__}:make",
-        "n": 20,
-        "weighting.threshold": "p60",
-        "weighting.weight": 10,
-        "chunk": 16,
-        "pilot": 64,
-        "export": "png",
-    }
-    argv = [f"--{name}={value}" for name, value in settings.items()] + ["--keep-rejected", "--no-tracking.enabled"]
+    argv = [*toy_generator.sampling(index=f"{bucket}/out", export="png"), "--keep-rejected", "--no-tracking.enabled"]
     outputs = [f"{bucket}/samples", str(tmp_path / "samples")]
     for output in outputs:
         assert sample(*argv, f"--output={output}") == 0
@@ -70,7 +59,7 @@ def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, bu
     assert remote is not None
     rows = [r for p in remote.parts for r in storage.read_table(f"{bucket}/samples/rejected/{p.name}").to_pylist()]
     assert len(rows) == remote.rows
-    named = [f"--{name}={settings[name]}" for name in ("generator.kind", "generator.path")]
+    named = [option for option in argv if option.startswith("--generator.")]
     assert sample(f"--verify={bucket}/samples", "--rows=5", *named) == 0
     assert sample(*argv, "--seed=1", "--overwrite", f"--output={outputs[0]}") == 0
     fs, folder = storage.filesystem(f"{bucket}/samples/export/png")

@@ -62,3 +62,17 @@ def make(
     pause_s: float = 0.0,
 ) -> Toy:
     return Toy(classes, texts, bad_seeds, fail, once, pause_s)
+
+
+def sampling(**more: object) -> list[str]:
+    """Arguments of generate.py for twenty of its images; more: further settings, such as index and output."""
+    settings = {
+        "generator.kind": "python",
+        "generator.path": f"{__file__}:make",
+        "n": 20,
+        "weighting.threshold": "p60",
+        "weighting.weight": 10,
+        "chunk": 16,
+        "pilot": 64,
+    }
+    return [f"--{name}={value}" for name, value in (settings | more).items()]
