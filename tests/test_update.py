@@ -93,6 +93,18 @@ def test_an_update_of_an_update_whose_news_have_gone_again(source, inputs, tmp_p
     same_rows(third, again)
 
 
+def test_an_overwritten_image_is_there_once_with_the_neighbors_of_what_it_shows_now(inputs, tmp_path, ray_cluster):
+    """Its new row lies in the part that its old one lay in, under the same id."""
+    source = write(tmp_path / "images", list(tiny.files().items())[:20])
+    base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
+    assert built(source, inputs[1], base) == 0
+    for number in (4, 19):
+        (source / f"{'abc'[number % 3]}/image {number:03d}.png").write_bytes(tiny.png(2000 + number))
+    assert built(source, inputs[1], output, f"--base={base}") == 0
+    assert built(source, inputs[1], whole) == 0
+    same_rows(output, whole)
+
+
 def test_an_update_of_an_unchanged_source_takes_everything_over(source, inputs, tmp_path, ray_cluster):
     base, output = tmp_path / "base", tmp_path / "updated"
     assert built(source, inputs[1], base) == 0
