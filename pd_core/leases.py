@@ -29,6 +29,7 @@ from pd_core.errors import RunError, UserError, one_line
 
 RENEWALS = 3  # of a lease before it runs out
 KEPT = 8  # files of earlier holders that stay to be read
+_LOST = signal.SIGUSR1  # not SIGINT, which a shell has its background jobs ignore
 _NAME = re.compile(r"(\d{8,})\.json")
 
 
@@ -96,13 +97,14 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(uri: str, lease_s: float) -> Iterator[Lease]:
-    """Hold the lock of a folder for the body; a thread renews it, and interrupts the body where it is lost.
+    """Hold the lock of a folder for the body; a thread renews it, and interrupts the body where it is lost. For the main thread.
 
     Raises:
         UserError: a live run holds it; who, and since when.
         RunError: the lock was lost.
     """
     lease = acquire(uri, lease_s)
+    before = signal.signal(_LOST, signal.default_int_handler)
     over = threading.Event()
     renewing = threading.Thread(target=_renew, args=(lease, over), daemon=True, name="lease")
     renewing.start()
@@ -120,6 +122,7 @@ def hold(uri: str, lease_s: float) -> Iterator[Lease]:
             print(
                 f"{uri}: the lock could not be given back ({one_line(error)}); it ends with its lease", file=sys.stderr
             )
+        signal.signal(_LOST, before)
 
 
 def acquire(uri: str, lease_s: float) -> Lease:
@@ -164,7 +167,7 @@ def _renew(lease: Lease, over: threading.Event) -> None:
             lease.check()
         except RunError:
             # a real signal, which wakes the main thread out of whatever it waits for
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+            signal.pthread_kill(threading.main_thread().ident, _LOST)  # type: ignore[arg-type]
             return
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
+import signal
 import threading
 import time
 
@@ -115,10 +116,18 @@ def test_a_renewal_that_is_written_after_another_took_over_is_no_renewal(tmp_pat
         slow.check()
 
 
+@pytest.fixture(params=[signal.SIG_IGN, signal.default_int_handler], ids=["in the background", "in a terminal"])
+def _heed_of_ctrl_c(request):
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heed_of_ctrl_c")
 def test_a_run_that_loses_its_lock_is_interrupted_and_says_so(tmp_path):
     with pytest.raises(RunError, match="taken over by process"), leases.hold(str(tmp_path), 0.6):  # noqa: PT012
         storage.create(str(tmp_path / "00000002.json"), (tmp_path / "00000001.json").read_bytes())
-        threading.Event().wait(200)  # as long as the whole test may take, if nobody wakes it
+        threading.Event().wait(30)  # and nobody but the lock wakes it
 
 
 def test_an_error_of_the_body_is_not_hidden_by_one_of_the_release(tmp_path, monkeypatch, capsys):
