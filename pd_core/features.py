@@ -10,6 +10,7 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,8 +193,8 @@ def decoding(data: DataSettings) -> dict[str, Any]:
 def stage_of(
     output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, settings: FeatureSettings, device: str
 ) -> storage.Stage:
-    """The features stage under `output`; device (cpu or cuda), batch size and threads are part of it, since they may move
-    the last bits.
+    """The features stage under `output`; device (cpu or cuda), batch size, threads and torch are part of it, since they may
+    move the last bits.
     """
     identity = {
         "listing": listing.fingerprint,
@@ -202,6 +203,7 @@ def stage_of(
         "device": device,
         "batch_size": settings.batch_size,
         "threads": settings.actor_cpus,
+        "torch": version_of("torch"),  # not torch.__version__: the driver would import torch for it
     }
     beside = (storage.join(output, "quarantine"),)
     return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)

@@ -21,6 +21,7 @@ MOST_SHARDS_AT_ONCE = 64
 MOST_PIECES = 100_000
 STORE_SHARE = 0.5  # of the object store that those rows may take
 GROUP_ROWS = 65_536  # rows that one task of this stage reads
+MOST_SMALL_SHARDS = 8  # that updates may leave beside those of the usual size; each is read and searched by itself
 
 
 def resolve_kind(settings: IndexSettings, exact: bool, rows: int) -> str:
@@ -50,12 +51,45 @@ class Kept:
     auto: bool
 
 
+@dataclass(frozen=True)
+class KeptShards:
+    """What a flat index takes over from an earlier one: its shards, less the rows that are gone; rows that are new get shards of their own.
+
+    Attributes:
+        uri, fingerprint: of the earlier index stage. shards: its parts.
+        removed: sample ids that are gone, ascending int64; fewer than any shard has rows.
+        added: features parts of the new rows, as URIs, and how many rows they have.
+    """
+
+    uri: str
+    fingerprint: str
+    shards: tuple[storage.Part, ...]
+    removed: np.ndarray
+    added: tuple[str, ...]
+    added_rows: int
+
+    def count(self, dim: int) -> int:
+        """Shards of the index."""
+        return len(self.shards) + self.of_added(dim)
+
+    def of_added(self, dim: int) -> int:
+        """Shards of the new rows."""
+        return min(index.default_shards(self.added_rows, dim), len(self.added)) if self.added_rows else 0
+
+    def worthwhile(self, rows: int, dim: int) -> bool:
+        """Whether the shards would be neither many small ones, after many updates, nor one without rows."""
+        smallest = min(part.rows for part in self.shards)
+        return len(self.removed) < smallest and self.count(dim) <= MOST_SMALL_SHARDS + 2 * index.default_shards(
+            rows, dim
+        )
+
+
 def stage_of(
     output: str,
     features: storage.Artifact,
     settings: IndexSettings,
     density: DensitySettings,
-    kept: Kept | None = None,
+    kept: Kept | KeptShards | None = None,
 ) -> tuple[storage.Stage, IndexSettings]:
     """The index stage under `output`, and the settings with kind, shards and cells resolved.
 
@@ -67,13 +101,13 @@ def stage_of(
         raise UserError(
             f"--density.k {density.k}: needs more than k images, found {rows} good ones; lower k or add images"
         )
-    kind = resolve_kind(settings, density.exact, rows) if kept is None else kept.kind
+    kind = kept.kind if isinstance(kept, Kept) else resolve_kind(settings, density.exact, rows)
     if kind == "ivf_pq" and dim % settings.pq_bytes:
         raise UserError(
             f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {index.nearest_divisor(dim, settings.pq_bytes)}"
         )
     most_cells = max(1, rows // index.ROWS_PER_CELL)
-    if kept is not None:
+    if isinstance(kept, Kept):
         cells = kept.cells
     else:
         cells = 0 if kind == "flat" else min(settings.cells or index.default_cells(rows), most_cells)
@@ -81,6 +115,8 @@ def stage_of(
         settings.shards or index.default_shards(rows, dim),
         max(1, cells or sum(part.rows > 0 for part in features.parts)),
     )
+    if isinstance(kept, KeptShards):
+        shards = kept.count(dim)
     resolved = settings.model_copy(update={"kind": kind, "shards": shards, "cells": cells or None})
     identity: dict[str, Any] = {
         "features": features.fingerprint,
@@ -95,7 +131,7 @@ def stage_of(
             "max_scan_fraction": settings.max_scan_fraction,
             "train_rows_per_cell": settings.train_rows_per_cell,
             "calibration_queries": settings.calibration_queries,
-            "auto": settings.kind == "auto" if kept is None else kept.auto,
+            "auto": kept.auto if isinstance(kept, Kept) else settings.kind == "auto",
             "k": density.k,
             "seed": settings.seed,
             "threads": settings.actor_cpus,  # k-means sums per thread
@@ -103,7 +139,9 @@ def stage_of(
     if kind == "ivf_pq":
         identity["pq_bytes"] = settings.pq_bytes
     if kept is not None:
-        identity |= {"base": kept.fingerprint, "rows_when_trained": kept.rows}
+        identity |= {"base": kept.fingerprint}
+    if isinstance(kept, Kept):
+        identity |= {"rows_when_trained": kept.rows}
     uri = storage.join(output, "index")
     return storage.Stage(uri, "index", schemas.VERSIONS["index"], identity), resolved
 
@@ -114,7 +152,7 @@ def run(
     features: storage.Artifact,
     settings: IndexSettings,
     density: DensitySettings,
-    kept: Kept | None = None,
+    kept: Kept | KeptShards | None = None,
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Build what is missing of the index; returns the parts and totals to commit.
 
@@ -124,8 +162,8 @@ def run(
         features: their commit record.
         settings: from `stage_of`, resolved.
         density: k.
-        kept: quantizer and number of probed cells of an earlier index, where they are taken over; then `recall` in the totals
-            may fall short of the target, for the caller to judge.
+        kept: what is taken over of an earlier index: shards, or the quantizer and the number of probed cells; then `recall` in
+            the totals may fall short of the target, for the caller to judge.
 
     Raises:
         UserError: the target recall is out of reach.
@@ -133,6 +171,9 @@ def run(
     groups = list(_groups(features_uri, features))
     rows, dim = features.rows, features.totals["dim"]
     facts: dict[str, Any] = {"kind": settings.kind, "rows": rows, "dim": dim, "shards": settings.shards, "nprobe": 0}
+    if isinstance(kept, KeptShards):
+        _extend_flat(stage, kept, dim)
+        return _all_parts(stage, rows), facts
     if settings.kind == "flat":
         _fill_flat(stage, groups, settings)
         return _all_parts(stage, rows), facts
@@ -216,6 +257,44 @@ def _build_flat(stage: storage.Stage, shard: int, group: Sequence[str]) -> None:
     sample_id, features = load_group(group)
     filled = index.build_shard(index.train_template("flat", features.shape[1]), features, sample_id)
     stage.write_part(search.shard_name(shard), index.serialize(filled), len(sample_id))
+
+
+def _extend_flat(stage: storage.Stage, kept: KeptShards, dim: int) -> None:
+    """The shards of an earlier index, less what is gone, then those of what is new."""
+    import ray
+
+    done = stage.finished_parts()
+    runs = np.array_split(np.array(kept.added, object), max(1, kept.of_added(dim)))
+    names = [
+        *(part.name for part in kept.shards),
+        *(search.shard_name(s) for s in range(len(kept.shards), kept.count(dim))),
+    ]
+    wanted = [s for s in range(len(names)) if names[s] not in done]
+    removed = ray.put(kept.removed)
+    take, build = _task(_take_shard), _task(_build_flat)
+
+    def submit(shard: int) -> Any:
+        if shard < len(kept.shards):
+            return take.remote(stage, kept.uri, kept.shards[shard], removed)
+        return build.remote(stage, shard, runs[shard - len(kept.shards)].tolist())
+
+    with cluster.progress("index", len(names), "shards", len(names) - len(wanted)) as bar:
+        for _ in cluster.bounded(submit, wanted, cluster.in_flight):
+            bar.update(1)
+
+
+def _take_shard(stage: storage.Stage, uri: str, part: storage.Part, removed: np.ndarray) -> None:
+    if not len(removed):
+        stage.adopt(uri, part)
+        return
+    rows = index.open_rows([storage.read_bytes(storage.join(uri, part.name))])
+    stays = np.flatnonzero(~np.isin(rows.ids, removed))
+    if len(stays) == len(rows.ids):
+        stage.adopt(uri, part)
+        return
+    template = index.train_template("flat", rows.dim)
+    filled = index.build_shard(template, np.ascontiguousarray(rows.at(stays)), rows.ids[stays])
+    stage.write_part(part.name, index.serialize(filled), len(stays))
 
 
 def _train(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings, rows: int, dim: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,15 @@ from pd_core.errors import UserError
 from pd_core.running import REPORT, Run, checked_output, failures, flatten
 
 STAGES = ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report")
+
+
+def folders_of(record: Mapping[str, Any], stages: Sequence[str] = STAGES) -> list[str]:
+    """Of a finished run, by its run.json, the folders of those of these stages that it has, and of what was made beside them."""
+    beside = {"features": "quarantine", "added/features": "added/quarantine"}
+    if record["settings"].get("base"):
+        beside["listing"] = "added/listing"
+    made = [stage for stage in stages if stage in record["stages"]]
+    return [*made, *(beside[stage] for stage in made if stage in beside)]
 
 
 def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.Source]:
@@ -189,7 +198,9 @@ def _index(
         begun = storage.begun_identity(storage.join(output, "index")) or {}
         if begun.get("features") == featured.features.fingerprint and "cells" in begun and "base" not in begun:
             reason = reason or "so it was decided before"
-    kept = None if base is None or reason else updating.kept_index(base)
+    kept = None
+    if base is not None and changes is not None and not reason:
+        kept = updating.kept_index(base, changes, output, featured.added)
     indexed = _index_stage(run, settings, featured, kept)
     if kept is not None and (reason := updating.short_of_recall(indexed)):
         indexed = _index_stage(run, settings, featured, None)
@@ -199,7 +210,7 @@ def _index(
 
 
 def _index_stage(
-    run: Run, settings: BuildIndexSettings, featured: _Featured, kept: indexing.Kept | None
+    run: Run, settings: BuildIndexSettings, featured: _Featured, kept: indexing.Kept | indexing.KeptShards | None
 ) -> storage.Artifact:
     base, changes = featured.base, featured.changes
     features_uri = storage.join(run.output, "features")
@@ -207,8 +218,8 @@ def _index_stage(
 
     def make() -> tuple[Iterable[storage.Part], dict[str, Any]]:
         parts, facts = indexing.run(stage, features_uri, featured.features, resolved, settings.density, kept)
-        if kept is not None and base is not None and changes is not None:
-            facts |= updating.trained_facts(base, changes)
+        if isinstance(kept, indexing.Kept) and base is not None and changes is not None:
+            facts |= updating.trained_facts(base, changes, featured.added)
         return parts, facts
 
     return run.stage(stage, make, replace=base is not None)

@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version as version_of
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def open_base(uri: str) -> Base:
     artifacts: dict[str, storage.Artifact] = {}
     for stage, artifact in found.items():
         if artifact is None or artifact.schema_version != schemas.VERSIONS[stage]:
-            raise UserError(
+            raise OtherSettings(
                 f"--base {uri}: {stage}/ is not finished or of another pd_core; leave --base out to build anew"
             )
         artifacts[stage] = artifact
@@ -84,7 +85,7 @@ def open_base(uri: str) -> Base:
 
 
 class OtherSettings(UserError):
-    """The base was made with other settings than those of now."""
+    """The base was made with other settings than those of now, or by another pd_core."""
 
 
 def check_same(
@@ -106,6 +107,7 @@ def check_same(
         "device": device,
         "batch_size": settings.features.batch_size,
         "threads": settings.features.actor_cpus,
+        "torch": version_of("torch"),
     }
     of_base = base.artifacts["features"].identity
     found += storage.differences({name: of_base[name] for name in identity}, identity)
@@ -131,6 +133,7 @@ class Changes:
         added: listing of the new ones, or None.
         kept: images of each part of the base's listing that stay, of the `base_rows` that it has.
         removed: sample ids of the base that are gone, changed, or read again; ascending int64.
+        indexed_removed: how many of them are in the base's index: an image that could not be read is not.
     """
 
     listed: listing.Listing
@@ -138,11 +141,7 @@ class Changes:
     kept: tuple[int, ...]
     base_rows: tuple[int, ...]
     removed: np.ndarray
-
-    @property
-    def count(self) -> int:
-        """Images that are new or removed; one that was changed is both."""
-        return (0 if self.added is None else self.added.rows) + len(self.removed)
+    indexed_removed: int
 
 
 def compare(source: sources.Source, base: Base, output: str, part_rows: int, overwrite: bool) -> Any:
@@ -163,8 +162,8 @@ def _compare(
         "base_features": base.artifacts["features"].fingerprint,
     }
     version = schemas.VERSIONS["listing"]
-    stage = storage.Stage(storage.join(output, "listing"), "listing", version, identity)
     fresh = storage.Stage(storage.join(output, ADDED, "listing"), "listing", version, identity)
+    stage = storage.Stage(storage.join(output, "listing"), "listing", version, identity, beside=(fresh.uri,))
     done = stage.begin(overwrite)
     if done is None:
         known = _Known.of(base)
@@ -187,6 +186,7 @@ def _compare(
             "metadata": metadata,
             "added": sum(part.rows for part in added),
             "removed": removed.num_rows,
+            "indexed_removed": int((~known.seen & ~known.again).sum()),
             "kept": known.kept(),
         }
         done = stage.commit(parts, totals, {"listing": watch.seconds})
@@ -198,6 +198,7 @@ def _compare(
         tuple(done.totals["kept"]),
         tuple(part.rows for part in before.parts),
         storage.read_table(storage.join(fresh.uri, REMOVED))["sample_id"].to_numpy(),
+        done.totals["indexed_removed"],
     )
     return changes, done
 
@@ -207,12 +208,14 @@ class _Known:
 
     Attributes:
         ids, place: sample_id int64 [N], and a hash of the file it lies in, where, and of the state of that file, int64 [N].
+        again: bool [N], those that could not be read, hence are not in the index and are tried again.
         seen: bool [N].
         met: sample ids of the source, as they were met.
     """
 
-    def __init__(self, sample_id: np.ndarray, place: np.ndarray, part_rows: list[int]) -> None:
-        self.ids, self.place, self.part_rows = sample_id, place, part_rows
+    def __init__(self, sample_id: np.ndarray, place: np.ndarray, again: np.ndarray, part_rows: list[int]) -> None:
+        self.ids, self.part_rows, self.again = sample_id, part_rows, again
+        self.place = np.where(again, 0, place)  # that of no file
         self.order = np.argsort(sample_id, kind="stable")
         self.seen = np.zeros(len(sample_id), bool)
         self.met: list[np.ndarray] = []
@@ -220,13 +223,15 @@ class _Known:
     @classmethod
     def of(cls, base: Base) -> _Known:
         """From the tables; an image that could not be read (a passing reason) is known no more, so that it is tried again."""
-        artifact, again = base.artifacts["listing"], _unreadable(base)
+        artifact, unreadable = base.artifacts["listing"], _unreadable(base)
         sample_ids, places = [], []
         for part in artifact.parts:
             table = storage.read_table(storage.join(base.folder("listing"), part.name), _PLACE)
             sample_ids.append(table["sample_id"].to_numpy())
-            places.append(np.where(np.isin(sample_ids[-1], again), 0, _place_of(table)))
-        return cls(np.concatenate(sample_ids), np.concatenate(places), [part.rows for part in artifact.parts])
+            places.append(_place_of(table))
+        sample_id = np.concatenate(sample_ids)
+        again = np.isin(sample_id, unreadable)
+        return cls(sample_id, np.concatenate(places), again, [part.rows for part in artifact.parts])
 
     def new_of(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         """Rows of a listing that are not known, while `seen` and `met` are filled."""
@@ -299,7 +304,7 @@ def _keys_of(source: sources.Source, rows: np.ndarray) -> list[str]:
 def features_stage(output: str, changes: Changes, base: Base, added: storage.Artifact | None) -> storage.Stage:
     """The features stage under `output`: of the base, without what was removed, and with what was added."""
     before = base.artifacts["features"]
-    keep = ("extractor", "decode", "device", "batch_size", "threads")
+    keep = ("extractor", "decode", "device", "batch_size", "threads", "torch")
     identity = {name: before.identity[name] for name in keep} | {
         "listing": changes.listed.fingerprint,
         "base": before.fingerprint,
@@ -450,11 +455,20 @@ def _gather(read: _Sources, wanted: pa.ChunkedArray, removed: np.ndarray) -> pa.
 # ---- index -----------------------------------------------------------------------------------------------------------
 
 
-def kept_index(base: Base) -> indexing.Kept | None:
-    """What the index of an update has from the base: the quantizer, and how many cells are probed; None without cells."""
+def kept_index(
+    base: Base, changes: Changes, output: str, added: storage.Artifact | None
+) -> indexing.Kept | indexing.KeptShards | None:
+    """What the index of an update has from the base: the quantizer, and how many cells are probed; of a flat one the shards, or None."""
     before = base.artifacts["index"]
     if before.totals["kind"] == "flat":
-        return None
+        uri = storage.join(output, ADDED, "features")
+        parts = [part for part in (added.parts if added is not None else ()) if part.rows]
+        names = tuple(storage.join(uri, part.name) for part in parts)
+        rows = sum(part.rows for part in parts)
+        shards = indexing.KeptShards(
+            base.folder("index"), before.fingerprint, before.parts, changes.removed, names, rows
+        )
+        return shards if shards.worthwhile(before.rows + rows, before.totals["dim"]) else None
     return indexing.Kept(
         uri=base.folder("index"),
         fingerprint=before.fingerprint,
@@ -471,9 +485,15 @@ def _changed(before: storage.Artifact) -> int:
     return int(before.totals.get("changed", 0))
 
 
-def trained_facts(base: Base, changes: Changes) -> dict[str, Any]:
+def trained_facts(base: Base, changes: Changes, added: storage.Artifact | None) -> dict[str, Any]:
     """What an index that keeps the base's quantizer remembers of it, for its totals: see `drift`."""
-    return {"changed": _changed(base.artifacts["index"]) + changes.count, "cell_distance": _trained_distance(base)}
+    changed = _changed(base.artifacts["index"]) + _moved(changes, added)
+    return {"changed": changed, "cell_distance": _trained_distance(base)}
+
+
+def _moved(changes: Changes, added: storage.Artifact | None) -> int:
+    """Rows that have come into the index or gone from it; an image whose content is another is both."""
+    return changes.indexed_removed + (0 if added is None else added.rows)
 
 
 def _trained_distance(base: Base) -> float:
@@ -514,11 +534,11 @@ def drift(
         kind = indexing.resolve_kind(index_settings, density.exact, rows)
         if kind != "flat":
             return f"{rows:,} rows are enough for an index with cells, which the base has not"
-        growth = changes.count / before.totals["rows"]
+        growth = _moved(changes, added) / before.totals["rows"]
         if growth > settings.max_growth:
             return f"{growth:.0%} of the rows have changed, --update.max_growth is {settings.max_growth:g}"
         return None
-    growth = (_changed(before) + changes.count) / _rows_when_trained(before)
+    growth = (_changed(before) + _moved(changes, added)) / _rows_when_trained(before)
     if growth > settings.max_growth:
         return f"{growth:.0%} of the rows have changed since its quantizer was trained, --update.max_growth is {settings.max_growth:g}"
     if added is None or not added.rows:
@@ -734,7 +754,7 @@ def keep_or_fit(
         )
         return fitting.run(stage, uris[0], uris[1], densities, feature_dim, settings)
     shift = densities.totals["log_normalizer"] - base.artifacts["densities"].totals["log_normalizer"]
-    names = [part.name for part in densities.parts]
+    names = _spread(densities, settings)
     keep = cluster.task(_keep, cluster.feasible_cpus(settings.threads))
     least = fitted_r2 - update.max_r2_drop
     heldout = cluster.get(keep.remote(stage, base.folder("estimator"), shift, uris, names, settings, least))
@@ -749,6 +769,15 @@ def keep_or_fit(
     totals = {name: before.totals[name] for name in ("n_train", "epochs", "best_epoch")}
     totals |= {"heldout": heldout, "n_heldout": heldout["n"], "fitted_r2": fitted_r2}
     return list(stage.finished_parts().values()), totals
+
+
+def _spread(densities: storage.Artifact, settings: EstimatorSettings) -> list[str]:
+    """Parts that hold about `estimator.HELDOUT_ROWS` held-out rows, evenly from all: the listing has an order, new images are last."""
+    names = [part.name for part in densities.parts if part.rows]
+    wanted = len(names) * estimator.HELDOUT_ROWS / max(1.0, densities.rows * settings.holdout_fraction)
+    if wanted >= len(names):
+        return names
+    return [names[i] for i in np.unique(np.linspace(0, len(names) - 1, max(2, round(wanted))).round().astype(int))]
 
 
 def _keep(
@@ -766,14 +795,11 @@ def _keep(
         for name in (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
     }
     predictor = estimator.from_bytes(files).rescaled(shift)
-    true, predicted, rows = [], [], 0
-    for name in names:  # parts follow no order of the densities: the first ones are as good as any
-        if rows >= estimator.HELDOUT_ROWS:
-            break
+    true, predicted = [], []
+    for name in names:
         sample_id, vectors, log_density = fitting.load_part(*uris, name)
         held = estimator.held_out(sample_id, settings)
         if held.any():
-            rows += int(held.sum())
             true.append(log_density[held])
             predicted.append(predictor.predict(vectors[held]).log_density)
     if not true:

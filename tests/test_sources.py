@@ -435,6 +435,16 @@ def test_parquet_reads_any_slice_across_batches_row_groups_and_files(
         assert found == [expected[key] for key in order[start : start + length]]
 
 
+def test_parquet_rows_are_read_in_whatever_order_they_are_asked_for(tmp_path: Path) -> None:
+    """A listing that was updated names those that are read again after the others."""
+    images = [str(i).encode() for i in range(30)]
+    write(tmp_path, {"a.parquet": parquet_bytes(pa.table({"image": images}), row_group_size=10)})
+    source = opened(tmp_path)
+    order = [0, 4, 12, 29, 3, 11]
+    rows = listed(source).take(pa.array(order))
+    assert list(sources.read(source, rows)) == [images[i] for i in order]
+
+
 def test_parquet_keys_labels_and_metadata_go_with_their_image(tmp_path: Path) -> None:
     table = image_table([b"0", b"1", b"2", b"3"], "binary")
     write(tmp_path, {"a.parquet": parquet_bytes(table.slice(0, 2)), "b.parquet": parquet_bytes(table.slice(2))})

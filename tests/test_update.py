@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pd_core import config, errors, estimator, pipeline, search, storage
+from pd_core import config, errors, estimator, pipeline, search, storage, updating
 from tests import tiny
 
 EARLIER = 110  # images of the base
@@ -75,8 +75,37 @@ def test_an_exact_index_is_updated_to_that_of_a_whole_build(source, inputs, tmp_
     assert totals(output / "added", "features")["listed"] == changed
     neighbors = totals(output, "neighbors")
     assert changed - len(tiny.BAD) <= neighbors["searched"] < neighbors["rows"]
+    assert totals(output, "index")["shards"] == 2  # that of the base, less what is gone, and that of what is new
     assert (output / "report" / "index.html").exists()
     assert tiny.tables(base) == before
+
+
+@pytest.mark.slow
+def test_images_that_could_not_be_read_are_tried_again_and_are_no_drift(inputs, tmp_path, ray_cluster):
+    """A file without a right to it is unreadable, as one that the store does not give: here, one that leads nowhere."""
+    source = write(tmp_path / "images", list(tiny.files().items())[:30])
+    lost = [f"a/lost {number}.png" for number in range(3)]
+    for key in lost:
+        (source / key).symlink_to(tmp_path / "nowhere" / key.rpartition("/")[2])
+    base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
+    assert built(source, inputs[1], base) == 0
+    for target, same in ((output, base), (tmp_path / "again", output)):
+        assert built(source, inputs[1], target, f"--base={same}", "--update.max_growth=0.01") == 0
+        assert totals(target, "neighbors")["searched"] == 0  # nothing was built anew
+        assert totals(target, "listing")["indexed_removed"] == 0
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "lost 1.png").write_bytes(tiny.png(500))
+    assert built(source, inputs[1], tmp_path / "third", f"--base={output}") == 0
+    assert built(source, inputs[1], whole) == 0
+    same_rows(tmp_path / "third", whole)
+
+
+def test_the_predictor_is_judged_on_rows_from_the_whole_listing():
+    parts = [storage.Part(storage.part_name(i), 10_000, 1, "") for i in range(100)]
+    artifact = storage.Artifact("densities", 1, "", {}, tuple(parts), {}, {}, {})
+    chosen = updating._spread(artifact, config.EstimatorSettings(holdout_fraction=0.2))
+    assert len(chosen) == 33 and {parts[0].name, parts[-1].name} <= set(chosen)
+    assert len(updating._spread(artifact, config.EstimatorSettings(holdout_fraction=0.01))) == 100
 
 
 @pytest.mark.slow
@@ -112,7 +141,8 @@ def test_an_update_of_an_unchanged_source_takes_everything_over(source, inputs, 
     same_rows(output, base)
     assert totals(output, "neighbors")["searched"] == 0
     # parts are links, not copies
-    assert (output / "features" / "part-00000000.parquet").samefile(base / "features" / "part-00000000.parquet")
+    for part in ("features/part-00000000.parquet", f"index/{search.shard_name(0)}"):
+        assert (output / part).samefile(base / part)
     ours, theirs = (estimator.load(at / "estimator") for at in (output, base))
     assert all((a == b).all() for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 

@@ -90,7 +90,10 @@ def identity(source: Source) -> dict[str, Any]:
     }
 
 
-def state(source: Source) -> dict[str, Any]:
+State = dict[str, Any]
+
+
+def state(source: Source) -> State:
     """What the source holds now: number of files, their bytes, and a hash that changes when one of them does.
 
     The hash is over name, size and mtime (S3: ETag) of each file, whatever the order they are met in; of files that a stage

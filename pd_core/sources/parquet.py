@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import posixpath
 import time
 from collections import Counter
@@ -252,8 +251,12 @@ class _Reader:
     sleep: Sleep
 
     def images(self, offsets: Sequence[int]) -> Iterator[bytes | BadImage]:
-        """The images at these rows of the file, which ascend."""
-        assert all(a < b for a, b in itertools.pairwise(offsets))
+        """The images at these rows of the file."""
+        order = sorted(range(len(offsets)), key=offsets.__getitem__)
+        if order != list(range(len(offsets))):  # a listing that was updated has those that are read again at its end
+            found = dict(zip(order, self.images([offsets[i] for i in order]), strict=True))
+            yield from (found[i] for i in range(len(offsets)))
+            return
         try:
             file = self.store.open(self.name, self.sleep)
         except OSError as error:
