@@ -16,9 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from chaos.workflows import ROOT
+from chaos.workflows import ROOT, is_done, last_file
 from pd_core import storage
-from pd_core.running import RUN
 
 LIMIT_S = 280.0  # one run; what takes longer hangs
 MOST_RUNS = 6
@@ -97,13 +96,13 @@ class Case:
         """
         while self.runs < MOST_RUNS:
             self.reruns += 1
-            if self.start().finish() == 0:
+            if is_done(self.workflow, self.start().finish()):
                 return
         raise RuntimeError(f"{self.workflow} failed {self.runs} times: {self.lines[-1:]}; see {self.folder}")
 
     def finish(self, run: Run) -> None:
         """Wait for a run that was disturbed; where it fails, run again until one succeeds."""
-        if run.finish() != 0:
+        if not is_done(self.workflow, run.finish()):
             self.rerun()
 
 
@@ -137,7 +136,7 @@ class Run:
         moment = time.monotonic() + delay_s
         while self.alive and time.monotonic() < moment:
             time.sleep(0.02)
-        return self.alive and not storage.exists(storage.join(self.case.output, RUN))
+        return self.alive and not storage.exists(storage.join(self.case.output, last_file(self.case.workflow)))
 
     def kill(self) -> None:
         """SIGKILL to the driver alone; what it leaves behind is Ray's to end."""
@@ -161,7 +160,8 @@ class Run:
 
     def note(self) -> None:
         """Remember the line with which it failed."""
-        if self.process.poll() in (0, None):
+        code = self.process.poll()
+        if code is None or is_done(self.case.workflow, code):
             return
         text = self.log.read_text(errors="replace")
         self.case.lines += [line for line in text.splitlines() if line.startswith(("failed: ", "error: "))][-1:]

@@ -32,7 +32,7 @@ from chaos import faults, table  # noqa: E402
 from chaos.case import Case, HangError, count_events  # noqa: E402
 from chaos.cluster import Nodes, running_nodes  # noqa: E402
 from chaos.compare import Difference, compare  # noqa: E402
-from chaos.workflows import WORKFLOWS, Inputs, arguments, make_inputs  # noqa: E402
+from chaos.workflows import WORKFLOWS, Inputs, arguments, is_done, last_file, make_inputs  # noqa: E402
 from pd_core import storage  # noqa: E402
 from tests.mlflow_server import MlflowServer  # noqa: E402
 from tests.s3 import Weed  # noqa: E402
@@ -77,13 +77,31 @@ class Chaos:
         if workflow != "build_index":
             self.undisturbed("build_index")
         output = self.folder / "undisturbed" / workflow
-        if not (output / "run.json").exists():
+        if not (output / last_file(workflow)).exists():
             shutil.rmtree(output, ignore_errors=True)
             argv = arguments(workflow, self.inputs, str(output), UNTRACKED)
             case = self._case(workflow, "none", 0, argv, str(output), {}, 0)
-            if (run := case.start()).finish() != 0:
+            if not is_done(workflow, (run := case.start()).finish()):
                 raise RuntimeError(f"the undisturbed run of {workflow} failed; see {run.log}")
         return output
+
+    @functools.cache  # noqa: B019
+    def _undisturbed_on_s3(self, workflow: str) -> tuple[Path, str]:
+        """The same in a bucket, of images and an index in it, whose listing knows files by other marks: a copy, and where it was."""
+        env = self.site.weed().server.env
+        with _environment(env):
+            output, inputs = self._to_bucket(f"{workflow}-none".replace("_", "-"))
+            case = self._case(workflow, "none-s3", 0, arguments(workflow, inputs, output, UNTRACKED), output, env, 0)
+            if not is_done(workflow, (run := case.start()).finish()):
+                raise RuntimeError(f"the undisturbed run of {workflow} on S3 failed; see {run.log}")
+            return self._fetched(output, f"{workflow}-on-s3"), output
+
+    def _fetched(self, output: str, name: str) -> Path:
+        """A copy of what lies in a bucket."""
+        local = self.scratch / name
+        shutil.rmtree(local, ignore_errors=True)
+        self.site.weed().server.filesystem().get(output.removeprefix("s3://") + "/", str(local), recursive=True)
+        return local
 
     def _case(
         self, workflow: str, fault: str, number: int, argv: list[str], output: str, env: dict[str, str], events: int
@@ -96,6 +114,7 @@ class Chaos:
     def run(self, workflow: str, fault: str, number: int) -> dict[str, Any]:
         """One case: what happened, and what differs."""
         expected = self.undisturbed(workflow)
+        place = str(expected)
         inputs, env, more = self.inputs, {}, [UNTRACKED]
         output = str(self.scratch / f"{workflow}-{fault}-{number}")
         if fault in faults.ON_CLUSTER:
@@ -105,6 +124,7 @@ class Chaos:
             env = self.site.weed().server.env
             with _environment(env):
                 output, inputs = self._to_bucket(f"{workflow}-{fault}-{number}".lower().replace("_", "-"))
+            expected, place = self._undisturbed_on_s3(workflow)
         if fault == "mlflow":
             env, more = {"MLFLOW_TRACKING_URI": self.site.mlflow().uri}, []
         if fault == "truncated":  # at the place where it was made, which listings of its own stages name
@@ -122,7 +142,7 @@ class Chaos:
                 around.enter_context(faults.small_disk(case, self.site, expected))
             watch = storage.Stopwatch()
             broken = _disturbed(case, self.site)
-            difference = Difference() if broken else self._compared(case, expected)
+            difference = Difference() if broken else self._compared(case, expected, place)
         result = _result(case, difference, broken, watch.seconds)
         text = json.dumps(result).replace(case.output, "OUTPUT").replace(str(self.folder), "WORK")
         return dict(json.loads(text))  # which names no place of this machine
@@ -136,17 +156,13 @@ class Chaos:
         there = {"images": f"s3://{bucket}/images", "index": f"s3://{bucket}/index"}
         return f"s3://{bucket}/{name}", Inputs(**{**vars(self.inputs), **there})
 
-    def _compared(self, case: Case, expected: Path) -> Difference:
+    def _compared(self, case: Case, expected: Path, place: str) -> Difference:
         if storage.is_local(case.output):
-            difference = compare(Path(case.output), expected)
+            difference = compare(Path(case.output), expected, (case.output, place))
             if difference.none:
                 shutil.rmtree(case.output)
             return difference
-        local = self.scratch / "fetched"
-        shutil.rmtree(local, ignore_errors=True)
-        fs = self.site.weed().server.filesystem()
-        fs.get(case.output.removeprefix("s3://") + "/", str(local), recursive=True)
-        return compare(local, expected)
+        return compare(self._fetched(case.output, "fetched"), expected, (case.output, place))
 
 
 def _put_back(kept: Path, place: Path) -> None:

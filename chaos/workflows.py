@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pd_core import errors, releasing
+from pd_core.running import RUN
 from tests import tiny, tiny_generators, toy_generator
 
 ROOT = tiny.ROOT
@@ -45,6 +47,19 @@ SMALL = {"features.batch_size": 8, "features.part_rows": 16, "density.k": 5, "de
 SHORT = {"estimator.epochs": 3, "report.images": 4, "report.neighbors": 2}
 EXTRACTION = {"extraction.batch_size": 8, "extraction.part_rows": 16}
 TRAINING = {"training.batch_size": 16, "training.learning_rate": 1e-3, "checkpoint_every": 2}
+CHAIN = {
+    "recipes": json.dumps(
+        [
+            {"name": "typical", "n": 40, "threshold": "p60", "weight": 10},
+            {"name": "varied", "n": 30, "threshold": "p40", "weight": 0.2},
+        ]
+    ),
+    "gates": json.dumps([{"metric": "n", "min": 30}]),
+    "lock.lease_s": 5,  # so that the one who comes after a killed run need not wait long
+    "generation.chunk": 16,
+    "generation.pilot": 64,
+    "evaluation.extraction.part_rows": 16,
+}
 JUDGED = {"evaluation.every": 4, "evaluation.n": 24, "evaluation.chunk": 8}
 
 # fmt: off
@@ -55,8 +70,25 @@ WORKFLOWS: dict[str, Callable[[Inputs], Settings]] = {  # by the name of its fil
     "evaluate": lambda i: {"real": i.index, "samples": [i.few, i.images], "data.max_bad_fraction": 0.1, "images": 2} | EXTRACTION,
     "tradeoff": lambda i: {"index": i.index, "n": 70, "thresholds": '["p30", "p60"]', "weights": "[0.2, 5]", "chunk": 16, "pilot": 64, "images": 2} | TOY | EXTRACTION,
     "finetune": lambda i: {"index": i.index, "generator.path": i.ddpm, "weighting.threshold": "p80", "weighting.weight": 33, "steps": 12, "images": 4} | DDPM | TRAINING | JUDGED,
+    "curate": lambda i: {"data.source": i.images, "data.labels": "parent", "data.max_bad_fraction": 0.1, "features.model": tiny.MODEL, "features.checkpoint": i.checkpoint} | SMALL | {"estimator.epochs": 3} | CHAIN | TOY,
 }
 # fmt: on
+
+
+LAST = {"curate": releasing.LATEST}  # the file that is written last, where that is not run.json
+DONE = {
+    "curate": (errors.EXIT_DONE, errors.EXIT_NOTHING_NEW)
+}  # exit codes of a run that has nothing more to do, where not 0 alone
+
+
+def last_file(workflow: str) -> str:
+    """The file of an output that is written last."""
+    return LAST.get(workflow, RUN)
+
+
+def is_done(workflow: str, exit_code: int) -> bool:
+    """Whether a run that ended so leaves nothing to do."""
+    return exit_code in DONE.get(workflow, (errors.EXIT_DONE,))
 
 
 def arguments(workflow: str, inputs: Inputs, output: str, *more: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 Under `output`: `lock/`, `index/VERSION/` (each an output of build_index), `candidates/VERSION/` (outputs of generate and
 evaluate), `releases/DATE-HASH/`, `latest.json`. A VERSION ends with a hash of everything that decides its content: a run that was
-broken off is found again by the next one, which goes on with it; a run that finds nothing new makes nothing. A source that changes
+broken off is found again by the next one, which goes on with it; a run that finds nothing new makes nothing, except for what has been
+damaged since in the current index and the latest release. A source that changes
 while a version is made gives another version: let the first, long build run on a source that rests.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from pd_core import (
     pipeline,
     realset,
     releasing,
+    schemas,
     sources,
     storage,
     telemetry,
@@ -40,8 +42,8 @@ from pd_core import (
     updating,
 )
 from pd_core.config import CurateSettings, RecipeSettings
-from pd_core.errors import UserError
-from pd_core.running import Run, checked_output, failures, flatten
+from pd_core.errors import RunError, UserError
+from pd_core.running import RUN, Run, checked_output, failures, flatten
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from
@@ -89,16 +91,23 @@ def curate(settings: CurateSettings) -> int:
     settings = prepare(settings)
     cluster.say(config.to_yaml(settings))
     output = str(settings.output)
-    with leases.hold(storage.join(output, LOCK), settings.lock.lease_s) as lease, _session(settings) as (run, tracker):
+    with storage.explained(output):
+        above = releasing.lock_token(output)
+    lock = leases.hold(storage.join(output, LOCK), settings.lock.lease_s, above)
+    with lock as lease, _session(settings) as (run, tracker):
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
             index = _index(run, settings, lease)
             lease.check()
             code = _release(run, settings, index, lease)
-            _clear(settings, lease)
         telemetry.RELEASES.add(1, outcome=OUTCOMES[code])
         tracker.metrics({"exit_code": code})
+        try:
+            with failures("curate", output):
+                _clear(settings, lease)
+        except (UserError, RunError) as error:  # what was released is released
+            cluster.say(f"old versions were not all deleted, the next run does that: {error}")
     return code
 
 
@@ -126,43 +135,108 @@ class Version:
     digest: str
 
 
+@dataclass(frozen=True)
+class _Now:
+    """What a version is made from now: the state of the source, and the GPUs of each extractor."""
+
+    state: sources.State
+    gpus: float | None
+
+
+def _gpus(run: Run, asked: float | None, before: str | None) -> float | None:
+    """GPUs of each actor; where the settings leave it open as `before`, on cpu or cuda, whether a GPU happens to be up or not."""
+    gpus = cluster.gpus_to_ask(run.now, asked, before)
+    return 0.0 if gpus is None and before == "cpu" else gpus
+
+
 def _build_settings(settings: CurateSettings, output: str, base: str | None) -> config.BuildIndexSettings:
     values = {name: getattr(settings, name) for name in SECTIONS}
-    return config.made(config.BuildIndexSettings, **values, output=output, base=base, tracking=settings.tracking)
+    # what a run with other versions of packages or another base has left of this version is replaced, stage by stage
+    more = {"output": output, "base": base, "tracking": settings.tracking, "overwrite": True}
+    return config.made(config.BuildIndexSettings, **values, **more)
 
 
 def _index(run: Run, settings: CurateSettings, lease: leases.Lease) -> Version:
     """The index of the source as it is now: one that is finished already, an update of the current one, or one built anew."""
     root = storage.join(run.output, INDEX)
     current = _current(root)
-    version = _version_of_now(run, settings, current)
-    if _finished(version.uri):
+    version, now = _version_of_now(run, settings, current)
+    if _is_of(version, now.state):
         cluster.say(f"index: {settings.data.source} is as it was for {version.uri}")
         _make_current(root, version, lease)
         return version
-    base = current.uri if current is not None and _finished(current.uri) else None
-    if current is not None and base is None:
-        cluster.say(f"index: {current.uri} is not there any more; building anew")
-    begun = _begun(version.uri)
-    if begun is not None:  # goes on as it was begun, if that can be had
-        base = begun["base"] if begun["base"] is None or _finished(begun["base"]) else base
-    other = begun is not None and begun["base"] != base
-    storage.write_bytes(storage.join(version.uri, BEGUN), json.dumps({"base": base}).encode())
-    build = _build_settings(settings, version.uri, base).model_copy(update={"overwrite": other})
+    begun = _claim(version.uri)
+    base = None if begun is None else begun["base"]
+    if base is not None and _damage(base, updating.STAGES):
+        base = None
+    if base is None and (begun is None or begun["base"]) and current is not None and current.uri != version.uri:
+        if damage := _damage(current.uri, updating.STAGES):
+            cluster.say(f"index: {damage}; building anew")
+        else:
+            base = current.uri
+    _mark(version.uri, {"base": base})
+    extracting = settings.features.model_copy(update={"actor_gpus": now.gpus})
+    build = _build_settings(settings.model_copy(update={"features": extracting}), version.uri, base)
     try:
         pipeline.build_index(build)
     except updating.OtherSettings as error:
         cluster.say(f"index: {error}; building anew")
-        storage.write_bytes(storage.join(version.uri, BEGUN), json.dumps({"base": None}).encode())
-        pipeline.build_index(build.model_copy(update={"base": None, "overwrite": True}))
+        _mark(version.uri, {"base": None})
+        pipeline.build_index(build.model_copy(update={"base": None}))
     _make_current(root, version, lease)
     return version
 
 
-def _begun(uri: str) -> dict[str, Any] | None:
-    """What a run that was broken off noted of the version."""
-    begun: dict[str, Any] | None = storage.read_json(storage.join(uri, BEGUN))
+def _is_of(version: Version, state: sources.State) -> bool:
+    """Whether a version is finished and whole, and its listing is of this state of the source.
+
+    Where what nothing follows from is damaged, such as the report, and cannot be mended by itself any more, since the base is gone, it
+    is left so.
+    """
+    if not storage.exists(storage.join(version.uri, RUN)):
+        return False
+    if damage := _damage(version.uri, updating.STAGES):
+        cluster.say(f"index: {damage}")
+        return False
+    if damage := _damage(version.uri, pipeline.STAGES):
+        base = (storage.read_record(storage.join(version.uri, BEGUN)) or {}).get("base")
+        mends = base is None or _damage(base, updating.STAGES) is None
+        cluster.say(f"index: {damage}{'' if mends else f'; left so, since {base} is not there any more'}")
+        if mends:
+            return False
+    listed = storage.load_artifact(storage.join(version.uri, "listing"))
+    assert listed is not None, "it is whole"
+    if listed.identity["state"] != state:
+        cluster.say(f"index: {version.uri}: the source changed while it was made")
+        return False
+    return True
+
+
+def _damage(uri: str, stages: Sequence[str]) -> str | None:
+    """What is wrong with a finished version, or None: a listing of each folder of these stages, and of what is made beside them."""
+    record = storage.read_record(storage.join(uri, RUN))
+    if record is None:
+        return f"{uri} is not there any more"
+    for folder in (storage.join(uri, stage) for stage in pipeline.folders_of(record, stages)):
+        artifact = storage.load_artifact(folder)
+        if artifact is None or artifact.schema_version != schemas.VERSIONS[artifact.kind]:
+            return f"{folder} is not finished any more, or of another pd_core"
+        if damaged := storage.damaged_parts(folder, artifact.parts):
+            return f"{folder}: {storage.told_damage(damaged)}"
+    return None
+
+
+def _claim(uri: str) -> dict[str, Any] | None:
+    """What was noted in a version that was begun; None for one that was not, also where it was half deleted: that is finished."""
+    begun: dict[str, Any] | None = storage.read_record(storage.join(uri, BEGUN))
+    if begun is None or begun.get("deleted"):
+        storage.remove_folder(uri)
+        return None
     return begun
+
+
+def _mark(uri: str, noted: Mapping[str, Any]) -> None:
+    storage.write_bytes(storage.join(uri, BEGUN), json.dumps(noted).encode())
 
 
 def _make_current(root: str, version: Version, lease: leases.Lease) -> None:
@@ -171,17 +245,21 @@ def _make_current(root: str, version: Version, lease: leases.Lease) -> None:
     storage.write_bytes(storage.join(root, CURRENT), json.dumps(pointer).encode())
 
 
-def _version_of_now(run: Run, settings: CurateSettings, current: Version | None) -> Version:
-    """By a hash of what decides the content of the index: how many processes make it does not, nor where the weights lie."""
+def _version_of_now(run: Run, settings: CurateSettings, current: Version | None) -> tuple[Version, _Now]:
+    """By a hash of what decides the content of the index: how many processes make it does not, nor where the weights lie.
+
+    Versions of packages are not in it: what is finished is not made again for a new one.
+    """
     source = sources.open_source(settings.data)
-    state = cluster.task(sources.state).remote(source)
+    stating = cluster.task(sources.state).remote(source)
     spec: features.ExtractorSpec = cluster.get(features.describe_remotely(settings.features))
     before = None if current is None else storage.begun_identity(storage.join(current.uri, "features"))
-    gpus = cluster.gpus_to_ask(run.now, settings.features.actor_gpus, (before or {}).get("device"))
+    gpus = _gpus(run, settings.features.actor_gpus, (before or {}).get("device"))
     featuring = settings.features
+    state: sources.State = cluster.get(stating)
     decides = {
         "source": sources.identity(source),
-        "state": cluster.get(state),
+        "state": state,
         "extractor": spec.identity(),
         "decode": features.decoding(settings.data),
         "device": cluster.device_of(run.now, gpus),
@@ -191,16 +269,12 @@ def _version_of_now(run: Run, settings: CurateSettings, current: Version | None)
         "estimator": settings.estimator.model_dump(mode="json"),
     }
     digest = releasing.digest(decides)
-    return Version(_named(storage.join(run.output, INDEX), digest), digest)
+    return Version(_named(storage.join(run.output, INDEX), digest), digest), _Now(state, gpus)
 
 
 def _current(root: str) -> Version | None:
     pointer = storage.read_json(storage.join(root, CURRENT))
     return None if pointer is None else Version(storage.join(root, pointer["version"]), pointer["digest"])
-
-
-def _finished(uri: str) -> bool:
-    return storage.exists(storage.join(uri, "run.json"))
 
 
 def _named(root: str, digest: str) -> str:
@@ -231,6 +305,7 @@ def _generate_settings(
         score=recipe.score,
         drop_copies=recipe.drop_copies,
         tracking=settings.tracking,
+        overwrite=True,  # what a run with other versions of packages has left
         **how.model_dump(),
     )
 
@@ -251,12 +326,13 @@ def _evaluate_settings(
         metrics=how.metrics,
         extraction=how.extraction,
         tracking=settings.tracking,
+        overwrite=True,
     )
 
 
 def _release(run: Run, settings: CurateSettings, index: Version, lease: leases.Lease) -> int:
     """The release of what there is now, made where it is not there, and the pointer moved to it if every gate holds."""
-    last = releasing.open_latest(run.output)
+    settings = _as_before(run, settings)
     identity = {
         "sets": _inputs(run, settings, index),
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"extraction": {"actors", "actor_gpus"}}),
@@ -264,13 +340,18 @@ def _release(run: Run, settings: CurateSettings, index: Version, lease: leases.L
     }
     name = releasing.name_of(run.output, identity)
     there = releasing.open_release(run.output, name)
-    if there is not None and last is not None and there.name == last.name:
-        cluster.say(f"nothing new since {last.uri}")
+    released = name == releasing.latest(run.output)
+    if released and there is not None:
+        cluster.say(f"nothing new since {there.uri}")
         return errors.EXIT_NOTHING_NEW
+    last = releasing.open_before_latest(run.output) if released else releasing.open_latest(run.output)
     if there is None:
-        _make_release(run, settings, index, identity, last, lease)
+        _make_release(run, settings, index, identity, last, lease, mending=released)
         there = releasing.open_release(run.output, name)
         assert there is not None, "it is committed"
+    if released:
+        cluster.say(f"mended, and nothing new since: {there.uri}")
+        return errors.EXIT_NOTHING_NEW
     return _promote(run, settings, there, last, lease)
 
 
@@ -287,8 +368,9 @@ def _make_release(
     identity: dict[str, Any],
     last: releasing.Release | None,
     lease: leases.Lease,
+    mending: bool,
 ) -> None:
-    """Make what the recipes ask for, measure it, and write the release."""
+    """Make what the recipes ask for, measure it, and write the release. mending: one that was made before and is not whole."""
     sets, measured = _sets(run, settings, index, identity, lease)
     numbers = releasing.numbers_of(sets, measured)
     verdicts = _judge(settings, numbers, last)
@@ -304,7 +386,7 @@ def _make_release(
         "gates_hold": all(verdict.holds for verdict in verdicts),
     }
     stage = releasing.stage_of(run.output, identity)
-    run.stage(stage, lambda: releasing.run(stage, sets, measured, record, last))
+    run.stage(stage, lambda: releasing.run(stage, sets, measured, record, last, mending))
 
 
 def _promote(
@@ -335,11 +417,19 @@ def _promote(
     return errors.EXIT_DONE
 
 
+def _as_before(run: Run, settings: CurateSettings) -> CurateSettings:
+    """The settings with GPUs of a generator, see `_gpus`."""
+    name = releasing.latest(run.output)
+    record = {} if name is None else releasing.record_of(run.output, name) or {}
+    before = next((made["device"] for made in record.get("inputs", {}).get("sets", {}).values()), None)
+    gpus = _gpus(run, settings.generation.actor_gpus, before)
+    return settings.model_copy(update={"generation": settings.generation.model_copy(update={"actor_gpus": gpus})})
+
+
 def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dict[str, Any]]:
     """Of each recipe, everything that decides its samples; JSON-able."""
     how, generator = settings.generation, settings.generator
-    gpus = cluster.gpus_to_ask(run.now, how.actor_gpus, None)
-    facts = opening.describe(generator, run.now, chunking.Pool(how.actors, how.actor_cpus, gpus))
+    facts = opening.describe(generator, run.now, chunking.Pool(how.actors, how.actor_cpus, how.actor_gpus))
     prompts = opening.prompts_of(generator, facts)
     every = {
         "index": dict(realset.open_for(index.uri, settings.features.checkpoint, "--index").fingerprints),
@@ -347,7 +437,7 @@ def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dic
         "generator_settings": generator.model_dump(mode="json", exclude={"path", "code", "prompts", "allow_pickle"}),
         "prompts": candidates.prompts_hash(prompts),
         "generation": how.model_dump(mode="json", exclude={"actors", "actor_gpus", "max_candidates"}),
-        "device": cluster.device_of(run.now, gpus),
+        "device": cluster.device_of(run.now, how.actor_gpus),
     }
     return {recipe.name: every | {"recipe": recipe.model_dump(mode="json")} for recipe in settings.recipes}
 
@@ -364,6 +454,8 @@ def _sets(
     sets, outputs = [], []
     for recipe in settings.recipes:
         folder = _named(root, releasing.digest(identity["sets"][recipe.name]))
+        if _claim(folder) is None:
+            _mark(folder, {})
         asked = _generate_settings(settings, recipe, index.uri, folder)
         generation.generate(asked)
         lease.check()
@@ -374,6 +466,8 @@ def _sets(
         sets.append(releasing.Set(recipe.name, uri, artifact))
     measured = {name: identity[name] for name in ("sets", "evaluation")}
     folder = _named(root, releasing.digest(measured))
+    if _claim(folder) is None:
+        _mark(folder, {})
     evaluation.evaluate(_evaluate_settings(settings, index.uri, outputs, folder))
     lease.check()
     metrics = storage.join(folder, EVALUATION, "metrics")
@@ -393,7 +487,8 @@ def _clear(settings: CurateSettings, lease: leases.Lease) -> None:
         for name in _versions(root)[:-keep]:
             uri = storage.join(root, name)
             if current is None or uri != current.uri:
-                storage.delete_file(storage.join(uri, "run.json"))  # first: half deleted it must not be taken for whole
+                _mark(uri, {"deleted": True})  # first: half deleted it must not be taken for whole
+                storage.delete_file(storage.join(uri, RUN))
                 storage.remove_folder(uri)
 
 
@@ -415,13 +510,13 @@ def plan_curate(settings: CurateSettings) -> None:
         failures("curate", output),
     ):
         current = _current(storage.join(output, INDEX))
-        version = _version_of_now(run, settings, current)
-        last = releasing.open_latest(output)
+        version, now = _version_of_now(run, settings, current)
+        last = releasing.latest(output)
         if current is None:
             cluster.say(
                 f"plan: index: built from {settings.data.source}; build_index.py --dry-run with these {', '.join(SECTIONS)} tells its cost"
             )
-        elif _finished(version.uri):
+        elif _is_of(version, now.state):
             cluster.say(f"plan: index: the source is as it was for {version.uri}")
         else:
             cluster.say(
@@ -434,6 +529,4 @@ def plan_curate(settings: CurateSettings) -> None:
             bounds = gate.model_dump(include={"min", "max", "max_increase", "max_decrease"}, exclude_none=True)
             said = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
             cluster.say(f"plan: gate: {gate.metric} of {gate.recipe or 'every set'}: {said}")
-        cluster.say(
-            f"plan: latest release: {'none, so that changes from it are not judged' if last is None else last.name}"
-        )
+        cluster.say(f"plan: latest release: {last or 'none, so that changes from it are not judged'}")

@@ -96,14 +96,17 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(uri: str, lease_s: float) -> Iterator[Lease]:
+def hold(uri: str, lease_s: float, above: int = 0) -> Iterator[Lease]:
     """Hold the lock of a folder for the body; a thread renews it, and interrupts the body where it is lost. For the main thread.
+
+    Args:
+        uri: the folder. lease_s: seconds. above: the number of the holder is to be greater, also where the folder was lost.
 
     Raises:
         UserError: a live run holds it; who, and since when.
         RunError: the lock was lost.
     """
-    lease = acquire(uri, lease_s)
+    lease = acquire(uri, lease_s, above)
     before = signal.signal(_LOST, signal.default_int_handler)
     over = threading.Event()
     renewing = threading.Thread(target=_renew, args=(lease, over), daemon=True, name="lease")
@@ -125,8 +128,8 @@ def hold(uri: str, lease_s: float) -> Iterator[Lease]:
         signal.signal(_LOST, before)
 
 
-def acquire(uri: str, lease_s: float) -> Lease:
-    """Take the lock, from nobody, from a run that is done, or from one whose lease has run out.
+def acquire(uri: str, lease_s: float, above: int = 0) -> Lease:
+    """Take the lock, from nobody, from a run that is done, or from one whose lease has run out; arguments as of `hold`.
 
     Raises:
         UserError: a live run holds it, or took it at the same moment.
@@ -135,7 +138,7 @@ def acquire(uri: str, lease_s: float) -> Lease:
         newest = _newest(uri)
         if newest is not None and not newest[1].done and newest[1].expires > time.time():
             raise _held(uri, newest[1])
-        token = 1 if newest is None else newest[0] + 1
+        token = max(above, 0 if newest is None else newest[0]) + 1
         now = time.time()
         holder = Holder(f"process {os.getpid()} on {socket.gethostname()}", now, now + lease_s, uuid.uuid4().hex)
         storage.create(_file(uri, token), _bytes(holder))

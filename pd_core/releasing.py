@@ -64,8 +64,8 @@ class Verdict:
 def judge(gates: Sequence[GateSettings], numbers: Numbers, last: Numbers) -> list[Verdict]:
     """Every gate on every recipe that it is for.
 
-    A metric without a value fails its gate. A bound on the change from the latest release holds where that has no such recipe or no
-    finite value, or measured another number of images.
+    A metric without a finite value fails its gate. A bound on the change from the latest release holds where that has no such recipe
+    or no finite value, and fails where it measured another number of images, with which most metrics move: not comparable.
     """
     return [
         _verdict(gate, recipe, values, last.get(recipe, {}))
@@ -80,9 +80,7 @@ def _verdict(gate: GateSettings, recipe: str, values: Mapping[str, float], befor
     value, last = values.get(name), before.get(name)
     if last is not None and not math.isfinite(last):
         last = None
-    if values.get(size := f"{gate.space}.n_generated") != before.get(size) and name != gate.metric:
-        last = None  # most metrics move with the number of images
-    wanted, holds = [], value is not None
+    wanted, holds = [], value is not None and math.isfinite(value)
     bounds = [("at least", gate.min), ("at most", gate.max)]
     if last is not None:
         bounds += [
@@ -93,6 +91,14 @@ def _verdict(gate: GateSettings, recipe: str, values: Mapping[str, float], befor
         if bound is not None:
             wanted.append(f"{word} {bound:.4g}")
             holds = holds and value is not None and (value >= bound if word == "at least" else value <= bound)
+    measured = [numbers.get(f"{gate.space}.n_generated") for numbers in (values, before)]
+    changed = gate.max_increase is not None or gate.max_decrease is not None
+    if changed and last is not None and name != gate.metric and measured[0] != measured[1]:
+        counts = f"{_number(measured[1])}, not {_number(measured[0])}"
+        wanted = [
+            f"as many images as the latest release measured ({counts}), else it cannot be compared: set evaluation.n"
+        ]
+        holds = False
     condition = " and ".join(wanted) or "no more change than from the latest release, which has no such value"
     return Verdict(recipe, gate.metric, gate.space, condition, value, last, holds)
 
@@ -131,30 +137,55 @@ class Release:
     record: dict[str, Any]
 
 
+def latest(root: str) -> str | None:
+    """Name of the release that passed last."""
+    return (storage.read_json(storage.join(root, LATEST)) or {}).get("release")
+
+
+def lock_token(root: str) -> int:
+    """Of the run that has moved `latest.json` last; 0 where none has."""
+    return int((storage.read_json(storage.join(root, LATEST)) or {}).get("lock_token", 0))
+
+
 def open_latest(root: str) -> Release | None:
-    """The release that `latest.json` names, or None where nothing was released yet.
+    """The release that `latest.json` names, to compare with, or None where nothing was released yet.
+
+    One that has lost parts is enough, if its record can be read.
 
     Raises:
-        UserError: that release is gone or not finished.
+        UserError: that release is gone.
     """
-    pointer = storage.read_json(storage.join(root, LATEST))
-    if pointer is None:
+    name = latest(root)
+    if name is None:
         return None
-    found = open_release(root, pointer["release"])
-    if found is None:
+    record = record_of(root, name)
+    if record is None:
         raise UserError(
-            f"{storage.join(root, LATEST)}: names {pointer['release']}, which is not there any more; restore it, or delete "
-            f"{LATEST} to begin without a release to compare with"
+            f"{storage.join(root, LATEST)}: names {name}, whose {RECORD} is not there any more, or not whole; restore it, or "
+            f"delete {LATEST} to begin without a release to compare with"
         )
-    return found
+    return Release(name, storage.join(root, RELEASES, name), record)
+
+
+def record_of(root: str, name: str) -> dict[str, Any] | None:
+    """What a release says of itself; None where that is gone or not whole."""
+    record: dict[str, Any] | None = storage.read_record(storage.join(root, RELEASES, name, RECORD))
+    return record
+
+
+def open_before_latest(root: str) -> Release | None:
+    """The release before the one that `latest.json` names; None where there was none, or it is not there any more."""
+    before = (storage.read_json(storage.join(root, LATEST)) or {}).get("last")
+    return None if before is None else open_release(root, before)
 
 
 def open_release(root: str, name: str) -> Release | None:
-    """A finished release, or None."""
+    """A finished release, or None; one that has lost parts since, or their bytes, is finished no more."""
     uri = storage.join(root, RELEASES, name)
-    if storage.load_artifact(uri) is None:
+    artifact = storage.load_artifact(uri)
+    if artifact is None or storage.damaged_parts(uri, artifact.parts):
         return None
-    return Release(name, uri, json.loads(storage.read_bytes(storage.join(uri, RECORD))))
+    return Release(name, uri, storage.read_json(storage.join(uri, RECORD)))
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -179,7 +210,12 @@ def stage_of(root: str, identity: Mapping[str, Any]) -> storage.Stage:
 
 
 def run(
-    stage: storage.Stage, sets: Sequence[Set], measured: pa.Table, record: Mapping[str, Any], last: Release | None
+    stage: storage.Stage,
+    sets: Sequence[Set],
+    measured: pa.Table,
+    record: Mapping[str, Any],
+    last: Release | None,
+    mending: bool,
 ) -> tuple[list[storage.Part], dict[str, Any]]:
     """Write a release; returns the parts and totals to commit.
 
@@ -189,6 +225,7 @@ def run(
         measured: rows of evaluate's metrics/.
         record: lineage, settings, numbers and verdicts, JSON-able.
         last: the latest release until now.
+        mending: the release was whole before; what it says of itself stays, where that can be read.
     """
     done = stage.finished_parts()
     adopt = cluster.task(_adopt)
@@ -197,16 +234,20 @@ def run(
         submit = lambda item: adopt.remote(stage, item[0].name, item[0].uri, item[1])  # noqa: E731
         for _ in cluster.bounded(submit, todo, cluster.in_flight):
             bar.update(1)
-    changes = cluster.get(cluster.task(_changes).remote(sets, last, dict(record["numbers"])))
-    whole = dict(record) | {"changes": changes, "last": None if last is None else last.name}
-    stage.write_table(METRICS, measured)
+    if mending and RECORD in done:
+        whole = storage.read_json(storage.join(stage.uri, RECORD))
+    else:
+        changes = cluster.get(cluster.task(_changes).remote(sets, last, dict(record["numbers"])))
+        whole = dict(record) | {"changes": changes, "last": None if last is None else last.name}
+        stage.write_part(RECORD, json.dumps(whole, indent=1).encode(), 0)
+    if not mending or METRICS not in done:
+        stage.write_table(METRICS, measured)
     stage.write_part(CARD, _card(stage, sets, whole).encode(), 0)
-    stage.write_part(RECORD, json.dumps(whole, indent=1).encode(), 0)
     parts = list(stage.finished_parts().values())
     rows = {made.name: sum(p.rows for p in parts if p.name.startswith(f"{made.name}/")) for made in sets}
     if rows != (wanted := {made.name: made.artifact.rows for made in sets}):
         raise RunError(f"{stage.uri}: holds {rows} rows of {wanted}; run the same command again")
-    return parts, {"rows": rows, "gates_hold": record["gates_hold"]}
+    return parts, {"rows": rows, "gates_hold": whole["gates_hold"]}
 
 
 def _adopt(stage: storage.Stage, name: str, uri: str, part: storage.Part) -> None:
@@ -224,9 +265,7 @@ def _changes(sets: Sequence[Set], last: Release | None, numbers: Numbers) -> dic
         before = np.empty(0, np.uint64)
         old_numbers: Mapping[str, float] = {}
         if last is not None:
-            artifact = storage.load_artifact(last.uri)
-            assert artifact is not None, "it was opened"
-            before = _hashes(last.uri, [p.name for p in artifact.parts if p.name.startswith(f"{made.name}/")])
+            before = _hashes(last.uri, _readable(last, made.name))
             old_numbers = last.record["numbers"].get(made.name, {})
         same = int(np.isin(now, before).sum())
         new = numbers[made.name]
@@ -240,6 +279,15 @@ def _changes(sets: Sequence[Set], last: Release | None, numbers: Numbers) -> dic
         gone = sorted(set(last.record["numbers"]) - {made.name for made in sets})
         changes |= {name: {"recipe": "gone"} for name in gone}
     return changes
+
+
+def _readable(release: Release, recipe: str) -> list[str]:
+    """Parts of a recipe's samples that are there; where some are not, their images count as new in what comes after."""
+    artifact = storage.load_artifact(release.uri)
+    if artifact is None:
+        return []
+    damaged = storage.damaged_parts(release.uri, artifact.parts)
+    return [p.name for p in artifact.parts if p.name.startswith(f"{recipe}/") and p.name not in damaged]
 
 
 def _hashes(uri: str, names: Sequence[str]) -> np.ndarray:

@@ -132,10 +132,24 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_json(uri: str) -> Any:
-    """The values of a JSON file, None where there is no file."""
+    """The values of a JSON file, None where there is no file.
+
+    Raises:
+        UserError: what is there is no whole JSON.
+    """
     try:
         return json.loads(read_bytes(uri))
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{uri}: is no whole JSON file ({one_line(error)}); restore or correct it") from None
+
+
+def read_record(uri: str) -> Any:
+    """`read_json` of a file that only this program writes; None also where it is not whole: what it speaks of is made again."""
+    try:
+        return read_json(uri)
+    except UserError:
         return None
 
 
@@ -350,7 +364,7 @@ class Artifact:
 
 def load_artifact(uri: str) -> Artifact | None:
     """The commit record in a stage's directory, or None where the stage is not finished."""
-    values = read_json(join(uri, ARTIFACT))
+    values = read_record(join(uri, ARTIFACT))
     if values is None:
         return None
     values["parts"] = tuple(Part(**part) for part in values["parts"])
@@ -540,7 +554,7 @@ class Stage:
         if not names:
             return []
         with ThreadPoolExecutor(READERS) as readers:
-            records = list(readers.map(lambda name: read_json(join(self.uri, RECORDS, name)), names))
+            records = list(readers.map(lambda name: read_record(join(self.uri, RECORDS, name)), names))
         return [Part(**record["part"]) for record in records if record and record["stage"] == self.fingerprint]
 
     def drop_part(self, name: str) -> None:

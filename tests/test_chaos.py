@@ -106,6 +106,38 @@ def test_a_bit_is_enough(outputs: tuple[Path, Path]) -> None:
     assert f"{PART}: not as its record says" in compare(*outputs).parts
 
 
+def versioned(output: Path, time: str) -> Path:
+    """The output as one that holds its stage in a version and in a release."""
+    version = output / "index" / f"{time}-0123456789ab"
+    version.mkdir(parents=True)
+    (output / "features").rename(version / "features")
+    stage = storage.Stage(str(output / "releases" / f"2026-11-{time[6:8]}-0123456789ab"), "release", 1, {"seed": 0})
+    stage.begin(False)
+    parts = [stage.write_table(f"typical/{storage.part_name(0)}", pa.table({"sample_id": range(ROWS)}))]
+    record = {"index": str(version), "hash": storage.sha256(str(output).encode()), "numbers": {"typical": {"n": ROWS}}}
+    parts.append(stage.write_part("release.json", json.dumps(record).encode(), 0))
+    stage.commit(parts, {}, {})
+    (output / "report").rename(version / "report")
+    (output / "latest.json").write_text(json.dumps({"release": stage.uri.rpartition("/")[2], "moved": time}))
+    return version
+
+
+def test_versions_are_compared_whenever_they_were_made(outputs: tuple[Path, Path]) -> None:
+    found, expected = outputs
+    version = versioned(found, "20261127T000000Z")
+    versioned(expected, "20261128T000000Z")
+    assert compare(found, expected) == Difference()
+    rewrite(found / f"releases/2026-11-27-0123456789ab/typical/{storage.part_name(0)}", lambda t: t.slice(2))
+    assert compare(found, expected).lost == 2
+    other = expected / "releases" / "2026-11-28-0123456789ab" / "release.json"
+    other.write_text(other.read_text().replace('"n": 10', '"n": 11'))
+    (found / "latest.json").write_text('{"release": "2026-11-27"}')
+    said = ["latest.json: says otherwise", "releases/NAME/release.json: says otherwise"]
+    assert [line for line in compare(found, expected).parts if "says otherwise" in line] == said
+    shutil.copytree(version, version.parent / "20261129T000000Z-0123456789ab")
+    assert "index/NAME/features (2): not in the undisturbed run" in compare(found, expected).parts
+
+
 def test_results_are_added_up_and_a_case_that_is_tried_again_counts_once(tmp_path: Path) -> None:
     case = {"workflow": "generate", "fault": "driver", "number": 0, "seed": 0, "runs": 4, "kills": 3, "hits": 2}
     case |= {"reruns": 1, "lost": 0, "doubled": 0, "differing": [], "lines": ["failed: /a/b/out/samples: no"]}

@@ -129,9 +129,98 @@ def test_a_source_that_goes_back_gates_and_hands_on_the_pointer(source, inputs, 
         assert "gate: varied: likely_copies is" in said and "held back: " in said
         assert latest(output) == second and len(releases(output)) == 3
 
+    # deleted by hand: it is a function of what there is, and comes back; not if that has changed
+    kept = table_of(output / "releases" / second / "typical")
     storage.remove_folder(str(output / "releases" / second))
-    assert run(source, checkpoint, output) == errors.EXIT_BAD_INPUT
-    assert f"names {second}, which is not there any more" in capsys.readouterr().err
+    assert run(source, checkpoint, output) == errors.EXIT_NOTHING_NEW
+    assert table_of(output / "releases" / second / "typical").equals(kept)
+    storage.remove_folder(str(output / "releases" / second))
+    assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_BAD_INPUT
+    assert f"names {second}, whose release.json is not there any more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_was_damaged_after_its_commit_is_mended_by_the_next_run(source, inputs, tmp_path, ray_cluster, capsys):
+    output, checkpoint = tmp_path / "out", inputs[1]
+    assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_DONE
+    release = output / "releases" / latest(output)
+    (version,) = (output / "index").glob("*-*")
+    pointer = (output / "latest.json").read_bytes()
+    before = table_of(release / "typical"), table_of(version / "densities")
+    samples, record = next((release / "typical").glob("*.parquet")), release / "release.json"
+    damaged = [samples, *(next((version / stage).glob("*.parquet")) for stage in ("densities", "quarantine"))]
+    sizes, record_before = [file.stat().st_size for file in damaged], record.read_bytes()
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[:100])  # the samples in candidates/ may be the same file, by a link
+    capsys.readouterr()
+    assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_NOTHING_NEW
+    said = capsys.readouterr().out
+    assert f"has 100 of {sizes[1]} bytes since it was committed" in said
+    assert f"mended, and nothing new since: {release}" in said
+    assert [file.stat().st_size for file in damaged] == sizes
+    assert (table_of(release / "typical"), table_of(version / "densities")) == before
+    assert record.read_bytes() == record_before and (output / "latest.json").read_bytes() == pointer
+
+    # and where the mending was broken off, or the record itself is damaged
+    (release / "artifact.json").unlink()
+    assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_NOTHING_NEW
+    record.write_bytes(record_before[:100])
+    assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_NOTHING_NEW
+    assert json.loads(record.read_text())["numbers"] == json.loads(record_before)["numbers"]
+
+    # something new does not need the latest release whole, to be compared with it
+    samples.write_bytes(samples.read_bytes()[:100])
+    assert run(source, checkpoint, output, recipes=[TYPICAL | {"n": 41}]) == errors.EXIT_DONE
+    assert json.loads((output / "releases" / latest(output) / "release.json").read_text())["last"] == release.name
+
+
+@pytest.mark.slow
+def test_what_another_run_left_of_a_version_does_not_block_the_schedule(source, inputs, tmp_path, ray_cluster, capsys):
+    """Other versions of packages, a base that is gone, a deletion that was broken off, a lock folder that was not restored."""
+    output, checkpoint = tmp_path / "out", inputs[1]
+    assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_DONE
+    (version,) = (output / "index").glob("*-*")
+    before = table_of(version / "densities")
+    for stage in ("features", "estimator"):  # as another torch has begun them
+        started = version / stage / "started.json"
+        started.write_text(started.read_text().replace('"torch":"', '"torch":"0.'))
+        (version / stage / "artifact.json").unlink()
+    (version / "run.json").unlink()
+    (version / "begun.json").write_text(json.dumps({"base": str(tmp_path / "gone")}))
+    for folder in (output / "candidates").glob("*-*"):
+        if (folder / "typical").exists():
+            (folder / "begun.json").unlink()
+            (folder / "typical" / "samples" / "artifact.json").unlink()
+            (folder / "typical" / "samples" / "started.json").unlink()
+    pointer = json.loads((output / "latest.json").read_text())
+    (output / "latest.json").write_text(json.dumps(pointer | {"lock_token": 40}))
+    storage.remove_folder(str(output / "lock"))
+    assert run(source, checkpoint, output, recipes=[TYPICAL | {"seed": 1}]) == errors.EXIT_DONE
+    assert json.loads((output / "latest.json").read_text())["lock_token"] == 41
+    assert table_of(version / "densities").equals(before)
+
+    # a source that was in another state while the version was made: its name alone is of this one
+    at = version / "listing" / "artifact.json"
+    at.write_text(at.read_text().replace('"files": ', '"files": 1'))
+    capsys.readouterr()
+    assert run(source, checkpoint, output, recipes=[TYPICAL | {"seed": 1}]) == errors.EXIT_NOTHING_NEW
+    assert "the source changed while it was made" in capsys.readouterr().out
+
+
+def test_a_pointer_is_not_moved_by_an_overtaken_holder(tmp_path):
+    releasing.point(str(tmp_path), "a", 7, [], None)
+    with pytest.raises(errors.RunError, match="was moved by run 7 of the lock, this is 6"):
+        releasing.point(str(tmp_path), "b", 6, [], None)
+    assert releasing.latest(str(tmp_path)) == "a" and releasing.lock_token(str(tmp_path)) == 7
+
+
+@pytest.mark.parametrize("text", ['{"release": "a"', ""])
+def test_a_pointer_that_was_edited_badly_is_one_line(source, inputs, tmp_path, capsys, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "latest.json").write_text(text)
+    assert run(source, inputs[1], tmp_path / "out") == errors.EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert "latest.json: is no whole JSON file" in said and len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -235,10 +324,17 @@ def numbers(**values: float) -> dict[str, dict[str, float]]:
         ({"metric": "recall", "min": 0.1}, {"index__recall": float("nan")}, {}, False),
         (  # of another number of images: not comparable
             {"metric": "frechet_distance", "max_increase": 0.05},
-            {"index__frechet_distance": 20.0, "index__n_generated": 50.0},
+            {"index__frechet_distance": 9.0, "index__n_generated": 50.0},
             {"index__frechet_distance": 10.0, "index__n_generated": 100.0},
+            False,
+        ),
+        (
+            {"metric": "frechet_distance", "max": 10},
+            {"index__frechet_distance": 9.0, "index__n_generated": 50.0},
+            {"index__frechet_distance": 9.0, "index__n_generated": 100.0},
             True,
         ),
+        ({"metric": "frechet_distance", "max_increase": 0.05}, {"index__frechet_distance": float("nan")}, {}, False),
     ],
 )
 def test_gates(gate, now, last, holds):

@@ -28,6 +28,12 @@ def test_a_second_run_is_told_who_holds_the_lock_and_takes_it_when_that_is_over(
         assert second.token == first.token + 1
 
 
+def test_numbers_go_on_where_the_folder_was_lost(folder):
+    assert leases.acquire(folder, 0.01, above=40).token == 41
+    time.sleep(0.05)
+    assert leases.acquire(folder, 0.01, above=7).token == 42
+
+
 def test_of_many_that_try_at_once_one_gets_it(folder):
     def attempt(_: int) -> bool:
         try:
