@@ -142,6 +142,7 @@ def test_a_source_that_goes_back_gates_and_hands_on_the_pointer(source, inputs, 
 @pytest.mark.slow
 def test_what_was_damaged_after_its_commit_is_mended_by_the_next_run(source, inputs, tmp_path, ray_cluster, capsys):
     output, checkpoint = tmp_path / "out", inputs[1]
+    (source / "a" / "broken.png").write_bytes(b"none")  # for a quarantine
     assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_DONE
     release = output / "releases" / latest(output)
     (version,) = (output / "index").glob("*-*")
