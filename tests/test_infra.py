@@ -907,3 +907,25 @@ def test_it_installs_in_ten_commands() -> None:
     left_out = {m.path for m in MANIFESTS} - {m.path for m in MANIFESTS for a in applied if m.path.is_relative_to(a)}
     jobs = {path for path in left_out if path.parent.name == "jobs"}
     assert left_out - jobs == {INFRA / "kubernetes" / "schedule" / "raycronjob.yaml"}  # the other schedule
+
+
+def test_the_documented_command_writes_the_names_everywhere(tmp_path: Path) -> None:
+    """Command 2 on a copy: afterwards no placeholder is left, however often one stands on a line."""
+    (block,) = re.findall(r"^# 2 .*\n((?:.*\n)+?)# 3 ", DOCUMENT, re.MULTILINE)
+    names = {"REGISTRY": "images.invalid/team", "BUCKET": "bucket-of-ours", "ACCOUNT": "999988887777"}
+    export, *rest = block.splitlines()
+    assert export == "export " + " ".join(f"{name}=..." for name in names)
+    shutil.copytree(INFRA, tmp_path / "infra", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["bash", "-ec", "\n".join(rest)], cwd=tmp_path, env={**os.environ, **names}, check=True)
+    left = re.compile(r"registry\.example\.com|my-bucket|111122223333")
+    copies = [path for path in (tmp_path / "infra").rglob("*") if path.is_file()]
+    assert [line for path in copies for line in path.read_text().splitlines() if left.search(line)] == []
+    assert json.loads((tmp_path / "infra" / "policies" / "bucket.json").read_text())
+
+
+def test_accounts_that_the_document_asks_for_are_those_with_roles() -> None:
+    (sentence,) = re.findall(r"two roles, (.*?)\(", DOCUMENT)
+    roles = {
+        m.name for m in MANIFESTS if m.kind == "ServiceAccount" and "role-arn" in json.dumps(m.values["metadata"])
+    }
+    assert set(re.findall(r"`([\w-]+)`", sentence)) == roles
