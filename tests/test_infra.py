@@ -465,6 +465,32 @@ def test_nights_do_not_overlap_and_only_one_schedule_is_on() -> None:
     assert alpha["suspend"] is True
 
 
+# ---- regions -------------------------------------------------------------------------------------------------------------
+
+
+def regions() -> Iterator[tuple[str, str, str]]:
+    """(file, variable, value) of every variable by which a file gives a region to a process."""
+    for path in [*YAML_FILES, ROOT / "docs" / "operations.md"]:
+        text = re.sub(r"\$\{\w+:-(\S+)\}", r"\1", path.read_text())  # compose: where the shell has none
+        for name, value in re.findall(r"\b(AWS_\w*REGION)(?:, value: |: |=)([\w-]+)", text):
+            yield named(path), name, value
+
+
+def test_botocore_reads_the_region_that_the_files_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import botocore.session
+
+    found = list(regions())
+    assert len(found) == 7
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    for file, name, value in found:
+        for known in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+            monkeypatch.delenv(known, raising=False)
+        monkeypatch.setenv(name, value)
+        for service in ("s3", "ec2"):
+            made = botocore.session.Session().create_client(service, aws_access_key_id="x", aws_secret_access_key="x")
+            assert made.meta.region_name == value, file
+
+
 # ---- entrypoints ---------------------------------------------------------------------------------------------------------
 
 
