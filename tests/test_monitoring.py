@@ -122,6 +122,12 @@ def test_every_metric_and_label_that_is_asked_for_exists(where):
     assert problems(expression) == []
 
 
+@pytest.mark.parametrize("where", expressions())
+def test_the_past_is_a_range(where):
+    """At one instant of the past a series may be absent, since its scrape failed: what it counted before would look new."""
+    assert re.findall(r"[^]\s]\s+offset\b", expressions()[where]) == []
+
+
 @pytest.mark.parametrize(
     ("expression", "problem"),
     [
