@@ -680,6 +680,16 @@ def test_launcher_files_scale_from_zero_on_spot_and_hold_no_key(path: Path) -> N
     assert "--dashboard-host=127.0.0.1" in start
 
 
+@each(LAUNCHERS)
+def test_the_launcher_s_head_shows_its_list_of_nodes_to_prometheus(path: Path) -> None:
+    (values,) = load(path)
+    (discovery,) = re.findall(r"files: \[(/tmp/ray)/", (INFRA / "monitoring" / "prometheus.yaml").read_text())
+    assert f"--volume={discovery}:{discovery}" in values["docker"]["run_options"]
+    (user,) = re.findall(r"^USER (\d+):", (INFRA / "container" / "Dockerfile").read_text(), re.MULTILINE)
+    (made,) = [line for line in values["initialization_commands"] if line.startswith("sudo install")]
+    assert shlex.split(made) == ["sudo", "install", "-d", "-o", user, "-g", user, discovery]
+
+
 def test_aws_accepts_the_nodes() -> None:
     """botocore's own description of RunInstances."""
     import botocore.session
