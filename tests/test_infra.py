@@ -708,6 +708,16 @@ def test_aws_accepts_the_nodes() -> None:
     assert values["available_node_types"]["cpu"]["node_config"]["IamInstanceProfile"].keys() == {"Name"}
 
 
+def test_nodes_on_aws_name_their_image() -> None:
+    """Ray's default is too old for the CUDA of the pinned torch."""
+    (values,) = load(INFRA / "launcher" / "aws.yaml")
+    for name, one in values["available_node_types"].items():
+        assert re.fullmatch(r"ami-[0-9a-f]{17}", one["node_config"].get("ImageId", "")), name
+        (disk,) = one["node_config"]["BlockDeviceMappings"]
+        assert disk["Ebs"]["VolumeSize"] >= 256  # the image of the instance and both of ours
+    assert CONSTRAINTS["cuda-toolkit"].startswith("13."), "the comment on the driver is for CUDA 13"
+
+
 # ---- images --------------------------------------------------------------------------------------------------------------
 
 
