@@ -611,6 +611,40 @@ def allowed(action: str, uri: str, policy: str = "bucket.json") -> bool:
     return False
 
 
+def texts(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def policy_problems(statement: Mapping[str, Any]) -> list[str]:
+    """Actions of a statement that reach further than they need to."""
+    resources, found = texts(statement["Resource"]), []
+    conditions = {key: texts(v) for one in statement.get("Condition", {}).values() for key, v in one.items()}
+    tagged = conditions.get("ec2:ResourceTag/ray-cluster-name") == ["pd-core"]
+    named_all = not any(re.search(r"(^|:)\*", resource) for resource in resources)
+    for action in texts(statement["Action"]):
+        if action == "s3:ListBucket":
+            narrow = bool(conditions.get("s3:prefix")) and all("/" not in resource for resource in resources)
+        elif action.startswith("s3:"):
+            narrow = all(re.fullmatch(r"arn:aws:s3:::[\w-]+/[\w/-]+/\*", resource) for resource in resources)
+        elif action.startswith("ec2:Describe"):  # takes neither resource nor tag
+            narrow = True
+        elif action == "ec2:RunInstances":
+            of_instances = {"aws:RequestTag/ray-cluster-name", "ec2:InstanceType", "ec2:InstanceProfile"}
+            instances = any(":instance/" in resource for resource in resources)
+            free = {"network-interface", "volume", "spot-instances-request", "instance"}  # have no name before
+            narrow = named_all and (not instances or of_instances <= conditions.keys())
+            narrow &= all(not r.endswith("/*") or r.split(":")[-1].split("/")[0] in free for r in resources)
+        elif action == "ec2:CreateTags":  # who may tag everything may end everything that a tag lets him end
+            narrow = named_all and (tagged or conditions.get("ec2:CreateAction") == ["RunInstances"])
+        elif action == "ec2:TerminateInstances":
+            narrow = named_all and tagged
+        else:
+            assert action == "iam:PassRole", action
+            narrow = named_all and conditions.get("iam:PassedToService") == ["ec2.amazonaws.com"]
+        found += [] if narrow else [action]
+    return found
+
+
 @each(POLICIES)
 def test_policies_are_narrow(path: Path) -> None:
     policy = json.loads(path.read_text())
@@ -619,17 +653,48 @@ def test_policies_are_narrow(path: Path) -> None:
         assert (
             statement.keys() <= {"Sid", "Effect", "Action", "Resource", "Condition"} and statement["Effect"] == "Allow"
         )
-        actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
-        resources = [statement["Resource"]] if isinstance(statement["Resource"], str) else statement["Resource"]
-        for action in actions:
-            assert re.fullmatch(r"(s3|ec2|iam):[A-Z][A-Za-z]+", action)
-            if action == "s3:ListBucket":
-                assert statement["Condition"]["StringLike"]["s3:prefix"]
-                assert all("/" not in resource for resource in resources)
-            elif action.startswith("s3:"):
-                assert all(re.fullmatch(r"arn:aws:s3:::[\w-]+/[\w/-]+/\*", resource) for resource in resources)
-            elif action in ("ec2:TerminateInstances", "iam:PassRole"):
-                assert "*" not in resources
+        assert policy_problems(statement) == []
+
+
+ANY_INSTANCE = "arn:aws:ec2:us-east-1:111122223333:instance/*"
+
+
+@pytest.mark.parametrize(
+    ("action", "resource", "condition"),
+    [
+        ("s3:ListBucket", "arn:aws:s3:::my-bucket", {}),
+        ("s3:GetObject", "arn:aws:s3:::my-bucket/*", {}),
+        ("ec2:CreateTags", "*", {}),
+        ("ec2:CreateTags", ANY_INSTANCE, {}),
+        ("ec2:RunInstances", "*", {}),
+        ("ec2:RunInstances", ANY_INSTANCE, {"StringEquals": {"aws:RequestTag/ray-cluster-name": "pd-core"}}),
+        ("ec2:RunInstances", "arn:aws:ec2:us-east-1:111122223333:subnet/*", {}),
+        ("ec2:TerminateInstances", ANY_INSTANCE, {}),
+        ("iam:PassRole", "arn:aws:iam::111122223333:role/pd-core-worker", {}),
+    ],
+)
+def test_a_policy_that_is_too_wide_is_found(action: str, resource: str, condition: dict[str, Any]) -> None:
+    assert policy_problems({"Action": action, "Resource": resource, "Condition": condition}) == [action]
+
+
+def test_the_launcher_s_head_may_start_the_workers_of_its_file_and_no_others() -> None:
+    (values,) = load(INFRA / "launcher" / "aws.yaml")
+    statements = json.loads((INFRA / "policies" / "launcher-head.json").read_text())["Statement"]
+    own, around = [s for s in statements if s["Action"] == "ec2:RunInstances"]
+    workers = [one["node_config"] for name, one in values["available_node_types"].items() if name != "head"]
+    equal = own["Condition"]["StringEquals"]
+    assert equal["aws:RequestTag/ray-cluster-name"] == values["cluster_name"]
+    assert sorted(equal["ec2:InstanceType"]) == sorted(node["InstanceType"] for node in workers)
+    profile = own["Condition"]["ArnEquals"]["ec2:InstanceProfile"].rpartition("/")[2]
+    for node in workers:
+        assert node["InstanceMarketOptions"]["MarketType"] == equal["ec2:InstanceMarketType"]
+        assert node["MetadataOptions"]["HttpTokens"] == equal["ec2:MetadataHttpTokens"]
+        assert node["IamInstanceProfile"]["Name"] == profile
+        wanted = {f"image/{node['ImageId']}", *(f"subnet/{n}" for n in node["SubnetIds"])}
+        wanted |= {f"security-group/{n}" for n in node["SecurityGroupIds"]}
+        assert wanted == {r.split(":")[-1] for r in around["Resource"] if not r.endswith("*")}
+    arns = [r for s in statements for r in texts(s["Resource"]) if r.startswith("arn:aws:ec2:")]
+    assert {arn.split(":")[3] for arn in arns} == {values["provider"]["region"]}
 
 
 def test_the_bucket_policy_gives_what_is_needed_and_no_more() -> None:
