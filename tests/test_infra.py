@@ -321,6 +321,18 @@ def test_secrets_come_by_reference_and_the_documents_make_them(manifest: Manifes
         assert command and f"--from-literal={key}=" in command[1], f"docs/operations.md makes no {key} in Secret {name}"
 
 
+def test_ray_and_mlflow_have_keys_of_their_own() -> None:
+    """The prefixes of bucket.json and mlflow-bucket.json are apart; one Secret for both would join them."""
+    takers: dict[str, set[str]] = {}
+    for manifest in MANIFESTS:
+        for _, container in containers(manifest.values):
+            for source in container.get("envFrom", []):
+                assert source["secretRef"]["optional"] is True
+                takers.setdefault(source["secretRef"]["name"], set()).add(container["name"])
+    assert takers == {"pd-core-s3": {"ray-head", "ray-worker"}, "pd-core-mlflow-s3": {"mlflow"}}
+    assert all(f"`{name}`" in DOCUMENT or f"generic {name}`" in DOCUMENT for name in takers)
+
+
 @each_manifest
 def test_accounts_and_configuration_exist(manifest: Manifest) -> None:
     accounts = {m.name for m in MANIFESTS if m.kind == "ServiceAccount"}
