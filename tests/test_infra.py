@@ -465,6 +465,36 @@ def test_groups_scale_from_zero_and_cpu_and_gpu_are_apart(cluster: dict[str, Any
     assert sorted(bool(count) for count in gpus.values()) == [False, True]
 
 
+def admits(pod: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether the scheduler may put a pod onto a node with these labels; NotIn holds for a label that is absent."""
+    if not pod.get("nodeSelector", {}).items() <= labels.items():
+        return False
+    affinity = pod.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution")
+    if affinity is None:
+        return True
+    for term in affinity["nodeSelectorTerms"]:  # one of them, all of its expressions
+        assert term.keys() == {"matchExpressions"} and {e["operator"] for e in term["matchExpressions"]} == {"NotIn"}
+        if all(labels.get(e["key"]) not in e["values"] for e in term["matchExpressions"]):
+            return True
+    return False
+
+
+def test_only_workers_run_on_spot_nodes() -> None:
+    spot = [
+        {"karpenter.sh/capacity-type": "spot"},
+        {"eks.amazonaws.com/capacityType": "SPOT"},
+        {"cloud.google.com/gke-spot": "true"},
+    ]
+    steady = [{}, {"karpenter.sh/capacity-type": "on-demand"}, {"eks.amazonaws.com/capacityType": "ON_DEMAND"}]
+    pods = [(pod, container["name"]) for m in MANIFESTS for pod, container in containers(m.values)]
+    found = {name: [admits(pod, node) for node in (*spot, *steady)] for pod, name in pods if name != "autoscaler"}
+    stays = [False] * 3 + [True] * 3
+    goes = [True] + [False] * 5  # as the files stand: onto Karpenter's spot nodes alone
+    assert found == {
+        "ray-head": stays, "mlflow": stays, "postgres": stays, "submit": stays, "ray-worker": goes,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_the_cluster_runs_the_pinned_ray(cluster: dict[str, Any]) -> None:
     assert cluster["rayVersion"] == CONSTRAINTS["ray"]
@@ -1048,7 +1078,5 @@ def test_the_documented_command_writes_the_names_everywhere(tmp_path: Path) -> N
 
 def test_accounts_that_the_document_asks_for_are_those_with_roles() -> None:
     (sentence,) = re.findall(r"two roles, (.*?)\(", DOCUMENT)
-    roles = {
-        m.name for m in MANIFESTS if m.kind == "ServiceAccount" and "role-arn" in json.dumps(m.values["metadata"])
-    }
+    roles = {m.name for m in MANIFESTS if m.kind == "ServiceAccount" and "role-arn" in json.dumps(m.values["metadata"])}
     assert set(re.findall(r"`([\w-]+)`", sentence)) == roles

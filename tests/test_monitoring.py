@@ -32,7 +32,8 @@ RAYS_OWN = {
 PROMETHEUS_OWN = {"up": {"job", "instance"}}
 CRONJOB = yaml.safe_load((FOLDER.parent / "kubernetes" / "schedule" / "cronjob.yaml").read_text())["metadata"]
 KUBE_STATE_METRICS = {
-    f"kube_cronjob_{name}": {"namespace", "cronjob"} for name in ("created", "spec_suspend", "status_last_successful_time")
+    f"kube_cronjob_{name}": {"namespace", "cronjob"}
+    for name in ("created", "spec_suspend", "status_last_successful_time")
 }
 KNOWN = {**OURS, **RAYS_OWN, **PROMETHEUS_OWN, **KUBE_STATE_METRICS}
 VALUES = {  # of labels that have a closed list
