@@ -894,6 +894,35 @@ def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
                 assert any(source == name or source.startswith(f"{name}/") for name in open_to), source
 
 
+def let_in(path: str, lines: list[str]) -> bool:
+    """Whether docker's rules let a file into the build context: the last line that fits it or a folder of it decides."""
+    result = True
+    names = path.split("/")
+    above = ["/".join(names[: n + 1]) for n in range(len(names))]
+    for line in lines:
+        pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if any(re.fullmatch(pattern, one) for one in above):
+            result = line.startswith("!")
+    return result
+
+
+PASSWORDS = [".env", "infra/mlflow/.env", "infra/mlflow/.env.local", "infra/container/.env", "workflows/configs/.env"]
+
+
+@pytest.mark.parametrize("path", PASSWORDS)
+def test_no_file_of_passwords_gets_into_an_image_or_to_the_cluster(path: str, tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert not let_in(path, lines) and let_in("infra/mlflow/serve.sh", lines) and not let_in("tests/s3.py", lines)
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    for name in (path, "workflows/curate.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (left_out,) = get_excludes_from_ignore_files(tmp_path, include_gitignore=False)
+    assert left_out(tmp_path / path) and not left_out(tmp_path / "workflows/curate.py")
+
+
 @each(PINS)
 def test_what_images_install_is_pinned(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
