@@ -533,6 +533,21 @@ def test_botocore_reads_the_region_that_the_files_give(monkeypatch: pytest.Monke
             assert made.meta.region_name == value, file
 
 
+def test_a_job_that_is_stopped_has_time_to_give_its_lock_back() -> None:
+    """By a variable of the head that Ray reads; its default is shorter than a store that is slow."""
+    import inspect
+
+    from ray.dashboard.modules.job import job_supervisor
+
+    name = "RAY_JOB_STOP_WAIT_TIME_S"
+    assert f'"{name}"' in inspect.getsource(job_supervisor)
+    given = [f"--env={name}=60" in load(path)[0]["docker"]["run_options"] for path in LAUNCHERS]
+    for cluster in CLUSTERS:
+        (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+        given.append({"name": name, "value": "60"} in head["env"])
+    assert given == [True] * (len(LAUNCHERS) + 1)
+
+
 # ---- entrypoints ---------------------------------------------------------------------------------------------------------
 
 
