@@ -465,6 +465,22 @@ def test_groups_scale_from_zero_and_cpu_and_gpu_are_apart(cluster: dict[str, Any
     assert sorted(bool(count) for count in gpus.values()) == [False, True]
 
 
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_what_is_spilled_does_not_fill_the_node(cluster: dict[str, Any]) -> None:
+    """A pod that fills its node's disk is evicted: temporary files lie on a volume with a size, and the rest is asked for."""
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert "ephemeral-storage" in container["resources"]["requests"]
+        if group is not cluster["headGroupSpec"]:  # to the head KubeRay gives an emptyDir there, beside the autoscaler's
+            (mount,) = container["volumeMounts"]
+            assert Path("/tmp/ray").is_relative_to(mount["mountPath"])
+            (volume,) = [v for v in pod["volumes"] if v["name"] == mount["name"]]
+            claim = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
+            assert re.fullmatch(r"\d+Gi", claim["resources"]["requests"]["storage"])
+            assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]  # may write to it
+
+
 def admits(pod: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
     """Whether the scheduler may put a pod onto a node with these labels; NotIn holds for a label that is absent."""
     if not pod.get("nodeSelector", {}).items() <= labels.items():
