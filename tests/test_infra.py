@@ -846,6 +846,47 @@ def test_aws_accepts_the_nodes() -> None:
     assert values["available_node_types"]["cpu"]["node_config"]["IamInstanceProfile"].keys() == {"Name"}
 
 
+@pytest.mark.parametrize("fails", [None, "pd-core-s3-key-id", "pd-core-s3-secret"])
+def test_an_instance_on_google_cloud_without_its_key_does_not_start(tmp_path: Path, fails: str | None) -> None:
+    (values,) = load(INFRA / "launcher" / "gcp.yaml")
+    (command,) = [line for line in values["initialization_commands"] if "gcloud" in line]
+    (file,) = [o.partition("=")[2] for o in values["docker"]["run_options"] if o.startswith("--env-file=")]
+    assert command.count(file) == 1
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(f"#!/bin/sh\ncase \"$*\" in *--secret={fails}) exit 1;; esac\nprintf %s \"value of $5\"\n")
+    gcloud.chmod(0o755)
+    ran = subprocess.run(  # as Ray does: in parentheses, at the end of what it puts before
+        ["bash", "-c", f"true; export A=1 && ({command.replace(file, str(tmp_path / 'env'))})"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=False,
+    )
+    assert (ran.returncode == 0) == (tmp_path / "env").exists() == (fails is None)
+    if fails is None:
+        lines = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
+        assert lines["AWS_ACCESS_KEY_ID"] == "value of --secret=pd-core-s3-key-id"
+        assert lines["AWS_SECRET_ACCESS_KEY"] == "value of --secret=pd-core-s3-secret"
+        assert lines["AWS_ENDPOINT_URL"].startswith("https://") and len(lines) == 3
+        assert (tmp_path / "env").stat().st_mode & 0o077 == 0
+
+
+def test_the_account_that_ray_makes_on_google_cloud_is_named() -> None:
+    from importlib.util import find_spec
+
+    package = find_spec("ray")
+    assert package is not None and package.origin is not None
+    source = (Path(package.origin).parent / "autoscaler/_private/gcp/config.py").read_text()
+    (roles,) = re.findall(r"^DEFAULT_SERVICE_ACCOUNT_ROLES = \[(.*?)\]", source, re.DOTALL | re.MULTILINE)
+    (version,) = re.findall(r'^VERSION = "(\w+)"', source, re.MULTILINE)
+    assert 'DEFAULT_SERVICE_ACCOUNT_ID = RAY + "-sa-" + VERSION' in source
+    text = (INFRA / "launcher" / "gcp.yaml").read_text()
+    for name in (f"ray-autoscaler-sa-{version}", *re.findall(r'"(roles/[\w.]+)"', roles)):
+        assert name in text, name
+    assert f"ray-autoscaler-sa-{version}" in DOCUMENT
+    (values,) = load(INFRA / "launcher" / "gcp.yaml")
+    for one in values["available_node_types"].values():
+        assert one["node_config"]["serviceAccounts"][0]["email"].startswith("pd-core-")
+
+
 def test_nodes_on_aws_name_their_image() -> None:
     """Ray's default is too old for the CUDA of the pinned torch."""
     (values,) = load(INFRA / "launcher" / "aws.yaml")
