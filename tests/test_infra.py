@@ -643,11 +643,24 @@ def test_there_is_a_job_for_every_workflow() -> None:
     assert run >= {path.stem for path in (ROOT / "workflows").glob("*.py")}
 
 
-def test_jobs_that_run_a_model_ask_for_a_gpu() -> None:
+def gpus(settings: Mapping[str, Any], above: str = "") -> dict[str, float | None]:
+    """Every setting that says how many GPUs an actor or worker has, by its dotted name."""
+    found: dict[str, float | None] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= gpus(value, f"{above}{name}.")
+        elif re.fullmatch(r"(actor|worker)_gpus", name):
+            found[above + name] = value
+    return found
+
+
+def test_jobs_that_run_a_model_ask_for_a_gpu(mounted: dict[str, str]) -> None:
     """The GPU group is empty at the start: a stage that asks for none would run on CPUs for ever."""
     for manifest, command in ENTRYPOINTS:
-        if manifest.kind == "RayJob" and command[:2] != SCHEDULED:
-            assert re.search(r"--(\w+\.)?(actor|worker)_gpus 1", " ".join(command)), manifest.name
+        workflow, settings = resolved(command, mounted)
+        asked = gpus(settings.model_dump())
+        assert asked and set(asked.values()) == {1}, (manifest.name, asked)
+        assert len(asked) == {"curate": 3, "tradeoff": 2}.get(workflow, 1), (manifest.name, asked)
 
 
 @pytest.mark.parametrize("option", ["--generator.stepz 5", "--n ten", "--output"])
