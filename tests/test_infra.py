@@ -472,7 +472,9 @@ def test_what_is_spilled_does_not_fill_the_node(cluster: dict[str, Any]) -> None
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert "ephemeral-storage" in container["resources"]["requests"]
-        if group is not cluster["headGroupSpec"]:  # to the head KubeRay gives an emptyDir there, beside the autoscaler's
+        if (
+            group is not cluster["headGroupSpec"]
+        ):  # to the head KubeRay gives an emptyDir there, beside the autoscaler's
             (mount,) = container["volumeMounts"]
             assert Path("/tmp/ray").is_relative_to(mount["mountPath"])
             (volume,) = [v for v in pod["volumes"] if v["name"] == mount["name"]]
@@ -866,7 +868,7 @@ def test_an_instance_on_google_cloud_without_its_key_does_not_start(tmp_path: Pa
     (file,) = [o.partition("=")[2] for o in values["docker"]["run_options"] if o.startswith("--env-file=")]
     assert command.count(file) == 1
     gcloud = tmp_path / "gcloud"
-    gcloud.write_text(f"#!/bin/sh\ncase \"$*\" in *--secret={fails}) exit 1;; esac\nprintf %s \"value of $5\"\n")
+    gcloud.write_text(f'#!/bin/sh\ncase "$*" in *--secret={fails}) exit 1;; esac\nprintf %s "value of $5"\n')
     gcloud.chmod(0o755)
     ran = subprocess.run(  # as Ray does: in parentheses, at the end of what it puts before
         ["bash", "-c", f"true; export A=1 && ({command.replace(file, str(tmp_path / 'env'))})"],
