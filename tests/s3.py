@@ -115,7 +115,7 @@ class Weed:
             "AWS_ENDPOINT_URL": url,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         self.server = S3Server(url, env, directory / "server.log")

@@ -186,7 +186,7 @@ def environment(store, tracked, folder):
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRETS["secret key"],
         "AWS_SESSION_TOKEN": SECRETS["session token"],
-        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
         "MLFLOW_TRACKING_URI": tracked[1],
         "MLFLOW_TRACKING_USERNAME": SECRETS["mlflow user"],

@@ -321,6 +321,18 @@ def test_secrets_come_by_reference_and_the_documents_make_them(manifest: Manifes
         assert command and f"--from-literal={key}=" in command[1], f"docs/operations.md makes no {key} in Secret {name}"
 
 
+def test_ray_and_mlflow_have_keys_of_their_own() -> None:
+    """The prefixes of bucket.json and mlflow-bucket.json are apart; one Secret for both would join them."""
+    takers: dict[str, set[str]] = {}
+    for manifest in MANIFESTS:
+        for _, container in containers(manifest.values):
+            for source in container.get("envFrom", []):
+                assert source["secretRef"]["optional"] is True
+                takers.setdefault(source["secretRef"]["name"], set()).add(container["name"])
+    assert takers == {"pd-core-s3": {"ray-head", "ray-worker"}, "pd-core-mlflow-s3": {"mlflow"}}
+    assert all(f"`{name}`" in DOCUMENT or f"generic {name}`" in DOCUMENT for name in takers)
+
+
 @each_manifest
 def test_accounts_and_configuration_exist(manifest: Manifest) -> None:
     accounts = {m.name for m in MANIFESTS if m.kind == "ServiceAccount"}
@@ -454,6 +466,54 @@ def test_groups_scale_from_zero_and_cpu_and_gpu_are_apart(cluster: dict[str, Any
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
+def test_what_is_spilled_does_not_fill_the_node(cluster: dict[str, Any]) -> None:
+    """A pod that fills its node's disk is evicted: temporary files lie on a volume with a size, and the rest is asked for."""
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert "ephemeral-storage" in container["resources"]["requests"]
+        if (
+            group is not cluster["headGroupSpec"]
+        ):  # to the head KubeRay gives an emptyDir there, beside the autoscaler's
+            (mount,) = container["volumeMounts"]
+            assert Path("/tmp/ray").is_relative_to(mount["mountPath"])
+            (volume,) = [v for v in pod["volumes"] if v["name"] == mount["name"]]
+            claim = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
+            assert re.fullmatch(r"\d+Gi", claim["resources"]["requests"]["storage"])
+            assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]  # may write to it
+
+
+def admits(pod: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether the scheduler may put a pod onto a node with these labels; NotIn holds for a label that is absent."""
+    if not pod.get("nodeSelector", {}).items() <= labels.items():
+        return False
+    affinity = pod.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution")
+    if affinity is None:
+        return True
+    for term in affinity["nodeSelectorTerms"]:  # one of them, all of its expressions
+        assert term.keys() == {"matchExpressions"} and {e["operator"] for e in term["matchExpressions"]} == {"NotIn"}
+        if all(labels.get(e["key"]) not in e["values"] for e in term["matchExpressions"]):
+            return True
+    return False
+
+
+def test_only_workers_run_on_spot_nodes() -> None:
+    spot = [
+        {"karpenter.sh/capacity-type": "spot"},
+        {"eks.amazonaws.com/capacityType": "SPOT"},
+        {"cloud.google.com/gke-spot": "true"},
+    ]
+    steady = [{}, {"karpenter.sh/capacity-type": "on-demand"}, {"eks.amazonaws.com/capacityType": "ON_DEMAND"}]
+    pods = [(pod, container["name"]) for m in MANIFESTS for pod, container in containers(m.values)]
+    found = {name: [admits(pod, node) for node in (*spot, *steady)] for pod, name in pods if name != "autoscaler"}
+    stays = [False] * 3 + [True] * 3
+    goes = [True] + [False] * 5  # as the files stand: onto Karpenter's spot nodes alone
+    assert found == {
+        "ray-head": stays, "mlflow": stays, "postgres": stays, "submit": stays, "ray-worker": goes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
 def test_the_cluster_runs_the_pinned_ray(cluster: dict[str, Any]) -> None:
     assert cluster["rayVersion"] == CONSTRAINTS["ray"]
 
@@ -463,6 +523,47 @@ def test_nights_do_not_overlap_and_only_one_schedule_is_on() -> None:
     assert cron["concurrencyPolicy"] == "Forbid" and cron["jobTemplate"]["spec"]["backoffLimit"] == 0
     (alpha,) = [m.values["spec"] for m in MANIFESTS if m.kind == "RayCronJob"]
     assert alpha["suspend"] is True
+
+
+# ---- regions -------------------------------------------------------------------------------------------------------------
+
+
+def regions() -> Iterator[tuple[str, str, str]]:
+    """(file, variable, value) of every variable by which a file gives a region to a process."""
+    for path in [*YAML_FILES, ROOT / "docs" / "operations.md"]:
+        text = re.sub(r"\$\{\w+:-(\S+)\}", r"\1", path.read_text())  # compose: where the shell has none
+        for name, value in re.findall(r"\b(AWS_\w*REGION)(?:, value: |: |=)([\w-]+)", text):
+            yield named(path), name, value
+
+
+def test_botocore_reads_the_region_that_the_files_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import botocore.session
+
+    found = list(regions())
+    assert len(found) == 7
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    for file, name, value in found:
+        for known in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+            monkeypatch.delenv(known, raising=False)
+        monkeypatch.setenv(name, value)
+        for service in ("s3", "ec2"):
+            made = botocore.session.Session().create_client(service, aws_access_key_id="x", aws_secret_access_key="x")
+            assert made.meta.region_name == value, file
+
+
+def test_a_job_that_is_stopped_has_time_to_give_its_lock_back() -> None:
+    """By a variable of the head that Ray reads; its default is shorter than a store that is slow."""
+    import inspect
+
+    from ray.dashboard.modules.job import job_supervisor
+
+    name = "RAY_JOB_STOP_WAIT_TIME_S"
+    assert f'"{name}"' in inspect.getsource(job_supervisor)
+    given = [f"--env={name}=60" in load(path)[0]["docker"]["run_options"] for path in LAUNCHERS]
+    for cluster in CLUSTERS:
+        (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+        given.append({"name": name, "value": "60"} in head["env"])
+    assert given == [True] * (len(LAUNCHERS) + 1)
 
 
 # ---- entrypoints ---------------------------------------------------------------------------------------------------------
@@ -544,11 +645,24 @@ def test_there_is_a_job_for_every_workflow() -> None:
     assert run >= {path.stem for path in (ROOT / "workflows").glob("*.py")}
 
 
-def test_jobs_that_run_a_model_ask_for_a_gpu() -> None:
+def gpus(settings: Mapping[str, Any], above: str = "") -> dict[str, float | None]:
+    """Every setting that says how many GPUs an actor or worker has, by its dotted name."""
+    found: dict[str, float | None] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= gpus(value, f"{above}{name}.")
+        elif re.fullmatch(r"(actor|worker)_gpus", name):
+            found[above + name] = value
+    return found
+
+
+def test_jobs_that_run_a_model_ask_for_a_gpu(mounted: dict[str, str]) -> None:
     """The GPU group is empty at the start: a stage that asks for none would run on CPUs for ever."""
     for manifest, command in ENTRYPOINTS:
-        if manifest.kind == "RayJob" and command[:2] != SCHEDULED:
-            assert re.search(r"--(\w+\.)?(actor|worker)_gpus 1", " ".join(command)), manifest.name
+        workflow, settings = resolved(command, mounted)
+        asked = gpus(settings.model_dump())
+        assert asked and set(asked.values()) == {1}, (manifest.name, asked)
+        assert len(asked) == {"curate": 3, "tradeoff": 2}.get(workflow, 1), (manifest.name, asked)
 
 
 @pytest.mark.parametrize("option", ["--generator.stepz 5", "--n ten", "--output"])
@@ -585,6 +699,40 @@ def allowed(action: str, uri: str, policy: str = "bucket.json") -> bool:
     return False
 
 
+def texts(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def policy_problems(statement: Mapping[str, Any]) -> list[str]:
+    """Actions of a statement that reach further than they need to."""
+    resources, found = texts(statement["Resource"]), []
+    conditions = {key: texts(v) for one in statement.get("Condition", {}).values() for key, v in one.items()}
+    tagged = conditions.get("ec2:ResourceTag/ray-cluster-name") == ["pd-core"]
+    named_all = not any(re.search(r"(^|:)\*", resource) for resource in resources)
+    for action in texts(statement["Action"]):
+        if action == "s3:ListBucket":
+            narrow = bool(conditions.get("s3:prefix")) and all("/" not in resource for resource in resources)
+        elif action.startswith("s3:"):
+            narrow = all(re.fullmatch(r"arn:aws:s3:::[\w-]+/[\w/-]+/\*", resource) for resource in resources)
+        elif action.startswith("ec2:Describe"):  # takes neither resource nor tag
+            narrow = True
+        elif action == "ec2:RunInstances":
+            of_instances = {"aws:RequestTag/ray-cluster-name", "ec2:InstanceType", "ec2:InstanceProfile"}
+            instances = any(":instance/" in resource for resource in resources)
+            free = {"network-interface", "volume", "spot-instances-request", "instance"}  # have no name before
+            narrow = named_all and (not instances or of_instances <= conditions.keys())
+            narrow &= all(not r.endswith("/*") or r.split(":")[-1].split("/")[0] in free for r in resources)
+        elif action == "ec2:CreateTags":  # who may tag everything may end everything that a tag lets him end
+            narrow = named_all and (tagged or conditions.get("ec2:CreateAction") == ["RunInstances"])
+        elif action == "ec2:TerminateInstances":
+            narrow = named_all and tagged
+        else:
+            assert action == "iam:PassRole", action
+            narrow = named_all and conditions.get("iam:PassedToService") == ["ec2.amazonaws.com"]
+        found += [] if narrow else [action]
+    return found
+
+
 @each(POLICIES)
 def test_policies_are_narrow(path: Path) -> None:
     policy = json.loads(path.read_text())
@@ -593,17 +741,48 @@ def test_policies_are_narrow(path: Path) -> None:
         assert (
             statement.keys() <= {"Sid", "Effect", "Action", "Resource", "Condition"} and statement["Effect"] == "Allow"
         )
-        actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
-        resources = [statement["Resource"]] if isinstance(statement["Resource"], str) else statement["Resource"]
-        for action in actions:
-            assert re.fullmatch(r"(s3|ec2|iam):[A-Z][A-Za-z]+", action)
-            if action == "s3:ListBucket":
-                assert statement["Condition"]["StringLike"]["s3:prefix"]
-                assert all("/" not in resource for resource in resources)
-            elif action.startswith("s3:"):
-                assert all(re.fullmatch(r"arn:aws:s3:::[\w-]+/[\w/-]+/\*", resource) for resource in resources)
-            elif action in ("ec2:TerminateInstances", "iam:PassRole"):
-                assert "*" not in resources
+        assert policy_problems(statement) == []
+
+
+ANY_INSTANCE = "arn:aws:ec2:us-east-1:111122223333:instance/*"
+
+
+@pytest.mark.parametrize(
+    ("action", "resource", "condition"),
+    [
+        ("s3:ListBucket", "arn:aws:s3:::my-bucket", {}),
+        ("s3:GetObject", "arn:aws:s3:::my-bucket/*", {}),
+        ("ec2:CreateTags", "*", {}),
+        ("ec2:CreateTags", ANY_INSTANCE, {}),
+        ("ec2:RunInstances", "*", {}),
+        ("ec2:RunInstances", ANY_INSTANCE, {"StringEquals": {"aws:RequestTag/ray-cluster-name": "pd-core"}}),
+        ("ec2:RunInstances", "arn:aws:ec2:us-east-1:111122223333:subnet/*", {}),
+        ("ec2:TerminateInstances", ANY_INSTANCE, {}),
+        ("iam:PassRole", "arn:aws:iam::111122223333:role/pd-core-worker", {}),
+    ],
+)
+def test_a_policy_that_is_too_wide_is_found(action: str, resource: str, condition: dict[str, Any]) -> None:
+    assert policy_problems({"Action": action, "Resource": resource, "Condition": condition}) == [action]
+
+
+def test_the_launcher_s_head_may_start_the_workers_of_its_file_and_no_others() -> None:
+    (values,) = load(INFRA / "launcher" / "aws.yaml")
+    statements = json.loads((INFRA / "policies" / "launcher-head.json").read_text())["Statement"]
+    own, around = [s for s in statements if s["Action"] == "ec2:RunInstances"]
+    workers = [one["node_config"] for name, one in values["available_node_types"].items() if name != "head"]
+    equal = own["Condition"]["StringEquals"]
+    assert equal["aws:RequestTag/ray-cluster-name"] == values["cluster_name"]
+    assert sorted(equal["ec2:InstanceType"]) == sorted(node["InstanceType"] for node in workers)
+    profile = own["Condition"]["ArnEquals"]["ec2:InstanceProfile"].rpartition("/")[2]
+    for node in workers:
+        assert node["InstanceMarketOptions"]["MarketType"] == equal["ec2:InstanceMarketType"]
+        assert node["MetadataOptions"]["HttpTokens"] == equal["ec2:MetadataHttpTokens"]
+        assert node["IamInstanceProfile"]["Name"] == profile
+        wanted = {f"image/{node['ImageId']}", *(f"subnet/{n}" for n in node["SubnetIds"])}
+        wanted |= {f"security-group/{n}" for n in node["SecurityGroupIds"]}
+        assert wanted == {r.split(":")[-1] for r in around["Resource"] if not r.endswith("*")}
+    arns = [r for s in statements for r in texts(s["Resource"]) if r.startswith("arn:aws:ec2:")]
+    assert {arn.split(":")[3] for arn in arns} == {values["provider"]["region"]}
 
 
 def test_the_bucket_policy_gives_what_is_needed_and_no_more() -> None:
@@ -654,6 +833,16 @@ def test_launcher_files_scale_from_zero_on_spot_and_hold_no_key(path: Path) -> N
     assert "--dashboard-host=127.0.0.1" in start
 
 
+@each(LAUNCHERS)
+def test_the_launcher_s_head_shows_its_list_of_nodes_to_prometheus(path: Path) -> None:
+    (values,) = load(path)
+    (discovery,) = re.findall(r"files: \[(/tmp/ray)/", (INFRA / "monitoring" / "prometheus.yaml").read_text())
+    assert f"--volume={discovery}:{discovery}" in values["docker"]["run_options"]
+    (user,) = re.findall(r"^USER (\d+):", (INFRA / "container" / "Dockerfile").read_text(), re.MULTILINE)
+    (made,) = [line for line in values["initialization_commands"] if line.startswith("sudo install")]
+    assert shlex.split(made) == ["sudo", "install", "-d", "-o", user, "-g", user, discovery]
+
+
 def test_aws_accepts_the_nodes() -> None:
     """botocore's own description of RunInstances."""
     import botocore.session
@@ -670,6 +859,57 @@ def test_aws_accepts_the_nodes() -> None:
         node["IamInstanceProfil"] = {}
         assert "IamInstanceProfil" in ParamValidator().validate(node, shape).generate_report()
     assert values["available_node_types"]["cpu"]["node_config"]["IamInstanceProfile"].keys() == {"Name"}
+
+
+@pytest.mark.parametrize("fails", [None, "pd-core-s3-key-id", "pd-core-s3-secret"])
+def test_an_instance_on_google_cloud_without_its_key_does_not_start(tmp_path: Path, fails: str | None) -> None:
+    (values,) = load(INFRA / "launcher" / "gcp.yaml")
+    (command,) = [line for line in values["initialization_commands"] if "gcloud" in line]
+    (file,) = [o.partition("=")[2] for o in values["docker"]["run_options"] if o.startswith("--env-file=")]
+    assert command.count(file) == 1
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(f'#!/bin/sh\ncase "$*" in *--secret={fails}) exit 1;; esac\nprintf %s "value of $5"\n')
+    gcloud.chmod(0o755)
+    ran = subprocess.run(  # as Ray does: in parentheses, at the end of what it puts before
+        ["bash", "-c", f"true; export A=1 && ({command.replace(file, str(tmp_path / 'env'))})"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=False,
+    )
+    assert (ran.returncode == 0) == (tmp_path / "env").exists() == (fails is None)
+    if fails is None:
+        lines = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
+        assert lines["AWS_ACCESS_KEY_ID"] == "value of --secret=pd-core-s3-key-id"
+        assert lines["AWS_SECRET_ACCESS_KEY"] == "value of --secret=pd-core-s3-secret"
+        assert lines["AWS_ENDPOINT_URL"].startswith("https://") and len(lines) == 3
+        assert (tmp_path / "env").stat().st_mode & 0o077 == 0
+
+
+def test_the_account_that_ray_makes_on_google_cloud_is_named() -> None:
+    from importlib.util import find_spec
+
+    package = find_spec("ray")
+    assert package is not None and package.origin is not None
+    source = (Path(package.origin).parent / "autoscaler/_private/gcp/config.py").read_text()
+    (roles,) = re.findall(r"^DEFAULT_SERVICE_ACCOUNT_ROLES = \[(.*?)\]", source, re.DOTALL | re.MULTILINE)
+    (version,) = re.findall(r'^VERSION = "(\w+)"', source, re.MULTILINE)
+    assert 'DEFAULT_SERVICE_ACCOUNT_ID = RAY + "-sa-" + VERSION' in source
+    text = (INFRA / "launcher" / "gcp.yaml").read_text()
+    for name in (f"ray-autoscaler-sa-{version}", *re.findall(r'"(roles/[\w.]+)"', roles)):
+        assert name in text, name
+    assert f"ray-autoscaler-sa-{version}" in DOCUMENT
+    (values,) = load(INFRA / "launcher" / "gcp.yaml")
+    for one in values["available_node_types"].values():
+        assert one["node_config"]["serviceAccounts"][0]["email"].startswith("pd-core-")
+
+
+def test_nodes_on_aws_name_their_image() -> None:
+    """Ray's default is too old for the CUDA of the pinned torch."""
+    (values,) = load(INFRA / "launcher" / "aws.yaml")
+    for name, one in values["available_node_types"].items():
+        assert re.fullmatch(r"ami-[0-9a-f]{17}", one["node_config"].get("ImageId", "")), name
+        (disk,) = one["node_config"]["BlockDeviceMappings"]
+        assert disk["Ebs"]["VolumeSize"] >= 256  # the image of the instance and both of ours
+    assert CONSTRAINTS["cuda-toolkit"].startswith("13."), "the comment on the driver is for CUDA 13"
 
 
 # ---- images --------------------------------------------------------------------------------------------------------------
@@ -739,6 +979,35 @@ def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
             for source in shlex.split(line)[:-1]:
                 assert (ROOT / source).exists(), source
                 assert any(source == name or source.startswith(f"{name}/") for name in open_to), source
+
+
+def let_in(path: str, lines: list[str]) -> bool:
+    """Whether docker's rules let a file into the build context: the last line that fits it or a folder of it decides."""
+    result = True
+    names = path.split("/")
+    above = ["/".join(names[: n + 1]) for n in range(len(names))]
+    for line in lines:
+        pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if any(re.fullmatch(pattern, one) for one in above):
+            result = line.startswith("!")
+    return result
+
+
+PASSWORDS = [".env", "infra/mlflow/.env", "infra/mlflow/.env.local", "infra/container/.env", "workflows/configs/.env"]
+
+
+@pytest.mark.parametrize("path", PASSWORDS)
+def test_no_file_of_passwords_gets_into_an_image_or_to_the_cluster(path: str, tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert not let_in(path, lines) and let_in("infra/mlflow/serve.sh", lines) and not let_in("tests/s3.py", lines)
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    for name in (path, "workflows/curate.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (left_out,) = get_excludes_from_ignore_files(tmp_path, include_gitignore=False)
+    assert left_out(tmp_path / path) and not left_out(tmp_path / "workflows/curate.py")
 
 
 @each(PINS)
@@ -907,3 +1176,23 @@ def test_it_installs_in_ten_commands() -> None:
     left_out = {m.path for m in MANIFESTS} - {m.path for m in MANIFESTS for a in applied if m.path.is_relative_to(a)}
     jobs = {path for path in left_out if path.parent.name == "jobs"}
     assert left_out - jobs == {INFRA / "kubernetes" / "schedule" / "raycronjob.yaml"}  # the other schedule
+
+
+def test_the_documented_command_writes_the_names_everywhere(tmp_path: Path) -> None:
+    """Command 2 on a copy: afterwards no placeholder is left, however often one stands on a line."""
+    (block,) = re.findall(r"^# 2 .*\n((?:.*\n)+?)# 3 ", DOCUMENT, re.MULTILINE)
+    names = {"REGISTRY": "images.invalid/team", "BUCKET": "bucket-of-ours", "ACCOUNT": "999988887777"}
+    export, *rest = block.splitlines()
+    assert export == "export " + " ".join(f"{name}=..." for name in names)
+    shutil.copytree(INFRA, tmp_path / "infra", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["bash", "-ec", "\n".join(rest)], cwd=tmp_path, env={**os.environ, **names}, check=True)
+    left = re.compile(r"registry\.example\.com|my-bucket|111122223333")
+    copies = [path for path in (tmp_path / "infra").rglob("*") if path.is_file()]
+    assert [line for path in copies for line in path.read_text().splitlines() if left.search(line)] == []
+    assert json.loads((tmp_path / "infra" / "policies" / "bucket.json").read_text())
+
+
+def test_accounts_that_the_document_asks_for_are_those_with_roles() -> None:
+    (sentence,) = re.findall(r"two roles, (.*?)\(", DOCUMENT)
+    roles = {m.name for m in MANIFESTS if m.kind == "ServiceAccount" and "role-arn" in json.dumps(m.values["metadata"])}
+    assert set(re.findall(r"`([\w-]+)`", sentence)) == roles
