@@ -1,8 +1,8 @@
 """Releases: immutable sets with their lineage, the gates that let one become the latest, and what changed since the last.
 
 `releases/<date>-<hash>/` is one artifact: the samples of each recipe (`NAME/part-*.parquet`), `metrics.parquet`, `release.json`
-(lineage, gates, settings, changes) and a README.md that data set tools read. The hash is of everything that decides the content, so
-the same inputs give the same release, on whatever day. `latest.json` names the one that passed last.
+(lineage, gates, settings, changes) and a README.md that data set tools read. The hash is of everything that decides the content, down
+to the stages of the index, so the same index and settings give the same release, on whatever day. `latest.json` names the one that passed last.
 """
 
 from __future__ import annotations
