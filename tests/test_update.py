@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pd_core import config, errors, estimator, pipeline, search, storage, updating
+from pd_core import config, errors, estimator, indexing, pipeline, search, storage, updating
 from tests import tiny
 
 EARLIER = 110  # images of the base
@@ -98,6 +98,24 @@ def test_images_that_could_not_be_read_are_tried_again_and_are_no_drift(inputs, 
     assert built(source, inputs[1], tmp_path / "third", f"--base={output}") == 0
     assert built(source, inputs[1], whole) == 0
     same_rows(tmp_path / "third", whole)
+
+
+@pytest.mark.parametrize(
+    ("shards", "removed", "added", "worthwhile"),
+    [
+        ([1000], 0, [10], True),
+        ([1000], 999, [], True),
+        ([1000, 5], 5, [10], False),  # one of them might be left without rows
+        ([1000, *[5] * 8], 0, [10], True),
+        ([1000, *[5] * 9], 0, [10], False),  # many small ones: they are put together again
+    ],
+)
+def test_shards_of_a_flat_index_are_kept_while_they_are_neither_empty_nor_many(shards, removed, added, worthwhile):
+    parts = tuple(storage.Part(search.shard_name(i), rows, 1, "") for i, rows in enumerate(shards))
+    names = tuple(f"part {i}" for i in range(len(added)))
+    kept = indexing.KeptShards("", "", parts, np.arange(removed), names, sum(added))
+    assert kept.count(8) == len(shards) + bool(added)
+    assert kept.worthwhile(sum(shards) + sum(added), 8) is worthwhile
 
 
 def test_the_predictor_is_judged_on_rows_from_the_whole_listing():
