@@ -54,6 +54,7 @@ def fleet(nodes: int, gpus: float = 0.0, gpu_speed: float = 1.0) -> costs.Fleet:
         memory_bytes=NODE_BYTES,
         gpus=gpus,
         gpu_speed=gpu_speed,
+        elastic=True,
     )
 
 

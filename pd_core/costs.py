@@ -108,6 +108,7 @@ class Fleet:
         request_s: until an object store answers a request; 0 for a local disk.
         gets_per_s, puts_per_s: requests that the store takes of all nodes together.
         local: one machine, whose Ray starts and ends with the run.
+        elastic: an autoscaler brought the nodes, and would bring more.
         gpus: of each node.
         gpu_speed: images of a model that a GPU takes in the time of one of a core. Never measured: always an assumption.
     """
@@ -120,13 +121,21 @@ class Fleet:
     gets_per_s: float = math.inf
     puts_per_s: float = math.inf
     local: bool = False
+    elastic: bool = False
     gpus: float = 0.0
     gpu_speed: float = 1.0
 
     def now(self) -> cluster.Cluster:
         """What `cluster` would say of it."""
         cpus = self.nodes * self.cores
-        return cluster.Cluster(2 * cpus if self.local else cpus, self.nodes * self.gpus, self.local, "", self.cores)
+        return cluster.Cluster(
+            2 * cpus if self.local else cpus,
+            self.nodes * self.gpus,
+            self.local,
+            "",
+            self.cores,
+            elastic=self.elastic,
+        )
 
     @property
     def all_cores(self) -> float:

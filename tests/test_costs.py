@@ -79,7 +79,7 @@ def test_pairs_make_the_search_quadratic_and_k_means_linear():
 @pytest.mark.parametrize("nodes", [1, 10, 300])
 def test_actors_are_those_that_the_stages_start(nodes):
     machines = scaling.fleet(nodes)
-    now = cluster.Cluster(nodes * 32.0, 0.0, False, "", 32.0)
+    now = cluster.Cluster(nodes * 32.0, 0.0, False, "", 32.0, elastic=True)
     build = scaling.build(10**8)
     assert costs.searchers(build, machines) == cluster.search_actors(now, None, 1, build.shards)[:2]
     assert costs.extractors(build, machines) == cluster.actor_pool(now, None, 1, None)[1]
