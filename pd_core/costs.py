@@ -493,7 +493,7 @@ def _features(build: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
     )
     decoders = -(-batches // together)
     blocks = max(decoders, math.ceil(build.rows * 3 * build.pixels / RAY_BLOCK_BYTES))
-    on_gpu = bool(fleet.gpus)
+    on_gpu = bool(fleet.gpus) and chosen.actor_gpus != 0
     model_s = build.model_s / (fleet.gpu_speed if on_gpu else 1.0)
     replicas = extractors(build, fleet)
     if on_gpu:
