@@ -80,6 +80,43 @@ def test_an_update_in_steps_compares_each_pair_once():
     assert sum(costs.pairs_of_update(int(old), new) for old, new in zip(arrived, steps, strict=False)) == 700**2
 
 
+@pytest.mark.parametrize("settings", [{}, {"index": {"kind": "flat"}}], ids=str)
+def test_an_update_goes_over_all_rows_but_for_pairs_extraction_training_and_fit(settings):
+    """tests/test_update.py holds its phases to the tasks that an update starts."""
+    build, machines = scaling.build(10**6, BuildIndexSettings.model_validate(settings)), scaling.fleet(10)
+    whole = {phase.title: phase for phase in costs.build_index(build, machines)}
+    update = {phase.title: phase for phase in costs.update_index(build, 10**4, machines)}
+    saved = {
+        *("listing: walk and sort", "neighbors: search", "estimator: fit the predictor"),
+        *("index: draw the training sample", "index: train the quantizer"),
+    }
+    assert whole.keys() - update.keys() == saved & whole.keys()
+    same = {title for title in whole.keys() & update.keys() if whole[title] == update[title]}
+    assert same == whole.keys() & update.keys() - {"features: decode and extract", "neighbors: open the shards"}
+    assert update["features: decode and extract"].read_bytes == whole["features: decode and extract"].read_bytes / 100
+    # half of the rows are three quarters of the pairs, and those of a rebuild take what the model says of them
+    unit = replace(costs.MEASURED, query_s=0.0)
+    pairs = costs.pairs_of_update(5 * 10**5, 5 * 10**5) / 10.0**12
+    searching = [0.0, 0.0]
+    for number, new in enumerate((0, 5 * 10**5)):
+        (joined,) = (p for p in costs.update_index(build, max(new, 1), machines, unit) if p.name.startswith("old rows"))
+        actors, threads = costs.searchers(build, machines, search.BESIDE_SHARE)
+        searching[number] = joined.floors["search processes"] * actors * min(threads, machines.cores)
+        fresh = max(new, 1) * build.vector_bytes * unit.shard_build_s * joined.tasks
+        merged = costs.fan_out(build, actors) * max(new, 1) * unit.merge_s - max(new, 1) * unit.merge_s
+        searching[number] += joined.core_s - fresh - merged
+    assert searching[1] - searching[0] == pytest.approx(pairs * costs.search_core_s(build, 1, unit), rel=1e-3)
+
+
+def test_an_update_of_a_large_index_waits_for_listing_and_report_and_too_many_new_rows_do_not_fit():
+    build, machines = scaling.build(10**8), scaling.fleet(100)
+    phases = costs.update_index(build, 10**5, machines)
+    longest = sorted(phases, key=lambda phase: -costs.seconds(phase, machines))
+    assert [phase.title for phase in longest[:2]] == ["listing: walk and compare", "report: draw"]
+    assert all(costs.fits(phase, machines) for phase in phases)
+    assert costs.bottleneck(costs.update_index(build, 10**6, machines), machines).limit == costs.MEMORY
+
+
 def test_pairs_make_the_search_quadratic_and_k_means_linear():
     one, two = (scaling.build(n) for n in (10**8, 4 * 10**8))
     exact = [replace(b, nprobe=0, scanned=1.0) for b in (one, two)]
