@@ -54,6 +54,7 @@ def fleet(nodes: int, gpus: float = 0.0, gpu_speed: float = 1.0) -> costs.Fleet:
         memory_bytes=NODE_BYTES,
         gpus=gpus,
         gpu_speed=gpu_speed,
+        elastic=True,
     )
 
 
@@ -160,9 +161,14 @@ def assumptions() -> str:
 
 def per_million() -> str:
     """A million photographs, default settings, 10 nodes: every phase."""
-    made, machines = build(10**6), fleet(10)
+    machines = fleet(10)
+    return phases_table(costs.build_index(build(10**6), machines), machines)
+
+
+def phases_table(phases: Sequence[costs.Phase], machines: costs.Fleet) -> str:
+    """What each phase needs, and its seconds on these nodes."""
     rows = []
-    for phase in costs.build_index(made, machines):
+    for phase in phases:
         moved = size(phase.moved_bytes) if phase.moved_bytes else ""
         rows.append(
             [
@@ -171,8 +177,9 @@ def per_million() -> str:
                 *(size(phase.memory_bytes), costs.limit_of(phase, machines)),
             ]
         )
-    total = costs.total_s(costs.build_index(made, machines), machines)
-    columns = ["phase", "tasks", "core s", "10 nodes", "read", "written", "moved", "requests", "process", "limit"]
+    total = costs.total_s(phases, machines)
+    nodes = f"{machines.nodes} nodes"
+    columns = ["phase", "tasks", "core s", nodes, "read", "written", "moved", "requests", "process", "limit"]
     return table(columns, [*rows, ["all", "", "", duration(total), *[""] * 6]])
 
 
@@ -291,32 +298,46 @@ def gpus() -> str:
 def update() -> str:
     """New images beside old ones against building all of it again, on one node and on many."""
     rows = []
-    for name, count, nodes in (("100k", 10**5, 1), ("1M", 10**6, 1), ("1M", 10**6, 10), ("100M", 10**8, 100)):
-        for share in (0.01, 0.1):
-            new = round(count * share)
-            pairs = costs.pairs_of_update(count - new, new) / float(count) ** 2
-            made, machines = build(count), fleet(nodes)
-            some = costs.update_index(made, new, machines)
-            whole = costs.build_index(made, machines)
-            short, long = costs.total_s(some, machines), costs.total_s(whole, machines)
-            first = costs.bottleneck(some, machines)
+    for name, made, nodes, shares in (
+        ("100k", build(10**5), 1, (0.01, 0.1)),
+        ("1M", build(10**6), 1, (0.01, 0.1)),
+        ("1M", build(10**6), 10, (0.01, 0.1)),
+        ("100M", build(10**8), 100, (0.001, 0.01, 0.1)),
+        ("100M, advised settings", advised_build(10**8, 100), 100, (0.001, 0.01, 0.1)),
+    ):
+        machines = fleet(nodes)
+        long = costs.total_s(costs.build_index(made, machines), machines)
+        for share in shares:
+            new = round(made.rows * share)
+            pairs = costs.pairs_of_update(made.rows - new, new) / float(made.rows) ** 2
+            phases = costs.update_index(made, new, machines)
+            short, tight = costs.total_s(phases, machines), [p for p in phases if not costs.fits(p, machines)]
+            longest = sorted(phases, key=lambda phase: -costs.seconds(phase, machines))[:2]
+            waits = [
+                f"{p.title}: {costs.limit_of(p, machines)}, {duration(costs.seconds(p, machines))}" for p in longest
+            ]
             rows.append(
                 [
-                    *(name, f"{nodes:,}", f"{share:.0%}", f"{pairs:.2%}", duration(short), duration(long)),
-                    *(f"{long / short:.1f}", str(first)),
+                    *(name, f"{nodes:,}", f"{share:.1%}", f"{pairs:.2%}"),
+                    f"does not fit ({duration(short)} if it did)" if tight else duration(short),
+                    *(duration(long), f"{long / short:.1f}"),
+                    _too_large(tight[0], machines) if tight else "",
+                    *waits,
                 ]
             )
-    columns = [
-        "images",
-        "nodes",
-        "new",
-        "pairs of a rebuild",
-        "update",
-        "rebuild",
-        "times",
-        "what the update waits for",
-    ]
-    return table(columns, rows)
+    columns = ["images", "nodes", "new", "pairs of a rebuild", "update", "rebuild", "times"]
+    return table([*columns, "memory", "what it waits for", "then"], rows)
+
+
+def _too_large(phase: costs.Phase, machines: costs.Fleet) -> str:
+    need = f"{size(costs.node_bytes(phase, machines))} of {size(machines.worker_bytes)} a node"
+    return f"{phase.title}: {need}; {phase.lever(costs.MEMORY)}"
+
+
+def update_phases() -> str:
+    """A hundred thousand new images beside a hundred million, default settings, 100 nodes: every phase."""
+    machines = fleet(100)
+    return phases_table(costs.update_index(build(10**8), 10**5, machines), machines)
 
 
 def reality_now() -> str:
@@ -394,7 +415,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(unit_costs, assumptions, per_million, serial, default_grid, advised_grid, settings, spot_grid, gpus, network),
-        *(update, reality_now, reality_bytes, reality_before),
+        *(update, update_phases, reality_now, reality_bytes, reality_before),
     )
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

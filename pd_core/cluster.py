@@ -8,10 +8,11 @@ import itertools
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ IO_CPUS = 0.25
 DECODE_CPUS = 0.5
 START_ATTEMPTS = 4
 AUTOSCALED_ACTORS = 64  # replicas that the pool may ask an autoscaling cluster for
-SMALL_CPUS = 8  # a joined cluster up to this size is treated as one machine that does not grow
+HEAD = "node:__internal_head__"  # a resource that Ray gives the head, and no other node
+UNTYPED = re.compile(r"node_[0-9a-f]{20,}")  # Ray's type of a node that no autoscaler brought: its id
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a job
 LISTENS_S = 15.0  # a head that restarts is not there for some seconds
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -51,7 +53,7 @@ _shared: Cluster | None = None  # by a run whose parts are runs themselves
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the run can count on at its start. An autoscaling cluster may hold more later."""
+    """What the run can count on at its start. One that is elastic may hold more later: an autoscaler adds what is asked for."""
 
     cpus: float
     gpus: float
@@ -59,16 +61,12 @@ class Cluster:
     address: str
     node_cpus: float = 0.0  # of the largest node
     held_cpus: float = 0.0  # of `cpus`, what actors claim that stay for the whole run
+    elastic: bool = False
 
     @property
     def free_cpus(self) -> float:
         """CPUs that another stage's actors and tasks can claim."""
         return max(0.0, self.cpus - self.held_cpus)
-
-    @property
-    def elastic(self) -> bool:
-        """Whether it may grow: joined, and either without workers yet or too large to be one machine."""
-        return not self.local and (self.cpus < 1 or self.cpus > SMALL_CPUS)
 
 
 def connect() -> Cluster:
@@ -205,29 +203,68 @@ def shared(now: Cluster) -> Iterator[None]:
         _shared = before
 
 
-def _describe(local: bool) -> Cluster:
+def _describe(local: bool, was_elastic: bool = False) -> Cluster:
+    """The cluster as it is now.
+
+    was_elastic: what is known from before, for when Ray does not tell.
+    """
     import ray
 
     resources = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    elastic = False
+    if not local:
+        told = _scales()
+        elastic = was_elastic or _looks_elastic(nodes) if told is None else told
     return Cluster(
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
         local=local,
         address=ray.get_runtime_context().gcs_address,
-        node_cpus=_largest_node(),
+        node_cpus=_largest(nodes),
+        elastic=elastic,
     )
+
+
+def _scales() -> bool | None:
+    """Whether an autoscaler adds nodes, from the report that `ray status` prints; None where there is none.
+
+    Ray's monitor writes it every few seconds, in a cluster that does not scale too, but there each node is a type of its own.
+    Ray's second autoscaler (RAY_enable_autoscaler_v2, KubeRay's default) writes none.
+    """
+    from ray._private import ray_constants
+    from ray.experimental import internal_kv
+
+    written = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+    return scales(json.loads(written)) if written else None
+
+
+def scales(status: Mapping[str, Any]) -> bool | None:
+    """The same of what Ray's monitor wrote; None before it has looked at the nodes."""
+    report = status.get("autoscaler_report") or {}
+    types = [*(report.get("active_nodes") or ()), *(report.get("pending_launches") or ())]
+    return any(not UNTYPED.fullmatch(kind) for kind in types) if types else None
+
+
+def _looks_elastic(nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Where nobody tells: a head that runs no task is that of a cluster, and so is one that is not alone."""
+    return len(nodes) > 1 or not any(HEAD in node and node.get("CPU") for node in nodes)
 
 
 def _largest_node() -> float:
     """CPUs of the node that has most; 0 where no node has any."""
     import ray
 
-    return max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    return _largest([node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def _largest(nodes: Sequence[Mapping[str, float]]) -> float:
+    return max((node.get("CPU", 0.0) for node in nodes), default=0.0)
 
 
 def refreshed(cluster: Cluster) -> Cluster:
     """The cluster as it is now: it may have grown since the run began."""
-    return _describe(cluster.local)
+    return _describe(cluster.local, cluster.elastic)
 
 
 def _idle_workers() -> int:

@@ -207,7 +207,7 @@ def _plan(
     @functools.cache
     def open_index() -> search.SearchPool:
         searching, now = settings.search, cluster.refreshed(run.now)
-        opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
+        opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, True, "scoring")
         return resources.enter_context(opened)
 
     piloted = replace(recipe, seed=ids.stream(settings.seed, "pilot"))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pd_core import chunking, cluster, estimator, features, index, indexing, knn, selfjoin, storage
+from pd_core import chunking, cluster, estimator, features, index, indexing, knn, search, selfjoin, storage
 from pd_core.config import BuildIndexSettings
 from pd_core.sources import stores
 
@@ -108,6 +108,7 @@ class Fleet:
         request_s: until an object store answers a request; 0 for a local disk.
         gets_per_s, puts_per_s: requests that the store takes of all nodes together.
         local: one machine, whose Ray starts and ends with the run.
+        elastic: an autoscaler brought the nodes, and would bring more.
         gpus: of each node.
         gpu_speed: images of a model that a GPU takes in the time of one of a core. Never measured: always an assumption.
     """
@@ -120,13 +121,21 @@ class Fleet:
     gets_per_s: float = math.inf
     puts_per_s: float = math.inf
     local: bool = False
+    elastic: bool = False
     gpus: float = 0.0
     gpu_speed: float = 1.0
 
     def now(self) -> cluster.Cluster:
         """What `cluster` would say of it."""
         cpus = self.nodes * self.cores
-        return cluster.Cluster(2 * cpus if self.local else cpus, self.nodes * self.gpus, self.local, "", self.cores)
+        return cluster.Cluster(
+            2 * cpus if self.local else cpus,
+            self.nodes * self.gpus,
+            self.local,
+            "",
+            self.cores,
+            elastic=self.elastic,
+        )
 
     @property
     def all_cores(self) -> float:
@@ -404,10 +413,10 @@ def build_of(
     )
 
 
-def searchers(build: Build, fleet: Fleet) -> tuple[int, int]:
-    """Search actors and the threads of each, as the neighbors stage would start them."""
+def searchers(build: Build, fleet: Fleet, share: float = 1.0) -> tuple[int, int]:
+    """Search actors and the threads of each, as the neighbors stage would start them with this share of the cluster."""
     chosen = build.settings.index
-    actors, threads, *_ = cluster.search_actors(fleet.now(), chosen.actors, chosen.actor_cpus, build.shards)
+    actors, threads, *_ = cluster.search_actors(fleet.now(), chosen.actors, chosen.actor_cpus, build.shards, share)
     return actors, threads
 
 
@@ -484,7 +493,7 @@ def _features(build: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
     )
     decoders = -(-batches // together)
     blocks = max(decoders, math.ceil(build.rows * 3 * build.pixels / RAY_BLOCK_BYTES))
-    on_gpu = bool(fleet.gpus)
+    on_gpu = bool(fleet.gpus) and chosen.actor_gpus != 0
     model_s = build.model_s / (fleet.gpu_speed if on_gpu else 1.0)
     replicas = extractors(build, fleet)
     if on_gpu:
@@ -675,11 +684,15 @@ def _cells(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     ]
 
 
-def search_core_s(build: Build, actors: int, unit: UnitCosts = MEASURED) -> float:
-    """Of one core, for all rows against all, within the search processes."""
-    each = (unit.exact_pair_s if build.exact else unit.pair_s) * build.dim / MEASURED_DIM
-    pairs = float(build.rows) * build.rows * build.scanned
-    return pairs * each + build.rows * fan_out(build, actors) * unit.query_s
+def _pair_s(build: Build, unit: UnitCosts) -> float:
+    return (unit.exact_pair_s if build.exact else unit.pair_s) * build.dim / MEASURED_DIM
+
+
+def search_core_s(build: Build, actors: int, unit: UnitCosts = MEASURED, queries: int | None = None) -> float:
+    """Of one core, for some rows (all of them) against all, within the search processes."""
+    queries = build.rows if queries is None else queries
+    pairs = float(queries) * build.rows * build.scanned
+    return pairs * _pair_s(build, unit) + queries * fan_out(build, actors) * unit.query_s
 
 
 def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
@@ -688,19 +701,6 @@ def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     actors, threads = searchers(build, fleet)
     blocks = -(-build.rows // density.block_rows)
     block_rows = min(build.rows, density.block_rows)
-    vectors = build.rows * build.vector_bytes
-    twice = 2 if build.cells and build.shards > actors else 1
-    opening = Phase(
-        "neighbors",
-        "open the shards",
-        tasks=actors,
-        core_s=twice * vectors * unit.shard_build_s,
-        read_bytes=twice * vectors,
-        gets=float(twice * build.shards),
-        memory_bytes=search_actor_bytes(build, actors, threads),
-        start_s=unit.search_start_s,
-        levers={ONE: "--index.shards larger", FEW: "--index.shards larger", MEMORY: HOLD_LESS},
-    )
     computing = search_core_s(build, actors, unit)
     asking = _coarse_s(build, build.rows, unit)
     merging = float(build.rows) * actors * unit.merge_s
@@ -738,7 +738,24 @@ def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
         },
         blocks=blocks,
     )
-    return [opening, searching]
+    return [_opening(build, actors, threads, unit), searching]
+
+
+def _opening(build: Build, actors: int, threads: int, unit: UnitCosts) -> Phase:
+    """`search.open_pool`: each search process reads its shards, those of an index with cells twice."""
+    vectors = build.rows * build.vector_bytes
+    twice = 2 if build.cells and build.shards > actors else 1
+    return Phase(
+        "neighbors",
+        "open the shards",
+        tasks=actors,
+        core_s=twice * vectors * unit.shard_build_s,
+        read_bytes=twice * vectors,
+        gets=float(twice * build.shards),
+        memory_bytes=search_actor_bytes(build, actors, threads),
+        start_s=unit.search_start_s,
+        levers={ONE: "--index.shards larger", FEW: "--index.shards larger", MEMORY: HOLD_LESS},
+    )
 
 
 def search_actor_bytes(build: Build, actors: int, threads: int) -> float:
@@ -885,38 +902,158 @@ def pairs_of_update(old: int, new: int) -> float:
     return float(old) * new + float(new) * (old + new)
 
 
-def update_index(build: Build, new: int, fleet: Fleet, unit: UnitCosts = MEASURED) -> list[Phase]:
-    """`new` of `build.rows` images are new: listed with all others, extracted alone, joined, and all densities written again.
+TRAINING = ("draw the training sample", "train the quantizer")  # phases of the index that an update takes over
+FEWER_NEW = "fewer new rows at once: an update in steps compares no pair twice"
 
-    Every old row's neighbors are read and, where a new row is nearer, written again; normalizer and ranks change for all rows.
-    Quantizer, predictor and report stay as they are.
+
+def update_index(build: Build, new: int, fleet: Fleet, unit: UnitCosts = MEASURED) -> list[Phase]:
+    """The phases of `pipeline.build_index` with a base, where `new` of `build.rows` images are new and none has gone.
+
+    What is saved is extraction, the training of the quantizer, the pairs of old rows with each other and the fit. All else goes
+    over all rows again: listing, the shards and their calibration, the other rows' neighbors, densities and report. Where
+    quantizer or predictor do not hold any more, the phases of a whole build come on top.
     """
-    old = build.rows - new
     fresh = replace(build, rows=new, files=max(1, round(build.files * new / build.rows)))
     whole = {phase.title: phase for phase in build_index(build, fleet, unit)}
-    share = pairs_of_update(old, new) / (float(build.rows) * build.rows)
-    searching = whole["neighbors: search"]
-    near = neighbors_bytes(build, unit)
-    joined = replace(
-        searching,
-        name="old rows with new ones, new rows with all",
-        core_s=searching.core_s * share + build.rows * (unit.neighbor_read_s + unit.merge_s),
-        read_bytes=searching.read_bytes + near,
-        moved_bytes=searching.moved_bytes * new / build.rows,
-        floors={name: value * new / build.rows for name, value in searching.floors.items()},
-    )
-    pieces = _flat(fresh, unit) if not build.cells else []
+    shards = [phase for phase in whole.values() if phase.stage == "index" and phase.name not in TRAINING]
     if build.cells:
-        raw = new * build.vector_bytes
-        assigning = _coarse_s(build, new, unit) + raw * unit.shard_build_s
-        pieces = [Phase("index", "add rows", fresh.groups, assigning, read_bytes=raw, written_bytes=raw)]
-    kept = [
-        whole["listing: walk and sort"],
+        shards = [_drift(build, fresh, unit), *(p for p in shards if not build.exact or "calibrate" not in p.name)]
+    return [
+        _comparison(whole["listing: walk and sort"], build, unit),
         _features(fresh, fleet, unit),
-        *pieces,
-        whole["neighbors: open the shards"],
+        _take_over(build, fresh, fleet, unit),
+        *shards,
+        *_update_neighbors(build, fresh, fleet, unit),
+        *(phase for phase in whole.values() if phase.stage == "densities"),
+        _keep(build, unit),
+        whole["report: draw"],
     ]
-    return [*kept, joined, *(phase for title, phase in whole.items() if title.startswith("densities"))]
+
+
+def _comparison(walk: Phase, build: Build, unit: UnitCosts) -> Phase:
+    """`updating._compare`: the listing's walk, and the base's listing read twice in the same task."""
+    before = 2 * build.rows * unit.listing_bytes
+    return replace(
+        walk,
+        name="walk and compare",
+        core_s=walk.core_s + before * unit.table_read_s,
+        read_bytes=walk.read_bytes + before,
+        gets=walk.gets + (1 + REQUESTS_OF_COLUMNS) * build.parts,
+    )
+
+
+def _take_over(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
+    """`updating.merge_features`: a task per part; the store copies what is as it was, the others are written again."""
+    size = _features_bytes(fresh, unit)
+    return Phase(
+        "features",
+        "take over what is unchanged",
+        tasks=build.parts,
+        core_s=size * (unit.table_read_s + unit.table_write_s),
+        read_bytes=size,
+        written_bytes=size,  # that which passes through a node; a copy is a request
+        gets=2.0 * build.parts + (1 + REQUESTS_OF_COLUMNS) * fresh.parts,
+        puts=2.0 * build.parts,
+        memory_bytes=PROCESS_BYTES + 4 * size / fresh.parts,
+        start_s=unit.task_start_s,
+        floors={DRIVER: build.parts * unit.task_driver_s + 2 * build.parts * _record_s(fleet, unit)},
+        levers={DRIVER: "--features.part_rows larger, of base and update", REQUESTS: "--features.part_rows larger"},
+    )
+
+
+def _drift(build: Build, fresh: Build, unit: UnitCosts) -> Phase:
+    """`updating.drift`: one task compares all new rows with all centroids, after one that does so with a few of the base."""
+    size = _features_bytes(fresh, unit)
+    part_rows = min(fresh.rows, build.settings.features.whole_part_rows)
+    return Phase(
+        "index",
+        "look whether the quantizer holds",
+        tasks=1,
+        core_s=_coarse_s(build, fresh.rows, unit) + size * unit.table_read_s,
+        read_bytes=size,
+        gets=float(fresh.parts),
+        memory_bytes=PROCESS_BYTES + 2 * 4.0 * part_rows * build.dim + 3 * 4.0 * build.cells * build.dim,
+        start_s=unit.task_start_s,
+        levers={ONE: f"--index.cells smaller; {FEWER_NEW}; design: look at a sample of the new rows"},
+    )
+
+
+def _update_neighbors(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
+    """`updating.merge_neighbors`: every task has the new rows in memory as a shard and compares a block of old ones with it.
+
+    New rows, and old ones that lost a neighbor, are searched for by processes that hold the whole index, beside the tasks.
+    """
+    density, new, old = build.settings.density, fresh.rows, build.rows - fresh.rows
+    actors, threads = searchers(build, fleet, search.BESIDE_SHARE)
+    blocks = min(-(-build.rows // density.block_rows), build.parts)
+    vectors, size, near = new * build.vector_bytes, _features_bytes(build, unit), neighbors_bytes(build, unit)
+    fresh_size = _features_bytes(fresh, unit)
+    part_rows = min(build.rows, build.settings.features.whole_part_rows)
+    computing = float(old) * new * build.scanned * _pair_s(build, unit) + old * unit.query_s
+    merging = (old + new * fan_out(build, actors)) * unit.merge_s
+    tables = size * unit.table_read_s + build.rows * (unit.neighbor_read_s + unit.neighbor_write_s)
+    shard = Phase(
+        "neighbors",
+        "make a shard of the new rows",
+        tasks=1,
+        core_s=_coarse_s(build, new, unit) + fresh_size * unit.table_read_s + vectors * unit.shard_build_s,
+        read_bytes=fresh_size,
+        gets=float(fresh.parts),
+        memory_bytes=PROCESS_BYTES + 4 * 4.0 * new * build.dim,
+        start_s=unit.task_start_s,
+        levers={ONE: FEWER_NEW, MEMORY: FEWER_NEW},
+    )
+    joined = Phase(
+        "neighbors",
+        "old rows with new ones, new rows with all",
+        tasks=blocks,
+        core_s=computing
+        + merging
+        + tables
+        + _coarse_s(build, build.rows, unit)
+        + blocks * vectors * unit.shard_build_s,
+        at_once=max(1.0, fleet.all_cores - actors * build.settings.index.actor_cpus),
+        read_bytes=size + near,
+        written_bytes=near,
+        gets=3.0 * build.parts,
+        puts=2.0 * build.parts,
+        moved_bytes=vectors * min(fleet.nodes, blocks) + search_bytes(build, actors, new),
+        # the shard as bytes, as faiss reads it and as rows; and a part with what is known of it
+        memory_bytes=PROCESS_BYTES + 3 * vectors + block_bytes(build, part_rows),
+        shared_bytes=math.ceil(actors / fleet.nodes) * search_actor_bytes(build, actors, threads),
+        floors={
+            "search processes": search_core_s(build, actors, unit, new) / (actors * min(threads, fleet.cores)),
+            DRIVER: blocks * unit.task_driver_s + build.parts * _record_s(fleet, unit),
+        },
+        levers={
+            "search processes": f"--index.shards larger; {FEWER_NEW}",
+            FEW: "--density.block_rows smaller",
+            DRIVER: "--features.part_rows larger, of base and update",
+            MEMORY: f"{FEWER_NEW}; --density.block_rows so large that there are fewer tasks than cores; design: one shard of "
+            "the new rows for all tasks of a node",
+        },
+    )
+    return [shard, _opening(build, actors, threads, unit), joined]
+
+
+def _keep(build: Build, unit: UnitCosts) -> Phase:
+    """`updating._keep`: one task predicts held-out rows, of as many parts as it takes to meet enough of them."""
+    chosen = build.settings.estimator
+    read = min(float(build.rows), estimator.HELDOUT_ROWS / chosen.holdout_fraction)
+    share = read / build.rows
+    forward = (
+        unit.epoch_s / 3 * _weights(build.dim, chosen.hidden) / _weights(MEASURED_DIM)
+    )  # of three products of a step
+    return Phase(
+        "estimator",
+        "look whether the predictor holds",
+        tasks=1,
+        core_s=share * _features_bytes(build, unit) * unit.table_read_s + read * chosen.holdout_fraction * forward,
+        read_bytes=share * _features_bytes(build, unit),
+        gets=float((1 + REQUESTS_OF_COLUMNS) * math.ceil(share * build.parts)),
+        memory_bytes=PROCESS_BYTES + 3 * 4.0 * min(build.rows, build.settings.features.whole_part_rows) * build.dim,
+        start_s=unit.torch_start_s,
+    )
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------

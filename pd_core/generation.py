@@ -187,7 +187,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     @functools.cache
     def open_index() -> search.SearchPool:
         searching, now = settings.search, cluster.refreshed(run.now)
-        opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, beside_generator=True)
+        opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, True, "scoring")
         return resources.enter_context(opened)
 
     pilot = piloting.make(run, recipe, pool, open_index, settings.pilot)

@@ -154,7 +154,7 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
         searching, now = settings.search, cluster.refreshed(run.now)
         with contextlib.ExitStack() as resources:
             pool = search.open_pool(
-                job.recipe.realset.index, now, searching.actors, searching.actor_cpus, beside_generator=True
+                job.recipe.realset.index, now, searching.actors, searching.actor_cpus, True, "perturbed"
             )
             parts, totals = perturbing.run(job, run.now, planned.pool, resources.enter_context(pool))
         extractor = job.recipe.realset.extractor.identity()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from pd_core.errors import UserError
 PROBE_BATCHES = 3  # the first one warms up
 START_UP_S = 10.0  # of Ray and of the first model, which tells the features' dimension
 RANKS = "densities: normalizer and ranks"
+ASSUMED_CORES, ASSUMED_BYTES = 8.0, 32 * costs.GIB  # of a node where none is up to ask: as those of infra/
+GROWN_NODES = 10  # what a plan tells beside the nodes that are up, where there may be more
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,19 @@ def plan(
         raise UserError(
             f"--density.k {settings.density.k}: needs more than k images, found {rows}; lower k or add images"
         )
+    now = cluster.refreshed(now)  # the probe may have brought a node
     fleet = fleet_of(now, str(settings.output))
     build = build_of(settings, source, counted, spec, unit, fleet)
     phases = costs.build_index(build, fleet, costs.MEASURED.on(unit.flops))
     sizes = _sizes(settings, rows, counted["bytes"], spec, unit, build, phases, fleet)
-    return "\n".join([*sizes, *_times(unit, build, phases, fleet, START_UP_S)])
+    times = _times(unit, build, phases, fleet, START_UP_S, on_gpus(settings, fleet))
+    return "\n".join([*sizes, *times, *_grown(unit, build, phases, fleet, now.cpus >= 1), *limit_lines(phases, fleet)])
+
+
+def on_gpus(settings: BuildIndexSettings, fleet: costs.Fleet) -> bool:
+    """Whether the extractors run on GPUs: where there are any, unless the settings say it; then these may be still to come."""
+    asked = settings.features.actor_gpus
+    return bool(fleet.gpus) if asked is None else asked > 0
 
 
 def build_of(
@@ -128,29 +138,35 @@ def build_of(
         spec.preprocess.height * spec.preprocess.width,
         counted["bytes"] / counted["rows"],
         unit.decode_s,
-        0.0 if fleet.gpus else unit.extract_s * settings.features.actor_cpus,
+        0.0 if on_gpus(settings, fleet) else unit.extract_s * settings.features.actor_cpus,
         parquet=source.kind == "parquet",
     )
 
 
 def fleet_of(now: cluster.Cluster, output: str) -> costs.Fleet:
-    """The cluster as the model sees it. Network and object store are not probed, but taken to be as `costs` assumes."""
+    """The cluster as the model sees it. Network and object store are not probed, but taken to be as `costs` assumes.
+
+    Its nodes are those that are up at this moment, which what ran since `now` may have brought; where none is, one of
+    ASSUMED_CORES and ASSUMED_BYTES.
+    """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     memory = min((n.get("memory", 0.0) + n.get("object_store_memory", 0.0) for n in nodes), default=0.0)
     remote = not storage.is_local(output)
     count = max(1, len(nodes))
+    cores = sum(node["CPU"] for node in nodes) / count
     return costs.Fleet(
         nodes=1 if now.local else count,
-        cores=float(cluster.cores()) if now.local else max(1.0, now.cpus / count),
-        memory_bytes=memory or math.inf,  # a cluster that scales from zero has no node to ask
+        cores=float(cluster.cores()) if now.local else cores or ASSUMED_CORES,
+        memory_bytes=memory or ASSUMED_BYTES,
         network_bytes_per_s=costs.NETWORK_BYTES_PER_S if remote or not now.local else math.inf,
         request_s=costs.REQUEST_S if remote else 0.0,
         gets_per_s=costs.GETS_PER_S if remote else math.inf,
         puts_per_s=costs.PUTS_PER_S if remote else math.inf,
         local=now.local,
-        gpus=0.0 if now.local else now.gpus / count,
+        elastic=now.elastic,
+        gpus=sum(node.get("GPU", 0.0) for node in nodes) / count,
     )
 
 
@@ -188,22 +204,47 @@ def _sizes(
 
 
 def _times(
-    unit: Probe, build: costs.Build, phases: Sequence[costs.Phase], fleet: costs.Fleet, start_s: float
+    unit: Probe, build: costs.Build, phases: Sequence[costs.Phase], fleet: costs.Fleet, start_s: float, gpus: bool
 ) -> list[str]:
     stages = ", ".join(f"{stage} {_time(spent)}" for stage, spent in costs.by_stage(phases, fleet).items())
-    gpu = " (decoding alone: a GPU is not probed)" if fleet.gpus else ""
+    model = "" if gpus else f" and {unit.extract_s * 1e3:.1f} ms model"
+    where = f"{fleet.all_cores:g} cores" if fleet.local else f"{_nodes(fleet)} of {fleet.cores:g} CPUs"
     lines = [
-        f"time:      about {_time(start_s + costs.total_s(phases, fleet))}: {stages}{gpu}; at {unit.decode_s * 1e3:.1f} ms decoding "
-        f"and {unit.extract_s * 1e3:.1f} ms model per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, "
-        f"{fleet.all_cores:g} cores",
-        f"           the predictor's fit takes at most {build.epochs} epochs, and less where its loss stops falling",
+        f"time:      about {_time(start_s + costs.total_s(phases, fleet))}: {stages}; at {unit.decode_s * 1e3:.1f} ms decoding"
+        f"{model} per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, {where}",
     ]
+    if gpus:
+        lines.append(
+            "           the model runs on GPUs, which are not probed: its time is not among these, features are decoding alone"
+        )
+    lines.append(
+        f"           the predictor's fit takes at most {build.epochs} epochs, and less where its loss stops falling"
+    )
     if build.cells:
         lines.append(
             f"           neighbors: as if {build.nprobe} of {build.cells:,} cells reached the recall, which calibration decides; "
             f"at most {_time(_exact_s(build, unit, fleet))} (exact search)"
         )
-    return lines + limit_lines(phases, fleet)
+    return lines
+
+
+def _nodes(fleet: costs.Fleet) -> str:
+    return f"{fleet.nodes} node" + ("s" if fleet.nodes > 1 else "")
+
+
+def _grown(unit: Probe, build: costs.Build, phases: Sequence[costs.Phase], fleet: costs.Fleet, up: bool) -> list[str]:
+    """For which nodes the times are, and what more of them would make of it, where an autoscaler may add some."""
+    if not fleet.elastic:
+        return []
+    more = replace(fleet, nodes=fleet.nodes * GROWN_NODES)
+    then = costs.total_s(costs.build_index(build, more, costs.MEASURED.on(unit.flops)), more)
+    here = f"the {_nodes(fleet)} of {fleet.cores:g} CPUs that the cluster has now"
+    if not up:
+        here = f"one node of {fleet.cores:g} CPUs and {_bytes(fleet.memory_bytes)}, an assumption, since none is up"
+    return [
+        f"fleet:     times are for {here}; the autoscaler adds nodes up to its maximum, {more.nodes} such nodes would take about "
+        f"{_time(START_UP_S + then)}; the CPUs compute {sum(phase.core_s for phase in phases) / 3600:,.1f} core-hours in all"
+    ]
 
 
 def limit_lines(phases: Sequence[costs.Phase], fleet: costs.Fleet) -> list[str]:

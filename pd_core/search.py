@@ -77,8 +77,8 @@ def open_index(uri: str) -> IndexInfo:
 class _Searcher:
     """Ray actor that holds some shards in memory; after a restart it opens them again."""
 
-    def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int, workflow: str) -> None:
-        telemetry.hold(workflow, "search")
+    def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int, workflow: str, stage: str) -> None:
+        telemetry.hold(workflow, stage)
         files = [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
         self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
 
@@ -111,7 +111,12 @@ class SearchPool:
 
 @contextmanager
 def open_pool(
-    info: IndexInfo, now: cluster.Cluster, actors: int | None, actor_cpus: int, beside_generator: bool = False
+    info: IndexInfo,
+    now: cluster.Cluster,
+    actors: int | None,
+    actor_cpus: int,
+    beside_generator: bool = False,
+    stage: str = "neighbors",
 ) -> Iterator[SearchPool]:
     """Search actors for a while. Each holds shards that follow each other: their cells are near, queries share them.
 
@@ -121,6 +126,7 @@ def open_pool(
         actors: how many, or None for as many as fit.
         actor_cpus: fewest threads of each.
         beside_generator: a generator runs meanwhile and takes most of the time: it gets all GPUs and most CPUs.
+        stage: that the actors' seconds are counted for: neighbors, or scoring (of candidates), whose cost is another.
     """
     import ray
 
@@ -129,7 +135,7 @@ def open_pool(
     actor = ray.remote(_Searcher).options(num_cpus=cpus, num_gpus=gpus, **cluster.ACTOR_OPTIONS)
     holders = _holder(np.arange(info.shards), info.shards, count)
     owned = [np.flatnonzero(holders == number).tolist() for number in range(count)]
-    handles = tuple(actor.remote(info, shards, threads, telemetry.workflow()) for shards in owned)
+    handles = tuple(actor.remote(info, shards, threads, telemetry.workflow(), stage) for shards in owned)
     pool = SearchPool(info, handles, count * cpus, cluster.io_cpus(now, count * cpus))
     try:
         cluster.wait_for(pool.actors, "search")

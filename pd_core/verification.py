@@ -59,7 +59,7 @@ def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int |
         cluster.say(f"verify: {len(chosen)} of {artifact.rows} rows are made again, chosen by seed {seed}")
         found = verifying.Findings(parts)
         if len(chosen):
-            with search.open_pool(recipe.realset.index, now, None, 1, beside_generator=True) as pool:
+            with search.open_pool(recipe.realset.index, now, None, 1, True, "scoring") as pool:
                 found.add(verifying.check_rows(samples, pool, now, chosen))
     _say_findings(found, {"samples": artifact, **committed})
 

@@ -1,16 +1,28 @@
-"""Sizes of the stages' processes: a table over clusters of 0 to 64 CPUs. None of it starts Ray."""
+"""Sizes of the stages' processes: a table over clusters of 0 to 64 CPUs, and which of them are taken to grow."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pd_core import cluster, search
 from pd_core.cluster import FEED_CPUS, Cluster
 from pd_core.errors import RunError, UserError
+from tests.ray_head import autoscaling_head, running_head
 
 
 def joined(cpus: float, gpus: float = 0.0, node_cpus: float | None = None) -> Cluster:
+    """One whose nodes were started by hand."""
     return Cluster(cpus, gpus, local=False, address="", node_cpus=cpus if node_cpus is None else node_cpus)
+
+
+def scaling(cpus: float, gpus: float = 0.0, node_cpus: float | None = None) -> Cluster:
+    """One that an autoscaler adds nodes to."""
+    return replace(joined(cpus, gpus, node_cpus), elastic=True)
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +31,7 @@ def two_cores(monkeypatch):
 
 
 LOCAL = Cluster(4.0, 0.0, local=True, address="", node_cpus=4.0)
-FIXED = [LOCAL, *(joined(cpus) for cpus in (1.0, 2.0, 4.0, 8.0))]
+FIXED = [LOCAL, *(joined(cpus) for cpus in (1.0, 2.0, 4.0, 8.0)), joined(64.0, node_cpus=16.0)]
 
 
 @pytest.mark.parametrize("now", FIXED, ids=str)
@@ -33,7 +45,7 @@ def test_actors_leave_a_cpu_to_the_tasks_that_feed_them(now, actors, cpus):
     assert count * claim <= now.cpus - FEED_CPUS and threads >= cpus and count == (actors or count)
 
 
-@pytest.mark.parametrize("now", [joined(0.0), joined(12.0), joined(64.0, node_cpus=16.0)], ids=str)
+@pytest.mark.parametrize("now", [scaling(0.0), scaling(8.0), scaling(64.0, node_cpus=16.0)], ids=str)
 def test_an_elastic_cluster_is_asked_for_more_than_it_has(now):
     fewest, most, claim, _ = cluster.actor_pool(now, None, 2, None)
     assert (fewest, most, claim) == (1, cluster.AUTOSCALED_ACTORS, 2.0)
@@ -44,10 +56,11 @@ def test_an_elastic_cluster_is_asked_for_more_than_it_has(now):
 @pytest.mark.parametrize(
     ("now", "gpus", "expected"),
     [
-        (joined(64.0, 4.0), None, (1, 64, 1.0, 1.0)),
-        (joined(64.0, 4.0), 0.5, (1, 64, 1.0, 0.5)),
-        (joined(0.0, 0.0), 1.0, (1, 64, 1.0, 1.0)),  # GPUs that scale from zero, as the user says
-        (joined(64.0, 4.0), 0.0, (1, 64, 1.0, 0.0)),  # the user wants none
+        (scaling(64.0, 4.0), None, (1, 64, 1.0, 1.0)),
+        (scaling(64.0, 4.0), 0.5, (1, 64, 1.0, 0.5)),
+        (scaling(0.0, 0.0), 1.0, (1, 64, 1.0, 1.0)),  # GPUs that scale from zero, as the user says
+        (scaling(64.0, 4.0), 0.0, (1, 64, 1.0, 0.0)),  # the user wants none
+        (joined(64.0, 4.0), None, (1, 4, 1.0, 1.0)),
         (Cluster(32.0, 2.0, True, "", 32.0), None, (1, 2, 1.0, 1.0)),
     ],
     ids=str,
@@ -56,7 +69,7 @@ def test_gpus_are_used_where_there_are_any_or_the_user_says_so(now, gpus, expect
     assert cluster.actor_pool(now, None, 1, gpus) == expected
 
 
-@pytest.mark.parametrize("now", [*FIXED, joined(64.0, 4.0)], ids=str)
+@pytest.mark.parametrize("now", [*FIXED, scaling(64.0, 4.0)], ids=str)
 @pytest.mark.parametrize("actors", [None, 8])
 def test_no_more_actors_than_there_is_work(now, actors):
     for work in (1, 5, 1000):
@@ -72,12 +85,12 @@ def test_gpus_that_nobody_will_add_are_refused(gpus):
 
 
 def test_gpus_that_scaled_away_since_a_run_began_are_asked_for_again(capsys):
-    away = joined(12.0)
+    away = scaling(8.0)
     assert cluster.gpus_to_ask(away, None, "cuda") == 1.0
     assert capsys.readouterr().out == ""
     assert cluster.gpus_to_ask(away, None, None) is None
     assert "no GPU is up" in capsys.readouterr().out
-    for now, asked in ((away, 0.0), (away, 0.25), (joined(12.0, 2.0), None), (LOCAL, None)):
+    for now, asked in ((away, 0.0), (away, 0.25), (scaling(8.0, 2.0), None), (LOCAL, None)):
         assert cluster.gpus_to_ask(now, asked, "cuda") == asked
     assert capsys.readouterr().out == ""
 
@@ -132,7 +145,7 @@ def test_no_actor_claims_more_than_the_largest_node_has():
         (LOCAL, 1, 9, (1, 2, 1.0)),
         (joined(64.0, node_cpus=16.0), None, 1, (1, 16, 1.0)),
         (joined(64.0, node_cpus=16.0), None, 100, (48, 1, 1.0)),
-        (joined(0.0), None, 3, (1, 1, 1.0)),
+        (scaling(0.0), None, 3, (1, 1, 1.0)),
     ],
     ids=str,
 )
@@ -141,13 +154,13 @@ def test_search_processes_use_the_cores_that_shards_leave_idle(now, actors, shar
 
 
 def test_tasks_that_ask_actors_run_beside_them_whatever_these_claimed():
-    for now in (*FIXED, joined(12.0), joined(64.0, node_cpus=16.0)):
+    for now in (*FIXED, scaling(8.0), scaling(64.0, node_cpus=16.0)):
         for actors in (None, 1, 12, 64):
             count, _, claim, _ = cluster.search_actors(now, actors, 1, shards=100)
             assert count * claim + cluster.io_cpus(now, count * claim) <= max(now.cpus, count * claim)
 
 
-@pytest.mark.parametrize("now", [*FIXED, joined(0.0), joined(12.0), joined(64.0, 4.0, node_cpus=16.0)], ids=str)
+@pytest.mark.parametrize("now", [*FIXED, scaling(0.0), scaling(8.0), scaling(64.0, 4.0, node_cpus=16.0)], ids=str)
 @pytest.mark.parametrize("shards", [1, 100])
 def test_a_generator_finds_room_beside_the_search_it_needs(now, shards):
     """CPUs of both and of the tasks between them fit, all GPUs are the generator's, and an elastic cluster stays one."""
@@ -160,6 +173,105 @@ def test_a_generator_finds_room_beside_the_search_it_needs(now, shards):
         assert most >= cluster.AUTOSCALED_ACTORS
         return
     assert count * claim + most * each + cluster.io_cpus(now, count * claim) <= now.cpus
+
+
+# What Ray's monitor writes: in a cluster that scales the types of its nodes, else a type for each node, after its id.
+WORKERS = {"autoscaler_report": {"active_nodes": {"ray.head.default": 1, "cpu": 1}, "pending_launches": {}}}
+EMPTY = {"autoscaler_report": {"active_nodes": {"head": 1}, "pending_launches": {}}}
+BY_HAND = {"autoscaler_report": {"active_nodes": {f"node_{'0f' * 28}": 1, f"node_{'a1' * 28}": 1}}}
+NOT_YET: dict[str, Any] = {"load_metrics_report": {}}
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (WORKERS, True),
+        (EMPTY, True),
+        ({"autoscaler_report": {"active_nodes": {}, "pending_launches": {"node_gpu": 1}}}, True),
+        (BY_HAND, False),
+        (NOT_YET, None),
+        ({"autoscaler_report": {"active_nodes": {}}}, None),
+    ],
+)
+def test_whether_a_cluster_scales_is_what_its_monitor_says(status, expected):
+    assert cluster.scales(status) is expected
+
+
+def ray_of(monkeypatch, nodes, status):
+    """A cluster that Ray would tell of: resources of its nodes, the head first, and what its monitor wrote."""
+    heads = [{"node:__internal_head__": 1.0}] + [{}] * (len(nodes) - 1)
+    alive = [{"Alive": True, "Resources": {**node, **head}} for node, head in zip(nodes, heads, strict=True)]
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": sum(node.get("CPU", 0.0) for node in nodes)})
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address=""))
+    written = None if status is None else json.dumps(status).encode()
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: written)
+    return cluster._describe(local=False)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "status", "expected"),
+    [
+        ([{}], EMPTY, True),
+        ([{}, {"CPU": 8.0}], WORKERS, True),
+        ([{"CPU": 8.0}], EMPTY, True),  # the head computes too
+        ([{"CPU": 8.0}], BY_HAND, False),
+        ([{}, {"CPU": 64.0}], BY_HAND, False),
+        ([{}, {"CPU": 8.0}], None, True),  # the second autoscaler says nothing
+        ([{}], NOT_YET, True),
+        ([{"CPU": 4.0}, {"CPU": 4.0}], None, True),
+        ([{"CPU": 8.0}], None, False),
+        ([{"CPU": 64.0}], None, False),
+    ],
+)
+def test_a_cluster_is_elastic_where_ray_says_so_or_where_it_looks_so(monkeypatch, nodes, status, expected):
+    """Eight CPUs may be one worker of twenty: how many are up says nothing."""
+    assert ray_of(monkeypatch, nodes, status).elastic is expected
+
+
+@pytest.mark.parametrize("status", [WORKERS, None, NOT_YET])
+def test_a_cluster_that_scales_does_so_still_when_its_first_worker_is_up(monkeypatch, status):
+    before = ray_of(monkeypatch, [{}], EMPTY)
+    ray_of(monkeypatch, [{}, {"CPU": 8.0}], status)
+    now = cluster.refreshed(before)
+    assert (before.cpus, now.cpus) == (0.0, 8.0)
+    for seen in (before, now):
+        assert cluster.actor_pool(seen, None, 1, 1.0)[:2] == (1, cluster.AUTOSCALED_ACTORS)
+    ray_of(monkeypatch, [{"CPU": 8.0}], status)  # a head that computes and is alone again
+    assert cluster.refreshed(before).elastic
+
+
+def test_what_a_cluster_looks_like_is_forgotten_once_ray_tells(monkeypatch):
+    before = ray_of(monkeypatch, [{}, {"CPU": 8.0}], None)
+    ray_of(monkeypatch, [{}, {"CPU": 8.0}], BY_HAND)
+    assert before.elastic and not cluster.refreshed(before).elastic
+
+
+def test_a_cluster_of_our_own_is_not_elastic(ray_cluster):
+    assert not ray_cluster.elastic and not cluster.refreshed(ray_cluster).elastic
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("grows", [True, False])
+def test_ray_itself_tells_who_scales(tmp_path, grows):
+    """A head of each kind; the first seconds, in which its monitor has not looked yet, are left to looks."""
+    options = {"cpu": {"CPU": 8, "max": 2}}
+    head = autoscaling_head(tmp_path, options) if grows else running_head(tmp_path, "--num-cpus=2")
+    code = (
+        "import time; from pd_core import cluster; cluster.connect()\n"
+        "while (told := cluster._scales()) is None: time.sleep(0.5)\n"
+        'print(f"told: {told}, {cluster._describe(local=False).elastic}", flush=True)'
+    )
+    with head as up:
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**up.environment, "RAY_ADDRESS": up.address},
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+    assert f"told: {grows}, {grows}" in found.stdout, found.stderr
 
 
 def test_a_search_that_has_the_cluster_to_itself_uses_its_gpus():

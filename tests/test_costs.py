@@ -2,15 +2,31 @@
 
 import json
 import math
+import re
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from benchmarks import joins, scaling, simulation
-from pd_core import cluster, costs, features, index, indexing, planning, schemas, search, sources, storage
+from pd_core import (
+    cluster,
+    costs,
+    features,
+    images,
+    index,
+    indexing,
+    listing,
+    planning,
+    schemas,
+    search,
+    sources,
+    storage,
+)
 from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
 from tests.synthetic import clustered
 
@@ -64,6 +80,43 @@ def test_an_update_in_steps_compares_each_pair_once():
     assert sum(costs.pairs_of_update(int(old), new) for old, new in zip(arrived, steps, strict=False)) == 700**2
 
 
+@pytest.mark.parametrize("settings", [{}, {"index": {"kind": "flat"}}], ids=str)
+def test_an_update_goes_over_all_rows_but_for_pairs_extraction_training_and_fit(settings):
+    """tests/test_update.py holds its phases to the tasks that an update starts."""
+    build, machines = scaling.build(10**6, BuildIndexSettings.model_validate(settings)), scaling.fleet(10)
+    whole = {phase.title: phase for phase in costs.build_index(build, machines)}
+    update = {phase.title: phase for phase in costs.update_index(build, 10**4, machines)}
+    saved = {
+        *("listing: walk and sort", "neighbors: search", "estimator: fit the predictor"),
+        *("index: draw the training sample", "index: train the quantizer"),
+    }
+    assert whole.keys() - update.keys() == saved & whole.keys()
+    same = {title for title in whole.keys() & update.keys() if whole[title] == update[title]}
+    assert same == whole.keys() & update.keys() - {"features: decode and extract", "neighbors: open the shards"}
+    assert update["features: decode and extract"].read_bytes == whole["features: decode and extract"].read_bytes / 100
+    # half of the rows are three quarters of the pairs, and those of a rebuild take what the model says of them
+    unit = replace(costs.MEASURED, query_s=0.0)
+    pairs = costs.pairs_of_update(5 * 10**5, 5 * 10**5) / 10.0**12
+    searching = [0.0, 0.0]
+    for number, new in enumerate((0, 5 * 10**5)):
+        (joined,) = (p for p in costs.update_index(build, max(new, 1), machines, unit) if p.name.startswith("old rows"))
+        actors, threads = costs.searchers(build, machines, search.BESIDE_SHARE)
+        searching[number] = joined.floors["search processes"] * actors * min(threads, machines.cores)
+        fresh = max(new, 1) * build.vector_bytes * unit.shard_build_s * joined.tasks
+        merged = costs.fan_out(build, actors) * max(new, 1) * unit.merge_s - max(new, 1) * unit.merge_s
+        searching[number] += joined.core_s - fresh - merged
+    assert searching[1] - searching[0] == pytest.approx(pairs * costs.search_core_s(build, 1, unit), rel=1e-3)
+
+
+def test_an_update_of_a_large_index_waits_for_listing_and_report_and_too_many_new_rows_do_not_fit():
+    build, machines = scaling.build(10**8), scaling.fleet(100)
+    phases = costs.update_index(build, 10**5, machines)
+    longest = sorted(phases, key=lambda phase: -costs.seconds(phase, machines))
+    assert [phase.title for phase in longest[:2]] == ["listing: walk and compare", "report: draw"]
+    assert all(costs.fits(phase, machines) for phase in phases)
+    assert costs.bottleneck(costs.update_index(build, 10**6, machines), machines).limit == costs.MEMORY
+
+
 def test_pairs_make_the_search_quadratic_and_k_means_linear():
     one, two = (scaling.build(n) for n in (10**8, 4 * 10**8))
     exact = [replace(b, nprobe=0, scanned=1.0) for b in (one, two)]
@@ -79,7 +132,7 @@ def test_pairs_make_the_search_quadratic_and_k_means_linear():
 @pytest.mark.parametrize("nodes", [1, 10, 300])
 def test_actors_are_those_that_the_stages_start(nodes):
     machines = scaling.fleet(nodes)
-    now = cluster.Cluster(nodes * 32.0, 0.0, False, "", 32.0)
+    now = cluster.Cluster(nodes * 32.0, 0.0, False, "", 32.0, elastic=True)
     build = scaling.build(10**8)
     assert costs.searchers(build, machines) == cluster.search_actors(now, None, 1, build.shards)[:2]
     assert costs.extractors(build, machines) == cluster.actor_pool(now, None, 1, None)[1]
@@ -296,6 +349,61 @@ def test_a_plan_says_what_limits_a_large_run_and_nothing_of_a_small_one():
     assert line.startswith("limit:     estimator: fit the predictor: one process") and "--estimator.epochs" in line
     (line,) = planning.limit_lines(costs.build_index(scaling.build(10**9), machines), machines)
     assert "memory" in line and "GiB on a node that has" in line
+
+
+def planned(monkeypatch, nodes, elastic, **settings) -> str:
+    """The plan of a build of a million images, as a cluster of these nodes would print it."""
+    probed = planning.Probe(decode_s=0.003, extract_s=0.25, bad=0, tried=64, flops=1.9e11, model_bytes=1)
+    preprocess = images.Preprocess(224, 224, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
+    spec = features.ExtractorSpec("vit", None, "", 768, preprocess, "fp32", "")
+    up = [{"Alive": True, "Resources": node} for node in nodes]
+    total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    now = cluster.Cluster(total["CPU"], total["GPU"], False, "", 8.0, elastic=elastic)
+    counted = {"rows": 10**6, "bytes": 44 * 10**9, "files": 10**6, "sample": None}
+    monkeypatch.setattr("ray.nodes", lambda: up)
+    monkeypatch.setattr(listing, "count", lambda source: counted)
+    monkeypatch.setattr(planning, "probe", lambda *args: None)
+    monkeypatch.setattr(cluster, "get", lambda reference: (spec, probed))
+    monkeypatch.setattr(cluster, "refreshed", lambda before: now)
+    chosen = BuildIndexSettings.model_validate({"output": "s3://bucket/out", "features": settings})
+    source: Any = SimpleNamespace(root="s3://bucket/images", kind="images")
+    before = cluster.Cluster(0.0, 0.0, False, "", elastic=elastic)
+    return planning.plan(chosen, source, before, images.DecodeLimits(1, 1, (0, 0, 0)))
+
+
+NODE = {"CPU": 8.0, "memory": 24e9, "object_store_memory": 8e9}
+
+
+def test_a_plan_on_a_cluster_that_grows_says_for_which_nodes_it_is(monkeypatch):
+    text = planned(monkeypatch, [{"memory": 8e9}], elastic=True)  # the head alone
+    assert (
+        "1 node of 8 CPUs" in text and "fleet:     times are for one node of 8 CPUs and 32.0 GiB, an assumption" in text
+    )
+    assert "on 1 cores" not in text and "1 node of 1 CPUs" not in text
+    text = planned(monkeypatch, [{"memory": 8e9}, NODE, NODE], elastic=True)
+    assert "fleet:     times are for the 2 nodes of 8 CPUs that the cluster has now" in text
+    assert "20 such nodes would take about" in text
+    # decoding and model of a million images are 70.3 core-hours; what the others add is below a sixth of that
+    (hours,) = re.findall(r"compute ([\d.]+) core-hours", text)
+    assert 10**6 * 0.253 / 3600 < float(hours) < 10**6 * 0.253 / 3600 * 1.16
+    assert "fleet:" not in planned(monkeypatch, [NODE, NODE], elastic=False)
+
+
+def features_s(text: str) -> str:
+    return re.findall(r"features (\d+ \w+|[\d.]+ h)", text)[0]
+
+
+def test_a_plan_does_not_pass_off_seconds_of_cpus_as_those_of_gpus(monkeypatch):
+    on_cpus = planned(monkeypatch, [NODE], elastic=True)
+    assert "250.0 ms model" in on_cpus and "runs on GPUs" not in on_cpus
+    coming = planned(monkeypatch, [NODE], elastic=True, actor_gpus=1.0)
+    there = planned(monkeypatch, [NODE | {"GPU": 1.0}], elastic=True)
+    for text in (coming, there):
+        assert "ms model" not in text and "the model runs on GPUs, which are not probed" in text
+    assert features_s(coming) == features_s(there) != features_s(on_cpus)
+    # GPUs that are not to be used change nothing
+    unused = planned(monkeypatch, [NODE | {"GPU": 1.0}], elastic=True, actor_gpus=0.0)
+    assert features_s(unused) == features_s(on_cpus) and "250.0 ms model" in unused
 
 
 def test_generating_a_million_is_limited_by_its_actors():

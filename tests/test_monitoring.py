@@ -42,7 +42,7 @@ VALUES = {  # of labels that have a closed list
     "cronjob": {CRONJOB["name"]},
     "resource": {"cpu", "gpu"},
     "device": {"cpu", "gpu"},
-    "stage": {"features", "neighbors", "densities", "search", "pilot", "samples", "perturbed", "training"},
+    "stage": {"features", "neighbors", "densities", "scoring", "pilot", "samples", "perturbed", "training"},
 }
 # What Grafana puts in the place of its variables: its own, and a number or a pattern for those of the dashboard.
 VARIABLES = {"$__rate_interval": "1m", "$__range": "6h", "$workflow": ".*", "$cpu_hour": "0.04", "$gpu_hour": "1.00"}
@@ -133,6 +133,20 @@ def test_every_metric_and_label_that_is_asked_for_exists(where):
 def test_the_past_is_a_range(where):
     """At one instant of the past a series may be absent, since its scrape failed: what it counted before would look new."""
     assert re.findall(r"[^]\s]\s+offset\b", expressions()[where]) == []
+
+
+def test_an_accepted_image_costs_what_generating_and_scoring_held_and_no_self_join():
+    found = [expression for where, expression in expressions().items() if "Cost per thousand accepted" in where]
+    assert len(found) == 2
+    for expression in found:
+        stages = {
+            matcher.value
+            for selector in selectors(expression)
+            if selector.name == telemetry.HELD_S.exported
+            for matcher in selector.matchers.matchers
+            if matcher.name == "stage"
+        }
+        assert stages == {"pilot|samples|scoring"}
 
 
 @pytest.mark.parametrize(

@@ -190,9 +190,13 @@ def test_counters_of_build_index_are_what_it_committed(head, built_there):
 @pytest.mark.timeout(700)
 def test_seconds_are_held_by_the_actors_of_a_stage_and_never_more_than_there_were(head, built_there):
     scraped = wait_until(head, lambda s: s.sum(telemetry.RUNS, workflow="build_index", outcome="done") == 1)
-    stages = ("features", "search")
-    held = {stage: scraped.sum(telemetry.HELD_S, stage=stage, resource="cpu") or 0.0 for stage in stages}
+    stages = ("features", "neighbors")
+    ours = {"workflow": "build_index", "resource": "cpu"}
+    held = {stage: scraped.sum(telemetry.HELD_S, **ours, stage=stage) or 0.0 for stage in stages}
     assert all(held.values()), held
+    assert (
+        scraped.sum(telemetry.HELD_S, **ours, stage="scoring") is None
+    )  # its self-join makes no accepted image dearer
     elapsed_s = json.loads((built_there / "run.json").read_text())["elapsed_s"]
     assert sum(held.values()) <= 4 * elapsed_s
     busy = scraped.sum(telemetry.BUSY_S, workflow="build_index", stage="features", device="cpu")
@@ -228,8 +232,9 @@ def test_counters_of_generate_are_what_it_made(head, built_there, tmp_path):
     assert accepted is not None and samples.rows <= accepted <= samples.rows + made - samples.totals["candidates"]
     assert scraped.sum(telemetry.PARTS, **ours, stage="samples") == len(samples.parts)
     assert scraped.sum(telemetry.FAILED_PARTS, **ours, stage="samples") == 0
-    held = {stage: scraped.sum(telemetry.HELD_S, **ours, stage=stage) for stage in ("pilot", "samples", "search")}
+    held = {stage: scraped.sum(telemetry.HELD_S, **ours, stage=stage) for stage in ("pilot", "samples", "scoring")}
     assert all(held.values()), held
+    assert scraped.sum(telemetry.HELD_S, **ours, stage="neighbors") is None
 
 
 @pytest.mark.slow

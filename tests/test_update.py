@@ -1,12 +1,16 @@
 """An update of an index is a whole build: same rows, same neighbors, same densities; and nothing that was done is done again."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
+import ray.data
 
-from pd_core import config, errors, estimator, indexing, pipeline, search, storage, updating
+from pd_core import config, costs, errors, estimator, indexing, pipeline, search, storage, updating
 from tests import tiny
 
 EARLIER = 110  # images of the base
@@ -197,6 +201,75 @@ def test_an_index_with_cells_keeps_its_quantizer_and_stays_within_its_error(sour
     found = rows(output, "neighbors")
     assert np.array_equal(np.stack(found["neighbor_ids"].to_numpy()), ids)
     assert np.array_equal(np.stack(found["neighbor_distances"].to_numpy()), distances)
+
+
+# Tasks and actors that the driver starts, and the phase of the model that stands for each.
+DRAW, TRAIN = "index: draw the training sample", "index: train the quantizer"
+STARTED = {
+    "listing._list": "listing: walk and sort",
+    "features._ExtractBatch": "features: decode and extract",
+    "indexing._sample": "index: calibrate: exact neighbors of a sample",  # and, with another seed, DRAW
+    "indexing._train_template": TRAIN,
+    "indexing._assign": "index: assign rows to cells",
+    "indexing._deal": "index: deal rows to shards",
+    "indexing._build_shard": "index: build shards",
+    "indexing._exact_in_group": "index: calibrate: exact neighbors of a sample",
+    "indexing._choose": "index: calibrate: search the shards",  # a task that starts the others
+    "search._Searcher": "neighbors: open the shards",
+    "selfjoin._join_block": "neighbors: search",
+    "selfjoin._summary": "densities: mean distances",
+    "selfjoin._calibrate": "densities: normalizer and ranks",
+    "selfjoin._write_group": "densities: write",
+    "fitting._fit": "estimator: fit the predictor",
+    "reporting._make": "report: draw",
+    "updating._compare": "listing: walk and compare",
+    "updating._merge_part": "features: take over what is unchanged",
+    "updating._cell_distance": "index: look whether the quantizer holds",
+    "updating._shard_of": "neighbors: make a shard of the new rows",
+    "updating._merge_block": "neighbors: old rows with new ones, new rows with all",
+    "updating._keep": "estimator: look whether the predictor holds",
+}
+SMALL = {
+    "features.describe",
+    "indexing._deal_cells",
+    "features._write_part",
+    "features._decode",
+}  # of the driver's or no time
+
+
+@pytest.mark.slow
+def test_the_model_of_costs_has_the_phases_that_build_and_update_have(
+    source, inputs, tmp_path, ray_cluster, monkeypatch
+):
+    started: set[str] = set()
+
+    def name(function: Any) -> None:
+        function = getattr(function, "func", function)
+        if getattr(function, "__module__", "").startswith("pd_core."):
+            started.add(f"{function.__module__.removeprefix('pd_core.')}.{function.__name__}")
+
+    def started_by(submit: Callable[..., Any]) -> Callable[..., Any]:
+        def seen(*args: Any, **options: Any) -> Any:
+            for argument in args:
+                name(argument)
+            return submit(*args, **options)
+
+        return seen
+
+    monkeypatch.setattr("ray.remote", started_by(ray.remote))
+    monkeypatch.setattr("ray.data.Dataset.map_batches", started_by(ray.data.Dataset.map_batches))
+    keeps = ("--update.max_r2_drop=9", "--estimator.split=hash")
+    base, settings = tmp_path / "base", config.BuildIndexSettings.model_validate({"index": {"kind": "ivf_flat"}})
+    machines = costs.Fleet(1, 2.0, 1e11)
+    build = costs.build_of(settings, 10**5, 10**5, 16, 1, 0.0, 0.0, 0.0)
+    assert built(source, inputs[1], base, *IVF) == 0
+    phases = {phase.title for phase in costs.build_index(build, machines)}
+    assert phases == {STARTED[one] for one in started - SMALL} | {DRAW}
+    grow(source)
+    started.clear()
+    assert built(source, inputs[1], tmp_path / "updated", f"--base={base}", *IVF, *keeps) == 0
+    updates = {phase.title for phase in costs.update_index(build, 10**4, machines)}
+    assert updates == {STARTED[one] for one in started - SMALL}
 
 
 @pytest.mark.slow
