@@ -910,13 +910,14 @@ def update_index(build: Build, new: int, fleet: Fleet, unit: UnitCosts = MEASURE
     """The phases of `pipeline.build_index` with a base, where `new` of `build.rows` images are new and none has gone.
 
     What is saved is extraction, the training of the quantizer, the pairs of old rows with each other and the fit. All else goes
-    over all rows again: listing, the shards and their calibration, the other rows' neighbors, densities and report. Where
+    over all rows again: listing, the shards of an index with cells and their calibration, the other rows' neighbors, densities and report. Where
     quantizer or predictor do not hold any more, the phases of a whole build come on top.
     """
     fresh = replace(build, rows=new, files=max(1, round(build.files * new / build.rows)))
     whole = {phase.title: phase for phase in build_index(build, fleet, unit)}
-    shards = [phase for phase in whole.values() if phase.stage == "index" and phase.name not in TRAINING]
+    shards = _flat(fresh, unit)  # the others are taken over as they are
     if build.cells:
+        shards = [phase for phase in whole.values() if phase.stage == "index" and phase.name not in TRAINING]
         shards = [_drift(build, fresh, unit), *(p for p in shards if not build.exact or "calibrate" not in p.name)]
     return [
         _comparison(whole["listing: walk and sort"], build, unit),
