@@ -24,7 +24,7 @@ MAY_DIFFER = {
     "report/index.html": "shows how long stages took",
     "training/summary.json": "holds the seconds of a step",
     "training/state-*.pt": "holds the same values, pickled; torch's archive is not compared to the byte",
-    "evaluation/sets/*/listing/part-*.parquet": "of curate: marks the files of the samples, which each run makes, by when they were written",
+    "sets/*/listing/part-*.parquet": "marks the files of the samples by when they were written, also where the run itself made them",
 }
 MAY_DIFFER_TOTALS = {
     "report.bytes": "the page shows how long stages took",
