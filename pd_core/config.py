@@ -331,7 +331,11 @@ class WeightingSettings(Section):
         "real set's densities; polarity: exp(polarity * v), v the log-volume of the generator at the sample, whatever its density; "
         "magnet: polarity 1, uniform on what the generator can make; none: as the generator draws",
     )
-    threshold: str = Field("p80", description="two_level: tau, a percentile of the real set (p80) or a density (1.19)")
+    threshold: str = Field(
+        "p80",
+        coerce_numbers_to_str=True,
+        description="two_level: tau, a percentile of the real set (p80) or a density (1.19)",
+    )
     weight: float | None = Field(
         None, gt=0, description="two_level: w of samples above the threshold; above 1 typical, below 1 varied; required"
     )
@@ -869,9 +873,24 @@ class CurateSettings(WorkflowSettings):
         names = [recipe.name for recipe in self.recipes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"recipes: {twice[0]!r} is named twice")
+        for recipe in self.recipes:
+            if self.evaluation.n is not None and recipe.n < self.evaluation.n:
+                raise ValueError(
+                    f"recipes: {recipe.name!r} has n {recipe.n}, evaluation.n is {self.evaluation.n}; raise the recipe's n"
+                )
         for gate in self.gates:
             if gate.recipe is not None and gate.recipe not in names:
                 raise ValueError(f"gates: unknown recipe {gate.recipe!r}; {nearest_name(gate.recipe, names)}")
+            for recipe in self.recipes:
+                if (
+                    gate.metric == "n"
+                    and gate.min is not None
+                    and gate.recipe in (None, recipe.name)
+                    and recipe.n < gate.min
+                ):
+                    raise ValueError(
+                        f"gates: n of {recipe.name!r} is {recipe.n}, the gate wants {gate.min:g}; raise its n"
+                    )
             if gate.space == "judge" and self.evaluation.judge.model == "none":
                 raise ValueError(f"gates: {gate.metric} in the judge's space, but evaluation.judge.model is none")
         return self

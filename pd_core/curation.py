@@ -98,6 +98,7 @@ def curate(settings: CurateSettings) -> int:
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
+            releasing.settle(output)
             index = _index(run, settings, lease)
             lease.check()
             code = _release(run, settings, index, lease)
@@ -167,7 +168,8 @@ def _index(run: Run, settings: CurateSettings, lease: leases.Lease) -> Version:
         return version
     begun = _claim(version.uri)
     base = None if begun is None else begun["base"]
-    if base is not None and _damage(base, updating.STAGES):
+    if base is not None and (damage := _damage(base, updating.STAGES)):
+        cluster.say(f"index: the base of {version.uri} cannot be had: {damage}; what follows from it is made anew")
         base = None
     if base is None and (begun is None or begun["base"]) and current is not None and current.uri != version.uri:
         if damage := _damage(current.uri, updating.STAGES):
@@ -273,8 +275,13 @@ def _version_of_now(run: Run, settings: CurateSettings, current: Version | None)
 
 
 def _current(root: str) -> Version | None:
-    pointer = storage.read_json(storage.join(root, CURRENT))
-    return None if pointer is None else Version(storage.join(root, pointer["version"]), pointer["digest"])
+    uri = storage.join(root, CURRENT)
+    pointer = storage.read_json(uri)
+    if pointer is None:
+        return None
+    if not isinstance(pointer, dict) or not {"version", "digest"} <= set(pointer):
+        raise UserError(f"{uri}: names no version; restore it, or delete it and the index is built anew")
+    return Version(storage.join(root, pointer["version"]), pointer["digest"])
 
 
 def _named(root: str, digest: str) -> str:

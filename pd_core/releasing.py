@@ -25,6 +25,7 @@ from pd_core.errors import RunError, UserError
 RELEASES, LATEST = "releases", "latest.json"
 METRICS, RECORD, CARD = "metrics.parquet", "release.json", "README.md"
 HASH_LETTERS = 12
+POINTER = {"release", "uri", "moved", "lock_token", "last", "verdicts", "held"}  # keys of LATEST
 
 # by recipe, by "space.metric"; n, likely_copies and acceptance_rate without a space
 Numbers = Mapping[str, Mapping[str, float]]
@@ -137,14 +138,49 @@ class Release:
     record: dict[str, Any]
 
 
+def pointer(root: str) -> dict[str, Any]:
+    """`latest.json`, which people may write into; empty where nothing was released yet.
+
+    Raises:
+        UserError: it is none: a key that no pointer has, no `release`, or a `held` that is no list of names.
+    """
+    uri = storage.join(root, LATEST)
+    there = storage.read_json(uri)
+    if there is None:
+        return {}
+    if not isinstance(there, dict) or not isinstance(there.get("release"), str):
+        raise UserError(f"{uri}: has no `release`, the name of one; restore or correct it")
+    if unknown := sorted(set(there) - POINTER):
+        raise UserError(f"{uri}: unknown key {unknown[0]!r}; correct it: the list of releases to keep out is `held`")
+    held = there.get("held", [])
+    if not isinstance(held, list) or not all(isinstance(name, str) for name in held):
+        raise UserError(f"{uri}: `held` must be a list of names of releases; correct it")
+    return there
+
+
+def settle(root: str) -> None:
+    """Where a person has written another `release` into `latest.json`, let the rest of it follow; call it with the lock held."""
+    there = pointer(root)
+    if not there or there.get("uri") == (uri := f"{RELEASES}/{there['release']}"):
+        return
+    record = record_of(root, there["release"]) or {}
+    there |= {"uri": uri, "moved": _now(), "last": record.get("last"), "verdicts": record.get("verdicts", [])}
+    storage.write_bytes(storage.join(root, LATEST), json.dumps(there, indent=1).encode())
+    cluster.say(f"{storage.join(root, LATEST)}: the rest of it follows `release`, which is {there['release']} now")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def latest(root: str) -> str | None:
     """Name of the release that passed last."""
-    return (storage.read_json(storage.join(root, LATEST)) or {}).get("release")
+    return pointer(root).get("release")
 
 
 def lock_token(root: str) -> int:
     """Of the run that has moved `latest.json` last; 0 where none has."""
-    return int((storage.read_json(storage.join(root, LATEST)) or {}).get("lock_token", 0))
+    return int(pointer(root).get("lock_token", 0))
 
 
 def open_latest(root: str) -> Release | None:
@@ -175,7 +211,7 @@ def record_of(root: str, name: str) -> dict[str, Any] | None:
 
 def open_before_latest(root: str) -> Release | None:
     """The release before the one that `latest.json` names; None where there was none, or it is not there any more."""
-    before = (storage.read_json(storage.join(root, LATEST)) or {}).get("last")
+    before = pointer(root).get("last")
     return None if before is None else open_release(root, before)
 
 
@@ -321,7 +357,7 @@ def _number(value: float | None) -> str:
 
 def held_by_hand(root: str) -> list[str]:
     """Releases that `latest.json` says, in `held`, are not to become the latest: who went back to an older one put it there."""
-    return list((storage.read_json(storage.join(root, LATEST)) or {}).get("held", []))
+    return list(pointer(root).get("held", []))
 
 
 def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: Release | None) -> None:
@@ -334,21 +370,21 @@ def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: R
         RunError: a later holder of the lock has moved it.
     """
     uri = storage.join(root, LATEST)
-    there = storage.read_json(uri) or {}
+    there = pointer(root)
     if (other := there.get("lock_token", 0)) > token:
         raise RunError(
             f"{uri}: was moved by run {other} of the lock, this is {token}; what is done is kept, run it again"
         )
-    pointer = {
+    moved = {
         "release": name,
         "uri": f"{RELEASES}/{name}",
-        "moved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "moved": _now(),
         "lock_token": token,
         "last": None if last is None else last.name,
         "verdicts": as_json(verdicts),
         "held": there.get("held", []),
     }
-    storage.write_bytes(uri, json.dumps(pointer, indent=1).encode())
+    storage.write_bytes(uri, json.dumps(moved, indent=1).encode())
 
 
 def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

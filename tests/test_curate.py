@@ -215,13 +215,38 @@ def test_a_pointer_is_not_moved_by_an_overtaken_holder(tmp_path):
     assert releasing.latest(str(tmp_path)) == "a" and releasing.lock_token(str(tmp_path)) == 7
 
 
-@pytest.mark.parametrize("text", ['{"release": "a"', ""])
-def test_a_pointer_that_was_edited_badly_is_one_line(source, inputs, tmp_path, capsys, text):
+def test_a_pointer_follows_the_release_that_a_person_has_written(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "releases" / name).mkdir(parents=True)
+        (tmp_path / "releases" / name / "release.json").write_text(
+            json.dumps({"last": f"before {name}", "verdicts": []})
+        )
+    releasing.point(str(tmp_path), "b", 7, [], None)
+    there = releasing.pointer(str(tmp_path))
+    releasing.settle(str(tmp_path))
+    assert releasing.pointer(str(tmp_path)) == there
+    (tmp_path / "latest.json").write_text(json.dumps(there | {"release": "a", "held": ["b"]}))
+    releasing.settle(str(tmp_path))
+    now = releasing.pointer(str(tmp_path))
+    assert (now["uri"], now["last"], now["held"], now["lock_token"]) == ("releases/a", "before a", ["b"], 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"release": "a"', "is no whole JSON file"),
+        ("", "is no whole JSON file"),
+        ("[]", "has no `release`"),
+        ('{"release": "a", "held": "b"}', "`held` must be a list"),
+        ('{"release": "a", "holds": []}', "unknown key 'holds'"),
+    ],
+)
+def test_a_pointer_that_was_edited_badly_is_one_line(source, inputs, tmp_path, capsys, text, expected):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "latest.json").write_text(text)
     assert run(source, inputs[1], tmp_path / "out") == errors.EXIT_BAD_INPUT
     said = capsys.readouterr().err
-    assert "latest.json: is no whole JSON file" in said and len(said.strip().splitlines()) == 1
+    assert f"latest.json: {expected}" in said and len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -272,8 +297,10 @@ def test_a_live_lock_is_named_and_a_stale_one_taken_over(source, inputs, tmp_pat
         ({"recipes": [TYPICAL | {"treshold": "p3"}]}, "unknown setting; did you mean 'threshold'?"),
         ({"recipes": [TYPICAL, TYPICAL]}, "'typical' is named twice"),
         ({"recipes": [TYPICAL | {"threshold": "p800"}]}, "recipes: typical: threshold 'p800'"),
-        ({"recipes": [{"name": "typical", "n": 3}]}, "recipes: typical: --weighting.weight"),
+        ({"recipes": [{"name": "typical", "n": 40}]}, "recipes: typical: --weighting.weight"),
         ({"recipes": []}, "recipes: none"),
+        ({"gates": [{"metric": "n", "min": 41}]}, "n of 'typical' is 40, the gate wants 41"),
+        ({"evaluation": {"n": 50}}, "'typical' has n 40, evaluation.n is 50"),
         ({"recipes": [TYPICAL | {"name": "../x"}]}, "expected a folder name"),
         ({"generator": {"kind": "diffusers", "path": "/nowhere/ddpm"}}, "/nowhere/ddpm"),
     ],
