@@ -38,10 +38,8 @@ MAY_DIFFER_TOTALS = {
 }
 
 
-AS_TEXT = (
-    "release.json",
-    "README.md",
-)  # of a release: compared without what names the output, and hashes of where images lie
+# Of a release: compared without what names the output, and hashes of where images lie.
+AS_TEXT = ("release.json", "README.md")
 POINTERS = {"latest.json": ("moved", "lock_token"), "index/current.json": ("digest",)}  # and what may differ in them
 
 # Of versions and releases of curate: when they were made, and a hash of what from.

@@ -197,12 +197,10 @@ def _is_of(version: Version, state: sources.State) -> bool:
     """
     if not storage.exists(storage.join(version.uri, RUN)):
         return False
-    if damage := _damage(version.uri, updating.STAGES):
-        cluster.say(f"index: {damage}")
-        return False
     if damage := _damage(version.uri, pipeline.STAGES):
         base = (storage.read_record(storage.join(version.uri, BEGUN)) or {}).get("base")
-        mends = base is None or _damage(base, updating.STAGES) is None
+        needed = _damage(version.uri, updating.STAGES) is not None
+        mends = needed or base is None or _damage(base, updating.STAGES) is None
         cluster.say(f"index: {damage}{'' if mends else f'; left so, since {base} is not there any more'}")
         if mends:
             return False

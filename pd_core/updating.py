@@ -461,10 +461,8 @@ def kept_index(
     """What the index of an update has from the base: the quantizer, and how many cells are probed; of a flat one the shards, or None."""
     before = base.artifacts["index"]
     if before.totals["kind"] == "flat":
-        uri = storage.join(output, ADDED, "features")
-        parts = [part for part in (added.parts if added is not None else ()) if part.rows]
-        names = tuple(storage.join(uri, part.name) for part in parts)
-        rows = sum(part.rows for part in parts)
+        names = tuple(_added_parts(output, added))
+        rows = 0 if added is None else added.rows
         shards = indexing.KeptShards(
             base.folder("index"), before.fingerprint, before.parts, changes.removed, names, rows
         )
@@ -479,6 +477,12 @@ def kept_index(
         rows=_rows_when_trained(before),
         auto=before.identity["auto"],
     )
+
+
+def _added_parts(output: str, added: storage.Artifact | None) -> list[str]:
+    """The features parts of what was added that have rows, as URIs."""
+    parts = () if added is None else added.parts
+    return [storage.join(output, ADDED, "features", part.name) for part in parts if part.rows]
 
 
 def _changed(before: storage.Artifact) -> int:
@@ -543,7 +547,7 @@ def drift(
         return f"{growth:.0%} of the rows have changed since its quantizer was trained, --update.max_growth is {settings.max_growth:g}"
     if added is None or not added.rows:
         return None
-    new = [storage.join(output, ADDED, "features", part.name) for part in added.parts if part.rows]
+    new = _added_parts(output, added)
     far = cluster.get(cluster.task(_cell_distance).remote(base.folder("index"), new))
     before_far = _trained_distance(base)
     if before_far > 0 and far > settings.max_cell_distance * before_far:
@@ -659,9 +663,8 @@ def _number(name: str) -> int:
 
 def _new_rows(info: search.IndexInfo, output: str, changes: Changes) -> Any:
     """Reference to the shard of the new rows alone, as bytes of a `.faiss` file; None where there are none."""
-    uri = storage.join(output, ADDED, "features")
-    added = storage.load_artifact(uri) if changes.added is not None else None
-    names = [storage.join(uri, part.name) for part in added.parts if part.rows] if added is not None else []
+    added = storage.load_artifact(storage.join(output, ADDED, "features")) if changes.added is not None else None
+    names = _added_parts(output, added)
     return cluster.task(_shard_of).remote(info, names) if names else None
 
 
