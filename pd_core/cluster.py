@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage, telemetry
-from pd_core.errors import CredentialsRefused, RunError, UserError, one_line
+from pd_core.errors import CredentialsRefused, RunError, UserError, one_line, terminated_as_interrupted
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -169,11 +170,22 @@ def session(output: str, workflow: str = "") -> Iterator[Cluster]:
     if nodes > 1 and "://" not in output:
         say(f"ray: {nodes} nodes and a local --output; every node must see {output} (a shared disk), or use s3://")
     try:
-        with telemetry.running(workflow), _counted() if workflow else contextlib.nullcontext():
+        with (
+            _ended_by_sigterm(),
+            telemetry.running(workflow),
+            _counted() if workflow else contextlib.nullcontext(),
+        ):
             yield now
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _ended_by_sigterm() -> contextlib.AbstractContextManager[None]:
+    """SIGTERM as Ctrl-C, once more: Ray's start has put a handler of its own in place that aborts, and nothing is given back."""
+    if threading.current_thread() is threading.main_thread():
+        return terminated_as_interrupted()
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -201,6 +213,11 @@ def shared(now: Cluster) -> Iterator[None]:
         yield
     finally:
         _shared = before
+
+
+def is_shared() -> bool:
+    """Whether this is part of a run that has a session already."""
+    return _shared is not None
 
 
 def _describe(local: bool, was_elastic: bool = False) -> Cluster:

@@ -34,7 +34,7 @@ from pd_core.candidates import Recipe
 from pd_core.config import DataSettings, TradeoffSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, flatten
+from pd_core.running import REPORT, Run, checked_output, failures, started
 from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting
 from pd_core.volume import INSTEAD, Volume
@@ -112,14 +112,8 @@ def truncations_of(settings: TradeoffSettings) -> list[float]:
 def compare(settings: TradeoffSettings) -> None:
     """Every setting's metrics from one pool of candidates: `curve/`, figures and a table under `settings.output`."""
     settings, real, found = prepare(settings)
-    cluster.say(config.to_yaml(settings))
-    output, watch = str(settings.output), storage.Stopwatch()
-    with (
-        cluster.session(output, "tradeoff") as now,
-        tracking.start(settings.tracking, output, "tradeoff", {"workflow": "tradeoff"}) as tracker,
-    ):
-        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
-        run = Run(settings, output, now, tracker, "tradeoff", STAGES)
+    output = str(settings.output)
+    with started(settings, output, "tradeoff", STAGES) as run:
         with _own_words(), contextlib.ExitStack() as resources:
             planned = _plan(run, settings, real, found, resources)
             cluster.say(planned.text)
@@ -140,16 +134,11 @@ def compare(settings: TradeoffSettings) -> None:
         if (
             run.made
         ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
-            _track(tracker, rows)
-        with failures("run", output):
-            run.record(watch.seconds, ("report",))
+            _track(run.tracker, rows)
         for line in summary(rows):
             cluster.say(line)
-        run.say_done(watch.seconds)
-        if tracker.hint:
-            cluster.say(f"tracking: {tracker.hint}")
-        cluster.say(f"table: {storage.join(output, 'report', tradeoff_report.TABLE)}")
-        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+        table, page = (storage.join(output, "report", name) for name in (tradeoff_report.TABLE, REPORT))
+        run.finish(("report",), table=table, report=page)
         if settings.target is not None:
             say_choice(settings.target, rows)
 
@@ -157,13 +146,12 @@ def compare(settings: TradeoffSettings) -> None:
 def plan_tradeoff(settings: TradeoffSettings) -> None:
     """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
     settings, real, found = prepare(settings)
-    cluster.say(config.to_yaml(settings))
-    output = str(settings.output)
-    off = settings.tracking.model_copy(update={"enabled": False})
-    with cluster.session(output, "tradeoff") as now, tracking.start(off, output, "tradeoff", {}) as tracker:
-        run = Run(settings, output, now, tracker, "tradeoff", STAGES)
-        with _own_words(), contextlib.ExitStack() as resources:
-            cluster.say(_plan(run, settings, real, found, resources).text)
+    with (
+        started(settings, str(settings.output), "tradeoff", STAGES, tracked=False) as run,
+        _own_words(),
+        contextlib.ExitStack() as resources,
+    ):
+        cluster.say(_plan(run, settings, real, found, resources).text)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +42,7 @@ from pd_core import (
 )
 from pd_core.config import CurateSettings, RecipeSettings
 from pd_core.errors import RunError, UserError
-from pd_core.running import RUN, Run, checked_output, failures, flatten
+from pd_core.running import RUN, Run, checked_output, failures, started
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from
@@ -89,12 +88,11 @@ def prepare(settings: CurateSettings) -> CurateSettings:
 def curate(settings: CurateSettings) -> int:
     """One scheduled run; returns the exit code: released (0), nothing new, or held back by a gate."""
     settings = prepare(settings)
-    cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     with storage.explained(output):
         above = releasing.lock_token(output)
     lock = leases.hold(storage.join(output, LOCK), settings.lock.lease_s, above)
-    with lock as lease, _session(settings) as (run, tracker):
+    with lock as lease, started(settings, output, "curate", ()) as run, cluster.shared(run.now):
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
@@ -103,26 +101,13 @@ def curate(settings: CurateSettings) -> int:
             lease.check()
             code = _release(run, settings, index, lease)
         telemetry.RELEASES.add(1, outcome=OUTCOMES[code])
-        tracker.metrics({"exit_code": code})
+        run.tracker.metrics({"exit_code": code})
         try:
             with failures("curate", output):
                 _clear(settings, lease)
         except (UserError, RunError) as error:  # what was released is released
             cluster.say(f"old versions were not all deleted, the next run does that: {error}")
     return code
-
-
-@contextmanager
-def _session(settings: CurateSettings) -> Iterator[tuple[Run, tracking.Tracker]]:
-    """One cluster for the run and all that it consists of, and a tracked run of its own."""
-    output = str(settings.output)
-    with (
-        cluster.session(output, "curate") as now,
-        cluster.shared(now),
-        tracking.start(settings.tracking, output, "curate", {"workflow": "curate"}) as tracker,
-    ):
-        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
-        yield Run(settings, output, now, tracker, "curate", ()), tracker
 
 
 # ---- index -----------------------------------------------------------------------------------------------------------
@@ -508,10 +493,10 @@ def _versions(root: str) -> list[str]:
 def plan_curate(settings: CurateSettings) -> None:
     """Print the resolved settings and what a run would do; write nothing."""
     settings = prepare(settings)
-    cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     with (
-        _session(settings.model_copy(update={"tracking": config.TrackingSettings(enabled=False)})) as (run, _),
+        started(settings, output, "curate", (), tracked=False) as run,
+        cluster.shared(run.now),
         failures("curate", output),
     ):
         current = _current(storage.join(output, INDEX))
@@ -524,9 +509,7 @@ def plan_curate(settings: CurateSettings) -> None:
         elif _is_of(version, now.state):
             cluster.say(f"plan: index: the source is as it was for {version.uri}")
         else:
-            cluster.say(
-                f"plan: index: the source or the settings have changed; an update of {current.uri}, or all anew where it does not fit"
-            )
+            cluster.say(_plan_of_changed(settings, current))
         for recipe in settings.recipes:
             how = f", threshold {recipe.threshold}, weight {recipe.weight:g}" if recipe.kind == "two_level" else ""
             cluster.say(f"plan: set {recipe.name}: {recipe.n} images by {recipe.kind}{how}")
@@ -535,3 +518,13 @@ def plan_curate(settings: CurateSettings) -> None:
             said = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
             cluster.say(f"plan: gate: {gate.metric} of {gate.recipe or 'every set'}: {said}")
         cluster.say(f"plan: latest release: {last or 'none, so that changes from it are not judged'}")
+
+
+def _plan_of_changed(settings: CurateSettings, current: Version) -> str:
+    """The line of a source or settings that are not those of the current version."""
+    if damage := _damage(current.uri, updating.STAGES):
+        return f"plan: index: built anew, since {damage}"
+    found = updating.foresee(sources.open_source(settings.data), updating.open_base(current.uri))
+    if not found.added and not found.removed:
+        return f"plan: index: the settings are not those of {current.uri}, whose images are all there: an update, or built anew where it does not fit"
+    return f"plan: index: {found} since {current.uri}: an update of it, or built anew where the settings do not fit"

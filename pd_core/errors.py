@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -60,10 +62,12 @@ def redact(text: str) -> str:
 def exit_code(program: Callable[[], int | None]) -> int:
     """Run a workflow; what went wrong becomes one line on standard error and an exit code. A program may return its own code.
 
-    An exception that is neither kind of error is a defect of this program and keeps its traceback.
+    An exception that is neither kind of error is a defect of this program and keeps its traceback. SIGTERM, by which
+    schedulers and spot machines announce the end, is as Ctrl-C.
     """
     try:
-        return program() or EXIT_DONE
+        with terminated_as_interrupted():
+            return program() or EXIT_DONE
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -73,3 +77,13 @@ def exit_code(program: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted: what is done is kept; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt inside the body. Only for the main thread."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: one that is not of Python

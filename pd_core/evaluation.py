@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pd_core import cluster, config, evaluating, evaluation_report, realset, spaces, storage, tracking
+from pd_core import cluster, evaluating, evaluation_report, realset, spaces, storage
 from pd_core.config import EvaluateSettings
 from pd_core.errors import UserError
 from pd_core.evaluation_page import metric_names
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, flatten
+from pd_core.running import REPORT, Run, checked_output, failures, started
 from pd_core.spaces import Extraction, Features, ImageSet, Space
 
 STAGES = ("metrics", "report")
@@ -40,30 +40,19 @@ def prepare(settings: EvaluateSettings) -> tuple[EvaluateSettings, RealSet, list
 def evaluate(settings: EvaluateSettings) -> None:
     """Metrics of every set against the real one, in `metrics/` and `scores/` under `settings.output`."""
     settings, real, sets = prepare(settings)
-    cluster.say(config.to_yaml(settings))
-    output, watch = str(settings.output), storage.Stopwatch()
-    with (
-        cluster.session(output, "evaluate") as now,
-        tracking.start(settings.tracking, output, "evaluate", {"workflow": "evaluate"}) as tracker,
-    ):
-        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
-        run = Run(settings, output, now, tracker, "evaluate", STAGES)
+    output = str(settings.output)
+    with started(settings, output, "evaluate", STAGES) as run:
         job = _evaluate(run, settings, real, sets)
         with failures("run", output):
-            run.record(watch.seconds, ("report",))
             for line in summary(job):
                 cluster.say(line)
-        run.say_done(watch.seconds)
-        if tracker.hint:
-            cluster.say(f"tracking: {tracker.hint}")
-        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+        run.finish(("report",), report=storage.join(output, "report", REPORT))
 
 
 def plan_evaluate(settings: EvaluateSettings) -> None:
     """Print the resolved settings and what would be measured; write nothing."""
     settings, real, sets = prepare(settings)
-    cluster.say(config.to_yaml(settings))
-    with cluster.session(str(settings.output), "evaluate"):
+    with started(settings, str(settings.output), "evaluate", STAGES, tracked=False):
         measured_in = spaces.open_spaces(real, settings.judge)
     judged = " and ".join(f"{space.extractor} ({space.name})" for space in measured_in)
     each = f"{settings.n} images" if settings.n else "as many images as the smallest has"

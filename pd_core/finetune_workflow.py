@@ -12,7 +12,6 @@ import numpy as np
 from pd_core import (
     acceptance,
     cluster,
-    config,
     density,
     features,
     finetuned_report,
@@ -22,7 +21,6 @@ from pd_core import (
     schemas,
     spaces,
     storage,
-    tracking,
 )
 from pd_core.acceptance import Weighting
 from pd_core.config import FinetuneSettings
@@ -30,7 +28,7 @@ from pd_core.errors import UserError
 from pd_core.evaluating import measuring_cpus
 from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, flatten
+from pd_core.running import REPORT, Run, checked_output, failures, started
 
 STAGES = ("weights", "training", "merging", "best", "report")
 EVALUATION_STREAM = "finetune/evaluation"
@@ -154,34 +152,21 @@ def fake_weighting(settings: FinetuneSettings, real: RealSet) -> Weighting | Non
 def finetune(settings: FinetuneSettings) -> None:
     """Train a generator on weighted images; the best model is in `best/` under `settings.output`."""
     settings, real = prepare(settings)
-    cluster.say(config.to_yaml(settings))
-    output, watch = str(settings.output), storage.Stopwatch()
-    with (
-        cluster.session(output, "finetune") as now,
-        tracking.start(settings.tracking, output, "finetune", {"workflow": "finetune"}) as tracker,
-    ):
-        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
-        run = Run(settings, output, now, tracker, "finetune", STAGES)
+    output = str(settings.output)
+    with started(settings, output, "finetune", STAGES) as run:
         planned = _plan(run, settings, real)
         cluster.say(planned.text)
         inputs = _finetune(run, planned)
-        with failures("run", output):
-            run.record(watch.seconds, ("report",))
-        run.say_done(watch.seconds)
-        if tracker.hint:
-            cluster.say(f"tracking: {tracker.hint}")
-        cluster.say(f"images of it: {finetuned_report.command(inputs)}")
-        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+        page = storage.join(output, "report", REPORT)
+        run.finish(("report",), images_of_it=finetuned_report.command(inputs), report=page)
 
 
 def plan_finetune(settings: FinetuneSettings) -> None:
     """Open the model, time a step of it on images of noise, print what is to be expected, and stop; writes nothing."""
     settings, real = prepare(settings)
-    cluster.say(config.to_yaml(settings))
     output = str(settings.output)
-    off = settings.tracking.model_copy(update={"enabled": False})
-    with cluster.session(output, "finetune") as now, tracking.start(off, output, "finetune", {}) as tracker:
-        planned = _plan(Run(settings, output, now, tracker, "finetune", STAGES), settings, real)
+    with started(settings, output, "finetune", STAGES, tracked=False) as run:
+        planned = _plan(run, settings, real)
         cluster.say(planned.text)
         with failures("training", output):
             found = _on_worker(

@@ -25,13 +25,12 @@ from pd_core import (
     sampling_report,
     search,
     storage,
-    tracking,
 )
 from pd_core.candidates import Recipe
 from pd_core.config import GenerateSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, flatten
+from pd_core.running import REPORT, Run, checked_output, failures, started
 
 STAGES = ("pilot", "samples", "rejected", "export", "report")
 
@@ -78,29 +77,17 @@ def check(settings: GenerateSettings) -> tuple[str, config.GeneratorSettings]:
 def generate(settings: GenerateSettings) -> None:
     """Rejection-sampled images with their densities, in `samples/` under `settings.output`."""
     settings, real = prepare(settings)
-    cluster.say(config.to_yaml(settings))
-    output, watch = str(settings.output), storage.Stopwatch()
-    with (
-        cluster.session(output, "generate") as now,
-        tracking.start(settings.tracking, output, "generate", {"workflow": "generate"}) as tracker,
-    ):
-        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
-        run = Run(settings, output, now, tracker, "generate", STAGES)
+    output = str(settings.output)
+    with started(settings, output, "generate", STAGES) as run:
         with contextlib.ExitStack() as resources:
             _generate(run, settings, real, resources)
-        with failures("run", output):
-            run.record(watch.seconds, ("report",))
-        run.say_done(watch.seconds)
-        if tracker.hint:
-            cluster.say(f"tracking: {tracker.hint}")
-        cluster.say(f"images: {storage.join(output, 'samples')}/*.parquet")
-        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+        images, page = storage.join(output, "samples", "*.parquet"), storage.join(output, "report", REPORT)
+        run.finish(("report",), images=images, report=page)
 
 
 def plan_generate(settings: GenerateSettings) -> None:
     """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
     settings, real = prepare(settings)
-    cluster.say(config.to_yaml(settings))
     output = str(settings.output)
     with failures("samples", output):
         finished = storage.load_artifact(storage.join(output, "samples")) is not None
@@ -109,15 +96,8 @@ def plan_generate(settings: GenerateSettings) -> None:
             f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made with; "
             "choose another --output"
         )
-    with cluster.session(output, "generate") as now, tracking.start(_off(settings), output, "generate", {}) as tracker:
-        run = Run(settings, output, now, tracker, "generate", STAGES)
-        with contextlib.ExitStack() as resources:
-            planned = _plan(run, settings, real, resources)
-        cluster.say(planned.text)
-
-
-def _off(settings: GenerateSettings) -> config.TrackingSettings:
-    return settings.tracking.model_copy(update={"enabled": False})
+    with started(settings, output, "generate", STAGES, tracked=False) as run, contextlib.ExitStack() as resources:
+        cluster.say(_plan(run, settings, real, resources).text)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 from pd_core import (
     cluster,
-    config,
     opening,
     perturbation,
     perturbed_report,
@@ -17,13 +16,12 @@ from pd_core import (
     realset,
     search,
     storage,
-    tracking,
 )
 from pd_core.chunking import Pool
 from pd_core.config import GeneratorSettings, PerturbSettings
 from pd_core.errors import UserError
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, flatten
+from pd_core.running import REPORT, Run, checked_output, failures, started
 
 STAGES = ("perturbed", "report")
 
@@ -54,38 +52,25 @@ def prepare(settings: PerturbSettings) -> tuple[PerturbSettings, RealSet]:
 def perturb(settings: PerturbSettings) -> None:
     """Perturbed images beside their originals, in `perturbed/` under `settings.output`."""
     settings, real = prepare(settings)
-    cluster.say(config.to_yaml(settings))
-    output, watch = str(settings.output), storage.Stopwatch()
-    with (
-        cluster.session(output, "perturb") as now,
-        tracking.start(settings.tracking, output, "perturb", {"workflow": "perturb"}) as tracker,
-    ):
-        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
-        run = Run(settings, output, now, tracker, "perturb", STAGES)
+    output = str(settings.output)
+    with started(settings, output, "perturb", STAGES) as run:
         planned = _plan(run, settings, real)
         cluster.say(planned.text)
         _perturb(run, settings, planned)
-        with failures("run", output):
-            run.record(watch.seconds, ("report",))
-        run.say_done(watch.seconds)
-        if tracker.hint:
-            cluster.say(f"tracking: {tracker.hint}")
-        cluster.say(f"images: {storage.join(output, 'perturbed')}/*.parquet")
-        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+        images, page = storage.join(output, "perturbed", "*.parquet"), storage.join(output, "report", REPORT)
+        run.finish(("report",), images=images, report=page)
 
 
 def plan_perturb(settings: PerturbSettings) -> None:
     """Measure a few steps of the first chunk, print what is to be expected, and stop; writes nothing."""
     settings, real = prepare(settings)
-    cluster.say(config.to_yaml(settings))
     output = str(settings.output)
-    off = settings.tracking.model_copy(update={"enabled": False})
-    with cluster.session(output, "perturb") as now, tracking.start(off, output, "perturb", {}) as tracker:
-        planned = _plan(Run(settings, output, now, tracker, "perturb", STAGES), settings, real)
+    with started(settings, output, "perturb", STAGES, tracked=False) as run:
+        planned = _plan(run, settings, real)
         cluster.say(planned.text)
         with failures("perturbed", output):
-            found = _probe(planned, now)
-        cluster.say(_cost(planned, found, now))
+            found = _probe(planned, run.now)
+        cluster.say(_cost(planned, found, run.now))
 
 
 @dataclass(frozen=True)

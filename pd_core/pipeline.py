@@ -9,7 +9,6 @@ from typing import Any
 
 from pd_core import (
     cluster,
-    config,
     density,
     features,
     fitting,
@@ -22,12 +21,11 @@ from pd_core import (
     selfjoin,
     sources,
     storage,
-    tracking,
     updating,
 )
 from pd_core.config import BuildIndexSettings
 from pd_core.errors import UserError
-from pd_core.running import REPORT, Run, checked_output, failures, flatten
+from pd_core.running import REPORT, Run, checked_output, failures, started
 
 STAGES = ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report")
 
@@ -73,35 +71,18 @@ def build_index(settings: BuildIndexSettings) -> None:
     """Images to committed features, index, densities, predictor and report under `settings.output`."""
     settings, source = prepare(settings)
     base = None if settings.base is None else updating.open_base(settings.base)
-    cluster.say(config.to_yaml(settings))
     output = str(settings.output)
-    watch = storage.Stopwatch()
-    tags = {"workflow": "build_index"}
-    with (
-        cluster.session(output, "build_index") as now,
-        tracking.start(settings.tracking, output, "build_index", tags) as tracker,
-    ):
-        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
-        run = Run(settings, output, now, tracker, "build_index", STAGES)
+    with started(settings, output, "build_index", STAGES) as run:
         _build(run, settings, source, base)
-        with failures("run", output):
-            run.record(watch.seconds, ("report", "estimator"))
-        run.say_done(watch.seconds)
-        if tracker.hint:
-            cluster.say(f"tracking: {tracker.hint}")
-        cluster.say(f"report: {storage.join(output, 'report', REPORT)}")
+        run.finish(("report", "estimator"), report=storage.join(output, "report", REPORT))
 
 
 def plan_build_index(settings: BuildIndexSettings) -> None:
     """Print the resolved settings and the plan; write nothing."""
     settings, source = prepare(settings)
-    if settings.base is not None:
-        updating.open_base(settings.base)
-    cluster.say(config.to_yaml(settings))
-    with cluster.session(str(settings.output), "build_index") as now:
-        cluster.say(planning.plan(settings, source, now, limits_of(settings)))
-    if settings.base is not None:
-        cluster.say("base:      the plan is that of a whole build; what lies unchanged in the source is not made again")
+    base = None if settings.base is None else updating.open_base(settings.base)
+    with started(settings, str(settings.output), "build_index", STAGES, tracked=False) as run:
+        cluster.say(planning.plan(settings, source, run.now, limits_of(settings), base))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, costs, features, images, listing, sources, storage
+from pd_core import cluster, costs, features, images, listing, sources, storage, updating
 from pd_core.config import BuildIndexSettings
 from pd_core.errors import UserError
 
@@ -87,9 +87,15 @@ def _flops() -> float:
 
 
 def plan(
-    settings: BuildIndexSettings, source: sources.Source, now: cluster.Cluster, limits: images.DecodeLimits
+    settings: BuildIndexSettings,
+    source: sources.Source,
+    now: cluster.Cluster,
+    limits: images.DecodeLimits,
+    base: updating.Base | None = None,
 ) -> str:
     """The plan as text.
+
+    base: of an update, of which a line is told beside those of a whole build, which it may become.
 
     Raises:
         UserError: as the run itself would, as far as that can be known before it.
@@ -104,12 +110,18 @@ def plan(
             f"--density.k {settings.density.k}: needs more than k images, found {rows}; lower k or add images"
         )
     now = cluster.refreshed(now)  # the probe may have brought a node
+    if base is not None:
+        before = base.artifacts["features"].identity["device"]
+        device = cluster.device_of(now, cluster.gpus_to_ask(now, settings.features.actor_gpus, before))
+        updating.check_same(base, settings, source, spec, device)
     fleet = fleet_of(now, str(settings.output))
     build = build_of(settings, source, counted, spec, unit, fleet)
     phases = costs.build_index(build, fleet, costs.MEASURED.on(unit.flops))
     sizes = _sizes(settings, rows, counted["bytes"], spec, unit, build, phases, fleet)
     times = _times(unit, build, phases, fleet, START_UP_S, on_gpus(settings, fleet))
-    return "\n".join([*sizes, *times, *_grown(unit, build, phases, fleet, now.cpus >= 1), *limit_lines(phases, fleet)])
+    update = [] if base is None else _update(unit, build, updating.foresee(source, base), fleet, base)
+    grown = _grown(unit, build, phases, fleet, now.cpus >= 1)
+    return "\n".join([*sizes, *times, *grown, *limit_lines(phases, fleet), *update])
 
 
 def on_gpus(settings: BuildIndexSettings, fleet: costs.Fleet) -> bool:
@@ -224,6 +236,20 @@ def _times(
         lines.append(
             f"           neighbors: as if {build.nprobe} of {build.cells:,} cells reached the recall, which calibration decides; "
             f"at most {_time(_exact_s(build, unit, fleet))} (exact search)"
+        )
+    return lines
+
+
+def _update(
+    unit: Probe, build: costs.Build, found: updating.Foreseen, fleet: costs.Fleet, base: updating.Base
+) -> list[str]:
+    lines = [f"update:    of {base.uri}: {found}"]
+    if found.added or found.removed:
+        phases = costs.update_index(build, max(1, found.added), fleet, costs.MEASURED.on(unit.flops))
+        stages = ", ".join(f"{stage} {_time(spent)}" for stage, spent in costs.by_stage(phases, fleet).items())
+        lines.append(
+            f"           about {_time(START_UP_S + costs.total_s(phases, fleet))}: {stages}; the lines above are of a whole build, whose "
+            "neighbors or fit come on top where quantizer or predictor do not hold any more"
         )
     return lines
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pd_core import cluster, storage, tracking
+from pd_core import cluster, config, storage, tracking
 from pd_core.config import WorkflowSettings
 from pd_core.errors import RunError, UserError, one_line
 
@@ -50,6 +50,7 @@ class Run:
     stages: Sequence[str]
     artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)  # stages that were not finished before
+    watch: storage.Stopwatch = field(default_factory=storage.Stopwatch)
 
     def stage(self, stage: storage.Stage, make: Make, replace: bool = False) -> storage.Artifact:
         """Complete a stage inside a tracked run of its own; `replace`: one of other settings may go, such as a report."""
@@ -94,18 +95,26 @@ class Run:
         nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
         nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
 
-    def say_done(self, seconds: float) -> None:
-        """The line that ends a run."""
-        cluster.say(
-            f"done in {seconds:.0f} s{'' if self.made else ', every stage was finished already'}: {self.output}"
-        )
+    def finish(self, kept: Sequence[str], **shown: str) -> None:
+        """Record the run and say how it ended.
+
+        kept: stages whose files are logged. shown: names of what was made, and where it lies, a line each.
+        """
+        with failures("run", self.output):
+            self._record(self.watch.seconds, kept)
+        again = "" if self.made else ", every stage was finished already"
+        cluster.say(f"done in {self.watch.seconds:.0f} s{again}: {self.output}")
+        if self.tracker.hint:
+            cluster.say(f"tracking: {self.tracker.hint}")
+        for name, uri in shown.items():
+            cluster.say(f"{name.replace('_', ' ')}: {uri}")
 
     @property
     def timings_s(self) -> dict[str, float]:
         """Seconds that each stage took when it was made."""
         return {name: sum(artifact.timings_s.values()) for name, artifact in self.artifacts.items()}
 
-    def record(self, elapsed_s: float, kept: Sequence[str]) -> None:
+    def _record(self, elapsed_s: float, kept: Sequence[str]) -> None:
         """Write run.json and log the run, with the files of the stages in `kept`."""
         values = {
             "workflow": self.workflow,
@@ -121,6 +130,26 @@ class Run:
             for part in self.artifacts[stage].parts:
                 uri = storage.join(self.output, stage, part.name)
                 self.tracker.artifact_bytes(f"{stage}/{part.name}", storage.read_bytes(uri))
+
+
+@contextmanager
+def started(
+    settings: WorkflowSettings, output: str, workflow: str, stages: Sequence[str], tracked: bool = True
+) -> Iterator[Run]:
+    """A run inside a session of a cluster and a tracked run; its settings are logged, and said unless it is part of another.
+
+    stages: see Run. tracked: False for a plan, which leaves no trace.
+    """
+    watch = storage.Stopwatch()
+    if not cluster.is_shared():
+        cluster.say(config.to_yaml(settings))
+    how = settings.tracking if tracked else settings.tracking.model_copy(update={"enabled": False})
+    with (
+        cluster.session(output, workflow) as now,
+        tracking.start(how, output, workflow, {"workflow": workflow}) as tracker,
+    ):
+        tracker.params(dict(flatten(settings.model_dump(mode="json"))))
+        yield Run(settings, output, now, tracker, workflow, stages, watch=watch)
 
 
 def checked_output(output: str | None, workflow: str) -> str:

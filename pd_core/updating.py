@@ -203,6 +203,31 @@ def _compare(
     return changes, done
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """What an update would find, in images. added: new, changed, or read again. removed: of the base, gone, changed or read again."""
+
+    added: int
+    removed: int
+    kept: int
+
+    def __str__(self) -> str:
+        return f"{self.added:,} new images, {self.removed:,} gone or changed, {self.kept:,} as they were"
+
+
+def foresee(source: sources.Source, base: Base) -> Foreseen:
+    """What an update of `base` would find, by a listing of the source of which nothing is written."""
+    found: Foreseen = cluster.get(cluster.task(_foresee).remote(source, base))
+    return found
+
+
+def _foresee(source: sources.Source, base: Base) -> Foreseen:
+    known = _Known.of(base)
+    added = sum(table.num_rows for table in known.new_of(sources.list_images(source)))
+    kept = int(known.seen.sum())
+    return Foreseen(added, len(known.ids) - kept, kept)
+
+
 class _Known:
     """The images of the base's listing, and which of them the source still has; 33 bytes a row.
 

@@ -1,17 +1,19 @@
 """Sizes of the stages' processes: a table over clusters of 0 to 64 CPUs, and which of them are taken to grow."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from pd_core import cluster, search
 from pd_core.cluster import FEED_CPUS, Cluster
-from pd_core.errors import RunError, UserError
+from pd_core.errors import EXIT_INTERRUPTED, RunError, UserError
 from tests.ray_head import autoscaling_head, running_head
 
 
@@ -286,3 +288,33 @@ def test_an_address_where_nobody_listens_is_told(monkeypatch, address):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RunError, match="no Ray cluster answers there"):
         cluster.connect()
+
+
+RUN = """
+import time
+from pd_core import cluster, errors
+
+def program():
+    with cluster.session("/nowhere"):
+        print("it is up", flush=True)
+        time.sleep(60)
+
+raise SystemExit(errors.exit_code(program))
+"""
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does():
+    # Ray's start puts a handler in place that aborts (exit 134) with a stack and leaves its own processes to find out
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while "it is up" not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in child.name() for child in family)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == EXIT_INTERRUPTED
+    assert said.splitlines()[-1].startswith("interrupted: ") and "SIGTERM" not in said
+    assert not psutil.wait_procs(family, timeout=30)[1]

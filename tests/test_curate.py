@@ -1,5 +1,6 @@
 """The scheduled job end to end: releases, nothing new, gates, updates, locks, and what is left after a kill."""
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -56,6 +57,9 @@ def latest(output: Path) -> str:
 
 def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster, capsys):
     output, checkpoint = tmp_path / "out", inputs[1]
+    planned = functools.partial(run, source, checkpoint, output, recipes=[TYPICAL], dry_run=True)
+    assert planned() == 0 and "plan: index: built from " in capsys.readouterr().out
+    assert not output.exists()
     assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_DONE
     first = latest(output)
     assert releases(output) == [first]
@@ -70,6 +74,13 @@ def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster
     assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_NOTHING_NEW
     assert f"nothing new since {at}" in capsys.readouterr().out
     assert releases(output) == [first]
+
+    assert planned() == 0 and "plan: index: the source is as it was for " in capsys.readouterr().out
+    write(source, list(tiny.files().items())[EARLIER:])
+    (source / "a" / "image 000.png").unlink()
+    assert planned() == 0
+    assert f"plan: index: 43 new images, 1 gone or changed, {EARLIER - 1} as they were" in capsys.readouterr().out
+    assert releases(output) == [first] and len(storage.folders(str(output / "index"))) == 1
 
 
 @pytest.mark.slow

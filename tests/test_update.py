@@ -1,5 +1,6 @@
 """An update of an index is a whole build: same rows, same neighbors, same densities; and nothing that was done is done again."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,32 @@ def test_a_base_of_other_settings_is_refused(built_base, inputs, tmp_path, ray_c
     assert built(source, inputs[1], tmp_path / "out", *argv) == errors.EXIT_BAD_INPUT
     line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(line) == 1 and expected in line[0] and "leave --base out" in line[0]
+
+
+def test_a_plan_tells_what_an_update_would_find(built_base, inputs, tmp_path, ray_cluster, capsys):
+    source, base = built_base
+    images = shutil.copytree(
+        source, tmp_path / "images", copy_function=shutil.copy2
+    )  # the times are part of what a file is
+
+    def planned(*more: str) -> int:
+        argv = tiny.arguments(images, inputs[1], tmp_path / "out", f"--base={base}", *more)
+        return errors.exit_code(
+            lambda: pipeline.plan_build_index(config.load(config.BuildIndexSettings, argv, prog="build_index.py"))
+        )
+
+    assert planned() == 0
+    assert f"update:    of {base}: 0 new images, 0 gone or changed, 40 as they were" in capsys.readouterr().out
+    write(images, [("a/new.png", tiny.png(900)), ("a/another.png", tiny.png(901))])
+    changed, gone = sorted(images.rglob("image*.png"))[:2]
+    changed.write_bytes(tiny.png(902))
+    gone.unlink()
+    assert planned() == 0
+    said = capsys.readouterr().out
+    assert "3 new images, 2 gone or changed, 38 as they were" in said and "neighbors" in said.partition("update: ")[2]
+    assert planned("--density.k=6") == errors.EXIT_BAD_INPUT
+    assert "density.k: 5 -> 6" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

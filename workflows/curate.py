@@ -8,7 +8,6 @@ Exit codes: 0 released, 3 nothing new, 4 held back by a gate, 2 wrong settings o
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,5 +32,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that stops the job: the lock is given back
     raise SystemExit(errors.exit_code(lambda: main(sys.argv[1:])))
