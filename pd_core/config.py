@@ -12,8 +12,9 @@ import difflib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -860,13 +861,12 @@ class CurateSettings(WorkflowSettings):
     update: UpdateSettings = UpdateSettings()
     generator: GeneratorSettings = GeneratorSettings()
     generation: GenerationSettings = GenerationSettings()
-    recipes: list[RecipeSettings] = Field([], description="sets of a release, each {name, n, threshold, weight, ...}")
+    recipes: list[RecipeSettings] = Field([], description="sets of a release, each as below")
     evaluation: ReleaseEvaluationSettings = ReleaseEvaluationSettings()
-    gates: list[GateSettings] = Field(
-        [], description="conditions, each {metric, min|max|max_increase|max_decrease, recipe, space}"
-    )
+    gates: list[GateSettings] = Field([], description="conditions for a release to become the latest, each as below")
     keep: int = Field(3, gt=0, description="index versions, and sets of candidates, that are kept; releases always are")
     lock: LockSettings = LockSettings()
+    verify: str | None = Field(None, description="a folder of releases/: hold its files to their record, then stop")
 
     @model_validator(mode="after")
     def _consistent(self) -> CurateSettings:
@@ -964,6 +964,23 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
         by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in canonical}
         match = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
     return f"did you mean '{canonical[match[0]]}'?" if match else "see --help for all settings"
+
+
+def _help_of_items(name: str, section: type[Section]) -> str:
+    """The fields of what a list of sections holds, in the form of the options above it, which argparse does not know."""
+    fields = sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
+    example = ", ".join(f"{key}: ..." for key, field in fields if field.is_required())
+    lines = [f"each of {name}, in a file or as --{name} '[{{{example}}}, ...]':"]
+    for key, field in fields:
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        told = f"{{{','.join(choices)}}} " if choices else ""
+        told += str(field.description)
+        if field.is_required():
+            told += " (required)"
+        elif field.default is not None:
+            told += f" (default: {field.default})"
+        lines += textwrap.wrap(told, 79, initial_indent=f"  {key:<20}  ", subsequent_indent=" " * 24)
+    return "\n".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1085,6 +1102,9 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
 
     parser = _Parser(prog=prog, description=settings_class.__doc__, allow_abbrev=False)
     parser.known = known
+    if listed := [name for name in _LISTED if name in settings_class.model_fields]:
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the epilog, which has its lines
+        parser.epilog = "\n\n".join(_help_of_items(name, _LISTED[name]) for name in listed)
 
     class Resolved(settings_class):  # type: ignore[valid-type, misc]
         @classmethod

@@ -558,13 +558,17 @@ def reasons_of(parts: Iterable[storage.Part]) -> dict[str, int]:
     return total
 
 
+def told(bad: Mapping[str, int]) -> str:
+    """Quarantined images by reason, for a person: the commonest first."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items(), key=lambda item: (-item[1], item[0])))
+
+
 def stop_if_mostly_bad(bad: Mapping[str, int], listed: int, max_bad: int, quarantine: str) -> None:
     """Raise UserError once more than `max_bad` images are quarantined."""
     total = sum(bad.values())
     if total > max_bad:
-        what = ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
         raise UserError(
-            f"data: {total} of {listed} images are unusable so far ({what}), --data.max_bad_fraction allows {max_bad}; "
+            f"data: {total} of {listed} images are unusable so far ({told(bad)}), --data.max_bad_fraction allows {max_bad}; "
             f"see {quarantine}, mend them or raise the limit; what is done is kept"
         )
 

@@ -100,6 +100,11 @@ class _Featured:
 
 def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base: updating.Base | None) -> None:
     featured = _extract(run, settings, source) if base is None else _update(run, settings, source, base)
+    if bad := features.reasons_of(featured.features.parts):
+        where = storage.join(run.output, "quarantine")
+        cluster.say(
+            f"quarantine: {sum(bad.values()):,} of {featured.listed.rows:,} images left out ({features.told(bad)}): {where}"
+        )
     indexed, info, kept = _index(run, settings, featured)
     _finish(run, settings, source, featured, indexed, info, kept)
 

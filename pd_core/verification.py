@@ -1,4 +1,4 @@
-"""`generate.py --verify`: from the commit record of finished samples to what differs, said line by line."""
+"""`generate.py --verify` and `curate.py --verify`: from a commit record to what differs, said line by line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int |
     """
     uri, seed = storage.absolute(uri), secrets.randbits(31) if seed is None else seed
     with failures("verify", uri):
-        committed = {stage: one for stage in STAGES if (one := _commit_of(uri, stage)) is not None}
+        committed = {stage: one for stage in STAGES if (one := _commit_of(storage.join(uri, stage))) is not None}
     artifact = committed.pop("samples", None)
     if artifact is None or artifact.kind != "samples":
         raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
@@ -64,11 +64,62 @@ def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int |
     _say_findings(found, {"samples": artifact, **committed})
 
 
-def _commit_of(uri: str, stage: str) -> storage.Artifact | None:
+def verify_release(uri: str) -> None:
+    """Hold every file of a release to its record, which is all that a release is made from.
+
+    Args:
+        uri: a folder of `releases/`.
+
+    Raises:
+        UserError: no finished release is there.
+        RunError: something differs.
+    """
+    uri = storage.absolute(uri)
+    with failures("verify", uri):
+        artifact = _commit_of(uri)
+    if artifact is None or artifact.kind != "release":
+        raise UserError(f"--verify {uri}: no finished release there; name a folder of releases/")
+    sets: dict[str, int] = artifact.totals["rows"]
+    with cluster.session(uri, "verify"), failures("verify", uri):
+        found = _strangers(uri, artifact, ("", *sets)) | _release_differences(uri, artifact)
+    for name, rows in sets.items():
+        if rows != (held := sum(part.rows for part in artifact.parts if part.name.startswith(f"{name}/"))):
+            found[name] = [f"its parts hold {held} rows, {rows} are recorded"]
+    _say_some([f"{name}: {text}" for name, texts in sorted(found.items()) for text in texts])
+    if found:
+        raise RunError(f"verify: files not as committed: {len(found)}; see above")
+    held_by = ", ".join(f"{rows} of {name}" for name, rows in sets.items())
+    cluster.say(f"verify: all {len(artifact.parts)} files are as committed; rows: {held_by}")
+
+
+def _strangers(uri: str, artifact: storage.Artifact, folders: Sequence[str]) -> dict[str, list[str]]:
+    """Files that are not of an artifact, though whoever opens one of its folders reads them."""
+    known = {part.name for part in artifact.parts}
+    there = [
+        (f"{folder}/{name}".lstrip("/")) for folder in folders for name in storage.sizes(storage.join(uri, folder))
+    ]
+    strange = [name for name in there if name.endswith(verifying.READ_AS_WHOLE) and name not in known]
+    return {name: ["is not of this release, though whoever opens the directory reads it"] for name in strange}
+
+
+def _release_differences(uri: str, artifact: storage.Artifact) -> dict[str, list[str]]:
+    task = cluster.task(verifying.file_differences, cluster.IO_CPUS)
+    found = {}
+    with cluster.progress("verify parts", len(artifact.parts), "parts") as bar:
+        submit = lambda part: task.remote(storage.join(uri, part.name), part)  # noqa: E731
+        for part, differences in cluster.bounded(submit, artifact.parts, cluster.in_flight):
+            bar.update()
+            if differences:
+                found[part.name] = differences
+    return found
+
+
+def _commit_of(uri: str) -> storage.Artifact | None:
     try:
-        return storage.load_artifact(storage.join(uri, stage))
+        return storage.load_artifact(uri)
     except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"verify: {stage}/{storage.ARTIFACT} is no commit record ({one_line(error)})") from None
+        name = f"{uri.rpartition('/')[2]}/{storage.ARTIFACT}"
+        raise RunError(f"verify: {name} is no commit record ({one_line(error)})") from None
 
 
 def samples_of(uri: str, artifact: storage.Artifact, recipe: Recipe) -> verifying.Samples:

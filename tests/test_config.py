@@ -1,5 +1,6 @@
 """Settings: precedence, refusals with the nearest name, --help at once."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,17 @@ def test_help_names_every_setting_with_its_default(capsys):
     for name in config.setting_names(BuildIndexSettings):
         assert f"--{name}" in text
     assert "(default: 0.99)" in text and "(default: 67108864)" in text
+
+
+def test_help_of_curate_names_what_recipes_and_gates_may_hold(capsys):
+    with pytest.raises(SystemExit):
+        config.load(config.CurateSettings, ["--help"], prog="curate.py")
+    _, recipes, gates = re.split(r"each of (?:recipes|gates), .*", capsys.readouterr().out)
+    for text, section in ((recipes, config.RecipeSettings), (gates, config.GateSettings)):
+        assert re.findall(r"^  ([a-z_]+) ", text, re.MULTILINE) == sorted(
+            section.model_fields, key=lambda name: not section.model_fields[name].is_required()
+        )
+    assert re.search(r"n +accepted images \(required\)", recipes) and "{index,judge} where it is measured" in gates
 
 
 def test_help_and_refusals_import_neither_torch_nor_ray():

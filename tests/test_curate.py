@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -81,6 +82,25 @@ def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster
     assert planned() == 0
     assert f"plan: index: 43 new images, 1 gone or changed, {EARLIER - 1} as they were" in capsys.readouterr().out
     assert releases(output) == [first] and len(storage.folders(str(output / "index"))) == 1
+
+    assert verify(at) == 0
+    assert "files are as committed; rows: 40 of typical" in capsys.readouterr().out
+    copy = shutil.copytree(at, tmp_path / "copy")
+    part = next((copy / "typical").glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-1] + b"X")
+    (copy / "metrics.parquet").unlink()
+    (copy / "typical" / "more.parquet").write_bytes(b"")
+    assert verify(copy) == errors.EXIT_FAILED
+    said = capsys.readouterr()
+    assert f"typical/{part.name}: sha256 " in said.out and "metrics.parquet: is missing" in said.out
+    assert "typical/more.parquet: is not of this release" in said.out
+    assert "failed: verify: files not as committed: 3; see above" in said.err
+    assert verify(output) == errors.EXIT_BAD_INPUT
+    assert "no finished release there; name a folder of releases/" in capsys.readouterr().err
+
+
+def verify(release: Path) -> int:
+    return errors.exit_code(lambda: curate.main(["--verify", str(release)]))
 
 
 @pytest.mark.slow

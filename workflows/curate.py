@@ -1,6 +1,7 @@
 """The scheduled job: index what is new, generate by recipes, measure, and release what passes its gates.
 
 python workflows/curate.py --config FILE
+python workflows/curate.py --verify DIR/releases/NAME
 python workflows/curate.py --help
 
 Exit codes: 0 released, 3 nothing new, 4 held back by a gate, 2 wrong settings or input, 1 anything else.
@@ -20,11 +21,14 @@ from pd_core import config, errors  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse settings, then run the plan or the job; returns its exit code."""
+    """Parse settings, then run the job, its plan, or the check of a release; returns the exit code."""
     settings = config.load(config.CurateSettings, argv, prog="curate.py")
 
-    from pd_core import curation  # late: --help and refused settings need neither Ray nor torch
+    from pd_core import curation, verification  # late: --help and refused settings need neither Ray nor torch
 
+    if settings.verify is not None:
+        verification.verify_release(settings.verify)
+        return errors.EXIT_DONE
     if settings.dry_run:
         curation.plan_curate(settings)
         return errors.EXIT_DONE
