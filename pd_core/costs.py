@@ -867,7 +867,7 @@ def _weights(dim: int, hidden: Sequence[int] = (512, 256, 128)) -> int:
 
 
 def _report(build: Build, unit: UnitCosts) -> Phase:
-    """`reporting._make`: one task goes over the densities of all parts, at worst twice, and over the listing."""
+    """`reporting._draw`: one task goes over the densities of all parts, at worst twice, and over the listing."""
     light = build.rows * (8 + KEY_BYTES + 24)
     return Phase(
         "report",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, evaluating, evaluation_page, images, listing, report, running, schemas, sources, storage
+from pd_core import evaluating, evaluation_page, images, listing, report, running, sources, storage
 from pd_core.config import EvaluateSettings, GenerateSettings, to_yaml
 from pd_core.errors import RunError, UserError
 from pd_core.evaluation_page import EvaluationData, Measured, Number, SpaceData, Tile
@@ -39,23 +40,17 @@ class Inputs:
 def stage_of(output: str, measuring: storage.Stage, settings: EvaluateSettings) -> storage.Stage:
     """The report stage under `output`."""
     identity = {"metrics": measuring.fingerprint, "images": settings.images}
-    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+    return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
-    """Make `index.html` in a Ray task, since images are read again; returns the parts and totals to commit."""
-    cluster.say("report: drawing")
-    totals = cluster.get(cluster.task(_make).remote(stage, inputs))
-    return list(stage.finished_parts().values()), totals
+def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+    """Make the page and its figures; returns the parts and totals to commit."""
+    return running.draw(stage, functools.partial(_draw, inputs))
 
 
-def _make(stage: storage.Stage, inputs: Inputs) -> dict[str, Any]:
+def _draw(inputs: Inputs) -> running.Drawn:
     data = gather(inputs)
-    for name, png in evaluation_page.figures(data).items():
-        stage.write_part(name, png, 0)
-    page = evaluation_page.render(data)
-    stage.write_part(running.REPORT, page, 0)
-    return {"bytes": len(page)}
+    return running.Drawn({**evaluation_page.figures(data), running.REPORT: evaluation_page.render(data)})
 
 
 def gather(inputs: Inputs) -> EvaluationData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import io
 import json
 import shlex
@@ -13,7 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 from PIL import Image
 
-from pd_core import cluster, finetuned_page, report, running, schemas, storage
+from pd_core import finetuned_page, report, running, storage
 from pd_core.config import FinetuneSettings, GeneratorSettings, to_yaml
 from pd_core.evaluation_page import Number
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
@@ -44,23 +45,17 @@ class Inputs:
 def stage_of(output: str, trained: storage.Artifact, merged: storage.Artifact | None) -> storage.Stage:
     """The report stage under `output`."""
     identity = {"training": trained.fingerprint, "merging": merged and merged.fingerprint}
-    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+    return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
-    """Make `index.html` and the figures in a Ray task, since images are read; returns the parts and totals to commit."""
-    cluster.say("report: drawing")
-    totals = cluster.get(cluster.task(_make).remote(stage, inputs))
-    return list(stage.finished_parts().values()), totals
+def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+    """Make the page and its figures; returns the parts and totals to commit."""
+    return running.draw(stage, functools.partial(_draw, inputs))
 
 
-def _make(stage: storage.Stage, inputs: Inputs) -> dict[str, Any]:
+def _draw(inputs: Inputs) -> running.Drawn:
     data = gather(inputs)
-    for name, png in finetuned_page.figures(data).items():
-        stage.write_part(name, png, 0)
-    page = finetuned_page.render(data)
-    stage.write_part(running.REPORT, page, 0)
-    return {"bytes": len(page)}
+    return running.Drawn({**finetuned_page.figures(data), running.REPORT: finetuned_page.render(data)})
 
 
 def gather(inputs: Inputs) -> FinetunedData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, perturbed_page, perturbing, piloting, report, running, schemas, storage
+from pd_core import perturbed_page, perturbing, piloting, report, running, storage
 from pd_core.config import PerturbSettings, to_yaml
 from pd_core.perturbed_page import Moved, PerturbedData, Shot, Shown
 
@@ -31,23 +32,17 @@ class Inputs:
 def stage_of(output: str, perturbed: storage.Stage, images: int) -> storage.Stage:
     """The report stage under `output`."""
     identity = {"perturbed": perturbed.fingerprint, "images": images}
-    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+    return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
-    """Make `index.html` in a Ray task, since images are read; returns the parts and totals to commit."""
-    cluster.say("report: drawing")
-    totals = cluster.get(cluster.task(_make).remote(stage, inputs))
-    return list(stage.finished_parts().values()), totals
+def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+    """Make the page and its figures; returns the parts and totals to commit."""
+    return running.draw(stage, functools.partial(_draw, inputs))
 
 
-def _make(stage: storage.Stage, inputs: Inputs) -> dict[str, Any]:
+def _draw(inputs: Inputs) -> running.Drawn:
     data = gather(inputs)
-    for name, png in perturbed_page.figures(data).items():
-        stage.write_part(name, png, 0)
-    page = perturbed_page.render(data)
-    stage.write_part(running.REPORT, page, 0)
-    return {"bytes": len(page)}
+    return running.Drawn({**perturbed_page.figures(data), running.REPORT: perturbed_page.render(data)})
 
 
 def gather(inputs: Inputs) -> PerturbedData:

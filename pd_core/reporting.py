@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, density, fitting, ids, images, report, schemas, sources, storage
+from pd_core import density, fitting, ids, images, report, running, sources, storage
 from pd_core.config import BuildIndexSettings, to_yaml
 from pd_core.features import reasons_of
 from pd_core.listing import Listing
@@ -47,23 +48,17 @@ def stage_of(
         "estimator": estimator.fingerprint,
         "settings": settings.report.model_dump(mode="json"),
     }
-    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+    return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, output: str, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
-    """Make `index.html` in a Ray task, since images are read again; returns the parts and totals to commit."""
-    cluster.say("report: drawing")
-    totals = cluster.get(cluster.task(_make).remote(stage, output, inputs))
-    return list(stage.finished_parts().values()), totals
+def run(stage: storage.Stage, output: str, inputs: Inputs) -> running.Made:
+    """Make the page and its figures; returns the parts and totals to commit."""
+    return running.draw(stage, functools.partial(_draw, output, inputs))
 
 
-def _make(stage: storage.Stage, output: str, inputs: Inputs) -> dict[str, Any]:
+def _draw(output: str, inputs: Inputs) -> running.Drawn:
     data = _gather(output, inputs)
-    for name, png in report.figures(data).items():
-        stage.write_part(name, png, 0)
-    page = report.render(data)
-    stage.write_part("index.html", page, 0)
-    return {"bytes": len(page)}
+    return running.Drawn({**report.figures(data), running.REPORT: report.render(data)})
 
 
 def _gather(output: str, inputs: Inputs) -> report.ReportData:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pd_core import cluster, config, storage, tracking
+from pd_core import cluster, config, schemas, storage, tracking
 from pd_core.config import WorkflowSettings
 from pd_core.errors import RunError, UserError, one_line
 
@@ -176,6 +176,34 @@ def checked_output(output: str | None, workflow: str) -> str:
             if other != workflow and storage.begun_identity(storage.join(output, stage)) is not None:
                 raise UserError(f"--output {output}: holds a run of {other}.py; choose another")
     return output
+
+
+def report_stage(output: str, identity: Mapping[str, Any]) -> storage.Stage:
+    """The report stage of any workflow; identity: what its page shows follows from."""
+    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], dict(identity))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A report: contents of its files by their names, REPORT among them; rows of those that are tables; more totals."""
+
+    files: Mapping[str, bytes]
+    rows: Mapping[str, int] = field(default_factory=dict)
+    totals: Mapping[str, Any] = field(default_factory=dict)
+
+
+def draw(stage: storage.Stage, make: Callable[[], Drawn]) -> Made:
+    """Make a report in a Ray task, since images are read; returns the parts and totals to commit. make: picklable."""
+    cluster.say("report: drawing")
+    totals = cluster.get(cluster.task(_draw).remote(stage, make))
+    return list(stage.finished_parts().values()), totals
+
+
+def _draw(stage: storage.Stage, make: Callable[[], Drawn]) -> dict[str, Any]:
+    drawn = make()
+    for name, content in drawn.files.items():
+        stage.write_part(name, content, drawn.rows.get(name, 0))
+    return {"bytes": len(drawn.files[REPORT]), **drawn.totals}
 
 
 @contextmanager

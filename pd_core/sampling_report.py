@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ import pyarrow.compute as pc
 
 from pd_core import (
     acceptance,
-    cluster,
     ids,
     images,
     listing,
@@ -24,7 +24,6 @@ from pd_core import (
     running,
     sampling,
     sampling_page,
-    schemas,
     sources,
     spaces,
     storage,
@@ -84,27 +83,21 @@ class Inputs:
 def stage_of(output: str, samples: storage.Stage, settings: GenerateSettings) -> storage.Stage:
     """The report stage under `output`."""
     identity = {"samples": samples.fingerprint, "images": settings.images, "pilot": settings.pilot}
-    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+    return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
-    """Make `index.html` in a Ray task, since images are read again; returns the parts and totals to commit."""
-    cluster.say("report: drawing")
-    totals = cluster.get(cluster.task(_make).remote(stage, inputs))
-    return list(stage.finished_parts().values()), totals
+def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+    """Make the page and its figures; returns the parts and totals to commit."""
+    return running.draw(stage, functools.partial(_draw, inputs))
 
 
-def _make(stage: storage.Stage, inputs: Inputs) -> dict[str, Any]:
+def _draw(inputs: Inputs) -> running.Drawn:
     data = gather(inputs)
-    for name, png in sampling_page.figures(data).items():
-        stage.write_part(name, png, 0)
-    page = sampling_page.render(data)
-    stage.write_part(running.REPORT, page, 0)
-    return {
-        "bytes": len(page),
+    totals = {
         "effective_sample_size": data.effective_sample_size,
         "predictor_spearman": data.pilot_calibration.spearman,
     }
+    return running.Drawn({**sampling_page.figures(data), running.REPORT: sampling_page.render(data)}, totals=totals)
 
 
 def gather(inputs: Inputs) -> SamplesData:

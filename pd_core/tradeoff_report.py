@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pd_core import cluster, report, running, schemas, storage, sweeping, tradeoff, tradeoff_page
+from pd_core import report, running, schemas, storage, sweeping, tradeoff, tradeoff_page
 from pd_core.config import TradeoffSettings, to_yaml
 from pd_core.evaluation_page import Number, interval
 from pd_core.spaces import JUDGE
@@ -45,25 +46,19 @@ class Inputs:
 def stage_of(output: str, curve: storage.Stage, settings: TradeoffSettings) -> storage.Stage:
     """The report stage under `output`."""
     identity = {"curve": curve.fingerprint, "images": settings.images, "target": settings.target}
-    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], identity)
+    return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> tuple[list[storage.Part], dict[str, Any]]:
-    """Make `index.html`, the figures and the table in a Ray task; returns the parts and totals to commit."""
-    cluster.say("report: drawing")
-    totals = cluster.get(cluster.task(_make).remote(stage, inputs))
-    return list(stage.finished_parts().values()), totals
+def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+    """Make the page, the figures and the table; returns the parts and totals to commit."""
+    return running.draw(stage, functools.partial(_draw, inputs))
 
 
-def _make(stage: storage.Stage, inputs: Inputs) -> dict[str, Any]:
+def _draw(inputs: Inputs) -> running.Drawn:
     rows = sweeping.read_curve(inputs.job.curve.uri, inputs.curve.parts)
     data = gather(inputs, rows)
-    for name, png in tradeoff_page.figures(data).items():
-        stage.write_part(name, png, 0)
-    stage.write_part(TABLE, table(rows), len(rows))
-    page = tradeoff_page.render(data)
-    stage.write_part(running.REPORT, page, 0)
-    return {"bytes": len(page)}
+    files = {**tradeoff_page.figures(data), TABLE: table(rows), running.REPORT: tradeoff_page.render(data)}
+    return running.Drawn(files, rows={TABLE: len(rows)})
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> bytes:

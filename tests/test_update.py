@@ -222,7 +222,7 @@ STARTED = {
     "selfjoin._calibrate": "densities: normalizer and ranks",
     "selfjoin._write_group": "densities: write",
     "fitting._fit": "estimator: fit the predictor",
-    "reporting._make": "report: draw",
+    "running._draw": "report: draw",
     "updating._compare": "listing: walk and compare",
     "updating._merge_part": "features: take over what is unchanged",
     "updating._cell_distance": "index: look whether the quantizer holds",
