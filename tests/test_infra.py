@@ -67,6 +67,7 @@ COMPOSE = [path for path in YAML_FILES if path.name == "compose.yaml"]
 LAUNCHERS = [path for path in YAML_FILES if path.parent.name == "launcher"]
 IMAGES = [path for path in FILES if path.name == "Dockerfile"]
 POLICIES = [path for path in FILES if path.parent.name == "policies"]
+TRUST = [path for path in FILES if path.parent.name == "trust"]
 SCRIPTS = [path for path in FILES if path.suffix == ".sh"]
 PROGRAMS = [path for path in FILES if path.suffix == ".py"]
 PINS = [path for path in FILES if path.suffix == ".txt"]
@@ -118,6 +119,7 @@ def test_every_file_is_checked_by_some_test() -> None:
         *LAUNCHERS,
         *IMAGES,
         *POLICIES,
+        *TRUST,
         *SCRIPTS,
         *PROGRAMS,
         *PINS,
@@ -1181,15 +1183,44 @@ def test_it_installs_in_ten_commands() -> None:
 def test_the_documented_command_writes_the_names_everywhere(tmp_path: Path) -> None:
     """Command 2 on a copy: afterwards no placeholder is left, however often one stands on a line."""
     (block,) = re.findall(r"^# 2 .*\n((?:.*\n)+?)# 3 ", DOCUMENT, re.MULTILINE)
-    names = {"REGISTRY": "images.invalid/team", "BUCKET": "bucket-of-ours", "ACCOUNT": "999988887777"}
+    names = {
+        "REGISTRY": "images.invalid/team",
+        "BUCKET": "bucket-of-ours",
+        "ACCOUNT": "999988887777",
+        "ISSUER": "oidc.eks.eu-west-1.amazonaws.com/id/AB",
+    }
     export, *rest = block.splitlines()
-    assert export == "export " + " ".join(f"{name}=..." for name in names)
+    assert export.partition("   #")[0] == "export " + " ".join(f"{name}=..." for name in names)
     shutil.copytree(INFRA, tmp_path / "infra", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["bash", "-ec", "\n".join(rest)], cwd=tmp_path, env={**os.environ, **names}, check=True)
-    left = re.compile(r"registry\.example\.com|my-bucket|111122223333")
+    left = re.compile(r"registry\.example\.com|my-bucket|111122223333|oidc\.example\.com")
     copies = [path for path in (tmp_path / "infra").rglob("*") if path.is_file()]
     assert [line for path in copies for line in path.read_text().splitlines() if left.search(line)] == []
     assert json.loads((tmp_path / "infra" / "policies" / "bucket.json").read_text())
+
+
+def test_a_role_trusts_the_accounts_that_name_it_and_no_others() -> None:
+    made = dict(re.findall(r"^aws iam create-role --role-name (\S+) .*file://(\S+)$", DOCUMENT, re.MULTILINE))
+    given = dict(re.findall(r"^aws iam put-role-policy --role-name (\S+) .*file://(\S+)$", DOCUMENT, re.MULTILINE))
+    assert {ROOT / path for path in made.values()} == set(TRUST) and made.keys() == given.keys()
+    assert {ROOT / path for path in given.values()} < set(POLICIES)
+    for role, trust in made.items():
+        (statement,) = json.loads((ROOT / trust).read_text())["Statement"]
+        assert statement["Action"] == "sts:AssumeRoleWithWebIdentity" and statement["Condition"].keys() == {
+            "StringEquals"
+        }
+        issuer = statement["Principal"]["Federated"].removeprefix("arn:aws:iam::111122223333:oidc-provider/")
+        trusted = statement["Condition"]["StringEquals"]
+        accounts = [
+            f"system:serviceaccount:{m.values['metadata']['namespace']}:{m.name}"
+            for m in MANIFESTS
+            if m.kind == "ServiceAccount"
+            and m.values["metadata"]
+            .get("annotations", {})
+            .get("eks.amazonaws.com/role-arn", "")
+            .endswith(f"role/{role}")
+        ]
+        assert accounts and trusted == {f"{issuer}:aud": "sts.amazonaws.com", f"{issuer}:sub": sorted(accounts)}
 
 
 def test_accounts_that_the_document_asks_for_are_those_with_roles() -> None:
