@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage, telemetry
-from pd_core.errors import CredentialsRefused, RunError, UserError, one_line, terminated_as_interrupted
+from pd_core.errors import CredentialsRefused, RunError, UserError, one_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -70,6 +71,20 @@ class Cluster:
         return max(0.0, self.cpus - self.held_cpus)
 
 
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """A handler of SIGTERM that was set before the body is so after it: Ray's start sets its own, which aborts or exits, and its
+    end the system's.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@_own_sigterm()
 def connect() -> Cluster:
     """Join the cluster that RAY_ADDRESS or the Ray job names, else start one on this machine.
 
@@ -170,22 +185,12 @@ def session(output: str, workflow: str = "") -> Iterator[Cluster]:
     if nodes > 1 and "://" not in output:
         say(f"ray: {nodes} nodes and a local --output; every node must see {output} (a shared disk), or use s3://")
     try:
-        with (
-            _ended_by_sigterm(),
-            telemetry.running(workflow),
-            _counted() if workflow else contextlib.nullcontext(),
-        ):
+        with telemetry.running(workflow), _counted() if workflow else contextlib.nullcontext():
             yield now
     finally:
         if not joined:
-            ray.shutdown()
-
-
-def _ended_by_sigterm() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM as Ctrl-C, once more: Ray's start has put a handler of its own in place that aborts, and nothing is given back."""
-    if threading.current_thread() is threading.main_thread():
-        return terminated_as_interrupted()
-    return contextlib.nullcontext()
+            with _own_sigterm():
+                ray.shutdown()
 
 
 @contextlib.contextmanager

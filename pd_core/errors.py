@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -63,10 +64,10 @@ def exit_code(program: Callable[[], int | None]) -> int:
     """Run a workflow; what went wrong becomes one line on standard error and an exit code. A program may return its own code.
 
     An exception that is neither kind of error is a defect of this program and keeps its traceback. SIGTERM, by which
-    schedulers and spot machines announce the end, is as Ctrl-C.
+    schedulers end a job, is as Ctrl-C (`cluster.connect` sees to it that Ray leaves it so).
     """
     try:
-        with terminated_as_interrupted():
+        with _terminated_as_interrupted():
             return program() or EXIT_DONE
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
@@ -80,8 +81,11 @@ def exit_code(program: Callable[[], int | None]) -> int:
 
 
 @contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside the body. Only for the main thread."""
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt inside the body; other threads than the main one get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

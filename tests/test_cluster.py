@@ -291,23 +291,23 @@ def test_an_address_where_nobody_listens_is_told(monkeypatch, address):
 
 
 RUN = """
-import time
-from pd_core import cluster, errors
+import sys, time
+import ray
+from pd_core import cluster, errors, leases
 
 def program():
-    with cluster.session("/nowhere"):
+    with leases.hold(sys.argv[1], 900), cluster.session("/nowhere"):
         print("it is up", flush=True)
-        time.sleep(60)
+        cluster.get(cluster.task(time.sleep).remote(60))
 
 raise SystemExit(errors.exit_code(program))
 """
 
 
-def test_sigterm_ends_a_run_as_ctrl_c_does():
-    # Ray's start puts a handler in place that aborts (exit 134) with a stack and leaves its own processes to find out
-    with subprocess.Popen(
-        [sys.executable, "-c", RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
+    # Ray's start puts handlers in place that abort (exit 134, and a stack) or exit without a word: no lock was given back
+    command = [sys.executable, "-c", RUN, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         while "it is up" not in (line := process.stdout.readline()):
             assert line, process.stderr.read()
@@ -318,3 +318,23 @@ def test_sigterm_ends_a_run_as_ctrl_c_does():
     assert process.returncode == EXIT_INTERRUPTED
     assert said.splitlines()[-1].startswith("interrupted: ") and "SIGTERM" not in said
     assert not psutil.wait_procs(family, timeout=30)[1]
+    (holder,) = (json.loads(file.read_text()) for file in (tmp_path / "lock").iterdir())
+    assert holder["done"]
+
+
+def test_a_handler_of_sigterm_outlives_the_start_and_the_end_of_ray():
+    code = """
+import signal
+from pd_core import cluster, errors
+
+def program():
+    ours = signal.getsignal(signal.SIGTERM)
+    with cluster.session("/nowhere"):
+        assert signal.getsignal(signal.SIGTERM) is ours
+    assert signal.getsignal(signal.SIGTERM) is ours
+    signal.raise_signal(signal.SIGTERM)
+
+raise SystemExit(errors.exit_code(program))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_INTERRUPTED, done.stderr
