@@ -135,10 +135,8 @@ def compare(settings: TradeoffSettings) -> None:
             run.made
         ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
             _track(run.tracker, rows)
-        for line in summary(rows):
-            cluster.say(line)
         table, page = (storage.join(output, "report", name) for name in (tradeoff_report.TABLE, REPORT))
-        run.finish(("report",), table=table, report=page)
+        run.finish(("report",), {"table": table, "report": page}, functools.partial(summary, rows))
         if settings.target is not None:
             say_choice(settings.target, rows)
 

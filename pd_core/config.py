@@ -35,6 +35,7 @@ from pydantic_settings import (
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from pd_core.errors import EXIT_BAD_INPUT, UserError, redact
@@ -773,6 +774,9 @@ RELEASE_METRICS = (  # that a gate may name, beside those of evaluate
 METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
 
 
+SET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
 class RecipeSettings(WeightingSettings):
     """One curated set of a release: what is asked for, and how much of it."""
 
@@ -786,7 +790,7 @@ class RecipeSettings(WeightingSettings):
     @field_validator("name")
     @classmethod
     def _folder(cls, value: str) -> str:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", value):
+        if not SET_NAME.fullmatch(value):
             raise ValueError("expected a folder name of a-z, 0-9, '.', '_' and '-'")
         return value
 
@@ -966,11 +970,16 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
     return f"did you mean '{canonical[match[0]]}'?" if match else "see --help for all settings"
 
 
+EXAMPLES = {  # as JSON on the command line
+    "recipes": '[{"name": "typical", "n": 1000, "threshold": "p80", "weight": 20}]',
+    "gates": '[{"metric": "precision", "recipe": "typical", "min": 0.6}]',
+}
+
+
 def _help_of_items(name: str, section: type[Section]) -> str:
     """The fields of what a list of sections holds, in the form of the options above it, which argparse does not know."""
     fields = sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
-    example = ", ".join(f"{key}: ..." for key, field in fields if field.is_required())
-    lines = [f"each of {name}, in a file or as --{name} '[{{{example}}}, ...]':"]
+    lines = [f"each of {name}, in a file or as --{name} '{EXAMPLES[name]}':"]
     for key, field in fields:
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         told = f"{{{','.join(choices)}}} " if choices else ""
@@ -1136,8 +1145,20 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
         resolved = Resolved(_cli_settings_source=cli(args=list(argv)))
         values = {name: getattr(resolved, name) for name in settings_class.model_fields}
         return cast(Settings, settings_class.model_construct(**values))
+    except SettingsError as error:
+        raise UserError(f"settings: {_told_unparsed(error)}") from None
     except ValidationError as error:
         raise UserError(f"settings: {_explain(error)}") from None
+
+
+def _told_unparsed(error: SettingsError) -> str:
+    """Of a value that is no JSON, where a list or a section is wanted."""
+    found = re.search(r'field "(\w+)" from source "(\w+)"', str(error))
+    if found is None:
+        return " ".join(str(error).split())
+    name = f"{ENV_PREFIX}{found[1].upper()}" if found[2].startswith("Env") else f"--{found[1]}"
+    why = "" if error.__cause__ is None else f" ({' '.join(str(error.__cause__).split())})"
+    return f"{name}: is not JSON{why}; names in it are quoted, as --help shows, or write it in a --config file"
 
 
 def made(settings_class: type[Settings], **values: Any) -> Settings:

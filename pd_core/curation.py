@@ -162,6 +162,7 @@ def _index(run: Run, settings: CurateSettings, lease: leases.Lease) -> Version:
         else:
             base = current.uri
     _mark(version.uri, {"base": base})
+    cluster.say(f"index: {version.uri}, {'built anew' if base is None else f'an update of {base}'}")
     extracting = settings.features.model_copy(update={"actor_gpus": now.gpus})
     build = _build_settings(settings.model_copy(update={"features": extracting}), version.uri, base)
     try:
@@ -398,7 +399,7 @@ def _promote(
             f"held back: {release.uri} was not made the latest release, {len(failed)} of {len(verdicts)} gates fail"
         )
         return errors.EXIT_HELD_BACK
-    if release.name in releasing.held_by_hand(run.output):
+    if releasing.is_held_by_hand(run.output, release.name):
         cluster.say(f"held back: {release.uri}, which {releasing.LATEST} names in `held`")
         return errors.EXIT_HELD_BACK
     lease.confirm()
@@ -525,6 +526,4 @@ def _plan_of_changed(settings: CurateSettings, current: Version) -> str:
     if damage := _damage(current.uri, updating.STAGES):
         return f"plan: index: built anew, since {damage}"
     found = updating.foresee(sources.open_source(settings.data), updating.open_base(current.uri))
-    if not found.added and not found.removed:
-        return f"plan: index: the settings are not those of {current.uri}, whose images are all there: an update, or built anew where it does not fit"
-    return f"plan: index: {found} since {current.uri}: an update of it, or built anew where the settings do not fit"
+    return f"plan: index: {found} since {current.uri}: an update of it, or built anew where the settings are others"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from pd_core import cluster, evaluating, evaluation_report, realset, spaces, storage
 from pd_core.config import EvaluateSettings
 from pd_core.errors import UserError
 from pd_core.evaluation_page import metric_names
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, started
+from pd_core.running import REPORT, Run, checked_output, started
 from pd_core.spaces import Extraction, Features, ImageSet, Space
 
 STAGES = ("metrics", "report")
@@ -43,10 +45,8 @@ def evaluate(settings: EvaluateSettings) -> None:
     output = str(settings.output)
     with started(settings, output, "evaluate", STAGES) as run:
         job = _evaluate(run, settings, real, sets)
-        with failures("run", output):
-            for line in summary(job):
-                cluster.say(line)
-        run.finish(("report",), report=storage.join(output, "report", REPORT))
+        page = storage.join(output, "report", REPORT)
+        run.finish(("report",), {"report": page}, functools.partial(summary, job))
 
 
 def plan_evaluate(settings: EvaluateSettings) -> None:

@@ -158,7 +158,7 @@ def finetune(settings: FinetuneSettings) -> None:
         cluster.say(planned.text)
         inputs = _finetune(run, planned)
         page = storage.join(output, "report", REPORT)
-        run.finish(("report",), images_of_it=finetuned_report.command(inputs), report=page)
+        run.finish(("report",), {"images of it": finetuned_report.command(inputs), "report": page})
 
 
 def plan_finetune(settings: FinetuneSettings) -> None:

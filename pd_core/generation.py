@@ -82,7 +82,7 @@ def generate(settings: GenerateSettings) -> None:
         with contextlib.ExitStack() as resources:
             _generate(run, settings, real, resources)
         images, page = storage.join(output, "samples", "*.parquet"), storage.join(output, "report", REPORT)
-        run.finish(("report",), images=images, report=page)
+        run.finish(("report",), {"images": images, "report": page})
 
 
 def plan_generate(settings: GenerateSettings) -> None:

@@ -66,9 +66,14 @@ def count(source: sources.Source) -> dict[str, Any]:
 
 
 def _count(source: sources.Source) -> dict[str, Any]:
+    return counted(source, sources.list_images(source))
+
+
+def counted(source: sources.Source, tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """`count` of the tables of a source's listing."""
     rows, size, files, last = 0, 0, 0, None
     sample: pa.Table | None = None
-    for table in sources.list_images(source):
+    for table in tables:
         rows += table.num_rows
         size += int(np.maximum(table["size"].to_numpy(), 0).sum())
         sample = _sample(source, sample, table)

@@ -58,7 +58,7 @@ def perturb(settings: PerturbSettings) -> None:
         cluster.say(planned.text)
         _perturb(run, settings, planned)
         images, page = storage.join(output, "perturbed", "*.parquet"), storage.join(output, "report", REPORT)
-        run.finish(("report",), images=images, report=page)
+        run.finish(("report",), {"images": images, "report": page})
 
 
 def plan_perturb(settings: PerturbSettings) -> None:

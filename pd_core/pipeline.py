@@ -74,7 +74,7 @@ def build_index(settings: BuildIndexSettings) -> None:
     output = str(settings.output)
     with started(settings, output, "build_index", STAGES) as run:
         _build(run, settings, source, base)
-        run.finish(("report", "estimator"), report=storage.join(output, "report", REPORT))
+        run.finish(("report", "estimator"), {"report": storage.join(output, "report", REPORT)})
 
 
 def plan_build_index(settings: BuildIndexSettings) -> None:

@@ -100,7 +100,16 @@ def plan(
     Raises:
         UserError: as the run itself would, as far as that can be known before it.
     """
-    counted = listing.count(source)
+    found = None
+    if base is not None:
+        spec = cluster.get(features.describe_remotely(settings.features))
+        before = base.artifacts["features"].identity["device"]
+        device = cluster.device_of(now, cluster.gpus_to_ask(now, settings.features.actor_gpus, before))
+        updating.check_same(
+            base, settings, source, spec, device
+        )  # before the source is walked through, which may take an hour
+        found = updating.foresee(source, base)
+    counted = listing.count(source) if found is None else found.counted
     rows = counted["rows"]
     if rows == 0:
         raise UserError(f"{source.root}: no images there; check --data.source")
@@ -110,16 +119,12 @@ def plan(
             f"--density.k {settings.density.k}: needs more than k images, found {rows}; lower k or add images"
         )
     now = cluster.refreshed(now)  # the probe may have brought a node
-    if base is not None:
-        before = base.artifacts["features"].identity["device"]
-        device = cluster.device_of(now, cluster.gpus_to_ask(now, settings.features.actor_gpus, before))
-        updating.check_same(base, settings, source, spec, device)
     fleet = fleet_of(now, str(settings.output))
     build = build_of(settings, source, counted, spec, unit, fleet)
     phases = costs.build_index(build, fleet, costs.MEASURED.on(unit.flops))
     sizes = _sizes(settings, rows, counted["bytes"], spec, unit, build, phases, fleet)
     times = _times(unit, build, phases, fleet, START_UP_S, on_gpus(settings, fleet))
-    update = [] if base is None else _update(unit, build, updating.foresee(source, base), fleet, base)
+    update = [] if base is None or found is None else _update(unit, build, found, fleet, base)
     grown = _grown(unit, build, phases, fleet, now.cpus >= 1)
     return "\n".join([*sizes, *times, *grown, *limit_lines(phases, fleet), *update])
 
@@ -243,15 +248,16 @@ def _times(
 def _update(
     unit: Probe, build: costs.Build, found: updating.Foreseen, fleet: costs.Fleet, base: updating.Base
 ) -> list[str]:
-    lines = [f"update:    of {base.uri}: {found}"]
-    if found.added or found.removed:
-        phases = costs.update_index(build, max(1, found.added), fleet, costs.MEASURED.on(unit.flops))
-        stages = ", ".join(f"{stage} {_time(spent)}" for stage, spent in costs.by_stage(phases, fleet).items())
-        lines.append(
-            f"           about {_time(START_UP_S + costs.total_s(phases, fleet))}: {stages}; the lines above are of a whole build, whose "
-            "neighbors or fit come on top where quantizer or predictor do not hold any more"
-        )
-    return lines
+    phases = costs.update_index(build, max(1, found.to_extract), fleet, costs.MEASURED.on(unit.flops))
+    stages = ", ".join(f"{stage} {_time(spent)}" for stage, spent in costs.by_stage(phases, fleet).items())
+    whose = f", and the searches for whoever had one of the {found.gone + found.changed:,} for a neighbor" * bool(
+        found.gone + found.changed
+    )
+    return [
+        f"update:    of {base.uri}: {found}",
+        f"           about {_time(START_UP_S + costs.total_s(phases, fleet))}: {stages}{whose}; the lines above are of a whole build, "
+        "whose neighbors or fit come on top where quantizer or predictor do not hold any more",
+    ]
 
 
 def _nodes(fleet: costs.Fleet) -> str:

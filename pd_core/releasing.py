@@ -355,9 +355,12 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def held_by_hand(root: str) -> list[str]:
-    """Releases that `latest.json` says, in `held`, are not to become the latest: who went back to an older one put it there."""
-    return list(pointer(root).get("held", []))
+def is_held_by_hand(root: str, name: str) -> bool:
+    """Whether `latest.json` names this release in `held`, where who went back to an older one put it; of whatever day: one that was
+    deleted and made again is the same.
+    """
+    endings = {held.rpartition("-")[2] for held in pointer(root).get("held", [])}
+    return name.rpartition("-")[2] in endings
 
 
 def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: Release | None) -> None:

@@ -95,19 +95,23 @@ class Run:
         nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
         nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
 
-    def finish(self, kept: Sequence[str], **shown: str) -> None:
+    def finish(
+        self, kept: Sequence[str], made: Mapping[str, str], summary: Callable[[], Iterable[str]] = tuple
+    ) -> None:
         """Record the run and say how it ended.
 
-        kept: stages whose files are logged. shown: names of what was made, and where it lies, a line each.
+        kept: stages whose files are logged. made: what there is now, and where it lies, a line each. summary: lines of its numbers.
         """
         with failures("run", self.output):
             self._record(self.watch.seconds, kept)
+            for line in summary():
+                cluster.say(line)
         again = "" if self.made else ", every stage was finished already"
         cluster.say(f"done in {self.watch.seconds:.0f} s{again}: {self.output}")
         if self.tracker.hint:
             cluster.say(f"tracking: {self.tracker.hint}")
-        for name, uri in shown.items():
-            cluster.say(f"{name.replace('_', ' ')}: {uri}")
+        for name, uri in made.items():
+            cluster.say(f"{name}: {uri}")
 
     @property
     def timings_s(self) -> dict[str, float]:
@@ -138,7 +142,7 @@ def started(
 ) -> Iterator[Run]:
     """A run inside a session of a cluster and a tracked run; its settings are logged, and said unless it is part of another.
 
-    stages: see Run. tracked: False for a plan, which leaves no trace.
+    stages: see Run. tracked: False for a plan, which MLflow hears nothing of.
     """
     watch = storage.Stopwatch()
     if not cluster.is_shared():

@@ -205,27 +205,53 @@ def _compare(
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What an update would find, in images. added: new, changed, or read again. removed: of the base, gone, changed or read again."""
+    """What an update would find, in images.
 
-    added: int
-    removed: int
+    Attributes:
+        counted: of the source as it is now, see `listing.count`.
+        new, changed, gone: by key; changed: of another content or place.
+        again: that the base could not read, so they are tried again.
+        kept: as they were.
+    """
+
+    counted: dict[str, Any]
+    new: int
+    changed: int
+    gone: int
+    again: int
     kept: int
 
+    @property
+    def to_extract(self) -> int:
+        """Images whose features are computed."""
+        return self.new + self.changed + self.again
+
     def __str__(self) -> str:
-        return f"{self.added:,} new images, {self.removed:,} gone or changed, {self.kept:,} as they were"
+        again = f", {self.again:,} to be tried again" if self.again else ""
+        return (
+            f"{self.new:,} new images, {self.changed:,} changed, {self.gone:,} gone{again}, {self.kept:,} as they were"
+        )
 
 
 def foresee(source: sources.Source, base: Base) -> Foreseen:
-    """What an update of `base` would find, by a listing of the source of which nothing is written."""
+    """What an update of `base` would find, by one walk through the source, of which nothing is written.
+
+    Raises:
+        UserError: the source has no images.
+    """
     found: Foreseen = cluster.get(cluster.task(_foresee).remote(source, base))
+    if not found.counted["rows"]:
+        raise UserError(f"{source.root}: no images there; check --data.source")
     return found
 
 
 def _foresee(source: sources.Source, base: Base) -> Foreseen:
     known = _Known.of(base)
-    added = sum(table.num_rows for table in known.new_of(sources.list_images(source)))
-    kept = int(known.seen.sum())
-    return Foreseen(added, len(known.ids) - kept, kept)
+    counted = listing.counted(source, known.watched(sources.list_images(source)))
+    met = np.concatenate(known.met) if known.met else np.empty(0, np.int64)
+    stay, kept = int(np.isin(known.ids, met).sum()), int(known.seen.sum())
+    again = int(np.isin(known.ids[known.again], met).sum())
+    return Foreseen(counted, len(met) - stay, stay - kept - again, len(known.ids) - stay, again, kept)
 
 
 class _Known:
@@ -269,6 +295,13 @@ class _Known:
             self.seen[row[same]] = True
             if not same.all():
                 yield table.filter(pa.array(~same))
+
+    def watched(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """All tables of a listing, while `seen` and `met` are filled."""
+        for table in tables:
+            for _ in self.new_of(iter([table])):
+                pass
+            yield table
 
     def kept(self) -> list[int]:
         """Of each part of the listing, how many are still there."""

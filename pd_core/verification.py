@@ -65,13 +65,13 @@ def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int |
 
 
 def verify_release(uri: str) -> None:
-    """Hold every file of a release to its record, which is all that a release is made from.
+    """Hold every file of a release to its commit record, and that to itself.
 
     Args:
         uri: a folder of `releases/`.
 
     Raises:
-        UserError: no finished release is there.
+        UserError: no release is there.
         RunError: something differs.
     """
     uri = storage.absolute(uri)
@@ -79,30 +79,22 @@ def verify_release(uri: str) -> None:
         artifact = _commit_of(uri)
     if artifact is None or artifact.kind != "release":
         raise UserError(f"--verify {uri}: no finished release there; name a folder of releases/")
-    sets: dict[str, int] = artifact.totals["rows"]
+    if artifact.schema_version != schemas.VERSIONS["release"]:
+        raise UserError(f"--verify {uri}: made by another version of pd_core; verify with that one")
+    if wrong := verifying.release_differences(artifact):  # its names may lead anywhere
+        _say_some([f"{storage.ARTIFACT}: {text}" for text in wrong])
+        raise RunError(f"verify: {uri}/{storage.ARTIFACT} is not as it was committed; see above")
+    sets = artifact.totals["rows"]
     with cluster.session(uri, "verify"), failures("verify", uri):
-        found = _strangers(uri, artifact, ("", *sets)) | _release_differences(uri, artifact)
-    for name, rows in sets.items():
-        if rows != (held := sum(part.rows for part in artifact.parts if part.name.startswith(f"{name}/"))):
-            found[name] = [f"its parts hold {held} rows, {rows} are recorded"]
+        found = verifying.surplus(uri, artifact, ("", *sets)) | _file_differences(uri, artifact)
     _say_some([f"{name}: {text}" for name, texts in sorted(found.items()) for text in texts])
     if found:
         raise RunError(f"verify: files not as committed: {len(found)}; see above")
-    held_by = ", ".join(f"{rows} of {name}" for name, rows in sets.items())
-    cluster.say(f"verify: all {len(artifact.parts)} files are as committed; rows: {held_by}")
+    rows = ", ".join(f"{rows} of {name}" for name, rows in sets.items())
+    cluster.say(f"verify: all {len(artifact.parts)} files are as committed; rows: {rows}")
 
 
-def _strangers(uri: str, artifact: storage.Artifact, folders: Sequence[str]) -> dict[str, list[str]]:
-    """Files that are not of an artifact, though whoever opens one of its folders reads them."""
-    known = {part.name for part in artifact.parts}
-    there = [
-        (f"{folder}/{name}".lstrip("/")) for folder in folders for name in storage.sizes(storage.join(uri, folder))
-    ]
-    strange = [name for name in there if name.endswith(verifying.READ_AS_WHOLE) and name not in known]
-    return {name: ["is not of this release, though whoever opens the directory reads it"] for name in strange}
-
-
-def _release_differences(uri: str, artifact: storage.Artifact) -> dict[str, list[str]]:
+def _file_differences(uri: str, artifact: storage.Artifact) -> dict[str, list[str]]:
     task = cluster.task(verifying.file_differences, cluster.IO_CPUS)
     found = {}
     with cluster.progress("verify parts", len(artifact.parts), "parts") as bar:
@@ -115,11 +107,14 @@ def _release_differences(uri: str, artifact: storage.Artifact) -> dict[str, list
 
 
 def _commit_of(uri: str) -> storage.Artifact | None:
+    name = f"{uri.rpartition('/')[2]}/{storage.ARTIFACT}"
     try:
-        return storage.load_artifact(uri)
+        found = storage.load_artifact(uri)
     except (ValueError, TypeError, KeyError) as error:
-        name = f"{uri.rpartition('/')[2]}/{storage.ARTIFACT}"
         raise RunError(f"verify: {name} is no commit record ({one_line(error)})") from None
+    if found is None and storage.exists(storage.join(uri, storage.ARTIFACT)):
+        raise RunError(f"verify: {name} is no commit record (it is no whole JSON file)")
+    return found
 
 
 def samples_of(uri: str, artifact: storage.Artifact, recipe: Recipe) -> verifying.Samples:

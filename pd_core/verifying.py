@@ -23,9 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pd_core import cluster, ids, sampling, schemas, search, storage
+from pd_core import cluster, ids, releasing, sampling, schemas, search, storage
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
+from pd_core.config import SET_NAME
 from pd_core.errors import UserError, one_line
+from pd_core.sources.names import printable
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
 BATCH_ROWS = 64  # with their images, read at once
@@ -176,6 +178,25 @@ def beside_differences(samples: storage.Artifact, beside: Mapping[str, storage.A
     return found
 
 
+def release_differences(artifact: storage.Artifact) -> list[str]:
+    """What in the commit record of a release contradicts itself; where nothing does, its names lead nowhere but into its folder."""
+    found = _own_differences(artifact)
+    sets = artifact.totals.get("rows")
+    if not isinstance(sets, dict) or not sets or not all(SET_NAME.fullmatch(name) for name in sets):
+        return [*found, "its totals name no sets"]
+    fixed = {releasing.METRICS, releasing.RECORD, releasing.CARD}
+    names = [str(part.name) for part in artifact.parts]
+    found += [f"names no {name}" for name in sorted(fixed - set(names))]
+    for name in set(names) - fixed:
+        folder, _, file = name.rpartition("/")
+        if folder not in sets or storage.part_number(file) is None:
+            found.append(f"{printable(name)} is no name of a part")
+    held = {name: sum(p.rows for p in artifact.parts if p.name.startswith(f"{name}/")) for name in sets}
+    if held != sets:
+        found.append(f"its parts hold {held} rows, its totals {sets}")
+    return found
+
+
 def _stems(artifact: storage.Artifact) -> dict[str, int]:
     """Rows by name of a part without its suffix."""
     return {part.name.partition(".")[0]: part.rows for part in artifact.parts}
@@ -198,10 +219,7 @@ def check_parts(
     stages = {"samples": artifact, **beside}
     found = {f"samples/{storage.ARTIFACT}": record_differences(artifact), **beside_differences(artifact, beside)}
     for stage, committed in stages.items():
-        known = {part.name for part in committed.parts}
-        for name in storage.sizes(samples.beside(stage)):
-            if name.endswith(READ_AS_WHOLE) and name not in known:
-                found[f"{stage}/{name}"] = ["is not of this run, though whoever opens the directory reads it"]
+        found |= {f"{stage}/{name}": texts for name, texts in surplus(samples.beside(stage), committed).items()}
     items = [(stage, part) for stage, committed in stages.items() for part in committed.parts]
     task = cluster.task(_check, cluster.IO_CPUS)
     keys, chosen = np.empty(0), np.empty(0, np.int64)
@@ -212,6 +230,18 @@ def check_parts(
             keys, chosen = _first(np.append(keys, check.keys), np.append(chosen, check.ids), draw.rows)
             bar.update()
     return {name: texts for name, texts in sorted(found.items()) if texts}, chosen
+
+
+def surplus(uri: str, artifact: storage.Artifact, folders: Sequence[str] = ("",)) -> dict[str, list[str]]:
+    """Files in these folders of an artifact that its record does not name; text by name."""
+    known = {part.name for part in artifact.parts}
+    there = [
+        f"{folder}/{name}".lstrip("/")
+        for folder in folders
+        for name in storage.sizes(storage.join(uri, folder) if folder else uri)
+    ]
+    text = "is not in the record, though whoever opens the directory reads it"
+    return {name: [text] for name in there if name.endswith(READ_AS_WHOLE) and name not in known}
 
 
 def _check(samples: Samples, stage: str, part: storage.Part, draw: Draw) -> PartCheck:

@@ -48,16 +48,17 @@ class Head:
     def submit(self, workflow: str, *argv: str, timeout_s: float = 580) -> subprocess.CompletedProcess[str]:
         """`ray job submit` of a workflow of this tree."""
         root = Path(__file__).resolve().parent.parent
-        return subprocess.run(
-            [
-                *(RAY, "job", "submit", "--address", self.dashboard, "--working-dir", str(root)),
-                *("--", sys.executable, f"workflows/{workflow}", *argv),
-            ],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        command = [
+            *(RAY, "job", "submit", "--address", self.dashboard, "--working-dir", str(root)),
+            *("--", sys.executable, f"workflows/{workflow}", *argv),
+        ]
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
+            # the job API answers some seconds before the agent is there that starts jobs
+            if "No available agent to submit job" not in done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(1)
 
     def processes(self) -> list[psutil.Process]:
         """All of its processes, workers and nodes that it started among them."""

@@ -152,6 +152,24 @@ def test_help_of_curate_names_what_recipes_and_gates_may_hold(capsys):
     assert re.search(r"n +accepted images \(required\)", recipes) and "{index,judge} where it is measured" in gates
 
 
+def test_what_help_shows_of_recipes_and_gates_is_accepted():
+    recipes, gates = config.EXAMPLES["recipes"], config.EXAMPLES["gates"]
+    settings = config.load(config.CurateSettings, ["--recipes", recipes, "--gates", gates], prog="curate.py")
+    assert settings.recipes[0].name == settings.gates[0].recipe == "typical"
+
+
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_a_list_that_is_no_json_is_one_line(monkeypatch, by):
+    text, argv = "[{name: a, n: 5}]", []
+    if by == "argument":
+        argv = ["--recipes", text]
+    else:
+        monkeypatch.setenv("PD_CORE_RECIPES", text)
+    name = {"argument": "--recipes", "variable": "PD_CORE_RECIPES"}[by]
+    with pytest.raises(UserError, match=f"settings: {name}: is not JSON .*--config file$"):
+        config.load(config.CurateSettings, argv, prog="curate.py")
+
+
 def test_help_and_refusals_import_neither_torch_nor_ray():
     code = (
         "import sys, runpy; sys.argv = ['build_index.py', '--help']\n"

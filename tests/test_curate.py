@@ -5,13 +5,14 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pd_core import cluster, config, errors, leases, releasing, storage
+from pd_core import cluster, config, errors, leases, releasing, schemas, storage
 from tests import tiny, toy_generator
 from tests.test_update import write
 from workflows import curate
@@ -80,7 +81,7 @@ def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster
     write(source, list(tiny.files().items())[EARLIER:])
     (source / "a" / "image 000.png").unlink()
     assert planned() == 0
-    assert f"plan: index: 43 new images, 1 gone or changed, {EARLIER - 1} as they were" in capsys.readouterr().out
+    assert f"plan: index: 43 new images, 0 changed, 1 gone, {EARLIER - 1} as they were" in capsys.readouterr().out
     assert releases(output) == [first] and len(storage.folders(str(output / "index"))) == 1
 
     assert verify(at) == 0
@@ -93,10 +94,69 @@ def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster
     assert verify(copy) == errors.EXIT_FAILED
     said = capsys.readouterr()
     assert f"typical/{part.name}: sha256 " in said.out and "metrics.parquet: is missing" in said.out
-    assert "typical/more.parquet: is not of this release" in said.out
+    assert "typical/more.parquet: is not in the record" in said.out
     assert "failed: verify: files not as committed: 3; see above" in said.err
     assert verify(output) == errors.EXIT_BAD_INPUT
     assert "no finished release there; name a folder of releases/" in capsys.readouterr().err
+
+
+def release_of(folder: Path, **more: Any) -> Path:
+    """A release of one set that was never made: its commit record alone, with its identity's fingerprint."""
+    identity = {"kind": "release", "schema_version": schemas.VERSIONS["release"], "sets": {}}
+    names = ["a/part-00000000.parquet", "README.md", "metrics.parquet", "release.json"]
+    parts = [part(name, 3 if "/" in name else 0) for name in names]
+    record = {
+        "kind": "release",
+        "schema_version": identity["schema_version"],
+        "fingerprint": storage.fingerprint(identity),
+        "identity": {"sets": {}},
+        "parts": parts,
+        "totals": {"rows": {"a": 3}},
+        "versions": {},
+        "timings_s": {},
+    } | more
+    folder.mkdir()
+    (folder / "artifact.json").write_text(json.dumps(record))
+    return folder
+
+
+def part(name: str, rows: int = 3) -> dict[str, Any]:
+    return {"name": name, "rows": rows, "bytes": 1, "sha256": "0", "counts": {}}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"parts": [part("a/../../elsewhere.parquet")]}, "is no name of a part"),
+        ({"parts": [part("/etc/passwd")]}, "is no name of a part"),
+        ({"parts": [part("b/part-00000000.parquet")]}, "is no name of a part"),
+        ({"parts": []}, "names no release.json"),
+        ({"totals": {"rows": {"../..": 3}}}, "its totals name no sets"),
+        ({"totals": {"rows": 7}}, "its totals name no sets"),
+        ({"totals": {}}, "its totals name no sets"),
+        ({"totals": {"rows": {"a": 4}}}, "its parts hold {'a': 3} rows, its totals {'a': 4}"),
+        ({"fingerprint": "0"}, "its fingerprint is not that of its identity"),
+        ({}, None),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_followed_nowhere(tmp_path, capsys, monkeypatch, more, expected):
+    monkeypatch.setattr(cluster, "session", lambda *_: pytest.fail("files are looked at"))
+    release = release_of(tmp_path / "release", **more)
+    if expected is None:  # the record of the others is right but for what is changed in it
+        with pytest.raises(pytest.fail.Exception):
+            verify(release)
+        return
+    assert verify(release) == errors.EXIT_FAILED
+    said = capsys.readouterr()
+    assert f"artifact.json: {expected}" in said.out or f" {expected}" in said.out
+    assert said.err == f"failed: verify: {release}/artifact.json is not as it was committed; see above\n"
+
+
+def test_half_a_record_is_told_from_none(tmp_path, capsys):
+    record = release_of(tmp_path / "release") / "artifact.json"
+    record.write_text(record.read_text()[:100])
+    assert verify(record.parent) == errors.EXIT_FAILED
+    assert "release/artifact.json is no commit record (it is no whole JSON file)" in capsys.readouterr().err
 
 
 def verify(release: Path) -> int:
@@ -147,7 +207,8 @@ def test_a_source_that_goes_back_gates_and_hands_on_the_pointer(source, inputs, 
     # how many processes do the work, and a release that was taken back by hand
     assert run(source, checkpoint, output, evaluation={"extraction": {"actors": 1}}) == errors.EXIT_NOTHING_NEW
     pointer = json.loads((output / "latest.json").read_text())
-    (output / "latest.json").write_text(json.dumps(pointer | {"release": first, "held": [second]}))
+    held = f"2020-01-01-{second.rpartition('-')[2]}"  # also where it was made on another day
+    (output / "latest.json").write_text(json.dumps(pointer | {"release": first, "held": [held]}))
     assert run(source, checkpoint, output) == errors.EXIT_HELD_BACK
     assert latest(output) == first
     (output / "latest.json").write_text(json.dumps(pointer))

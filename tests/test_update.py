@@ -11,7 +11,7 @@ import pytest
 import ray
 import ray.data
 
-from pd_core import config, costs, errors, estimator, indexing, pipeline, search, storage, updating
+from pd_core import config, costs, errors, estimator, indexing, pipeline, search, sources, storage, updating
 from tests import tiny
 
 EARLIER = 110  # images of the base
@@ -94,6 +94,10 @@ def test_images_that_could_not_be_read_are_tried_again_and_are_no_drift(inputs, 
         (source / key).symlink_to(tmp_path / "nowhere" / key.rpartition("/")[2])
     base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
     assert built(source, inputs[1], base) == 0
+    listed = sources.open_source(config.DataSettings(source=str(source), labels="parent"))
+    assert str(updating.foresee(listed, updating.open_base(str(base)))) == (
+        "0 new images, 0 changed, 0 gone, 3 to be tried again, 30 as they were"
+    )
     for target, same in ((output, base), (tmp_path / "again", output)):
         assert built(source, inputs[1], target, f"--base={same}", "--update.max_growth=0.01") == 0
         assert totals(target, "neighbors")["searched"] == 0  # nothing was built anew
@@ -328,14 +332,14 @@ def test_a_plan_tells_what_an_update_would_find(built_base, inputs, tmp_path, ra
         )
 
     assert planned() == 0
-    assert f"update:    of {base}: 0 new images, 0 gone or changed, 40 as they were" in capsys.readouterr().out
+    assert f"update:    of {base}: 0 new images, 0 changed, 0 gone, 40 as they were" in capsys.readouterr().out
     write(images, [("a/new.png", tiny.png(900)), ("a/another.png", tiny.png(901))])
     changed, gone = sorted(images.rglob("image*.png"))[:2]
     changed.write_bytes(tiny.png(902))
     gone.unlink()
     assert planned() == 0
     said = capsys.readouterr().out
-    assert "3 new images, 2 gone or changed, 38 as they were" in said and "neighbors" in said.partition("update: ")[2]
+    assert "2 new images, 1 changed, 1 gone, 38 as they were" in said and "neighbors" in said.partition("update: ")[2]
     assert planned("--density.k=6") == errors.EXIT_BAD_INPUT
     assert "density.k: 5 -> 6" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -354,7 +354,7 @@ def test_missing_and_surplus_parts_are_named_and_the_other_rows_are_made_again(c
     shutil.copy(second, second.with_name("part-00000777.parquet"))
     assert verify(copy, 2) == 1
     said = capsys.readouterr()
-    assert f"{first.name}: is missing" in said.out and "part-00000777.parquet: is not of this run" in said.out
+    assert f"{first.name}: is missing" in said.out and "part-00000777.parquet: is not in the record" in said.out
     assert "files not as committed: 2; see above" in said.err
     assert left > 2 and "2 of 40 rows are made again" in said.out
 
@@ -439,7 +439,7 @@ def test_changed_missing_and_surplus_files_of_other_stages_are_named(copy):
     found = found_in(copy)
     assert found.keys() == {f"export/{first.name}", f"export/{second.name}", "rejected/part-00000777.parquet"}
     assert found[f"export/{second.name}"] == ["is missing"]
-    assert "is not of this run" in found["rejected/part-00000777.parquet"][0]
+    assert "is not in the record" in found["rejected/part-00000777.parquet"][0]
 
 
 def test_exported_pictures_are_those_of_the_samples(copy):

@@ -4,7 +4,8 @@ python workflows/curate.py --config FILE
 python workflows/curate.py --verify DIR/releases/NAME
 python workflows/curate.py --help
 
-Exit codes: 0 released, 3 nothing new, 4 held back by a gate, 2 wrong settings or input, 1 anything else.
+Exit codes: 0 released, 3 nothing new, 4 held back by a gate, 2 wrong settings or input, 130 interrupted, 1 anything else; of --verify and
+--dry-run 0 where all is well.
 """
 
 from __future__ import annotations
