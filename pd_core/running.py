@@ -40,6 +40,8 @@ class Run:
         workflow: its name.
         stages: those that follow from others, by their folders in `output`, in their order; stages that are not named here
             follow from none.
+        artifacts, made: commit records of its finished stages, and which of these were not finished before.
+        watch: of the whole run.
     """
 
     settings: WorkflowSettings
@@ -49,7 +51,7 @@ class Run:
     workflow: str
     stages: Sequence[str]
     artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
-    made: list[str] = field(default_factory=list)  # stages that were not finished before
+    made: list[str] = field(default_factory=list)
     watch: storage.Stopwatch = field(default_factory=storage.Stopwatch)
 
     def stage(self, stage: storage.Stage, make: Make, replace: bool = False) -> storage.Artifact:

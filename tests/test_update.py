@@ -149,6 +149,7 @@ def test_an_update_of_an_update_whose_news_have_gone_again(source, inputs, tmp_p
     same_rows(third, again)
 
 
+@pytest.mark.slow
 def test_an_overwritten_image_is_there_once_with_the_neighbors_of_what_it_shows_now(inputs, tmp_path, ray_cluster):
     """Its new row lies in the part that its old one lay in, under the same id."""
     source = write(tmp_path / "images", list(tiny.files().items())[:20])
