@@ -100,15 +100,7 @@ def plan(
     Raises:
         UserError: as the run itself would, as far as that can be known before it.
     """
-    found = None
-    if base is not None:
-        spec = cluster.get(features.describe_remotely(settings.features))
-        before = base.artifacts["features"].identity["device"]
-        device = cluster.device_of(now, cluster.gpus_to_ask(now, settings.features.actor_gpus, before))
-        updating.check_same(
-            base, settings, source, spec, device
-        )  # before the source is walked through, which may take an hour
-        found = updating.foresee(source, base)
+    found = None if base is None else _foreseen(settings, source, now, base)
     counted = listing.count(source) if found is None else found.counted
     rows = counted["rows"]
     if rows == 0:
@@ -124,9 +116,19 @@ def plan(
     phases = costs.build_index(build, fleet, costs.MEASURED.on(unit.flops))
     sizes = _sizes(settings, rows, counted["bytes"], spec, unit, build, phases, fleet)
     times = _times(unit, build, phases, fleet, START_UP_S, on_gpus(settings, fleet))
-    update = [] if base is None or found is None else _update(unit, build, found, fleet, base)
+    update = [] if base is None or found is None else _update(unit, build, found, fleet, base.uri)
     grown = _grown(unit, build, phases, fleet, now.cpus >= 1)
     return "\n".join([*sizes, *times, *grown, *limit_lines(phases, fleet), *update])
+
+
+def _foreseen(
+    settings: BuildIndexSettings, source: sources.Source, now: cluster.Cluster, base: updating.Base
+) -> updating.Foreseen:
+    """What an update would find; before that, whether it can be one: the walk through a source may take an hour."""
+    spec: features.ExtractorSpec = cluster.get(features.describe_remotely(settings.features))
+    gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
+    updating.check_same(base, settings, source, spec, cluster.device_of(now, gpus))
+    return updating.foresee(source, base)
 
 
 def on_gpus(settings: BuildIndexSettings, fleet: costs.Fleet) -> bool:
@@ -245,16 +247,14 @@ def _times(
     return lines
 
 
-def _update(
-    unit: Probe, build: costs.Build, found: updating.Foreseen, fleet: costs.Fleet, base: updating.Base
-) -> list[str]:
+def _update(unit: Probe, build: costs.Build, found: updating.Foreseen, fleet: costs.Fleet, base: str) -> list[str]:
     phases = costs.update_index(build, max(1, found.to_extract), fleet, costs.MEASURED.on(unit.flops))
     stages = ", ".join(f"{stage} {_time(spent)}" for stage, spent in costs.by_stage(phases, fleet).items())
     whose = f", and the searches for whoever had one of the {found.gone + found.changed:,} for a neighbor" * bool(
         found.gone + found.changed
     )
     return [
-        f"update:    of {base.uri}: {found}",
+        f"update:    of {base}: {found}",
         f"           about {_time(START_UP_S + costs.total_s(phases, fleet))}: {stages}{whose}; the lines above are of a whole build, "
         "whose neighbors or fit come on top where quantizer or predictor do not hold any more",
     ]
