@@ -250,12 +250,11 @@ def _times(
 def _update(unit: Probe, build: costs.Build, found: updating.Foreseen, fleet: costs.Fleet, base: str) -> list[str]:
     phases = costs.update_index(build, max(1, found.to_extract), fleet, costs.MEASURED.on(unit.flops))
     stages = ", ".join(f"{stage} {_time(spent)}" for stage, spent in costs.by_stage(phases, fleet).items())
-    whose = f", and the searches for whoever had one of the {found.gone + found.changed:,} for a neighbor" * bool(
-        found.gone + found.changed
-    )
+    lost = found.gone + found.changed
+    searches = f", and the searches for whoever had one of the {lost:,} for a neighbor" if lost else ""
     return [
         f"update:    of {base}: {found}",
-        f"           about {_time(START_UP_S + costs.total_s(phases, fleet))}: {stages}{whose}; the lines above are of a whole build, "
+        f"           about {_time(START_UP_S + costs.total_s(phases, fleet))}: {stages}{searches}; the lines above are of a whole build, "
         "whose neighbors or fit come on top where quantizer or predictor do not hold any more",
     ]
 
