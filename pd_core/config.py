@@ -819,6 +819,10 @@ class GateSettings(Section):
             )
         if all(bound is None for bound in (self.min, self.max, self.max_increase, self.max_decrease)):
             raise ValueError(f"gate on {self.metric} sets no bound; give min, max, max_increase or max_decrease")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(
+                f"gate on {self.metric}: min {self.min:g} is above max {self.max:g}; no release can hold it"
+            )
         return self
 
 

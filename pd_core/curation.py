@@ -29,8 +29,10 @@ from pd_core import (
     features,
     generation,
     leases,
+    listing,
     opening,
     pipeline,
+    planning,
     realset,
     releasing,
     schemas,
@@ -81,7 +83,8 @@ def prepare(settings: CurateSettings) -> CurateSettings:
             if recipe.kind == "two_level":
                 density.parse_threshold(recipe.threshold)
         except UserError as error:
-            raise UserError(f"recipes: {recipe.name}: {error}") from None
+            text = str(error).replace("--weighting.", "")  # as a recipe has it
+            raise UserError(f"recipes: {recipe.name}: {text}") from None
     return settings
 
 
@@ -97,6 +100,7 @@ def curate(settings: CurateSettings) -> int:
             telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
             releasing.settle(output)
+            releasing.say_unknown_held(output)
             index = _index(run, settings, lease)
             lease.check()
             code = _release(run, settings, index, lease)
@@ -504,13 +508,15 @@ def plan_curate(settings: CurateSettings) -> None:
         version, now = _version_of_now(run, settings, current)
         last = releasing.latest(output)
         if current is None:
+            counted = listing.count(sources.open_source(settings.data))
             cluster.say(
-                f"plan: index: built from {settings.data.source}; build_index.py --dry-run with these {', '.join(SECTIONS)} tells its cost"
+                f"plan: index: built from {counted['rows']:,} images of {settings.data.source}; build_index.py --dry-run with these "
+                f"{', '.join(SECTIONS)} tells its cost"
             )
         elif _is_of(version, now.state):
             cluster.say(f"plan: index: the source is as it was for {version.uri}")
         else:
-            cluster.say(_plan_of_changed(settings, current))
+            cluster.say(_plan_of_changed(run, settings, current))
         for recipe in settings.recipes:
             how = f", threshold {recipe.threshold}, weight {recipe.weight:g}" if recipe.kind == "two_level" else ""
             cluster.say(f"plan: set {recipe.name}: {recipe.n} images by {recipe.kind}{how}")
@@ -518,12 +524,20 @@ def plan_curate(settings: CurateSettings) -> None:
             bounds = gate.model_dump(include={"min", "max", "max_increase", "max_decrease"}, exclude_none=True)
             said = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
             cluster.say(f"plan: gate: {gate.metric} of {gate.recipe or 'every set'}: {said}")
-        cluster.say(f"plan: latest release: {last or 'none, so that changes from it are not judged'}")
+        gone = (
+            "" if last is None or releasing.record_of(output, last) else ", which is not there any more, or not whole"
+        )
+        cluster.say(f"plan: latest release: {last or 'none, so that changes from it are not judged'}{gone}")
+        releasing.say_unknown_held(output)
 
 
-def _plan_of_changed(settings: CurateSettings, current: Version) -> str:
+def _plan_of_changed(run: Run, settings: CurateSettings, current: Version) -> str:
     """The line of a source or settings that are not those of the current version."""
     if damage := _damage(current.uri, updating.STAGES):
         return f"plan: index: built anew, since {damage}"
-    found = updating.foresee(sources.open_source(settings.data), updating.open_base(current.uri))
-    return f"plan: index: {found} since {current.uri}: an update of it, or built anew where the settings are others"
+    build = _build_settings(settings, storage.join(run.output, INDEX, "x"), current.uri)
+    try:
+        found = planning.foresee(build, sources.open_source(settings.data), run.now, updating.open_base(current.uri))
+    except updating.OtherSettings as error:
+        return f"plan: index: built anew: {error}"
+    return f"plan: index: an update of {current.uri}: {found}"

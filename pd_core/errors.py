@@ -76,8 +76,16 @@ def exit_code(program: Callable[[], int | None]) -> int:
         print(f"failed: {redact(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted: what is done is kept; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted()
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:  # a refusal of argparse, or --help
+            raise
+        return _interrupted()  # by the handler that Ray has in place while it starts
+
+
+def _interrupted() -> int:
+    print("interrupted: what is done is kept; run the same command again to go on", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 @contextmanager

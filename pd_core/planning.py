@@ -100,7 +100,7 @@ def plan(
     Raises:
         UserError: as the run itself would, as far as that can be known before it.
     """
-    found = None if base is None else _foreseen(settings, source, now, base)
+    found = None if base is None else foresee(settings, source, now, base)
     counted = listing.count(source) if found is None else found.counted
     rows = counted["rows"]
     if rows == 0:
@@ -121,7 +121,7 @@ def plan(
     return "\n".join([*sizes, *times, *grown, *limit_lines(phases, fleet), *update])
 
 
-def _foreseen(
+def foresee(
     settings: BuildIndexSettings, source: sources.Source, now: cluster.Cluster, base: updating.Base
 ) -> updating.Foreseen:
     """What an update would find; before that, whether it can be one: the walk through a source may take an hour."""
@@ -229,7 +229,7 @@ def _times(
     model = "" if gpus else f" and {unit.extract_s * 1e3:.1f} ms model"
     where = f"{fleet.all_cores:g} cores" if fleet.local else f"{_nodes(fleet)} of {fleet.cores:g} CPUs"
     lines = [
-        f"time:      about {_time(start_s + costs.total_s(phases, fleet))}: {stages}; at {unit.decode_s * 1e3:.1f} ms decoding"
+        f"time:      about {_time(start_s + costs.total_s(phases, fleet))}: start {_time(start_s)}, {stages}; at {unit.decode_s * 1e3:.1f} ms decoding"
         f"{model} per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, {where}",
     ]
     if gpus:
@@ -254,7 +254,7 @@ def _update(unit: Probe, build: costs.Build, found: updating.Foreseen, fleet: co
     searches = f", and the searches for whoever had one of the {lost:,} for a neighbor" if lost else ""
     return [
         f"update:    of {base}: {found}",
-        f"           about {_time(START_UP_S + costs.total_s(phases, fleet))}: {stages}{searches}; the lines above are of a whole build, "
+        f"           about {_time(START_UP_S + costs.total_s(phases, fleet))}: start {_time(START_UP_S)}, {stages}{searches}; the lines above are of a whole build, "
         "whose neighbors or fit come on top where quantizer or predictor do not hold any more",
     ]
 

@@ -100,7 +100,10 @@ def _verdict(gate: GateSettings, recipe: str, values: Mapping[str, float], befor
             f"as many images as the latest release measured ({counts}), else it cannot be compared: set evaluation.n"
         ]
         holds = False
-    condition = " and ".join(wanted) or "no more change than from the latest release, which has no such value"
+    condition = (
+        " and ".join(wanted)
+        or "a change from the latest release within its bounds; there is no earlier value, so it holds"
+    )
     return Verdict(recipe, gate.metric, gate.space, condition, value, last, holds)
 
 
@@ -155,6 +158,8 @@ def pointer(root: str) -> dict[str, Any]:
     held = there.get("held", [])
     if not isinstance(held, list) or not all(isinstance(name, str) for name in held):
         raise UserError(f"{uri}: `held` must be a list of names of releases; correct it")
+    if there["release"] in held:
+        raise UserError(f"{uri}: {there['release']} is `release` and in `held` at once; take it out of one of them")
     return there
 
 
@@ -353,6 +358,17 @@ def _card(stage: storage.Stage, sets: Sequence[Set], record: Mapping[str, Any]) 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def say_unknown_held(root: str) -> None:
+    """Say which names in `held` are of no release: mistyped ones hold nothing."""
+    ending = lambda name: name.rpartition("-")[2]  # noqa: E731
+    there = {ending(name) for name in storage.folders(storage.join(root, RELEASES))}
+    for name in pointer(root).get("held", []):
+        if ending(name) not in there:
+            cluster.say(
+                f"{storage.join(root, LATEST)}: `held` names {name}, which is no release here; correct it, or leave it if it was deleted"
+            )
 
 
 def is_held_by_hand(root: str, name: str) -> bool:

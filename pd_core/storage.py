@@ -266,6 +266,16 @@ def sizes(uri: str) -> dict[str, int]:
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
 
 
+def names(uri: str) -> list[str]:
+    """Names of all that lies directly in a directory but folders; with links, which `sizes` leaves out."""
+    fs, path = filesystem(uri)
+    try:
+        entries = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [e["name"].rpartition("/")[2] for e in entries if e["type"] != "directory" and not e["name"].endswith("/")]
+
+
 def delete_file(uri: str) -> None:
     """Delete a file; nothing there is fine."""
     fs, path = filesystem(uri)

@@ -238,7 +238,7 @@ def surplus(uri: str, artifact: storage.Artifact, folders: Sequence[str] = ("",)
     there = [
         f"{folder}/{name}".lstrip("/")
         for folder in folders
-        for name in storage.sizes(storage.join(uri, folder) if folder else uri)
+        for name in storage.names(storage.join(uri, folder) if folder else uri)
     ]
     text = "is not in the record, though whoever opens the directory reads it"
     return {name: [text] for name in there if name.endswith(READ_AS_WHOLE) and name not in known}

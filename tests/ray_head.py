@@ -52,13 +52,7 @@ class Head:
             *(RAY, "job", "submit", "--address", self.dashboard, "--working-dir", str(root)),
             *("--", sys.executable, f"workflows/{workflow}", *argv),
         ]
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
-            # the job API answers some seconds before the agent is there that starts jobs
-            if "No available agent to submit job" not in done.stderr or time.monotonic() > deadline:
-                return done
-            time.sleep(1)
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
 
     def processes(self) -> list[psutil.Process]:
         """All of its processes, workers and nodes that it started among them."""
@@ -96,12 +90,13 @@ def running_head(directory: Path, *options: str, port: int = 0, **environment: s
     }
     # what a cluster of a test process sets for itself would turn the metrics of this one off
     everything.pop("RAY_enable_open_telemetry", None)
-    ports = free_ports(4)
+    ports = free_ports(5)
     port = port or ports[0]
     command = [
         *(RAY, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
         f"--metrics-export-port={ports[3]}",
+        f"--dashboard-agent-listen-port={ports[4]}",  # that of another Ray on this machine may be in use: no agent, no job
         *options,
     ]
     dashboard = f"http://127.0.0.1:{ports[1]}"

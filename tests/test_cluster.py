@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pd_core import cluster, search
+from pd_core import cluster, errors, search
 from pd_core.cluster import FEED_CPUS, Cluster
 from pd_core.errors import EXIT_INTERRUPTED, RunError, UserError
 from tests.ray_head import autoscaling_head, running_head
@@ -320,6 +320,13 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
     assert not psutil.wait_procs(family, timeout=30)[1]
     (holder,) = (json.loads(file.read_text()) for file in (tmp_path / "lock").iterdir())
     assert holder["done"]
+
+
+def test_ray_s_own_exit_by_sigterm_is_an_interruption(capsys):
+    assert errors.exit_code(lambda: sys.exit(signal.SIGTERM)) == EXIT_INTERRUPTED  # its handler while it starts
+    assert capsys.readouterr().err.startswith("interrupted: ")
+    with pytest.raises(SystemExit, match="2"):
+        errors.exit_code(lambda: sys.exit(2))
 
 
 def test_a_handler_of_sigterm_outlives_the_start_and_the_end_of_ray():

@@ -60,7 +60,7 @@ def latest(output: Path) -> str:
 def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster, capsys):
     output, checkpoint = tmp_path / "out", inputs[1]
     planned = functools.partial(run, source, checkpoint, output, recipes=[TYPICAL], dry_run=True)
-    assert planned() == 0 and "plan: index: built from " in capsys.readouterr().out
+    assert planned() == 0 and "plan: index: built from 110 images of " in capsys.readouterr().out
     assert not output.exists()
     assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_DONE
     first = latest(output)
@@ -81,7 +81,9 @@ def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster
     write(source, list(tiny.files().items())[EARLIER:])
     (source / "a" / "image 000.png").unlink()
     assert planned() == 0
-    assert f"plan: index: 43 new images, 0 changed, 1 gone, {EARLIER - 1} as they were" in capsys.readouterr().out
+    assert f": 43 new images, 0 changed, 1 gone, {EARLIER - 1} as they were" in capsys.readouterr().out
+    assert planned(density={"k": 6}) == 0
+    assert "plan: index: built anew: " in (said := capsys.readouterr().out) and "density.k: 5 -> 6" in said
     assert releases(output) == [first] and len(storage.folders(str(output / "index"))) == 1
 
     assert verify(at) == 0
@@ -90,7 +92,7 @@ def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster
     part = next((copy / "typical").glob("*.parquet"))
     part.write_bytes(part.read_bytes()[:-1] + b"X")
     (copy / "metrics.parquet").unlink()
-    (copy / "typical" / "more.parquet").write_bytes(b"")
+    (copy / "typical" / "more.parquet").symlink_to(part)
     assert verify(copy) == errors.EXIT_FAILED
     said = capsys.readouterr()
     assert f"typical/{part.name}: sha256 " in said.out and "metrics.parquet: is missing" in said.out
@@ -330,6 +332,7 @@ def test_a_pointer_follows_the_release_that_a_person_has_written(tmp_path):
         ("", "is no whole JSON file"),
         ("[]", "has no `release`"),
         ('{"release": "a", "held": "b"}', "`held` must be a list"),
+        ('{"release": "a", "held": ["b", "a"]}', "a is `release` and in `held` at once"),
         ('{"release": "a", "holds": []}', "unknown key 'holds'"),
     ],
 )
@@ -339,6 +342,15 @@ def test_a_pointer_that_was_edited_badly_is_one_line(source, inputs, tmp_path, c
     assert run(source, inputs[1], tmp_path / "out") == errors.EXIT_BAD_INPUT
     said = capsys.readouterr().err
     assert f"latest.json: {expected}" in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_name_in_held_that_is_no_release_is_told(tmp_path, capsys):
+    (tmp_path / "releases" / "2026-11-27-0123456789ab").mkdir(parents=True)
+    pointer = {"release": "2026-11-26-ba9876543210", "held": ["2026-11-25-0123456789ab", "2026-11-27-0123456789"]}
+    (tmp_path / "latest.json").write_text(json.dumps(pointer))
+    releasing.say_unknown_held(str(tmp_path))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "`held` names 2026-11-27-0123456789, which is no release here" in line
 
 
 @pytest.mark.slow
@@ -385,11 +397,12 @@ def test_a_live_lock_is_named_and_a_stale_one_taken_over(source, inputs, tmp_pat
         ({"gates": [{"metric": "precison", "min": 0.5}]}, "unknown metric 'precison'; did you mean 'precision'?"),
         ({"gates": [{"metric": "precision", "min": 0.5, "recipe": "typcal"}]}, "did you mean 'typical'?"),
         ({"gates": [{"metric": "precision"}]}, "sets no bound"),
+        ({"gates": [{"metric": "precision", "min": 0.9, "max": 0.1}]}, "min 0.9 is above max 0.1"),
         ({"gates": [{"metric": "precision", "min": 0.5, "space": "judge"}]}, "evaluation.judge.model is none"),
         ({"recipes": [TYPICAL | {"treshold": "p3"}]}, "unknown setting; did you mean 'threshold'?"),
         ({"recipes": [TYPICAL, TYPICAL]}, "'typical' is named twice"),
         ({"recipes": [TYPICAL | {"threshold": "p800"}]}, "recipes: typical: threshold 'p800'"),
-        ({"recipes": [{"name": "typical", "n": 40}]}, "recipes: typical: --weighting.weight"),
+        ({"recipes": [{"name": "typical", "n": 40}]}, "recipes: typical: weight: not set"),
         ({"recipes": []}, "recipes: none"),
         ({"gates": [{"metric": "n", "min": 41}]}, "n of 'typical' is 40, the gate wants 41"),
         ({"evaluation": {"n": 50}}, "'typical' has n 40, evaluation.n is 50"),

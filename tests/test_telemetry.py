@@ -136,6 +136,9 @@ def prometheus(head, tmp_path_factory):
     config["scrape_configs"] = [
         {"job_name": "ray", "static_configs": [{"targets": [head.metrics.removeprefix("http://")]}]}
     ]
+    config["global"]["scrape_interval"] = (
+        "1s"  # a set of some seconds may begin and end between two scrapes of 15 s: no increase
+    )
     config["rule_files"] = [str(test_monitoring.FOLDER / "rules.yaml")]
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
     (port,) = free_ports(1)
