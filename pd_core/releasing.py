@@ -100,10 +100,7 @@ def _verdict(gate: GateSettings, recipe: str, values: Mapping[str, float], befor
             f"as many images as the latest release measured ({counts}), else it cannot be compared: set evaluation.n"
         ]
         holds = False
-    condition = (
-        " and ".join(wanted)
-        or "a change from the latest release within its bounds; there is no earlier value, so it holds"
-    )
+    condition = " and ".join(wanted) or "a change within its bounds, and there is no earlier value to compare with"
     return Verdict(recipe, gate.metric, gate.space, condition, value, last, holds)
 
 
@@ -362,10 +359,9 @@ def _number(value: float | None) -> str:
 
 def say_unknown_held(root: str) -> None:
     """Say which names in `held` are of no release: mistyped ones hold nothing."""
-    ending = lambda name: name.rpartition("-")[2]  # noqa: E731
-    there = {ending(name) for name in storage.folders(storage.join(root, RELEASES))}
+    there = {_digest_of(name) for name in storage.folders(storage.join(root, RELEASES))}
     for name in pointer(root).get("held", []):
-        if ending(name) not in there:
+        if _digest_of(name) not in there:
             cluster.say(
                 f"{storage.join(root, LATEST)}: `held` names {name}, which is no release here; correct it, or leave it if it was deleted"
             )
@@ -375,8 +371,11 @@ def is_held_by_hand(root: str, name: str) -> bool:
     """Whether `latest.json` names this release in `held`, where who went back to an older one put it; of whatever day: one that was
     deleted and made again is the same.
     """
-    endings = {held.rpartition("-")[2] for held in pointer(root).get("held", [])}
-    return name.rpartition("-")[2] in endings
+    return _digest_of(name) in map(_digest_of, pointer(root).get("held", []))
+
+
+def _digest_of(name: str) -> str:
+    return name.rpartition("-")[2]
 
 
 def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: Release | None) -> None:
