@@ -203,14 +203,20 @@ def create(uri: str, data: bytes) -> bool:
     raise AssertionError
 
 
-def folders(uri: str) -> list[str]:
-    """Names of the folders directly in a directory, in order; empty where there is none."""
+def _entries(uri: str) -> list[dict[str, Any]]:
+    """What lies directly in a directory, as fsspec tells it; empty where there is none."""
     fs, path = filesystem(uri)
     try:
-        entries = fs.ls(path, detail=True)
+        found: list[dict[str, Any]] = fs.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
+    # an object store may hold an object of that name for a directory: consoles make them, and servers after a deletion
+    return [entry for entry in found if entry["type"] == "directory" or not entry["name"].endswith("/")]
+
+
+def folders(uri: str) -> list[str]:
+    """Names of the folders directly in a directory, in order; empty where there is none."""
+    return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in _entries(uri) if e["type"] == "directory")
 
 
 def remove_folder(uri: str) -> None:
@@ -256,24 +262,12 @@ def exists(uri: str) -> bool:
 
 def sizes(uri: str) -> dict[str, int]:
     """Name to bytes of the files directly in a directory; empty where there is none."""
-    fs, path = filesystem(uri)
-    try:
-        entries = fs.ls(path, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    # an object store may hold an object of that name for a directory: consoles make them, and servers after a deletion
-    files = [e for e in entries if e["type"] == "file" and not e["name"].endswith("/")]
-    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in files}
+    return {e["name"].rpartition("/")[2]: e["size"] for e in _entries(uri) if e["type"] == "file"}
 
 
 def names(uri: str) -> list[str]:
     """Names of all that lies directly in a directory but folders; with links, which `sizes` leaves out."""
-    fs, path = filesystem(uri)
-    try:
-        entries = fs.ls(path, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [e["name"].rpartition("/")[2] for e in entries if e["type"] != "directory" and not e["name"].endswith("/")]
+    return [e["name"].rpartition("/")[2] for e in _entries(uri) if e["type"] != "directory"]
 
 
 def delete_file(uri: str) -> None:

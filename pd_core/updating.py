@@ -284,23 +284,27 @@ class _Known:
         again = np.isin(sample_id, unreadable)
         return cls(sample_id, np.concatenate(places), again, [part.rows for part in artifact.parts])
 
+    def meet(self, table: pa.Table) -> np.ndarray:
+        """Bool [n], which rows of a listing's table are known as they are; `seen` and `met` are filled."""
+        sample_id, place = table["sample_id"].to_numpy(), _place_of(table)
+        self.met.append(sample_id)
+        at = np.searchsorted(self.ids, sample_id, sorter=self.order)
+        row = self.order[np.minimum(at, len(self.order) - 1)]
+        same: np.ndarray = (self.ids[row] == sample_id) & (self.place[row] == place)
+        self.seen[row[same]] = True
+        return same
+
     def new_of(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """Rows of a listing that are not known, while `seen` and `met` are filled."""
+        """Rows of a listing that are not known, all of which it meets."""
         for table in tables:
-            sample_id, place = table["sample_id"].to_numpy(), _place_of(table)
-            self.met.append(sample_id)
-            at = np.searchsorted(self.ids, sample_id, sorter=self.order)
-            row = self.order[np.minimum(at, len(self.order) - 1)]
-            same = (self.ids[row] == sample_id) & (self.place[row] == place)
-            self.seen[row[same]] = True
+            same = self.meet(table)
             if not same.all():
                 yield table.filter(pa.array(~same))
 
     def watched(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """All tables of a listing, while `seen` and `met` are filled."""
+        """All tables of a listing, all of which it meets."""
         for table in tables:
-            for _ in self.new_of(iter([table])):
-                pass
+            self.meet(table)
             yield table
 
     def kept(self) -> list[int]:
