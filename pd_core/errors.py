@@ -55,6 +55,11 @@ def one_line(error: BaseException | str) -> str:
     return f"{words if len(words) > LINE_CHARACTERS // 2 else head} ..."
 
 
+def printable(text: str) -> str:
+    """A text of strangers for a line of ours: what a terminal would act on, or not show, is a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def redact(text: str) -> str:
     """The text with `user:password@` of every URL in it replaced by `***@`."""
     return re.sub(r"://[^/\s'\"]*@", "://***@", text)

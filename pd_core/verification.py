@@ -10,9 +10,8 @@ from typing import Any
 
 from pd_core import cluster, config, generators, realset, schemas, search, storage, verifying
 from pd_core.candidates import Recipe, prompts_hash
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.errors import RunError, UserError, one_line, printable
 from pd_core.running import failures
-from pd_core.sources.names import printable
 
 CODE: Mapping[str, tuple[str, ...]] = {  # settings that decide which code runs when a generator of a kind is opened
     "python": ("path", "arguments"),

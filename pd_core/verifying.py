@@ -26,8 +26,7 @@ import pyarrow.parquet as pq
 from pd_core import cluster, ids, releasing, sampling, schemas, search, storage
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
 from pd_core.config import SET_NAME
-from pd_core.errors import UserError, one_line
-from pd_core.sources.names import printable
+from pd_core.errors import UserError, one_line, printable
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
 BATCH_ROWS = 64  # with their images, read at once

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from pd_core.errors import UserError
+from pd_core.errors import UserError, printable
 
 # What a folder of images often holds besides images. Everything else is a candidate: the content decides.
 _SIDECARS = """
@@ -45,11 +45,6 @@ def _unescape_one(found: re.Match[str]) -> str:
 def unescape(key: str) -> str:
     """The file name of a key; the inverse of `escape`."""
     return _ESCAPED.sub(_unescape_one, key) if "\\x" in key else key
-
-
-def printable(name: str) -> str:
-    """A name for a one-line message."""
-    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def suffix(name: str) -> str:

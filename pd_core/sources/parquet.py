@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pd_core import storage
 from pd_core.config import DataSettings
-from pd_core.errors import UserError, one_line
+from pd_core.errors import UserError, one_line, printable
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores
 from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
@@ -65,7 +65,7 @@ def open_columns(source: Source) -> Columns:
             first = first or _resolve(file.schema_arrow, source.settings, entry.name)
             if file.metadata.num_rows:
                 return first
-    raise UserError(f"{names.printable(source.settings.source or '')}: the Parquet files have no rows")
+    raise UserError(f"{printable(source.settings.source or '')}: the Parquet files have no rows")
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def _open(store: Store, name: str) -> Iterator[pq.ParquetFile]:
         try:
             parquet_file = _parquet(file)
         except _CORRUPT as error:
-            uri = names.printable(f"{store.uri}/{name}")
+            uri = printable(f"{store.uri}/{name}")
             raise UserError(f"{uri}: not a readable Parquet file ({_line(error)}); repair or remove it") from error
         yield parquet_file
 
@@ -88,7 +88,7 @@ def _parquet(file: object) -> pq.ParquetFile:
 
 def _line(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # without the path
-    return names.printable(one_line(text))
+    return printable(one_line(text))
 
 
 def _resolve(schema: pa.Schema, settings: DataSettings, where: str) -> Columns:
@@ -97,7 +97,7 @@ def _resolve(schema: pa.Schema, settings: DataSettings, where: str) -> Columns:
     for setting, name in [*used.items(), *(("metadata_columns", name) for name in settings.metadata_columns or ())]:
         if name is not None and name not in schema.names:
             raise UserError(
-                f"data.{setting}: {names.printable(where)} has no column {name!r}; {names.nearest(name, schema.names)}"
+                f"data.{setting}: {printable(where)} has no column {name!r}; {names.nearest(name, schema.names)}"
             )
     metadata = settings.metadata_columns
     if metadata is None:
@@ -163,7 +163,7 @@ def _check_same(expected: Columns, found: Columns, name: str) -> None:
         a, b = expected.types.get(column), found.types.get(column)
         if a != b:
             raise UserError(
-                f"{names.printable(name)}: column {column!r} is {b or 'missing'} but {a or 'missing'} in the first file; "
+                f"{printable(name)}: column {column!r} is {b or 'missing'} but {a or 'missing'} in the first file; "
                 "all files must agree (choose fewer with --data.metadata_columns)"
             )
 
@@ -174,7 +174,7 @@ def _file_tables(source: Source, file: pq.ParquetFile, entry: Entry, columns: Co
     except pa.ArrowMemoryError:
         raise
     except _CORRUPT as error:
-        uri = names.printable(f"{source.root}/{entry.name}")
+        uri = printable(f"{source.root}/{entry.name}")
         raise UserError(
             f"{uri}: a key, label or metadata column is corrupt ({_line(error)}); repair or remove the file"
         ) from error
@@ -216,9 +216,7 @@ def _keys(batch: pa.RecordBatch | None, column: str, name: str, rows: Sequence[i
     keys = _column(batch, column).cast(pa.string())
     if keys.null_count:
         row = rows[keys.is_null().index(True).as_py()]
-        raise UserError(
-            f"data.key_column: {column!r} is null in {names.printable(name)} row {row}; every image needs a key"
-        )
+        raise UserError(f"data.key_column: {column!r} is null in {printable(name)} row {row}; every image needs a key")
     return keys.to_pylist()
 
 
@@ -269,7 +267,7 @@ class _Reader:
         """What becomes of the images behind an error; it is raised if it says nothing of the file."""
         # pyarrow's own complaints about the content are OSErrors without a number
         if isinstance(error, OSError) and error.errno is not None and not self.store.lost(error):
-            raise storage.explain(error, names.printable(f"{self.store.uri}/{self.name}")) from error
+            raise storage.explain(error, printable(f"{self.store.uri}/{self.name}")) from error
         return _unreadable(where + _line(error))
 
     def _opened(self, opened: BinaryIO, offsets: Sequence[int]) -> Iterator[bytes | BadImage]:

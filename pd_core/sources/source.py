@@ -15,7 +15,7 @@ from fsspec.utils import glob_translate
 
 from pd_core import schemas, storage
 from pd_core.config import DataSettings
-from pd_core.errors import UserError
+from pd_core.errors import UserError, printable
 from pd_core.sources import names, stores
 
 Kind = Literal["directory", "glob", "parquet", "webdataset"]
@@ -85,7 +85,7 @@ def locate(source: str) -> Location:
     if kind == "file":
         return Location(folder or "/", (names.escape(name),), ())
     if not MAGIC.search(source):
-        raise UserError(f"{names.printable(uri)}: no such file or directory; check data.source")
+        raise UserError(f"{printable(uri)}: no such file or directory; check data.source")
     return _locate_pattern(uri)
 
 
@@ -98,7 +98,7 @@ def _locate_pattern(uri: str) -> Location:
     store = stores.open_store(root)
     with stores.explained(store):
         if store.kind() != "directory":
-            raise UserError(f"{names.printable(uri)}: {names.printable(root)} is no directory; check data.source")
+            raise UserError(f"{printable(uri)}: {printable(root)} is no directory; check data.source")
     every = list(itertools.islice(expand_braces(pattern), MAX_ALTERNATIVES + 1))
     if len(every) > MAX_ALTERNATIVES:
         raise UserError(f"{uri}: the braces name more than {MAX_ALTERNATIVES} files; use a wildcard")
@@ -167,9 +167,9 @@ def entries(source: Source | Location, kind: Kind | None, skipped: Counter[str])
     with stores.explained(store):
         yield from store.walk(choose, depth, stem, skipped)
     if missing:
-        first = names.printable(min(missing))
+        first = printable(min(missing))
         raise UserError(
-            f"{names.printable(source.root)}: {len(missing)} of the {len(source.names) + len(source.patterns)} files or "
+            f"{printable(source.root)}: {len(missing)} of the {len(source.names) + len(source.patterns)} files or "
             f"patterns that data.source names match nothing, the first is {first!r}; check data.source"
         )
 
@@ -214,7 +214,7 @@ def decide_kind(location: Location, settings: DataSettings) -> Kind:
     for entry in itertools.islice(entries(location, None, skipped), PEEK_FILES):
         seen[names.suffix(entry.name)] += 1
         packed += entry.name.lower().endswith(names.PACKED_TAR_SUFFIXES)
-    shown = names.printable(settings.source or "")
+    shown = printable(settings.source or "")
     if not seen:
         raise UserError(f"{shown}: no files{_found(skipped)}; check data.source")
     whole_folder = not (location.names or location.patterns)
@@ -254,7 +254,7 @@ def require_some(source: Source) -> None:
     skipped: Counter[str] = Counter()
     if next(entries(source, source.kind, skipped), None) is None:
         what = {"parquet": "Parquet files", "webdataset": ".tar files"}.get(source.kind, "images")
-        shown = names.printable(source.settings.source or "")
+        shown = printable(source.settings.source or "")
         raise UserError(f"{shown}: no {what}{_found(skipped)}; check data.source and data.kind")
 
 

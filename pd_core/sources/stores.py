@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import fsspec.asyn
 
 from pd_core import storage
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, printable
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names
 
@@ -85,7 +85,7 @@ def explained(store: Local | S3, name: str = "") -> Iterator[None]:
     try:
         yield
     except store.errors as error:
-        uri = storage.join(store.uri, names.printable(names.unescape(name))) if name else store.uri
+        uri = storage.join(store.uri, printable(names.unescape(name))) if name else store.uri
         raise storage.explain(error, uri) from error
 
 
@@ -184,7 +184,7 @@ class Local:
                 yield retrying(partial(self._read, span, limit_bytes), _passing, sleep)
             except OSError as error:
                 if not self.lost(error):
-                    raise storage.explain(error, names.printable(self._path(span.name))) from error
+                    raise storage.explain(error, printable(self._path(span.name))) from error
                 if error.errno == errno.ENOENT and not self._is_there():
                     raise RunError(
                         f"{self.uri}: nothing is there any more on {platform.node()}; make the disk visible on every "
@@ -404,7 +404,7 @@ class S3:
             if lasting:
                 error = errors[lasting[0]]
                 if isinstance(error, self.errors):
-                    raise storage.explain(error, f"{self.uri}/{names.printable(called[lasting[0]])}") from error
+                    raise storage.explain(error, f"{self.uri}/{printable(called[lasting[0]])}") from error
                 raise error
             assert delay_s is not None
             sleep(delay_s)

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from pd_core.errors import UserError
+from pd_core.errors import UserError, printable
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores
 from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
@@ -139,13 +139,13 @@ def open_metadata(source: Source) -> pa.StructType:
         if tar.images:
             break
     else:
-        shown = names.printable(source.settings.source or "")
+        shown = printable(source.settings.source or "")
         raise UserError(f"{shown}: no image members in {len(entries)} tars; check data.source")
     extensions = {extension for texts in tar.texts.values() for extension in texts}
     label = _label_extension(source)
     if label is not None and label not in extensions:
         raise UserError(
-            f"data.labels: {names.printable(entry.name)} has no text member {label!r}; {names.nearest(label, extensions)}"
+            f"data.labels: {printable(entry.name)} has no text member {label!r}; {names.nearest(label, extensions)}"
         )
     fields = sorted(names.escape(e) for e in extensions - {label, OTHER, ""})
     return pa.struct([pa.field(name, pa.string()) for name in [*fields, OTHER]])
@@ -158,7 +158,7 @@ def _label_extension(source: Source) -> str | None:
 
 def _scan_entry(store: Store, name: str, max_members: int | None = None) -> Tar:
     with stores.explained(store, name), store.open(name, time.sleep) as file:
-        return scan(file, names.printable(f"{store.uri}/{name}"), max_members)
+        return scan(file, printable(f"{store.uri}/{name}"), max_members)
 
 
 # ---- listing ---------------------------------------------------------------------------------------------------------
