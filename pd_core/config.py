@@ -39,6 +39,7 @@ from pydantic_settings import (
 )
 
 from pd_core.errors import EXIT_BAD_INPUT, UserError, redact
+from pd_core.schemas import METRICS
 
 ENV_PREFIX = "PD_CORE_"
 MIB = 1 << 20
@@ -771,7 +772,6 @@ RELEASE_METRICS = (  # that a gate may name, beside those of evaluate
     "likely_copies",
     "acceptance_rate",
 )
-METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
 
 
 SET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")

@@ -40,6 +40,7 @@ from pd_core import (
     storage,
     telemetry,
     tracking,
+    trust,
     updating,
 )
 from pd_core.config import CurateSettings, RecipeSettings
@@ -269,7 +270,7 @@ def _current(root: str) -> Version | None:
         return None
     if not isinstance(pointer, dict) or not {"version", "digest"} <= set(pointer):
         raise UserError(f"{uri}: names no version; restore it, or delete it and the index is built anew")
-    return Version(storage.join(root, pointer["version"]), pointer["digest"])
+    return Version(storage.join(root, trust.file_name(pointer["version"], uri)), str(pointer["digest"]))
 
 
 def _named(root: str, digest: str) -> str:

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from pd_core import cluster, schemas, storage
+from pd_core import cluster, schemas, storage, trust
 
 PICTURES = "png"
 FACTS = ("sample_id", "seed", "density", "percentile", "acceptance_probability", "label", "prompt", "likely_copy")
@@ -47,9 +47,7 @@ def remove_other(output: str, samples: storage.Stage) -> None:
 
 
 def _drop_pictures(uri: str) -> None:
-    fs, folder = storage.filesystem(storage.join(uri, PICTURES))
-    if fs.exists(folder):
-        fs.rm(folder, recursive=True)
+    storage.remove_folder(storage.join(uri, PICTURES))
 
 
 def _name(part: str, form: str) -> str:
@@ -58,14 +56,17 @@ def _name(part: str, form: str) -> str:
 
 
 def _write(stage: storage.Stage, samples_uri: str, name: str, form: str) -> None:
-    rows = storage.read_table(storage.join(samples_uri, name), [*FACTS, "image"]).to_pylist()
+    uri = storage.join(samples_uri, name)
+    rows = storage.read_table(uri, [*FACTS, "image"]).to_pylist()
+    for row in rows:
+        trust.file_name(row["image"]["path"], uri)
     if form == "webdataset":
         stage.write_part(_name(name, form), _tar(rows), len(rows))
         return
     lines = []
     for row in rows:
         file = "/".join([PICTURES, *([_folder(row["label"])] if row["label"] else []), row["image"]["path"]])
-        storage.write_bytes(storage.join(stage.uri, file), row["image"]["bytes"])
+        stage.write_file(file, row["image"]["bytes"])
         lines.append(json.dumps({"file": file, **{fact: row[fact] for fact in FACTS}}))
     stage.write_part(_name(name, form), "\n".join(lines).encode() + b"\n", len(rows))
 

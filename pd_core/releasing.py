@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, schemas, storage
+from pd_core import cluster, schemas, storage, trust
 from pd_core.config import GateSettings
 from pd_core.errors import RunError, UserError
 
@@ -150,6 +150,9 @@ def pointer(root: str) -> dict[str, Any]:
         return {}
     if not isinstance(there, dict) or not isinstance(there.get("release"), str):
         raise UserError(f"{uri}: has no `release`, the name of one; restore or correct it")
+    for key in ("release", "last"):
+        if there.get(key) is not None:
+            trust.file_name(there[key], uri)
     if unknown := sorted(set(there) - POINTER):
         raise UserError(f"{uri}: unknown key {unknown[0]!r}; correct it: the list of releases to keep out is `held`")
     held = there.get("held", [])

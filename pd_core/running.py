@@ -147,6 +147,7 @@ def started(
     stages: see Run. tracked: False for a plan, which MLflow hears nothing of.
     """
     watch = storage.Stopwatch()
+    storage.refuse_links(output)
     if not cluster.is_shared():
         cluster.say(config.to_yaml(settings))
     how = settings.tracking if tracked else settings.tracking.model_copy(update={"enabled": False})

@@ -5,12 +5,12 @@ Schemas are stated, never inferred from rows. A change that readers can notice r
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-
-from pd_core.config import METRICS
 
 VERSIONS = {
     "listing": 2,
@@ -36,6 +36,7 @@ VERSIONS = {
     "release": 1,
 }
 
+METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
 CURVE_METRICS = METRICS
 
 METADATA = "metadata"  # struct column of whatever else the source said of an image; absent where it said nothing
@@ -349,3 +350,36 @@ def candidates() -> pa.Schema:
             pa.field("value", pa.float64()),
         ]
     )
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def known() -> Mapping[str, frozenset[pa.DataType]]:
+    """Every column by its name, with the types that it has in the tables above; those of `metadata` are the source's own."""
+    one = [
+        listing(),
+        features(1),
+        quarantine(),
+        neighbors(1),
+        densities(1),
+        samples(),
+        perturbed(),
+        rejected(),
+        metrics(),
+    ]
+    more = [scores(), curve(), weights(), finetuned_samples(), evaluations(), history(), candidates()]
+    found: dict[str, frozenset[pa.DataType]] = {}
+    for field in (field for schema in [*one, *more] for field in schema):
+        found[field.name] = found.get(field.name, frozenset()) | {field.type}
+    return found
+
+
+def is_like(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a type is the wanted one, whatever the length of its lists, which is k or D."""
+    if pa.types.is_fixed_size_list(wanted):
+        return pa.types.is_fixed_size_list(found) and found.value_type == wanted.value_type
+    if pa.types.is_list(wanted):
+        return pa.types.is_list(found) and found.value_type == wanted.value_type
+    return bool(found.equals(wanted))

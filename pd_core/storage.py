@@ -9,45 +9,60 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
 import os
 import platform
 import re
+import stat
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeGuard
+from typing import Annotated, Any, BinaryIO, TypeGuard
 from urllib.parse import quote, unquote
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from pd_core.errors import RunError, UserError, one_line
+from pd_core import tables, trust
+from pd_core.errors import LINE_CHARACTERS, RunError, UserError, one_line, printable
 
 ARTIFACT = "artifact.json"
 STARTED = "started.json"
 RECORDS = "_parts"
+UNKNOWN = "restore it, or delete the folder and make it again"
 MEND = "run the command that wrote it again, which makes such parts anew"
+RECORD_BYTES = 1 << 30  # of a file of JSON; the record of a million parts has 0.2 GB
 READERS = 16  # threads that read or delete small files
 TEMPORARY_S = 3600.0  # no file takes longer to write
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 _TABLE = re.compile(r"part-(\d{8,})\.parquet")
-_NUMBERED = re.compile(r"(part|shard)-\d+\.\w+$")
+_NUMBERED = re.compile(r"(part|shard)-\d+\.\w+")
 
 
 # ---- URIs ------------------------------------------------------------------------------------------------------------
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URI and the path in it. Listings are never cached: other processes write there."""
+    """The file system of a URI and the path in it. Listings are never cached: other processes write there.
+
+    Raises:
+        UserError: it is neither local nor s3://; fsspec itself would fetch from anywhere, through any chain of protocols.
+    """
+    if is_local(uri):
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(uri)
     if not uri.startswith("s3://"):
-        return fsspec.core.url_to_fs(uri)
+        raise UserError(
+            f"{printable(uri.partition('?')[0])}: only local paths and s3:// are used; copy it to one of them"
+        )
     from pd_core.s3 import S3FileSystem  # half a second of imports
 
     fs = S3FileSystem(**S3FileSystem._get_kwargs_from_urls(uri), use_listings_cache=False)
@@ -125,31 +140,73 @@ def explained(name: str) -> Iterator[None]:
         raise
 
 
-def read_bytes(uri: str) -> bytes:
-    """All bytes at a URI. Raises FileNotFoundError."""
+def read_bytes(uri: str, most_bytes: int | None = None) -> bytes:
+    """All bytes at a URI, which must be a regular file: a pipe would hang, and a device never ends.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        UserError: it is no regular file, or has more than `most_bytes`.
+    """
     fs, path = filesystem(uri)
-    return fs.cat_file(path)
+    if not is_local(uri):
+        if most_bytes is not None and (size := fs.size(path)) > most_bytes:
+            raise _too_large(uri, size, most_bytes)
+        return fs.cat_file(path)
+    with open_regular(path) as file:
+        if most_bytes is not None and (size := os.fstat(file.fileno()).st_size) > most_bytes:
+            raise _too_large(uri, size, most_bytes)
+        return file.read()
+
+
+def open_regular(path: str) -> BinaryIO:
+    """A regular file of this machine, open for reading.
+
+    Raises:
+        OSError: it cannot be opened.
+        UserError: it is a pipe, a device or a socket; it was not waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise UserError(f"{path}: is no regular file; name another")
+
+
+def _too_large(uri: str, size: int, most_bytes: int) -> UserError:
+    return UserError(f"{uri}: has {size:,} bytes, at most {most_bytes:,} are read; is it the right file?")
 
 
 def read_json(uri: str) -> Any:
     """The values of a JSON file, None where there is no file.
 
     Raises:
-        UserError: what is there is no whole JSON.
+        UserError: what is there is no whole JSON, or no regular file.
     """
     try:
-        return json.loads(read_bytes(uri))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
+        return _parsed(uri)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{uri}: is no whole JSON file ({one_line(error)}); restore or correct it") from None
 
 
 def read_record(uri: str) -> Any:
     """`read_json` of a file that only this program writes; None also where it is not whole: what it speaks of is made again."""
     try:
-        return read_json(uri)
+        return _parsed(uri)
     except UserError:
+        raise
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parsed(uri: str) -> Any:
+    try:
+        return json.loads(read_bytes(uri, RECORD_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -239,7 +296,7 @@ def copy(source: str, target: str) -> None:
         try:
             os.link(source, temporary)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno not in _NO_LINKS:
                 raise
             write_bytes(target, read_bytes(source))  # another disk, or one without links
             return
@@ -287,18 +344,40 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None, without: Collection[str] = ()) -> pa.Table:
-    """A Parquet file as a table: all of it in one request, or some columns, the bytes of the others unread.
+    """A Parquet file of ours as a table: all of it in one request, or some columns, the bytes of the others unread.
 
     Raises:
-        UserError: what is there is no whole Parquet file.
+        UserError: what is there is no whole Parquet file, lacks a column, or has one that is not as `schemas` says.
     """
+    with io.BytesIO(read_bytes(uri)) if columns is None and not without else open_file(uri) as file:
+        with reading_table(uri):
+            parquet = tables.open_parquet(file, uri)
+            wanted = [n for n in columns or parquet.schema_arrow.names if n not in without]
+            if missing := set(wanted) - set(parquet.schema_arrow.names):
+                raise UserError(f"{uri}: has no column {min(missing)!r}; {MEND}")
+            table = parquet.read(wanted)
+            tables.check_known(table.schema, uri)
+            table.validate(full=True)  # texts are UTF-8, lists lie inside their values
+        return table
+
+
+def open_file(uri: str) -> Any:
+    """A file at a URI, seekable, open for reading; a local one is regular. Raises OSError, UserError as `open_regular`."""
     fs, path = filesystem(uri)
-    with io.BytesIO(read_bytes(uri)) if columns is None and not without else fs.open(path, "rb") as file:
-        try:
-            parquet = pq.ParquetFile(file)
-            return parquet.read([n for n in columns or parquet.schema_arrow.names if n not in without])
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{uri}: is no whole Parquet file ({one_line(error)}); {MEND}") from None
+    return open_regular(path) if is_local(uri) else fs.open(path, "rb")
+
+
+@contextlib.contextmanager
+def reading_table(uri: str) -> Iterator[None]:
+    """Turn what Arrow says of a file that is no whole Parquet file into one line."""
+    try:
+        yield
+    except pa.ArrowMemoryError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the store; Arrow's own have no number
+            raise
+        raise UserError(f"{uri}: is no whole Parquet file ({one_line(printable(str(error)))}); {MEND}") from None
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
@@ -320,24 +399,158 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return sha256(canonical(identity).encode())
 
 
+# ---- folders that are written into -----------------------------------------------------------------------------------
+
+
+class Folder:
+    """A directory that is written into by names, some of which were read from files: none of them leads out of it.
+
+    On a local disk every write and deletion goes through the directory's own descriptor, which lies where the directory lay when
+    this object was made, whatever process it has been sent to since: no link below it is followed, and one that takes its
+    place while a run is under way is noticed.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.place = os.path.realpath(absolute(uri)) if is_local(uri) else None
+
+    def refuse_link(self) -> None:
+        """Raises UserError: the directory is a link, so that it may be somebody else's."""
+        if self.place is not None and os.path.islink(absolute(self.uri)):
+            raise UserError(f"{self.uri}: is a link to {self.place}, which is not written into; remove the link")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file whole or not at all, as `write_bytes`; the name may lead into folders."""
+        if self.place is None:
+            write_bytes(self._uri_of(name), data)
+            return
+        with self._opened(name, make=True) as (folder, last), _replacing(folder, last) as temporary:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def take(self, source: str, name: str) -> None:
+        """`copy` of a file of another directory. Raises FileNotFoundError; RunError: that file is a link or no regular file."""
+        if self.place is None or not is_local(source):
+            copy(source, self._uri_of(name))
+            return
+        source = absolute(source)
+        if not stat.S_ISREG(os.lstat(source).st_mode):
+            raise RunError(f"{source}: is a link or no regular file, which is not taken over; restore it")
+        try:
+            with self._opened(name, make=True) as (folder, last), _replacing(folder, last) as temporary:
+                os.link(source, temporary, dst_dir_fd=folder)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self.write(name, read_bytes(source))  # another disk, or one without links
+
+    def delete(self, name: str) -> None:
+        """Delete a file; nothing there is fine."""
+        if self.place is None:
+            delete_file(self._uri_of(name))
+            return
+        with contextlib.suppress(FileNotFoundError), self._opened(name) as (folder, last):
+            os.unlink(last, dir_fd=folder)
+
+    def _uri_of(self, name: str) -> str:
+        _segments(name)
+        return join(self.uri, name)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
+        """Descriptor of the directory in which a name lies, and its last segment."""
+        *folders, last = _segments(name)
+        assert self.place is not None
+        if make:
+            os.makedirs(self.place, exist_ok=True)
+        opened = [os.open(self.place, _DIRECTORY)]
+        try:
+            if os.readlink(f"/proc/self/fd/{opened[0]}") != self.place:
+                raise RunError(
+                    f"{self.uri}: another folder has taken its place; put it back and run the same command again"
+                )
+            for segment in folders:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(segment, dir_fd=opened[-1])
+                opened.append(os.open(segment, _DIRECTORY | os.O_NOFOLLOW, dir_fd=opened[-1]))
+            yield opened[-1], last
+        except NotADirectoryError:
+            raise RunError(f"{join(self.uri, name)}: a link or a file is in the way; remove it") from None
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC  # O_PATH: a folder that may be entered need not be readable
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def _segments(name: str) -> list[str]:
+    segments = name.split("/")
+    assert not {"", ".", ".."} & set(segments) and "\0" not in name, name  # whoever reads names has checked them
+    return segments
+
+
+@contextlib.contextmanager
+def _replacing(folder: int, name: str) -> Iterator[str]:
+    """A temporary name in the directory with this descriptor; what the body makes there gets the name at last."""
+    temporary = f"{name}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield temporary
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(
+                temporary, dir_fd=folder
+            )  # of a body that failed; a rename onto a link of the same file leaves it too
+
+
+def refuse_links(uri: str) -> None:
+    """Folders of an output that lead out of it by a link: what is written there would be somebody else's.
+
+    Raises:
+        UserError: there is one; the output itself may be a link, since the user has named it.
+    """
+    if not is_local(uri):
+        return
+    root = os.path.realpath(absolute(uri))
+    for folder, inside, _ in os.walk(root):
+        for name in inside:
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and not is_inside(path, root):
+                raise UserError(
+                    f"{uri}: {printable(path)} is a link to {printable(os.path.realpath(path))}, outside of it, where nothing is "
+                    "written; remove the link or choose another --output"
+                )
+
+
 # ---- artifacts -------------------------------------------------------------------------------------------------------
+
+
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Part:
     """A committed file of a stage. `counts` holds what the stage wants to add up, e.g. quarantined rows by reason."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     name: str
-    rows: int
-    bytes: int
-    sha256: str
-    counts: dict[str, int] = field(default_factory=dict)
+    rows: Count
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    counts: dict[str, Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Artifact:
     """What `artifact.json` says of a finished stage."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     kind: str
     schema_version: int
     fingerprint: str
@@ -367,12 +580,38 @@ class Artifact:
 
 
 def load_artifact(uri: str) -> Artifact | None:
-    """The commit record in a stage's directory, or None where the stage is not finished."""
+    """The commit record in a stage's directory, or None where the stage is not finished.
+
+    Raises:
+        UserError: it is none of ours: a field is missing, of another type, or names a file that no stage has.
+    """
     values = read_record(join(uri, ARTIFACT))
     if values is None:
         return None
-    values["parts"] = tuple(Part(**part) for part in values["parts"])
-    return Artifact(**values)
+    artifact: Artifact = _checked(_artifact_type(), values, join(uri, ARTIFACT))
+    for part in artifact.parts:
+        trust.part_name(part.name, join(uri, ARTIFACT))
+    return artifact
+
+
+@functools.cache
+def _artifact_type() -> TypeAdapter[Artifact]:
+    return TypeAdapter(Artifact)
+
+
+@functools.cache
+def _part_type() -> TypeAdapter[Part]:
+    return TypeAdapter(Part)
+
+
+def _checked(adapter: TypeAdapter[Any], values: Any, uri: str) -> Any:
+    """The values of a record as what they are to be. Raises UserError: they are not."""
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = printable(".".join(map(str, first["loc"]))[:LINE_CHARACTERS])
+        raise UserError(f"{uri}: is no record of this pd_core ({where}: {first['msg']}); {UNKNOWN}") from None
 
 
 def damaged_parts(uri: str, parts: Iterable[Part]) -> dict[str, str]:
@@ -437,6 +676,10 @@ class Stage:
     schema_version: int
     identity: dict[str, Any]
     beside: tuple[str, ...] = ()
+    folder: Folder = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Folder(self.uri))
 
     @property
     def fingerprint(self) -> str:
@@ -451,11 +694,12 @@ class Stage:
         Raises:
             UserError: the directory holds a stage of another fingerprint and `overwrite` is off.
         """
+        self.folder.refuse_link()
         done = load_artifact(self.uri)
         if done is not None and done.fingerprint == self.fingerprint:
             if not self.damage(done):
                 return done
-            delete_file(join(self.uri, ARTIFACT))
+            self.folder.delete(ARTIFACT)
             done = None
         other = done.identity if done is not None else _started(self.uri)
         if other is not None and (done is not None or fingerprint_of(other, self) != self.fingerprint):
@@ -465,11 +709,11 @@ class Stage:
                     f"{self.uri}: holds {self.kind} made with other settings or input ({what}); "
                     "choose another --output or pass --overwrite"
                 )
-            _clear(self.uri)
+            _clear(self.folder)
         elif other is None and any(not _TEMPORARY.search(name) for name in sizes(self.uri)):
             raise UserError(f"{self.uri}: holds files that are not of this program; choose another --output")
         self._drop_temporaries()
-        write_bytes(join(self.uri, STARTED), canonical(self.identity).encode())
+        self.folder.write(STARTED, canonical(self.identity).encode())
         return None
 
     def recorded(self) -> Artifact | None:
@@ -493,16 +737,16 @@ class Stage:
         """
         if not is_local(self.uri):
             return
-        for folder in (self.uri, join(self.uri, RECORDS)):
-            for name in filter(_TEMPORARY.search, sizes(folder)):
+        for folder in ("", f"{RECORDS}/"):
+            for name in filter(_TEMPORARY.search, sizes(join(self.uri, folder))):
                 with contextlib.suppress(FileNotFoundError):
-                    if time.time() - os.stat(join(folder, name)).st_mtime > TEMPORARY_S:
-                        delete_file(join(folder, name))
+                    if time.time() - os.lstat(join(self.uri, folder + name)).st_mtime > TEMPORARY_S:
+                        self.folder.delete(folder + name)
 
     def write_part(self, name: str, data: bytes, rows: int, counts: Mapping[str, int] | None = None) -> Part:
         """Write one file of the stage and, after its bytes are seen in place, its record. The name may lead into folders."""
-        uri = join(self.uri, name)
-        write_bytes(uri, data)
+        uri = join(self.uri, trust.part_name(name, self.uri))
+        self.folder.write(name, data)
         fs, path = filesystem(uri)
         found = fs.size(path)
         if found != len(data):
@@ -516,24 +760,26 @@ class Stage:
 
         name: in this stage, if it is another. Raises RunError: the file is not there as it was recorded.
         """
-        source, target = join(uri, part.name), join(self.uri, name or part.name)
+        name = trust.part_name(name or part.name, uri)
+        source, target = join(uri, part.name), join(self.uri, name)
         try:
-            copy(source, target)
+            self.folder.take(source, name)
         except FileNotFoundError:
             raise RunError(f"{source}: gone, although {uri} is finished; restore it, or build without it") from None
         fs, path = filesystem(target)
         if (found := fs.size(path)) != part.bytes:
             raise RunError(f"{source}: has {found} bytes, {part.bytes} were committed; restore it, or build without it")
-        part = dataclasses.replace(part, name=name or part.name)
+        part = dataclasses.replace(part, name=name)
         self._write_record(part)
         return part
 
     def _write_record(self, part: Part) -> None:
         record = {"stage": self.fingerprint, "part": dataclasses.asdict(part)}
-        write_bytes(self._record(part.name), canonical(record).encode())
+        self.folder.write(_record(part.name), canonical(record).encode())
 
-    def _record(self, name: str) -> str:
-        return join(self.uri, RECORDS, f"{quote(name, safe='')}.json")
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file that no record speaks of, as a part of many does whose names are for people."""
+        self.folder.write(name, data)
 
     def write_table(self, name: str, table: pa.Table, counts: Mapping[str, int] | None = None) -> Part:
         """`write_part` of a Parquet table."""
@@ -558,13 +804,27 @@ class Stage:
         if not names:
             return []
         with ThreadPoolExecutor(READERS) as readers:
-            records = list(readers.map(lambda name: read_record(join(self.uri, RECORDS, name)), names))
-        return [Part(**record["part"]) for record in records if record and record["stage"] == self.fingerprint]
+            records = zip(
+                names, readers.map(lambda name: read_record(join(self.uri, RECORDS, name)), names), strict=True
+            )
+            return [part for name, record in records if (part := self._own(name, record)) is not None]
+
+    def _own(self, name: str, record: Any) -> Part | None:
+        """The part that a record speaks of; None where it is not whole or of another stage. Raises UserError: it is none of ours."""
+        uri = join(self.uri, RECORDS, name)
+        if record is None or (isinstance(record, dict) and record.get("stage", self.fingerprint) != self.fingerprint):
+            return None
+        part: Part = _checked(_part_type(), record.get("part") if isinstance(record, dict) else record, uri)
+        trust.part_name(part.name, uri)
+        if name != _record(part.name).rpartition("/")[2]:
+            raise UserError(f"{uri}: is the record of another file, {part.name}; {UNKNOWN}")
+        return part
 
     def drop_part(self, name: str) -> None:
         """Forget a part and delete its file, if there is one."""
-        delete_file(self._record(name))
-        delete_file(join(self.uri, name))
+        trust.part_name(name, self.uri)
+        self.folder.delete(_record(name))
+        self.folder.delete(name)
 
     def commit(
         self,
@@ -583,7 +843,7 @@ class Stage:
             versions=package_versions(),
             timings_s={name: round(value, 3) for name, value in timings_s.items()},
         )
-        write_bytes(join(self.uri, ARTIFACT), artifact.to_bytes())
+        self.folder.write(ARTIFACT, artifact.to_bytes())
         return artifact
 
     def complete(self, make: Callable[[], tuple[Iterable[Part], Mapping[str, Any]]], overwrite: bool) -> Artifact:
@@ -598,7 +858,7 @@ class Stage:
         watch = Stopwatch()
         parts, totals = make()
         if before is not None and before.holds(parts):  # what was damaged is as it was, and so is what was said of it
-            write_bytes(join(self.uri, ARTIFACT), before.to_bytes())
+            self.folder.write(ARTIFACT, before.to_bytes())
             return before
         return self.commit(parts, totals, {self.kind: watch.seconds})
 
@@ -612,26 +872,36 @@ def begun_identity(uri: str) -> dict[str, Any] | None:
 def remove(uri: str) -> None:
     """Delete the stage in a directory, if one was begun there."""
     if _started(uri) is not None:
-        _clear(uri)
-        delete_file(join(uri, STARTED))
+        folder = Folder(uri)
+        folder.refuse_link()
+        _clear(folder)
+        folder.delete(STARTED)
 
 
-def _clear(uri: str) -> None:
+def _record(name: str) -> str:
+    """Name of the record of a part, in its stage's directory."""
+    return f"{RECORDS}/{quote(name, safe='')}.json"
+
+
+def _clear(folder: Folder) -> None:
     """Delete a stage in an order that can break off anywhere: what is left is unfinished, and still known as ours.
 
-    Files that no stage writes are somebody else's and stay.
+    Files that no stage writes are somebody else's and stay. Raises UserError: a record is of such a file; nothing is deleted then.
     """
-    delete_file(join(uri, ARTIFACT))
-    records = sorted(sizes(join(uri, RECORDS)))
-    recorded = {unquote(name.removesuffix(".json")) for name in records}
-    ours = sorted(recorded | {name for name in sizes(uri) if _NUMBERED.match(name)})
+    where = join(folder.uri, RECORDS)
+    records = sorted(sizes(where))
+    recorded = {trust.part_name(unquote(name.removesuffix(".json")), where) for name in records}
+    ours = sorted(recorded | {name for name in sizes(folder.uri) if _NUMBERED.fullmatch(name)})
+    folder.delete(ARTIFACT)
     with ThreadPoolExecutor(READERS) as deleters:
-        list(deleters.map(lambda name: delete_file(join(uri, name)), ours))
-        list(deleters.map(lambda name: delete_file(join(uri, RECORDS, name)), records))
+        list(deleters.map(folder.delete, ours))
+        list(deleters.map(lambda name: folder.delete(f"{RECORDS}/{name}"), records))
 
 
 def _started(uri: str) -> dict[str, Any] | None:
-    started: dict[str, Any] | None = read_json(join(uri, STARTED))
+    started = read_json(join(uri, STARTED))
+    if started is not None and not isinstance(started, dict):
+        raise UserError(f"{join(uri, STARTED)}: is no record of this pd_core; {UNKNOWN}")
     return started
 
 

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pd_core import cluster, ids, releasing, sampling, schemas, search, storage
+from pd_core import cluster, ids, releasing, sampling, schemas, search, storage, tables, trust
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
 from pd_core.config import SET_NAME
 from pd_core.errors import UserError, one_line, printable
@@ -308,7 +307,7 @@ def picture_differences(samples: Samples, part: storage.Part) -> list[str]:
     folder, other = samples.beside("export"), dict[str, list[str]]()
     try:
         lines = [json.loads(line) for line in storage.read_bytes(storage.join(folder, part.name)).splitlines()]
-        files: dict[int, str] = {line["sample_id"]: line["file"] for line in lines}
+        files: dict[int, str] = {line["sample_id"]: trust.relative(line["file"], part.name) for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         return [f"is no list of pictures: {one_line(error)}"]
 
@@ -325,10 +324,10 @@ def picture_differences(samples: Samples, part: storage.Part) -> list[str]:
             if not same:
                 other.setdefault("is not the picture of its sample", []).append(file)
 
-    fs, path = storage.filesystem(storage.join(samples.uri, part.name.replace(".jsonl", ".parquet")))
+    location = storage.join(samples.uri, part.name.replace(".jsonl", ".parquet"))
     try:
-        with fs.open(path, "rb") as file, ThreadPoolExecutor(storage.READERS) as readers:
-            table = pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
+        with storage.open_file(location) as file, ThreadPoolExecutor(storage.READERS) as readers:
+            table = tables.open_parquet(file, location, buffer_size=BLOCK_BYTES, pre_buffer=False)
             for batch in table.iter_batches(BATCH_ROWS, columns=["sample_id", "image"]):
                 list(readers.map(differs, batch.to_pylist()))
     except FileNotFoundError:
@@ -384,9 +383,8 @@ def _unequal(compared: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 def _digest(location: str) -> tuple[int, str]:
     """Bytes and SHA-256 of a file of any size."""
-    fs, path = storage.filesystem(location)
     digest, size = hashlib.sha256(), 0
-    with fs.open(path, "rb") as file:
+    with storage.open_file(location) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             size += len(block)
@@ -394,9 +392,8 @@ def _digest(location: str) -> tuple[int, str]:
 
 
 def _columns(location: str, names: list[str], schema: pa.Schema) -> pa.Table:
-    fs, path = storage.filesystem(location)
-    with fs.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
+    with storage.open_file(location) as file:
+        parquet = tables.open_parquet(file, location)
         if not parquet.schema_arrow.equals(schema):
             raise ValueError("its columns are not those that it should have")
         return parquet.read(names)
@@ -507,9 +504,10 @@ def _stored(samples: Samples, group: Group) -> tuple[dict[int, list[int]], pa.Ta
     chosen = pa.array([number for numbers in group.values() for number in numbers])
     present: dict[int, list[int]] = {chunk: [] for chunk in group}
     kept = []
-    fs, path = storage.filesystem(storage.join(samples.uri, name))
-    with fs.open(path, "rb") as file:
-        for batch in pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False).iter_batches(BATCH_ROWS):
+    location = storage.join(samples.uri, name)
+    with storage.open_file(location) as file:
+        table = tables.open_parquet(file, location, buffer_size=BLOCK_BYTES, pre_buffer=False)
+        for batch in table.iter_batches(BATCH_ROWS):
             numbers = batch["sample_id"]
             for number in numbers.to_pylist():
                 if (chunk := number // samples.recipe.chunk) in present:

@@ -123,14 +123,12 @@ def release_of(folder: Path, **more: Any) -> Path:
 
 
 def part(name: str, rows: int = 3) -> dict[str, Any]:
-    return {"name": name, "rows": rows, "bytes": 1, "sha256": "0", "counts": {}}
+    return {"name": name, "rows": rows, "bytes": 1, "sha256": "0" * 64, "counts": {}}
 
 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({"parts": [part("a/../../elsewhere.parquet")]}, "is no name of a part"),
-        ({"parts": [part("/etc/passwd")]}, "is no name of a part"),
         ({"parts": [part("b/part-00000000.parquet")]}, "is no name of a part"),
         ({"parts": []}, "names no release.json"),
         ({"totals": {"rows": {"../..": 3}}}, "its totals name no sets"),
@@ -152,6 +150,13 @@ def test_a_record_that_contradicts_itself_is_followed_nowhere(tmp_path, capsys, 
     said = capsys.readouterr()
     assert f"artifact.json: {expected}" in said.out or f" {expected}" in said.out
     assert said.err == f"failed: verify: {release}/artifact.json is not as it was committed; see above\n"
+
+
+@pytest.mark.parametrize("name", ["a/../../elsewhere.parquet", "/etc/passwd"])
+def test_a_record_that_leads_out_of_the_release_is_refused_as_a_whole(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(cluster, "session", lambda *_: pytest.fail("files are looked at"))
+    assert verify(release_of(tmp_path / "release", parts=[part(name)])) == errors.EXIT_FAILED
+    assert f"names the file {name!r}, which no run of pd_core has written" in capsys.readouterr().err
 
 
 def test_half_a_record_is_told_from_none(tmp_path, capsys):

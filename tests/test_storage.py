@@ -146,8 +146,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
 def test_a_part_whose_bytes_are_not_in_place_is_not_recorded(tmp_path, monkeypatch):
     made = stage(tmp_path)
     made.begin(overwrite=False)
-    write = storage.write_bytes
-    monkeypatch.setattr(storage, "write_bytes", lambda uri, data: write(uri, data[:-1]))
+    write = storage.Folder.write
+    monkeypatch.setattr(storage.Folder, "write", lambda folder, name, data: write(folder, name, data[:-1]))
     with pytest.raises(RunError, match="wrote"):
         made.write_part("part-0", b"12345", 1)
     assert made.finished_parts() == {}
@@ -303,9 +303,9 @@ def test_a_part_that_another_run_drops_meanwhile_is_not_there(tmp_path, monkeypa
     made.write_part("state-1.pt", b"one", 0)
     read = storage.read_bytes
 
-    def read_after_the_drop(uri: str) -> bytes:
+    def read_after_the_drop(uri: str, *most: int) -> bytes:
         other.drop_part("state-1.pt")  # between the listing of the records and their reading
-        return read(uri)
+        return read(uri, *most)
 
     monkeypatch.setattr(storage, "read_bytes", read_after_the_drop)
     assert made.finished_parts() == {"state-2.pt": kept}

@@ -6,7 +6,6 @@ import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -329,8 +328,7 @@ def test_a_store_that_refuses_is_no_finding(copy, monkeypatch):
     (text,) = verifying.compare_group(samples, pool, maker, group).rows.values()
     assert text is not None and text.startswith("its file cannot be read: ")
     for error in (PermissionError(13, "denied"), ConnectionError("lost"), OSError(5, "SlowDown")):
-        opened = SimpleNamespace(open=lambda *_, error=error: Refusing(error))
-        monkeypatch.setattr(storage, "filesystem", lambda uri, opened=opened: (opened, uri))
+        monkeypatch.setattr(storage, "open_file", lambda uri, error=error: Refusing(error))
         with pytest.raises(type(error)):
             verifying.compare_group(samples, pool, maker, group)
         with pytest.raises(type(error)):

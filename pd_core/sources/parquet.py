@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pd_core import storage
+from pd_core import storage, trust
 from pd_core.config import DataSettings
 from pd_core.errors import UserError, one_line, printable
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores
 from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
 from pd_core.sources.stores import Entry, Sleep, Span
+from pd_core.tables import open_parquet
 
 Store = stores.Local | stores.S3
 
@@ -73,17 +74,17 @@ def _open(store: Store, name: str) -> Iterator[pq.ParquetFile]:
     with stores.explained(store, name):
         file = store.open(name, time.sleep)
     with file:
+        uri = printable(f"{store.uri}/{name}")
         try:
-            parquet_file = _parquet(file)
+            parquet_file = _parquet(file, uri)
         except _CORRUPT as error:
-            uri = printable(f"{store.uri}/{name}")
             raise UserError(f"{uri}: not a readable Parquet file ({_line(error)}); repair or remove it") from error
         yield parquet_file
 
 
-def _parquet(file: object) -> pq.ParquetFile:
+def _parquet(file: BinaryIO, where: str) -> pq.ParquetFile:
     # buffered, page by page: a row group can be gigabytes of images
-    return pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, page_checksum_verification=True)
+    return open_parquet(file, where, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, page_checksum_verification=True)
 
 
 def _line(error: BaseException) -> str:
@@ -118,10 +119,14 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
 def _check_image_type(name: str, kind: pa.DataType) -> None:
     if pa.types.is_struct(kind):
         children = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        if "bytes" in children and _is_bytes(children["bytes"]):
+        if "bytes" in children and _is_bytes(children["bytes"]) and _is_text(children.get("path", pa.string())):
             return
     elif _is_bytes(kind):
         return
@@ -200,6 +205,7 @@ def _rows(source: Source, file: pq.ParquetFile, entry: Entry, columns: Columns) 
 def _row_batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch | None]]:
     if columns:
         for batch in file.iter_batches(batch_size=TABLE_ROWS, columns=columns, use_threads=False):
+            batch.validate(full=True)  # a text that is no UTF-8 would raise wherever it is read later
             yield batch.num_rows, batch
         return
     for start in range(0, file.metadata.num_rows, TABLE_ROWS):
@@ -272,9 +278,11 @@ class _Reader:
 
     def _opened(self, opened: BinaryIO, offsets: Sequence[int]) -> Iterator[bytes | BadImage]:
         try:
-            file = _parquet(opened)
+            file = _parquet(opened, printable(f"{self.store.uri}/{self.name}"))
             if self.settings.image_column not in file.schema_arrow.names:
                 raise pa.ArrowInvalid("the image column is gone: the file has changed since it was listed")
+            column = self.settings.image_column
+            _check_image_type(column, file.schema_arrow.field(column).type)
         except _CORRUPT as error:
             yield from [self._lost(error)] * len(offsets)
             return
@@ -330,17 +338,25 @@ class _Reader:
         for row in rows:
             size = sizes[row].as_py()
             if size is None:
-                yield self._beside(paths[row].as_py() if paths is not None else None)
+                yield self._beside(paths[row] if paths is not None else None)
             elif size > limit:
                 yield BadImage(Reason.TOO_MANY_BYTES, f"{size} bytes, the limit is {limit}")
             else:
                 yield batch[row].as_py()
 
-    def _beside(self, path: str | None) -> bytes | BadImage:
+    def _beside(self, named: pa.Scalar | None) -> bytes | BadImage:
+        try:
+            path = None if named is None else named.as_py()
+        except UnicodeDecodeError:
+            return _unreadable("its path is no UTF-8")
         if not path:
             return BadImage(Reason.EMPTY, "null in the image column")
         relative = posixpath.normpath(posixpath.join(posixpath.dirname(names.unescape(self.name)), path))
-        if path.startswith("/") or relative.split("/")[0] == "..":
+        try:
+            trust.relative(relative, self.name)
+        except UserError:
+            return _unreadable(f"path {path!r} leads out of the source")
+        if path.startswith("/"):
             return _unreadable(f"path {path!r} leads out of the source")
         span = Span(names.escape(relative), None, 0)
         return next(iter(self.store.fetch([span], self.settings.max_image_bytes, self.sleep)))

@@ -1,0 +1,86 @@
+"""The one reader of Parquet: what a file says of itself is looked at before anything of it is used.
+
+Importing `ray.data` registers Arrow extension types for the whole process, one of which unpickles what a column holds as soon as
+a value is taken out of it: a file that names that type runs code in whoever reads it. No type of Ray's is registered while
+a file is opened here, so that its columns are the plain bytes that they are stored as; and a file that names one is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pd_core import schemas, trust
+from pd_core.errors import UserError, one_line
+
+FOOTER_BYTES = 32 << 20  # Arrow makes some tenfold of it in memory
+LIST_ITEMS = 8000  # columns, or row groups; a list that claims more makes Arrow allocate for them before it reads one
+_END_BYTES = 8  # the footer's length, and four letters
+_RAY_TYPES = (
+    "ray.data.arrow_pickled_object",
+    "ray.data.arrow_tensor",
+    "ray.data.arrow_tensor_v2",
+    "ray.data.arrow_variable_shaped_tensor",
+)
+
+
+def forget_ray_types() -> None:
+    """Have Arrow know none of Ray's extension types in this process any more: as if `ray.data` had not been imported."""
+    for name in _RAY_TYPES:
+        with contextlib.suppress(pa.ArrowKeyError):  # it is not registered
+            pa.unregister_extension_type(name)
+
+
+def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
+    """A Parquet file whose schema holds nothing but plain types, each column once; of our own tables, those that they have.
+
+    Args:
+        file: seekable, open for reading.
+        where: its URI, for messages.
+        options: of pyarrow's ParquetFile.
+
+    Raises:
+        UserError: the schema has an extension type, a column twice, or folders without end; or the metadata are too large.
+        pa.ArrowException, OSError: it is no whole Parquet file.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _END_BYTES))
+    footer = int.from_bytes(file.read(_END_BYTES)[:4], "little")
+    file.seek(0)
+    if FOOTER_BYTES < footer < size:
+        raise UserError(
+            f"{where}: its metadata take {footer} bytes, at most {FOOTER_BYTES} are read; write it with larger row groups"
+        )
+    forget_ray_types()
+    try:
+        opened = pq.ParquetFile(
+            file, thrift_container_size_limit=LIST_ITEMS, thrift_string_size_limit=FOOTER_BYTES, **options
+        )
+    except OSError as error:
+        if "Exceeded size limit" not in str(error):
+            raise
+        raise UserError(
+            f"{where}: has more than {LIST_ITEMS} columns or row groups; write it with fewer ({one_line(error)})"
+        ) from None
+    trust.schema(opened.schema_arrow, where)
+    return opened
+
+
+def check_known(schema: pa.Schema, where: str) -> None:
+    """Hold the columns of a table of ours, each by its name, to the types that it has in `schemas`.
+
+    Raises:
+        UserError: one is of another type.
+    """
+    for field in schema:
+        wanted = schemas.known().get(field.name, frozenset())
+        if wanted and not any(schemas.is_like(field.type, kind) for kind in wanted):
+            expected = " or ".join(sorted(str(kind) for kind in wanted))
+            raise UserError(
+                f"{where}: the column {field.name!r} is {one_line(str(field.type))}, expected {expected}; no run of pd_core has "
+                "written it: make it again"
+            )
