@@ -90,10 +90,6 @@ def _compare(files: list[Path], px: int, rows: int, repeats: int) -> list[dict[s
 # ---- the sides, each in a process of its own -------------------------------------------------------------------------
 
 
-def _limits(data: DataSettings) -> images.DecodeLimits:
-    return images.DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background)
-
-
 def _at(spec: features.ExtractorSpec, px: int) -> features.ExtractorSpec:
     return replace(spec, preprocess=replace(spec.preprocess, height=px, width=px))
 
@@ -103,7 +99,7 @@ def plain_loop(source: str, px: int, checkpoint: str) -> dict[str, float]:
     spec = _at(features.describe(FeatureSettings(model=datasets.MODEL, checkpoint=checkpoint)), px)
     extractor = features.Extractor(spec, threads=THREADS)
     files = sorted(Path(source).rglob("*.png"))
-    limits = _limits(DataSettings())
+    limits = images.limits_of(DataSettings())
 
     def run(batch: list[Path]) -> np.ndarray:
         pixels = [images.prepare(path.read_bytes(), limits, spec.preprocess).pixels for path in batch]
@@ -131,7 +127,7 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
         opened = sources.open_source(data)
         listed, _ = cluster.get(listing.start(opened, output, PART, overwrite=False))
         featuring = features.stage_of(output, listed, spec, data, settings, "cpu")
-        work = features.Work(opened, listed, spec, _limits(data), BATCH, featuring)
+        work = features.Work(opened, listed, spec, images.limits_of(data), BATCH, featuring)
         called = time.time()
         with mock.patch.multiple(features, _decode=timed_decode, _ExtractBatch=TimedExtract):
             done = featuring.complete(lambda: features.run(work, now, settings, max_bad_fraction=0.0), overwrite=False)

@@ -109,7 +109,7 @@ def images_driver(source: str, checkpoint: str, output: str) -> dict[str, int]:
     """Listing and features; peak memory after each, bytes."""
     data = DataSettings(source=source)
     settings = FeatureSettings(model=MODEL, checkpoint=checkpoint, actors=2)
-    limits = images.DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background)
+    limits = images.limits_of(data)
     peaks = {}
     with cluster.session(output) as now:
         peaks["Ray started"] = process.peak_rss_bytes()

@@ -183,7 +183,7 @@ def loader(source: str, work: str, steps: int) -> dict[str, float]:
     whole = pa.concat_tables(tables)
     keys, root = whole["key"].to_pylist(), Path(source)
     settings = drawable.pictures.source.settings
-    limits = images.DecodeLimits(settings.max_image_bytes, settings.max_image_pixels, settings.background)
+    limits = images.limits_of(settings)
     preprocess = images.Preprocess(PX, PX, "bicubic", 1.0, "center", (0.0,) * 3, (1.0,) * 3)
 
     class Files(Dataset[torch.Tensor]):

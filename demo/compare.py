@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pd_core import errors, realset, report, storage
+from pd_core import errors, images, realset, report, storage
 from pd_core.errors import UserError
 
 SHOWN = 60  # images of each set
@@ -43,7 +43,7 @@ def read(folder: Path) -> Samples:
     tables = [storage.read_table(storage.join(uri, part.name)) for part in artifact.parts]
     table = pa.concat_tables(tables)
     shown = table["image"].slice(0, SHOWN).to_pylist()
-    pictures = [report.thumbnail(Image.open(io.BytesIO(image["bytes"]))) for image in shown]
+    pictures = [images.thumbnail(Image.open(io.BytesIO(image["bytes"]))) for image in shown]
     return Samples(folder.name, artifact, table.drop_columns(["image"]), pictures)
 
 

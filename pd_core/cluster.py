@@ -525,11 +525,11 @@ def _is_defect(error: Exception) -> bool:
     return isinstance(error, ray.exceptions.RayTaskError) and not storage.is_failure(error.cause)
 
 
-def task(function: Any, cpus: float = 1, gpus: float = 0) -> Any:
+def task(function: Any, cpus: float = 1, gpus: float = 0, memory: int = 0) -> Any:
     """A Ray task of the function that survives the loss of its node; `.remote(...)` submits it."""
     import ray
 
-    return ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, **TASK_OPTIONS)
+    return ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, memory=memory or None, **TASK_OPTIONS)
 
 
 def get(reference: Any) -> Any:
@@ -554,6 +554,18 @@ def feasible_cpus(cpus: int) -> float:
     """`cpus`, or as many as the largest node has: a task that fits on no node would wait for ever."""
     largest = _largest_node()
     return float(min(cpus, int(largest))) if largest >= 1 else float(cpus)
+
+
+def decode_memory(most: int) -> int:
+    """Bytes that a task claims which decodes images, of which one may take up to `most`.
+
+    Never more than half of what the smallest node that runs tasks lends, so that two fit on each: a task that fits on no
+    node would wait for ever, and one alone would decode in turn with nothing.
+    """
+    import ray
+
+    lent = [n["Resources"].get("memory", 0.0) for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    return min(most, int(min(lent, default=0.0) / 2))
 
 
 def assigned_device() -> str:

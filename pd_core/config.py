@@ -99,7 +99,17 @@ class DataSettings(Section):
     )
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="stop when more than this share is quarantined")
     max_image_bytes: int = Field(64 * MIB, gt=0, description="larger files are quarantined unread, bytes")
-    max_image_pixels: int = Field(100_000_000, gt=0, description="larger images are quarantined undecoded, px")
+    max_image_pixels: int = Field(
+        100_000_000,
+        gt=0,
+        description="larger images are quarantined undecoded, px; decoding one may take 28 bytes for each, 4 for each of "
+        "max_image_bytes, and 768 MiB",
+    )
+    max_image_cpu_s: int = Field(
+        60,
+        gt=0,
+        description="an image whose decoding takes more is quarantined, seconds of CPU; the slowest clean ones take 30",
+    )
     background: tuple[int, int, int] = Field(
         (255, 255, 255), description="RGB 0..255 that transparent images are laid over"
     )

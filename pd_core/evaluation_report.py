@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import evaluating, evaluation_page, images, listing, report, running, sources, storage
+from pd_core import decoder, evaluating, evaluation_page, images, listing, report, running, sources, storage
 from pd_core.config import EvaluateSettings, GenerateSettings, to_yaml
 from pd_core.errors import RunError, UserError
 from pd_core.evaluation_page import EvaluationData, Measured, Number, SpaceData, Tile
@@ -201,13 +201,10 @@ def _pictures(chosen: ImageSet, inputs: Inputs, wanted: set[int]) -> tuple[dict[
             folder = listed.uri
         else:
             source, folder = chosen.source, storage.join(str(inputs.settings.output), "sets", chosen.name, "listing")
-        data = source.settings
-        limits = images.DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background)
+        limits = images.limits_of(source.settings)
         with storage.explained(chosen.uri):
             for _, rows in listing.rows_of_ids(folder, wanted):
-                for number, content in zip(rows["sample_id"].to_pylist(), sources.read(source, rows), strict=True):
-                    if not isinstance(content, images.BadImage):
-                        found[number] = report.thumbnail(images.decode(content, limits))
-    except (UserError, RunError, images.BadImage) as error:
+                found |= decoder.thumbnails_by_id(rows["sample_id"].to_pylist(), sources.read(source, rows), limits)
+    except (UserError, RunError) as error:
         return found, str(error)
     return found, "" if len(found) == len(wanted) else f"{len(wanted) - len(found)} of {len(wanted)} cannot be read"

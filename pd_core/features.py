@@ -7,8 +7,9 @@ actors there are nor on which of them a batch meets. Parts are committed one by 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import backbones, cluster, images, schemas, sources, storage, telemetry
+from pd_core import backbones, cluster, decoder, images, schemas, sources, storage, telemetry
 from pd_core.config import DataSettings, FeatureSettings
 from pd_core.errors import RunError, UserError, one_line
 from pd_core.images import Preprocess, Reason
@@ -238,6 +239,7 @@ class Work:
     batch_size: int
     features: storage.Stage
     missing: tuple[int, ...] = field(default=(), repr=False)  # parts to make, ascending
+    halvings: int = 0  # of the batches that a task decodes
 
     @property
     def quarantine(self) -> storage.Stage:
@@ -255,7 +257,7 @@ class Work:
         """Batches that one task decodes."""
         size = self.spec.preprocess.height * self.spec.preprocess.width * 3 * self.batch_size
         rows = self.listing.part_rows if self.source.kind == "parquet" else None
-        return batches_together(self.batches(), self.batch_size, size, rows)
+        return max(1, batches_together(self.batches(), self.batch_size, size, rows) >> self.halvings)
 
     @property
     def batches_per_part(self) -> int:
@@ -311,17 +313,23 @@ def run(
 
 
 def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, storage.Part]:
-    """All parts by name, after as many executions as it takes."""
+    """All parts by name, after as many executions as it takes.
+
+    After one that made nothing a task takes half as many batches: one that ends its worker takes ever fewer others along.
+    """
     work.quarantine.begin(overwrite=True)  # the features stage has been begun: what lies here is its, or stale
 
     parts: set[str] = set()
+    fruitless = -1
 
     def execute() -> None:
+        nonlocal fruitless
         done = work.finished_parts()
+        fruitless = 0 if len(done) > len(parts) else fruitless + 1
         parts.update(done)
         missing = tuple(p for p in range(work.listing.parts) if storage.part_name(p) not in done)
         if missing:
-            _execute(replace(work, missing=missing), now, settings, max_bad, done)
+            _execute(replace(work, missing=missing, halvings=fruitless), now, settings, max_bad, done)
         if absent := work.listing.parts - len(work.finished_parts()):
             raise RunError(f"features: {absent} of {work.listing.parts} parts are missing; run the same command again")
 
@@ -369,7 +377,11 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     # not ray.data.range or from_arrow: these run a task of a CPU for every block, to read or to look at it
     numbers = ray.data.from_items(runs, override_num_blocks=len(runs))
     decoded = numbers.map_batches(
-        functools.partial(_decode, work), batch_size=None, batch_format="pyarrow", num_cpus=cluster.DECODE_CPUS
+        functools.partial(_decode, work),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=cluster.DECODE_CPUS,
+        memory=cluster.decode_memory(work.limits.memory_bytes),
     )
     extracted = decoded.map_batches(
         _ExtractBatch,
@@ -419,16 +431,16 @@ def _extracted_schema(dim: int) -> pa.Schema:
 
 def _decode(work: Work, runs: pa.Table) -> Iterator[pa.Table]:
     """Runs of batch numbers (first, stop) to decoded batches; within a part they are read in one go."""
+    decoder.begin()
     numbers = [n for run in runs.to_pylist() for n in range(run["first"], run["stop"])]
     places = [(work.missing[n // work.batches_per_part], n % work.batches_per_part) for n in numbers]
     for part in dict.fromkeys(part for part, _ in places):
         inside = [batch for p, batch in places if p == part]
         first, stop = inside[0] * work.batch_size, (inside[-1] + 1) * work.batch_size
         rows = _listed(work.listing, part)[first:stop]
-        contents = sources.read(work.source, rows)
+        decoded = decoder.prepared(sources.read(work.source, rows), work.limits, work.spec.preprocess)
         for start in range(0, rows.num_rows, work.batch_size):
-            count = min(work.batch_size, rows.num_rows - start)
-            yield _decode_batch(work, part, first + start, [next(contents) for _ in range(count)])
+            yield _decoded_batch(part, first + start, itertools.islice(decoded, work.batch_size))
 
 
 @functools.lru_cache(maxsize=2)  # the batches of a part mostly meet the same few workers
@@ -436,24 +448,19 @@ def _listed(listing: Listing, part: int) -> pa.Table:
     return listing.read(part)
 
 
-def _decode_batch(work: Work, part: int, first_row: int, contents: Sequence[bytes | images.BadImage]) -> pa.Table:
-    good: list[np.ndarray] = []
+def _decoded_batch(part: int, first_row: int, batch: Iterable[images.Prepared | images.BadImage]) -> pa.Table:
+    good: list[memoryview] = []
     facts: list[dict[str, Any]] = []
-    for content in contents:
-        try:
-            if isinstance(content, images.BadImage):
-                raise content
-            prepared = images.prepare(content, work.limits, work.spec.preprocess)
-        except images.BadImage as bad:
-            facts.append({"reason": bad.reason.value, "detail": bad.detail})
+    for one in batch:
+        if isinstance(one, images.BadImage):
+            facts.append({"reason": one.reason.value, "detail": one.detail})
             continue
-        good.append(prepared.pixels)
-        facts.append({"width": prepared.width, "height": prepared.height, "content_hash": prepared.content_hash})
+        good.append(one.pixels.data)
+        facts.append({"width": one.width, "height": one.height, "content_hash": one.content_hash})
     columns: dict[str, list[Any]] = {
         name: [[fact.get(name) for fact in facts]] for name in ("width", "height", "content_hash", "reason", "detail")
     }
-    pixels = np.stack(good).tobytes() if good else b""
-    return pa.table({"part": [part], "first_row": [first_row], "pixels": [pixels], **columns}, schema=_BATCH)
+    return pa.table({"part": [part], "first_row": [first_row], "pixels": [b"".join(good)], **columns}, schema=_BATCH)
 
 
 class _ExtractBatch:

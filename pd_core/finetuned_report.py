@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import io
 import json
 import shlex
 from collections.abc import Mapping
@@ -12,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
-from PIL import Image
 
-from pd_core import finetuned_page, report, running, storage
+from pd_core import decoder, finetuned_page, report, running, storage
 from pd_core.config import FinetuneSettings, GeneratorSettings, to_yaml
 from pd_core.evaluation_page import Number
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
@@ -190,12 +188,12 @@ def _samples(training: str, step: int) -> str:
 def _one_seed(rows: Mapping[str, Mapping[str, Any]]) -> Shown:
     first = rows["before"]
     assert {(row["number"], row["seed"]) for row in rows.values()} == {(first["number"], first["seed"])}, rows.keys()
-    shots = {state: Shot(row["density_predicted"], _thumbnail(row)) for state, row in rows.items()}
+    pictures = decoder.sample_thumbnails([row["image"] for row in rows.values()], "samples")
+    shots = {
+        state: Shot(row["density_predicted"], picture)
+        for (state, row), picture in zip(rows.items(), pictures, strict=True)
+    }
     return Shown(first["number"], first["seed"], first["label"], shots)
-
-
-def _thumbnail(row: Mapping[str, Any]) -> bytes:
-    return report.thumbnail(Image.open(io.BytesIO(row["image"]["bytes"]), formats=["PNG"]))
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ What is decided here, so that the same bytes always give the same picture:
 - ICC profiles are ignored: samples are taken as sRGB, as torchvision, timm and the published extractors do. CMYK goes
   through Pillow's plain conversion, Adobe's inverted JPEGs included.
 
-Only Pillow and numpy are imported: decode workers stay light.
+Only Pillow and numpy are imported: decode workers stay light. Bytes of strangers go through `decoder`, whose process has
+limits of time and memory and may die; here are the rules of what it makes of them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ import math
 import re
 import struct
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import (
@@ -48,7 +50,11 @@ from PIL import (
     features,
 )
 
+from pd_core import declared
 from pd_core.errors import UserError
+
+if TYPE_CHECKING:
+    from pd_core.config import DataSettings
 
 
 class Reason(StrEnum):
@@ -60,6 +66,7 @@ class Reason(StrEnum):
     UNSUPPORTED_FORMAT = "unsupported_format"
     TOO_MANY_BYTES = "too_many_bytes"
     TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_EXPENSIVE = "too_expensive"
     UNREADABLE = "unreadable"
     CORRUPT = "corrupt"
     FEATURE_NOT_FINITE = "feature_not_finite"
@@ -84,20 +91,40 @@ class BadImage(Exception):
         return f"{self.reason}: {self.detail}"
 
 
+# The dearest of the formats takes 24 bytes a pixel (JPEG 2000 with four components, measured); what it is resized to is
+# bounded by itself (_MAX_RESIZED_PIXELS), and a codec may copy the file.
+_BYTES_PER_PIXEL, _BYTES_PER_BYTE, _LEAST_MEMORY_BYTES = 28, 4, 768 << 20
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Limits checked before any pixel is decoded, and the RGB colour (0..255) behind transparent pixels."""
+    """What decoding one image may take, and the RGB colour (0..255) behind transparent pixels.
+
+    Bytes and pixels are checked before any pixel is decoded. CPU seconds and memory bound the process that decodes
+    (`decoder`), whatever a codec does; the same file exceeds them in the end, or does not.
+    """
 
     max_bytes: int
     max_pixels: int
     background: tuple[int, int, int]
+    max_cpu_s: int
 
     def __post_init__(self) -> None:
-        for name in ("max_bytes", "max_pixels"):
+        for name in ("max_bytes", "max_pixels", "max_cpu_s"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}, expected at least 1; raise it")
         if not all(0 <= c <= 255 for c in self.background):
             raise UserError(f"background = {self.background}, expected three values in 0..255; give R, G, B")
+
+    @property
+    def memory_bytes(self) -> int:
+        """What decoding one image may take: 768 MiB, 28 bytes for each pixel that it may have, 4 for each of its bytes."""
+        return _LEAST_MEMORY_BYTES + _BYTES_PER_PIXEL * self.max_pixels + _BYTES_PER_BYTE * self.max_bytes
+
+
+def limits_of(data: DataSettings) -> DecodeLimits:
+    """The limits that the settings state."""
+    return DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background, data.max_image_cpu_s)
 
 
 # ---------------------------------------------------------------------------------------------------------- recognise
@@ -202,27 +229,28 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
     """Decode the bytes of one file into an RGB image, upright, transparency composited (rules: module docstring).
 
     Raises `BadImage` and nothing else. A file longer than `limits.max_bytes`, or whose header declares more than
-    `limits.max_pixels`, is refused before its pixels are decoded.
+    `limits.max_pixels`, is refused before its pixels are decoded; so is one whose codec would make room for more, or repeat
+    its work without end (`declared`).
     """
     container = _reject_unusable(data, limits)
     _silence_pillow()
     image: ImageFile.ImageFile | None = None
     try:
+        _check_areas(declared.areas(container, data), limits)
+        _check_counts(container, declared.counts(container, data))
         # The plugin itself and not Image.open: that one checks the size against a global that belongs to the whole
         # process, and hides why a header could not be read.
         image = _DECODERS[container](io.BytesIO(data))
         _check_pixels(image.size, limits)
-        _reject_thumbnail(image)
+        _check_tiff(image, limits)
         color_key = _color_key(image, data)
         image.load()
         _check_pixels(image.size, limits)
         return _upright(_to_rgb(image, color_key, limits.background), _orientation(image))
     except BadImage:
         raise
-    except Image.DecompressionBombError as error:
-        raise BadImage(Reason.TOO_MANY_PIXELS, f"{container}: {error}") from error
     except Exception as error:  # hostile bytes make Pillow raise nearly anything; see the fuzz test
-        raise BadImage(_failure_reason(error, data, container, image), f"{container}: {_cause(error)}") from error
+        raise _bad_image(error, data, container, image) from error
 
 
 def _silence_pillow() -> None:
@@ -239,20 +267,35 @@ _PILLOW_MODULES = r"PIL\."
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(_PILLOW_MODULES), 0)
 
 
-def _check_pixels(size: tuple[int, int], limits: DecodeLimits) -> None:
+def _check_pixels(size: tuple[int, int], limits: DecodeLimits, what: str = "") -> None:
     width, height = size
     if width * height > limits.max_pixels:
         raise BadImage(
-            Reason.TOO_MANY_PIXELS, f"{width}x{height} = {width * height} pixels, the limit is {limits.max_pixels}"
+            Reason.TOO_MANY_PIXELS,
+            f"{what}{width}x{height} = {width * height} pixels, the limit is {limits.max_pixels}",
         )
 
 
-def _reject_thumbnail(image: ImageFile.ImageFile) -> None:
-    """Camera RAW files built on TIFF (DNG, NEF, ARW) put a thumbnail first: it is not the picture."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        subfile_type = image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)
-        if isinstance(subfile_type, int) and subfile_type & 1:  # TIFF 6.0, NewSubfileType: bit 0, reduced resolution
-            raise BadImage(Reason.UNSUPPORTED_FORMAT, "TIFF: the first page is a thumbnail (a camera RAW file?)")
+def _check_areas(areas: Iterable[declared.Area], limits: DecodeLimits) -> None:
+    for area in areas:
+        _check_pixels((area.width, area.height), limits, area.what)
+
+
+def _check_counts(container: str, counts: Iterable[declared.Count]) -> None:
+    for work in counts:
+        if work.count > work.most:
+            raise BadImage(Reason.TOO_EXPENSIVE, f"{container}: more than {work.most} {work.what}")
+
+
+def _check_tiff(image: ImageFile.ImageFile, limits: DecodeLimits) -> None:
+    """Tiles, and whether it is a camera's RAW file (DNG, NEF, ARW): these put a thumbnail first, which is not the picture."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return
+    subfile_type = image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)
+    if isinstance(subfile_type, int) and subfile_type & 1:  # TIFF 6.0, NewSubfileType: bit 0, reduced resolution
+        raise BadImage(Reason.UNSUPPORTED_FORMAT, "TIFF: the first page is a thumbnail (a camera RAW file?)")
+    _check_areas(declared.tiff_areas(image.tag_v2), limits)
+    _check_counts("TIFF", declared.tiff_counts(image.tag_v2, image.size, limits.max_pixels))
 
 
 _NEW_SUBFILE_TYPE = 254
@@ -266,9 +309,21 @@ _SAYS_TRUNCATED = re.compile(r"truncated|EOF|end of file|not enough image data|E
 _SAYS_UNSUPPORTED = re.compile(r"unsupported|unknown pixel mode|decoder .* not available|not installed", re.IGNORECASE)
 
 
+def _bad_image(error: Exception, data: bytes, container: str, image: ImageFile.ImageFile | None = None) -> BadImage:
+    """What an exception while an image was decoded says of the image; whatever it is, it is that image's."""
+    if isinstance(error, MemoryError):
+        return BadImage(Reason.TOO_EXPENSIVE, f"{container}: not enough memory")
+    if isinstance(error, Image.DecompressionBombError):
+        return BadImage(Reason.TOO_MANY_PIXELS, f"{container}: {error}")
+    return BadImage(_failure_reason(error, data, container, image), f"{container}: {_cause(error)}")
+
+
 def _failure_reason(error: Exception, data: bytes, container: str, image: ImageFile.ImageFile | None) -> Reason:
-    if _SAYS_TRUNCATED.search(str(error)) or _ends_early(data, container, image):
-        return Reason.TRUNCATED
+    try:
+        if _SAYS_TRUNCATED.search(str(error)) or _ends_early(data, container, image):
+            return Reason.TRUNCATED
+    except Exception:  # what is damaged enough to mislead Pillow misleads the explanation too
+        return Reason.CORRUPT
     if container in {"TIFF", "BMP", "JPEG 2000"} and _SAYS_UNSUPPORTED.search(str(error)):
         return Reason.UNSUPPORTED_FORMAT  # containers with many legal layouts, of which Pillow knows the usual ones
     return Reason.CORRUPT
@@ -363,8 +418,8 @@ def _to_rgb(image: Image.Image, color_key: _Key | None, background: tuple[int, i
 
 
 def _grey16(image: Image.Image) -> np.ndarray:
-    """Grey samples as int64 [height, width] in 0..65535, 0 = black."""
-    samples = np.asarray(image).astype(np.int64)
+    """Grey samples as int32 [height, width] in 0..65535, 0 = black."""
+    samples = np.asarray(image).astype(np.int32)
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I;16"):
         bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
         samples <<= 16 - bits  # 12-bit scanners; Pillow unpacks but does not scale them
@@ -551,4 +606,41 @@ class Prepared:
 def prepare(data: bytes, limits: DecodeLimits, preprocess: Preprocess) -> Prepared:
     """Decode and resize the bytes of one file. Raises `BadImage` and nothing else."""
     image = decode(data, limits)
-    return Prepared(resize(image, preprocess), image.width, image.height, hashlib.sha256(data).hexdigest())
+    try:
+        pixels = resize(image, preprocess)
+    except BadImage:
+        raise
+    except Exception as error:
+        raise _bad_image(error, data, "resize") from error
+    return Prepared(pixels, image.width, image.height, hashlib.sha256(data).hexdigest())
+
+
+THUMBNAIL_PX = 160
+
+
+def make_thumbnail(data: bytes, limits: DecodeLimits) -> bytes:
+    """`thumbnail` of the bytes of one file. Raises `BadImage` and nothing else."""
+    image = decode(data, limits)
+    try:
+        return thumbnail(image)
+    except Exception as error:
+        raise _bad_image(error, data, "thumbnail") from error
+
+
+def thumbnail(image: Image.Image, size_px: int = THUMBNAIL_PX) -> bytes:
+    """A small picture whose longer side is at most size_px; the ratio of the sides is kept.
+
+    An image that is smaller is enlarged by a whole factor without smoothing, so that pixel art shows its pixels, and
+    stored as PNG; a larger one is reduced with a Lanczos filter and stored as JPEG, a tenth of the bytes for photographs.
+    """
+    rgb = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    width, height = rgb.size
+    longer = max(width, height)
+    sink = io.BytesIO()
+    if longer <= size_px:
+        factor = size_px // longer
+        rgb.resize((width * factor, height * factor), Image.Resampling.NEAREST).save(sink, "PNG", optimize=True)
+    else:
+        smaller = (max(1, round(width * size_px / longer)), max(1, round(height * size_px / longer)))
+        rgb.resize(smaller, Image.Resampling.LANCZOS, reducing_gap=3.0).save(sink, "JPEG", quality=85, optimize=True)
+    return sink.getvalue()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import perturbed_page, perturbing, piloting, report, running, storage
+from pd_core import decoder, perturbed_page, perturbing, piloting, report, running, storage
 from pd_core.config import PerturbSettings, to_yaml
 from pd_core.perturbed_page import Moved, PerturbedData, Shot, Shown
 
@@ -132,17 +131,15 @@ def _shown(inputs: Inputs, first: pa.Table) -> list[Shown]:
 
 def _sample(rows: Sequence[Mapping[str, Any]]) -> Shown:
     first = rows[0]
-    shots = {"before": _shot(first, "before")}
-    shots |= {row["direction"]: _shot(row, "after") for row in rows}
+    shown = [first["image_before"], *(row["image"] for row in rows)]
+    before, *after = decoder.sample_thumbnails(shown, "perturbed")
+    shots = {"before": _shot(first, "before", before)}
+    shots |= {row["direction"]: _shot(row, "after", picture) for row, picture in zip(rows, after, strict=True)}
     return Shown(first["sample_id"], first["seed"], first["label"], first["prompt"], shots)
 
 
-def _shot(row: Mapping[str, Any], when: str) -> Shot:
-    from PIL import Image
-
+def _shot(row: Mapping[str, Any], when: str, picture: bytes) -> Shot:
     predicted, by_index, percentile = (row[f"{name}_{when}"] for name in NUMBERS)
-    data = row["image_before" if when == "before" else "image"]["bytes"]
-    picture = report.thumbnail(Image.open(io.BytesIO(data), formats=["PNG"]))
     if when == "before":
         return Shot(predicted, by_index, percentile, picture)
     return Shot(predicted, by_index, percentile, picture, row["feature_distance"], row["confirmed"])

@@ -82,7 +82,7 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
     settings, source = prepare(settings)
     base = None if settings.base is None else updating.open_base(settings.base)
     with started(settings, str(settings.output), "build_index", STAGES, tracked=False) as run:
-        cluster.say(planning.plan(settings, source, run.now, limits_of(settings), base))
+        cluster.say(planning.plan(settings, source, run.now, images.limits_of(settings.data), base))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
     device = cluster.device_of(now, gpus)
     featuring = features.stage_of(output, listed, spec, settings.data, settings.features, device)
     extracting = settings.features.model_copy(update={"actor_gpus": gpus})
-    work = features.Work(source, listed, spec, limits_of(settings), settings.features.batch_size, featuring)
+    work = features.Work(source, listed, spec, images.limits_of(settings.data), settings.features.batch_size, featuring)
     featured = run.stage(featuring, lambda: features.run(work, now, extracting, settings.data.max_bad_fraction))
     return _Featured(spec, listed, artifact, featured)
 
@@ -155,7 +155,9 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
             uri, changes.added, spec, settings.data, settings.features, cluster.device_of(now, gpus)
         )
         extracting = settings.features.model_copy(update={"actor_gpus": gpus})
-        work = features.Work(source, changes.added, spec, limits_of(settings), settings.features.batch_size, fresh)
+        work = features.Work(
+            source, changes.added, spec, images.limits_of(settings.data), settings.features.batch_size, fresh
+        )
         added = run.stage(fresh, lambda: features.run(work, now, extracting, max_bad_fraction=1.0, some=False))
     stage = updating.features_stage(output, changes, base, added)
     merged = run.stage(
@@ -276,7 +278,7 @@ def _finish(
     inputs = reporting.Inputs(
         source,
         featured.listed,
-        limits_of(settings),
+        images.limits_of(settings.data),
         settings,
         featured.listing,
         featured_artifact,
@@ -286,9 +288,3 @@ def _finish(
         run.timings_s,
     )
     run.stage(reporting_stage, lambda: reporting.run(reporting_stage, output, inputs))
-
-
-def limits_of(settings: BuildIndexSettings) -> images.DecodeLimits:
-    """The decode limits of the settings."""
-    data = settings.data
-    return images.DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, costs, features, images, listing, sources, storage, updating
+from pd_core import cluster, costs, decoder, features, images, listing, sources, storage, updating
 from pd_core.config import BuildIndexSettings
 from pd_core.errors import UserError
 
@@ -37,7 +37,8 @@ class Probe:
 def probe(source: sources.Source, sample: pa.Table, settings: BuildIndexSettings, limits: images.DecodeLimits) -> Any:
     """Reference to (ExtractorSpec, Probe), measured in one Ray task with the threads of one extractor."""
     cpus = settings.features.actor_cpus
-    return cluster.task(_probe, cpus).remote(source, sample, settings, limits)
+    memory = cluster.decode_memory(limits.memory_bytes)
+    return cluster.task(_probe, cpus, memory=memory).remote(source, sample, settings, limits)
 
 
 def _probe(
@@ -50,15 +51,9 @@ def _probe(
     contents = sources.read(source, sample.slice(0, PROBE_BATCHES * batch))
     for chunk in _batched(contents, batch):
         watch = storage.Stopwatch()
-        pixels = []
-        for content in chunk:
-            tried += 1
-            try:
-                if isinstance(content, images.BadImage):
-                    raise content
-                pixels.append(images.prepare(content, limits, spec.preprocess).pixels)
-            except images.BadImage:
-                bad += 1
+        made = list(decoder.prepared(chunk, limits, spec.preprocess))
+        pixels = [one.pixels for one in made if isinstance(one, images.Prepared)]
+        tried, bad = tried + len(made), bad + len(made) - len(pixels)
         decoded = watch.seconds
         if pixels:
             extractor.extract(np.stack(pixels))

@@ -19,13 +19,11 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-THUMBNAIL_PX = 160
 MAX_LABELS_SHOWN = 50
 DENSITY_AXIS = "pseudo density ρ (mean of the real set = 1)"
 DISTANCE_AXIS = "mean distance to k nearest neighbors (Euclidean)"
@@ -180,6 +178,8 @@ QUARANTINE_ADVICE: Mapping[str, str] = {
     "unsupported_format": "An image, but not one that can be read without guessing. Convert it as the detail says.",
     "too_many_bytes": "Larger than --data.max_image_bytes. Raise the limit if you trust the source, or shrink the file.",
     "too_many_pixels": "Larger than --data.max_image_pixels. Raise the limit if you trust the source, or shrink the image.",
+    "too_expensive": "Decoding it takes more time (--data.max_image_cpu_s) or memory than a picture does, or ends the decoder; "
+    "a hostile or broken file. Leave it out.",
     "unreadable": "The file was listed but could not be read. Check permissions and the store, then run again.",
     "corrupt": "The file has the marks of an image format, but decoding failed. Replace it.",
     "feature_not_finite": "The image decodes, but its feature holds NaN or infinity. Try --features.precision fp32.",
@@ -192,28 +192,6 @@ _CALIBRATION_TEXT: Mapping[str, str] = {
     "high_decile_spearman": "Spearman within the tenth of highest density",
     "high_decile_mean_abs_log_error": "mean |error| of log ρ in the tenth of highest density",
 }
-
-
-# --- thumbnails --------------------------------------------------------------------------------------------------------
-
-
-def thumbnail(image: Image.Image, size_px: int = THUMBNAIL_PX) -> bytes:
-    """A small picture whose longer side is at most size_px; the ratio of the sides is kept.
-
-    An image that is smaller is enlarged by a whole factor without smoothing, so that pixel art shows its pixels, and
-    stored as PNG; a larger one is reduced with a Lanczos filter and stored as JPEG, a tenth of the bytes for photographs.
-    """
-    rgb = image if image.mode in ("L", "RGB") else image.convert("RGB")
-    width, height = rgb.size
-    longer = max(width, height)
-    sink = io.BytesIO()
-    if longer <= size_px:
-        factor = size_px // longer
-        rgb.resize((width * factor, height * factor), Image.Resampling.NEAREST).save(sink, "PNG", optimize=True)
-    else:
-        smaller = (max(1, round(width * size_px / longer)), max(1, round(height * size_px / longer)))
-        rgb.resize(smaller, Image.Resampling.LANCZOS, reducing_gap=3.0).save(sink, "JPEG", quality=85, optimize=True)
-    return sink.getvalue()
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------

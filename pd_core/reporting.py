@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import density, fitting, ids, images, report, running, sources, storage
+from pd_core import decoder, density, fitting, ids, images, report, running, sources, storage
 from pd_core.config import BuildIndexSettings, to_yaml
 from pd_core.features import reasons_of
 from pd_core.listing import Listing
@@ -216,13 +216,8 @@ def _thumbnails(inputs: Inputs, wanted: set[int]) -> dict[int, bytes]:
             break
         rows = inputs.listing.read(part)
         rows = rows.filter(pc.is_in(rows["sample_id"], value_set=value_set))
-        for sample_id, content in zip(rows["sample_id"].to_pylist(), sources.read(inputs.source, rows), strict=True):
-            if isinstance(content, images.BadImage):
-                continue  # gone since its features were taken: the report says so in its place
-            try:
-                found[sample_id] = report.thumbnail(images.decode(content, inputs.limits))
-            except images.BadImage:
-                continue  # likewise changed since
+        contents = sources.read(inputs.source, rows)
+        found |= decoder.thumbnails_by_id(rows["sample_id"].to_pylist(), contents, inputs.limits)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 
 from pd_core import (
     acceptance,
+    decoder,
     ids,
     images,
     listing,
@@ -37,6 +37,7 @@ from pd_core.sampling_page import Count, Pair, Sample, SamplesData, Weight
 SAMPLE_ROWS = 1_000_000  # accepted rows that the shown ones are chosen from
 CALIBRATION_ROWS = 20_000  # accepted rows that the predictor is held against the index on
 PAIRS_SHOWN = 12
+CHANGED = "has changed since it was indexed"
 NEAREST_SHOWN = 4  # pairs where no sample is a likely copy
 BANDS = {
     "p0–p5": (0, 5),
@@ -321,16 +322,11 @@ def _read_rows(uri: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, i
     for name, wanted in sorted(by_part.items()):
         order = sorted(wanted)
         table = storage.read_table(storage.join(uri, name), SHOWN).take(pa.array(order, pa.int64()))
-        for row, values in zip(order, table.to_pylist(), strict=True):
-            values["thumbnail"] = _thumbnail(values.pop("image")["bytes"])
-            found[name, row] = values
+        rows = table.to_pylist()
+        pictures = decoder.sample_thumbnails([values.pop("image") for values in rows], storage.join(uri, name))
+        for row, values, picture in zip(order, rows, pictures, strict=True):
+            found[name, row] = values | {"thumbnail": picture}
     return found
-
-
-def _thumbnail(png: bytes) -> bytes:
-    from PIL import Image
-
-    return report.thumbnail(Image.open(io.BytesIO(png), formats=["PNG"]))
 
 
 def _sample(row: Mapping[str, Any], inputs: Inputs, decided: bool) -> Sample:
@@ -407,24 +403,22 @@ def _originals(uri: str, wanted: set[int]) -> tuple[dict[int, _Original], str]:
 def _read_originals(uri: str, name: str, rows: pa.Table) -> dict[int, _Original]:
     """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
     source = spaces.source_of(uri)
-    limits = images.DecodeLimits(
-        source.settings.max_image_bytes, source.settings.max_image_pixels, source.settings.background
-    )
+    limits = images.limits_of(source.settings)
     features = storage.read_table(storage.join(uri, "features", name), ["sample_id", "content_hash"])
     hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
+
+    def unchanged() -> Iterator[bytes | images.BadImage]:
+        for number, content in zip(rows["sample_id"].to_pylist(), sources.read(source, rows), strict=True):
+            same = isinstance(content, images.BadImage) or hashlib.sha256(content).hexdigest() == hashes.get(number)
+            yield content if same else images.BadImage(images.Reason.UNREADABLE, CHANGED)
+
     found = {}
-    for row, content in zip(rows.to_pylist(), sources.read(source, rows), strict=True):
-        picture, missing = None, ""
-        try:
-            if isinstance(content, images.BadImage):
-                raise content
-            if hashlib.sha256(content).hexdigest() == hashes.get(row["sample_id"]):
-                picture = report.thumbnail(images.decode(content, limits))
-            else:
-                missing = "has changed since it was indexed"
-        except images.BadImage as error:
-            missing = f"can no longer be read: {error}"
-        found[row["sample_id"]] = _Original(row["key"], row["label"], picture, missing)
+    for row, picture in zip(rows.to_pylist(), decoder.thumbnails(unchanged(), limits), strict=True):
+        missing = ""
+        if isinstance(picture, images.BadImage):
+            missing = CHANGED if picture.detail == CHANGED else f"can no longer be read: {picture}"
+        shown = None if isinstance(picture, images.BadImage) else picture
+        found[row["sample_id"]] = _Original(row["key"], row["label"], shown, missing)
     return found
 
 

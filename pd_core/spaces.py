@@ -257,7 +257,7 @@ class Extraction:
     @property
     def limits(self) -> images.DecodeLimits:
         """Of decoding."""
-        return images.DecodeLimits(self.data.max_image_bytes, self.data.max_image_pixels, self.data.background)
+        return images.limits_of(self.data)
 
 
 def list_set(run: running.Run, folder: str, source: sources.Source, extraction: Extraction) -> listing.Listing:

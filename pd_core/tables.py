@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -19,6 +23,10 @@ from pd_core.errors import UserError, one_line
 
 FOOTER_BYTES = 32 << 20  # Arrow makes some tenfold of it in memory
 LIST_ITEMS = 8000  # columns, or row groups; a list that claims more makes Arrow allocate for them before it reads one
+UNPACKED_BYTES = 1 << 30  # that any file may take in memory while it is read
+UNPACKED_RATIO = (
+    32  # times its own bytes, where that is more: images hardly shrink, and a page that does is made for it
+)
 _END_BYTES = 8  # the footer's length, and four letters
 _RAY_TYPES = (
     "ray.data.arrow_pickled_object",
@@ -67,7 +75,17 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
             f"{where}: has more than {LIST_ITEMS} columns or row groups; write it with fewer ({one_line(error)})"
         ) from None
     trust.schema(opened.schema_arrow, where)
+    _check_rows(opened.metadata, size, where)
     return opened
+
+
+def _check_rows(metadata: pq.FileMetaData, size: int, where: str) -> None:
+    """Refuse counts of rows that contradict each other, or a file that claims more of them than it has bytes."""
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows or metadata.num_rows > size:
+        raise UserError(
+            f"{where}: claims {metadata.num_rows} rows, its row groups {sum(groups)}, in {size} bytes; write it again"
+        )
 
 
 def check_known(schema: pa.Schema, where: str) -> None:
@@ -84,3 +102,26 @@ def check_known(schema: pa.Schema, where: str) -> None:
                 f"{where}: the column {field.name!r} is {one_line(str(field.type))}, expected {expected}; no run of pd_core has "
                 "written it: make it again"
             )
+
+
+@contextlib.contextmanager
+def bounded(packed_bytes: int) -> Iterator[None]:
+    """Memory that reading inside may take: what 33 kB of Parquet unpack to is a gigabyte, whatever their metadata say of it.
+
+    The limit is one of the whole process, above what it holds now. Arrow raises `pa.ArrowMemoryError` where it is met.
+
+    Args:
+        packed_bytes: of what is read, as it lies in the file.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert held is not None
+    limit = (int(held[1]) << 10) + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes)
+    if soft != resource.RLIM_INFINITY and soft <= limit:  # a reader around this one has set it
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from pd_core import report, running, schemas, storage, sweeping, tradeoff, tradeoff_page
+from pd_core import decoder, running, schemas, storage, sweeping, tradeoff, tradeoff_page
 from pd_core.config import TradeoffSettings, to_yaml
 from pd_core.evaluation_page import Number, interval
 from pd_core.spaces import JUDGE
@@ -226,7 +225,6 @@ def _thumbnails(uri: str, numbers: Sequence[int]) -> list[bytes]:
         ids = storage.read_table(storage.join(uri, part.name), ["sample_id"])["sample_id"].to_pylist()
         if here := [place for place, number in enumerate(ids) if number in wanted]:
             column = storage.read_table(storage.join(uri, part.name), ["image"])["image"]
-            for place in here:
-                picture = Image.open(io.BytesIO(column[place].as_py()["bytes"]), formats=["PNG"])
-                found[ids[place]] = report.thumbnail(picture)
+            pictures = decoder.sample_thumbnails((column[place].as_py() for place in here), uri)
+            found |= zip((ids[place] for place in here), pictures, strict=True)
     return [found[number] for number in numbers if number in found]

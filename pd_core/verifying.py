@@ -10,7 +10,6 @@ The number of search processes may be another: distances do not depend on it (kn
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, ids, releasing, sampling, schemas, search, storage, tables, trust
+from pd_core import cluster, decoder, ids, images, releasing, sampling, schemas, search, storage, tables, trust
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
-from pd_core.config import SET_NAME
+from pd_core.config import SET_NAME, DataSettings
 from pd_core.errors import UserError, one_line, printable
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
@@ -557,12 +556,7 @@ def _difference(row: Mapping[str, Any], made: Mapping[str, Any] | None) -> str |
 
 def _pixels_hash(image: Mapping[str, Any] | None) -> str | None:
     """Of the picture in a file; its compressed bytes may be others, as another zlib makes them. None: no RGB picture."""
-    from PIL import Image
-
     if image is None or image["bytes"] is None:
         return None
-    try:
-        with Image.open(io.BytesIO(image["bytes"]), formats=["PNG"]) as picture:
-            return pixels_hash(np.asarray(picture)) if picture.mode == "RGB" else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises of broken files
-        return None
+    pixels = decoder.pixels(image["bytes"], images.limits_of(DataSettings()))
+    return None if pixels is None else pixels_hash(pixels)

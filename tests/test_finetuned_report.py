@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pd_core import config, finetuned_page, finetuned_report, report, running, schemas, storage
+from pd_core import config, finetuned_page, finetuned_report, images, report, running, schemas, storage
 from pd_core.candidates import picture
 from pd_core.config import FinetuneSettings, GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.evaluation_page import Number, interval
@@ -43,7 +43,7 @@ def logged(name: str, many: int = 300) -> Logged:
 
 
 def shown(i: int, label: str | None = "cat", states=("before", "best", "merged")) -> Shown:
-    shots = {s: Shot(0.5 + 0.0137 * i + 0.31 * j, report.thumbnail(pixels(10 * i + j))) for j, s in enumerate(states)}
+    shots = {s: Shot(0.5 + 0.0137 * i + 0.31 * j, images.thumbnail(pixels(10 * i + j))) for j, s in enumerate(states)}
     return Shown(i, 900_000 + i, label, shots)
 
 
@@ -101,7 +101,7 @@ def page() -> Page:
 # most tests look at text, and a figure takes a third of a second
 @pytest.fixture
 def no_figures(monkeypatch):
-    blank = report.thumbnail(pixels(0))
+    blank = images.thumbnail(pixels(0))
     for name in ("metric_png", "path_png", "history_png"):
         monkeypatch.setattr(finetuned_page, name, lambda *_: blank)
 
@@ -366,7 +366,7 @@ def test_what_is_gathered_is_what_was_written(tmp_path):
     ]
     for i, one in enumerate(data.shown):
         for state, place in (("before", 0), ("best", STEPS.index(200)), ("merged", 9)):
-            assert one.shots[state].thumbnail == report.thumbnail(pixels(100 * place + i))
+            assert one.shots[state].thumbnail == images.thumbnail(pixels(100 * place + i))
             assert one.shots[state].density == 0.5 + 0.1234 * place + 0.0137 * i
     assert (data.effective_size, data.n_images, data.best, data.asked) == (412.4, 1797, 200, 500)
     facts = dict(data.facts["Weights of the real images"])

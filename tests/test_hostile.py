@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -289,6 +291,51 @@ def test_metadata_are_bounded_before_they_are_made(tmp_path, data, line):
     with pytest.raises(UserError, match=rf"x\.parquet: .*{line}"):
         read_all(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB; the third took 0.9 GB
+
+
+@pytest.mark.parametrize("rows", [1 << 60, -1, 1000])
+def test_rows_that_are_only_claimed_are_not_listed(tmp_path, rows):
+    (tmp_path / "x.parquet").write_bytes(claiming(rows))
+    with pytest.raises(UserError, match=rf"x\.parquet: claims {rows} rows"):
+        read_all(tmp_path)
+
+
+def claiming(rows: int) -> bytes:
+    """One row of an image whose footer says that it has others: the count is the footer's, its only row group has one."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"image": [tiny.png(1)]}), sink, store_schema=False)
+    data = sink.getvalue()
+    (footer,) = struct.unpack("<I", data[-8:-4])
+    head, tail = data[: -8 - footer], data[-8 - footer : -8]
+    place = tail.index(b"\x16\x02\x19\x1c")  # field 3, i64 1; then field 4, a list of one struct
+    changed = tail[: place + 1] + varint(rows * 2 if rows >= 0 else -2 * rows - 1) + tail[place + 2 :]
+    return head + changed + struct.pack("<I", len(changed)) + b"PAR1"
+
+
+def test_a_page_that_unpacks_to_a_gigabyte_is_not_unpacked(tmp_path):
+    """As an image, as a label, and in a table of ours; 33 kB each."""
+    large = pa.array([bytes(1 << 30)], pa.large_binary())
+    small = pa.array([tiny.png(1)])
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    for name, table in (("image", {"image": large}), ("label", {"image": small, "label": large.cast(pa.large_string())})):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table(table), tmp_path / name / "x.parquet", **options)
+    script = (
+        "import resource, sys; from pathlib import Path; from tests.test_hostile import bombs\n"
+        "bombs(Path(sys.argv[1])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=tiny.ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 900, "MiB, most of them imports; with the page it would be over a thousand more"
+
+
+def bombs(folder: Path) -> None:
+    (bad,) = read_all(folder / "image")
+    assert isinstance(bad, BadImage) and bad.reason == "too_expensive"
+    with pytest.raises(UserError, match="a key, label or metadata column is corrupt"):
+        read_all(folder / "label", labels="column:label")
+    with pytest.raises(UserError, match="takes more memory than a table of its size may"):
+        storage.read_table(str(folder / "label" / "x.parquet"), ["label"])
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pd_core import images
 from pd_core.errors import UserError
 from pd_core.images import BadImage, DecodeLimits, Preprocess, Reason, decode, prepare, resize
 
-LIMITS = DecodeLimits(max_bytes=2**22, max_pixels=2**20, background=(200, 100, 50))
+LIMITS = DecodeLimits(max_bytes=2**22, max_pixels=2**20, background=(200, 100, 50), max_cpu_s=60)
 
 
 # ------------------------------------------------------------------------- files, written without Pillow's encoders
@@ -289,10 +289,10 @@ def test_too_many_pixels_is_known_from_the_header(kind, monkeypatch):
 
 def test_limits_are_inclusive():
     data = saved(picture(31, 24), "PNG")
-    exact = DecodeLimits(max_bytes=len(data), max_pixels=31 * 24, background=(0, 0, 0))
+    exact = DecodeLimits(max_bytes=len(data), max_pixels=31 * 24, background=(0, 0, 0), max_cpu_s=1)
     assert decode(data, exact).size == (31, 24)
-    assert reason_of(data, DecodeLimits(len(data), 31 * 24 - 1, (0, 0, 0))) is Reason.TOO_MANY_PIXELS
-    assert reason_of(data, DecodeLimits(len(data) - 1, 31 * 24, (0, 0, 0))) is Reason.TOO_MANY_BYTES
+    assert reason_of(data, DecodeLimits(len(data), 31 * 24 - 1, (0, 0, 0), 1)) is Reason.TOO_MANY_PIXELS
+    assert reason_of(data, DecodeLimits(len(data) - 1, 31 * 24, (0, 0, 0), 1)) is Reason.TOO_MANY_BYTES
 
 
 def test_too_many_bytes_meets_no_parser(monkeypatch):
@@ -314,10 +314,10 @@ def test_bomb_in_an_ancillary_chunk(chunk):
     assert reason_of(png(1, 1, 8, 0, [b"\0"], bomb)) is Reason.CORRUPT
 
 
-@pytest.mark.parametrize("field", [{"max_bytes": 0}, {"max_pixels": 0}, {"background": (0, 0, 256)}])
+@pytest.mark.parametrize("field", [{"max_bytes": 0}, {"max_pixels": 0}, {"max_cpu_s": 0}, {"background": (0, 0, 256)}])
 def test_senseless_limits_are_the_users_mistake(field):
     with pytest.raises(UserError):
-        DecodeLimits(**{"max_bytes": 1, "max_pixels": 1, "background": (0, 0, 0)} | field)
+        DecodeLimits(**{"max_bytes": 1, "max_pixels": 1, "background": (0, 0, 0), "max_cpu_s": 1} | field)
 
 
 # --------------------------------------------------------------------------------------------------------- not read

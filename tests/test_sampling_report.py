@@ -19,6 +19,7 @@ from PIL import Image
 from pd_core import (
     acceptance,
     density,
+    images,
     piloting,
     realset,
     report,
@@ -41,7 +42,7 @@ from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
 
 def sample(i: int, *, label: str | None = "cat", prompt: str | None = None, probability: float | None = 0.25) -> Sample:
     # values whose first four digits are all different, so that each can be looked for in the page
-    thumbnail = report.thumbnail(pixels(i))
+    thumbnail = images.thumbnail(pixels(i))
     return Sample(7000 + i, 900_000 + i, 0.5 + i * 0.0137, 0.01 + i * 0.7, probability, label, prompt, thumbnail)
 
 
@@ -50,7 +51,7 @@ def example(**changes: Any) -> SamplesData:
     real = density.pseudo_density(rng.gamma(9.0, 2.0, 5000), 1.0)
     generated, accepted = (rng.multinomial(m, p) for m, p in ((2000, weights(-1)), (600, weights(1))))
     log_rho = rng.normal(size=300)
-    original = report.thumbnail(pixels(99))
+    original = images.thumbnail(pixels(99))
     values: dict[str, Any] = {
         "title": "Generated images",
         "output": "runs/typical",
@@ -105,7 +106,7 @@ def page() -> Page:
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    blank = report.thumbnail(Image.new("RGB", (2, 2)))
+    blank = images.thumbnail(Image.new("RGB", (2, 2)))
     for module, name in (
         (sampling_page, "histogram_png"),
         (sampling_page, "acceptance_png"),

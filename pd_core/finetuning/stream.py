@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, images, sources, storage
+from pd_core import cluster, decoder, images, sources, storage
 from pd_core.errors import UserError
 from pd_core.finetuning import Batch, Share
 from pd_core.finetuning.draws import Draws, Window
@@ -160,6 +160,7 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Gener
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=feed.cpus,
+            memory=cluster.decode_memory(images.limits_of(plan.drawable.pictures.source.settings).memory_bytes),
             compute=ray.data.TaskPoolStrategy(size=min(feed.tasks, len(runs))),
         )
     blocks: Any = iter(made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD_BLOCKS))
@@ -290,12 +291,12 @@ class _Maker:
             ]
         )
         columns = (rows[name].to_pylist() for name in ("sample_id", "density", "label"))
-        for image, facts, content in zip(missing, zip(*columns, strict=True), sources.read(source, rows), strict=True):
-            try:
-                self.pixels[image] = _prepared(content, source, self.plan.preprocess)
-                self.facts[image] = facts
-            except images.BadImage as bad:
-                self.bad[image] = bad
+        made = decoder.prepared(sources.read(source, rows), images.limits_of(source.settings), self.plan.preprocess)
+        for image, facts, one in zip(missing, zip(*columns, strict=True), made, strict=True):
+            if isinstance(one, images.BadImage):
+                self.bad[image] = one
+            else:
+                self.pixels[image], self.facts[image] = one.pixels, facts
 
     def batch(self, step: int, drawn: Sequence[_Drawn]) -> pa.Table:
         """One row of _BATCH."""
@@ -314,15 +315,6 @@ class _Maker:
             "pixels": [pixels.tobytes()],
         }
         return pa.table(values, schema=_BATCH)
-
-
-def _prepared(content: bytes | images.BadImage, source: sources.Source, preprocess: images.Preprocess) -> np.ndarray:
-    """uint8 [H, W, 3]. Raises BadImage."""
-    if isinstance(content, images.BadImage):
-        raise content
-    settings = source.settings
-    limits = images.DecodeLimits(settings.max_image_bytes, settings.max_image_pixels, settings.background)
-    return images.resize(images.decode(content, limits), preprocess)
 
 
 @functools.lru_cache(

@@ -21,7 +21,7 @@ from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores
 from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
 from pd_core.sources.stores import Entry, Sleep, Span
-from pd_core.tables import open_parquet
+from pd_core.tables import bounded, open_parquet
 
 Store = stores.Local | stores.S3
 
@@ -176,8 +176,6 @@ def _check_same(expected: Columns, found: Columns, name: str) -> None:
 def _file_tables(source: Source, file: pq.ParquetFile, entry: Entry, columns: Columns) -> Iterator[pa.Table]:
     try:
         yield from _rows(source, file, entry, columns)
-    except pa.ArrowMemoryError:
-        raise
     except _CORRUPT as error:
         uri = printable(f"{source.root}/{entry.name}")
         raise UserError(
@@ -189,7 +187,7 @@ def _rows(source: Source, file: pq.ParquetFile, entry: Entry, columns: Columns) 
     name, state = entry.name, entry.state
     read = list(dict.fromkeys(c for c in (columns.key, columns.label, *columns.metadata) if c is not None))
     start = 0
-    for rows, batch in _row_batches(file, read):
+    for rows, batch in _row_batches(file, read, entry.size):
         offsets = list(range(start, start + rows))
         start += rows
         keys = [f"{name}#{row}" for row in offsets] if columns.key is None else _keys(batch, columns.key, name, offsets)
@@ -202,12 +200,17 @@ def _rows(source: Source, file: pq.ParquetFile, entry: Entry, columns: Columns) 
         yield listing_table(source, keys, [name] * rows, offsets, [-1] * rows, [state] * rows, labels, metadata)
 
 
-def _row_batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch | None]]:
+def _row_batches(
+    file: pq.ParquetFile, columns: list[str], file_bytes: int
+) -> Iterator[tuple[int, pa.RecordBatch | None]]:
     if columns:
-        for batch in file.iter_batches(batch_size=TABLE_ROWS, columns=columns, use_threads=False):
-            batch.validate(full=True)  # a text that is no UTF-8 would raise wherever it is read later
+        batches = file.iter_batches(batch_size=TABLE_ROWS, columns=columns, use_threads=False)
+        while True:
+            with bounded(file_bytes):
+                if (batch := next(batches, None)) is None:
+                    return
+                batch.validate(full=True)  # a text that is no UTF-8 would raise wherever it is read later
             yield batch.num_rows, batch
-        return
     for start in range(0, file.metadata.num_rows, TABLE_ROWS):
         yield min(TABLE_ROWS, file.metadata.num_rows - start), None
 

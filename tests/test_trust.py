@@ -1,0 +1,133 @@
+"""What opens, deletes or runs something by a name lies in few places, which check it: a new one is found here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pd_core"
+
+# A call by the end of its dotted name, and the files that may have it. Everything else goes through these files' own functions.
+DOORS = {
+    # Parquet, and Arrow's other formats: extension types, metadata without bounds
+    "pq.ParquetFile": {"tables.py"},
+    "pq.read_table": set(),
+    "pq.read_metadata": set(),
+    "pq.read_schema": set(),
+    "pq.ParquetDataset": set(),
+    "ds.dataset": set(),
+    "ipc.open_file": set(),
+    "ipc.open_stream": set(),
+    "data.read_parquet": set(),
+    "data.read_images": set(),
+    "data.read_binary_files": set(),
+    "data.read_webdataset": set(),
+    "pd.read_parquet": set(),
+    # FAISS files open other files
+    "faiss.read_index": {"index.py"},
+    "faiss.deserialize_index": {"index.py"},
+    "faiss.read_VectorTransform": set(),
+    # pictures
+    "Image.open": {"images.py"},
+    # pickles, and whatever runs code
+    "pickle.load": {"generators/stylegan.py"},
+    "pickle.loads": set(),
+    "torch.load": {"backbones.py", "finetuning/checkpoints.py"},  # weights_only, see below
+    "jit.load": {"generators/torchscript.py"},
+    "np.load": set(),
+    "yaml.load": set(),
+    "yaml.safe_load": {"config.py"},
+    "eval": set(),
+    "exec": set(),
+    "exec_module": {"generators/python.py"},
+    "import_module": {"generators/python.py"},
+    "tarfile.open": {"exporting.py", "sources/webdataset.py"},
+    "extractall": set(),
+    "unpack_archive": set(),
+    # files by name
+    "fsspec.open": set(),
+    "url_to_fs": set(),
+    "fsspec.filesystem": set(),
+    "open": {"storage.py", "sources/stores.py"},
+    "os.open": {"storage.py", "sources/stores.py"},
+    "os.link": {"storage.py"},
+    "os.symlink": set(),
+    "os.unlink": {"storage.py"},
+    "os.remove": set(),
+    "os.rename": {"storage.py"},
+    "os.replace": {"storage.py"},
+    "os.makedirs": {"storage.py"},
+    "os.mkdir": {"storage.py"},
+    "shutil.rmtree": set(),
+    "shutil.copy": set(),
+    "shutil.move": set(),
+    "fs.rm": {"storage.py"},
+    "fs.rm_file": {"storage.py"},
+    "fs.get": set(),
+    "fs.open": {"storage.py"},
+    "fs.cat_file": {"storage.py"},
+    "Part": {"storage.py"},  # of a record that was read: checked with the record
+    "Artifact": {"storage.py"},
+    # other programs and other machines
+    "subprocess.run": set(),
+    "subprocess.Popen": set(),
+    "os.system": set(),
+    "urlopen": set(),
+    "requests.get": set(),
+    "socket.create_connection": {"cluster.py"},
+}
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def is_door(called: str, door: str) -> bool:
+    """`self.fs.rm` is `fs.rm`; `file.open` is not the builtin `open`."""
+    return called == door or ("." in door or door in _METHODS) and called.endswith(f".{door}")
+
+
+_METHODS = {"url_to_fs", "urlopen", "extractall", "unpack_archive", "exec_module", "import_module"}
+
+
+def found(path: Path) -> Iterator[tuple[str, int, ast.Call]]:
+    for called, call in calls(ast.parse(path.read_text())):
+        for door in DOORS:
+            if is_door(called, door):
+                yield door, call.lineno, call
+
+
+def test_whatever_opens_something_by_name_is_one_of_these_places():
+    used: dict[str, set[str]] = {door: set() for door in DOORS}
+    strangers = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        for door, line, _ in found(path):
+            used[door].add(name)
+            if name not in DOORS[door]:
+                strangers.append(f"{name}:{line} calls {door}")
+    assert not strangers, "go through the functions of: " + str({d: DOORS[d] for d in DOORS if DOORS[d]})
+    assert {door: names for door, names in used.items() if names} == {d: n for d, n in DOORS.items() if n}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pyarrow.parquet as pq\npq.ParquetFile(x)", "with open(x) as f: pass", "self.fs.rm(x)", "torch.load(x)"],
+)
+def test_a_new_place_is_found(tmp_path, line):
+    (tmp_path / "new.py").write_text(line)
+    assert list(found(tmp_path / "new.py"))
+
+
+def test_weights_are_loaded_as_data_alone():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for door, line, call in found(path):
+            if door == "torch.load":
+                only = [k.value for k in call.keywords if k.arg == "weights_only"]
+                assert only and ast.unparse(only[0]) == "True", f"{path}:{line}"
