@@ -90,7 +90,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 def is_door(called: str, door: str) -> bool:
     """`self.fs.rm` is `fs.rm`; `file.open` is not the builtin `open`."""
-    return called == door or ("." in door or door in _METHODS) and called.endswith(f".{door}")
+    return called == door or (("." in door or door in _METHODS) and called.endswith(f".{door}"))
 
 
 _METHODS = {"url_to_fs", "urlopen", "extractall", "unpack_archive", "exec_module", "import_module"}

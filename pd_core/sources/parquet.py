@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import posixpath
 import time
 from collections import Counter
@@ -289,25 +290,32 @@ class _Reader:
         except _CORRUPT as error:
             yield from [self._lost(error)] * len(offsets)
             return
+        file_bytes = opened.seek(0, io.SEEK_END)
         start = done = 0
         for group in range(file.metadata.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
             inside = [offset - start for offset in offsets[done:] if offset < stop]
-            yield from self._group(file, group, inside)
+            yield from self._group(file, group, inside, file_bytes)
             done += len(inside)
             start = stop
         yield from [_unreadable("the file has fewer rows than when it was listed")] * (len(offsets) - done)
 
-    def _group(self, file: pq.ParquetFile, group: int, rows: Sequence[int]) -> Iterator[bytes | BadImage]:
+    def _group(
+        self, file: pq.ParquetFile, group: int, rows: Sequence[int], file_bytes: int
+    ) -> Iterator[bytes | BadImage]:
         if not rows:
             return
         done = position = 0
         batches = self._batches(file, group)
+        packed = sum(chunk.total_compressed_size for chunk in self._chunks(file, group))
         while done < len(rows):
             try:
-                batch = next(batches)
-            except pa.ArrowMemoryError:
-                raise
+                with bounded(min(packed, file_bytes)):
+                    batch = next(batches)
+            except pa.ArrowMemoryError as error:
+                bad = BadImage(Reason.TOO_EXPENSIVE, f"row group {group} takes more memory than it may: {_line(error)}")
+                yield from [bad] * (len(rows) - done)
+                return
             except _CORRUPT as error:
                 yield from [self._lost(error, f"row group {group} is corrupt: ")] * (len(rows) - done)
                 return
@@ -317,15 +325,19 @@ class _Reader:
             position += len(batch)
 
     def _batches(self, file: pq.ParquetFile, group: int) -> Iterator[pa.Array]:
-        column = self.settings.image_column
-        metadata = file.metadata.row_group(group)
-        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-        held = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
-        per_row = max(held // max(metadata.num_rows, 1), 1)
+        held = sum(chunk.total_uncompressed_size for chunk in self._chunks(file, group))
+        per_row = max(held // max(file.metadata.row_group(group).num_rows, 1), 1)
         size = min(max(BATCH_BYTES // per_row, 1), MAX_BATCH_ROWS)
-        for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[column], use_threads=False):
+        columns = [self.settings.image_column]
+        for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False):
             yield batch.column(0)
         raise pa.ArrowInvalid("it has fewer rows than its header says")
+
+    def _chunks(self, file: pq.ParquetFile, group: int) -> list[pq.ColumnChunkMetaData]:
+        """Of the image column in a row group, its bytes and its paths."""
+        metadata = file.metadata.row_group(group)
+        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+        return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == self.settings.image_column]
 
     def _values(self, batch: pa.Array, rows: Sequence[int]) -> Iterator[bytes | BadImage]:
         """Bytes at these rows of a batch; a struct without bytes names a file beside the Parquet file."""
