@@ -79,7 +79,7 @@ def schema(found: pa.Schema, where: str) -> None:
         if kind := _extension(field):
             raise UserError(
                 f"{where}: the column {_short(name)} is of the extension type {_short(kind)}, whose values are made by code; write "
-                "it as a plain type, or leave the column out"
+                "the file with a plain type, or without it"
             )
         children = [field.type.field(i) for i in range(field.type.num_fields)]
         if pa.types.is_dictionary(field.type):
