@@ -33,7 +33,7 @@ help:
 	@echo 'make check      ruff (lint, format), mypy, import directions'
 	@echo 'make bench      the benchmarks; writes docs/benchmarks.md'
 	@echo 'make chaos      kills workflows in every way at random moments and compares; writes docs/reliability.md'
-	@echo 'make lock       constraints.txt from pyproject.toml (needs uv; LOCK_FLAGS=--upgrade for the newest versions)'
+	@echo 'make lock       constraints.txt and what images install (needs uv; LOCK_FLAGS=--upgrade: the newest)'
 	@echo 'make clean      remove .venv and caches; what runs wrote (runs/) stays'
 	@echo 'FAISS=cpu|gpu chooses the faiss package, PYTHON=... the interpreter (3.11 or newer); now $(FAISS), $(PYTHON)'
 
@@ -90,14 +90,24 @@ chaos: $(STAMP)
 	$(PY) chaos/run.py $(ARGS)
 
 # For the platform that the tests run on; elsewhere a pin holds for the packages that exist there. No index address is written down.
-# The other faiss, for the GPU image, is pinned by what it adds to that.
-COMPILE = '$(UV)' pip compile pyproject.toml --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+# Images install what is listed with its hashes and nothing else: requirements.txt, and of each variant what it adds.
+# hatchling and editables build our own package there, offline.
+COMPILE = '$(UV)' pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  --no-annotate --no-emit-index-url --no-emit-find-links
+HASHED = $(COMPILE) --constraint constraints.txt --generate-hashes --no-header
+WRITTEN = echo '\# Written by `make lock`.'
+ADDED = grep -vxFf infra/container/requirements.txt
 lock:
 	@test -n '$(UV)' || { echo 'make lock needs uv (pip install uv)' >&2; exit 1; }
-	$(COMPILE) --extra cpu --extra demo --extra dev --output-file constraints.txt --custom-compile-command 'make lock' $(LOCK_FLAGS)
-	{ echo '# What faiss-gpu needs beside constraints.txt, written by `make lock`.'; \
-	  $(COMPILE) --extra gpu --constraint constraints.txt --no-header | grep -vxFf constraints.txt; } > infra/container/constraints-gpu.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra demo --extra dev --output-file constraints.txt \
+	  --custom-compile-command 'make lock' $(LOCK_FLAGS)
+	{ $(WRITTEN); printf '%s\n' hatchling editables | $(HASHED) pyproject.toml - --extra diffusers; } \
+	  > infra/container/requirements.txt
+	{ $(WRITTEN); $(HASHED) pyproject.toml --extra cpu | $(ADDED); } > infra/container/faiss-cpu.txt
+	{ $(WRITTEN); $(HASHED) pyproject.toml --extra gpu | $(ADDED); } > infra/container/faiss-gpu.txt
+	{ $(WRITTEN); echo boto3 | $(HASHED) - | $(ADDED); } > infra/container/cloud-aws.txt
+	{ $(WRITTEN); echo google-api-python-client | $(HASHED) - | $(ADDED); } > infra/container/cloud-gcp.txt
+	{ $(WRITTEN); printf '%s\n' 'mlflow[auth]' psycopg2-binary boto3 | $(HASHED) -; } > infra/mlflow/requirements.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,10 +13,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ import kubernetes_validate
 import pytest
 import yaml
 from compose_spec import PyCompose
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from pd_core import config, errors
+from pd_core import config, errors, releasing, storage
 
 ROOT = Path(__file__).resolve().parents[1]
 INFRA = ROOT / "infra"
@@ -618,6 +622,11 @@ def mounted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return places
 
 
+def scheduled_settings() -> list[dict[str, Any]]:
+    """Of every ConfigMap, what curate.py is set to."""
+    return [yaml.safe_load(text) for m in MANIFESTS if m.kind == "ConfigMap" for text in m.values["data"].values()]
+
+
 def uris(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, URI) of every setting that names something in a bucket."""
     for name, value in settings.items():
@@ -690,15 +699,17 @@ def test_environment_variables_of_ours_are_settings(monkeypatch: pytest.MonkeyPa
 
 
 def allowed(action: str, uri: str, policy: str = "bucket.json") -> bool:
-    """Whether a policy lets its holder do this to an object."""
+    """Whether a policy lets its holder do this to an object; what one statement denies, no other allows."""
     statements = json.loads((INFRA / "policies" / policy).read_text())["Statement"]
     arn = uri.replace("s3://", "arn:aws:s3:::")
+    effects = set()
     for statement in statements:
-        actions, resources = ([v] if isinstance(v, str) else v for v in (statement["Action"], statement["Resource"]))
         # a folder that is read, such as a saved pipeline, is read object by object
-        if action in actions and any(fnmatchcase(arn, r) or fnmatchcase(f"{arn}/x", r) for r in resources):
-            return True
-    return False
+        if any(fnmatchcase(action, a) for a in texts(statement["Action"])) and any(
+            fnmatchcase(arn, r) or fnmatchcase(f"{arn}/x", r) for r in texts(statement["Resource"])
+        ):
+            effects.add(statement["Effect"])
+    return effects == {"Allow"}
 
 
 def texts(value: str | list[str]) -> list[str]:
@@ -740,10 +751,8 @@ def test_policies_are_narrow(path: Path) -> None:
     policy = json.loads(path.read_text())
     assert policy.keys() == {"Version", "Statement"} and policy["Version"] == "2012-10-17"
     for statement in policy["Statement"]:
-        assert (
-            statement.keys() <= {"Sid", "Effect", "Action", "Resource", "Condition"} and statement["Effect"] == "Allow"
-        )
-        assert policy_problems(statement) == []
+        assert statement.keys() <= {"Sid", "Effect", "Action", "Resource", "Condition"}
+        assert statement["Effect"] == "Deny" or policy_problems(statement) == []
 
 
 ANY_INSTANCE = "arn:aws:ec2:us-east-1:111122223333:instance/*"
@@ -794,6 +803,34 @@ def test_the_bucket_policy_gives_what_is_needed_and_no_more() -> None:
     assert not allowed("s3:GetObject", f"{BUCKET}mlflow/a") and not allowed(
         "s3:GetObject", f"{BUCKET}pd/a", "mlflow-bucket.json"
     )
+
+
+def test_of_a_release_no_more_may_be_deleted_than_curate_deletes(tmp_path: Path) -> None:
+    """A release as `releasing` lays it out is damaged and mended: what goes meanwhile may go, all else may not."""
+    (output,) = {str(settings["output"]) for settings in scheduled_settings()}
+    release = storage.Stage(str(tmp_path / "releases" / "2026-11-29-0123456789ab"), "release", 1, {"sets": 1})
+    names = ("typical/part-00000000.parquet", releasing.METRICS, releasing.RECORD, releasing.CARD)
+
+    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+        done = release.finished_parts()
+        return [done.get(name) or release.write_part(name, name.encode(), 0) for name in names], {}
+
+    release.complete(make, overwrite=False)
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "releases" / "2026-11-29-0123456789ab" / names[0]).unlink()
+    assert release.begin(overwrite=False) is None
+    gone = there - {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    deleted = {name for name in gone if not name.endswith(names[0])}
+    for name in there:
+        for action in ("s3:DeleteObject", "s3:DeleteObjectVersion"):
+            assert allowed(action, f"{output}/{name}") == (name in deleted and action == "s3:DeleteObject"), name
+        assert allowed("s3:PutObject", f"{output}/{name}") and allowed("s3:GetObject", f"{output}/{name}")
+    for other in (
+        f"{releasing.LATEST}",
+        "index/20261129T010203Z-0123456789ab/features/part-00000000.parquet",
+        "lock/1.json",
+    ):
+        assert allowed("s3:DeleteObject", f"{output}/{other}")
 
 
 def test_the_document_shows_the_policy_as_it_is() -> None:
@@ -934,15 +971,66 @@ def image_references() -> Iterator[tuple[str, str]]:
     for path in YAML_FILES:
         yield from ((named(path), image) for document in load(path) for image in walk(document))
     for path in IMAGES:
-        for image in re.findall(r"^(?:FROM|ARG BASE_IMAGE=)\s*(\S+)", path.read_text(), re.MULTILINE):
-            if image != "${BASE_IMAGE}":
-                yield named(path), image
+        text = path.read_text()
+        for image in re.findall(r"^FROM\s+(.+)$", text, re.MULTILINE):
+            for name, value in re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE):
+                image = image.replace(f"${{{name}}}", value)
+            yield named(path), image
 
 
-def test_every_image_is_pinned() -> None:
+# Known once they are built and pushed; the tag is that of this project, in a registry that is yours.
+OURS = re.compile(r"(registry\.example\.com/)?pd-core(-mlflow)?:\d+\.\d+\.\d+[\w-]*")
+# A tag that says what it is, and the digest that decides: as it is, to be written by command 2, or asked for.
+BY_DIGEST = re.compile(
+    r"[\w./-]+:v?\d+\.\d+[\w.-]*"
+    r"@(sha256:[0-9a-f]{64}|sha256:digest-of-postgres|\$\{\w+_DIGEST:\?(.*infra/README\.md.*)\})"
+)
+
+
+def pinned(image: str) -> bool:
+    return bool(OURS.fullmatch(image) or BY_DIGEST.fullmatch(image))
+
+
+def test_every_image_is_named_by_digest_or_is_ours() -> None:
     found = list(image_references())
-    assert len(found) > 8
-    assert [(f, image) for f, image in found if not re.fullmatch(r"[\w./-]+:v?\d+\.\d+(\.\d+)?[\w.-]*", image)] == []
+    assert len(found) > 10
+    assert [(file, image) for file, image in found if not pinned(image)] == []
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "postgres:17.6-bookworm",
+        "postgres@sha256:0123",
+        "python:3.11.14-slim-bookworm@${PYTHON_DIGEST}",
+        "python:3.11.14-slim-bookworm@${PYTHON_DIGEST:-sha256:}",
+        "registry.example.com/other:1.0.0",
+    ],
+)
+def test_an_image_by_tag_alone_is_found(image: str) -> None:
+    assert not pinned(image)
+
+
+def test_the_readme_finds_the_digest_of_each_image_of_others() -> None:
+    text = (INFRA / "README.md").read_text()
+    found = dict(re.findall(r'(\w+_DIGEST)="\$\(digest (\S+)\)"', text))
+    wanted = {image.partition("@")[0] for _, image in image_references() if not OURS.fullmatch(image)}
+    assert set(found.values()) == wanted
+    asked = {name: image for _, image in image_references() for name in re.findall(r"\w+_DIGEST", image)}
+    assert {name: image.partition("@")[0] for name, image in asked.items()} == found
+    (command,) = re.findall(r"--format '[^']+'", text)
+    assert f"docker buildx imagetools inspect {command} {found['PYTHON_DIGEST']}`" in DOCUMENT
+
+
+def test_nodes_have_a_python_whose_tarfile_is_mended() -> None:
+    for path in IMAGES:
+        (version,) = re.findall(r"^ARG BASE_IMAGE=python:(\d+)\.(\d+)\.(\d+)-", path.read_text(), re.MULTILINE)
+        assert tuple(map(int, version)) >= (3, 11, 14) and version[:2] == ("3", "11")  # the lists are for that
+    (checked,) = re.findall(r'^RUN python -c "(.+)"$', (INFRA / "container" / "Dockerfile").read_text(), re.MULTILINE)
+    for version_info, said in (((3, 11, 13), "Python 3.11.14"), ((3, 11, 14), ""), ((3, 12, 0), "")):
+        code = f"import sys; sys.version_info = {version_info}; {checked}"
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (ran.returncode == 0, said in ran.stderr) == (not said, True)
 
 
 def test_images_carry_the_versions_of_this_project() -> None:
@@ -967,8 +1055,8 @@ def test_image_files_are_sound(path: Path) -> None:
     for line in text.replace("\\\n", " ").splitlines():
         if line.startswith(("ENV", "ARG")):
             assert not SECRET_NAME.search(line), line
-        if "pip install" in line:
-            assert "--constraint" in line, line
+        for command in re.findall(r"pip install[^&;]*", line):
+            assert "--no-deps" in command and ("--require-hashes" in command or "--no-index" in command), command
 
 
 def test_the_build_context_holds_what_is_copied_and_nothing_else() -> None:
@@ -1012,22 +1100,65 @@ def test_no_file_of_passwords_gets_into_an_image_or_to_the_cluster(path: str, tm
     assert left_out(tmp_path / path) and not left_out(tmp_path / "workflows/curate.py")
 
 
+def listed(path: Path) -> dict[str, str]:
+    """Version of each package of a list of the images; every one has a hash, and nothing else stands there."""
+    text = "".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("#"))
+    entry = r"([a-z0-9-]+)==([\w.!]+)(?: \\\n    --hash=sha256:[0-9a-f]{64})+\n"
+    assert text and re.sub(entry, "", text) == "", path
+    return dict(re.findall(entry, text))
+
+
 @each(PINS)
-def test_what_images_install_is_pinned(path: Path) -> None:
-    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    for line in lines:
-        found = re.fullmatch(r"([a-z0-9-]+)(?:\[\w+\])?==([\w.]+)", line)
-        assert found, line
-        assert CONSTRAINTS.get(found[1], found[2]) == found[2], f"constraints.txt has another {found[1]}"
-    assert lines
+def test_what_images_install_is_pinned_by_hash(path: Path) -> None:
+    for name, version in listed(path).items():
+        assert CONSTRAINTS.get(name, version) == version, f"constraints.txt has another {name}"
+
+
+def needed(requirements: list[str]) -> set[str]:
+    """Names of all that some requirements need, by what is installed here."""
+    found: set[str] = set()
+    asked = [Requirement(text) for text in requirements]
+    while asked:
+        one = asked.pop()
+        name = canonicalize_name(one.name)
+        for extra in one.extras or {""}:
+            if f"{name}[{extra}]" not in found:
+                found.add(f"{name}[{extra}]")
+                inner = [Requirement(text) for text in distribution(name).requires or []]
+                asked += [r for r in inner if r.marker is None or r.marker.evaluate({"extra": extra})]
+                asked += [Requirement(name)] if extra else []
+    return {name.partition("[")[0] for name in found}
+
+
+def test_the_lists_are_whole() -> None:
+    """The images install without resolving: what is needed and not listed would be missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    more = project["project"]["optional-dependencies"]
+    container = INFRA / "container"
+    base = listed(container / "requirements.txt")
+    assert needed([*project["project"]["dependencies"], *more["diffusers"]]) <= base.keys()
+    assert needed(more["cpu"]) <= base.keys() | listed(container / "faiss-cpu.txt").keys()
+    assert {Requirement(text).name for text in project["build-system"]["requires"]} <= base.keys()
+    assert (
+        needed(["mlflow"]) | {"flask-wtf", "psycopg2-binary", "boto3"}
+        <= listed(INFRA / "mlflow" / "requirements.txt").keys()
+    )
+    for variant in ("faiss-cpu", "faiss-gpu", "cloud-aws", "cloud-gcp"):
+        assert not base.keys() & listed(container / f"{variant}.txt").keys(), (
+            variant
+        )  # a second version would replace the first
+
+
+def test_a_template_engine_with_a_known_hole_is_not_accepted() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (jinja2,) = [one for text in project["dependencies"] if (one := Requirement(text)).name == "jinja2"]
+    assert [jinja2.specifier.contains(version) for version in ("3.1.5", "3.1.6")] == [False, True]
 
 
 def test_both_images_hold_the_same_faiss_and_one_botocore() -> None:
-    gpu = (INFRA / "container" / "constraints-gpu.txt").read_text()
-    assert f"faiss-gpu=={CONSTRAINTS['faiss-cpu']}\n" in gpu
-    for path in PINS:
-        for version in re.findall(r"^boto3==(.+)$", path.read_text(), re.MULTILINE):
-            assert version == CONSTRAINTS["botocore"]  # each boto3 asks for the botocore of its own number
+    assert listed(INFRA / "container" / "faiss-gpu.txt")["faiss-gpu"] == CONSTRAINTS["faiss-cpu"]
+    boto3 = {versions["boto3"] for path in PINS if "boto3" in (versions := listed(path))}
+    assert boto3 == {CONSTRAINTS["botocore"]}  # each boto3 asks for the botocore of its own number
 
 
 # ---- scripts -------------------------------------------------------------------------------------------------------------
@@ -1085,12 +1216,13 @@ def test_users_database_holds_no_password() -> None:
 @each(COMPOSE)
 def test_compose_files_are_sound(path: Path) -> None:
     (values,) = load(path)
-    PyCompose.from_yaml(path.read_text())  # raises on an unknown key
+    text = re.sub(r"@\$\{\w+_DIGEST:\?[^}]*\}", "", path.read_text())  # this parser knows no tag beside a digest
+    PyCompose.from_yaml(text)  # raises on an unknown key
     with pytest.raises(ValueError, match="portz"):
-        PyCompose.from_yaml(path.read_text().replace("ports:", "portz:"))
+        PyCompose.from_yaml(text.replace("ports:", "portz:"))
     for service in values["services"].values():
         assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"])
-        assert not service.get("privileged") and "network_mode" not in service
+        assert not service.get("privileged") and service.get("network_mode", "none") == "none"
         assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
         assert set(service.get("depends_on", {})) <= values["services"].keys()
         for name, value in service.get("environment", {}).items():
@@ -1098,7 +1230,9 @@ def test_compose_files_are_sound(path: Path) -> None:
                 assert value is None or re.fullmatch(r"\$\{\w+(:\?.*)?\}", value), f"{name} has a value"
         if "build" in service:
             context = path.parent / service["build"]["context"]
-            assert (context / service["build"]["dockerfile"]).exists() and context.resolve() == ROOT
+            assert context.resolve() == ROOT
+            wanted = re.findall(r"^ARG (\w+)$", (context / service["build"]["dockerfile"]).read_text(), re.MULTILINE)
+            assert set(wanted) == service["build"]["args"].keys()  # those without a default
 
 
 # ---- secrets -------------------------------------------------------------------------------------------------------------
@@ -1188,15 +1322,20 @@ def test_the_documented_command_writes_the_names_everywhere(tmp_path: Path) -> N
         "BUCKET": "bucket-of-ours",
         "ACCOUNT": "999988887777",
         "ISSUER": "oidc.eks.eu-west-1.amazonaws.com/id/AB",
+        "PYTHON_DIGEST": f"sha256:{'1' * 64}",
+        "POSTGRES_DIGEST": f"sha256:{'2' * 64}",
     }
     export, *rest = block.splitlines()
     assert export.partition("   #")[0] == "export " + " ".join(f"{name}=..." for name in names)
     shutil.copytree(INFRA, tmp_path / "infra", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["bash", "-ec", "\n".join(rest)], cwd=tmp_path, env={**os.environ, **names}, check=True)
-    left = re.compile(r"registry\.example\.com|my-bucket|111122223333|oidc\.example\.com")
+    left = re.compile(r"registry\.example\.com|my-bucket|111122223333|oidc\.example\.com|sha256:digest-of")
     copies = [path for path in (tmp_path / "infra").rglob("*") if path.is_file()]
     assert [line for path in copies for line in path.read_text().splitlines() if left.search(line)] == []
     assert json.loads((tmp_path / "infra" / "policies" / "bucket.json").read_text())
+    assert (
+        f"postgres:17.6-bookworm@{names['POSTGRES_DIGEST']} " in (tmp_path / "infra/mlflow/kubernetes.yaml").read_text()
+    )
 
 
 def test_a_role_trusts_the_accounts_that_name_it_and_no_others() -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,6 +228,7 @@ def test_promtool_agrees():
 
 def test_files_of_the_composition_name_each_other():
     services = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
+    nodes = services.pop("nodes")
     mounts = dict(mount.split(":")[:2] for service in services.values() for mount in service["volumes"])
     for source in (name for name in mounts if name.startswith("./")):
         assert (FOLDER / source).exists(), source
@@ -235,11 +237,39 @@ def test_files_of_the_composition_name_each_other():
     assert config in mounts.values()
     assert {f"/etc/prometheus/{name}" for name in prometheus["rule_files"]} <= set(mounts.values())
     (discovery,) = prometheus["scrape_configs"][0]["file_sd_configs"][0]["files"]
-    assert discovery.startswith("/tmp/ray/") and mounts["/tmp/ray"] == "/tmp/ray"
+    assert Path(discovery).is_relative_to(mounts["nodes"])
+    assert Path(discovery).name in nodes["entrypoint"][-1] and [m for m in mounts if m.startswith("/")] == []
     (source,) = yaml.safe_load((FOLDER / "provisioning/datasources/prometheus.yaml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
     (provider,) = yaml.safe_load((FOLDER / "provisioning/dashboards/pd-core.yaml").read_text())["providers"]
     assert mounts["./dashboards"] == provider["options"]["path"]
+
+
+def test_prometheus_is_handed_the_list_of_nodes_and_nothing_else_of_ray_s_folder(tmp_path):
+    """The composition's command for real, on a folder as Ray 2.60 lays it out: a link leads into the newest session."""
+    service = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]["nodes"]
+    source, target = (mount.split(":") for mount in service["volumes"])
+    assert source == ["/tmp/ray", "/tmp/ray", "ro"] and service["network_mode"] == "none" and "ports" not in service
+    ray, handed = tmp_path / "ray", tmp_path / "handed"
+    for folder in (ray / "session_1", ray / "session_2", handed):
+        folder.mkdir(parents=True)
+    (ray / "session_1" / "raylet.out").write_text("a log")
+    link = ray / "prom_metrics_service_discovery.json"
+    command = [word.replace(source[1], str(ray)).replace(target[1], str(handed)) for word in service["entrypoint"]]
+    running = subprocess.Popen([command[0], command[1], command[2].replace("sleep 5", "sleep 0.05")])
+    try:
+        for session in ("session_1", "session_2"):  # the head was started anew
+            (ray / session / link.name).write_text(session)
+            link.unlink(missing_ok=True)
+            link.symlink_to(ray / session / link.name)
+            deadline = time.monotonic() + 20
+            while not ((handed / link.name).exists() and (handed / link.name).read_text() == session):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    finally:
+        running.kill()
+        running.wait()
+    assert {path.name for path in handed.iterdir()} <= {link.name, "new"}
 
 
 def test_the_pod_monitor_finds_the_pods():
