@@ -26,6 +26,7 @@ from benchmarks import process, table  # noqa: E402
 
 NAMES = (
     "features",
+    "decoding",
     "selfjoin",
     "memory",
     "update",

@@ -525,11 +525,11 @@ def _is_defect(error: Exception) -> bool:
     return isinstance(error, ray.exceptions.RayTaskError) and not storage.is_failure(error.cause)
 
 
-def task(function: Any, cpus: float = 1, gpus: float = 0, memory: int = 0) -> Any:
+def task(function: Any, cpus: float = 1, gpus: float = 0, memory: int | None = None) -> Any:
     """A Ray task of the function that survives the loss of its node; `.remote(...)` submits it."""
     import ray
 
-    return ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, memory=memory or None, **TASK_OPTIONS)
+    return ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, memory=memory, **TASK_OPTIONS)
 
 
 def get(reference: Any) -> Any:
@@ -556,16 +556,17 @@ def feasible_cpus(cpus: int) -> float:
     return float(min(cpus, int(largest))) if largest >= 1 else float(cpus)
 
 
-def decode_memory(most: int) -> int:
-    """Bytes that a task claims which decodes images, of which one may take up to `most`.
+def decode_memory(most: int) -> int | None:
+    """Bytes that a task claims which decodes images, of which one may take up to `most`; None where Ray counts no memory.
 
-    Never more than half of what the smallest node that runs tasks lends, so that two fit on each: a task that fits on no
-    node would wait for ever, and one alone would decode in turn with nothing.
+    Never more than there is for each CPU of any node that runs tasks, or for two where it has one: a task that fits on no
+    node would wait for ever, and cores would idle for the sake of images that are rare. Where several of these meet, the
+    kernel ends a decoder before anything else, and its image is tried again.
     """
     import ray
 
-    lent = [n["Resources"].get("memory", 0.0) for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-    return min(most, int(min(lent, default=0.0) / 2))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    return min(most, int(min((n.get("memory", 0.0) / max(2.0, n["CPU"]) for n in nodes), default=0.0))) or None
 
 
 def assigned_device() -> str:

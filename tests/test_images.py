@@ -314,6 +314,129 @@ def test_bomb_in_an_ancillary_chunk(chunk):
     assert reason_of(png(1, 1, 8, 0, [b"\0"], bomb)) is Reason.CORRUPT
 
 
+# ----------------------------------------------------------------------- declared: more room or work than the picture has
+
+EXPENSIVE = DecodeLimits(max_bytes=2**26, max_pixels=100_000_000, background=(0, 0, 0), max_cpu_s=60)
+
+
+def tiled_tiff(width: int, height: int, tile_width: int, tile_length: int) -> bytes:
+    """Grey, compressed, in tiles of which one is in the file; LONG tags (TIFF 6.0, section 15)."""
+    body = zlib.compress(bytes(1000))
+    tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile_width, 323: tile_length}
+    tags |= {324: 8, 325: len(body)}
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + ifd + bytes(4)
+
+
+def jpeg_2000(width: int, height: int, **options) -> bytes:
+    """A codestream that declares this size, whatever is in it (ISO/IEC 15444-1, A.5.1)."""
+    data = bytearray(saved(Image.new("L", (16, 16)), "JPEG2000", no_jp2=True, **options))
+    struct.pack_into(">8I", data, 8, width, height, 0, 0, width, height, 0, 0)
+    return bytes(data)
+
+
+def jpeg_of_scans(more: int) -> bytes:
+    """A progressive JPEG whose last scan comes `more` times again."""
+    data = saved(picture(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * more + data[last:]
+
+
+def gif_frame(side: int) -> bytes:
+    """Canvas of 1 x 1 px, a comment, and a first frame of side x side."""
+    return b"GIF89a\1\0\1\0\0\0\0!\xfe\2hi\0," + struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\2\2D\1\0;"
+
+
+def webp_canvas(side: int) -> bytes:
+    extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + 2 * (side - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 4 + len(extended)) + b"WEBP" + extended
+
+
+WEBP_9999 = bytes.fromhex(
+    "524946461a000000574542505650384c0e0000002f0ea7c3090710 11fd0f4444ff03"
+)  # lossless, one colour
+TEXT_CHUNKS = [png_chunk(b"tEXt", b"a\0")] * 100_001
+DECLARED: dict[str, tuple[bytes, str]] = {
+    "TIFF tile": (tiled_tiff(10, 10, 46336, 46336), "too_many_pixels: a tile of 46336x46336 = 2147024896 pixels"),
+    "TIFF long tiles": (tiled_tiff(10_000, 1, 16, 6_000_000), "too_expensive: TIFF: more than 400000000 pixels in"),
+    "JPEG 2000 in JP2": (
+        saved(picture(), "JPEG2000").replace(
+            struct.pack(">HHII", 47, 0, 31, 24), struct.pack(">HHII", 47, 0, BIG, BIG)
+        ),
+        f"too_many_pixels: a codestream of {BIG}x{BIG} =",
+    ),
+    "JPEG 2000 blocks": (jpeg_2000(9999, 9999, codeblock_size=(4, 4)), "too_expensive: JPEG 2000: more than 4194304"),
+    "JPEG 2000 precincts": (
+        jpeg_2000(9999, 9999, precinct_size=(4, 4), num_resolutions=1),
+        "too_expensive: JPEG 2000: more than 4194304 code-blocks",
+    ),
+    "JPEG scans": (jpeg_of_scans(100), "too_expensive: JPEG: more than 100 scans"),
+    "PNG text": (png(1, 1, 8, 0, [b"\0"], *TEXT_CHUNKS), "too_expensive: PNG: more than 100000 chunks beside"),
+    "PNM comments": (b"P3 4 4 255\n" + b"#\n" * 500_000, "too_expensive: PNM: more than 1000 comments"),
+    "GIF frame": (gif_frame(BIG), f"too_many_pixels: {BIG}x{BIG} ="),
+    "WebP canvas": (webp_canvas(16_000), "too_many_pixels: 16000x16000 ="),
+    "AVIF": (
+        saved(picture(), "AVIF").replace(
+            b"ispe" + struct.pack(">3I", 0, 31, 24), b"ispe" + struct.pack(">3I", 0, BIG, BIG)
+        ),
+        f"too_many_pixels: {BIG}x{BIG} =",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_what_a_codec_would_take_is_known_before_it_runs(name, monkeypatch):
+    def load(self):
+        pytest.fail("the pixels were decoded")
+
+    for decoder in images._DECODERS.values():
+        monkeypatch.setattr(decoder, "load", load)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    data, expected = DECLARED[name]
+    with pytest.raises(BadImage, match=expected):
+        decode(data, EXPENSIVE)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(picture(), "JPEG2000", tile_size=(16, 16), codeblock_size=(4, 4)),
+        saved(picture(), "JPEG2000", precinct_size=(16, 16)),
+        saved(picture(), "TIFF", compression="tiff_deflate", tile=(16, 16)),
+        jpeg_of_scans(30),
+        saved(picture(), "JPEG", exif=b"Exif\0\0" + b"\xff\xda" * 1000),  # what looks like scans in another segment
+        png(1, 1, 8, 0, [b"\0"], *TEXT_CHUNKS[:1000]),
+        b"P3 1 1 255\n" + b"# more than one line\n" * 20 + b"1 2 3",
+    ],
+    ids=["tiles", "precincts", "TIFF tiles", "scans", "thumbnail", "text", "comments"],
+)
+def test_clean_files_declare_no_more_than_that(data):
+    assert decode(data, LIMITS).mode == "RGB"
+
+
+def test_more_scans_are_too_many_only_up_to_the_end_of_the_picture():
+    data = saved(picture(), "JPEG", progressive=True)
+    assert rgb(data + b"\xff\xda" * 1000) == rgb(data)  # a film behind it, as phones store
+
+
+def test_tags_that_mislead_the_explanation_too_are_that_images(monkeypatch):
+    """StripOffsets as text: once a TypeError in what asked whether the file ends early."""
+    data = tiff(4, 4, zlib.compress(bytes(16)), [8], extra={259: 8}.items())
+    entry = struct.pack("<HHI", 273, 4, 1)
+    assert entry in data
+    assert reason_of(data.replace(entry, struct.pack("<HHI", 273, 2, 2))) is Reason.CORRUPT
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError, OverflowError, ZeroDivisionError, AssertionError])
+def test_whatever_a_codec_raises_is_that_images(error, monkeypatch):
+    def load(self):
+        raise error("of a codec")
+
+    monkeypatch.setattr(images._DECODERS["PNG"], "load", load)
+    expected = Reason.TOO_EXPENSIVE if error is MemoryError else Reason.CORRUPT
+    assert reason_of(saved(picture(), "PNG")) is expected
+
+
 @pytest.mark.parametrize("field", [{"max_bytes": 0}, {"max_pixels": 0}, {"max_cpu_s": 0}, {"background": (0, 0, 256)}])
 def test_senseless_limits_are_the_users_mistake(field):
     with pytest.raises(UserError):
