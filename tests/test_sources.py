@@ -31,7 +31,7 @@ from pd_core.config import DataSettings
 from pd_core.errors import RunError, UserError
 from pd_core.images import BadImage, Reason
 from pd_core.s3 import S3FileSystem
-from pd_core.sources import names, stores
+from pd_core.sources import names, stores, webdataset
 from pd_core.sources.source import expand_braces
 from tests.s3 import S3Server
 
@@ -586,6 +586,140 @@ def test_a_broken_tar_gives_what_lies_before_the_break_and_one_row_for_the_rest(
     expected[f"1.tar#{kept * size}"] = Reason.UNREADABLE
     expected |= {f"2.tar#{name}": data for name, data in members.items()}
     assert found == expected
+
+
+def tar_header(name: bytes, size: bytes, kind: bytes = b"0", map_goes_on: bool = False) -> bytes:
+    """A header block that says what it is told to; its check sum is right."""
+    block = bytearray(512)
+    block[:100] = name.ljust(100, b"\0")
+    block[100:124] = b"0000644\0" + b"0000000\0" * 2
+    block[124:136] = size.ljust(12, b"\0")
+    block[136:157] = b"00000000000\0" + b" " * 8 + kind
+    block[257:265] = b"ustar\x0000"
+    block[482] = map_goes_on
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def octal(number: int) -> bytes:
+    return b"%011o" % number
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def pax(*records: bytes, kind: bytes = b"x") -> bytes:
+    """A pax header of the records, whose lengths are counted: `KEYWORD=VALUE`."""
+    lines = [
+        next(b"%d %s\n" % (n, r) for n in range(len(r) + 3, len(r) + 9) if n == len(str(n)) + len(r) + 2)
+        for r in records
+    ]
+    return tar_header(b"pax", octal(len(b"".join(lines))), kind) + padded(b"".join(lines))
+
+
+IMAGE = tar_header(b"x.png", octal(3)) + padded(b"abc")
+NEGATIVE = b"\xff" + (-512).to_bytes(11, "big", signed=True)
+HUGE = b"\x80" + (1 << 70).to_bytes(11, "big")
+
+BREAKS = {
+    "a size that leads back": tar_header(b"x.png", NEGATIVE) + padded(b"abc"),
+    "a folder of negative size": tar_header(b"x/", NEGATIVE, b"5"),
+    "a size beyond all numbers": tar_header(b"x.png", HUGE) + padded(b"abc"),
+    "a size beyond the end": tar_header(b"x.png", octal(1 << 30)) + padded(b"abc"),
+    "a special file of a size beyond the end": tar_header(b"x", octal(1 << 30), b"V") + padded(b"abc"),
+    "a chain of headers": pax(b"comment=x") * 400 + IMAGE,
+    "a chain of long names": (tar_header(b"l", octal(6), b"L") + padded(b"a.png")) * 400 + IMAGE,
+    "a chain of global headers": pax(b"comment=x", kind=b"g") * 400 + IMAGE,
+    "a long name of gigabytes": tar_header(b"l", octal(1 << 32), b"L") + IMAGE,
+    "a long name of more than a header may have": tar_header(b"l", octal(2 << 20), b"L") + bytes(2 << 20) + IMAGE,
+    "a header of negative size": tar_header(b"l", NEGATIVE, b"x") + IMAGE,
+    "a record of gigabytes": tar_header(b"p", octal(30), b"x") + padded(b"9999999999 path=x.png\n") + IMAGE,
+    "a record whose length is a long number": tar_header(b"p", octal(1 << 20), b"x") + b"1" * (1 << 20) + IMAGE,
+    "a record whose length is too short": tar_header(b"p", octal(12), b"x") + padded(b"3 path=x.png\n") + IMAGE,
+    "a record that says a negative size": pax(b"size=-512") + IMAGE,
+    "a record that says a huge size": pax(b"size=99999999999999999999") + IMAGE,
+    "a record that says a text for a size": pax(b"size=many") + IMAGE,
+    "a record that says a size beyond the end": pax(b"size=1073741824") + IMAGE,
+    "a map of holes without an end": tar_header(b"x.png", octal(3), b"S", True) + (bytes(504) + b"\1" + bytes(7)) * 40,
+    "a header before the end marker": pax(b"comment=x") + bytes(1024),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", BREAKS)
+def test_a_hostile_member_breaks_its_tar_there_and_nothing_hangs(tmp_path: Path, kind: str) -> None:
+    before = tar_bytes({"a.png": b"1", "b.png": b"2"}, tarfile.USTAR_FORMAT)[: 4 * 512]
+    write(tmp_path, {"0.tar": before + BREAKS[kind], "1.tar": tar_bytes({"c.png": b"3"})})
+    found = contents(opened(tmp_path))
+    assert found == {"0.tar#a.png": b"1", "0.tar#b.png": b"2", "0.tar#2048": Reason.UNREADABLE, "1.tar#c.png": b"3"}
+
+
+def test_the_byte_at_which_a_tar_breaks_is_told(tmp_path: Path) -> None:
+    source = opened(write(tmp_path, {"0.tar": IMAGE + BREAKS["a size that leads back"]}))
+    rows = listed(source)
+    broken = list(sources.read(source, rows))[1]
+    assert rows["key"].to_pylist()[1] == "0.tar#1024"
+    assert isinstance(broken, BadImage)
+    assert "at byte 1024" in broken.detail
+    write(tmp_path, {"0.tar": BREAKS["a size that leads back"]})
+    with pytest.raises(UserError, match=r"no image members in 1 tars \(0\.tar is broken at byte 0\)"):
+        opened(tmp_path)
+
+
+def test_names_in_a_tar_are_keys_and_nothing_else(tmp_path: Path) -> None:
+    secret = write(tmp_path, {"secret.png": b"no"}) / "secret.png"
+    odd = [str(secret), "../secret.png", "a/../../secret.png", "bell\x07\x1b[2J.png", "null\0.png", "\u202egnp.png"]
+    members = b"".join(pax(b"path=" + name.encode()) + IMAGE for name in odd)
+    source = opened(write(tmp_path / "in", {"0.tar": members + bytes(1024)}))
+    assert contents(source) == {f"0.tar#{name}": b"abc" for name in odd}
+
+
+def test_files_with_holes_and_links_in_a_tar_are_left_out_and_what_follows_is_read(tmp_path: Path) -> None:
+    whole = tar_header(b"holes.png", octal(3), b"S", True) + bytes(512) + padded(b"abc")
+    whole += pax(b"GNU.sparse.major=1", b"GNU.sparse.minor=0") + tar_header(b"holes2.png", octal(3)) + padded(b"0\n")
+    whole += tar_header(b"link.png", octal(9), b"2") + pax(b"path=" + b"l" * 5000 + b".png") + IMAGE
+    skipped: Counter[str] = Counter()
+    source = opened(write(tmp_path, {"0.tar": whole + IMAGE + bytes(1024)}))
+    (table,) = sources.list_images(source, skipped)
+    assert table["key"].to_pylist() == ["0.tar#x.png"]
+    assert skipped == {"(link or special file in a tar)": 3, "(name of more than 4096 characters in a tar)": 1}
+    assert list(contents(source).values()) == [b"abc"]
+
+
+def test_texts_of_a_tar_are_bounded(tmp_path: Path) -> None:
+    """A sample of many images with many texts repeats each of them: 40 MB of tar would be 100 GB of listing."""
+    texts = {f"a.t{i}": b"x" * 1000 for i in range(300)}
+    images = {f"a.{i}.png": b"" for i in range(2000)}
+    skipped: Counter[str] = Counter()
+    source = opened(write(tmp_path, {"0.tar": tar_bytes({"a.png": b""} | texts | images, tarfile.USTAR_FORMAT)}))
+    rows = pa.concat_tables(sources.list_images(source, skipped))
+    kept = 262  # of 1,000 bytes, in 256 KiB
+    carrying = 96  # 64 times what is held, each text with its header
+    assert rows.num_rows == 2001
+    assert skipped == {
+        "(text beyond the limits of a sample or a tar)": 300 - kept,
+        "(texts of images beyond the limit, in a tar)": 2001 - carrying,
+    }
+    assert rows.nbytes < 64 * kept * 1512 * 1.2
+
+
+def test_headings_of_what_is_left_out_are_bounded_and_can_be_written(tmp_path: Path) -> None:
+    members = {"a.png": b"1"} | {f"a.{i}x": b"\xff" for i in range(1500)}
+    skipped: Counter[str] = Counter()
+    data = tar_header(b"a.\xff\xfe", octal(1)) + padded(b"\xff") + tar_bytes(members, tarfile.USTAR_FORMAT)
+    list(sources.list_images(opened(write(tmp_path, {"0.tar": data})), skipped))
+    assert len(skipped) == names.MAX_HEADINGS + 1
+    assert skipped.total() == 1501
+    json.dumps(skipped, ensure_ascii=False).encode()
+
+
+@given(st.binary(max_size=600), st.integers(0, 3 * 512))
+def test_no_noise_in_a_tar_raises(noise: bytes, at: int) -> None:
+    whole = tar_bytes({"a.png": b"1", LONG: b"2"})
+    damaged = whole[:at] + noise + whole[at + len(noise) :]
+    scanned = webdataset.scan(io.BytesIO(damaged), "x")
+    assert all(start + size <= len(damaged) for _, start, size in scanned.images)
 
 
 def test_tar_limit_and_a_tar_cut_after_the_listing(tmp_path: Path) -> None:

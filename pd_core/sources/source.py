@@ -160,7 +160,7 @@ def entries(source: Source | Location, kind: Kind | None, skipped: Counter[str])
         missing.discard(matching or "")
         left_out = _left_out(name, kind)
         if left_out:
-            skipped[left_out] += 1
+            names.leave_out(skipped, left_out)
         return not left_out
 
     depth, stem = _bounds([*named, *source.patterns])
