@@ -76,8 +76,17 @@ def _without_password(value: Any) -> Any:
 class Section(BaseModel):
     """A group of settings; unknown names are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
     _no_password = field_validator("*")(_without_password)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, values: Any) -> Any:
+        # what was given as allow-pickle meets the default, which pydantic-settings adds under the name of the field
+        if not isinstance(values, dict):
+            return values
+        twice = {name for name, field in cls.model_fields.items() if field.alias in values}
+        return {name: value for name, value in values.items() if name not in twice}
 
 
 class DataSettings(Section):
@@ -101,6 +110,9 @@ class DataSettings(Section):
     max_image_pixels: int = Field(100_000_000, gt=0, description="larger images are quarantined undecoded, px")
     background: tuple[int, int, int] = Field(
         (255, 255, 255), description="RGB 0..255 that transparent images are laid over"
+    )
+    follow_links: bool = Field(
+        False, alias="follow-links", description="follow links that lead out of the source; for a source that you trust"
     )
 
     @field_validator("labels")
@@ -292,16 +304,6 @@ class GeneratorSettings(Section):
     allow_pickle: bool = Field(
         False, alias="allow-pickle", description="load a pickle, which can run any code it holds; for files you trust"
     )
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_spelling(cls, values: Any) -> Any:
-        # what was given as allow-pickle meets the default, which pydantic-settings adds under the name of the field
-        if isinstance(values, dict) and "allow-pickle" in values:
-            return {name: value for name, value in values.items() if name != "allow_pickle"}
-        return values
 
     @model_validator(mode="after")
     def _fits_kind(self) -> GeneratorSettings:

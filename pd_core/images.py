@@ -86,11 +86,15 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Limits checked before any pixel is decoded, and the RGB colour (0..255) behind transparent pixels."""
+    """Limits checked before any pixel is decoded, and the RGB colour (0..255) behind transparent pixels.
+
+    shows_bytes: whether the first bytes of what is no image may be told; not of files that lie anywhere, as where links lead.
+    """
 
     max_bytes: int
     max_pixels: int
     background: tuple[int, int, int]
+    shows_bytes: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pixels"):
@@ -187,7 +191,8 @@ def _reject_unusable(data: bytes, limits: DecodeLimits) -> str:
     if container is None:
         if any(signature.startswith(data) for name, signature in _SIGNATURES if name in _DECODERS):
             raise BadImage(Reason.TRUNCATED, f"only {len(data)} bytes")
-        raise BadImage(Reason.NOT_AN_IMAGE, f"starts with {data[:24]!r}")
+        told = f"starts with {data[:24]!r}" if limits.shows_bytes else f"{len(data)} bytes of no known format"
+        raise BadImage(Reason.NOT_AN_IMAGE, told)
     if container not in _DECODERS:
         raise BadImage(Reason.UNSUPPORTED_FORMAT, f"{container}; convert it to one of {', '.join(_DECODERS)}")
     if container in _OPTIONAL_CODECS and not features.check(_OPTIONAL_CODECS[container]):

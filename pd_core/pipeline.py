@@ -291,4 +291,6 @@ def _finish(
 def limits_of(settings: BuildIndexSettings) -> images.DecodeLimits:
     """The decode limits of the settings."""
     data = settings.data
-    return images.DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background)
+    return images.DecodeLimits(
+        data.max_image_bytes, data.max_image_pixels, data.background, shows_bytes=not data.follow_links
+    )

@@ -257,7 +257,10 @@ class Extraction:
     @property
     def limits(self) -> images.DecodeLimits:
         """Of decoding."""
-        return images.DecodeLimits(self.data.max_image_bytes, self.data.max_image_pixels, self.data.background)
+        data = self.data
+        return images.DecodeLimits(
+            data.max_image_bytes, data.max_image_pixels, data.background, shows_bytes=not data.follow_links
+        )
 
 
 def list_set(run: running.Run, folder: str, source: sources.Source, extraction: Extraction) -> listing.Listing:

@@ -234,25 +234,120 @@ def test_sidecars_and_hidden_files_are_left_out_and_counted(tmp_path: Path) -> N
     assert skipped == {".db": 1, ".json": 2, stores.HIDDEN: 3, stores.IRREGULAR: 1}
 
 
-def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
-    write(tmp_path, {"root/a.png": b"1", "elsewhere/b.png": b"2"})
-    (tmp_path / "root/file.png").symlink_to(tmp_path / "elsewhere/b.png")
-    (tmp_path / "root/folder").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "root/loop").symlink_to(tmp_path / "root")
-    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "root")
-    (tmp_path / "root/dangling.png").symlink_to("nowhere")
-    (tmp_path / "root/self.png").symlink_to("self.png")
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A source with every kind of link in it, and what they lead to."""
+    write(tmp_path, {"root/a.png": b"1", "root/sub/c.png": b"3", "elsewhere/b.png": b"2", "elsewhere/deep/d.png": b"4"})
+    root = tmp_path / "root"
+    (root / "file.png").symlink_to(tmp_path / "elsewhere/b.png")
+    (root / "folder").symlink_to(tmp_path / "elsewhere")
+    (root / "deep").symlink_to("../elsewhere/deep")
+    (root / "loop").symlink_to(root)
+    (tmp_path / "elsewhere/back").symlink_to(root)
+    (root / "inner").symlink_to("sub")
+    (root / "inner.png").symlink_to("sub/c.png")
+    (root / "there_and_back").symlink_to("../root/sub")
+    (root / "dangling.png").symlink_to("nowhere")
+    (root / "self.png").symlink_to("self.png")
+    return root
+
+
+INSIDE = {
+    "a.png": b"1",
+    "sub/c.png": b"3",
+    "inner.png": b"3",
+    "dangling.png": Reason.UNREADABLE,
+    "self.png": Reason.UNREADABLE,
+}
+
+
+def test_links_are_followed_inside_the_source_only_and_loops_end(linked: Path) -> None:
     skipped: Counter[str] = Counter()
-    source = opened(tmp_path / "root")
+    source = opened(linked)
     list(sources.list_images(source, skipped))
-    assert contents(source) == {
-        "a.png": b"1",
-        "file.png": b"2",
-        "folder/b.png": b"2",
-        "dangling.png": Reason.UNREADABLE,
-        "self.png": Reason.UNREADABLE,
-    }
-    assert skipped[stores.LOOP] == 2
+    assert contents(source) == INSIDE | {"inner/c.png": b"3", "there_and_back/c.png": b"3"}
+    assert skipped == {stores.LOOP: 1, stores.OUTSIDE: 3}
+
+
+def test_links_out_are_followed_on_request_and_each_folder_is_entered_once(linked: Path) -> None:
+    skipped: Counter[str] = Counter()
+    source = opened(linked, follow_links=True)
+    list(sources.list_images(source, skipped))
+    out = {"file.png": b"2", "deep/d.png": b"4", "folder/b.png": b"2"}  # by name: what "deep" has is not folder/deep's
+    assert contents(source) == INSIDE | out
+    assert skipped == {stores.LOOP: 2, stores.TWICE: 3}
+
+
+def test_following_links_is_part_of_what_a_listing_is_made_from_only_where_it_is_asked_for(linked: Path) -> None:
+    plain, following = (sources.identity(opened(linked, follow_links=on)) for on in (False, True))
+    assert following == plain | {"follow_links": True}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("follow", [False, True])
+def test_folders_that_link_to_each_other_do_not_multiply_for_ever(tmp_path: Path, follow: bool) -> None:
+    """Two links in each of 30 folders to the next one are 2^30 folders."""
+    for i in range(30):
+        write(tmp_path, {f"{i}/a.png": b""})
+        for name in ("left", "right") if i < 29 else ():
+            (tmp_path / f"{i}/{name}").symlink_to(f"../{i + 1}")
+    source = opened(tmp_path, follow_links=follow)
+    if follow:
+        assert keys(source) == sorted(f"{i}/a.png" for i in range(30))
+        return
+    with pytest.raises(UserError, match="more than 1000 links of the source lead to this folder"):
+        keys(source)
+
+
+def test_what_the_user_names_may_be_a_link(tmp_path: Path) -> None:
+    write(tmp_path, {"elsewhere/set/a.png": b"1", "elsewhere/b.tar": tar_bytes({"c.png": b"2"})})
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/set").symlink_to("../elsewhere/set")
+    (tmp_path / "here/b.tar").symlink_to("../elsewhere/b.tar")
+    assert contents(opened(tmp_path / "here/set")) == {"a.png": b"1"}
+    assert contents(opened(tmp_path / "here/b.tar")) == {"b.tar#c.png": b"2"}
+    with pytest.raises(UserError, match=r"\(link that leads out of the source\) \(2\) \(--data\.follow-links follows"):
+        opened(tmp_path / "here")
+
+
+@pytest.mark.parametrize("swapped", ["file", "folder", "pipe"])
+@pytest.mark.parametrize("kind", ["directory", "parquet", "webdataset", "path"])
+def test_a_link_that_is_put_in_after_the_listing_leads_nowhere(tmp_path: Path, kind: str, swapped: str) -> None:
+    name, data = {
+        "directory": ("x/a.png", b"secret"),
+        "parquet": ("x/a.parquet", parquet_bytes(pa.table({"image": [b"secret"]}))),
+        "webdataset": ("x/a.tar", tar_bytes({"a.png": b"secret"})),
+        "path": ("x/a.png", b"secret"),
+    }[kind]
+    write(tmp_path, {f"outside/{name}": data, f"root/{name}": data})
+    if kind == "path":
+        table = pa.table({"image": pa.array([{"bytes": None, "path": name}], STRUCT)})
+        write(tmp_path, {"root/of.parquet": parquet_bytes(table)})
+    source = opened(tmp_path / "root", kind="parquet" if kind == "path" else "auto")
+    rows = listed(source)
+    assert list(sources.read(source, rows)) == [b"secret"]
+    at = tmp_path / "root" / name
+    if swapped == "folder":
+        (tmp_path / "root/x").rename(tmp_path / "old")
+        (tmp_path / "root/x").symlink_to("../outside/x")
+    else:
+        at.unlink()
+        os.mkfifo(at) if swapped == "pipe" else at.symlink_to(tmp_path / "outside" / name)
+    (found,) = sources.read(source, rows, sleep=never)
+    assert isinstance(found, BadImage)
+    assert ("not a regular file" if swapped == "pipe" else "leads out of the source") in found.detail
+    following = opened(tmp_path / "root", kind=source.kind, follow_links=True) if swapped != "pipe" else None
+    assert following is None or list(sources.read(following, rows)) == [b"secret"]
+
+
+def test_a_folder_that_is_made_anew_while_it_is_read_is_read_anew(tmp_path: Path) -> None:
+    source = opened(write(tmp_path, {"root/x/a.png": b"1", "root/x/b.png": b"2"}))
+    reading = sources.read(source, listed(source), sleep=never)
+    assert next(reading) == b"1"
+    (tmp_path / "root/x").rename(tmp_path / "old")
+    write(tmp_path, {"root/x/b.png": b"3"})
+    (tmp_path / "old/b.png").unlink()
+    assert next(reading) == b"3"
 
 
 def test_labels_are_the_name_of_the_folder(tmp_path: Path) -> None:
@@ -816,14 +911,14 @@ def test_no_permission(tmp_path: Path) -> None:
 
 def test_a_folder_that_may_not_be_read_stops_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = opened(write(tmp_path, {"d/a.png": b"", "e/a.png": b""}))
-    real = os.scandir
+    real = os.open
 
-    def closed(path: Any) -> Any:
+    def closed(path: Any, *rest: Any, **named: Any) -> Any:
         if str(path).endswith("/e"):
             raise PermissionError(13, "Permission denied", path)
-        return real(path)
+        return real(path, *rest, **named)
 
-    monkeypatch.setattr(os, "scandir", closed)
+    monkeypatch.setattr(os, "open", closed)
     with pytest.raises(UserError, match="permission denied"):
         list(sources.list_images(source))
 
@@ -1112,9 +1207,9 @@ def test_a_stale_mount_does_not_quarantine_parquet_rows(tmp_path: Path, monkeypa
     source = opened(write(tmp_path, {"a.parquet": parquet_bytes(image_table([b"1"], "binary"))}))
     rows = listed(source)
 
-    def stale(self: Path, *_: Any) -> Any:
+    def stale(*_: Any, **named: Any) -> Any:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(Path, "open", stale)
+    monkeypatch.setattr(os, "open", stale)
     with pytest.raises(RunError, match=r"a\.parquet: .*Stale"):
         list(sources.read(source, rows, sleep=lambda _: None))

@@ -321,7 +321,9 @@ def _prepared(content: bytes | images.BadImage, source: sources.Source, preproce
     if isinstance(content, images.BadImage):
         raise content
     settings = source.settings
-    limits = images.DecodeLimits(settings.max_image_bytes, settings.max_image_pixels, settings.background)
+    limits = images.DecodeLimits(
+        settings.max_image_bytes, settings.max_image_pixels, settings.background, shows_bytes=not settings.follow_links
+    )
     return images.resize(images.decode(content, limits), preprocess)
 
 
