@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, schemas, storage
+from pd_core import cluster, leases, schemas, storage
 from pd_core.config import GateSettings
 from pd_core.errors import RunError, UserError
 
@@ -181,8 +181,17 @@ def latest(root: str) -> str | None:
 
 
 def lock_token(root: str) -> int:
-    """Of the run that has moved `latest.json` last; 0 where none has."""
-    return int(pointer(root).get("lock_token", 0))
+    """Of the run that has moved `latest.json` last; 0 where none has.
+
+    Raises:
+        UserError: `latest.json` is none, or no lock has such a number.
+    """
+    token = pointer(root).get("lock_token", 0)
+    if type(token) is not int or not 0 <= token < leases.MAX_TOKEN:
+        raise UserError(
+            f"{storage.join(root, LATEST)}: `lock_token` is no number of a lock; correct it, or set it to 0"
+        )
+    return token
 
 
 def open_latest(root: str) -> Release | None:
