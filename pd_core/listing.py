@@ -75,7 +75,7 @@ def _count(source: sources.Source) -> dict[str, Any]:
 def say_outside(skipped: Counter[str]) -> None:
     """Say that links were left out, if some were, and how they are followed."""
     if many := skipped[sources.OUTSIDE]:
-        cluster.say(f"listing: {many:,} left out: {sources.OUTSIDE}; {sources.HOW_TO_FOLLOW}")
+        cluster.say(f"listing: {many:,} links lead out of the source and are left out; {sources.HOW_TO_FOLLOW}")
 
 
 def counted(source: sources.Source, tables: Iterable[pa.Table]) -> dict[str, Any]:

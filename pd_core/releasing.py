@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from pd_core import cluster, leases, schemas, storage
 from pd_core.config import GateSettings
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, printable
 
 RELEASES, LATEST = "releases", "latest.json"
 METRICS, RECORD, CARD = "metrics.parquet", "release.json", "README.md"
@@ -372,7 +372,7 @@ def say_unknown_held(root: str) -> None:
     for name in pointer(root).get("held", []):
         if _digest_of(name) not in there:
             cluster.say(
-                f"{storage.join(root, LATEST)}: `held` names {name}, which is no release here; correct it, or leave it if it was deleted"
+                f"{storage.join(root, LATEST)}: `held` names {printable(name)}, which is no release here; correct it, or leave it if it was deleted"
             )
 
 

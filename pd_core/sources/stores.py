@@ -42,7 +42,7 @@ IRREGULAR = "(not a regular file)"
 LOOP = "(link to a folder around it)"
 OUTSIDE = "(link that leads out of the source)"
 TWICE = "(link to a folder that is listed already)"
-HOW_TO_FOLLOW = "--data.follow-links follows links that lead out of the source, for a source that you trust"
+HOW_TO_FOLLOW = "--data.follow-links follows such links, in a source that you trust"
 MAX_ENTRIES = 1000  # into one folder, by links inside a source: folders of two links each are 2^depth folders
 
 Sleep = Callable[[float], None]
