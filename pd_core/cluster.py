@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_core import storage, telemetry
-from pd_core.errors import CredentialsRefused, RunError, UserError, one_line
+from pd_core.errors import CredentialsRefused, RunError, UserError, one_line, printable, shown
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -609,7 +609,7 @@ def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[tqdm[
     with tqdm(
         total=total,
         initial=done,
-        desc=stage,
+        desc=printable(stage),
         unit=f" {unit}",
         mininterval=0.2 if terminal else 10.0,
         ascii=None if terminal else True,
@@ -627,5 +627,5 @@ def silence_ray_data() -> None:
 
 
 def say(line: str) -> None:
-    """One line to the user, on standard output, at once."""
-    print(line, flush=True)
+    """One line to the user, or several of a table or of settings, on standard output, at once."""
+    print(shown(line), flush=True)

@@ -38,11 +38,12 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from pd_core.errors import EXIT_BAD_INPUT, UserError, redact
+from pd_core.errors import EXIT_BAD_INPUT, UserError, redact, shown
 from pd_core.schemas import METRICS
 
 ENV_PREFIX = "PD_CORE_"
 MIB = 1 << 20
+MAX_LEASE_S = 7 * 86_400.0  # for so long a run that died may block the next
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the network of FID
 PERTURB_EPSILON, PERTURB_STEPS = 0.1, 10  # the reference of Algorithm 1
 
@@ -57,28 +58,50 @@ WeightingKind = Literal["two_level", "quantiles", "match", "polarity", "magnet",
 
 
 def _without_password(value: Any) -> Any:
-    """The value of a setting, unless it is, or holds, a URL with a name or password in it.
+    """The value of a setting, unless it is, or holds, a URL with a name, a password or a query in it.
 
     Raises:
         ValueError: it is. Settings are printed, stored beside the data and sent to MLflow.
     """
-    texts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
-    for text in texts:
-        found = re.match(r"[a-z][a-z0-9+.-]*://([^/]*)", text, re.IGNORECASE) if isinstance(text, str) else None
+    for text in _texts(value):
+        found = re.match(r"[a-z][a-z0-9+.-]*://([^/]*)", text, re.IGNORECASE)
         # with the colon: a password may hold a slash, before which no @ is
         if found and ("@" in found[1] or re.search(r":(?!\d*$)", re.sub(r"\[.*?\]", "", found[1]))):
             raise ValueError(
                 "must not hold a name or password, since settings are printed and stored; credentials come from the "
                 "environment (AWS_ACCESS_KEY_ID ..., MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
             )
+        if found and redact(text) != text:
+            raise ValueError(
+                "must not hold a query (?NAME=...), which may be a signature or a token, since settings are printed and "
+                "stored; name the file or bucket itself, credentials come from the environment"
+            )
     return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 class Section(BaseModel):
     """A group of settings; unknown names are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
     _no_password = field_validator("*")(_without_password)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, values: Any) -> Any:
+        # what was given as allow-pickle meets the default, which pydantic-settings adds under the name of the field
+        if not isinstance(values, dict):
+            return values
+        twice = {name for name, field in cls.model_fields.items() if field.alias in values}
+        return {name: value for name, value in values.items() if name not in twice}
 
 
 class DataSettings(Section):
@@ -112,6 +135,9 @@ class DataSettings(Section):
     )
     background: tuple[int, int, int] = Field(
         (255, 255, 255), description="RGB 0..255 that transparent images are laid over"
+    )
+    follow_links: bool = Field(
+        False, alias="follow-links", description="follow links that lead out of the source; for a source that you trust"
     )
 
     @field_validator("labels")
@@ -303,16 +329,6 @@ class GeneratorSettings(Section):
     allow_pickle: bool = Field(
         False, alias="allow-pickle", description="load a pickle, which can run any code it holds; for files you trust"
     )
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_spelling(cls, values: Any) -> Any:
-        # what was given as allow-pickle meets the default, which pydantic-settings adds under the name of the field
-        if isinstance(values, dict) and "allow-pickle" in values:
-            return {name: value for name, value in values.items() if name != "allow_pickle"}
-        return values
 
     @model_validator(mode="after")
     def _fits_kind(self) -> GeneratorSettings:
@@ -864,7 +880,7 @@ class LockSettings(Section):
     """The run lock of an output."""
 
     lease_s: float = Field(
-        900, gt=1, description="a run that has not renewed its lease for so long is taken for dead, s"
+        900, gt=1, le=MAX_LEASE_S, description="a run that has not renewed its lease for so long is taken for dead, s"
     )
 
 
@@ -1025,7 +1041,7 @@ class _Parser(argparse.ArgumentParser):
             message = f"unknown setting --{name}; {nearest_name(name, self.known)}"
         elif unknown:
             message = f"unexpected argument {unknown!r}; settings are written --section.name value"
-        print(f"{self.prog}: error: {redact(message)}", file=sys.stderr)
+        print(shown(f"{self.prog}: error: {message}"), file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
 
 
@@ -1074,7 +1090,7 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden" and (of := _LISTED.get(str(item["loc"][0]))):
             message = f"unknown setting; {nearest_name(str(item['loc'][-1]), list(of.model_fields))}"
         found = f" (found {item['input']!r})" if item["loc"] and not isinstance(item["input"], BaseModel | dict) else ""
-        found = re.sub(r"//.*@", "//***@", found)  # a URL with a password in it, which may hold a slash
+        found = redact(re.sub(r"//.*@", "//***@", found))  # a URL with a password in it, which may hold a slash
         lines.append(f"{name}: {message[0].lower()}{message[1:]}{found}" if name else message)
     return "; ".join(lines)
 

@@ -60,9 +60,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+_USER = re.compile(r"://[^/\s'\"]*@")
+_QUERY = re.compile(r"(https?://[^\s'\"?#]*\?|[?#](?=[A-Za-z][\w.-]*=))[^\s'\"]*", re.IGNORECASE)
+
+
 def redact(text: str) -> str:
-    """The text with `user:password@` of every URL in it replaced by `***@`."""
-    return re.sub(r"://[^/\s'\"]*@", "://***@", text)
+    """The text with `user:password@` of every URL in it replaced by `***@`, and queries, which may sign or hold a token, by `***`.
+
+    A query is what follows `?` in an http(s) URL, and `?name=...` or `#name=...` anywhere: libraries tell paths without the host.
+    A `?` of a glob is none.
+    """
+    return _QUERY.sub(r"\1***", _USER.sub("://***@", text))
+
+
+def shown(text: str) -> str:
+    """What leaves us for a terminal: without credentials, and with nothing in a line that is not printed as it stands."""
+    return "\n".join(map(printable, redact(text).split("\n")))
 
 
 def exit_code(program: Callable[[], int | None]) -> int:
@@ -75,10 +88,10 @@ def exit_code(program: Callable[[], int | None]) -> int:
         with _terminated_as_interrupted():
             return program() or EXIT_DONE
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(shown(f"error: {_in_one_line(error)}"), file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunError as error:
-        print(f"failed: {redact(str(error))}", file=sys.stderr)
+        print(shown(f"failed: {_in_one_line(error)}"), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return _interrupted()
@@ -86,6 +99,10 @@ def exit_code(program: Callable[[], int | None]) -> int:
         if ended.code != signal.SIGTERM:  # a refusal of argparse, or --help
             raise
         return _interrupted()  # by the handler that Ray has in place while it starts
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).splitlines())
 
 
 def _interrupted() -> int:

@@ -102,12 +102,15 @@ class DecodeLimits:
 
     Bytes and pixels are checked before any pixel is decoded. CPU seconds and memory bound the process that decodes
     (`decoder`), whatever a codec does; the same file exceeds them in the end, or does not.
+
+    shows_bytes: whether the first bytes of what is no image may be told; not of files that lie anywhere, as where links lead.
     """
 
     max_bytes: int
     max_pixels: int
     background: tuple[int, int, int]
     max_cpu_s: int
+    shows_bytes: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pixels", "max_cpu_s"):
@@ -124,7 +127,13 @@ class DecodeLimits:
 
 def limits_of(data: DataSettings) -> DecodeLimits:
     """The limits that the settings state."""
-    return DecodeLimits(data.max_image_bytes, data.max_image_pixels, data.background, data.max_image_cpu_s)
+    return DecodeLimits(
+        data.max_image_bytes,
+        data.max_image_pixels,
+        data.background,
+        data.max_image_cpu_s,
+        shows_bytes=not data.follow_links,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- recognise
@@ -214,7 +223,8 @@ def _reject_unusable(data: bytes, limits: DecodeLimits) -> str:
     if container is None:
         if any(signature.startswith(data) for name, signature in _SIGNATURES if name in _DECODERS):
             raise BadImage(Reason.TRUNCATED, f"only {len(data)} bytes")
-        raise BadImage(Reason.NOT_AN_IMAGE, f"starts with {data[:24]!r}")
+        told = f"starts with {data[:24]!r}" if limits.shows_bytes else f"{len(data)} bytes of no known format"
+        raise BadImage(Reason.NOT_AN_IMAGE, told)
     if container not in _DECODERS:
         raise BadImage(Reason.UNSUPPORTED_FORMAT, f"{container}; convert it to one of {', '.join(_DECODERS)}")
     if container in _OPTIONAL_CODECS and not features.check(_OPTIONAL_CODECS[container]):

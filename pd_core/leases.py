@@ -23,14 +23,21 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pd_core import storage
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.config import MAX_LEASE_S
+from pd_core.errors import RunError, UserError, one_line, printable, shown
 
 RENEWALS = 3  # of a lease before it runs out
 KEPT = 8  # files of earlier holders that stay to be read
+MAX_HOLDER_BYTES = 64 << 10
+MAX_DIGITS = 12
+MAX_TOKEN = 10**MAX_DIGITS - 1  # numbers of holders are below
 _LOST = signal.SIGUSR1  # not SIGINT, which a shell has its background jobs ignore
-_NAME = re.compile(r"(\d{8,})\.json")
+_NAME = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})\.json")
+_LAST_TIME = 253_402_300_799  # 9999-12-31, the last that has a date
+_REMOVE = "if no other run writes this output, delete that file, then run again"
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,25 @@ class Holder:
 
     def describe(self) -> str:
         """For a message."""
-        since = datetime.datetime.fromtimestamp(self.since, datetime.UTC).isoformat(timespec="seconds")
-        return f"{self.owner} since {since}"
+        return f"{printable(one_line(self.owner))} since {_date(self.since)}"
+
+    @classmethod
+    def of(cls, values: Any) -> Holder:
+        """As it was read from a file. Raises ValueError: it is none."""
+        if not isinstance(values, dict) or values.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError("it does not have the fields of a lock")
+        if not all(isinstance(values[name], str) for name in ("owner", "nonce")) or not isinstance(
+            values["done"], bool
+        ):
+            raise ValueError("its owner, nonce or done is of another type")
+        for time_s in (values["since"], values["expires"]):
+            if type(time_s) not in (int, float) or not 0 <= time_s <= _LAST_TIME:  # not so of NaN either
+                raise ValueError("its since or expires is no time")
+        return cls(**values)
+
+
+def _date(time_s: float) -> str:
+    return datetime.datetime.fromtimestamp(time_s, datetime.UTC).isoformat(timespec="seconds")
 
 
 class Lease:
@@ -54,16 +78,19 @@ class Lease:
 
     Attributes:
         token: number of this holder; grows with every one.
+        failure: why the last renewal failed, if one did.
     """
 
     def __init__(self, uri: str, token: int, holder: Holder, lease_s: float) -> None:
         self.uri, self.token, self.holder, self.lease_s = uri, token, holder, lease_s
         self._lost: str | None = None
+        self.failure = ""
 
     def check(self) -> None:
         """Raises RunError: another run has taken over, or the lease ran out unrenewed."""
         if self._lost is None and time.time() > self.holder.expires:
-            self._lost = "its lease ran out, since it could not be renewed in time"
+            why = f" ({self.failure})" if self.failure else ""
+            self._lost = f"its lease ran out, since it could not be renewed in time{why}"
         if self._lost is not None:
             raise RunError(f"{self.uri}: this run has lost the lock: {self._lost}; what is done is kept, run it again")
 
@@ -122,9 +149,8 @@ def hold(uri: str, lease_s: float, above: int = 0) -> Iterator[Lease]:
         try:
             lease.release()
         except Exception as error:  # whatever the store says now, what ended the body matters more
-            print(
-                f"{uri}: the lock could not be given back ({one_line(error)}); it ends with its lease", file=sys.stderr
-            )
+            told = f"{uri}: the lock could not be given back ({one_line(error)}); it ends with its lease"
+            print(shown(told), file=sys.stderr)
         signal.signal(_LOST, before)
 
 
@@ -137,7 +163,7 @@ def acquire(uri: str, lease_s: float, above: int = 0) -> Lease:
     with storage.explained(uri):
         newest = _newest(uri)
         if newest is not None and not newest[1].done and newest[1].expires > time.time():
-            raise _held(uri, newest[1])
+            raise _held(uri, *newest)
         token = max(above, 0 if newest is None else newest[0]) + 1
         now = time.time()
         holder = Holder(f"process {os.getpid()} on {socket.gethostname()}", now, now + lease_s, uuid.uuid4().hex)
@@ -145,16 +171,22 @@ def acquire(uri: str, lease_s: float, above: int = 0) -> Lease:
         # Whether it was us is seen in the file: a store's client that repeats a request whose answer was lost is refused by its own
         # first. And the number may be one that was long over when we created it, and cleared.
         newest = _newest(uri)
-        assert newest is not None, "whoever has created it"
+        if newest is None or newest[0] < token:
+            raise UserError(f"{_file(uri, token)}: is in the way of the lock, and no file; {_REMOVE}")
         if newest[0] > token or newest[1].nonce != holder.nonce:
-            raise _held(uri, newest[1])
+            raise _held(uri, *newest)
         for name in sorted(filter(_NAME.fullmatch, storage.sizes(uri)))[:-KEPT]:
             storage.delete_file(storage.join(uri, name))
     return Lease(uri, token, holder, lease_s)
 
 
-def _held(uri: str, holder: Holder) -> UserError:
-    until = datetime.datetime.fromtimestamp(holder.expires, datetime.UTC).isoformat(timespec="seconds")
+def _held(uri: str, token: int, holder: Holder) -> UserError:
+    until = _date(holder.expires)
+    if holder.expires > time.time() + 2 * MAX_LEASE_S:  # twice: clocks differ
+        return UserError(
+            f"{_file(uri, token)}: a lock of {holder.describe()} whose lease ends {until}, later than any lease can: its clock was "
+            f"wrong, or no run has written it; {_REMOVE}"
+        )
     return UserError(
         f"{uri}: another run holds the lock: {holder.describe()}, its lease ends {until} unless it is renewed; "
         "wait for it to end, or for its lease if it died"
@@ -163,9 +195,13 @@ def _held(uri: str, holder: Holder) -> UserError:
 
 def _renew(lease: Lease, over: threading.Event) -> None:
     while not over.wait(lease.lease_s / RENEWALS):
-        # a store that does not answer now may do so at the next renewal; `check` knows when it is too late
-        with contextlib.suppress(Exception):
+        try:
             lease.renew()
+            lease.failure = ""
+        except (
+            Exception
+        ) as error:  # a store that does not answer now may do so at the next; `check` knows when it is too late
+            lease.failure = one_line(error)
         try:
             lease.check()
         except RunError:
@@ -175,11 +211,25 @@ def _renew(lease: Lease, over: threading.Event) -> None:
 
 
 def _newest(uri: str) -> tuple[int, Holder] | None:
-    """Number and holder of the last file, None where there is none."""
-    numbers = [int(found[1]) for name in storage.sizes(uri) if (found := _NAME.fullmatch(name))]
-    if not numbers:
+    """Number and holder of the last file, None where there is none.
+
+    Raises:
+        UserError: it is no file that a run has written, so that nobody knows whether one holds the lock.
+    """
+    there = storage.sizes(uri)
+    name = max(filter(_NAME.fullmatch, there), key=lambda name: (len(name), name), default=None)
+    if name is None:
         return None
-    return max(numbers), Holder(**json.loads(storage.read_bytes(_file(uri, max(numbers)))))
+    where, digits = storage.join(uri, name), name.partition(".")[0]
+    if int(digits[: MAX_DIGITS + 1]) >= MAX_TOKEN:
+        raise UserError(f"{where}: the number of no run; {_REMOVE}")
+    if there[name] > MAX_HOLDER_BYTES:
+        raise UserError(f"{where}: {there[name]} bytes, which is no lock of pd_core; {_REMOVE}")
+    data = storage.read_bytes(where)
+    try:
+        return int(digits), Holder.of(json.loads(data))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: no lock of pd_core ({one_line(error)}); {_REMOVE}") from None
 
 
 def _file(uri: str, token: int) -> str:

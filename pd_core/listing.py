@@ -66,7 +66,16 @@ def count(source: sources.Source) -> dict[str, Any]:
 
 
 def _count(source: sources.Source) -> dict[str, Any]:
-    return counted(source, sources.list_images(source))
+    skipped: Counter[str] = Counter()
+    found = counted(source, sources.list_images(source, skipped))
+    say_outside(skipped)
+    return found
+
+
+def say_outside(skipped: Counter[str]) -> None:
+    """Say that links were left out, if some were, and how they are followed."""
+    if many := skipped[sources.OUTSIDE]:
+        cluster.say(f"listing: {many:,} links lead out of the source and are left out; {sources.HOW_TO_FOLLOW}")
 
 
 def counted(source: sources.Source, tables: Iterable[pa.Table]) -> dict[str, Any]:
@@ -108,6 +117,7 @@ def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
         for number, table in enumerate(recut(sources.list_images(source, skipped), part_rows)):
             parts.append(stage.write_table(storage.part_name(number), table))
             ids.append(table["sample_id"].to_numpy())
+        say_outside(skipped)
         if not parts:
             raise UserError(f"{source.root}: no images there; check --data.source")
         sources.check_unique(np.concatenate(ids), functools.partial(_keys_of, stage, part_rows))

@@ -14,7 +14,7 @@ from pd_core import acceptance, chunking, cluster, density, estimator, ids, runn
 from pd_core.acceptance import Weighting
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.config import GenerateSettings, WeightingSettings
-from pd_core.errors import UserError
+from pd_core.errors import UserError, printable
 from pd_core.realset import RealSet
 from pd_core.volume import FLOOR, Volume
 
@@ -434,7 +434,7 @@ def plan(
         *_warnings(settings, expected, pilot),
     ]
     for label, weighting in list(weightings.items())[:10]:
-        name = f" of {label}" if label else ""
+        name = f" of {printable(label)}" if label else ""
         edges = ", ".join(f"{edge:.4g}" for edge in weighting.edges[:5]) + (", ..." if weighting.bins > 6 else "")
         weights = ", ".join(f"{w:.3g}" for w in weighting.weights[:6]) + (", ..." if weighting.bins > 6 else "")
         lines.append(f"weights{name}:    {weights}" + (f" ({pilot.axis} cut at {edges})" if edges else ""))

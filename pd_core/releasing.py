@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, schemas, storage, trust
+from pd_core import cluster, leases, schemas, storage, trust
 from pd_core.config import GateSettings
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, printable
 
 RELEASES, LATEST = "releases", "latest.json"
 METRICS, RECORD, CARD = "metrics.parquet", "release.json", "README.md"
@@ -184,8 +184,17 @@ def latest(root: str) -> str | None:
 
 
 def lock_token(root: str) -> int:
-    """Of the run that has moved `latest.json` last; 0 where none has."""
-    return int(pointer(root).get("lock_token", 0))
+    """Of the run that has moved `latest.json` last; 0 where none has.
+
+    Raises:
+        UserError: `latest.json` is none, or no lock has such a number.
+    """
+    token = pointer(root).get("lock_token", 0)
+    if type(token) is not int or not 0 <= token < leases.MAX_TOKEN:
+        raise UserError(
+            f"{storage.join(root, LATEST)}: `lock_token` is no number of a lock; correct it, or set it to 0"
+        )
+    return token
 
 
 def open_latest(root: str) -> Release | None:
@@ -366,7 +375,7 @@ def say_unknown_held(root: str) -> None:
     for name in pointer(root).get("held", []):
         if _digest_of(name) not in there:
             cluster.say(
-                f"{storage.join(root, LATEST)}: `held` names {name}, which is no release here; correct it, or leave it if it was deleted"
+                f"{storage.join(root, LATEST)}: `held` names {printable(name)}, which is no release here; correct it, or leave it if it was deleted"
             )
 
 

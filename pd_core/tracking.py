@@ -66,7 +66,7 @@ METRICS_PER_REQUEST = 1000
 
 def _shown(uri: str) -> str:
     """A tracking URI without credentials, also where these hold characters that should have been quoted."""
-    return uri if uri.startswith(SQLITE) else re.sub(r"//.*@", "//***@", uri)
+    return uri if uri.startswith(SQLITE) else redact(re.sub(r"//.*@", "//***@", uri))
 
 
 def resolve_uri(settings: TrackingSettings, output: str) -> str | None:
@@ -115,6 +115,11 @@ def _check_uri(name: str, uri: str) -> None:
         complete = bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
         complete = False
+    if complete and (parts.query or parts.fragment):
+        raise UserError(
+            f"{where}: has a query, which no MLflow server reads and which may hold a token; drop it, and set "
+            "MLFLOW_TRACKING_TOKEN if the server asks for one"
+        )
     if not complete:
         raise UserError(f"{where}: expected http(s)://HOST:PORT; mend the address")
 

@@ -171,6 +171,7 @@ def _compare(
         skipped: Counter[str] = Counter()
         rows = listing.recut(known.new_of(sources.list_images(source, skipped)), part_rows)
         added = [fresh.write_table(storage.part_name(number), table) for number, table in enumerate(rows)]
+        listing.say_outside(skipped)
         if not known.met:
             raise UserError(f"{source.root}: no images there; check --data.source")
         sources.check_unique(np.concatenate(known.met), functools.partial(_keys_of, source))

@@ -85,6 +85,11 @@ def test_unknown_option_exits_2_with_one_line(argument, expected, capsys):
         (["--tracking.uri", "https://me:se/cret@host"], "tracking.uri: must not hold a name or password"),
         (["--data.source", "s3://KEY:se/cret@bucket/x"], "data.source: must not hold a name or password"),
         (["--output", "s3://KEY:secret@bucket/x"], "output: must not hold a name or password"),
+        (["--data.source", "https://h/x?X-Amz-Signature=secret"], "data.source: must not hold a query"),
+        (["--data.source", "https://h/x?secret"], "(found 'https://h/x?***')"),
+        (["--features.checkpoint", "s3://b/w.pt?versionId=secret"], "features.checkpoint: must not hold a query"),
+        (["--output", "s3://b/x?token=secret"], "output: must not hold a query"),
+        (["--tracking.uri", "http://h:5000/?token=secret"], "tracking.uri: must not hold a query"),
     ],
 )
 def test_wrong_values_are_one_line_that_names_the_setting(argv, expected):
@@ -94,9 +99,17 @@ def test_wrong_values_are_one_line_that_names_the_setting(argv, expected):
 
 
 @pytest.mark.parametrize(
-    "uri", ["http://[::1]:5000", "http://host:5000/a:b@c", "s3://bucket/a@b/*.png", "sqlite:///a@b"]
+    "uri",
+    [
+        "http://[::1]:5000",
+        "http://host:5000/a:b@c",
+        "s3://bucket/a@b/*.png",
+        "sqlite:///a@b",
+        "s3://b/year=20??/*/?.png",
+        "/disk/what?name=x.png",
+    ],
 )
-def test_urls_without_a_password_are_settings(uri):
+def test_urls_without_a_password_or_a_query_are_settings(uri):
     assert load("--data.source", uri).data.source == uri
 
 
@@ -192,3 +205,24 @@ def test_shipped_configurations_load(file):
     }
     workflow = next((settings for mark, settings in marks.items() if mark in text), config.BuildIndexSettings)
     assert config.load(workflow, ["--config", str(file)], prog="test").output
+
+
+def test_a_query_is_found_at_any_depth():
+    with pytest.raises(UserError, match=r"generator\.arguments: must not hold a query"):
+        config.load(
+            config.GenerateSettings,
+            ["--generator.arguments", '{"a": [{"b": "https://h/x?sig=1"}]}'],
+            prog="generate.py",
+        )
+
+
+@pytest.mark.parametrize("argv", [["--data.follow-links"], ["--data.follow_links"]])
+def test_links_are_followed_where_it_is_asked_for(argv, tmp_path):
+    assert load(*argv).data.follow_links
+    assert not load("--data.source", "x").data.follow_links
+    file = tmp_path / "settings.yaml"
+    for text in ("data: {follow-links: true}", "data: {follow_links: true}"):
+        file.write_text(text)
+        assert load("--config", str(file)).data.follow_links
+    file.write_text(config.to_yaml(load(*argv)))
+    assert load("--config", str(file)).data.follow_links

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from demo.make_digits import TIMM_MODEL, write_checkpoint, write_digits
-from pd_core import images, schemas
+from pd_core import cluster, config, errors, images, schemas
+from pd_core.errors import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -205,6 +206,44 @@ def test_a_new_module_must_be_given_its_place(tmp_path: Path) -> None:
     result = _lint_imports(tmp_path, helpers="")
     assert result.returncode != 0
     assert "helpers" in result.stdout
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+STRANGE = "\x1b[2J\x1b]0;title\x07 \u202egnp.exe\u2066 \x85\u2028\r\x00\ud800 ü日本"  # a name, a key, an owner
+SIGNED = "https://host/a.png?X-Amz-Signature=hunter2"
+
+
+@pytest.mark.parametrize("kind", [UserError, RunError])
+def test_an_error_is_one_line_that_a_terminal_only_prints(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program() -> int:
+        raise kind(f"{STRANGE}: not found\nerror: nothing is wrong {SIGNED}")
+
+    assert errors.exit_code(program) in (1, 2)
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert line.isprintable()
+    assert line.endswith("ü日本: not found error: nothing is wrong https://host/a.png?***")
+
+
+def test_lines_to_the_user_are_only_printed_and_tables_keep_theirs(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.say(f"first: {STRANGE}\n  second: {SIGNED}")
+    first, second = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert first.isprintable()
+    assert second == "  second: https://host/a.png?***"
+
+
+def test_the_name_of_a_bar_is_only_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with cluster.progress(STRANGE, 1, "images") as bar:
+        bar.update(1)
+    assert all(c.isprintable() or c in "\r\n" for c in capsys.readouterr().err.replace("\x1b[A", ""))
+
+
+def test_what_a_setting_is_told_is_only_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config.load(config.BuildIndexSettings, [f"--{STRANGE}", "x"], prog="build_index.py")
+    assert capsys.readouterr().err.removesuffix("\n").isprintable()
 
 
 # --- docs/artifacts.md ------------------------------------------------------------------------------------------------

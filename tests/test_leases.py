@@ -1,14 +1,16 @@
 """The run lock: one holder at a time, on a disk and on S3; the dead do not block, and those that were overtaken stop."""
 
 import concurrent.futures
+import json
 import multiprocessing
+import os
 import signal
 import threading
 import time
 
 import pytest
 
-from pd_core import leases, storage
+from pd_core import leases, releasing, storage
 from pd_core.errors import RunError, UserError
 
 
@@ -155,3 +157,99 @@ def test_a_holder_whose_answer_was_lost_has_the_lock(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "create", lost)
     assert leases.acquire(str(tmp_path), 60).token == 1
+
+
+# ---- locks that no run has written -----------------------------------------------------------------------------------
+
+HOLDER = {"owner": "process 1 on host", "since": 1e9, "expires": 1e9, "nonce": "0", "done": False}
+YEAR_4821 = 8.998e10
+
+NO_LOCKS = {
+    "not JSON": b"{",
+    "nothing": b"",
+    "not UTF-8": b"\xff",
+    "a list": b"[1]",
+    "a number": b"7",
+    "nested": b"[" * 60_000,
+    "another field": json.dumps({**HOLDER, "more": 1}).encode(),
+    "a field too few": json.dumps({"owner": "x"}).encode(),
+    "a number of 5,000 digits": json.dumps(HOLDER).replace("1000000000.0", "9" * 5000, 1).encode(),
+    "gigabytes": b" " * 70_000,
+    **{
+        f"{field} {value!r}": json.dumps({**HOLDER, field: value}).encode()
+        for field, value in [
+            ("owner", ["x"]),
+            ("nonce", 1),
+            ("done", "no"),
+            *[
+                (f, v)
+                for f in ("since", "expires")
+                for v in ("tomorrow", float("nan"), float("inf"), -1e308, 1e308, None)
+            ],
+            ("expires", True),
+        ]
+    },
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("content", NO_LOCKS)
+def test_a_file_that_no_run_has_written_is_named_with_what_to_do(tmp_path, content):
+    (tmp_path / "00000007.json").write_bytes(NO_LOCKS[content])
+    with pytest.raises(UserError, match=r"/00000007\.json: .*delete that file, then run again") as caught:
+        leases.acquire(str(tmp_path), 60)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "00000007.json").unlink()
+    assert leases.acquire(str(tmp_path), 60).token == 1
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["9" * 12, "9" * 200, "1" + "0" * 240])
+def test_a_number_that_no_run_has_is_refused(tmp_path, name):
+    (tmp_path / f"{name}.json").write_text(json.dumps(HOLDER))
+    with pytest.raises(UserError, match=r"the number of no run; .*delete that file"):
+        leases.acquire(str(tmp_path), 60)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_is_no_file_is_told_and_not_opened(tmp_path, kind):
+    place = tmp_path / "00000001.json"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink("/dev/zero", path)}[kind](place)
+    with pytest.raises(UserError, match=r"/00000001\.json: is in the way of the lock.*delete that file"):
+        leases.acquire(str(tmp_path), 60)
+
+
+def test_a_lease_that_ends_in_the_year_4821_is_told_as_such(tmp_path):
+    owner = "process 1 on \x1b[2J\u202ehost\nerror: nothing is wrong" + "x" * 5000
+    (tmp_path / "00000003.json").write_text(json.dumps({**HOLDER, "owner": owner, "expires": YEAR_4821}))
+    with pytest.raises(
+        UserError, match=r"00000003\.json: a lock of process 1 on .* ends 4821-.*delete that file"
+    ) as caught:
+        leases.acquire(str(tmp_path), 60)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_lock_that_is_over_is_taken_whatever_its_times(tmp_path):
+    (tmp_path / "00000003.json").write_text(json.dumps({**HOLDER, "expires": YEAR_4821, "done": True}))
+    (tmp_path / "00000004.json").write_text(json.dumps({**HOLDER, "since": 0, "expires": 0}))
+    assert leases.acquire(str(tmp_path), 60).token == 5
+
+
+def test_a_run_whose_lock_is_spoilt_says_why_it_stops(tmp_path):
+    with (  # noqa: PT012
+        pytest.raises(RunError, match=r"could not be renewed in time \(.*00000002\.json: no lock of pd_core"),
+        leases.hold(str(tmp_path), 1.2),
+    ):
+        (tmp_path / "00000002.json").write_text("{")
+        threading.Event().wait(30)
+
+
+@pytest.mark.parametrize("token", ['"many"', "1e999", "-1", "1.5", "true", "null", "9" * 300])
+def test_the_number_of_a_lock_in_latest_json_is_one(tmp_path, token):
+    (tmp_path / "latest.json").write_text(f'{{"release": "x", "lock_token": {token}}}')
+    with pytest.raises(UserError, match=r"latest\.json: `lock_token` is no number of a lock"):
+        releasing.lock_token(str(tmp_path))
+    (tmp_path / "latest.json").write_text('{"release": "x", "lock_token": 41}')
+    assert releasing.lock_token(str(tmp_path)) == 41

@@ -26,12 +26,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_core import schemas, sources
-from pd_core.config import DataSettings
+from pd_core import images, pipeline, schemas, sources
+from pd_core.config import BuildIndexSettings, DataSettings
 from pd_core.errors import RunError, UserError
 from pd_core.images import BadImage, Reason
 from pd_core.s3 import S3FileSystem
-from pd_core.sources import names, stores
+from pd_core.sources import names, stores, webdataset
 from pd_core.sources.source import expand_braces
 from tests.s3 import S3Server
 
@@ -234,25 +234,129 @@ def test_sidecars_and_hidden_files_are_left_out_and_counted(tmp_path: Path) -> N
     assert skipped == {".db": 1, ".json": 2, stores.HIDDEN: 3, stores.IRREGULAR: 1}
 
 
-def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
-    write(tmp_path, {"root/a.png": b"1", "elsewhere/b.png": b"2"})
-    (tmp_path / "root/file.png").symlink_to(tmp_path / "elsewhere/b.png")
-    (tmp_path / "root/folder").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "root/loop").symlink_to(tmp_path / "root")
-    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "root")
-    (tmp_path / "root/dangling.png").symlink_to("nowhere")
-    (tmp_path / "root/self.png").symlink_to("self.png")
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A source with every kind of link in it, and what they lead to."""
+    write(tmp_path, {"root/a.png": b"1", "root/sub/c.png": b"3", "elsewhere/b.png": b"2", "elsewhere/deep/d.png": b"4"})
+    root = tmp_path / "root"
+    (root / "file.png").symlink_to(tmp_path / "elsewhere/b.png")
+    (root / "folder").symlink_to(tmp_path / "elsewhere")
+    (root / "deep").symlink_to("../elsewhere/deep")
+    (root / "loop").symlink_to(root)
+    (tmp_path / "elsewhere/back").symlink_to(root)
+    (root / "inner").symlink_to("sub")
+    (root / "inner.png").symlink_to("sub/c.png")
+    (root / "there_and_back").symlink_to("../root/sub")
+    (root / "dangling.png").symlink_to("nowhere")
+    (root / "self.png").symlink_to("self.png")
+    return root
+
+
+INSIDE = {
+    "a.png": b"1",
+    "sub/c.png": b"3",
+    "inner.png": b"3",
+    "dangling.png": Reason.UNREADABLE,
+    "self.png": Reason.UNREADABLE,
+}
+
+
+def test_links_are_followed_inside_the_source_only_and_loops_end(linked: Path) -> None:
     skipped: Counter[str] = Counter()
-    source = opened(tmp_path / "root")
+    source = opened(linked)
     list(sources.list_images(source, skipped))
-    assert contents(source) == {
-        "a.png": b"1",
-        "file.png": b"2",
-        "folder/b.png": b"2",
-        "dangling.png": Reason.UNREADABLE,
-        "self.png": Reason.UNREADABLE,
-    }
-    assert skipped[stores.LOOP] == 2
+    assert contents(source) == INSIDE | {"inner/c.png": b"3", "there_and_back/c.png": b"3"}
+    assert skipped == {stores.LOOP: 1, stores.OUTSIDE: 3}
+
+
+def test_links_out_are_followed_on_request_and_each_folder_is_entered_once(linked: Path) -> None:
+    skipped: Counter[str] = Counter()
+    source = opened(linked, follow_links=True)
+    list(sources.list_images(source, skipped))
+    out = {"file.png": b"2", "deep/d.png": b"4", "folder/b.png": b"2"}  # by name: what "deep" has is not folder/deep's
+    assert contents(source) == INSIDE | out
+    assert skipped == {stores.LOOP: 2, stores.TWICE: 3}
+
+
+def test_following_links_is_part_of_what_a_listing_is_made_from_only_where_it_is_asked_for(linked: Path) -> None:
+    plain, following = (sources.identity(opened(linked, follow_links=on)) for on in (False, True))
+    assert following == plain | {"follow_links": True}
+
+
+def test_what_links_lead_to_is_not_quoted(tmp_path: Path) -> None:
+    write(tmp_path, {"token": b"hunter2 is the token"})
+    for follow, told in ((False, "starts with b'hunter2"), (True, "20 bytes of no known format")):
+        data = {"source": str(tmp_path), "follow_links": follow}
+        limits = pipeline.limits_of(BuildIndexSettings.model_validate({"data": data}))
+        with pytest.raises(BadImage, match=told):
+            images.decode((tmp_path / "token").read_bytes(), limits)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("follow", [False, True])
+def test_folders_that_link_to_each_other_do_not_multiply_for_ever(tmp_path: Path, follow: bool) -> None:
+    """Two links in each of 30 folders to the next one are 2^30 folders."""
+    for i in range(30):
+        write(tmp_path, {f"{i}/a.png": b""})
+        for name in ("left", "right") if i < 29 else ():
+            (tmp_path / f"{i}/{name}").symlink_to(f"../{i + 1}")
+    source = opened(tmp_path, follow_links=follow)
+    if follow:
+        assert keys(source) == sorted(f"{i}/a.png" for i in range(30))
+        return
+    with pytest.raises(UserError, match="more than 1000 links of the source lead to this folder"):
+        keys(source)
+
+
+def test_what_the_user_names_may_be_a_link(tmp_path: Path) -> None:
+    write(tmp_path, {"elsewhere/set/a.png": b"1", "elsewhere/b.tar": tar_bytes({"c.png": b"2"})})
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/set").symlink_to("../elsewhere/set")
+    (tmp_path / "here/b.tar").symlink_to("../elsewhere/b.tar")
+    assert contents(opened(tmp_path / "here/set")) == {"a.png": b"1"}
+    assert contents(opened(tmp_path / "here/b.tar")) == {"b.tar#c.png": b"2"}
+    with pytest.raises(UserError, match=r"\(link that leads out of the source\) \(2\) \(--data\.follow-links follows"):
+        opened(tmp_path / "here")
+
+
+@pytest.mark.parametrize("swapped", ["file", "folder", "pipe"])
+@pytest.mark.parametrize("kind", ["directory", "parquet", "webdataset", "path"])
+def test_a_link_that_is_put_in_after_the_listing_leads_nowhere(tmp_path: Path, kind: str, swapped: str) -> None:
+    name, data = {
+        "directory": ("x/a.png", b"secret"),
+        "parquet": ("x/a.parquet", parquet_bytes(pa.table({"image": [b"secret"]}))),
+        "webdataset": ("x/a.tar", tar_bytes({"a.png": b"secret"})),
+        "path": ("x/a.png", b"secret"),
+    }[kind]
+    write(tmp_path, {f"outside/{name}": data, f"root/{name}": data})
+    if kind == "path":
+        table = pa.table({"image": pa.array([{"bytes": None, "path": name}], STRUCT)})
+        write(tmp_path, {"root/of.parquet": parquet_bytes(table)})
+    source = opened(tmp_path / "root", kind="parquet" if kind == "path" else "auto")
+    rows = listed(source)
+    assert list(sources.read(source, rows)) == [b"secret"]
+    at = tmp_path / "root" / name
+    if swapped == "folder":
+        (tmp_path / "root/x").rename(tmp_path / "old")
+        (tmp_path / "root/x").symlink_to("../outside/x")
+    else:
+        at.unlink()
+        os.mkfifo(at) if swapped == "pipe" else at.symlink_to(tmp_path / "outside" / name)
+    (found,) = sources.read(source, rows, sleep=never)
+    assert isinstance(found, BadImage)
+    assert ("not a regular file" if swapped == "pipe" else "leads out of the source") in found.detail
+    following = opened(tmp_path / "root", kind=source.kind, follow_links=True) if swapped != "pipe" else None
+    assert following is None or list(sources.read(following, rows)) == [b"secret"]
+
+
+def test_a_folder_that_is_made_anew_while_it_is_read_is_read_anew(tmp_path: Path) -> None:
+    source = opened(write(tmp_path, {"root/x/a.png": b"1", "root/x/b.png": b"2"}))
+    reading = sources.read(source, listed(source), sleep=never)
+    assert next(reading) == b"1"
+    (tmp_path / "root/x").rename(tmp_path / "old")
+    write(tmp_path, {"root/x/b.png": b"3"})
+    (tmp_path / "old/b.png").unlink()
+    assert next(reading) == b"3"
 
 
 def test_labels_are_the_name_of_the_folder(tmp_path: Path) -> None:
@@ -588,6 +692,140 @@ def test_a_broken_tar_gives_what_lies_before_the_break_and_one_row_for_the_rest(
     assert found == expected
 
 
+def tar_header(name: bytes, size: bytes, kind: bytes = b"0", map_goes_on: bool = False) -> bytes:
+    """A header block that says what it is told to; its check sum is right."""
+    block = bytearray(512)
+    block[:100] = name.ljust(100, b"\0")
+    block[100:124] = b"0000644\0" + b"0000000\0" * 2
+    block[124:136] = size.ljust(12, b"\0")
+    block[136:157] = b"00000000000\0" + b" " * 8 + kind
+    block[257:265] = b"ustar\x0000"
+    block[482] = map_goes_on
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def octal(number: int) -> bytes:
+    return b"%011o" % number
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def pax(*records: bytes, kind: bytes = b"x") -> bytes:
+    """A pax header of the records, whose lengths are counted: `KEYWORD=VALUE`."""
+    lines = [
+        next(b"%d %s\n" % (n, r) for n in range(len(r) + 3, len(r) + 9) if n == len(str(n)) + len(r) + 2)
+        for r in records
+    ]
+    return tar_header(b"pax", octal(len(b"".join(lines))), kind) + padded(b"".join(lines))
+
+
+IMAGE = tar_header(b"x.png", octal(3)) + padded(b"abc")
+NEGATIVE = b"\xff" + (-512).to_bytes(11, "big", signed=True)
+HUGE = b"\x80" + (1 << 70).to_bytes(11, "big")
+
+BREAKS = {
+    "a size that leads back": tar_header(b"x.png", NEGATIVE) + padded(b"abc"),
+    "a folder of negative size": tar_header(b"x/", NEGATIVE, b"5"),
+    "a size beyond all numbers": tar_header(b"x.png", HUGE) + padded(b"abc"),
+    "a size beyond the end": tar_header(b"x.png", octal(1 << 30)) + padded(b"abc"),
+    "a special file of a size beyond the end": tar_header(b"x", octal(1 << 30), b"V") + padded(b"abc"),
+    "a chain of headers": pax(b"comment=x") * 400 + IMAGE,
+    "a chain of long names": (tar_header(b"l", octal(6), b"L") + padded(b"a.png")) * 400 + IMAGE,
+    "a chain of global headers": pax(b"comment=x", kind=b"g") * 400 + IMAGE,
+    "a long name of gigabytes": tar_header(b"l", octal(1 << 32), b"L") + IMAGE,
+    "a long name of more than a header may have": tar_header(b"l", octal(2 << 20), b"L") + bytes(2 << 20) + IMAGE,
+    "a header of negative size": tar_header(b"l", NEGATIVE, b"x") + IMAGE,
+    "a record of gigabytes": tar_header(b"p", octal(30), b"x") + padded(b"9999999999 path=x.png\n") + IMAGE,
+    "a record whose length is a long number": tar_header(b"p", octal(1 << 20), b"x") + b"1" * (1 << 20) + IMAGE,
+    "a record whose length is too short": tar_header(b"p", octal(12), b"x") + padded(b"3 path=x.png\n") + IMAGE,
+    "a record that says a negative size": pax(b"size=-512") + IMAGE,
+    "a record that says a huge size": pax(b"size=99999999999999999999") + IMAGE,
+    "a record that says a text for a size": pax(b"size=many") + IMAGE,
+    "a record that says a size beyond the end": pax(b"size=1073741824") + IMAGE,
+    "a map of holes without an end": tar_header(b"x.png", octal(3), b"S", True) + (bytes(504) + b"\1" + bytes(7)) * 40,
+    "a header before the end marker": pax(b"comment=x") + bytes(1024),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", BREAKS)
+def test_a_hostile_member_breaks_its_tar_there_and_nothing_hangs(tmp_path: Path, kind: str) -> None:
+    before = tar_bytes({"a.png": b"1", "b.png": b"2"}, tarfile.USTAR_FORMAT)[: 4 * 512]
+    write(tmp_path, {"0.tar": before + BREAKS[kind], "1.tar": tar_bytes({"c.png": b"3"})})
+    found = contents(opened(tmp_path))
+    assert found == {"0.tar#a.png": b"1", "0.tar#b.png": b"2", "0.tar#2048": Reason.UNREADABLE, "1.tar#c.png": b"3"}
+
+
+def test_the_byte_at_which_a_tar_breaks_is_told(tmp_path: Path) -> None:
+    source = opened(write(tmp_path, {"0.tar": IMAGE + BREAKS["a size that leads back"]}))
+    rows = listed(source)
+    broken = list(sources.read(source, rows))[1]
+    assert rows["key"].to_pylist()[1] == "0.tar#1024"
+    assert isinstance(broken, BadImage)
+    assert "at byte 1024" in broken.detail
+    write(tmp_path, {"0.tar": BREAKS["a size that leads back"]})
+    with pytest.raises(UserError, match=r"no image members in 1 tars \(0\.tar is broken at byte 0\)"):
+        opened(tmp_path)
+
+
+def test_names_in_a_tar_are_keys_and_nothing_else(tmp_path: Path) -> None:
+    secret = write(tmp_path, {"secret.png": b"no"}) / "secret.png"
+    odd = [str(secret), "../secret.png", "a/../../secret.png", "bell\x07\x1b[2J.png", "null\0.png", "\u202egnp.png"]
+    members = b"".join(pax(b"path=" + name.encode()) + IMAGE for name in odd)
+    source = opened(write(tmp_path / "in", {"0.tar": members + bytes(1024)}))
+    assert contents(source) == {f"0.tar#{name}": b"abc" for name in odd}
+
+
+def test_files_with_holes_and_links_in_a_tar_are_left_out_and_what_follows_is_read(tmp_path: Path) -> None:
+    whole = tar_header(b"holes.png", octal(3), b"S", True) + bytes(512) + padded(b"abc")
+    whole += pax(b"GNU.sparse.major=1", b"GNU.sparse.minor=0") + tar_header(b"holes2.png", octal(3)) + padded(b"0\n")
+    whole += tar_header(b"link.png", octal(9), b"2") + pax(b"path=" + b"l" * 5000 + b".png") + IMAGE
+    skipped: Counter[str] = Counter()
+    source = opened(write(tmp_path, {"0.tar": whole + IMAGE + bytes(1024)}))
+    (table,) = sources.list_images(source, skipped)
+    assert table["key"].to_pylist() == ["0.tar#x.png"]
+    assert skipped == {"(link or special file in a tar)": 3, "(name of more than 4096 characters in a tar)": 1}
+    assert list(contents(source).values()) == [b"abc"]
+
+
+def test_texts_of_a_tar_are_bounded(tmp_path: Path) -> None:
+    """A sample of many images with many texts repeats each of them: 40 MB of tar would be 100 GB of listing."""
+    texts = {f"a.t{i}": b"x" * 1000 for i in range(300)}
+    images = {f"a.{i}.png": b"" for i in range(2000)}
+    skipped: Counter[str] = Counter()
+    source = opened(write(tmp_path, {"0.tar": tar_bytes({"a.png": b""} | texts | images, tarfile.USTAR_FORMAT)}))
+    rows = pa.concat_tables(sources.list_images(source, skipped))
+    kept = 262  # of 1,000 bytes, in 256 KiB
+    carrying = 96  # 64 times what is held, each text with its header
+    assert rows.num_rows == 2001
+    assert skipped == {
+        "(text beyond the limits of a sample or a tar)": 300 - kept,
+        "(texts of images beyond the limit, in a tar)": 2001 - carrying,
+    }
+    assert rows.nbytes < 64 * kept * 1512 * 1.2
+
+
+def test_headings_of_what_is_left_out_are_bounded_and_can_be_written(tmp_path: Path) -> None:
+    members = {"a.png": b"1"} | {f"a.{i}x": b"\xff" for i in range(1500)}
+    skipped: Counter[str] = Counter()
+    data = tar_header(b"a.\xff\xfe", octal(1)) + padded(b"\xff") + tar_bytes(members, tarfile.USTAR_FORMAT)
+    list(sources.list_images(opened(write(tmp_path, {"0.tar": data})), skipped))
+    assert len(skipped) == names.MAX_HEADINGS + 1
+    assert skipped.total() == 1501
+    json.dumps(skipped, ensure_ascii=False).encode()
+
+
+@given(st.binary(max_size=600), st.integers(0, 3 * 512))
+def test_no_noise_in_a_tar_raises(noise: bytes, at: int) -> None:
+    whole = tar_bytes({"a.png": b"1", LONG: b"2"})
+    damaged = whole[:at] + noise + whole[at + len(noise) :]
+    scanned = webdataset.scan(io.BytesIO(damaged), "x")
+    assert all(start + size <= len(damaged) for _, start, size in scanned.images)
+
+
 def test_tar_limit_and_a_tar_cut_after_the_listing(tmp_path: Path) -> None:
     path = write(tmp_path, {"0.tar": tar_bytes({"a.png": b"12345678", "b.png": b"123456789", "c.png": b"1"})}) / "0.tar"
     source = opened(path, max_image_bytes=8)
@@ -682,14 +920,14 @@ def test_no_permission(tmp_path: Path) -> None:
 
 def test_a_folder_that_may_not_be_read_stops_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = opened(write(tmp_path, {"d/a.png": b"", "e/a.png": b""}))
-    real = os.scandir
+    real = os.open
 
-    def closed(path: Any) -> Any:
+    def closed(path: Any, *rest: Any, **named: Any) -> Any:
         if str(path).endswith("/e"):
             raise PermissionError(13, "Permission denied", path)
-        return real(path)
+        return real(path, *rest, **named)
 
-    monkeypatch.setattr(os, "scandir", closed)
+    monkeypatch.setattr(os, "open", closed)
     with pytest.raises(UserError, match="permission denied"):
         list(sources.list_images(source))
 
@@ -978,9 +1216,9 @@ def test_a_stale_mount_does_not_quarantine_parquet_rows(tmp_path: Path, monkeypa
     source = opened(write(tmp_path, {"a.parquet": parquet_bytes(image_table([b"1"], "binary"))}))
     rows = listed(source)
 
-    def stale(self: Path, *_: Any) -> Any:
+    def stale(*_: Any, **named: Any) -> Any:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(Path, "open", stale)
+    monkeypatch.setattr(os, "open", stale)
     with pytest.raises(RunError, match=r"a\.parquet: .*Stale"):
         list(sources.read(source, rows, sleep=lambda _: None))

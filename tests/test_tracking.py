@@ -289,6 +289,13 @@ def test_a_refused_uri_of_the_environment_is_shown_without_its_password(monkeypa
     assert "hunter2" not in str(caught.value)
 
 
+def test_an_address_with_a_token_in_its_query_is_refused_and_not_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/?token=hunter2")
+    with pytest.raises(UserError, match="has a query") as caught, start(tmp_path):
+        raise AssertionError("the body must not run")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_precedence_of_the_uri(monkeypatch, tmp_path):
     settings, given = TrackingSettings(), TrackingSettings(uri="http://setting:1")
     assert tracking.resolve_uri(settings, f"{tmp_path}/a/out/") == f"sqlite:///{tmp_path}/a/mlflow.db"
@@ -306,6 +313,13 @@ def test_precedence_of_the_uri(monkeypatch, tmp_path):
         ("see https://token@host and s3://b/a@b.png", "see https://***@host and s3://b/a@b.png"),
         ("s3://bucket/key", "s3://bucket/key"),
         ("user@host", "user@host"),
+        ("https://h/x?X-Amz-Signature=ab&X-Amz-Date=1: 403", "https://h/x?*** 403"),
+        ("'https://h/x?TOKEN' and 's3://b/k?versionId=3'", "'https://h/x?***' and 's3://b/k?***'"),
+        ("Max retries exceeded with url: /api?token=abc (Caused", "Max retries exceeded with url: /api?*** (Caused"),
+        ("https://h/cb#access_token=abc", "https://h/cb#***"),
+        ("https://me:pw@h/x?sig=1", "https://***@h/x?***"),
+        ("http://h:5000/#/experiments/1/runs/2", "http://h:5000/#/experiments/1/runs/2"),
+        ("s3://b/year=20??/m=1/?.png and really?", "s3://b/year=20??/m=1/?.png and really?"),
     ],
 )
 def test_redact(text, shown):

@@ -23,9 +23,11 @@ from pd_core.images import BadImage
 from pd_core.sources import files, names, parquet, webdataset
 from pd_core.sources.names import check_unique, sample_id, sample_ids
 from pd_core.sources.source import Source, decide_kind, entries, locate, require_some
-from pd_core.sources.stores import Sleep, Span
+from pd_core.sources.stores import HOW_TO_FOLLOW, OUTSIDE, Sleep, Span
 
 __all__ = [
+    "HOW_TO_FOLLOW",
+    "OUTSIDE",
     "Source",
     "check_unique",
     "identity",
@@ -49,7 +51,7 @@ def open_source(settings: DataSettings) -> Source:
     """
     if not settings.source:
         raise UserError("data.source: not set; give a directory, a glob, Parquet files or tars, local or s3://")
-    location = locate(settings.source)
+    location = locate(settings.source, settings.follow_links)
     kind = decide_kind(location, settings)
     _check_settings(kind, settings)
     source = Source(kind, location.root, location.names, location.patterns, settings)
@@ -77,7 +79,9 @@ def identity(source: Source) -> dict[str, Any]:
     """The settings that decide the listing, as JSON values."""
     settings = source.settings
     fields = source.metadata_type or ()
-    chosen = {} if source.only is None else {"only": list(source.only)}
+    chosen: dict[str, Any] = {} if source.only is None else {"only": list(source.only)}
+    if settings.follow_links:
+        chosen["follow_links"] = True
     return chosen | {
         "kind": source.kind,
         "root": names.escape(source.root),

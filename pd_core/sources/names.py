@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -25,6 +26,9 @@ SIDECAR_SUFFIXES = frozenset(_SIDECARS.split())
 _IMAGES = ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .img .image"
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
 PACKED_TAR_SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tgz")
+
+MAX_HEADINGS = 1000  # under which files that are left out are counted
+OTHER_HEADING = "(others)"
 
 _ESCAPED = re.compile(r"\\x([0-9a-f]{2})")
 _UNDECODED = re.compile("[\udc80-\udcff]")
@@ -86,6 +90,12 @@ def check_unique(ids: np.ndarray, keys_of: Callable[[np.ndarray], Sequence[str]]
             "keys must be unique: choose another --data.key_column or remove the copies"
         )
     raise UserError(f"data.source: the keys {a!r} and {b!r} have the same 63-bit hash; rename one of them")
+
+
+def leave_out(skipped: Counter[str], heading: str, count: int = 1) -> None:
+    """Count what is left out; once there are MAX_HEADINGS headings, which names of files make, new ones are OTHER_HEADING."""
+    heading = escape(heading)
+    skipped[heading if heading in skipped or len(skipped) < MAX_HEADINGS else OTHER_HEADING] += count
 
 
 def summary(skipped: Mapping[str, int]) -> str:

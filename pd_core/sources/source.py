@@ -55,19 +55,24 @@ class Source:
 
     def store(self) -> stores.Local | stores.S3:
         """A new connection to where the files are."""
-        return stores.open_store(self.root)
+        return stores.open_store(self.root, self.settings.follow_links, self.names)
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where the files are, before it is known what they hold. Fields as in Source."""
+    """Where the files are, before it is known what they hold. Fields as in Source and its settings."""
 
     root: str
     names: tuple[str, ...]
     patterns: tuple[str, ...]
+    follow_links: bool
+
+    def store(self) -> stores.Local | stores.S3:
+        """As of Source."""
+        return stores.open_store(self.root, self.follow_links, self.names)
 
 
-def locate(source: str) -> Location:
+def locate(source: str, follow_links: bool) -> Location:
     """Split the user's source into a root and what is meant under it. A path that exists is never taken for a pattern.
 
     Raises:
@@ -80,16 +85,16 @@ def locate(source: str) -> Location:
     with stores.explained(store):
         kind = store.kind()
     if kind == "directory":
-        return Location(uri, (), ())
+        return Location(uri, (), (), follow_links)
     folder, _, name = uri.rpartition("/")
     if kind == "file":
-        return Location(folder or "/", (names.escape(name),), ())
+        return Location(folder or "/", (names.escape(name),), (), follow_links)
     if not MAGIC.search(source):
         raise UserError(f"{printable(uri)}: no such file or directory; check data.source")
-    return _locate_pattern(uri)
+    return _locate_pattern(uri, follow_links)
 
 
-def _locate_pattern(uri: str) -> Location:
+def _locate_pattern(uri: str, follow_links: bool) -> Location:
     found = MAGIC.search(uri)
     assert found is not None
     root, _, pattern = uri[: found.start()].rpartition("/")
@@ -105,7 +110,7 @@ def _locate_pattern(uri: str) -> Location:
     globs = tuple(p for p in every if re.search(r"[*?\[]", p))
     for glob in globs:
         _regex(glob)
-    return Location(root, tuple(names.escape(p) for p in every if p not in set(globs)), globs)
+    return Location(root, tuple(names.escape(p) for p in every if p not in set(globs)), globs, follow_links)
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -145,7 +150,7 @@ def entries(source: Source | Location, kind: Kind | None, skipped: Counter[str])
         UserError: a folder cannot be read, or a file that was named, or a pattern, is not there.
         RunError: the store does not answer.
     """
-    store = stores.open_store(source.root)
+    store = source.store()
     missing = {*source.names, *source.patterns}
     named = {names.unescape(name) for name in source.names}
     regexes = [(pattern, _regex(pattern)) for pattern in source.patterns]
@@ -160,7 +165,7 @@ def entries(source: Source | Location, kind: Kind | None, skipped: Counter[str])
         missing.discard(matching or "")
         left_out = _left_out(name, kind)
         if left_out:
-            skipped[left_out] += 1
+            names.leave_out(skipped, left_out)
         return not left_out
 
     depth, stem = _bounds([*named, *source.patterns])
@@ -246,7 +251,8 @@ def _checked(kind: Kind, whole_folder: bool, shown: str) -> Kind:
 
 
 def _found(skipped: Counter[str]) -> str:
-    return f" but those left out: {names.summary(skipped)}" if skipped else ""
+    how = f" ({stores.HOW_TO_FOLLOW})" if skipped[stores.OUTSIDE] else ""
+    return f" but those left out: {names.summary(skipped)}{how}" if skipped else ""
 
 
 def require_some(source: Source) -> None:

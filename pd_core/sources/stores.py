@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import heapq
 import io
 import os
 import platform
 import stat
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
@@ -39,6 +40,10 @@ REMOTE_BLOCK_BYTES = 1 << 20  # read-ahead of `open` on S3
 HIDDEN = "(hidden)"
 IRREGULAR = "(not a regular file)"
 LOOP = "(link to a folder around it)"
+OUTSIDE = "(link that leads out of the source)"
+TWICE = "(link to a folder that is listed already)"
+HOW_TO_FOLLOW = "--data.follow-links follows such links, in a source that you trust"
+MAX_ENTRIES = 1000  # into one folder, by links inside a source: folders of two links each are 2^depth folders
 
 Sleep = Callable[[float], None]
 Chooser = Callable[[str], bool]
@@ -69,14 +74,20 @@ class Span:
     size: int
 
 
-def open_store(root: str) -> Local | S3:
-    """The files under a local path or an s3:// URI. Raises UserError for any other scheme."""
+def open_store(root: str, follow_links: bool = False, named: Collection[str] = ()) -> Local | S3:
+    """The files under a local path or an s3:// URI. Raises UserError for any other scheme.
+
+    Args:
+        root: where; it may be a link itself.
+        follow_links: also those that lead out of the root; an object store has none.
+        named: keys of files that the user has named, which may be such links.
+    """
     if root.startswith("s3://"):
         return S3(root)
     if not storage.is_local(root):
         shown = root.partition("?")[0]  # behind it may be a signature
         raise UserError(f"{shown}: only local paths and s3:// are read; copy the images to one of them")
-    return Local(root)
+    return Local(root, follow_links, frozenset(named))
 
 
 @contextmanager
@@ -117,14 +128,38 @@ _LOST_FILE = frozenset(
 )
 
 
+# O_NONBLOCK: a pipe that took the file's place must not hang the run
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_READ_NO_LINK = _READ | os.O_NOFOLLOW
+
+_Pending = tuple[
+    str, str, tuple[tuple[int, int], ...]
+]  # of a folder: what its names begin with, its path, folders around it
+
+
 class Local:
-    """Files under a folder of this machine."""
+    """Files under a folder of this machine. Where a link leads is seen at the opened file, so that none can be put in between."""
 
     errors: tuple[type[Exception], ...] = (OSError,)
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, follow_links: bool = False, named: frozenset[str] = frozenset()) -> None:
         self.uri = root
         self.root = root.rstrip("/")
+        self.follow_links = follow_links
+        self.named = named
+
+    @cached_property
+    def _place(self) -> str:
+        """Where the root lies, its own links followed."""
+        descriptor = os.open(self.root or "/", os.O_PATH | os.O_CLOEXEC)
+        try:
+            return _place_of(descriptor).rstrip("/")
+        finally:
+            os.close(descriptor)
+
+    def holds(self, descriptor: int) -> bool:
+        """Whether what is open lies under the root."""
+        return f"{_place_of(descriptor)}/".startswith(f"{self._place}/")
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{names.unescape(name)}"
@@ -153,25 +188,73 @@ class Local:
         Raises:
             OSError: a folder cannot be read.
         """
-        pending: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(self.root or "/", "", ())]
-        while pending:
-            path, prefix, ancestors = pending.pop()
-            status = Path(path).stat()
-            here = (status.st_dev, status.st_ino)
-            if here in ancestors:
-                skipped[LOOP] += 1
-                continue
-            deeper = max_depth is None or prefix.count("/") + 1 < max_depth
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    name = prefix + entry.name
-                    if _is_directory(entry):
-                        if entry.name.startswith("."):
+        entered: Counter[tuple[int, int]] = Counter()
+        pending: list[_Pending] = [("", self.root or "/", ())]
+        linked: list[_Pending] = []  # entered after the others, by name: a folder has the same name on every machine
+        while pending or linked:
+            prefix, path, ancestors = pending.pop() if pending else heapq.heappop(linked)
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                status = os.fstat(folder)
+                here = (status.st_dev, status.st_ino)
+                if refusal := self._refusal(folder, here in ancestors, entered[here], path):
+                    skipped[refusal] += 1
+                    continue
+                entered[here] += 1
+                deeper = max_depth is None or prefix.count("/") + 1 < max_depth
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        name = prefix + entry.name
+                        if not _is_directory(entry):
+                            if choose(name) and (found := self._entry(entry, name, folder, skipped)):
+                                yield found
+                        elif entry.name.startswith("."):
                             skipped[HIDDEN] += 1
                         elif deeper:
-                            pending.append((entry.path, f"{name}/", (*ancestors, here)))
-                    elif choose(name) and (found := _entry(entry, name, skipped)):
-                        yield found
+                            below = (f"{name}/", f"{path}/{entry.name}", (*ancestors, here))
+                            heapq.heappush(linked, below) if entry.is_symlink() else pending.append(below)
+            finally:
+                os.close(folder)
+
+    def _refusal(self, folder: int, is_around: bool, entered: int, path: str) -> str | None:
+        """Under which heading a folder is not entered, if it is not."""
+        if is_around:
+            return LOOP
+        if self.follow_links:
+            return TWICE if entered else None
+        if not self.holds(folder):
+            return OUTSIDE
+        if entered >= MAX_ENTRIES:
+            raise UserError(
+                f"{printable(path)}: more than {MAX_ENTRIES} links of the source lead to this folder; remove some of them"
+            )
+        return None
+
+    def _entry(self, entry: os.DirEntry[str], name: str, folder: int, skipped: Counter[str]) -> Entry | None:
+        """A file, unless it is none or a link that must not be followed. One that cannot be looked at is listed: reading it
+        says why it is lost.
+        """
+        key = names.escape(name)
+        try:
+            status = entry.stat()
+            if entry.is_symlink() and not self._may_follow(entry.name, key, folder):
+                skipped[OUTSIDE] += 1
+                return None
+        except OSError as error:
+            return Entry(key, 0, f"{errno.errorcode.get(error.errno or 0, 'unknown')}")
+        if not stat.S_ISREG(status.st_mode):
+            skipped[IRREGULAR] += 1
+            return None
+        return Entry(key, status.st_size, str(status.st_mtime_ns))
+
+    def _may_follow(self, base: str, key: str, folder: int) -> bool:
+        if self.follow_links or key in self.named:
+            return True
+        descriptor = os.open(base, os.O_PATH | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            return self.holds(descriptor)
+        finally:
+            os.close(descriptor)
 
     def fetch(self, spans: Sequence[Span], limit_bytes: int, sleep: Sleep) -> Iterator[bytes | BadImage]:
         """The bytes of each span, in order; a file that cannot be read, or is too big, gives a BadImage.
@@ -179,18 +262,22 @@ class Local:
         Raises:
             RunError: the file system fails in a way that says nothing of the file, after all retries.
         """
-        for span in spans:
-            try:
-                yield retrying(partial(self._read, span, limit_bytes), _passing, sleep)
-            except OSError as error:
-                if not self.lost(error):
-                    raise storage.explain(error, printable(self._path(span.name))) from error
-                if error.errno == errno.ENOENT and not self._is_there():
-                    raise RunError(
-                        f"{self.uri}: nothing is there any more on {platform.node()}; make the disk visible on every "
-                        "node, then run the same command again"
-                    ) from None
-                yield BadImage(Reason.UNREADABLE, error.strerror or type(error).__name__)
+        with closing(_Opener(self)) as opener:
+            for span in spans:
+                yield self._fetched(opener, span, limit_bytes, sleep)
+
+    def _fetched(self, opener: _Opener, span: Span, limit_bytes: int, sleep: Sleep) -> bytes | BadImage:
+        try:
+            return retrying(partial(_read, opener, span, limit_bytes), _passing, sleep)
+        except OSError as error:
+            if not self.lost(error):
+                raise storage.explain(error, printable(self._path(span.name))) from error
+            if error.errno == errno.ENOENT and not self._is_there():
+                raise RunError(
+                    f"{self.uri}: nothing is there any more on {platform.node()}; make the disk visible on every "
+                    "node, then run the same command again"
+                ) from None
+            return BadImage(Reason.UNREADABLE, error.strerror or type(error).__name__)
 
     def _is_there(self) -> bool:
         """Whether the root holds anything: a disk that is not mounted is an empty folder, or none."""
@@ -202,21 +289,6 @@ class Local:
         except OSError:
             return False
 
-    def _read(self, span: Span, limit_bytes: int) -> bytes | BadImage:
-        # O_NONBLOCK: a pipe that took the file's place must not hang the run
-        descriptor = os.open(self._path(span.name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                return BadImage(Reason.UNREADABLE, "not a regular file")
-            size = status.st_size if span.start is None else span.size
-            if size > limit_bytes:
-                return _too_many_bytes(size, limit_bytes)
-            data = _pread(descriptor, span.start or 0, size)
-        finally:
-            os.close(descriptor)
-        return data if len(data) == size else _shorter(len(data), size)
-
     def lost(self, error: OSError) -> bool:
         """Whether an error is of this one file; any other is of the disk or the network, and ends the run."""
         return error.errno in _LOST_FILE or error.errno == errno.EIO  # EIO that stays is a bad sector
@@ -225,9 +297,85 @@ class Local:
         """A seekable file. Raises OSError."""
 
         def opened() -> BinaryIO:
-            return Path(self._path(name)).open("rb")
+            with closing(_Opener(self)) as opener:
+                file = os.fdopen(opener.open(name), "rb")
+            try:
+                _bytes_of_regular(file.fileno())
+            except OSError:
+                file.close()
+                raise
+            return file
 
         return retrying(opened, _passing, sleep)
+
+
+class _Opener:
+    """Opens files of a store one after the other. Those of a folder follow each other, so it is kept open: where it lies is seen
+    once, and a file in it lies there too unless it is a link.
+    """
+
+    def __init__(self, store: Local) -> None:
+        self.store = store
+        self._folder, self._descriptor = "", -1
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._folder, self._descriptor = "", -1
+
+    def open(self, name: str) -> int:
+        """Descriptor of a file that lies in the store. Raises OSError."""
+        path = f"{self.store.root}/{names.unescape(name)}"
+        if self.store.follow_links:
+            return os.open(path, _READ)
+        folder, _, base = path.rpartition("/")
+        if folder == self._folder and self._descriptor >= 0:
+            try:
+                return os.open(base, _READ_NO_LINK, dir_fd=self._descriptor)
+            except OSError:  # a link; or the folder is another one by now
+                self.close()
+        self._enter(folder)
+        try:
+            return os.open(base, _READ_NO_LINK, dir_fd=self._descriptor)
+        except OSError as error:
+            self.close()
+            if error.errno != errno.ELOOP:
+                raise
+        return self._checked(os.open(path, _READ), name in self.store.named)
+
+    def _enter(self, folder: str) -> None:
+        self._descriptor = self._checked(os.open(folder or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        self._folder = folder
+
+    def _checked(self, descriptor: int, named: bool = False) -> int:
+        if named or self.store.holds(descriptor):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.ELOOP, f"a link that leads out of the source; {HOW_TO_FOLLOW}")
+
+
+def _read(opener: _Opener, span: Span, limit_bytes: int) -> bytes | BadImage:
+    descriptor = opener.open(span.name)
+    try:
+        file_bytes = _bytes_of_regular(descriptor)
+        size = file_bytes if span.start is None else span.size
+        if size > limit_bytes:
+            return _too_many_bytes(size, limit_bytes)
+        data = _pread(descriptor, span.start or 0, size)
+    finally:
+        os.close(descriptor)
+    return data if len(data) == size else _shorter(len(data), size)
+
+
+def _bytes_of_regular(descriptor: int) -> int:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.ENXIO, "not a regular file")
+    return status.st_size
+
+
+def _place_of(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 def _passing(error: BaseException) -> bool:
@@ -239,17 +387,6 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _entry(entry: os.DirEntry[str], name: str, skipped: Counter[str]) -> Entry | None:
-    try:
-        status = entry.stat()
-    except OSError as error:  # a dangling link: it is listed, and reading it says why it is lost
-        return Entry(names.escape(name), 0, f"{errno.errorcode.get(error.errno or 0, 'unknown')}")
-    if not stat.S_ISREG(status.st_mode):
-        skipped[IRREGULAR] += 1
-        return None
-    return Entry(names.escape(name), status.st_size, str(status.st_mtime_ns))
 
 
 def _pread(descriptor: int, start: int, size: int) -> bytes:

@@ -6,9 +6,8 @@ extension seen in the first tar (its first PEEK_MEMBERS members), and `other_mem
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
-import tarfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -20,8 +19,8 @@ import pyarrow as pa
 
 from pd_core.errors import UserError, printable
 from pd_core.images import BadImage, Reason
-from pd_core.sources import names, stores
-from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
+from pd_core.sources import names, stores, tars
+from pd_core.sources.source import Source, containers, listing_table
 from pd_core.sources.stores import Span
 
 Store = stores.Local | stores.S3
@@ -29,9 +28,14 @@ Store = stores.Local | stores.S3
 OTHER = "other_members"
 BROKEN_SIZE = -1  # the listing's `size` of the row that stands for what lies behind a break
 PEEK_MEMBERS = 1000
+MAX_NAME_CHARACTERS = 4096  # longer ones are of no file system
 MAX_TEXT_BYTES = 64 << 10
-BLOCK_BYTES = 512
+MAX_SAMPLE_TEXTS = 1000
+MAX_SAMPLE_BYTES = 256 << 10  # of the texts of one sample
+MAX_HELD_BYTES = 512 << 20  # of the texts of a tar, with their headers
+MAX_REPEATS = 64  # times that the texts of a tar are repeated on the average, where samples have many images
 SCANS = 8  # tars scanned at the same time on S3
+TABLE_ROWS = 4096  # each with as much as MAX_SAMPLE_BYTES
 
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 
@@ -41,15 +45,38 @@ class Tar:
     """What one tar holds.
 
     Attributes:
-        images: (member name, sample, first byte, bytes), in file order.
+        images: (member name, first byte, bytes), in file order.
         texts: text members of each sample by extension.
         broken_at: byte from which the tar cannot be read; None if it is whole.
+        held, given: bytes of texts that are kept, and that rows of the listing got so far.
     """
 
-    images: list[tuple[str, str, int, int]] = field(default_factory=list)
+    images: list[tuple[str, int, int]] = field(default_factory=list)
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     broken_at: int | None = None
     skipped: Counter[str] = field(default_factory=Counter)
+    held: int = 0
+    given: int = 0
+
+    def keep(self, sample: str, extension: str, text: str) -> bool:
+        """Keep a text, unless the sample or the tar has too many already."""
+        texts = self.texts.get(sample, {})
+        cost = len(text) + tars.BLOCK_BYTES
+        in_sample = sum(map(len, texts.values())) + len(text)
+        if len(texts) >= MAX_SAMPLE_TEXTS or in_sample > MAX_SAMPLE_BYTES or self.held + cost > MAX_HELD_BYTES:
+            return False
+        self.held += cost
+        self.texts.setdefault(sample, {})[extension] = text
+        return True
+
+    def give(self, sample: str) -> dict[str, str]:
+        """The texts of a sample for the row of one image, unless rows before it got too many."""
+        texts = self.texts.get(sample, {})
+        self.given += sum(map(len, texts.values()))
+        if self.given <= MAX_REPEATS * self.held:
+            return texts
+        names.leave_out(self.skipped, "(texts of images beyond the limit, in a tar)")
+        return {}
 
 
 def scan(file: BinaryIO, shown: str, max_members: int | None = None) -> Tar:
@@ -61,65 +88,46 @@ def scan(file: BinaryIO, shown: str, max_members: int | None = None) -> Tar:
     """
     if file.read(6).startswith(_PACKED):
         raise UserError(f"{shown}: a compressed tar cannot be read at random; unpack it to a plain .tar")
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
     tar = Tar()
+    stop = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
-            _scan_members(archive, file, size, tar, max_members)
-    except tarfile.TarError:
-        tar.broken_at = 0
+        for member in itertools.islice(tars.members(file), max_members):
+            _add(member, file, tar)
+            stop = member.stop
+    except tars.Broken:
+        tar.broken_at = stop
     return tar
 
 
-def _scan_members(archive: tarfile.TarFile, file: BinaryIO, size: int, tar: Tar, max_members: int | None) -> None:
-    count = 0
-    while max_members is None or count < max_members:
-        here = archive.offset if count else 0
-        try:
-            member = archive.next()
-        except (tarfile.TarError, ValueError, OverflowError):  # ValueError: pax headers of noise
-            tar.broken_at = here
-            return
-        if member is None:
-            tar.broken_at = None if _ends_here(file, archive.offset) else archive.offset
-            return
-        if member.isreg() and member.offset_data + member.size > size:
-            tar.broken_at = member.offset
-            return
-        _add(member, file, tar)
-        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-        count += 1
-
-
-def _ends_here(file: BinaryIO, offset: int) -> bool:
-    """Whether the end marker is at `offset`: tarfile takes a damaged header, or nothing at all, for the end too."""
-    file.seek(offset)
-    return file.read(BLOCK_BYTES) == bytes(BLOCK_BYTES)
-
-
-def _add(member: tarfile.TarInfo, file: BinaryIO, tar: Tar) -> None:
-    folder, slash, base = member.name.rpartition("/")
+def _sample(name: str) -> tuple[str, str]:
+    """Name of the sample that a member belongs to, and its extension."""
+    folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    extension = extension.lower()
-    if member.isdir():
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _add(member: tars.Member, file: BinaryIO, tar: Tar) -> None:
+    if member.is_folder:
         return
-    if not member.isreg() or member.issparse():
-        tar.skipped["(link or special file in a tar)"] += 1
-    elif base.startswith("."):
-        tar.skipped[stores.HIDDEN] += 1
+    sample, extension = _sample(member.name)
+    if not member.is_file:
+        names.leave_out(tar.skipped, "(link or special file in a tar)")
+    elif len(member.name) > MAX_NAME_CHARACTERS:
+        names.leave_out(tar.skipped, f"(name of more than {MAX_NAME_CHARACTERS} characters in a tar)")
+    elif member.name.rpartition("/")[2].startswith("."):
+        names.leave_out(tar.skipped, stores.HIDDEN)
     elif f".{extension.rpartition('.')[2]}" in names.IMAGE_SUFFIXES:
-        tar.images.append((member.name, f"{folder}{slash}{stem}", member.offset_data, member.size))
-    elif (text := _text(member, file)) is not None:
-        tar.texts.setdefault(f"{folder}{slash}{stem}", {})[extension] = text
-    else:
-        tar.skipped[f".{extension} (in a tar)"] += 1
+        tar.images.append((member.name, member.start, member.size))
+    elif (text := _text(member, file)) is None:
+        names.leave_out(tar.skipped, f".{extension} (in a tar)")
+    elif not tar.keep(sample, extension, text):
+        names.leave_out(tar.skipped, "(text beyond the limits of a sample or a tar)")
 
 
-def _text(member: tarfile.TarInfo, file: BinaryIO) -> str | None:
+def _text(member: tars.Member, file: BinaryIO) -> str | None:
     if member.size > MAX_TEXT_BYTES:
         return None
-    file.seek(member.offset_data)
+    file.seek(member.start)
     try:
         return file.read(member.size).decode("utf-8")
     except UnicodeDecodeError:
@@ -134,13 +142,16 @@ def open_metadata(source: Source) -> pa.StructType:
     """
     store = source.store()
     entries = containers(source, Counter())
+    broken = ""
     for entry in entries:
         tar = _scan_entry(store, entry.name, PEEK_MEMBERS)
         if tar.images:
             break
+        if tar.broken_at is not None and not broken:
+            broken = f" ({printable(entry.name)} is broken at byte {tar.broken_at})"
     else:
         shown = printable(source.settings.source or "")
-        raise UserError(f"{shown}: no image members in {len(entries)} tars; check data.source")
+        raise UserError(f"{shown}: no image members in {len(entries)} tars{broken}; check data.source")
     extensions = {extension for texts in tar.texts.values() for extension in texts}
     label = _label_extension(source)
     if label is not None and label not in extensions:
@@ -173,9 +184,10 @@ def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:
     states = {entry.name: entry.state for entry in containers(source, skipped)}
     workers = SCANS if isinstance(store, stores.S3) else 1
     for name, tar in _ahead(lambda name: _scan_entry(store, name), list(states), workers):
-        skipped.update(tar.skipped)
         for start in range(0, len(tar.images), TABLE_ROWS):
             yield _table(source, name, states[name], tar, start)
+        for heading, count in tar.skipped.items():
+            names.leave_out(skipped, heading, count)
         if tar.broken_at is not None:
             metadata = pa.nulls(1, source.metadata_type)
             key = f"{name}#{tar.broken_at}"
@@ -199,13 +211,13 @@ def _ahead(work: Callable[[str], Tar], items: list[str], workers: int) -> Iterat
 def _table(source: Source, name: str, state: int, tar: Tar, start: int) -> pa.Table:
     images = tar.images[start : start + TABLE_ROWS]
     label = _label_extension(source)
-    texts = [tar.texts.get(sample, {}) for _, sample, _, _ in images]
+    texts = [tar.give(_sample(member)[0]) for member, _, _ in images]
     return listing_table(
         source,
-        [f"{name}#{names.escape(member)}" for member, _, _, _ in images],
+        [f"{name}#{names.escape(member)}" for member, _, _ in images],
         [name] * len(images),
-        [offset for _, _, offset, _ in images],
-        [size for _, _, _, size in images],
+        [offset for _, offset, _ in images],
+        [size for _, _, size in images],
         [state] * len(images),
         [text[label].strip() if label in text else None for text in texts],
         _metadata(source, texts, label),
