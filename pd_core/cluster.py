@@ -176,7 +176,7 @@ def _own_token() -> Iterator[None]:
 
 def _read_token_anew() -> None:
     """Let Ray's client look in the environment whether there is a token, and which; it asks once in the life of a process."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of C++
 
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")

@@ -476,6 +476,9 @@ class GenerateSettings(WorkflowSettings):
     checkpoint: str | None = Field(
         None, description="weights of the index's extractor, where they are not at the place they had then"
     )
+    source: str | None = Field(
+        None, description="place of the index's images, where its record leads to another bucket than its own"
+    )
     generator: GeneratorSettings = GeneratorSettings()
     weighting: WeightingSettings = WeightingSettings()
     n: int | None = Field(None, gt=0, description="accepted images wanted")
@@ -584,6 +587,9 @@ class EvaluateSettings(WorkflowSettings):
     checkpoint: str | None = Field(
         None, description="weights of the index's extractor, where they are not at the place they had then"
     )
+    source: str | None = Field(
+        None, description="place of the index's images, where its record leads to another bucket than its own"
+    )
     data: DataSettings = DataSettings()
     extraction: ExtractionSettings = ExtractionSettings()
     judge: JudgeSettings = JudgeSettings()
@@ -613,6 +619,9 @@ class TradeoffSettings(WorkflowSettings):
     index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     checkpoint: str | None = Field(
         None, description="weights of the index's extractor, where they are not at the place they had then"
+    )
+    source: str | None = Field(
+        None, description="place of the index's images, where its record leads to another bucket than its own"
     )
     generator: GeneratorSettings = GeneratorSettings()
     n: int = Field(2000, gt=0, description="images measured of each setting")

@@ -28,6 +28,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pd_core import trust
 from pd_core.errors import RunError, UserError, one_line
 
 ARTIFACT = "artifact.json"
@@ -129,6 +130,29 @@ def read_bytes(uri: str) -> bytes:
     """All bytes at a URI. Raises FileNotFoundError."""
     fs, path = filesystem(uri)
     return fs.cat_file(path)
+
+
+def read_file(uri: str, where: str, most: int) -> bytes:
+    """All bytes of a file that a user or a record names: a regular file of at most `most` bytes, whatever grows meanwhile.
+
+    Args:
+        uri: local or s3://.
+        where: what names it, for messages.
+        most: bytes.
+
+    Raises:
+        UserError: it is a pipe or a device, or larger.
+        FileNotFoundError, IsADirectoryError: no file is there.
+    """
+    fs, path = filesystem(uri)
+    if not is_local(uri):
+        trust.check_size(fs.size(path), where, most)
+        return fs.cat_file(path)
+    trust.check_file(path, where, most)  # a device may act when it is opened
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # and be put there meanwhile
+        found = os.fstat(file.fileno())
+        trust.check_stat(found, where, most)
+        return file.read(found.st_size)
 
 
 def read_json(uri: str) -> Any:
