@@ -146,7 +146,7 @@ def read_file(uri: str, where: str, most: int) -> bytes:
     """
     fs, path = filesystem(uri)
     if not is_local(uri):
-        trust.check_size(fs.size(path), where, most)
+        trust.check_size(fs.size(path) or 0, where, most)
         return fs.cat_file(path)
     trust.check_file(path, where, most)  # a device may act when it is opened
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # and be put there meanwhile
