@@ -81,13 +81,26 @@ def _owners(uri: str) -> object:
     return values.get("shard_of_cell") if isinstance(values, dict) else None
 
 
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """What is said inside of an index file, said of the index in a directory."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from None
+
+
 class _Searcher:
     """Ray actor that holds some shards in memory; after a restart it opens them again."""
 
     def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int, workflow: str, stage: str) -> None:
         telemetry.hold(workflow, stage)
         files = [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
-        self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
+        with _named(info.uri):
+            self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
+            found = self.rows.rows
+            if (found.dim, len(found.rank_of)) != (info.dim, len(info.shard_of_cell) or 1):
+                raise UserError("its shards have other cells or dimensions than its record; build it again")
 
     def ready(self) -> None:
         """Answers once the shards are open."""
@@ -232,13 +245,20 @@ _open_quantizers: dict[str, Any] = {}  # one per process: tasks of one run share
 def _quantizer(info: IndexInfo) -> Any:
     if info.fingerprint not in _open_quantizers:
         _open_quantizers.clear()
-        _open_quantizers[info.fingerprint] = read_quantizer(info.uri)
+        quantizer = read_quantizer(info.uri)
+        if (quantizer.d, quantizer.ntotal) != (info.dim, len(info.shard_of_cell)):
+            raise UserError(
+                f"{info.uri}: its {QUANTIZER} has other cells or dimensions than its record; build it again"
+            )
+        _open_quantizers[info.fingerprint] = quantizer
     return _open_quantizers[info.fingerprint]
 
 
 def read_quantizer(uri: str) -> Any:
-    """The coarse quantizer of the index stage in a directory."""
-    return index.quantizer_of(index.centroids_of(index.deserialize(storage.read_bytes(storage.join(uri, QUANTIZER)))))
+    """The coarse quantizer of the index stage in a directory. Raises UserError: its file is none that index.py writes."""
+    with _named(storage.join(uri, QUANTIZER)):
+        template = index.deserialize(storage.read_bytes(storage.join(uri, QUANTIZER)))
+        return index.quantizer_of(index.centroids_of(template))
 
 
 def _spread(found: tuple[np.ndarray, np.ndarray], rows: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
