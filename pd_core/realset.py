@@ -83,7 +83,10 @@ class RealSet:
         """f, loaded."""
         names = (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
         folder = storage.join(self.uri, "estimator")
-        return estimator.from_bytes({name: storage.read_bytes(storage.join(folder, name)) for name in names})
+        places = {name: storage.join(folder, name) for name in names}
+        return estimator.from_bytes(
+            {name: storage.read_file(place, place, trust.WEIGHTS_BYTES) for name, place in places.items()}
+        )
 
 
 def open_realset(uri: str, checkpoint: str | None = None) -> RealSet:

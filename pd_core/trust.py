@@ -6,13 +6,12 @@ is matched against a closed form here before anything is opened, written or dele
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import functools
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
@@ -58,27 +57,16 @@ def checked(kind: type[Kind], values: object, where: str, whole: bool = True) ->
         kind: its annotations say what is right; bounds as `Annotated[int, Field(ge=1)]`.
         values: as JSON has them.
         where: URI of the record, for the message.
-        whole: values that a dataclass does not have are refused, too.
+        whole: entries that it does not have are refused, too.
 
     Raises:
         UserError: one is missing, of another type or out of bounds; names the first.
     """
-    surplus = (
-        set(values) - _names(kind) if whole and isinstance(values, Mapping) and dataclasses.is_dataclass(kind) else ()
-    )
     try:
-        made: Kind = _adapter(cast(Any, kind)).validate_python(values)
+        made: Kind = _adapter(cast(Any, kind)).validate_python(values, extra="forbid" if whole else None)
     except (ValidationError, RecursionError) as error:
         raise UserError(f"{where}: {_first(error)}; it is damaged or no record of pd_core, make it again") from None
-    if surplus:
-        raise UserError(
-            f"{where}: has the unknown entry {printable(str(min(map(str, surplus))))!r}; it is no record of pd_core"
-        )
     return made
-
-
-def _names(kind: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
 
 
 @functools.cache
