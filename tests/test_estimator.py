@@ -464,7 +464,7 @@ def test_whatever_a_description_says_nothing_is_made_of_it(section: str) -> None
         2**70,
         0.5,
         float("nan"),
-        "log_density",
+        "rank",
         [],
         [10**9],
         [-1],
