@@ -109,11 +109,18 @@ def open_realset(uri: str, checkpoint: str | None = None) -> RealSet:
     totals = trust.checked(_Totals, recorded, where, whole=False)
     if totals.k >= rows:
         raise UserError(f"{where}: its k is {totals.k}, and there are {rows} rows; it is damaged, make it again")
+    extractor = _extractor(storage.join(uri, "features"), found["features"], checkpoint)
+    index = search.open_index(storage.join(uri, "index"))
+    if index.dim != extractor.feature_dim:
+        raise UserError(
+            f"{storage.join(index.uri, storage.ARTIFACT)}: has {index.dim} dimensions, the features have "
+            f"{extractor.feature_dim}; it is damaged, make it again"
+        )
     return RealSet(
         uri=uri,
         rows=rows,
-        extractor=_extractor(storage.join(uri, "features"), found["features"], checkpoint),
-        index=search.open_index(storage.join(uri, "index")),
+        extractor=extractor,
+        index=index,
         k=totals.k,
         volume_dim=totals.volume_dim,
         log_normalizer=totals.log_normalizer,

@@ -79,8 +79,8 @@ def _first(error: ValidationError | RecursionError) -> str:
         return "is nested too deeply"
     first = error.errors(include_url=False, include_context=False)[0]
     name = printable(".".join(str(part) for part in first["loc"]))[:80]
-    message = first["msg"].removeprefix("Value error, ")
-    return one_line(printable(f"{name}: {message[0].lower()}{message[1:]}" if name else message))
+    message = re.sub(r" or an instance of \w+", "", first["msg"].removeprefix("Value error, "))
+    return one_line(printable(f"{f'{name}: ' if name else ''}{message[0].lower()}{message[1:]}"))
 
 
 def recorded_path(uri: object, where: str, beside: Iterable[str | None], option: str) -> str:
