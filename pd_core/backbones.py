@@ -7,10 +7,11 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
+import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pd_core import storage
+from pd_core import storage, trust
 from pd_core.config import INCEPTION, ExtractorSettings
 from pd_core.errors import RunError, UserError, one_line
 from pd_core.images import Preprocess
@@ -25,6 +26,8 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256 = "6726825d"
+INCEPTION_BYTES = 256 << 20  # at most, of which it has 91
+BESIDE_WEIGHTS = 16  # a checkpoint may hold so many times the weights: an optimizer's state, averages, double precision
 
 
 def library(name: str) -> str:
@@ -105,7 +108,7 @@ def _inception(checkpoint: str | None) -> torch.nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     uri = checkpoint or _downloaded(INCEPTION, INCEPTION_URL, INCEPTION_SHA256)
-    data = _read_bytes(uri)
+    data = _read_bytes(uri, INCEPTION_BYTES)
     if not hashlib.sha256(data).hexdigest().startswith(INCEPTION_SHA256):
         raise UserError(
             f"--features.checkpoint {uri}: not the weights that an FID is computed with; give the file that torch-fidelity "
@@ -152,7 +155,9 @@ def _nearest_model(name: str) -> str:
 
 
 def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
-    tensors = _tensors(_read_bytes(checkpoint), checkpoint)
+    own = sum(tensor.nbytes for tensor in model.state_dict().values())
+    most = min(BESIDE_WEIGHTS * own + trust.TEXT_BYTES, trust.WEIGHTS_BYTES)
+    tensors = _tensors(_read_bytes(checkpoint, most), checkpoint)
     classifier = model.default_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     wanted = model.state_dict()
@@ -171,27 +176,19 @@ def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
     model.load_state_dict(tensors)
 
 
-def _read_bytes(uri: str) -> bytes:
-    try:
-        return storage.read_bytes(uri)
-    except Exception as error:
-        failure = storage.explain(error, uri)
-        raise type(failure)(f"--features.checkpoint {failure}") from None
+def _read_bytes(uri: str, most: int) -> bytes:
+    where = f"--features.checkpoint {uri}"
+    with storage.explained(where):
+        return storage.read_file(uri, where, most)
 
 
 def _tensors(data: bytes, uri: str) -> dict[str, torch.Tensor]:
     """The state dict in a file's bytes; no code of it is run."""
-    import pickle
-
-    import safetensors
-    import safetensors.torch
     import torch
 
     try:
-        if uri.endswith(".safetensors"):
-            return safetensors.torch.load(data)
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        loaded = _unpacked(data, uri.endswith(".safetensors"))
+    except Exception as error:  # bytes of another kind are opcodes at random, which may raise nearly anything
         raise UserError(
             f"--features.checkpoint {uri}: not a file of weights only ({one_line(error)}); save it as .safetensors"
         ) from None
@@ -200,7 +197,20 @@ def _tensors(data: bytes, uri: str) -> dict[str, torch.Tensor]:
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"--features.checkpoint {uri}: holds no state dict; save model.state_dict()")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _unpacked(data: bytes, is_safetensors: bool) -> Any:
+    import safetensors.torch
+    import torch
+
+    if is_safetensors:
+        return safetensors.torch.load(data)
+    if data.startswith(b"PK"):  # torch never packs; what is packed may unfold to a thousand times its size
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if sum(entry.file_size for entry in file.infolist()) > len(data):
+                raise ValueError("is compressed")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def weights_hash(model: torch.nn.Module) -> str:

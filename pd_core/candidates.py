@@ -13,12 +13,13 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
-from pd_core import acceptance, density, generators, ids, schemas, search, storage
+from pd_core import acceptance, density, generators, ids, schemas, search, storage, trust
 from pd_core.acceptance import Weighting
 from pd_core.config import GeneratorSettings
 from pd_core.errors import UserError
@@ -98,26 +99,60 @@ class Recipe:
 
     @classmethod
     def from_identity(
-        cls, identity: Mapping[str, Any], generator: GeneratorSettings, realset: RealSet, prompts: tuple[str, ...]
+        cls,
+        identity: Mapping[str, Any],
+        generator: GeneratorSettings,
+        realset: RealSet,
+        prompts: tuple[str, ...],
+        where: str = "the record of the samples",
     ) -> Recipe:
-        """Inverse of `identity`, given what it names by hash alone; the caller compares the hashes."""
+        """Inverse of `identity`, given what it names by hash alone; the caller compares the hashes.
+
+        where: URI of the record, for messages. Raises UserError: it says what cannot be.
+        """
+        said = trust.checked(_Recorded, identity, where, whole=False)
         return cls(
             generator=generator,
-            generator_identity=identity["generator"],
+            generator_identity=said.generator,
             realset=realset,
-            weightings={label: Weighting.from_json(w) for label, w in identity["weightings"].items()},
-            volume=None if identity["volume"] is None else Volume(**identity["volume"]),
-            score=identity["score"],
-            seed=identity["seed"],
-            chunk=identity["chunk"],
-            threads=identity["threads"],
-            classes=tuple(identity["classes"]),
-            class_names=tuple(identity["class_names"]),
+            weightings=said.weightings,
+            volume=said.volume,
+            score=said.score,
+            seed=said.seed,
+            chunk=said.chunk,
+            threads=said.threads,
+            classes=said.classes,
+            class_names=said.class_names,
             prompts=prompts,
-            device=identity["device"],
-            copy_distance=identity["copy_distance"],
-            drop_copies=identity["drop_copies"],
+            device=said.device,
+            copy_distance=said.copy_distance,
+            drop_copies=said.drop_copies,
         )
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What `Recipe.identity` says of itself and not by hash, as it is read from a record."""
+
+    generator: dict[str, Any]
+    weightings: dict[str, Weighting]
+    volume: Volume | None
+    score: Literal["predictor", "index", "both"]
+    seed: Annotated[int, Field(ge=0)]
+    chunk: trust.Small
+    threads: Annotated[int, Field(ge=1, le=4096)]
+    classes: tuple[Annotated[int, Field(ge=0)], ...]
+    class_names: tuple[str, ...]
+    device: Literal["cpu", "cuda"]
+    copy_distance: trust.NotNegative
+    drop_copies: bool
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != len(self.classes):
+            raise ValueError(f"{len(self.class_names)} names of {len(self.classes)} classes")
+        labels = set(self.class_names) if self.classes and EVERYTHING not in self.weightings else {EVERYTHING}
+        if missing := labels - set(self.weightings):
+            raise ValueError(f"no weighting of {min(missing)!r}")
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:

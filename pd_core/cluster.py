@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -108,8 +109,6 @@ def connect() -> Cluster:
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
             ) from None
         return _describe(local=False)
-    # that such a cluster asks for a token, which Ray hands to its own processes, is nothing the user has to act on
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # Nobody scrapes the metrics of such a cluster, and their exporter leaves a thread behind (one per session) that can
     # crash a process that is done: seen as a segmentation fault in its exit.
     os.environ.setdefault(telemetry.SWITCH, "0")
@@ -118,7 +117,7 @@ def connect() -> Cluster:
     os.environ.setdefault("RAY_num_workers_soft_limit", str(_idle_workers()))
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            with _on_loopback():
+            with _on_loopback(), _own_token():
                 ray.init(address="local", num_cpus=2 * cores(), include_dashboard=False, **quiet)
             break
         except Exception as error:  # Ray has no type for it: a node that a busy machine did not start within 30 s
@@ -155,15 +154,47 @@ def _on_loopback() -> Iterator[None]:
     """
     from ray._private import ray_constants
 
-    before = os.environ.get(LOOPBACK_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[LOOPBACK_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _variables({LOOPBACK_VARIABLE: "0"}):
+            yield
+    finally:  # the next one may be a cluster of many nodes
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _own_token() -> Iterator[None]:
+    """A Ray that is started inside asks for a token that nobody else has; its processes inherit it.
+
+    By itself Ray would write one for all clusters of a user into a file in the home directory that everybody can read.
+    """
+    with _variables({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        _read_token_anew()
+        yield
+
+
+def _read_token_anew() -> None:
+    """Let Ray's client look in the environment whether there is a token, and which; it asks once in the life of a process."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of C++
+
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for processes that are started inside; as they were before afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
-    finally:  # the next one may be a cluster of many nodes
-        del os.environ[LOOPBACK_VARIABLE]
-        if before[0] is not None:
-            os.environ[LOOPBACK_VARIABLE] = before[0]
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -189,8 +220,15 @@ def session(output: str, workflow: str = "") -> Iterator[Cluster]:
             yield now
     finally:
         if not joined:
-            with _own_sigterm():
-                ray.shutdown()
+            _disconnect()
+
+
+def _disconnect() -> None:
+    import ray
+
+    with _own_sigterm():
+        ray.shutdown()
+    _read_token_anew()  # a cluster that is joined next has another, or none
 
 
 @contextlib.contextmanager

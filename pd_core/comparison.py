@@ -283,7 +283,7 @@ def _measure(
     truncated: Mapping[float, storage.Stage],
 ) -> tuple[sweeping.Job, storage.Artifact]:
     measured_in = spaces.open_spaces(real, settings.judge)
-    extraction = Extraction(settings.extraction, DataSettings(source=None))
+    extraction = Extraction(settings.extraction, DataSettings(source=None), settings.source)
     of_real = spaces.features_of_real(run, real, measured_in, extraction)
 
     def features_of(name: str, stage: storage.Stage) -> dict[str, Features]:

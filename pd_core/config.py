@@ -14,6 +14,8 @@ import re
 import sys
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 import yaml
@@ -38,13 +40,15 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from pd_core.errors import EXIT_BAD_INPUT, UserError, redact, shown
+from pd_core.errors import EXIT_BAD_INPUT, UserError, printable, redact, shown
 from pd_core.schemas import METRICS
 
 ENV_PREFIX = "PD_CORE_"
 MIB = 1 << 20
 MAX_LEASE_S = 7 * 86_400.0  # for so long a run that died may block the next
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the network of FID
+CONFIG_BYTES = MIB  # of a --config file
+MAX_DEPTH, MAX_ALIASES = 32, 100  # in it
 PERTURB_EPSILON, PERTURB_STEPS = 0.1, 10  # the reference of Algorithm 1
 
 SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
@@ -503,6 +507,9 @@ class GenerateSettings(WorkflowSettings):
     checkpoint: str | None = Field(
         None, description="weights of the index's extractor, where they are not at the place they had then"
     )
+    source: str | None = Field(
+        None, description="place of the index's images, where its record leads to another bucket than its own"
+    )
     generator: GeneratorSettings = GeneratorSettings()
     weighting: WeightingSettings = WeightingSettings()
     n: int | None = Field(None, gt=0, description="accepted images wanted")
@@ -611,6 +618,9 @@ class EvaluateSettings(WorkflowSettings):
     checkpoint: str | None = Field(
         None, description="weights of the index's extractor, where they are not at the place they had then"
     )
+    source: str | None = Field(
+        None, description="place of the index's images, where its record leads to another bucket than its own"
+    )
     data: DataSettings = DataSettings()
     extraction: ExtractionSettings = ExtractionSettings()
     judge: JudgeSettings = JudgeSettings()
@@ -640,6 +650,9 @@ class TradeoffSettings(WorkflowSettings):
     index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     checkpoint: str | None = Field(
         None, description="weights of the index's extractor, where they are not at the place they had then"
+    )
+    source: str | None = Field(
+        None, description="place of the index's images, where its record leads to another bucket than its own"
     )
     generator: GeneratorSettings = GeneratorSettings()
     n: int = Field(2000, gt=0, description="images measured of each setting")
@@ -1053,15 +1066,78 @@ def _flat_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
+@dataclass
+class _Level:
+    """A list or a mapping of a YAML file while it is read: the keys so far, and whether the next node is one."""
+
+    keys: set[str] | None
+    anchored: bool
+    at_key: bool = True
+
+
+def _check_yaml(data: bytes, where: str) -> None:
+    """Hold a file to what settings need, before anything is made of it.
+
+    Raises:
+        UserError: it nests or repeats itself too much, or has a key twice; names the place.
+        yaml.YAMLError: it is no YAML.
+    """
+    levels: list[_Level] = []
+    aliases = 0
+    for event in yaml.parse(data, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionEndEvent):
+            levels.pop()
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        fault = _fault_of_key(levels[-1], event) if levels else ""
+        if isinstance(event, yaml.AliasEvent):
+            aliases += 1
+            if aliases > MAX_ALIASES or any(level.anchored for level in levels):
+                fault = "what is repeated repeats something itself, or too much is"
+        elif isinstance(event, yaml.CollectionStartEvent):
+            keys: set[str] | None = set() if isinstance(event, yaml.MappingStartEvent) else None
+            levels.append(_Level(keys, event.anchor is not None))
+            fault = fault or ("is nested too deeply" if len(levels) > MAX_DEPTH else "")
+        if fault:
+            mark = event.start_mark
+            place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+            raise UserError(f"{where}: {place}{fault}; mend the file")
+
+
+def _fault_of_key(level: _Level, event: yaml.NodeEvent) -> str:
+    """That a node of the level is a key that it has already, in either spelling; else nothing."""
+    is_key, level.at_key = level.at_key, not level.at_key
+    if level.keys is None or not is_key or not isinstance(event, yaml.ScalarEvent):
+        return ""
+    key = str(event.value).replace("-", "_")
+    if key in level.keys:
+        return f"{printable(key)[:80]!r} is set twice"
+    level.keys.add(key)
+    return ""
+
+
+def _read_config(path: str, where: str) -> bytes:
     from pd_core import storage
 
     try:
-        values = yaml.safe_load(storage.read_bytes(path)) or {}
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file; check the path") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
+        with storage.explained(where):
+            return storage.read_file(path, where, CONFIG_BYTES)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UserError(f"{where}: no such file; check the path") from None
+        raise
+
+
+def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
+    where = f"--config {path}"
+    data = _read_config(path, where)
+    try:
+        _check_yaml(data, where)
+        values = yaml.safe_load(data) or {}
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of a date or a number that none is
+        raise UserError(f"{where}: not YAML ({' '.join(str(error).split())}); mend the file") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'section:' entries, found {type(values).__name__}; mend the file")
     accepted = {name.replace("-", "_") for name in known}
@@ -1179,6 +1255,16 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
         raise UserError(f"settings: {_told_unparsed(error)}") from None
     except ValidationError as error:
         raise UserError(f"settings: {_explain(error)}") from None
+    except RecursionError:
+        raise UserError(f"settings: {_deepest(argv)}: is nested too deeply; write it in a --config file") from None
+
+
+def _deepest(argv: Sequence[str]) -> str:
+    """The option or variable whose value opens most brackets."""
+    named = {argument.partition("=")[0]: argument for argument in argv}
+    named |= {option: value for option, value in pairwise(argv) if option.startswith("--")}
+    named |= {name: value for name, value in os.environ.items() if name.upper().startswith(ENV_PREFIX)}
+    return max(named, key=lambda name: named[name].count("[") + named[name].count("{"))[:80]
 
 
 def _told_unparsed(error: SettingsError) -> str:

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pd_core import ids
+from pd_core import ids, trust
 from pd_core.density import density_of
-from pd_core.errors import RunError, UserError
+from pd_core.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -627,28 +627,80 @@ def weights_bytes(predictor: DensityPredictor) -> bytes:
     return bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in predictor.state_dict().items()}))
 
 
+@dataclass(frozen=True)
+class _Description:
+    """What predictor.json says; the numbers of the fit are for people."""
+
+    format_version: int
+    architecture: Architecture
+    layer_widths: tuple[int, ...]
+    tensors: dict[str, tuple[int, ...]]
+    metrics: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        own = self.architecture
+        if self.layer_widths != (own.feature_dim, *own.hidden, 1) or self.tensors != _shapes(own):
+            raise ValueError("the widths of its layers contradict each other")
+
+
+def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of `DensityPredictor.state_dict`, by name; nothing is made."""
+    widths = [architecture.feature_dim, *architecture.hidden, 1]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, (n_in, n_out) in enumerate(pairwise(widths)):  # each with a ReLU after it
+        shapes |= {f"layers.{2 * number}.weight": (n_out, n_in), f"layers.{2 * number}.bias": (n_out,)}
+    d = (architecture.feature_dim,)
+    return shapes | {"feature_mean": d, "feature_std": d, "target_mean": (), "target_std": ()}
+
+
 def from_bytes(files: Mapping[str, bytes]) -> DensityPredictor:
-    """The predictor, on the CPU, from the files of `to_bytes`. Raises UserError if they are missing or do not fit."""
+    """The predictor, on the CPU, from the files of `to_bytes`. Raises UserError if they are missing or do not fit.
+
+    Nothing is made before the widths are known to be those of the tensors, which are in the file.
+    """
     import safetensors
-    from safetensors.torch import load as load_tensors
 
     for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
         if name not in files:
             raise UserError(f"density predictor: {name} is missing; run the estimator stage again")
+    architecture = _described(files[DESCRIPTION_FILE])
     try:
-        description = json.loads(files[DESCRIPTION_FILE])
-        version = description["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(f"density predictor: format version {version}, this release reads {FORMAT_VERSION}")
-        shape = description["architecture"]
-        architecture = Architecture(shape["feature_dim"], tuple(shape["hidden"]), shape["target"])
-        predictor = new_predictor(architecture)
-        predictor.load_state_dict(load_tensors(files[WEIGHTS_FILE]))
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f"density predictor: the files do not fit together ({error}); make them again") from error
+        tensors = _checked_tensors(files[WEIGHTS_FILE], architecture)
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"density predictor: the files do not fit together ({one_line(error)}); make them again"
+        ) from error
+    predictor = new_predictor(architecture)
+    predictor.load_state_dict(tensors)
     return predictor
+
+
+def _described(text: bytes) -> Architecture:
+    where = f"density predictor: {DESCRIPTION_FILE}"
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is no JSON ({one_line(error)}); run the estimator stage again") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise UserError(f"density predictor: format version {version}, this release reads {FORMAT_VERSION}")
+    return trust.checked(_Description, values, where).architecture
+
+
+def _checked_tensors(data: bytes, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Raises ValueError: they are not those of the architecture, or hold what no fit has left."""
+    import torch
+    from safetensors.torch import load as load_tensors
+
+    tensors = load_tensors(data)
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != _shapes(architecture):
+        raise ValueError(f"the tensors are of other layers than {DESCRIPTION_FILE} says")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds something else than finite numbers of float32")
+        if name.endswith("_std") and not bool((tensor > 0).all()):
+            raise ValueError(f"{name} is not above 0")
+    return tensors
 
 
 def load(path: str | Path) -> DensityPredictor:

@@ -66,7 +66,7 @@ def plan_evaluate(settings: EvaluateSettings) -> None:
 
 def _evaluate(run: Run, settings: EvaluateSettings, real: RealSet, sets: list[ImageSet]) -> evaluating.Job:
     measured_in = spaces.open_spaces(real, settings.judge)
-    extraction = Extraction(settings.extraction, settings.data)
+    extraction = Extraction(settings.extraction, settings.data, settings.source)
     of_real = spaces.features_of_real(run, real, measured_in, extraction)
     k = settings.metrics.k_precision
     of_sets = [spaces.features_of_set(run, chosen, measured_in, extraction, k) for chosen in sets]

@@ -197,7 +197,7 @@ def _pictures(chosen: ImageSet, inputs: Inputs, wanted: set[int]) -> tuple[dict[
     found: dict[int, bytes] = {}
     try:
         if chosen.source is None:
-            source, listed = original_of(chosen.uri)
+            source, listed = original_of(chosen.uri, inputs.settings.source)
             folder = listed.uri
         else:
             source, folder = chosen.source, storage.join(str(inputs.settings.output), "sets", chosen.name, "listing")

@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as version_of
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from pd_core import backbones, cluster, decoder, images, schemas, sources, storage, telemetry
+from pd_core import backbones, cluster, decoder, images, schemas, sources, storage, telemetry, trust
 from pd_core.config import DataSettings, FeatureSettings
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.errors import RunError, UserError, one_line, printable
 from pd_core.images import Preprocess, Reason
 from pd_core.listing import Listing
 
@@ -31,6 +32,8 @@ FEWEST_TASKS = 16  # of one execution, where there are so many batches
 TASK_BATCHES = 8
 TASK_BYTES = 32 << 20  # pixels that a task hands over
 PARQUET_ROWS = 1024
+MODEL = re.compile(r"(hf[-_]hub:[\w-][\w.-]*/)?[\w.-]+(@[\w.-]+)?")  # a name of timm's registry, or of its hub
+MAX_INPUT_PX = 4096  # of a recorded extractor
 
 
 # ---- the extractor ---------------------------------------------------------------------------------------------------
@@ -53,9 +56,9 @@ class ExtractorSpec:
     model: str
     checkpoint: str | None
     weights_sha256: str
-    feature_dim: int
+    feature_dim: trust.Small
     preprocess: Preprocess
-    precision: str
+    precision: Literal["fp32", "bf16", "fp16"]
     library: str
 
     def identity(self) -> dict[str, Any]:
@@ -69,9 +72,26 @@ class ExtractorSpec:
         return {**self.identity(), "checkpoint": self.checkpoint}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ExtractorSpec:
-        """Inverse of `to_json`."""
-        return cls(**{**values, "preprocess": Preprocess.from_json(values["preprocess"])})
+    def from_json(cls, values: object, where: str) -> ExtractorSpec:
+        """Inverse of `to_json`.
+
+        Args:
+            values: as they were read.
+            where: URI of the record, for messages.
+
+        Raises:
+            UserError: they are not of an extractor, or of one that reads its configuration from anywhere.
+        """
+        spec = trust.checked(cls, values, where)
+        if not MODEL.fullmatch(spec.model):
+            raise UserError(
+                f"{where}: names the model {printable(spec.model)[:80]!r}, which is no model of timm or its hub"
+            )
+        if max(spec.preprocess.height, spec.preprocess.width) > MAX_INPUT_PX:
+            raise UserError(
+                f"{where}: its images have more than {MAX_INPUT_PX} px a side; it is damaged, make it again"
+            )
+        return spec
 
 
 class Extractor:

@@ -8,6 +8,7 @@ row ranges. A cell is the Voronoi region of one centroid; `cells` counts them.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pd_core.errors import UserError
+from pd_core.errors import UserError, one_line
 
 try:
     import faiss as faiss  # `as`: knn takes it from here, so that its absence is reported in one place
@@ -37,6 +38,7 @@ ROWS_PER_CELL = 39  # training rows each centroid needs; below it faiss's k-mean
 MAX_ROWS_PER_CELL = 256  # and more than this it does not use
 SHARD_BYTES = 1 << 30
 _PQ_ROWS = 256 * MAX_ROWS_PER_CELL  # what the 256 codewords of a sub-quantizer are trained on at most
+MAX_DIM = 1 << 20
 _LEAF_CELLS = 16  # cell_order stops bisecting here: so few cells fit in cache together
 
 
@@ -102,7 +104,9 @@ def quantizer_of(centroids: np.ndarray) -> Any:
 
 
 def centroids_of(template: Any) -> np.ndarray:
-    """Centroids of an IVF index: float32 [cells, D]."""
+    """Centroids of an IVF index: float32 [cells, D]. Raises UserError: it is flat."""
+    if isinstance(template, faiss.IndexIDMap2):
+        raise UserError("an index file has no cells; it is damaged or not of this index, build it again")
     return faiss.downcast_index(template.quantizer).reconstruct_n(0, template.nlist)
 
 
@@ -217,9 +221,147 @@ def serialize(index: Any) -> bytes:
     return faiss.serialize_index(index).tobytes()
 
 
-def deserialize(data: bytes) -> Any:
-    """The index in the bytes of a `.faiss` file."""
-    return faiss.deserialize_index(np.frombuffer(data, np.uint8))
+def deserialize(data: bytes | np.ndarray) -> Any:
+    """The index in the bytes of a `.faiss` file; array: uint8 [n].
+
+    Raises:
+        UserError: it is none that `serialize` gives.
+    """
+    content = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    try:
+        _check_layout(_Fields(content))
+        return faiss.deserialize_index(content)
+    except (_OtherLayout, struct.error, RuntimeError) as error:
+        raise UserError(
+            f"an index file is damaged, or was not written by pd_core ({one_line(error)}); do not use it, or build it again"
+        ) from None
+
+
+# --- what faiss is given to read -----------------------------------------------------------------------------------------
+#
+# faiss makes whatever a file says: lists on disk that open any file for writing, arrays of any size. It is given only what
+# `serialize` writes, with every count held to the file's own length (faiss/impl/index_write.cpp has the layout).
+
+_NO_DIRECT_MAP = (0, 0)
+
+
+class _OtherLayout(Exception):
+    """Bytes are not of an index that is written here."""
+
+
+class _Fields:
+    """The fields of a `.faiss` file, one after the other. data: uint8 [n]."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data, self.at = data, 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that were not read yet."""
+        return len(self.data) - self.at
+
+    def skip(self, size: int) -> np.ndarray:
+        """The next bytes, as they are."""
+        if size > self.left:
+            raise _OtherLayout(f"it ends {size - self.left} bytes too early")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        """The next fields, of a format of `struct`, little-endian."""
+        return struct.unpack(f"<{form}", self.skip(struct.calcsize(f"<{form}")).tobytes())
+
+    def array(self, count: int, width: int) -> None:
+        """An array of so many elements of `width` bytes, with its length before it."""
+        (found,) = self.numbers("Q")
+        _hold(found == count, f"an array has {found} elements, not {count}")
+        self.skip(count * width)
+
+
+def _hold(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise _OtherLayout(otherwise)
+
+
+def _check_layout(fields: _Fields) -> None:
+    """Hold a whole file to the layout of one of the kinds of `train_template`, empty or filled. Raises _OtherLayout."""
+    (kind,) = fields.numbers("4s")
+    if kind == b"IxM2":
+        dim, rows = _head(fields)
+        _hold(fields.numbers("4s") == (b"IxF2",) and _flat(fields) == (dim, rows), "it is not flat inside")
+        fields.array(rows, 8)
+    else:
+        _hold(kind in _CODE_BYTES, "it is of another kind")
+        _cells(fields, _CODE_BYTES[kind])
+    _hold(not fields.left, f"{fields.left} bytes follow it")
+
+
+def _head(fields: _Fields) -> tuple[int, int]:
+    """(D, rows) of any index."""
+    dim, rows, _, _, trained, metric = fields.numbers("iqqqBi")
+    _hold(
+        trained == 1 and metric == faiss.METRIC_L2 and 1 <= dim <= MAX_DIM and rows >= 0,
+        "its header is of no index of ours",
+    )
+    return dim, rows
+
+
+def _flat(fields: _Fields) -> tuple[int, int]:
+    """(D, rows) of vectors one after the other."""
+    dim, rows = _head(fields)
+    fields.array(rows * dim, 4)
+    return dim, rows
+
+
+def _cells(fields: _Fields, code_bytes_of: Callable[[_Fields, int], int]) -> None:
+    dim, rows = _head(fields)
+    cells, _ = fields.numbers("QQ")
+    _hold(fields.numbers("4s") == (b"IxF2",) and _flat(fields) == (dim, cells), "its cells have no centroids")
+    _hold(fields.numbers("BQ") == _NO_DIRECT_MAP, "it has a direct map")
+    code_bytes = code_bytes_of(fields, dim)
+    _hold(fields.numbers("4s") == (b"ilar",), "its rows are not in the file")
+    _hold(fields.numbers("QQ") == (cells, code_bytes), "its lists are of other cells")
+    sizes = _list_sizes(fields, cells)
+    _hold(int(sizes.sum()) == rows, "its lists have other rows")
+    fields.skip(rows * (code_bytes + 8))
+
+
+def _list_sizes(fields: _Fields, cells: int) -> np.ndarray:
+    """Rows of the cells that have some, uint64; none of them more than there are bytes left."""
+    form, count = fields.numbers("4sQ")
+    values = fields.skip(count * 8).view("<u8")
+    if form == b"full":
+        _hold(count == cells, "its lists are of other cells")
+        sizes = values
+    else:
+        _hold(form == b"sprs" and count % 2 == 0, "its lists are in another form")
+        numbers, sizes = values[::2], values[1::2]
+        _hold(bool((numbers < cells).all() and (numbers[1:] > numbers[:-1]).all()), "its lists are of other cells")
+    _hold(float(sizes.sum(dtype=np.float64)) <= fields.left, "its lists are longer than the file")
+    return sizes
+
+
+def _flat_codes(fields: _Fields, dim: int) -> int:
+    return 4 * dim
+
+
+def _scalar_codes(fields: _Fields, dim: int) -> int:
+    kind, _, _, own_dim, own_bytes = fields.numbers("iifQQ")
+    _hold((kind, own_dim, own_bytes) == (faiss.ScalarQuantizer.QT_8bit, dim, dim), "its codes are of another codec")
+    fields.array(2 * dim, 4)
+    _hold(fields.numbers("QB") == (dim, 1), "its codes are of another codec")
+    return dim
+
+
+def _product_codes(fields: _Fields, dim: int) -> int:
+    by_residual, code_bytes, own_dim, parts, bits = fields.numbers("BQQQQ")
+    same = (by_residual, code_bytes, own_dim, bits) == (1, parts, dim, 8)
+    _hold(same and parts >= 1 and dim % parts == 0, "its codes are of another codec")
+    fields.array(256 * dim, 4)
+    return int(code_bytes)
+
+
+_CODE_BYTES = {b"IwFl": _flat_codes, b"IwSq": _scalar_codes, b"IwPQ": _product_codes}  # reads a codec; bytes of a code
 
 
 # --- which shard owns which cell ---------------------------------------------------------------------------------------
@@ -343,7 +485,7 @@ Shard = bytes | str | Path | Callable[[], bytes]  # a `.faiss` file: its bytes, 
 
 
 def open_rows(sources: Sequence[Shard]) -> Rows:
-    """Rows of the given shards, which are of one kind and share no cell.
+    """Rows of the given shards, which are of one kind and share no cell. Raises UserError: they are not, or are no shards.
 
     Memory: all rows once, plus twice the shard being read (its bytes and faiss's copy) where sources are not bytes held by
     the caller. With cells every shard but the first is read twice: for the sizes of its cells, then for its rows.
@@ -360,7 +502,8 @@ def open_rows(sources: Sequence[Shard]) -> Rows:
     sizes = np.zeros(cells, np.int64)
     for index in _each(first, sources[1:]):
         own = np.array([index.invlists.list_size(int(cell)) for cell in order], np.int64)
-        assert not ((own > 0) & (sizes > 0)).any(), "two shards hold rows of one cell"
+        if ((own > 0) & (sizes > 0)).any():
+            raise UserError("two shards hold rows of one cell; they are damaged or not of one index, build it again")
         sizes += own
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     codes = np.empty((offsets[-1], first.code_size), np.uint8)
@@ -378,13 +521,20 @@ def open_rows(sources: Sequence[Shard]) -> Rows:
 def _each(first: Any, others: Sequence[Shard]) -> Iterator[Any]:
     yield first
     for source in others:
-        yield _read(source)
+        index = _read(source)
+        if _form(index) != _form(first):
+            raise UserError("two shards are of different kinds; they are damaged or not of one index, build it again")
+        yield index
+
+
+def _form(index: Any) -> tuple[Any, ...]:
+    return type(index), index.d, getattr(index, "nlist", 0), getattr(index, "code_size", 0)
 
 
 def _read(source: Shard) -> Any:
     if callable(source):
         source = source()
-    return deserialize(source) if isinstance(source, bytes) else faiss.read_index(str(source))
+    return deserialize(source if isinstance(source, bytes) else np.fromfile(source, np.uint8))
 
 
 def _copy_lists(lists: Any, order: np.ndarray, offsets: np.ndarray, codes: np.ndarray, ids: np.ndarray) -> None:

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, FiniteFloat
 
-from pd_core import density, estimator, schemas, search, storage
+from pd_core import density, estimator, schemas, search, storage, trust
 from pd_core.errors import UserError
 from pd_core.features import ExtractorSpec
 
 STAGES = ("features", "index", "densities", "estimator")
+Quantiles = Annotated[tuple[trust.NotNegative, ...], Field(min_length=2, max_length=1001)]
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """What is used of the totals of a densities stage."""
+
+    k: trust.Count
+    volume_dim: Annotated[FiniteFloat, Field(gt=0)]
+    log_normalizer: FiniteFloat
+    distance_floor: trust.NotNegative
+    density_quantiles: Quantiles
+    nearest_distance_quantiles: Quantiles
+
+    def __post_init__(self) -> None:
+        for values in (self.density_quantiles, self.nearest_distance_quantiles):
+            if list(values) != sorted(values):
+                raise ValueError("quantiles do not ascend")
 
 
 @dataclass(frozen=True)
@@ -64,31 +83,50 @@ class RealSet:
         """f, loaded."""
         names = (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
         folder = storage.join(self.uri, "estimator")
-        return estimator.from_bytes({name: storage.read_bytes(storage.join(folder, name)) for name in names})
+        places = {name: storage.join(folder, name) for name in names}
+        return estimator.from_bytes(
+            {name: storage.read_file(place, place, trust.WEIGHTS_BYTES) for name, place in places.items()}
+        )
 
 
-def open_realset(uri: str) -> RealSet:
+def open_realset(uri: str, checkpoint: str | None = None) -> RealSet:
     """What build_index wrote at `uri`.
 
+    Args:
+        uri: of its output.
+        checkpoint: of the extractor's weights, absolute; None: where its record says that they lie.
+
     Raises:
-        UserError: it is not finished, of another schema, or its stages were not made from each other.
+        UserError: it is not finished, of another schema, its stages were not made from each other, or its record leads to
+            weights that the command has to name.
     """
     found = {stage: _finished(uri, stage) for stage in STAGES}
     _check_lineage(uri, found)
-    totals = found["densities"].totals
-    if "nearest_distance_quantiles" not in totals:
+    recorded, rows = found["densities"].totals, found["densities"].rows
+    if "nearest_distance_quantiles" not in recorded:
         raise UserError(f"--index {uri}: made by an older pd_core; run build_index.py on it again with --overwrite")
+    where = storage.join(uri, "densities", storage.ARTIFACT)
+    totals = trust.checked(_Totals, recorded, where, whole=False)
+    if totals.k >= rows:
+        raise UserError(f"{where}: its k is {totals.k}, and there are {rows} rows; it is damaged, make it again")
+    extractor = _extractor(storage.join(uri, "features"), found["features"], checkpoint)
+    index = search.open_index(storage.join(uri, "index"))
+    if index.dim != extractor.feature_dim:
+        raise UserError(
+            f"{storage.join(index.uri, storage.ARTIFACT)}: has {index.dim} dimensions, the features have "
+            f"{extractor.feature_dim}; it is damaged, make it again"
+        )
     return RealSet(
         uri=uri,
-        rows=found["densities"].rows,
-        extractor=ExtractorSpec.from_json(found["features"].totals["extractor"]),
-        index=search.open_index(storage.join(uri, "index")),
-        k=totals["k"],
-        volume_dim=totals["volume_dim"],
-        log_normalizer=totals["log_normalizer"],
-        distance_floor=totals["distance_floor"],
-        density_quantiles=np.asarray(totals["density_quantiles"]),
-        nearest_quantiles=np.asarray(totals["nearest_distance_quantiles"]),
+        rows=rows,
+        extractor=extractor,
+        index=index,
+        k=totals.k,
+        volume_dim=totals.volume_dim,
+        log_normalizer=totals.log_normalizer,
+        distance_floor=totals.distance_floor,
+        density_quantiles=np.asarray(totals.density_quantiles),
+        nearest_quantiles=np.asarray(totals.nearest_distance_quantiles),
         fingerprints={stage: artifact.fingerprint for stage, artifact in found.items()},
     )
 
@@ -101,12 +139,18 @@ def open_for(uri: str, checkpoint: str | None, setting: str) -> RealSet:
     """
     try:
         with storage.explained(uri):
-            real = open_realset(storage.absolute(uri))
+            return open_realset(storage.absolute(uri), storage.absolute(checkpoint) if checkpoint else None)
     except UserError as error:
         raise UserError(str(error).replace("--index", setting, 1)) from None
-    if checkpoint:
-        return replace(real, extractor=replace(real.extractor, checkpoint=storage.absolute(checkpoint)))
-    return real
+
+
+def _extractor(uri: str, features: storage.Artifact, checkpoint: str | None) -> ExtractorSpec:
+    """F as the record of a features stage has it, with weights that may be opened."""
+    record = storage.join(uri, storage.ARTIFACT)
+    spec = ExtractorSpec.from_json(features.totals.get("extractor"), record)
+    if checkpoint is None and spec.checkpoint is not None:
+        checkpoint = trust.recorded_path(spec.checkpoint, record, [uri], "--checkpoint")
+    return replace(spec, checkpoint=checkpoint)
 
 
 def _finished(uri: str, stage: str) -> storage.Artifact:

@@ -357,7 +357,8 @@ def _pairs(inputs: Inputs, seen: _Seen) -> tuple[list[Pair], str]:
     flagged = [row for row in rows if row["likely_copy"]]
     rows = flagged or rows[:NEAREST_SHOWN]
     pictures = _read_rows(inputs.job.samples.uri, [(row["part"], row["row"]) for row in rows])
-    originals, note = _originals(inputs.job.recipe.realset.uri, {row["nearest_real_id"] for row in rows})
+    wanted = {row["nearest_real_id"] for row in rows}
+    originals, note = _originals(inputs.job.recipe.realset.uri, wanted, inputs.settings.source)
     gone = _Original(None, None, None, "the index no longer names it")
     pairs = []
     for row in rows:
@@ -378,7 +379,7 @@ class _Original:
     missing: str = ""
 
 
-def _originals(uri: str, wanted: set[int]) -> tuple[dict[int, _Original], str]:
+def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int, _Original], str]:
     """Real images by id, from the source that build_index read; and why that cannot be read, or an empty text.
 
     The report is made all the same where a source has moved: what is missing is said in its place.
@@ -390,7 +391,7 @@ def _originals(uri: str, wanted: set[int]) -> tuple[dict[int, _Original], str]:
                 found[row["sample_id"]] = _Original(
                     row["key"], row["label"], None, "the source cannot be read any more"
                 )
-            found |= _read_originals(uri, name, rows)
+            found |= _read_originals(uri, name, rows, beside)
     except (UserError, RunError) as error:
         return found, str(error)
     except Exception as error:
@@ -400,9 +401,9 @@ def _originals(uri: str, wanted: set[int]) -> tuple[dict[int, _Original], str]:
     return found, ""
 
 
-def _read_originals(uri: str, name: str, rows: pa.Table) -> dict[int, _Original]:
+def _read_originals(uri: str, name: str, rows: pa.Table, beside: str | None) -> dict[int, _Original]:
     """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
-    source = spaces.source_of(uri)
+    source = spaces.source_of(uri, beside)
     limits = images.limits_of(source.settings)
     features = storage.read_table(storage.join(uri, "features", name), ["sample_id", "content_hash"])
     hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from pd_core import cluster, index, knn, storage, telemetry
+from pd_core import cluster, index, knn, storage, telemetry, trust
 from pd_core.errors import RunError, UserError
 
 QUANTIZER = "quantizer.faiss"
@@ -35,12 +35,19 @@ class IndexInfo:
 
     uri: str
     fingerprint: str
-    kind: str
-    rows: int
-    dim: int
-    shards: int
-    nprobe: int
+    kind: Annotated[str, Field(pattern="^(flat|ivf_flat|ivf_sq8|ivf_pq)$")]
+    rows: trust.Count
+    dim: trust.Small
+    shards: trust.Small
+    nprobe: Annotated[int, Field(ge=0)]
     shard_of_cell: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        cells = len(self.shard_of_cell)
+        if (self.kind == "flat") != (cells == 0) or self.nprobe > cells:
+            raise ValueError(f"an index of kind {self.kind} has not {cells} cells of which {self.nprobe} are probed")
+        if cells and not 0 <= min(self.shard_of_cell) <= max(self.shard_of_cell) < self.shards:
+            raise ValueError(f"a cell belongs to none of the {self.shards} shards")
 
     @property
     def exact(self) -> bool:
@@ -54,24 +61,33 @@ def shard_name(shard: int) -> str:
 
 
 def open_index(uri: str) -> IndexInfo:
-    """The index in a directory. Raises UserError where none is committed."""
+    """The index in a directory. Raises UserError where none is committed, or its records say what cannot be."""
     artifact = storage.load_artifact(uri)
     if artifact is None or artifact.kind != "index":
         raise UserError(f"{uri}: no finished index there; run build_index.py with this --output first")
-    totals = artifact.totals
-    owners: Sequence[int] = ()
-    if totals["kind"] != "flat":
-        owners = json.loads(storage.read_bytes(storage.join(uri, CELLS)))["shard_of_cell"]
-    return IndexInfo(
-        uri=uri,
-        fingerprint=artifact.fingerprint,
-        kind=totals["kind"],
-        rows=totals["rows"],
-        dim=totals["dim"],
-        shards=totals["shards"],
-        nprobe=totals["nprobe"],
-        shard_of_cell=tuple(owners),
-    )
+    where, totals = storage.join(uri, storage.ARTIFACT), artifact.totals
+    owners: object = () if totals.get("kind") == "flat" else _owners(storage.join(uri, CELLS))
+    values = {name: totals.get(name) for name in ("kind", "rows", "dim", "shards", "nprobe")}
+    own = {"uri": uri, "fingerprint": artifact.fingerprint, "shard_of_cell": owners}
+    info = trust.checked(IndexInfo, values | own, where)
+    if missing := {shard_name(shard) for shard in range(info.shards)} - {part.name for part in artifact.parts}:
+        raise UserError(f"{where}: names no {min(missing)}; it is damaged or no record of pd_core, make it again")
+    return info
+
+
+def _owners(uri: str) -> object:
+    """What cells.json says of the shard of each cell, unchecked."""
+    values = storage.read_json(uri)
+    return values.get("shard_of_cell") if isinstance(values, dict) else None
+
+
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """What is said inside of an index file, said of the index in a directory."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from None
 
 
 class _Searcher:
@@ -80,7 +96,11 @@ class _Searcher:
     def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int, workflow: str, stage: str) -> None:
         telemetry.hold(workflow, stage)
         files = [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
-        self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
+        with _named(info.uri):
+            self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
+            found = self.rows.rows
+            if (found.dim, len(found.rank_of)) != (info.dim, len(info.shard_of_cell) or 1):
+                raise UserError("its shards have other cells or dimensions than its record; build it again")
 
     def ready(self) -> None:
         """Answers once the shards are open."""
@@ -225,13 +245,20 @@ _open_quantizers: dict[str, Any] = {}  # one per process: tasks of one run share
 def _quantizer(info: IndexInfo) -> Any:
     if info.fingerprint not in _open_quantizers:
         _open_quantizers.clear()
-        _open_quantizers[info.fingerprint] = read_quantizer(info.uri)
+        quantizer = read_quantizer(info.uri)
+        if (quantizer.d, quantizer.ntotal) != (info.dim, len(info.shard_of_cell)):
+            raise UserError(
+                f"{info.uri}: its {QUANTIZER} has other cells or dimensions than its record; build it again"
+            )
+        _open_quantizers[info.fingerprint] = quantizer
     return _open_quantizers[info.fingerprint]
 
 
 def read_quantizer(uri: str) -> Any:
-    """The coarse quantizer of the index stage in a directory."""
-    return index.quantizer_of(index.centroids_of(index.deserialize(storage.read_bytes(storage.join(uri, QUANTIZER)))))
+    """The coarse quantizer of the index stage in a directory. Raises UserError: its file is none that index.py writes."""
+    with _named(storage.join(uri, QUANTIZER)):
+        template = index.deserialize(storage.read_bytes(storage.join(uri, QUANTIZER)))
+        return index.quantizer_of(index.centroids_of(template))
 
 
 def _spread(found: tuple[np.ndarray, np.ndarray], rows: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,16 +6,15 @@ made by the same stages as the index's: `listing/`, then `features/` and `quaran
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, features, ids, images, listing, running, sources, storage
+from pd_core import cluster, features, ids, images, listing, running, sources, storage, trust
 from pd_core.config import DataSettings, ExtractionSettings, ExtractorSettings, FeatureSettings
 from pd_core.errors import UserError
 from pd_core.features import ExtractorSpec
@@ -25,6 +24,7 @@ from pd_core.sources.names import unescape
 BY_DENSITY = ("two_level", "quantiles", "match", "perturbed")  # how a set was chosen by its densities
 INDEX = "index"  # name of the space of the index
 JUDGE = "judge"  # name of the second one
+SOURCE = "--source"
 
 
 # ---- spaces ----------------------------------------------------------------------------------------------------------
@@ -133,6 +133,22 @@ def features_of(uri: str, artifact: storage.Artifact) -> Features:
     return Features(uri, artifact.fingerprint, parts, artifact.rows)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What is used of the record of images that generate.py or perturb.py has made."""
+
+    realset: dict[str, str]
+    settings: dict[str, Any]
+    extractor: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        weighting = self.settings.get("weighting")
+        if "direction" not in self.settings and not (isinstance(weighting, dict) and "kind" in weighting):
+            raise ValueError("its settings name neither a weighting nor a direction")
+        if "features" not in self.realset:
+            raise ValueError("its real set has no features")
+
+
 def open_sets(uris: Sequence[str], data: DataSettings, space: Space) -> list[ImageSet]:
     """What lies at each URI: one set, or of images perturbed both ways one for each direction, NAME-down and NAME-up.
 
@@ -182,9 +198,9 @@ def _open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet
                 if artifact is None or not artifact.rows:
                     raise UserError(f"--samples {uri}: its images are not finished; run {workflow}.py on it again")
                 storage.check_whole(folder, artifact)
-                made, realset = artifact.totals.get("settings"), artifact.identity["realset"]
-                extractor = artifact.totals.get("extractor")
-                return ImageSet(name, uri, table_source(folder), None, made, realset, extractor)
+                said = artifact.totals | {"realset": artifact.identity.get("realset")}
+                of = trust.checked(_Made, said, storage.join(folder, storage.ARTIFACT), whole=False)
+                return ImageSet(name, uri, table_source(folder), None, of.settings, of.realset, of.extractor)
     try:
         source = sources.open_source(data.model_copy(update={"source": uri}))
     except UserError as error:
@@ -214,7 +230,7 @@ def _features_of_index(uri: str, space: Space) -> Features:
     if artifact is None:
         raise UserError(f"--samples {uri}: its features are not finished; run build_index.py --output {uri} again")
     storage.check_whole(folder, artifact)
-    spec = ExtractorSpec.from_json(artifact.totals["extractor"])
+    spec = ExtractorSpec.from_json(artifact.totals.get("extractor"), storage.join(folder, storage.ARTIFACT))
     if what := storage.differences(spec.identity(), space.spec.identity()):
         raise UserError(
             f"--samples {uri}: its features are of another extractor than the index's ({'; '.join(what[:3])}); name its "
@@ -249,10 +265,13 @@ def names_of(uris: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Extraction:
-    """How features are made here: batches and actors, and which images are acceptable."""
+    """How features are made here: batches and actors, which images are acceptable, and where this command says that those of an
+    index are.
+    """
 
     settings: ExtractionSettings
     data: DataSettings
+    source: str | None = None
 
     @property
     def limits(self) -> images.DecodeLimits:
@@ -310,7 +329,7 @@ def features_of_set(
     found = {} if chosen.featured is None else {INDEX: chosen.featured}
     if missing := [space for space in spaces if space.name not in found]:
         if chosen.source is None:
-            source, listed = unchanged_original_of(chosen.uri)
+            source, listed = unchanged_original_of(chosen.uri, extraction.source)
             extraction = Extraction(extraction.settings, source.settings)
         else:
             source, listed = chosen.source, list_set(run, folder, chosen.source, extraction)
@@ -334,16 +353,16 @@ def features_of_real(
     found = {INDEX: features_of(folder, artifact)}
     for space in spaces:
         if space.name not in found:
-            source, listed = unchanged_original_of(real.uri)
+            source, listed = unchanged_original_of(real.uri, extraction.source)
             own = Extraction(extraction.settings, source.settings)
             here = storage.join(run.output, "real", space.name)
             found[space.name] = extract(run, here, source, listed, space, own)
     return found
 
 
-def original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
+def original_of(uri: str, beside: str | None = None, option: str = SOURCE) -> tuple[sources.Source, listing.Listing]:
     """The source and the listing that an output of build_index was made from. Raises UserError as `source_of`."""
-    source, folder = source_of(uri), storage.join(uri, "listing")
+    source, folder = source_of(uri, beside, option), storage.join(uri, "listing")
     with storage.explained(folder):
         artifact = storage.load_artifact(folder)
         assert artifact is not None, "run.json is written after the listing"
@@ -351,17 +370,19 @@ def original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
     return source, listing.read_artifact(folder, artifact)
 
 
-def unchanged_original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
+def unchanged_original_of(
+    uri: str, beside: str | None = None, option: str = SOURCE
+) -> tuple[sources.Source, listing.Listing]:
     """`original_of`, if the source is as it was listed: in another space only the same images compare.
 
     Raises:
         UserError: it holds other files now.
     """
-    source, listed = original_of(uri)
+    source, listed = original_of(uri, beside, option)
     artifact = storage.load_artifact(listed.uri)
     assert artifact is not None, "original_of has read it"
     now = cluster.get(cluster.task(sources.state, cluster.IO_CPUS).remote(source))
-    if what := storage.differences(artifact.identity["state"], now):
+    if what := storage.differences(artifact.identity.get("state") or {}, now):
         raise UserError(
             f"{source.root}: has changed since {uri} was made of it ({'; '.join(what)}), so that another extractor would see "
             "other images; bring it back, or run build_index.py again"
@@ -369,27 +390,43 @@ def unchanged_original_of(uri: str) -> tuple[sources.Source, listing.Listing]:
     return source, listed
 
 
-def source_of(uri: str) -> sources.Source:
+@dataclass(frozen=True)
+class _Named:
+    """What is used of a source in the identity of a listing, as `sources.identity` has it."""
+
+    kind: Literal["directory", "glob", "parquet", "webdataset"]
+    root: str
+    names: tuple[str, ...]
+    patterns: tuple[str, ...]
+
+
+def source_of(uri: str, beside: str | None = None, option: str = SOURCE) -> sources.Source:
     """The source that an output of build_index was made from; its root is absolute, whatever the settings named.
 
+    Args:
+        uri: the output.
+        beside: where else than beside it this command says that the images are, or None.
+        option: by which it says so, for messages.
+
     Raises:
-        UserError: its settings are of another pd_core.
+        UserError: its settings are of another pd_core, or its records lead to another place than these two.
     """
-    record = storage.join(uri, running.RUN)
+    record, folder = storage.join(uri, running.RUN), storage.join(uri, "listing")
     with storage.explained(record):
-        given = json.loads(storage.read_bytes(record))["settings"]["data"]
-        artifact = storage.load_artifact(storage.join(uri, "listing"))
-    assert artifact is not None, "run.json is written after the listing"
+        run, artifact = storage.read_json(record), storage.load_artifact(folder)
+    if artifact is None:
+        raise UserError(f"{folder}: is not finished, so nothing tells where its images are; run build_index.py again")
     try:
-        settings = DataSettings.model_validate(given)
-    except ValueError as error:
+        settings = DataSettings.model_validate(run["settings"]["data"])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: data settings of another pd_core; run build_index.py on it again") from error
-    named = artifact.identity["source"]
+    where = storage.join(folder, storage.ARTIFACT)
+    named = trust.checked(_Named, artifact.identity.get("source"), where, whole=False)
     return sources.Source(
-        named["kind"],
-        unescape(named["root"]),
-        tuple(named["names"]),
-        tuple(unescape(pattern) for pattern in named["patterns"]),
+        named.kind,
+        trust.recorded_path(unescape(named.root), where, [uri, beside], option),
+        named.names,
+        tuple(unescape(pattern) for pattern in named.patterns),
         settings,
     )
 

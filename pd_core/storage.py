@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ import os
 import platform
 import re
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,10 +30,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from pd_core import tables, trust
-from pd_core.errors import LINE_CHARACTERS, RunError, UserError, one_line, printable
+from pd_core.errors import RunError, UserError, one_line, printable
 
 ARTIFACT = "artifact.json"
 STARTED = "started.json"
@@ -140,43 +140,54 @@ def explained(name: str) -> Iterator[None]:
         raise
 
 
-def read_bytes(uri: str, most_bytes: int | None = None) -> bytes:
+def read_bytes(uri: str) -> bytes:
     """All bytes at a URI, which must be a regular file: a pipe would hang, and a device never ends.
 
     Raises:
         FileNotFoundError: nothing is there.
-        UserError: it is no regular file, or has more than `most_bytes`.
+        UserError: it is no regular file.
+    """
+    with open_file(uri) as file:
+        data: bytes = file.read()
+        return data
+
+
+def read_file(uri: str, where: str, most: int) -> bytes:
+    """All bytes of a file that a user or a record names: a regular file of at most `most` bytes, whatever grows meanwhile.
+
+    Args:
+        uri: local or s3://.
+        where: what names it, for messages.
+        most: bytes.
+
+    Raises:
+        UserError: it is a pipe or a device, or larger.
+        FileNotFoundError, IsADirectoryError: no file is there.
     """
     fs, path = filesystem(uri)
     if not is_local(uri):
-        if most_bytes is not None and (size := fs.size(path)) > most_bytes:
-            raise _too_large(uri, size, most_bytes)
+        trust.check_size(fs.size(path) or 0, where, most)
         return fs.cat_file(path)
-    with open_regular(path) as file:
-        if most_bytes is not None and (size := os.fstat(file.fileno()).st_size) > most_bytes:
-            raise _too_large(uri, size, most_bytes)
-        return file.read()
+    with open_regular(path, where, most) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
-def open_regular(path: str) -> BinaryIO:
-    """A regular file of this machine, open for reading.
-
-    Raises:
-        OSError: it cannot be opened.
-        UserError: it is a pipe, a device or a socket; it was not waited for.
-    """
+def open_regular(path: str, where: str, most: int = sys.maxsize) -> BinaryIO:
+    """A regular file of this machine, open for reading; arguments and errors as of `read_file`."""
+    trust.check_file(path, where, most)  # a device may act when it is opened
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    raise UserError(f"{path}: is no regular file; name another")
+    try:
+        trust.check_stat(os.fstat(descriptor), where, most)  # one may have been put there meanwhile
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
 
 
-def _too_large(uri: str, size: int, most_bytes: int) -> UserError:
-    return UserError(f"{uri}: has {size:,} bytes, at most {most_bytes:,} are read; is it the right file?")
+def open_file(uri: str) -> Any:
+    """A file at a URI, seekable, open for reading; a local one is regular. Raises OSError; UserError as `read_bytes`."""
+    fs, path = filesystem(uri)
+    return open_regular(path, uri) if is_local(uri) else fs.open(path, "rb")
 
 
 def read_json(uri: str) -> Any:
@@ -205,7 +216,7 @@ def read_record(uri: str) -> Any:
 
 def _parsed(uri: str) -> Any:
     try:
-        return json.loads(read_bytes(uri, RECORD_BYTES))
+        return json.loads(read_file(uri, uri, RECORD_BYTES) if is_local(uri) else read_bytes(uri))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -360,12 +371,6 @@ def read_table(uri: str, columns: Sequence[str] | None = None, without: Collecti
             tables.check_known(table.schema, uri)
             table.validate(full=True)  # texts are UTF-8, lists lie inside their values
         return table
-
-
-def open_file(uri: str) -> Any:
-    """A file at a URI, seekable, open for reading; a local one is regular. Raises OSError, UserError as `open_regular`."""
-    fs, path = filesystem(uri)
-    return open_regular(path) if is_local(uri) else fs.open(path, "rb")
 
 
 @contextlib.contextmanager
@@ -539,7 +544,6 @@ Count = Annotated[int, Field(ge=0)]
 class Part:
     """A committed file of a stage. `counts` holds what the stage wants to add up, e.g. quarantined rows by reason."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     name: str
     rows: Count
     bytes: Count
@@ -551,7 +555,6 @@ class Part:
 class Artifact:
     """What `artifact.json` says of a finished stage."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
     kind: str
     schema_version: int
     fingerprint: str
@@ -589,30 +592,10 @@ def load_artifact(uri: str) -> Artifact | None:
     values = read_record(join(uri, ARTIFACT))
     if values is None:
         return None
-    artifact: Artifact = _checked(_artifact_type(), values, join(uri, ARTIFACT))
+    artifact = trust.checked(Artifact, values, join(uri, ARTIFACT))
     for part in artifact.parts:
         trust.part_name(part.name, join(uri, ARTIFACT))
     return artifact
-
-
-@functools.cache
-def _artifact_type() -> TypeAdapter[Artifact]:
-    return TypeAdapter(Artifact)
-
-
-@functools.cache
-def _part_type() -> TypeAdapter[Part]:
-    return TypeAdapter(Part)
-
-
-def _checked(adapter: TypeAdapter[Any], values: Any, uri: str) -> Any:
-    """The values of a record as what they are to be. Raises UserError: they are not."""
-    try:
-        return adapter.validate_python(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = printable(".".join(map(str, first["loc"]))[:LINE_CHARACTERS])
-        raise UserError(f"{uri}: is no record of this pd_core ({where}: {first['msg']}); {UNKNOWN}") from None
 
 
 def damaged_parts(uri: str, parts: Iterable[Part]) -> dict[str, str]:
@@ -815,7 +798,7 @@ class Stage:
         uri = join(self.uri, RECORDS, name)
         if record is None or (isinstance(record, dict) and record.get("stage", self.fingerprint) != self.fingerprint):
             return None
-        part: Part = _checked(_part_type(), record.get("part") if isinstance(record, dict) else record, uri)
+        part = trust.checked(Part, record.get("part") if isinstance(record, dict) else record, uri)
         trust.part_name(part.name, uri)
         if name != _record(part.name).rpartition("/")[2]:
             raise UserError(f"{uri}: is the record of another file, {part.name}; {UNKNOWN}")

@@ -6,12 +6,26 @@ is matched against a closed form here before anything is opened, written or dele
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
 import re
+import stat
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar, cast
 
 import pyarrow as pa
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from pd_core.errors import UserError, printable
+from pd_core.errors import UserError, one_line, printable
 
+Kind = TypeVar("Kind")
+Count = Annotated[int, Field(ge=1, le=1 << 48)]  # of rows and the like
+Small = Annotated[int, Field(ge=1, le=1 << 20)]  # of what is made at once, each of which takes memory
+NotNegative = Annotated[FiniteFloat, Field(ge=0)]
+
+TEXT_BYTES = 64 << 20  # of settings, prompts and other files that a person may write
+WEIGHTS_BYTES = 32 << 30  # of one file of weights; the largest of timm's has 27 GB
 MAX_DEPTH = 32  # of a column's type; Arrow itself crashes on thousands
 _SHOWN = 100  # characters of a name, in a message
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]{0,254}"
@@ -105,3 +119,124 @@ def _refuse_twice(names: list[str], where: str) -> None:
 
 def _short(text: str) -> str:
     return repr(printable(text[:_SHOWN]))
+
+
+def checked(kind: type[Kind], values: object, where: str, whole: bool = True) -> Kind:
+    """Values of a record as the dataclass, or other type, that they were written from.
+
+    Args:
+        kind: its annotations say what is right; bounds as `Annotated[int, Field(ge=1)]`.
+        values: as JSON has them.
+        where: URI of the record, for the message.
+        whole: entries that it does not have are refused, too.
+
+    Raises:
+        UserError: one is missing, of another type or out of bounds; names the first.
+    """
+    try:
+        made: Kind = _adapter(cast(Any, kind)).validate_python(values, extra="forbid" if whole else None)
+    except (ValidationError, RecursionError) as error:
+        raise UserError(f"{where}: {_first(error)}; it is damaged or no record of pd_core, make it again") from None
+    return made
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _first(error: ValidationError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = printable(".".join(str(part) for part in first["loc"]))[:80]
+    message = re.sub(r" or an instance of \w+", "", first["msg"].removeprefix("Value error, "))
+    return one_line(printable(f"{f'{name}: ' if name else ''}{message[0].lower()}{message[1:]}"))
+
+
+def recorded_path(uri: object, where: str, beside: Iterable[str | None], option: str) -> str:
+    """A path that a record names, if it may be opened: a local one, made absolute, or s3://BUCKET/KEY.
+
+    Other schemes and chains of them would fetch from anywhere. A record may lead to the machine or the bucket that it lies on
+    itself, to no other unless the command leads there too.
+
+    Args:
+        uri: as it was read, of any type.
+        where: what names it, for the message.
+        beside: URIs that the command names, None where it does not: what the record belongs to, and the value of `option`.
+        option: by which a command names such a path, for the message.
+
+    Raises:
+        UserError: it is no such path, or lies elsewhere.
+    """
+    shown = printable(str(uri))[:200]
+    if not isinstance(uri, str) or not uri or "\0" in uri or "::" in uri or not _is_plain(uri):
+        raise UserError(
+            f"{where}: names {shown!r}, which is neither a local path nor s3://BUCKET/KEY, and is not opened; name the right "
+            f"place with {option}"
+        )
+    path = uri if uri.startswith("s3://") else os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    if place_of(path) not in {place_of(one) for one in beside if one is not None}:
+        raise UserError(
+            f"{where}: names {shown!r}, which lies in another place ({place_of(path)}) than what names it; if you trust it, "
+            f"add {option} {shown}"
+        )
+    return path
+
+
+def _is_plain(uri: str) -> bool:
+    if uri.startswith("s3://"):
+        return re.fullmatch(r"s3://[a-zA-Z0-9][a-zA-Z0-9._-]*(/[^?#]*)?", uri) is not None
+    return "://" not in uri.removeprefix("file://")
+
+
+def place_of(uri: str) -> str:
+    """Where a path lies, as far as credentials and rights go: `this machine`, or the bucket as s3://BUCKET."""
+    return "/".join(uri.split("/")[:3]) if uri.startswith("s3://") else "this machine"
+
+
+def check_file(path: str, where: str, most: int = WEIGHTS_BYTES) -> None:
+    """Hold a local file to being one that has an end: reading a pipe waits for ever, a device may never be done.
+
+    Args:
+        path: local; links are followed.
+        where: what names it, for the message.
+        most: bytes.
+
+    Raises:
+        UserError: it is a pipe, a socket or a device, or larger.
+        FileNotFoundError, IsADirectoryError: no file is there.
+    """
+    check_stat(os.stat(path), where, most)
+
+
+def check_stat(found: os.stat_result, where: str, most: int) -> None:
+    """`check_file` of what the system tells of a file."""
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{where}: is no regular file, but a pipe, a socket or a device; name a file")
+    check_size(found.st_size, where, most)
+
+
+def check_size(size: int, where: str, most: int) -> None:
+    """Raises UserError: a file that `where` names has more than `most` bytes."""
+    if size > most:
+        raise UserError(f"{where}: has {size:,} bytes, more than the {most:,} that such a file may have; name another")
+
+
+def check_folder(path: str, where: str) -> None:
+    """`check_file` of every file directly in a local directory and in its folders, as far as a library would look for parts.
+
+    Raises:
+        UserError: one is no regular file, or too large.
+    """
+    with os.scandir(path) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.is_dir():
+                check_file(entry.path, f"{where}, {printable(entry.name)}")
+                continue
+            with os.scandir(entry.path) as inner:
+                for one in inner:
+                    if not one.is_dir():
+                        check_file(one.path, f"{where}, {printable(entry.name)}/{printable(one.name)}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
-from pd_core import cluster, config, generators, realset, schemas, search, storage, verifying
+from pd_core import cluster, config, generators, realset, schemas, search, storage, trust, verifying
 from pd_core.candidates import Recipe, prompts_hash
 from pd_core.errors import RunError, UserError, one_line, printable
 from pd_core.running import failures
@@ -24,7 +24,14 @@ ROUNDED = ("torch", "torchvision", "faiss-cpu", "faiss-gpu-cu12", "numpy", "pill
 SHOWN = 50  # differences of each kind
 
 
-def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int | None = None) -> None:
+def verify(
+    uri: str,
+    rows: int,
+    generator: config.GeneratorSettings,
+    seed: int | None = None,
+    index: str | None = None,
+    checkpoint: str | None = None,
+) -> None:
     """Check every part of an output's finished stages against its record, make `rows` rows again from their seeds, compare.
 
     Args:
@@ -32,6 +39,8 @@ def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int |
         rows: how many.
         generator: of this command. Only that it names the recorded one is used, and its permission to load a pickle.
         seed: of the choice of rows; None: another one in each call, which is printed.
+        index: of this command; only that it lies where the recorded one does is used.
+        checkpoint: of the weights of the index's extractor, where they are not at the place they had then.
 
     Raises:
         UserError: nothing finished is there, the record names code that this command does not name, what it was made from is
@@ -45,7 +54,7 @@ def verify(uri: str, rows: int, generator: config.GeneratorSettings, seed: int |
     if artifact is None or artifact.kind != "samples":
         raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
     with cluster.session(uri, "verify") as now, failures("verify", uri):
-        recipe = recipe_of(uri, artifact, generator)
+        recipe = recipe_of(uri, artifact, generator, index, checkpoint)
         if recipe.device == "cuda" and not now.gpus:
             raise UserError(
                 f"--verify {uri}: these samples were made on GPUs and the cluster has none; on CPUs their last bits, and with "
@@ -116,8 +125,33 @@ def _commit_of(uri: str) -> storage.Artifact | None:
     return found
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """What is used of the identity and the totals of samples as numbers."""
+
+    n: trust.Count
+    rows: trust.Count
+    chunks_per_part: trust.Count
+    candidates: trust.Count
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What is used of the settings that samples were made with."""
+
+    generator: dict[str, Any]
+    index: object
+    checkpoint: object = None
+
+
+def _record_of(uri: str) -> str:
+    return storage.join(uri, "samples", storage.ARTIFACT)
+
+
 def samples_of(uri: str, artifact: storage.Artifact, recipe: Recipe) -> verifying.Samples:
-    """The samples of an output whose commit record and recipe these are."""
+    """The samples of an output whose commit record and recipe these are. Raises UserError: the record counts what cannot be."""
+    where = _record_of(uri)
+    trust.checked(_Counted, artifact.identity | artifact.totals, where, whole=False)
     return verifying.Samples(
         uri=storage.join(uri, "samples"),
         recipe=recipe,
@@ -168,23 +202,29 @@ def _say_some(lines: Sequence[str]) -> None:
         cluster.say(f"... and {len(lines) - SHOWN} more")
 
 
-def recipe_of(uri: str, artifact: storage.Artifact, told: config.GeneratorSettings) -> Recipe:
-    """The recipe of finished samples, from their commit record alone; `told`, of this command, only permits to run code."""
-    identity, stored = artifact.identity, artifact.totals["settings"]
+def recipe_of(
+    uri: str,
+    artifact: storage.Artifact,
+    told: config.GeneratorSettings,
+    index: str | None = None,
+    checkpoint: str | None = None,
+) -> Recipe:
+    """The recipe of finished samples, from their commit record alone; the others, of this command, only permit what it names."""
+    identity, where = artifact.identity, _record_of(uri)
     if artifact.schema_version != schemas.VERSIONS["samples"] or "device" not in identity:
         raise UserError(f"--verify {uri}: made by another version of pd_core; verify with that one")
-    generator = _permitted(uri, _recorded(uri, stored["generator"]), told)
-    real = realset.open_realset(stored["index"])
-    if dict(real.fingerprints) != identity["realset"]:
-        raise UserError(
-            f"--index {stored['index']}: is not as it was when the samples were made; nothing to compare with"
-        )
-    if stored["checkpoint"]:
-        real = replace(real, extractor=replace(real.extractor, checkpoint=stored["checkpoint"]))
+    stored = trust.checked(_Stored, artifact.totals.get("settings"), where, whole=False)
+    generator = _permitted(uri, _recorded(uri, stored.generator), told)
+    named = trust.recorded_path(stored.index, where, [uri, index], "--index")
+    if not checkpoint and stored.checkpoint:
+        checkpoint = trust.recorded_path(stored.checkpoint, where, [uri], "--checkpoint")
+    real = realset.open_for(named, checkpoint, "--index")
+    if dict(real.fingerprints) != identity.get("realset"):
+        raise UserError(f"--index {named}: is not as it was when the samples were made; nothing to compare with")
     prompts = generators.read_prompts(generator.prompts) if generator.prompts else ()
-    if prompts_hash(prompts) != identity["prompts"]:
+    if prompts_hash(prompts) != identity.get("prompts"):
         raise UserError(f"--generator.prompts {generator.prompts}: has changed since the samples were made")
-    return Recipe.from_identity(identity, generator, real, prompts)
+    return Recipe.from_identity(identity, generator, real, prompts, where)
 
 
 def _recorded(uri: str, values: Mapping[str, Any]) -> config.GeneratorSettings:
@@ -195,24 +235,34 @@ def _recorded(uri: str, values: Mapping[str, Any]) -> config.GeneratorSettings:
 
 
 def _permitted(uri: str, stored: config.GeneratorSettings, told: config.GeneratorSettings) -> config.GeneratorSettings:
-    """The recorded generator. The record may be a stranger's: what runs code is opened only if this command names it too.
+    """The recorded generator. The record may be a stranger's: what runs code, or is fetched from the hub, is opened only if this
+    command names it too, and other files where they lie beside the record, or where this command leads as well.
 
     Raises:
         UserError: it does not.
     """
     names, allow_pickle = CODE[stored.kind], told.allow_pickle and told.kind == stored.kind
-    if allow_pickle:
+    of_hub = not names and generators.HUB_ID.fullmatch(str(stored.path)) is not None
+    if allow_pickle or of_hub:
         names = tuple(dict.fromkeys(("path", *names)))
     theirs, ours = _naming(stored, names), _naming(told, names)
     if names and theirs != ours:
         other = " and ".join(name for name in theirs if theirs[name] != ours.get(name)) or "code"
         add = " ".join(f"--generator.{name} {shlex.quote(printable(value))}" for name, value in theirs.items())
+        what = "comes from the hub" if of_hub and not allow_pickle else "can run any code when it is opened"
         raise UserError(
-            f"--verify {uri}: its record names a generator that can run any code when it is opened, of another {other} than this "
+            f"--verify {uri}: its record names a generator that {what}, of another {other} than this "
             f"command; if you trust it, add {add}{' --generator.allow-pickle' if stored.kind == 'stylegan' else ''}"
         )
-    path = theirs.get("path", stored.path)
-    return stored.model_copy(update={"allow_pickle": allow_pickle, "path": path})
+    places = {"path": theirs["path"]} if "path" in theirs else {"path": _beside(uri, stored, told, "path")}
+    if stored.prompts is not None:
+        places["prompts"] = _beside(uri, stored, told, "prompts")
+    return stored.model_copy(update={"allow_pickle": allow_pickle, **places})
+
+
+def _beside(uri: str, stored: config.GeneratorSettings, told: config.GeneratorSettings, name: str) -> str:
+    beside = [uri, getattr(told, name)]
+    return trust.recorded_path(getattr(stored, name), _record_of(uri), beside, f"--generator.{name}")
 
 
 def _naming(generator: config.GeneratorSettings, names: Sequence[str]) -> dict[str, str]:

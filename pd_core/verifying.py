@@ -137,11 +137,14 @@ def _own_differences(artifact: storage.Artifact) -> list[str]:
 def _sums(artifact: storage.Artifact) -> list[str]:
     """Totals that are not the sums of the parts' counts, in a samples or pilot stage."""
     totals, parts = artifact.totals, artifact.parts
+    candidates = totals.get("candidates")
+    if not isinstance(candidates, int) or candidates < 1:
+        return [f"its total candidates is {candidates}"]
     bins = [sum(part.counts.get(f"bin_{b:02d}", 0) for part in parts) for b in range(sampling.DENSITY_BINS)]
     sums = {
         "copies": sum(part.counts.get("copies", 0) for part in parts),
         "density_bins": bins,
-        "acceptance_rate": artifact.rows / totals["candidates"],
+        "acceptance_rate": artifact.rows / candidates,
     }
     found = [
         f"its total {name} is {totals.get(name)}, the sum of its parts {value}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pd_core import ids
+from pd_core import ids, trust
 from pd_core.errors import UserError, one_line
 from pd_core.generators import generators_of, normal
 
@@ -42,9 +42,9 @@ class Volume:
         iterations: products with J^T J; each costs r forward-mode and r reverse-mode passes, after r forward-mode ones.
     """
 
-    rank: int
-    output_size: int | None = None
-    iterations: int = 3
+    rank: trust.Small
+    output_size: trust.Small | None = None
+    iterations: trust.Small = 3
 
 
 def log_volumes(

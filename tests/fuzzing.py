@@ -39,7 +39,7 @@ from pd_core.images import BadImage, DecodeLimits, Preprocess, prepare
 from tests import test_images, test_index, test_sources, tiny
 
 SECONDS, BYTES = 10.0, 1 << 30
-LIMITS = DecodeLimits(max_bytes=2**22, max_pixels=2**22, background=(0, 0, 0))
+LIMITS = DecodeLimits(max_bytes=2**22, max_pixels=2**22, background=(0, 0, 0), max_cpu_s=5)
 Files = dict[str, bytes]  # by name
 
 # ---- the mutator -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,11 @@
 """The Inception of FID against torch-fidelity itself; timm's models are held to timm in test_ground and test_pipeline."""
 
 import hashlib
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from pd_core import backbones, features
 from pd_core.config import INCEPTION, FeatureSettings
 from pd_core.errors import UserError
 from pd_core.evaluation_page import metric_names
+from tests import tiny
 
 
 class Unloaded(FeatureExtractorInceptionV3):
@@ -77,6 +83,66 @@ def test_a_file_that_holds_code_is_refused_before_it_runs(tmp_path, monkeypatch)
     monkeypatch.setattr(backbones, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
     with pytest.raises(UserError, match="not a file of weights only"):
         backbones.load(INCEPTION, str(file))
+
+
+def write_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def write_vast(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)  # takes no room on the disk
+
+
+def write_packed(path: Path) -> None:
+    """64 MB of zeros in 65 kB."""
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"weight": torch.zeros(1 << 24)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    path.write_bytes(packed.getvalue())
+
+
+def write_nested(path: Path) -> None:
+    path.write_bytes(pickle.dumps([], 2)[:-1] + b"0" + b"(" * 100_000)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (write_pipe, "is no regular file, but a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no regular file, but a pipe, a socket or a device"),
+        (write_vast, r"has 1,099,511,627,776 bytes, more than the [\d,]+ that"),
+        (write_packed, "is compressed"),
+        (write_nested, "not a file of weights only"),
+        (Path.mkdir, "Is a directory"),
+    ],
+    ids=["pipe", "device", "vast", "packed", "nested", "directory"],
+)
+@pytest.mark.parametrize("model", [tiny.MODEL, INCEPTION])
+def test_a_checkpoint_without_an_end_is_refused_unread(tmp_path, monkeypatch, model, write, expected):
+    file = tmp_path / "weights.pth"
+    write(file)
+    if file.is_file() and file.stat().st_size < 1 << 20:
+        monkeypatch.setattr(backbones, "INCEPTION_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+    with pytest.raises(UserError, match=rf"^--features.checkpoint {file}: .*{expected}"):
+        backbones.load(model, str(file))
+
+
+def test_a_checkpoint_of_any_bytes_is_weights_or_one_line(tmp_path):
+    whole = io.BytesIO()
+    torch.save({"weight": torch.zeros(4)}, whole)
+    rng, file = np.random.default_rng(0), tmp_path / "weights.pth"
+    for content in (whole.getvalue(), pickle.dumps({"a": 1}, 2)):
+        for _ in range(100):
+            harmed = bytearray(content)
+            for place in rng.integers(len(harmed), size=3):
+                harmed[place] = rng.integers(256)
+            file.write_bytes(harmed)
+            with pytest.raises(UserError, match=r"^--features.checkpoint [^\n]*$"):
+                backbones.load(tiny.MODEL, str(file))
 
 
 def test_a_download_of_other_content_is_refused_and_kept_nowhere(weights, tmp_path, monkeypatch):

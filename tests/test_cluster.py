@@ -1,6 +1,7 @@
 """Sizes of the stages' processes: a table over clusters of 0 to 64 CPUs, and which of them are taken to grow."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -331,6 +332,7 @@ def test_ray_s_own_exit_by_sigterm_is_an_interruption(capsys):
 
 def test_a_handler_of_sigterm_outlives_the_start_and_the_end_of_ray():
     code = """
+import os
 import signal
 from pd_core import cluster, errors
 
@@ -345,3 +347,54 @@ raise SystemExit(errors.exit_code(program))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_INTERRUPTED, done.stderr
+
+
+TWO_RAYS = """
+import os, psutil
+from pd_core import cluster
+
+for _ in range(2):
+    with cluster.session("/nowhere") as now:
+        family = psutil.Process().children(recursive=True)
+        told = {process.environ().get("RAY_AUTH_TOKEN") for process in family} - {None}
+        print("token", *told, now.address, flush=True)
+        input()
+print("after", os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_MODE"))
+"""
+ASK = "import sys; from ray._raylet import GcsClient; GcsClient(sys.argv[1]).internal_kv_keys(b'', None, 10.0)"
+
+
+def asked(address: str, token: str | None) -> int:
+    """Exit code of a client of a cluster."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    if token is not None:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    return subprocess.run([sys.executable, "-c", ASK, address], env=environment, capture_output=True).returncode
+
+
+@pytest.mark.slow
+def test_each_ray_of_our_own_asks_for_a_token_that_is_kept_nowhere(tmp_path):
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "RAY_AUTH_TOKEN": "of another cluster",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    command = [sys.executable, "-c", TWO_RAYS]
+    pipe = subprocess.PIPE
+    tokens = []
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for _ in range(2):
+            while not (line := process.stdout.readline()).startswith("token "):
+                assert line
+            _, token, address = line.split()
+            assert asked(address, token) == 0
+            assert asked(address, None) != 0 and asked(address, "0" * 64) != 0
+            assert asked(address, "of another cluster") != 0
+            tokens.append(token)
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert process.stdout.readlines()[-1] == "after of another cluster disabled\n"
+    assert process.returncode == 0 and len(set(tokens)) == 2
+    assert not list(tmp_path.rglob("*token*"))

@@ -1,8 +1,10 @@
 """Settings: precedence, refusals with the nearest name, --help at once."""
 
+import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,69 @@ def test_wrong_yaml_is_one_line(text, expected, tmp_path):
     with pytest.raises(UserError) as error:
         load("--config", str(file))
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+LAUGHS = "data: &a [x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghij")
+)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (LAUGHS, "line 2, column 8: what is repeated repeats something itself"),
+        ("data: &a {source: *a}", "line 1, column 19: what is repeated repeats"),
+        ("data: &a [x]\nindex: [" + "*a, " * 101 + "]", "line 2, column 409: .* or too much is"),
+        ("data: " + "[" * 100_000, "line 1, column 38: is nested too deeply"),
+        ("{a: " * 40, "line 1, column 129: is nested too deeply"),
+        ("- " * 100_000, "line 1, column 65: is nested too deeply"),
+        ("data: {source: a}\noutput: b\ndata: {source: c}", "line 3, column 1: 'data' is set twice"),
+        ("data: {source: a, source: c}", "line 1, column 19: 'source' is set twice"),
+        ("max-candidates: 1\nmax_candidates: 2", "line 2, column 1: 'max_candidates' is set twice"),
+        ("output: 2001-99-99", "not YAML"),  # a date that none is
+        (f"output: {'9' * 5000}", "not YAML"),
+        ("? [a]\n: b", "not YAML"),
+        ("output: !!python/object/apply:os.system [ls]", "not YAML .*line 1, column 9"),
+        ("output: \x00", "not YAML"),
+        ("a: b: c", "not YAML .*line 1, column 5"),
+        ("# " + "x" * config.CONFIG_BYTES, "has 1,048,578 bytes, more than the 1,048,576"),
+    ],
+    ids=range(16),
+)
+def test_yaml_of_strangers_is_one_line_that_names_the_place(tmp_path, text, expected):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"^--config {file}: [^\n]*{expected}"):
+        load("--config", str(file))
+
+
+@pytest.mark.timeout(30)
+def test_a_file_of_settings_without_an_end_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "settings.yaml")
+    for path in (tmp_path / "settings.yaml", "/dev/zero"):
+        with pytest.raises(UserError, match=rf"^--config {path}: is no regular file"):
+            load("--config", str(path))
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=rf"^--config {path}: .*check the path"):
+            load("--config", str(path))
+
+
+def test_yaml_may_repeat_what_it_names(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("data: {source: &name images}\noutput: *name\nindex: &i {cells: 5}\n")
+    assert load("--config", str(file)).output == "images"
+
+
+@pytest.mark.parametrize("by", ["argument", "variable"])
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, '[{"name": ' + "[" * 5000 + "]" * 5000 + "}]"])
+def test_a_value_of_any_depth_is_one_line(monkeypatch, by, text):
+    argv = ["--output", "x", "--recipes", text] if by == "argument" else []
+    if by == "variable":
+        monkeypatch.setenv("PD_CORE_RECIPES", text)
+    name = {"argument": "--recipes", "variable": "PD_CORE_RECIPES"}[by]
+    with pytest.raises(UserError, match=f"^settings: {name}: is nested too deeply; [^\n]*$"):
+        config.load(config.CurateSettings, argv, prog="curate.py")
 
 
 def test_unknown_environment_variable_is_refused(monkeypatch):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +441,105 @@ def test_damaged_files_are_refused(fault: str) -> None:
     with pytest.raises(UserError) as error:
         estimator.from_bytes(files)
     assert "\n" not in str(error.value)
+
+
+FEW = estimator.Architecture(DIM, (4, 3), "density")
+
+
+def saved(architecture: estimator.Architecture = FEW) -> dict[str, bytes]:
+    metrics = estimator.FitMetrics(estimator.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
+    return estimator.to_bytes(estimator.new_predictor(architecture), metrics)
+
+
+@pytest.mark.parametrize("section", ["", "architecture", "tensors"])
+def test_whatever_a_description_says_nothing_is_made_of_it(section: str) -> None:
+    """Every entry in turn is gone, doubled under another name, or something else; a width of 10^9 would take 72 GB."""
+    files = saved()
+    others = [
+        None,
+        True,
+        -1,
+        0,
+        10**9,
+        2**70,
+        0.5,
+        float("nan"),
+        "rank",
+        [],
+        [10**9],
+        [-1],
+        [None],
+        {},
+        {"a": 1},
+    ]
+    honest = json.loads(files["predictor.json"])
+    keys = list(honest[section] if section else honest)
+    tracemalloc.start()
+    for key in [*keys, "another"]:
+        for other in [*others, "gone"]:
+            description = json.loads(files["predictor.json"])
+            inside = description[section] if section else description
+            if other == "gone":
+                inside.pop(key, None)
+            else:
+                inside[key] = other
+            if description == honest or (key == "metrics" and isinstance(other, dict)):
+                continue
+            changed = files | {"predictor.json": json.dumps(description).encode()}
+            with pytest.raises(UserError, match=r"^density predictor: [^\n]*$"):
+                estimator.from_bytes(changed)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+
+
+def test_widths_that_agree_with_each_other_are_held_to_the_tensors_before_anything_is_made() -> None:
+    wide = estimator.Architecture(DIM, (10**9, 10**9), "density")
+    description = json.loads(saved()["predictor.json"])
+    widths = [DIM, *wide.hidden, 1]
+    description["architecture"]["hidden"], description["layer_widths"] = list(wide.hidden), widths
+    for number, (n_in, n_out) in enumerate(pairwise(widths)):
+        description["tensors"] |= {f"layers.{2 * number}.weight": [n_out, n_in], f"layers.{2 * number}.bias": [n_out]}
+    with pytest.raises(UserError, match=r"of other layers than predictor\.json says"):
+        estimator.from_bytes(saved() | {"predictor.json": json.dumps(description).encode()})
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"[" * 200_000, b"\xff", b'{"format_version": 1}'])
+def test_a_description_that_is_none_is_one_line(text: bytes) -> None:
+    with pytest.raises(UserError, match=r"^density predictor: predictor.json: [^\n]*$"):
+        estimator.from_bytes(saved() | {"predictor.json": text})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("layers.0.weight", lambda tensor: tensor * float("nan"), "finite numbers"),
+        ("target_mean", lambda tensor: tensor + float("inf"), "finite numbers"),
+        ("layers.2.bias", lambda tensor: tensor.double(), "of float32"),
+        ("feature_std", lambda tensor: tensor * 0, "not above 0"),
+        ("target_std", lambda tensor: -tensor, "not above 0"),
+        ("feature_mean", lambda tensor: tensor[:-1], "of other layers"),
+    ],
+)
+def test_weights_that_no_fit_leaves_are_refused(name: str, change: Any, expected: str) -> None:
+    from safetensors.torch import load, save
+
+    tensors = load(saved()["predictor.safetensors"])
+    tensors[name] = change(tensors[name]).contiguous()
+    with pytest.raises(UserError, match=expected):
+        estimator.from_bytes(saved() | {"predictor.safetensors": save(tensors)})
+
+
+def test_weights_of_any_bytes_are_a_predictor_or_one_line() -> None:
+    files, rng = saved(), np.random.default_rng(0)
+    for number in range(300):
+        harmed = bytearray(files["predictor.safetensors"])
+        at = int(rng.integers(600))
+        if number % 3 == 0:
+            del harmed[at:]
+        else:
+            harmed[at : at + number % 4] = rng.bytes(number % 4)
+        with contextlib.suppress(UserError):
+            estimator.from_bytes(files | {"predictor.safetensors": bytes(harmed)})
 
 
 def test_it_loads_and_predicts_without_ray(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -538,6 +539,86 @@ def test_the_hub_is_asked_after_the_disk(monkeypatch):
 
     monkeypatch.setattr(DiffusionPipeline, "download", offline)
     refused("the hub does not give it (no route to host)", "someone/something")
+
+
+CODE = """
+import pathlib
+from diffusers import DDIMPipeline
+pathlib.Path({touched!r}).touch()
+class Mine(DDIMPipeline): ...
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("changes", "places", "expected"),
+    [
+        ({"_class_name": ["mymodule", "Mine"]}, ["mymodule.py"], "needs --generator.kind python"),
+        ({"_class_name": "Mine"}, ["Mine.py", "mymodule.py"], "diffusers cannot load it"),
+        ({"unet": ["mymodule", "Mine"]}, ["unet/mymodule.py", "mymodule.py"], "diffusers cannot load it"),
+        ({"unet": ["subprocess", "run"]}, [], "diffusers cannot load it"),
+        ({}, ["None.py"], "diffusers cannot load it"),  # what diffusers looks for where no custom pipeline is asked for
+    ],
+)
+def test_code_beside_a_pipeline_is_not_run(tmp_path, monkeypatch, changes, places, expected):
+    path, touched = tiny.save_ddim(tmp_path / "p"), tmp_path / "touched"
+    index = tmp_path / "p" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+    for place in places:
+        (tmp_path / "p" / place).write_text(CODE.format(touched=str(touched)))
+    monkeypatch.chdir(tmp_path / "p")
+    refused(expected, path, allow_pickle=True)
+    assert not touched.exists()
+
+
+def test_diffusers_is_told_to_run_no_code_of_others():
+    code = "from pd_core.generators import diffusers as ours; from diffusers.utils import constants as theirs; print(theirs.{})"
+    command = [sys.executable, "-c", code.format("DIFFUSERS_DISABLE_REMOTE_CODE")]
+    environment = {**os.environ, "DIFFUSERS_DISABLE_REMOTE_CODE": "0"}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("place", ["model_index.json", "unet/config.json", "unet/more.safetensors", "scheduler/x.json"])
+def test_a_pipe_in_a_pipeline_is_refused_unread(tmp_path, place):
+    path = tiny.save_ddim(tmp_path / "p")
+    (tmp_path / "p" / place).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "p" / place)
+    refused(f"--generator.path {path}, {place}: is no regular file, but a pipe", path)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["torchscript", "stylegan"])
+def test_a_generator_without_an_end_is_refused_unread(nvidia, tmp_path, kind):
+    file = tmp_path / "generator"
+    code, _ = nvidia
+    settings: dict[str, Any] = {"latent_shape": (2,)}
+    if kind == "stylegan":
+        settings = {"code": str(code), "allow_pickle": True}
+    os.mkfifo(file)
+    refused("is no regular file, but a pipe", str(file), kind=kind, **settings)
+    refused("is no regular file, but a pipe, a socket or a device", "/dev/zero", kind=kind, **settings)
+    file.unlink()
+    file.touch()
+    os.truncate(file, 1 << 40)
+    refused("has 1,099,511,627,776 bytes, more than the", str(file), kind=kind, **settings)
+    (tmp_path / "more").mkdir()
+    os.mkfifo(tmp_path / "more" / "x.py")
+    with pytest.raises(UserError, match="is no regular file"):
+        files_hash(str(tmp_path / "more"))
+    with pytest.raises(UserError, match=r"^--generator.prompts .*is no regular file"):
+        generators.read_prompts(str(tmp_path / "more" / "x.py"))
+
+
+def test_names_in_a_store_do_not_lead_out_of_the_copy(tmp_path):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    path = Path(tiny.save_ddim(tmp_path / "p"))
+    store.put(str(path), "/bucket/p", recursive=True)
+    opened("memory://bucket/p", steps=2)
+    store.pipe_file("/bucket/p/../../evil", b"x")
+    refused("holds names that lead out of it", "memory://bucket/p")
 
 
 def test_weights_that_are_pickles_need_permission(tmp_path):

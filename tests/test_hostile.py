@@ -497,8 +497,8 @@ def test_pipes_and_devices_are_not_read(tmp_path):
     with pytest.raises(UserError, match="is no regular file"):
         storage.read_bytes("/dev/zero")
     (tmp_path / "large").write_bytes(b"12345")
-    with pytest.raises(UserError, match="has 5 bytes, at most 4 are read"):
-        storage.read_bytes(str(tmp_path / "large"), 4)
+    with pytest.raises(UserError, match="has 5 bytes, more than the 4"):
+        storage.read_file(str(tmp_path / "large"), "large", 4)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_no_leaf_of_a_record_leads_anywhere(built, tmp_path):
     shutil.copytree(built, index, ignore=shutil.ignore_patterns("report"))
     (tmp_path / "canary").mkdir()
     (tmp_path / "canary" / "x").write_bytes(b"1")
-    values = [
+    values: list[Any] = [
         str(tmp_path / "canary" / "x"),
         "../../canary/x",
         "http://127.0.0.1:9/canary",

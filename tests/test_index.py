@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import faiss
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from hypothesis import strategies as st
 from pd_core import index as ix
 from pd_core.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
 DIM = 24
 
@@ -150,8 +156,138 @@ def test_open_rows_holds_every_row_once(kind, shards):
 def test_open_rows_refuses_two_shards_with_one_cell():
     features = clustered(300)
     sources, _ = filled("ivf_flat", features, np.arange(300), 1)
-    with pytest.raises(AssertionError, match="rows of one cell"):
+    with pytest.raises(UserError, match="rows of one cell"):
         ix.open_rows([sources[0], sources[0]])
+
+
+# --- files of strangers ------------------------------------------------------------------------------------------------
+
+
+def on_disk(folder) -> bytes:
+    """An index whose lists are in a file of their own, which faiss opens for writing."""
+    features = clustered(300)
+    index = ix.deserialize(ix.train_template("ivf_flat", DIM, ix.train_quantizer(features, 4, seed=0)))
+    lists = faiss.OnDiskInvertedLists(4, index.code_size, str(folder / "lists"))
+    index.replace_invlists(lists)
+    index.add(features)
+    return ix.serialize(index)
+
+
+def others(folder) -> dict[str, bytes]:
+    """Indexes of faiss of kinds that are not written here."""
+    features = clustered(300)
+    centroids = ix.train_quantizer(features, 4, seed=0)
+    hnsw = faiss.IndexHNSWFlat(DIM, 4)
+    inner = faiss.IndexIDMap2(faiss.IndexHNSWFlat(DIM, 4))
+    dot = faiss.IndexIVFFlat(ix.quantizer_of(centroids), DIM, 4, faiss.METRIC_INNER_PRODUCT)
+    mapped = ix.deserialize(ix.train_template("ivf_flat", DIM, centroids))
+    mapped.set_direct_map_type(faiss.DirectMap.Hashtable)
+    untrained = faiss.IndexIVFPQ(ix.quantizer_of(centroids), DIM, 4, 8, 8)
+    four = faiss.IndexIVFScalarQuantizer(ix.quantizer_of(centroids), DIM, 4, faiss.ScalarQuantizer.QT_4bit)
+    four.train(features)
+    made = {"hnsw": hnsw, "ids of hnsw": inner, "dot": dot, "map": mapped, "untrained": untrained, "4 bits": four}
+    return {"on disk": on_disk(folder), "nothing": b"", **{name: ix.serialize(one) for name, one in made.items()}}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("on disk", "its rows are not in the file"),
+        ("nothing", "it ends 4 bytes too early"),
+        ("hnsw", "it is of another kind"),
+        ("ids of hnsw", "it is not flat inside"),
+        ("dot", "its header is of no index of ours"),
+        ("map", "it has a direct map"),
+        ("untrained", "its header is of no index of ours"),
+        ("4 bits", "its codes are of another codec"),
+    ],
+)
+def test_only_what_is_written_here_is_given_to_faiss(tmp_path, name, reason):
+    data = others(tmp_path)[name]
+    (tmp_path / "shard.faiss").write_bytes(data)
+    for source in (data, tmp_path / "shard.faiss", lambda: data):
+        with pytest.raises(UserError, match=rf"^an index file is damaged, or was not written by pd_core \({reason}\);"):
+            ix.open_rows([source])
+
+
+HARMED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from pd_core import index
+from pd_core.errors import UserError
+
+data = Path(sys.argv[1]).read_bytes()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rng = np.random.default_rng(0)
+numbers = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1]
+refused = 0
+for number in range(int(sys.argv[2])):
+    harmed = bytearray(data)
+    at = int(rng.integers(min(len(data), 400 if number % 2 else len(data))))
+    kind = number % 4
+    if kind == 0:
+        harmed[at] = rng.integers(256)
+    elif kind == 1:
+        harmed[at : at + 8] = numbers[number % len(numbers)].to_bytes(8, "little")
+    elif kind == 2:
+        del harmed[at:]
+    else:
+        harmed[at : at + 4] = bytes(rng.choice([b"ilod", b"IxHN", b"sprs", b"full", b"IwFl"]))
+    try:
+        rows = index.open_rows([bytes(harmed)])
+        rows.at(np.arange(len(rows.ids)))
+    except UserError:
+        refused += 1
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (200 << 10)  # KiB
+print(refused)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [0, 60])
+def test_a_file_of_any_bytes_is_an_index_or_one_line(tmp_path, kind, rows):
+    """In a process of its own, with what faiss would do to it: abort, take memory, write."""
+    features = clustered(400)
+    template = ix.train_template(kind, DIM, ix.train_quantizer(features, 4, seed=0), features, pq_bytes=8)
+    index = ix.deserialize(template)
+    if rows:
+        index.add_with_ids(features[:rows], np.arange(rows))
+    (tmp_path / "shard.faiss").write_bytes(ix.serialize(index))
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-c", HARMED, "shard.faiss", "2000"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 400 and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_what_is_written_here_opens_as_it_did(tmp_path, kind, rows):
+    """Empty, with lists that are mostly empty and with full ones, which faiss writes in two forms."""
+    features, ids = clustered(400), np.arange(400)
+    template = ix.train_template(kind, DIM, ix.train_quantizer(features, 8, seed=0), features, pq_bytes=8)
+    index = ix.deserialize(template)
+    if rows:
+        index.add_with_ids(features[:rows], ids[:rows])
+    data = ix.serialize(index)
+    assert ix.serialize(ix.deserialize(data)) == data
+    (tmp_path / "shard.faiss").write_bytes(data)
+    for source in (data, tmp_path / "shard.faiss", str(tmp_path / "shard.faiss")):
+        assert sorted(ix.open_rows([source]).ids) == ids[:rows].tolist()
+
+
+def test_shards_of_different_kinds_are_refused():
+    features = clustered(400)
+    flat, _ = filled("flat", features, np.arange(400), 1)
+    cells, _ = filled("ivf_flat", features, np.arange(400), 1)
+    for shards in ([*flat, *cells], [*cells, *flat]):
+        with pytest.raises(UserError, match="of different kinds"):
+            ix.open_rows(shards)
+    with pytest.raises(UserError, match="has no cells"):
+        ix.centroids_of(ix.deserialize(flat[0]))
 
 
 # --- assign_cells ------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_core import images, pipeline, schemas, sources
-from pd_core.config import BuildIndexSettings, DataSettings
+from pd_core import images, schemas, sources
+from pd_core.config import DataSettings
 from pd_core.errors import RunError, UserError
 from pd_core.images import BadImage, Reason
 from pd_core.s3 import S3FileSystem
@@ -287,7 +287,7 @@ def test_what_links_lead_to_is_not_quoted(tmp_path: Path) -> None:
     write(tmp_path, {"token": b"hunter2 is the token"})
     for follow, told in ((False, "starts with b'hunter2"), (True, "20 bytes of no known format")):
         data = {"source": str(tmp_path), "follow_links": follow}
-        limits = pipeline.limits_of(BuildIndexSettings.model_validate({"data": data}))
+        limits = images.limits_of(DataSettings.model_validate(data))
         with pytest.raises(BadImage, match=told):
             images.decode((tmp_path / "token").read_bytes(), limits)
 

@@ -635,6 +635,82 @@ def test_what_can_run_code_is_opened_only_where_the_command_names_it_too(made, k
                 recipe_of(runs.model_copy(update={name: value}))
 
 
+PLACES = [
+    ("index", "http://host/index", None, "is not opened; name the right place with --index"),
+    ("index", "s3://bucket/index", None, r"another place \(s3://bucket\) .* add --index s3://bucket/index"),
+    ("index", 5, None, "is not opened"),
+    ("checkpoint", "http://host/w", None, "is not opened; name the right place with --checkpoint"),
+    ("checkpoint", "simplecache::http://host/w", None, "is not opened"),
+    ("checkpoint", "s3://bucket/w", None, "add --checkpoint s3://bucket/w"),
+    ("checkpoint", ["/a"], None, "is not opened"),
+    ("prompts", "http://host/p", "generator", "is not opened; name the right place with --generator.prompts"),
+    ("prompts", "s3://bucket/p", "generator", "add --generator.prompts s3://bucket/p"),
+    ("path", "http://host/p", "generator", "is not opened; name the right place with --generator.path"),
+    ("path", "s3://bucket/p", "generator", "add --generator.path s3://bucket/p"),
+    (
+        "path",
+        "org/name",
+        "generator",
+        "comes from the hub, .* add --generator.kind diffusers --generator.path org/name",
+    ),
+    ("path", None, "generator", "is not opened"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "section", "expected"), PLACES)
+def test_a_record_leads_nowhere_that_the_command_does_not(made, name, value, section, expected):
+    """What is data is opened where the record lies itself; nothing is asked of another store, a hub or a server."""
+    artifact = storage.load_artifact(str(made / "out" / "samples"))
+    assert artifact is not None
+    stored = artifact.totals["settings"]
+    if section:
+        saved = config.GeneratorSettings(path=str(made), prompts=str(made / "prompts.txt"))
+        stored["generator"] = saved.model_dump(mode="json")
+        assert verification.recipe_of("out", artifact, config.GeneratorSettings()).generator == saved
+    (stored if section is None else stored[section])[name] = value
+    nothing = config.GeneratorSettings() if section else told(made / "out")
+    with pytest.raises(errors.UserError, match=rf"^[^\n]*{expected}"):
+        verification.recipe_of("out", artifact, nothing)
+    if name == "checkpoint":
+        own = str(made / "tiny.safetensors")
+        assert verification.recipe_of("out", artifact, nothing, None, own).realset.extractor.checkpoint == own
+    if value == "org/name":
+        hub = config.GeneratorSettings(path="org/name")
+        assert verification.recipe_of("out", artifact, hub).generator.path == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "expected"),
+    [
+        ("identity", "chunk", 10**12, "chunk: .*less than or equal"),
+        ("identity", "chunk", -1, "chunk: "),
+        ("identity", "threads", 10**9, "threads: "),
+        ("identity", "seed", "x", "seed: "),
+        ("identity", "device", "tpu", "device: "),
+        ("identity", "classes", [0, "1; 2", -1], "classes"),
+        ("identity", "class_names", [], "0 names of 3 classes"),
+        ("identity", "copy_distance", float("nan"), "copy_distance: "),
+        ("identity", "weightings", {"": {"edges": [1.0], "weights": [1.0]}}, "1 edges need 2 weights"),
+        ("identity", "weightings", {}, "no weighting of "),
+        ("identity", "volume", {"rank": 10**9}, "volume.rank: "),
+        ("identity", "chunks_per_part", 0, "chunks_per_part: "),
+        ("identity", "n", None, "n: "),
+        ("totals", "candidates", 0, "candidates: "),
+        ("totals", "candidates", 2**63, "candidates: "),
+        ("totals", "rows", float("inf"), "rows: "),
+        ("totals", "settings", None, "input should be"),
+        ("totals", "settings", {"generator": {}, "index": {}}, "is not opened"),
+        ("totals", "settings", {"generator": []}, "generator: "),
+    ],
+)
+def test_what_a_record_of_samples_cannot_say_is_one_line(made, where, name, value, expected):
+    artifact = storage.load_artifact(str(made / "out" / "samples"))
+    assert artifact is not None
+    getattr(artifact, where)[name] = value
+    with pytest.raises(errors.UserError, match=rf"^out/samples/artifact.json: [^\n]*{expected}"):
+        verification.samples_of("out", artifact, verification.recipe_of("out", artifact, told(made / "out")))
+
+
 def test_the_path_of_the_command_may_be_a_relative_one(made, monkeypatch):
     artifact = storage.load_artifact(str(made / "out" / "samples"))
     assert artifact is not None

@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
     from pd_core import generation, verification  # late: --help and refused settings need neither Ray nor torch
 
     if settings.verify is not None:
-        verification.verify(settings.verify, settings.rows, settings.generator, settings.verify_seed)
+        told = (settings.generator, settings.verify_seed, settings.index, settings.checkpoint)
+        verification.verify(settings.verify, settings.rows, *told)
     elif settings.dry_run:
         generation.plan_generate(settings)
     else:

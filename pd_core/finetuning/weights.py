@@ -70,7 +70,7 @@ def open_pictures(run: running.Run, real: RealSet, data: DataSettings) -> Pictur
         of_index = storage.load_artifact(folder)
     assert of_index is not None, "the features of an index are made from its listing"
     if data.source is None:
-        source, listed = spaces.unchanged_original_of(real.uri)
+        source, listed = spaces.unchanged_original_of(real.uri, option="--data.source")
         settings = source.settings.model_copy(update={"max_bad_fraction": data.max_bad_fraction})  # of this run
         return Pictures(replace(source, settings=settings), listed, own=True)
     source = sources.open_source(data)

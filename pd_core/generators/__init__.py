@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pd_core import storage
+from pd_core import storage, trust
 from pd_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -277,20 +277,22 @@ def read_file(path: str) -> bytes:
     """All bytes of the file that --generator.path names, local or s3://.
 
     Raises:
-        UserError: nothing there, or a directory.
+        UserError: nothing there, or no regular file.
     """
-    with storage.explained(f"--generator.path {path}"):
-        return storage.read_bytes(path)
+    where = f"--generator.path {path}"
+    with storage.explained(where):
+        return storage.read_file(path, where, trust.WEIGHTS_BYTES)
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
     """The lines of the UTF-8 text file that --generator.prompts names, without blank ones.
 
     Raises:
-        UserError: nothing there, or no line of text in it.
+        UserError: nothing there, no regular file, or no line of text in it.
     """
-    with storage.explained(f"--generator.prompts {path}"):
-        lines = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines()
+    where = f"--generator.prompts {path}"
+    with storage.explained(where):
+        lines = storage.read_file(path, where, trust.TEXT_BYTES).decode("utf-8", errors="replace").splitlines()
     if not (prompts := tuple(line.strip() for line in lines if line.strip())):
         raise UserError(f"--generator.prompts {path}: holds no line of text")
     return prompts
@@ -306,7 +308,7 @@ def files_hash(uri: str, suffix: str = "") -> str:
         suffix: how the names of the files that count end, e.g. ".py".
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there, or no regular file.
     """
     fs, path = storage.filesystem(uri)
     digest = hashlib.sha256()
@@ -314,6 +316,8 @@ def files_hash(uri: str, suffix: str = "") -> str:
     if not found:
         raise UserError(f"{uri}: no such file or directory, or nothing in it; check the path")
     for name in found:
+        if storage.is_local(uri):
+            trust.check_file(name, name)
         digest.update(name.removeprefix(path).encode() + b"\0")
         with fs.open(name, "rb") as file:
             while block := file.read(1 << 24):

@@ -17,7 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage
+from pd_core import storage, trust
 from pd_core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
@@ -52,6 +52,10 @@ PARAMETERS = {  # setting -> parameter of a pipeline's __call__
     "width": "width",
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = (
+    "1"  # read when it is imported; code of a pipeline's own is never run here
+)
 
 
 def open_pipeline(settings: GeneratorSettings, device: str = "cpu") -> Generator:
@@ -168,7 +172,9 @@ def _loaded(settings: GeneratorSettings, device: str) -> tuple[Any, str]:
         import diffusers  # noqa: F401
     except ImportError:
         raise UserError("--generator.kind diffusers: not installed; pip install 'pd-core[diffusers]'") from None
-    with _local_folder(settings.path, settings.allow_pickle) as folder:
+    where = f"--generator.path {settings.path}"
+    with _local_folder(settings.path, settings.allow_pickle) as folder, storage.explained(where):
+        trust.check_folder(folder, where)
         index = _model_index(folder, settings.path)
         _be_quiet()
         pipeline = _load(folder, index, settings).to(device)
@@ -183,6 +189,8 @@ def _local_folder(path: str, allow_pickle: bool) -> Iterator[str]:
         fs, remote = storage.filesystem(path)
         if not fs.isdir(remote):
             raise UserError(f"--generator.path {path}: no such directory; check the path")
+        if any(".." in name.split("/") for name in fs.find(remote)):  # the copy would lie beside its folder
+            raise UserError(f"--generator.path {path}: holds names that lead out of it; use another")
         with tempfile.TemporaryDirectory() as copy:
             fs.get(remote.rstrip("/") + "/", copy, recursive=True)
             yield copy
@@ -216,13 +224,14 @@ def _model_index(folder: str, path: str) -> dict[str, Any]:
     """model_index.json, the list of a pipeline's parts."""
     where = f"--generator.path {path}"
     try:
-        with open(os.path.join(folder, "model_index.json")) as file:
-            index = json.load(file)
+        index = json.loads(storage.read_file(os.path.join(folder, "model_index.json"), where, trust.TEXT_BYTES))
     except FileNotFoundError:
         raise UserError(
             f"{where}: no model_index.json in it, so not a saved diffusers pipeline; name the directory that save_pretrained wrote"
         ) from None
-    except ValueError as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: model_index.json is not JSON ({error}); save the pipeline again") from None
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UserError(
@@ -255,8 +264,8 @@ def _load(folder: str, index: dict[str, Any], settings: GeneratorSettings) -> An
     if "safety_checker" in index and not settings.safety_checker:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError) as error:
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
+    except Exception as error:  # what its files say reaches constructors of any class, which may raise nearly anything
         reason = one_line(error)
         raise UserError(f"--generator.path {settings.path}: diffusers cannot load it ({reason})") from None
     pipeline.set_progress_bar_config(disable=True)

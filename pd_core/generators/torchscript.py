@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage
+from pd_core import storage, trust
 from pd_core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
@@ -145,7 +145,7 @@ def _load(path: str, where: str, device: str) -> tuple[Any, str]:
     import torch
 
     with storage.explained(where):
-        data = storage.read_bytes(path)
+        data = storage.read_file(path, where, trust.WEIGHTS_BYTES)
     try:
         with _quiet():
             module = torch.jit.load(io.BytesIO(data), map_location=device)
