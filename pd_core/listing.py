@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.ipc
 
-from pd_core import cluster, schemas, sources, storage
-from pd_core.errors import UserError
+from pd_core import cluster, schemas, sources, storage, tables, trust
+from pd_core.errors import UserError, one_line
 
 SAMPLE_ROWS = 512  # of a dry run
 
@@ -133,14 +132,19 @@ def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
 
 
 def read_artifact(uri: str, done: storage.Artifact) -> Listing:
-    """The listing of a finished listing stage in a directory."""
-    return Listing(
-        uri=uri,
-        fingerprint=done.fingerprint,
-        rows=done.totals["rows"],
-        part_rows=done.identity["part_rows"],
-        metadata=_type_from_text(done.totals["metadata"]),
-    )
+    """The listing of a finished listing stage in a directory. Raises UserError: its record is none of ours."""
+    where = storage.join(uri, storage.ARTIFACT)
+    said = trust.checked(_Said, done.identity | done.totals, where, whole=False)
+    return Listing(uri, done.fingerprint, said.rows, said.part_rows, _type_from_text(said.metadata, where))
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What is used of the record of a listing."""
+
+    rows: storage.Count
+    part_rows: trust.Count
+    metadata: str | None
 
 
 def rows_of_ids(uri: str, wanted: set[int]) -> Iterator[tuple[str, pa.Table]]:
@@ -187,5 +191,11 @@ def _type_to_text(metadata: pa.StructType | None) -> str | None:
     return base64.b64encode(pa.schema([pa.field(schemas.METADATA, metadata)]).serialize()).decode()
 
 
-def _type_from_text(text: str | None) -> pa.StructType | None:
-    return None if text is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text))).field(0).type
+def _type_from_text(text: str | None, where: str) -> pa.StructType | None:
+    if text is None:
+        return None
+    try:
+        (field,) = tables.read_schema(base64.b64decode(text), where)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: states no type of the metadata ({one_line(error)}); make it again") from None
+    return field.type

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from pd_core import schemas, trust
-from pd_core.errors import UserError, one_line
+from pd_core.errors import UserError, one_line, printable
 
 FOOTER_BYTES = 32 << 20  # Arrow makes some tenfold of it in memory
 LIST_ITEMS = 8000  # columns, or row groups; a list that claims more makes Arrow allocate for them before it reads one
@@ -86,6 +87,27 @@ def _check_rows(metadata: pq.FileMetaData, size: int, where: str) -> None:
         raise UserError(
             f"{where}: claims {metadata.num_rows} rows, its row groups {sum(groups)}, in {size} bytes; write it again"
         )
+
+
+def read_schema(serialized: bytes, where: str) -> pa.Schema:
+    """A schema from its own Arrow message, as `open_parquet` would take it.
+
+    Args:
+        serialized: of `pa.Schema.serialize`, as a record states it.
+        where: URI of the record, for messages.
+
+    Raises:
+        UserError: it is none, or as `open_parquet`.
+    """
+    forget_ray_types()
+    try:
+        found = pa.ipc.read_schema(pa.py_buffer(serialized))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"{where}: states no types of columns ({one_line(printable(str(error)))}); make it again"
+        ) from None
+    trust.schema(found, where)
+    return found
 
 
 def check_known(schema: pa.Schema, where: str) -> None:

@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import FiniteFloat
 
 from pd_core import (
     cluster,
@@ -38,6 +39,7 @@ from pd_core import (
     sources,
     storage,
     telemetry,
+    trust,
 )
 from pd_core.config import BuildIndexSettings, DensitySettings, EstimatorSettings, IndexSettings, UpdateSettings
 from pd_core.errors import RunError, UserError
@@ -70,9 +72,10 @@ def open_base(uri: str) -> Base:
     """
     uri = storage.absolute(uri)
     with storage.explained(f"--base {uri}"):
-        recorded = storage.read_json(storage.join(uri, "run.json"))
-        if recorded is None:
+        record = storage.join(uri, "run.json")
+        if (recorded := storage.read_json(record)) is None:
             raise UserError(f"--base {uri}: no finished run of build_index there; finish it, or leave --base out")
+        settings = trust.checked(_Run, recorded, record, whole=False).settings
         found = {stage: storage.load_artifact(storage.join(uri, stage)) for stage in STAGES}
     artifacts: dict[str, storage.Artifact] = {}
     for stage, artifact in found.items():
@@ -80,8 +83,81 @@ def open_base(uri: str) -> Base:
             raise OtherSettings(
                 f"--base {uri}: {stage}/ is not finished or of another pd_core; leave --base out to build anew"
             )
+        if (kind := _USED.get(stage)) is not None:
+            trust.checked(kind, artifact.identity | artifact.totals, f"{uri}/{stage}/{storage.ARTIFACT}", whole=False)
         artifacts[stage] = artifact
-    return Base(uri, artifacts, recorded["settings"])
+    return Base(uri, artifacts, settings)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is used of the run.json of a base."""
+
+    settings: dict[str, dict[str, Any] | bool | str | None]
+
+
+@dataclass(frozen=True)
+class _UsedListing:
+    """What is used of the records of a base, here and below."""
+
+    source: dict[str, Any]
+    metadata: str | None
+
+
+@dataclass(frozen=True)
+class _UsedFeatures:
+    extractor: dict[str, Any]
+    decode: dict[str, Any]
+    device: Literal["cpu", "cuda"]
+    batch_size: trust.Small
+    threads: trust.Small
+    torch: str
+
+
+@dataclass(frozen=True)
+class _UsedIndex:
+    kind: index.ShardKind
+    rows: trust.Count
+    dim: trust.Small
+    nprobe: storage.Count
+    cells: trust.Count | None = None
+    auto: bool = False
+    changed: storage.Count = 0
+    rows_when_trained: trust.Count = 1
+    cell_distance: trust.NotNegative | None = None
+    recall: trust.NotNegative | None = None
+    target_recall: trust.NotNegative | None = None
+
+
+@dataclass(frozen=True)
+class _UsedDensities:
+    volume_dim: trust.NotNegative
+    log_normalizer: FiniteFloat
+
+
+@dataclass(frozen=True)
+class _Heldout:
+    r2_log_density: float | None
+
+
+@dataclass(frozen=True)
+class _UsedEstimator:
+    settings: dict[str, Any]
+    torch: str
+    heldout: _Heldout
+    n_train: storage.Count
+    epochs: storage.Count
+    best_epoch: storage.Count
+    fitted_r2: float | None = None
+
+
+_USED: dict[str, type] = {
+    "listing": _UsedListing,
+    "features": _UsedFeatures,
+    "index": _UsedIndex,
+    "densities": _UsedDensities,
+    "estimator": _UsedEstimator,
+}
 
 
 class OtherSettings(UserError):
@@ -99,7 +175,10 @@ def check_same(
         "index": ("kind", "shards", "cells", "target_recall", "pq_bytes"),
         "density": ("k", "exact"),
     }
-    before = {section: {name: base.settings[section][name] for name in names} for section, names in decides.items()}
+    before = {}
+    for section, names in decides.items():
+        given = base.settings.get(section)
+        before[section] = {name: given.get(name) if isinstance(given, dict) else None for name in names}
     found = storage.differences(before, {s: {name: now[s][name] for name in names} for s, names in decides.items()})
     identity = {
         "extractor": spec.identity(),

@@ -301,11 +301,11 @@ def test_a_part_that_another_run_drops_meanwhile_is_not_there(tmp_path, monkeypa
     made.begin(overwrite=False)
     kept = made.write_part("state-2.pt", b"two", 0)
     made.write_part("state-1.pt", b"one", 0)
-    read = storage.read_bytes
+    read = storage.read_record
 
-    def read_after_the_drop(uri: str, *most: int) -> bytes:
+    def read_after_the_drop(uri: str) -> object:
         other.drop_part("state-1.pt")  # between the listing of the records and their reading
-        return read(uri, *most)
+        return read(uri)
 
-    monkeypatch.setattr(storage, "read_bytes", read_after_the_drop)
+    monkeypatch.setattr(storage, "read_record", read_after_the_drop)
     assert made.finished_parts() == {"state-2.pt": kept}
