@@ -46,10 +46,10 @@ Files = dict[str, bytes]  # by name
 
 HOSTILE = json.loads(  # @deep and @long: more nesting than a parser's stack holds, and a long text
     '[null, true, 0, -1, 2147483648, 9223372036854775808, 1e308, NaN, Infinity, "", "x", "a\\u0000b\\u001b[2J", '
-    '"\\ud800", "@deep", "@long", [], {}, [null], [{}], "../../victim", "..", "/etc/hostname", "~/x", '
+    '"\\ud800", "@deep", "@long", [], {}, [null], [{}], "../../../../victim", "..", "/etc/hostname", "~/x", '
     '"file:///etc/hostname", "s3://bucket/x", "http://127.0.0.1:9/x"]'
 )
-TEXTS = (b"0", b"-1", b"77777777777", b"99999999", b"1e9", b"-00000001000", b"\x80\0\0\0\xff\xff\xff\xff", b"../../x")
+TEXTS = (b"0", b"-1", b"77777777777", b"99999999", b"1e9", b"-1000", b"-00000001000", b"\xff\xff\xff\xff")
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -64,13 +64,18 @@ def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 
 def _other_bytes(data: bytes, other: bytes, rng: random.Random) -> bytes:
-    at, long, width = rng.randrange(len(data) + 1), rng.choice((1, 4, 16, 64, 512)), rng.choice((1, 2, 4, 8))
-    head, rest, text = data[:at], data[at:], rng.choice(TEXTS)
-    length = (rng.choice((*EXTREMES, len(data), at)) % 256**width).to_bytes(width, rng.choice(("big", "little")))
+    size, long, width = len(data), rng.choice((1, 4, 16, 64, 512)), rng.choice((1, 2, 4, 8))
+    near = rng.randrange(min(size, 512) + 1)  # of the start or the end, where headers lie
+    at = rng.choice((near, size - near, rng.randrange(size + 1)))
+    if rng.random() < 0.1 and (numbers := list(re.finditer(rb"\d{2,}", data))):  # written as text, as in tars and PNM
+        start, end = rng.choice(numbers).span()
+        return data[:start] + rng.choice(TEXTS).rjust(end - start, b"0")[: end - start] + data[end:]
+    head, rest = data[:at], data[at:]
+    length = (rng.choice((*EXTREMES, size, at)) % 256**width).to_bytes(width, rng.choice(("big", "little")))
     bit = bytes(byte ^ 1 << rng.randrange(8) for byte in rest[:1])
     cut, spliced = rng.choice((b"", rest[long:])), other[rng.randrange(len(other) + 1) :]
     doubled = rest[:long] * rng.choice((2, 3, 50)) + rest[long:]
-    ways = (bit + rest[1:], cut, rng.randbytes(long) + rest, doubled, spliced, text + rest[len(text) :])
+    ways = (bit + rest[1:], cut, rng.randbytes(long) + rest, doubled, spliced)
     return head + rng.choice((*ways, length + rest[width:], length + rest[width:]))
 
 
@@ -139,7 +144,9 @@ def stages(_: Path) -> Files:
         _completed(_stage(Path(folder)))
         found = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
     part = found["_parts/a.parquet.json"]
-    return found | {f"_parts/{quote(n, safe='')}.json": part for n in ("../victim", "/etc/hostname", "x/../../victim")}
+    return found | {
+        f"_parts/{quote(n, safe='')}.json": part for n in ("../../../../victim", "/etc/hostname", "x/../..")
+    }
 
 
 def _stage(folder: Path, identity: int = 1) -> storage.Stage:
