@@ -133,7 +133,9 @@ def _say_versions(artifact: storage.Artifact) -> None:
     was = artifact.versions
     moved = [f"{name} {was.get(name)} -> {here.get(name)}" for name in ROUNDED if was.get(name) != here.get(name)]
     if moved:
-        cluster.say(f"verify: other packages than in the run ({printable(', '.join(moved))}); numbers may differ by rounding")
+        cluster.say(
+            f"verify: other packages than in the run ({printable(', '.join(moved))}); numbers may differ by rounding"
+        )
 
 
 def _say_findings(found: verifying.Findings, committed: Mapping[str, storage.Artifact]) -> None:

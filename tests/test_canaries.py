@@ -245,7 +245,11 @@ FAILURES = {
     "no such store": ({"AWS_ENDPOINT_URL": NOBODY}, {}, "cannot reach the store"),
     "a source with a password": ({}, {"data.source": f"https://{KEY}:{PASSWORD}@host/images"}, "data.source"),
     "an output with a password": ({}, {"output": f"s3://{KEY}:{PASSWORD}@bucket/x"}, "output"),
-    "a signed source": ({}, {"data.source": f"https://host/images?X-Amz-Signature={PASSWORD}"}, "must not hold a query"),
+    "a signed source": (
+        {},
+        {"data.source": f"https://host/images?X-Amz-Signature={PASSWORD}"},
+        "must not hold a query",
+    ),
     "no such hub": ({"HF_ENDPOINT": NOBODY}, {"features.model": "resnet18", "features.checkpoint": ""}, "resnet18"),
     "no such cluster": ({"RAY_ADDRESS": "127.0.0.1:9"}, {}, "no Ray cluster answers"),
     "no such MLflow": (
