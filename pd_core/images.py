@@ -88,7 +88,7 @@ class BadImage(Exception):
 class DecodeLimits:
     """Limits checked before any pixel is decoded, and the RGB colour (0..255) behind transparent pixels.
 
-    shows_bytes: whether the first bytes of what is no image may be told; not of files that lie anywhere, as where links lead.
+    shows_bytes: whether the first bytes of what is no image may be told; not of files that lie anywhere, as links lead.
     """
 
     max_bytes: int

@@ -175,7 +175,8 @@ def entries(source: Source | Location, kind: Kind | None, skipped: Counter[str])
         first = printable(min(missing))
         raise UserError(
             f"{printable(source.root)}: {len(missing)} of the {len(source.names) + len(source.patterns)} files or "
-            f"patterns that data.source names match nothing, the first is {first!r}{_how_to_follow(skipped)}; check data.source"
+            f"patterns that data.source names match nothing, the first is {first!r}{_how_to_follow(skipped)}; "
+            "check data.source"
         )
 
 
