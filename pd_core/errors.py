@@ -65,16 +65,17 @@ _QUERY = re.compile(r"(https?://[^\s'\"?#]*\?|[?#](?=[A-Za-z][\w.-]*=))[^\s'\"]*
 
 
 def redact(text: str) -> str:
-    """The text with `user:password@` of every URL in it replaced by `***@`, and queries, which may sign or hold a token, by `***`.
+    """The text with `user:password@` of every URL in it replaced by `***@`, and queries by `***`: they may hold a signature
+    or a token.
 
-    A query is what follows `?` in an http(s) URL, and `?name=...` or `#name=...` anywhere: libraries tell paths without the host.
-    A `?` of a glob is none.
+    A query is what follows `?` in an http(s) URL, and `?name=...` or `#name=...` anywhere: libraries tell paths without
+    the host. A `?` of a glob is none.
     """
     return _QUERY.sub(r"\1***", _USER.sub("://***@", text))
 
 
 def shown(text: str) -> str:
-    """What leaves us for a terminal: without credentials, and with nothing in a line that is not printed as it stands."""
+    """What leaves us for a terminal: without credentials, and with nothing in a line that would not print."""
     return "\n".join(map(printable, redact(text).split("\n")))
 
 

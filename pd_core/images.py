@@ -103,7 +103,7 @@ class DecodeLimits:
     Bytes and pixels are checked before any pixel is decoded. CPU seconds and memory bound the process that decodes
     (`decoder`), whatever a codec does; the same file exceeds them in the end, or does not.
 
-    shows_bytes: whether the first bytes of what is no image may be told; not of files that lie anywhere, as where links lead.
+    shows_bytes: whether the first bytes of what is no image may be told; not of files that lie anywhere, as links lead.
     """
 
     max_bytes: int

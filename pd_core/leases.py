@@ -184,8 +184,8 @@ def _held(uri: str, token: int, holder: Holder) -> UserError:
     until = _date(holder.expires)
     if holder.expires > time.time() + 2 * MAX_LEASE_S:  # twice: clocks differ
         return UserError(
-            f"{_file(uri, token)}: a lock of {holder.describe()} whose lease ends {until}, later than any lease can: its clock was "
-            f"wrong, or no run has written it; {_REMOVE}"
+            f"{_file(uri, token)}: a lock of {holder.describe()} whose lease ends {until}, later than any lease can: "
+            f"its clock was wrong, or no run has written it; {_REMOVE}"
         )
     return UserError(
         f"{uri}: another run holds the lock: {holder.describe()}, its lease ends {until} unless it is renewed; "

@@ -375,7 +375,8 @@ def say_unknown_held(root: str) -> None:
     for name in pointer(root).get("held", []):
         if _digest_of(name) not in there:
             cluster.say(
-                f"{storage.join(root, LATEST)}: `held` names {printable(name)}, which is no release here; correct it, or leave it if it was deleted"
+                f"{storage.join(root, LATEST)}: `held` names {printable(name)}, which is no release here; correct it, "
+                "or leave it if it was deleted"
             )
 
 

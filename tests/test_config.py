@@ -281,6 +281,11 @@ def test_a_query_is_found_at_any_depth():
         )
 
 
+def test_a_lease_is_no_longer_than_a_lock_may_block() -> None:
+    with pytest.raises(UserError, match=r"lock\.lease_s: input should be less than or equal to 604800"):
+        config.load(config.CurateSettings, ["--lock.lease_s", "1e9"], prog="curate.py")
+
+
 @pytest.mark.parametrize("argv", [["--data.follow-links"], ["--data.follow_links"]])
 def test_links_are_followed_where_it_is_asked_for(argv, tmp_path):
     assert load(*argv).data.follow_links

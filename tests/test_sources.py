@@ -315,8 +315,11 @@ def test_what_the_user_names_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "here/b.tar").symlink_to("../elsewhere/b.tar")
     assert contents(opened(tmp_path / "here/set")) == {"a.png": b"1"}
     assert contents(opened(tmp_path / "here/b.tar")) == {"b.tar#c.png": b"2"}
-    with pytest.raises(UserError, match=r"\(link that leads out of the source\) \(2\) \(--data\.follow-links follows"):
+    with pytest.raises(UserError, match=r"no files but .*2 links lead out of the source: --data\.follow-links follows"):
         opened(tmp_path / "here")
+    with pytest.raises(UserError, match=r"'\*/a\.png' \(1 links lead out of the source: --data\.follow-links follows"):
+        opened(tmp_path / "here/*/a.png")
+    assert contents(opened(tmp_path / "here/*/a.png", follow_links=True)) == {"set/a.png": b"1"}
 
 
 @pytest.mark.parametrize("swapped", ["file", "folder", "pipe"])
@@ -1187,6 +1190,25 @@ def test_s3_errors_of_one_object_are_told_from_those_of_the_store(
         assert found == [expected, b"2"]
     assert tuple(state.waits) == stores.RETRY_DELAYS_S[: len(state.waits)]
     assert len(state.waits) == (0 if isinstance(error, FileNotFoundError | PermissionError) else min(times, 3))
+
+
+@pytest.mark.parametrize("code", ["SlowDown", "ExpiredToken"])
+def test_a_store_that_fails_while_a_tar_is_listed_breaks_no_tar(
+    place: Place, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    place.put("a.tar", tar_bytes({"a.png": bytes(3 << 20), "b.png": b"2"}))  # the second header is of another request
+    source = opened(place.uri)
+    real = stores.S3._get
+
+    async def failing(self: stores.S3, name: str, start: int, stop: int) -> bytes:
+        if start:
+            raise _s3_error(code, OSError if code == "SlowDown" else PermissionError)
+        return await real(self, name, start, stop)
+
+    monkeypatch.setattr(stores.S3, "_get", failing)
+    monkeypatch.setattr(stores, "RETRY_DELAYS_S", ())
+    with pytest.raises(RunError if code == "SlowDown" else UserError, match=r"a\.tar"):
+        listed(source)
 
 
 @pytest.mark.parametrize("code", ["SlowDown", "ExpiredToken", "AccessDenied"])

@@ -175,7 +175,8 @@ def entries(source: Source | Location, kind: Kind | None, skipped: Counter[str])
         first = printable(min(missing))
         raise UserError(
             f"{printable(source.root)}: {len(missing)} of the {len(source.names) + len(source.patterns)} files or "
-            f"patterns that data.source names match nothing, the first is {first!r}; check data.source"
+            f"patterns that data.source names match nothing, the first is {first!r}{_how_to_follow(skipped)}; "
+            "check data.source"
         )
 
 
@@ -251,8 +252,12 @@ def _checked(kind: Kind, whole_folder: bool, shown: str) -> Kind:
 
 
 def _found(skipped: Counter[str]) -> str:
-    how = f" ({stores.HOW_TO_FOLLOW})" if skipped[stores.OUTSIDE] else ""
-    return f" but those left out: {names.summary(skipped)}{how}" if skipped else ""
+    return f" but those left out: {names.summary(skipped)}{_how_to_follow(skipped)}" if skipped else ""
+
+
+def _how_to_follow(skipped: Counter[str]) -> str:
+    many = skipped[stores.OUTSIDE]
+    return f" ({many} links lead out of the source: {stores.HOW_TO_FOLLOW})" if many else ""
 
 
 def require_some(source: Source) -> None:

@@ -1,7 +1,7 @@
 """Members of a tar (ustar, pax, GNU), each at a bounded cost of time and memory, whatever its headers say.
 
-`tarfile` reads one block for us, but neither chains of headers nor sizes: a negative size makes it read the same header for
-ever, a long chain ends in a RecursionError, and a header of gigabytes is held in memory.
+`tarfile` reads one block for us, but neither chains of headers nor sizes: a negative size makes it read the same header
+for ever, a long chain ends in a RecursionError, and a header of gigabytes is held in memory.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 
 def _next(file: BinaryIO, offset: int, tar_bytes: int) -> Member | None:
-    """The member whose headers begin at `offset`; of extended headers in a row the first one holds, as in `tarfile`. Global ones
-    are passed over: what they say of all members names none.
+    """The member whose headers begin at `offset`; of extended headers in a row the first one holds, as in `tarfile`. Global
+    ones are passed over: what they say of all members names none.
     """
     fields: Fields = {}
     held = 0
