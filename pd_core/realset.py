@@ -84,9 +84,12 @@ class RealSet:
         names = (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
         folder = storage.join(self.uri, "estimator")
         places = {name: storage.join(folder, name) for name in names}
-        return estimator.from_bytes(
+        found = estimator.from_bytes(
             {name: storage.read_file(place, place, trust.WEIGHTS_BYTES) for name, place in places.items()}
         )
+        if found.architecture.feature_dim != self.extractor.feature_dim:
+            raise UserError(f"{folder}: is of other features than its index has; run build_index.py on it again")
+        return found
 
 
 def open_realset(uri: str, checkpoint: str | None = None) -> RealSet:

@@ -165,7 +165,7 @@ def read_json(uri: str) -> Any:
         return json.loads(read_bytes(uri))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{uri}: is no whole JSON file ({one_line(error)}); restore or correct it") from None
 
 
