@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class _Totals:
 
     def __post_init__(self) -> None:
         for values in (self.density_quantiles, self.nearest_distance_quantiles):
-            if list(values) != sorted(values):
+            if any(b < a * (1 - 1e-9) for a, b in pairwise(values)):  # interpolation rounds
                 raise ValueError("quantiles do not ascend")
 
 
