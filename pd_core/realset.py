@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class _Totals:
 
     def __post_init__(self) -> None:
         for values in (self.density_quantiles, self.nearest_distance_quantiles):
-            if list(values) != sorted(values):
+            if any(b < a * (1 - 1e-9) for a, b in pairwise(values)):  # interpolation rounds
                 raise ValueError("quantiles do not ascend")
 
 
@@ -84,9 +85,12 @@ class RealSet:
         names = (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
         folder = storage.join(self.uri, "estimator")
         places = {name: storage.join(folder, name) for name in names}
-        return estimator.from_bytes(
+        found = estimator.from_bytes(
             {name: storage.read_file(place, place, trust.WEIGHTS_BYTES) for name, place in places.items()}
         )
+        if found.architecture.feature_dim != self.extractor.feature_dim:
+            raise UserError(f"{folder}: is of other features than its index has; run build_index.py on it again")
+        return found
 
 
 def open_realset(uri: str, checkpoint: str | None = None) -> RealSet:

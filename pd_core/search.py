@@ -81,6 +81,13 @@ def _owners(uri: str) -> object:
     return values.get("shard_of_cell") if isinstance(values, dict) else None
 
 
+def _open_shards(info: IndexInfo, files: Sequence[index.Shard], threads: int) -> knn.ShardSearch:
+    opened = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
+    if (opened.rows.dim, len(opened.rows.rank_of)) != (info.dim, len(info.shard_of_cell) or 1):
+        raise UserError("its shards have other cells or dimensions than its record; build it again")
+    return opened
+
+
 @contextmanager
 def _named(uri: str) -> Iterator[None]:
     """What is said inside of an index file, said of the index in a directory."""
@@ -96,14 +103,17 @@ class _Searcher:
     def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int, workflow: str, stage: str) -> None:
         telemetry.hold(workflow, stage)
         files = [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
-        with _named(info.uri):
-            self.rows = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
-            found = self.rows.rows
-            if (found.dim, len(found.rank_of)) != (info.dim, len(info.shard_of_cell) or 1):
-                raise UserError("its shards have other cells or dimensions than its record; build it again")
+        self.refused: UserError | None = None  # an error here would reach the driver as Ray's, without its line
+        try:
+            with _named(info.uri):
+                self.rows = _open_shards(info, files, threads)
+        except UserError as error:
+            self.refused = error
 
     def ready(self) -> None:
-        """Answers once the shards are open."""
+        """Answers once the shards are open. Raises UserError: their files are none that index.py writes, or of another index."""
+        if self.refused is not None:
+            raise self.refused
 
     def search(self, queries: np.ndarray, probes: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Within the probed cells that are held here, or within all rows."""

@@ -191,8 +191,8 @@ def _is_plain(uri: str) -> bool:
 
 
 def place_of(uri: str) -> str:
-    """Where a path lies, as far as credentials and rights go: `this machine`, or the bucket as s3://BUCKET."""
-    return "/".join(uri.split("/")[:3]) if uri.startswith("s3://") else "this machine"
+    """Where a URI lies, as far as credentials and rights go: `this machine`, or s3://BUCKET."""
+    return "/".join(uri.split("/")[:3]) if "://" in uri.removeprefix("file://") else "this machine"
 
 
 def check_file(path: str, where: str, most: int = WEIGHTS_BYTES) -> None:

@@ -571,6 +571,17 @@ def test_code_beside_a_pipeline_is_not_run(tmp_path, monkeypatch, changes, place
     assert not touched.exists()
 
 
+def test_code_that_transformers_would_load_is_not_run(tmp_path):
+    path, touched = tiny.save_ddim(tmp_path / "p"), tmp_path / "touched"
+    index = tmp_path / "p" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["transformers", "AutoModel"]}))
+    where = {"AutoConfig": "mymodule.Mine", "AutoModel": "mymodule.Mine"}
+    (tmp_path / "p" / "unet" / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": where}))
+    (tmp_path / "p" / "unet" / "mymodule.py").write_text(CODE.format(touched=str(touched)))
+    refused("diffusers cannot load it", path, allow_pickle=True)
+    assert not touched.exists()
+
+
 def test_diffusers_is_told_to_run_no_code_of_others():
     code = "from pd_core.generators import diffusers as ours; from diffusers.utils import constants as theirs; print(theirs.{})"
     command = [sys.executable, "-c", code.format("DIFFUSERS_DISABLE_REMOTE_CODE")]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pd_core import index, realset, schemas, search, spaces, storage, trust
+from pd_core import cluster, estimator, index, realset, schemas, search, spaces, storage, trust
 from pd_core.errors import UserError
 from pd_core.features import ExtractorSpec
 from pd_core.images import Preprocess
@@ -83,6 +83,7 @@ def test_other_schemes_and_chains_are_never_opened(uri):
         ("s3://other/w", "s3://bucket/out", "s3://other"),
         ("s3://bucket-2/w", "s3://bucket/out", "s3://bucket-2"),
         ("s3://bucket/w", "/data/out", "s3://bucket"),
+        ("/a/w", "memory://out", "this machine"),
         ("/a/w", "s3://bucket/out", "this machine"),
     ],
 )
@@ -252,6 +253,40 @@ def test_cells_belong_to_shards_that_are_there(built, owners):
         realset.open_realset(str(built))
 
 
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("dim", "cells", "expected"),
+    [
+        (DIM + 1, CELLS, "its shards have other cells or dimensions"),
+        (DIM, CELLS + 1, "its shards have other"),
+        (0, 0, "damaged"),
+    ],
+)
+def test_a_shard_of_strangers_is_one_line_where_it_is_opened(built, dim, cells, expected):
+    info = search.open_index(str(built / "index"))
+    file = built / "index" / search.shard_name(0)
+    own = np.zeros((cells, dim), np.float32)
+    file.write_bytes(index.train_template("ivf_flat", dim, own) if dim else file.read_bytes()[:-1])
+    with (
+        pytest.raises(UserError, match=rf"^{built}/index: .*{expected}"),
+        search.open_pool(info, cluster.connect(), 1, 1),
+    ):
+        pass
+
+
+def test_a_predictor_is_of_the_features_of_its_index(built):
+    metrics = estimator.FitMetrics(estimator.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
+    for dim in (DIM, DIM + 1):
+        predictor = estimator.new_predictor(estimator.Architecture(dim, (2,), "density"))
+        for name, data in estimator.to_bytes(predictor, metrics).items():
+            (built / "estimator" / name).write_bytes(data)
+        real = realset.open_realset(str(built))
+        if dim == DIM:
+            assert real.predictor().architecture == predictor.architecture
+    with pytest.raises(UserError, match=rf"^{built}/estimator: is of other features"):
+        real.predictor()
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -333,7 +368,9 @@ def test_a_source_that_none_is_is_one_line(tmp_path, source):
         spaces.source_of(output)
 
 
-@pytest.mark.parametrize("run", ["{", "[]", "5", '{"settings": []}', '{"settings": {"data": {"kind": 5}}}'])
+@pytest.mark.parametrize(
+    "run", ["{", "[" * 100_000, "[]", "5", '{"settings": []}', '{"settings": {"data": {"kind": 5}}}']
+)
 def test_settings_of_a_source_that_none_are_are_one_line(tmp_path, run):
     output = listed(tmp_path / "a", str(tmp_path))
     Path(output, "run.json").write_text(run)
