@@ -65,8 +65,8 @@ _QUERY = re.compile(r"(https?://[^\s'\"?#]*\?|[?#](?=[A-Za-z][\w.-]*=))[^\s'\"]*
 
 
 def redact(text: str) -> str:
-    """The text with `user:password@` of every URL in it replaced by `***@`, and queries by `***`: they may hold a signature
-    or a token.
+    """The text with `user:password@` of every URL in it replaced by `***@`, and queries by `***`: they may hold
+    a signature or a token.
 
     A query is what follows `?` in an http(s) URL, and `?name=...` or `#name=...` anywhere: libraries tell paths without
     the host. A `?` of a glob is none.

@@ -93,7 +93,7 @@ def check_unique(ids: np.ndarray, keys_of: Callable[[np.ndarray], Sequence[str]]
 
 
 def leave_out(skipped: Counter[str], heading: str, count: int = 1) -> None:
-    """Count what is left out. Names of files make the headings: of more than MAX_HEADINGS the others are OTHER_HEADING."""
+    """Count what is left out. Names of files make headings: beyond MAX_HEADINGS they are OTHER_HEADING."""
     heading = escape(heading)
     skipped[heading if heading in skipped or len(skipped) < MAX_HEADINGS else OTHER_HEADING] += count
 

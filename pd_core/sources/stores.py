@@ -138,7 +138,7 @@ _Pending = tuple[
 
 
 class Local:
-    """Files under a folder of this machine. Where a link leads is seen at the opened file: none can be put in between."""
+    """Files under a folder of this machine. Where a link leads is seen at the opened file: none can be put in later."""
 
     errors: tuple[type[Exception], ...] = (OSError,)
 
@@ -231,8 +231,8 @@ class Local:
         return None
 
     def _entry(self, entry: os.DirEntry[str], name: str, folder: int, skipped: Counter[str]) -> Entry | None:
-        """A file, unless it is none or a link that must not be followed. One that cannot be looked at is listed: reading
-        it says why it is lost.
+        """A file, unless it is none or a link that must not be followed. One that cannot be looked at is listed:
+        reading it says why it is lost.
         """
         key = names.escape(name)
         try:
@@ -310,8 +310,8 @@ class Local:
 
 
 class _Opener:
-    """Opens files of a store one after the other. Those of a folder follow each other, so it is kept open: where it lies
-    is seen once, and a file in it lies there too unless it is a link.
+    """Opens files of a store one after the other. Those of a folder follow each other, so it is kept open: where it
+    lies is seen once, and a file in it lies there too unless it is a link.
     """
 
     def __init__(self, store: Local) -> None:

@@ -64,8 +64,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 
 def _next(file: BinaryIO, offset: int, tar_bytes: int) -> Member | None:
-    """The member whose headers begin at `offset`; of extended headers in a row the first one holds, as in `tarfile`. Global
-    ones are passed over: what they say of all members names none.
+    """The member whose headers begin at `offset`; of extended headers in a row the first one holds, as in `tarfile`.
+    Global ones are passed over: what they say of all members names none.
     """
     fields: Fields = {}
     held = 0
