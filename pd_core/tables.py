@@ -69,13 +69,16 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
         opened = pq.ParquetFile(
             file, thrift_container_size_limit=LIST_ITEMS, thrift_string_size_limit=FOOTER_BYTES, **options
         )
+        found = opened.schema_arrow
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"a name in its metadata is no UTF-8: {error}") from None
     except OSError as error:
         if "Exceeded size limit" not in str(error):
             raise
         raise UserError(
             f"{where}: has more than {LIST_ITEMS} columns or row groups; write it with fewer ({one_line(error)})"
         ) from None
-    trust.schema(opened.schema_arrow, where)
+    trust.schema(found, where)
     _check_rows(opened.metadata, size, where)
     return opened
 

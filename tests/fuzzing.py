@@ -274,7 +274,9 @@ class Guard:
     def _outside(self, event: str, given: tuple[Any, ...]) -> bool:
         reads = event in READS or (event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         paths = given[event == "os.symlink" : 2 if event in ("os.link", "os.rename", "os.symlink") else 1]
-        real = [os.path.realpath(os.fsdecode(p)) for p in paths if isinstance(p, str | bytes | os.PathLike)]
+        named = [os.fsdecode(p) for p in paths if isinstance(p, str | bytes | os.PathLike)]
+        # a name alone lies in a folder that was opened before, which the event of `open` does not tell
+        real = [os.path.realpath(p) for p in named if "/" in p or p in (".", "..")]
         return not all(path.startswith((self.folder, *(READABLE if reads else ["/dev/null"]))) for path in real)
 
 
