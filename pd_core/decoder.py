@@ -355,7 +355,6 @@ class _Decoder:
         group, died = self.queue[0], False
         while (at := self._wait(group, group.files)) < group.files:
             died = True
-            group.memory[group.layout.record(at)] = bytes(_RECORD_BYTES)
             self._ask(group, at, at + 1)
             if self._wait(group, at + 1) == at:
                 group.said.append(BadImage(Reason.TOO_EXPENSIVE, _told(group.request.limits)))
