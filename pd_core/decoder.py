@@ -39,6 +39,7 @@ from pd_core.images import BadImage, DecodeLimits, Prepared, Preprocess, Reason
 
 GROUP_IMAGES = 64  # handed over together: few enough that the worker's next read is never long behind
 GROUP_BYTES = 16 << 20  # of files; one that has more goes alone
+MOST_KEPT_BYTES = 256 << 20  # of shared memory by a worker that waits for more
 WALL_FACTOR = 5  # wall-clock seconds for each second of CPU, before a child that answers nothing is taken for hung
 _RECORD_BYTES = 2048  # of one answer: a detail has at most 300 characters of 4 bytes
 _READY, _DONE = b"+", b"."
@@ -197,7 +198,7 @@ def _answers(
         while decoder.queue:
             yield from decoder.finish().answers(made)
     finally:  # also where nobody asks for more
-        if decoder.queue or _idle:
+        if decoder.queue or _idle or decoder.shared_bytes > MOST_KEPT_BYTES:
             decoder.stop()
         else:
             _idle.append(decoder)
@@ -304,6 +305,11 @@ class _Decoder:
         self.ready = False
         self.queue: list[_Group] = []  # handed over and not waited for yet
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory of both buffers."""
+        return sum(len(buffer.map or b"") for buffer in self.buffers)
+
     def start(self) -> None:
         """Start the child. It gets the two buffers and no other file of this process, and none of its credentials."""
         files = [buffer.file for buffer in self.buffers]
@@ -349,7 +355,6 @@ class _Decoder:
         group, died = self.queue[0], False
         while (at := self._wait(group, group.files)) < group.files:
             died = True
-            group.memory[group.layout.record(at)] = bytes(_RECORD_BYTES)
             self._ask(group, at, at + 1)
             if self._wait(group, at + 1) == at:
                 group.said.append(BadImage(Reason.TOO_EXPENSIVE, _told(group.request.limits)))

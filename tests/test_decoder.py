@@ -183,7 +183,8 @@ def test_a_large_picture_in_a_small_file_stays_within_the_stated_memory(data):
     assert 200 << 20 < peak_bytes(child) < EXPENSIVE.memory_bytes
 
 
-def test_one_that_takes_too_long_is_quarantined_and_the_others_are_not():
+def test_one_that_takes_too_long_is_quarantined_and_the_others_are_not(monkeypatch):
+    monkeypatch.setattr(decoder, "WALL_FACTOR", 1000)  # it is the seconds of CPU that end it
     limits = replace(LIMITS, max_cpu_s=1)
     contents = [*FILES[:70], slow(4), *FILES[70:]]  # 1.4 s of CPU a megapixel
     found = list(decoder.prepared(contents, limits, SMALL))
@@ -220,8 +221,8 @@ def test_a_killed_child_loses_nothing(monkeypatch):
 
 
 def test_a_child_that_hangs_is_replaced(monkeypatch):
-    monkeypatch.setattr(decoder, "WALL_FACTOR", 0.1)  # 6 s
-    disturbed([FILES[0], slow(1), *FILES[1:20]], lambda child: child.suspend())
+    monkeypatch.setattr(decoder, "WALL_FACTOR", 0.07)  # 4.2 s, twice
+    disturbed([FILES[0], slow(0.6), *FILES[1:20]], lambda child: child.suspend())
 
 
 def test_memory_that_runs_out_is_tried_once_more_in_a_new_child():
@@ -248,6 +249,23 @@ def test_a_child_that_cannot_start_is_no_images_fault(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RunError, match=r"ended before it began \(exit code 1\)"):
         list(decoder.prepared(FILES, LIMITS, SMALL))
+
+
+def test_the_child_has_the_limits_that_are_stated():
+    assert list(decoder.prepared(FILES[:1], LIMITS, SMALL))
+    (child,) = children()
+    least, most = LIMITS.memory_bytes, LIMITS.memory_bytes + (128 << 20)  # beside what it has before any image
+    assert least < child.rlimit(psutil.RLIMIT_DATA)[0] < most
+    assert LIMITS.max_cpu_s < child.rlimit(psutil.RLIMIT_CPU)[0] <= LIMITS.max_cpu_s + 5  # of CPU so far
+    assert child.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+
+
+def test_room_for_a_huge_picture_is_not_kept():
+    png = saved(Image.new("RGB", (10_000, 10_000)), "PNG")
+    pixels = decoder.pixels(png, replace(LIMITS, max_pixels=10**8))
+    assert pixels is not None
+    assert pixels.shape == (10_000, 10_000, 3)
+    assert not children()
 
 
 def test_the_child_knows_little(monkeypatch):
@@ -298,7 +316,7 @@ def test_no_child_outlives_its_worker(doing, how):
             time.sleep(0.01)
     worker.send_signal(how)
     worker.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 3  # of some 6 that it would go on
     while is_decoder(child):
         assert time.monotonic() < deadline
         time.sleep(0.02)
