@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -347,8 +346,7 @@ def _fill_cells(
     done = stage.finished_parts()
     names = [search.CELLS, *(search.shard_name(s) for s in range(settings.shards or 0))]
     if all(name in done for name in names):
-        table = json.loads(storage.read_bytes(storage.join(stage.uri, search.CELLS)))
-        return np.array(table["shard_of_cell"], dtype=np.int32)
+        return np.array(search.read_cells(stage.uri).shard_of_cell, dtype=np.int32)
     assert settings.shards is not None and settings.cells is not None
     assign = _task(_assign, num_returns=2)
     with cluster.progress("index: cells", len(groups), "groups") as bar:
@@ -469,7 +467,7 @@ def _choose(
     quantizer = search.read_quantizer(stage.uri)
     cells = quantizer.ntotal
     ranked = index.coarse_probes(quantizer, queries, cells)
-    counts = np.array(json.loads(storage.read_bytes(storage.join(stage.uri, search.CELLS)))["rows_of_cell"])
+    counts = np.array(search.read_cells(stage.uri).rows_of_cell)
     curve = knn.recall_curve(knn.neighbor_ranks(neighbor_cells, ranked), cells)
     nprobe = given or knn.choose_nprobe(curve, settings.target_recall) or cells
     scanned = knn.scan_fraction(ranked[:, :nprobe], counts)

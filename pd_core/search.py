@@ -66,7 +66,7 @@ def open_index(uri: str) -> IndexInfo:
     if artifact is None or artifact.kind != "index":
         raise UserError(f"{uri}: no finished index there; run build_index.py with this --output first")
     where, totals = storage.join(uri, storage.ARTIFACT), artifact.totals
-    owners: object = () if totals.get("kind") == "flat" else _owners(storage.join(uri, CELLS))
+    owners = () if totals.get("kind") == "flat" else read_cells(uri).shard_of_cell
     values = {name: totals.get(name) for name in ("kind", "rows", "dim", "shards", "nprobe")}
     own = {"uri": uri, "fingerprint": artifact.fingerprint, "shard_of_cell": owners}
     info = trust.checked(IndexInfo, values | own, where)
@@ -75,10 +75,18 @@ def open_index(uri: str) -> IndexInfo:
     return info
 
 
-def _owners(uri: str) -> object:
-    """What cells.json says of the shard of each cell, unchecked."""
-    values = storage.read_json(uri)
-    return values.get("shard_of_cell") if isinstance(values, dict) else None
+@dataclass(frozen=True)
+class Cells:
+    """Of each cell of an index, its shard and its rows."""
+
+    shard_of_cell: tuple[storage.Count, ...]
+    rows_of_cell: tuple[storage.Count, ...]
+
+
+def read_cells(uri: str) -> Cells:
+    """What cells.json of the index in a directory says. Raises UserError: it is not there, or says what cannot be."""
+    where = storage.join(uri, CELLS)
+    return trust.checked(Cells, storage.read_json(where), where)
 
 
 def _open_shards(info: IndexInfo, files: Sequence[index.Shard], threads: int) -> knn.ShardSearch:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -793,8 +792,7 @@ def merge_neighbors(
 def _cell_rows(base: Base) -> np.ndarray:
     if base.artifacts["index"].totals["kind"] == "flat":
         return np.empty(0, np.int64)
-    table = json.loads(storage.read_bytes(storage.join(base.folder("index"), search.CELLS)))
-    return np.array(table["rows_of_cell"], np.int64)
+    return np.array(search.read_cells(base.folder("index")).rows_of_cell, np.int64)
 
 
 def _number(name: str) -> int:

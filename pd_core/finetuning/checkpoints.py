@@ -209,4 +209,4 @@ def read_summary(stage: storage.Stage) -> dict[str, Any] | None:
     """What `write_results` left, where the training is over."""
     if SUMMARY not in stage.finished_parts():
         return None
-    return dict(json.loads(storage.read_bytes(storage.join(stage.uri, SUMMARY))))
+    return dict(storage.read_json(storage.join(stage.uri, SUMMARY)))

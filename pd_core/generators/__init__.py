@@ -316,10 +316,8 @@ def files_hash(uri: str, suffix: str = "") -> str:
     if not found:
         raise UserError(f"{uri}: no such file or directory, or nothing in it; check the path")
     for name in found:
-        if storage.is_local(uri):
-            trust.check_file(name, name)
         digest.update(name.removeprefix(path).encode() + b"\0")
-        with fs.open(name, "rb") as file:
+        with storage.open_file(name if storage.is_local(uri) else f"s3://{name}") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
