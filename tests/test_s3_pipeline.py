@@ -45,10 +45,15 @@ def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, inputs
 
 
 @pytest.mark.slow
-def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, built, tmp_path):
+def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, inputs, built, tmp_path):
     fs, folder = storage.filesystem(f"{bucket}/out")
     fs.put(f"{built}/", folder, recursive=True)
-    argv = [*toy_generator.sampling(index=f"{bucket}/out", export="png"), "--keep-rejected", "--no-tracking.enabled"]
+    weights = (
+        f"--checkpoint={inputs[1]}"  # of this machine, which an index on a store leads to only where the command does
+    )
+    sampling = toy_generator.sampling(index=f"{bucket}/out", export="png")
+    assert sample(*sampling, f"--output={bucket}/samples", "--no-tracking.enabled") == 2
+    argv = [*sampling, weights, "--keep-rejected", "--no-tracking.enabled"]
     outputs = [f"{bucket}/samples", str(tmp_path / "samples")]
     for output in outputs:
         assert sample(*argv, f"--output={output}") == 0
@@ -60,20 +65,21 @@ def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, bu
     rows = [r for p in remote.parts for r in storage.read_table(f"{bucket}/samples/rejected/{p.name}").to_pylist()]
     assert len(rows) == remote.rows
     named = [option for option in argv if option.startswith("--generator.")]
-    assert sample(f"--verify={bucket}/samples", "--rows=5", *named) == 0
+    assert sample(f"--verify={bucket}/samples", "--rows=5", weights, *named) == 0
     assert sample(*argv, "--seed=1", "--overwrite", f"--output={outputs[0]}") == 0
     fs, folder = storage.filesystem(f"{bucket}/samples/export/png")
     assert len(fs.find(folder)) == 20  # none of the set before
 
 
 @pytest.mark.slow
-def test_evaluate_and_tradeoff_from_bucket_to_bucket_with_the_same_numbers_as_on_disk(bucket, built, tmp_path):
+def test_evaluate_and_tradeoff_from_bucket_to_bucket_with_the_same_numbers_as_on_disk(bucket, inputs, built, tmp_path):
     fs, folder = storage.filesystem(f"{bucket}/out")
     fs.put(f"{built}/", folder, recursive=True)
     fs.put(f"{tiny.write_images(tmp_path / 'same')}/", storage.filesystem(f"{bucket}/same")[1], recursive=True)
     for place, index in ((bucket, f"{bucket}/out"), (str(tmp_path), str(built))):
-        assert test_evaluate.run(index, f"{place}/evaluated", f"{place}/same") == 0
-        assert test_sweep.run(index, f"{place}/swept") == 0
+        weights = f"--checkpoint={inputs[1]}"
+        assert test_evaluate.run(index, f"{place}/evaluated", f"{place}/same", more=(weights,)) == 0
+        assert test_sweep.run(index, f"{place}/swept", weights) == 0
         for output in ("evaluated", "swept"):
             assert storage.exists(f"{place}/{output}/report/index.html")
     for stage in ("evaluated/metrics", "evaluated/scores", "swept/pool", "swept/curve"):
