@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import cluster, config, costs, listing, pipeline, planning, storage
+from pd_core import cluster, config, costs, images, listing, pipeline, planning, storage
 from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
 
 JOIN_ROWS, JOIN_SHARDS = 100_000, 2
@@ -44,7 +44,7 @@ def small_build() -> dict[str, Any]:
     settings, source = pipeline.prepare(config.load(BuildIndexSettings, arguments, prog="build_index.py"))
     with cluster.session(str(output)):
         counted = listing.count(source)
-        spec, unit = cluster.get(planning.probe(source, counted["sample"], settings, pipeline.limits_of(settings)))
+        spec, unit = cluster.get(planning.probe(source, counted["sample"], settings, images.limits_of(settings.data)))
     command = [sys.executable, "workflows/build_index.py", *arguments]
     with (process.WORK / "build.log").open("w") as log:
         done = subprocess.run(command, cwd=process.ROOT, stdout=log, stderr=subprocess.STDOUT)

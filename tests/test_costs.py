@@ -370,7 +370,7 @@ def planned(monkeypatch, nodes, elastic, **settings) -> str:
     chosen = BuildIndexSettings.model_validate({"output": "s3://bucket/out", "features": settings})
     source: Any = SimpleNamespace(root="s3://bucket/images", kind="images")
     before = cluster.Cluster(0.0, 0.0, False, "", elastic=elastic)
-    return planning.plan(chosen, source, before, images.DecodeLimits(1, 1, (0, 0, 0)))
+    return planning.plan(chosen, source, before, images.DecodeLimits(1, 1, (0, 0, 0), 1))
 
 
 NODE = {"CPU": 8.0, "memory": 24e9, "object_store_memory": 8e9}
