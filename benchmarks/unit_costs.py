@@ -77,7 +77,7 @@ def decoding() -> dict[str, float]:
     from pd_core import images
 
     preprocess = images.Preprocess(224, 224, "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
-    limits = images.DecodeLimits(1 << 26, 10**8, (255, 255, 255))
+    limits = images.DecodeLimits(1 << 26, 10**8, (255, 255, 255), 60)
     photos = [_encoded(Image.fromarray(a), "JPEG") for a in load_sample_images().images]
     icon = io.BytesIO(_encoded(Image.fromarray(load_sample_images().images[0]).resize((64, 64)), "PNG")).getvalue()
     costs = {"photo_bytes": float(np.mean([len(p) for p in photos]))}
