@@ -176,8 +176,12 @@ def _own_token() -> Iterator[None]:
 
 def _read_token_anew() -> None:
     """Let Ray's client look in the environment whether there is a token, and which; it asks once in the life of a process."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of C++
-
+    try:
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of C++
+    except (
+        ImportError
+    ):  # of another Ray; where it still asks once, a second cluster of this process refuses its own client
+        return
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")
 
@@ -597,14 +601,15 @@ def feasible_cpus(cpus: int) -> float:
 def decode_memory(most: int) -> int | None:
     """Bytes that a task claims which decodes images, of which one may take up to `most`; None where Ray counts no memory.
 
-    Never more than there is for each CPU of any node that runs tasks, or for two where it has one: a task that fits on no
+    Never more than a node has for what such a task takes of its CPUs, or half of it where it has one: a task that fits on no
     node would wait for ever, and cores would idle for the sake of images that are rare. Where several of these meet, the
     kernel ends a decoder before anything else, and its image is tried again.
     """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    return min(most, int(min((n.get("memory", 0.0) / max(2.0, n["CPU"]) for n in nodes), default=0.0))) or None
+    shares = (node.get("memory", 0.0) * DECODE_CPUS / max(2 * DECODE_CPUS, node["CPU"]) for node in nodes)
+    return min(most, int(min(shares, default=0.0))) or None
 
 
 def assigned_device() -> str:

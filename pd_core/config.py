@@ -49,6 +49,9 @@ MAX_LEASE_S = 7 * 86_400.0  # for so long a run that died may block the next
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the network of FID
 CONFIG_BYTES = MIB  # of a --config file
 MAX_DEPTH, MAX_ALIASES = 32, 100  # in it
+_LONG_NUMBER = re.compile(
+    r"[-+]?[0-9][0-9a-fA-FxXoO_:.]{63,}"
+)  # as YAML reads them, in time that grows with their square
 PERTURB_EPSILON, PERTURB_STEPS = 0.1, 10  # the reference of Algorithm 1
 
 SourceKind = Literal["auto", "directory", "glob", "parquet", "webdataset"]
@@ -1090,6 +1093,8 @@ def _check_yaml(data: bytes, where: str) -> None:
         if not isinstance(event, yaml.NodeEvent):
             continue
         fault = _fault_of_key(levels[-1], event) if levels else ""
+        if isinstance(event, yaml.ScalarEvent) and event.style is None and _LONG_NUMBER.fullmatch(event.value):
+            fault = "a number of so many digits"
         if isinstance(event, yaml.AliasEvent):
             aliases += 1
             if aliases > MAX_ALIASES or any(level.anchored for level in levels):

@@ -5,8 +5,8 @@ decodes one group the worker reads the next. The child imports Pillow, numpy and
 for each image: `DecodeLimits.max_cpu_s` of CPU and `DecodeLimits.memory_bytes` of memory. Where memory runs out the kernel
 takes it before anything else. It ends with its worker, however that ends.
 
-The image at which a child dies, or hangs, is tried once more alone in a new one. If that fails too the image is
-`TOO_EXPENSIVE`; all others are decoded as ever. What a child answers is read as numbers and text, never as objects.
+The image at which a child dies, or hangs, is tried once more alone in a new one, and later again where the child was killed.
+If that fails too the image is `TOO_EXPENSIVE`; all others are decoded as ever. What a child answers is read as numbers and text, never as objects.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from pd_core.images import BadImage, DecodeLimits, Prepared, Preprocess, Reason
 GROUP_IMAGES = 64  # handed over together: few enough that the worker's next read is never long behind
 GROUP_BYTES = 16 << 20  # of files; one that has more goes alone
 MOST_KEPT_BYTES = 256 << 20  # of shared memory by a worker that waits for more
+PAUSES_S = (1.0, 5.0)  # before an image is tried again whose child was killed
 WALL_FACTOR = 5  # wall-clock seconds for each second of CPU, before a child that answers nothing is taken for hung
 _RECORD_BYTES = 2048  # of one answer: a detail has at most 300 characters of 4 bytes
 _READY, _DONE = b"+", b"."
@@ -190,6 +191,8 @@ def _answers(
         decoder = _idle.pop()
     except IndexError:
         decoder = _Decoder()
+    if decoder.process is not None and decoder.process.poll() is not None:
+        decoder.stop()  # it has died of nothing that it was asked
     try:
         for number, items in enumerate(_grouped(contents)):
             decoder.submit(number % 2, items, request)  # queued behind the one before: the child never waits for us
@@ -302,7 +305,7 @@ class _Decoder:
     def __init__(self) -> None:
         self.buffers = (_Buffer(), _Buffer())
         self.process: subprocess.Popen[bytes] | None = None
-        self.ready = False
+        self.ready = self.was_killed = False
         self.queue: list[_Group] = []  # handed over and not waited for yet
 
     @property
@@ -355,14 +358,27 @@ class _Decoder:
         group, died = self.queue[0], False
         while (at := self._wait(group, group.files)) < group.files:
             died = True
-            self._ask(group, at, at + 1)
-            if self._wait(group, at + 1) == at:
+            if not self._answered_alone(group, at):
                 group.said.append(BadImage(Reason.TOO_EXPENSIVE, _told(group.request.limits)))
             self._ask(group, at + 1, group.files)
         del self.queue[0]
         for other in self.queue if died else ():  # the child that knew of it is gone
             self._ask(other, 0, other.files)
         return group
+
+    def _answered_alone(self, group: _Group, at: int) -> bool:
+        """Whether a new child answers for the image at which one has died.
+
+        One that was killed says little of its image: the kernel may have wanted memory for others. Then it is tried again later.
+        """
+        for pause_s in (*PAUSES_S, None):
+            self._ask(group, at, at + 1)
+            if self._wait(group, at + 1) > at:
+                return True
+            if not self.was_killed or pause_s is None:
+                return False
+            time.sleep(pause_s)
+        raise AssertionError("the last round returns")
 
     def _ask(self, group: _Group, first: int, stop: int) -> None:
         """Have the child work on files first ... stop - 1 of a group. Of one that is gone `_wait` will hear."""
@@ -387,6 +403,7 @@ class _Decoder:
                 return stop
             if said in (_DONE, b"") or (said is None and at == before):
                 code = self.stop()
+                self.was_killed = said == b"" and code == -signal.SIGKILL  # not by us, as one that hangs
                 if not self.ready:
                     raise RunError(
                         f"decoding: the process that decodes images ended before it began (exit code {code}); see that this "

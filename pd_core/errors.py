@@ -60,8 +60,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-_USER = re.compile(r"://[^/\s'\"]*@")
-_QUERY = re.compile(r"(https?://[^\s'\"?#]*\?|[?#](?=[A-Za-z][\w.-]*=))[^\s'\"]*", re.IGNORECASE)
+# bounded lengths: a text of many URLs would else be read from each of them to its end
+_USER = re.compile(r"://[^/\s'\"]{0,2000}@")
+_QUERY = re.compile(r"(https?://[^\s'\"?#]{0,2000}\?|[?#](?=[A-Za-z][\w.-]*=))[^\s'\"]*", re.IGNORECASE)
 
 
 def redact(text: str) -> str:

@@ -142,7 +142,7 @@ def read_artifact(uri: str, done: storage.Artifact) -> Listing:
 class _Said:
     """What is used of the record of a listing."""
 
-    rows: storage.Count
+    rows: trust.Whole
     part_rows: trust.Count
     metadata: str | None
 

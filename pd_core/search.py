@@ -79,8 +79,8 @@ def open_index(uri: str) -> IndexInfo:
 class Cells:
     """Of each cell of an index, its shard and its rows."""
 
-    shard_of_cell: tuple[storage.Count, ...]
-    rows_of_cell: tuple[storage.Count, ...]
+    shard_of_cell: tuple[trust.Whole, ...]
+    rows_of_cell: tuple[trust.Whole, ...]
 
 
 def read_cells(uri: str) -> Cells:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -164,12 +165,9 @@ def read_file(uri: str, where: str, most: int) -> bytes:
         UserError: it is a pipe or a device, or larger.
         FileNotFoundError, IsADirectoryError: no file is there.
     """
-    fs, path = filesystem(uri)
-    if not is_local(uri):
-        trust.check_size(fs.size(path) or 0, where, most)
-        return fs.cat_file(path)
-    with open_regular(path, where, most) as file:
-        return file.read(os.fstat(file.fileno()).st_size)
+    with open_file(uri, where, most) as file:
+        data: bytes = file.read(most)
+        return data
 
 
 def open_regular(path: str, where: str, most: int = sys.maxsize) -> BinaryIO:
@@ -184,10 +182,14 @@ def open_regular(path: str, where: str, most: int = sys.maxsize) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def open_file(uri: str) -> Any:
-    """A file at a URI, seekable, open for reading; a local one is regular. Raises OSError; UserError as `read_bytes`."""
+def open_file(uri: str, where: str | None = None, most: int = sys.maxsize) -> Any:
+    """A file at a URI, seekable, open for reading; arguments and errors as of `read_file`."""
     fs, path = filesystem(uri)
-    return open_regular(path, uri) if is_local(uri) else fs.open(path, "rb")
+    if is_local(uri):
+        return open_regular(path, where or uri, most)
+    file = fs.open(path, "rb")
+    trust.check_size(file.size or 0, where or uri, most)
+    return file
 
 
 def read_json(uri: str) -> Any:
@@ -216,7 +218,7 @@ def read_record(uri: str) -> Any:
 
 def _parsed(uri: str) -> Any:
     try:
-        return json.loads(read_file(uri, uri, RECORD_BYTES) if is_local(uri) else read_bytes(uri))
+        return json.loads(read_file(uri, uri, RECORD_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -411,14 +413,21 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 class Folder:
     """A directory that is written into by names, some of which were read from files: none of them leads out of it.
 
-    On a local disk every write and deletion goes through the directory's own descriptor, which lies where the directory lay when
-    this object was made, whatever process it has been sent to since: no link below it is followed, and one that takes its
-    place while a run is under way is noticed.
+    On a local disk every write and deletion goes through the directory's own descriptor: no link below it is followed, and one
+    that takes its place is noticed, from this process' first look at it on. Nodes may have mounted the disk elsewhere, so each
+    process looks for itself.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.place = os.path.realpath(absolute(uri)) if is_local(uri) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri}
+
+    @functools.cached_property
+    def place(self) -> str | None:
+        """Where the directory lies, links followed; None on a store."""
+        return os.path.realpath(absolute(self.uri)) if is_local(self.uri) else None
 
     def refuse_link(self) -> None:
         """Raises UserError: the directory is a link, so that it may be somebody else's."""
@@ -497,7 +506,8 @@ _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS
 
 def _segments(name: str) -> list[str]:
     segments = name.split("/")
-    assert not {"", ".", ".."} & set(segments) and "\0" not in name, name  # whoever reads names has checked them
+    if {"", ".", ".."} & set(segments) or "\0" in name:  # whoever reads names has checked them
+        raise ValueError(f"{name!r} leads out of its folder")
     return segments
 
 
@@ -525,6 +535,7 @@ def refuse_links(uri: str) -> None:
         return
     root = os.path.realpath(absolute(uri))
     for folder, inside, _ in os.walk(root):
+        inside[:] = [name for name in inside if name not in (RECORDS, "png")]  # files alone, perhaps by the million
         for name in inside:
             path = os.path.join(folder, name)
             if os.path.islink(path) and not is_inside(path, root):
@@ -537,18 +548,15 @@ def refuse_links(uri: str) -> None:
 # ---- artifacts -------------------------------------------------------------------------------------------------------
 
 
-Count = Annotated[int, Field(ge=0)]
-
-
 @dataclass(frozen=True)
 class Part:
     """A committed file of a stage. `counts` holds what the stage wants to add up, e.g. quarantined rows by reason."""
 
     name: str
-    rows: Count
-    bytes: Count
+    rows: trust.Whole
+    bytes: trust.Whole
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    counts: dict[str, Count] = field(default_factory=dict)
+    counts: dict[str, trust.Whole] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -663,7 +671,8 @@ class Stage:
     folder: Folder = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Folder(self.uri))
+        object.__setattr__(self, "folder", folder := Folder(self.uri))
+        _ = folder.place  # where it lies when the stage is thought of
 
     @property
     def fingerprint(self) -> str:
@@ -678,11 +687,11 @@ class Stage:
         Raises:
             UserError: the directory holds a stage of another fingerprint and `overwrite` is off.
         """
-        self.folder.refuse_link()
         done = load_artifact(self.uri)
+        if done is not None and done.fingerprint == self.fingerprint and not self.damage(done):
+            return done
+        self.folder.refuse_link()
         if done is not None and done.fingerprint == self.fingerprint:
-            if not self.damage(done):
-                return done
             self.folder.delete(ARTIFACT)
             done = None
         other = done.identity if done is not None else _started(self.uri)

@@ -11,6 +11,7 @@ import contextlib
 import io
 import re
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,9 +26,9 @@ from pd_core.errors import UserError, one_line, printable
 FOOTER_BYTES = 32 << 20  # Arrow makes some tenfold of it in memory
 LIST_ITEMS = 8000  # columns, or row groups; a list that claims more makes Arrow allocate for them before it reads one
 UNPACKED_BYTES = 1 << 30  # that any file may take in memory while it is read
-UNPACKED_RATIO = (
-    32  # times its own bytes, where that is more: images hardly shrink, and a page that does is made for it
-)
+# times its own bytes, where that is more: images hardly shrink, and a page that does is made for it
+UNPACKED_RATIO = 32
+ROWS_PER_BYTE = 64  # names that resemble each other take less than a byte a row
 _END_BYTES = 8  # the footer's length, and four letters
 _RAY_TYPES = (
     "ray.data.arrow_pickled_object",
@@ -67,7 +68,11 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
     forget_ray_types()
     try:
         opened = pq.ParquetFile(
-            file, thrift_container_size_limit=LIST_ITEMS, thrift_string_size_limit=FOOTER_BYTES, **options
+            file,
+            thrift_container_size_limit=LIST_ITEMS,
+            thrift_string_size_limit=FOOTER_BYTES,
+            arrow_extensions_enabled=False,  # UUID and JSON, which Parquet itself knows, are bytes and text
+            **options,
         )
         found = opened.schema_arrow
     except UnicodeDecodeError as error:
@@ -76,7 +81,7 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
         if "Exceeded size limit" not in str(error):
             raise
         raise UserError(
-            f"{where}: has more than {LIST_ITEMS} columns or row groups; write it with fewer ({one_line(error)})"
+            f"{where}: has more than {LIST_ITEMS} columns or row groups; write it with larger ones"
         ) from None
     trust.schema(found, where)
     _check_rows(opened.metadata, size, where)
@@ -84,11 +89,13 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
 
 
 def _check_rows(metadata: pq.FileMetaData, size: int, where: str) -> None:
-    """Refuse counts of rows that contradict each other, or a file that claims more of them than it has bytes."""
+    """Refuse counts of rows that contradict each other, or that no file of so many bytes is listed with in any time."""
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows or metadata.num_rows > size:
+    if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
+        raise UserError(f"{where}: claims {metadata.num_rows} rows, its row groups {sum(groups)}; write it again")
+    if metadata.num_rows > ROWS_PER_BYTE * size:
         raise UserError(
-            f"{where}: claims {metadata.num_rows} rows, its row groups {sum(groups)}, in {size} bytes; write it again"
+            f"{where}: claims {metadata.num_rows} rows in {size} bytes, more than {ROWS_PER_BYTE} a byte; write it again"
         )
 
 
@@ -138,15 +145,34 @@ def bounded(packed_bytes: int) -> Iterator[None]:
     Args:
         packed_bytes: of what is read, as it lies in the file.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert held is not None
-    limit = (int(held[1]) << 10) + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes)
-    if soft != resource.RLIM_INFINITY and soft <= limit:  # a reader around this one has set it
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    with _lock:
+        if not _bounds:
+            _before.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+        _bounds.append(_held_bytes() + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes))
+        bound = _bounds[-1]
+        _limit(max(_bounds))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        with _lock:
+            _bounds.remove(bound)
+            _limit(max(_bounds) if _bounds else _before.pop())
+
+
+_lock = threading.Lock()
+_bounds: list[int] = []  # of all readers of this process at this time; the largest holds
+_before: list[int] = []  # the limit before the first of them
+
+
+def _held_bytes() -> int:
+    """Memory of this process that counts for RLIMIT_DATA."""
+    held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert held is not None
+    return int(held[1]) << 10
+
+
+def _limit(soft: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
+        soft = hard
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

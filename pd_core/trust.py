@@ -20,6 +20,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from pd_core.errors import UserError, one_line, printable
 
 Kind = TypeVar("Kind")
+Whole = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=1 << 48)]  # of rows and the like
 Small = Annotated[int, Field(ge=1, le=1 << 20)]  # of what is made at once, each of which takes memory
 NotNegative = Annotated[FiniteFloat, Field(ge=0)]
@@ -226,7 +227,7 @@ def check_size(size: int, where: str, most: int) -> None:
 
 
 def check_folder(path: str, where: str) -> None:
-    """`check_file` of every file directly in a local directory and in its folders, as far as a library would look for parts.
+    """`check_file` of every file in a local directory and in the folders directly in it, where a library looks for parts.
 
     Raises:
         UserError: one is no regular file, or too large.

@@ -118,10 +118,10 @@ class _UsedIndex:
     kind: index.ShardKind
     rows: trust.Count
     dim: trust.Small
-    nprobe: storage.Count
+    nprobe: trust.Whole
     cells: trust.Count | None = None
     auto: bool = False
-    changed: storage.Count = 0
+    changed: trust.Whole = 0
     rows_when_trained: trust.Count = 1
     cell_distance: trust.NotNegative | None = None
     recall: trust.NotNegative | None = None
@@ -144,9 +144,9 @@ class _UsedEstimator:
     settings: dict[str, Any]
     torch: str
     heldout: _Heldout
-    n_train: storage.Count
-    epochs: storage.Count
-    best_epoch: storage.Count
+    n_train: trust.Whole
+    epochs: trust.Whole
+    best_epoch: trust.Whole
     fitted_r2: float | None = None
 
 
@@ -250,6 +250,12 @@ def _compare(
         rows = listing.recut(known.new_of(sources.list_images(source, skipped)), part_rows)
         added = [fresh.write_table(storage.part_name(number), table) for number, table in enumerate(rows)]
         listing.say_outside(skipped)
+        gone = int((~known.seen & ~known.again).sum())
+        if skipped[sources.OUTSIDE] and gone and sources.OUTSIDE not in (before.totals.get("skipped") or {}):
+            raise UserError(
+                f"{source.root}: {skipped[sources.OUTSIDE]} links lead out of it and are left out, {gone} images of --base are not "
+                "there any more, and the base may have followed links; add --data.follow-links, or remove the links"
+            )
         if not known.met:
             raise UserError(f"{source.root}: no images there; check --data.source")
         sources.check_unique(np.concatenate(known.met), functools.partial(_keys_of, source))

@@ -296,9 +296,43 @@ def test_metadata_are_bounded_before_they_are_made(tmp_path, data, line):
 
 @pytest.mark.parametrize("rows", [1 << 60, -1, 1000])
 def test_rows_that_are_only_claimed_are_not_listed(tmp_path, rows):
+    """The footer and its row groups contradict each other; that both lie is the next test's."""
     (tmp_path / "x.parquet").write_bytes(claiming(rows))
     with pytest.raises(UserError, match=rf"x\.parquet: claims {rows} rows"):
         read_all(tmp_path)
+
+
+def test_more_rows_than_a_file_can_have_are_not_listed(tmp_path):
+    paths = pa.array([f"{i:07d}.png" for i in range(300_000)])
+    image = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+    pq.write_table(pa.table({"image": image}), tmp_path / "paths.parquet", compression="zstd")  # under a byte a row
+    assert (
+        sum(t.num_rows for t in sources.list_images(sources.open_source(DataSettings(source=str(tmp_path))))) == 300_000
+    )
+    pq.write_table(pa.table({"image": pa.nulls(2_000_000, pa.binary())}), tmp_path / "paths.parquet")
+    with pytest.raises(UserError, match=r"claims 2000000 rows in \d+ bytes, more than 64 a byte"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("role", ["label", "key", "metadata"])
+def test_a_long_text_that_stands_in_every_row_by_a_number_is_not_unpacked(tmp_path, role):
+    """50 kB of Parquet; the texts are 4 GB."""
+    rows = 4096
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int8()), ["x" * 1_100_000])
+    table = pa.table({"image": pa.nulls(rows, pa.binary()), role: text})
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd", row_group_size=rows)
+    settings: dict[str, Any] = {"label": {"labels": "column:label"}, "key": {"key_column": "key"}}.get(role, {})
+    with pytest.raises(UserError, match=r"x\.parquet: a key, label or metadata column is corrupt"):
+        read_all(tmp_path, **settings)
+
+
+def test_types_that_parquet_itself_knows_are_read_as_what_they_are_stored_as(tmp_path):
+    import uuid
+
+    values = pa.array([uuid.uuid4().bytes], pa.uuid())
+    table = pa.table({"image": [tiny.png(1)], "id": values, "facts": pa.array(['{"a": 1}'], pa.json_())})
+    pq.write_table(table, tmp_path / "x.parquet", store_schema=False)
+    assert read_all(tmp_path, metadata_columns=["facts"]) == [tiny.png(1)]
 
 
 def claiming(rows: int) -> bytes:
@@ -467,11 +501,12 @@ def test_a_folder_that_is_swapped_for_a_link_is_noticed(tmp_path, at):
     stage = Stage(str(out / "features"), "features", 1, {"k": 3})
     stage.begin(overwrite=False)
     stage.write_part("best/a.bin", b"ours", 0)
-    sent = pickle.dumps(stage)
+    sent = pickle.loads(pickle.dumps(stage))
+    sent.write_part("first.bin", b"", 0)  # where it looks for the folder, which nodes may have mounted elsewhere
     os.rename(out / at, tmp_path / "away")
     (out / at).symlink_to(elsewhere)
     before = {f: f.read_bytes() for f in elsewhere.rglob("*") if f.is_file()}
-    for mine in (stage, pickle.loads(sent)):
+    for mine in (stage, sent):
         for name in ("best/a.bin", "best/b.bin"):
             with pytest.raises(RunError, match=r"has taken its place|is in the way"):
                 mine.write_part(name, b"ours", 0)

@@ -14,12 +14,12 @@ PACKAGE = ROOT / "pd_core"
 # A call by the end of its dotted name, and the files that may have it. Everything else goes through these files' own functions.
 DOORS = {
     # Parquet, and Arrow's other formats: extension types, metadata without bounds
-    "pq.ParquetFile": {"tables.py"},
-    "pq.read_table": set(),
-    "pq.read_metadata": set(),
-    "pq.read_schema": set(),
-    "pq.ParquetDataset": set(),
-    "ds.dataset": set(),
+    "parquet.ParquetFile": {"tables.py"},
+    "parquet.read_table": set(),
+    "parquet.read_metadata": set(),
+    "parquet.read_schema": set(),
+    "parquet.ParquetDataset": set(),
+    "dataset.dataset": set(),
     "ipc.open_file": set(),
     "ipc.open_stream": {"chunking.py"},  # what one task of ours hands to another
     "ipc.read_schema": {"tables.py"},
@@ -27,7 +27,7 @@ DOORS = {
     "data.read_images": set(),
     "data.read_binary_files": set(),
     "data.read_webdataset": set(),
-    "pd.read_parquet": set(),
+    "pandas.read_parquet": set(),
     # FAISS files open other files
     "faiss.read_index": set(),
     "faiss.deserialize_index": {"index.py"},
@@ -40,12 +40,16 @@ DOORS = {
     "torch.load": {"backbones.py", "finetuning/checkpoints.py"},  # weights_only, see below
     "safetensors.torch.load": {
         "backbones.py",
+        "estimator.py",
         "finetuning/checkpoints.py",
         "finetuning/merging.py",
         "generators/pairs.py",
     },
     "jit.load": {"generators/torchscript.py"},
-    "np.load": set(),
+    "numpy.load": set(),
+    "numpy.fromfile": {"index.py"},  # of a file whose layout was looked at
+    "numpy.memmap": set(),
+    "runpy.run_path": set(),
     "yaml.load": set(),
     "yaml.safe_load": {"config.py"},
     "eval": set(),
@@ -78,6 +82,13 @@ DOORS = {
     "fs.open": {"storage.py"},
     "fs.cat_file": {"storage.py"},
     "os.fdopen": {"sources/stores.py", "storage.py"},
+    # pathlib's: of /proc and the package itself, of folders that were just written, of what a command names
+    ".read_bytes": {"estimator.py", "finetuning/exporting.py", "generators/python.py"},
+    ".read_text": {"cluster.py", "decoder.py", "finetuning/models.py", "report.py", "tables.py"},
+    ".write_bytes": {"tracking.py"},
+    ".write_text": {"decoder.py", "finetuning/models.py"},
+    ".unlink": set(),
+    ".rmdir": set(),
     "Part": {"storage.py"},  # of a record that was read: checked with the record
     "Artifact": {"storage.py"},
     # other programs and other machines
@@ -91,19 +102,35 @@ DOORS = {
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Every call by its dotted name; a name that was imported from a module is that module's."""
+    whole = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for name in node.names:
+                whole[name.asname or name.name] = f"{node.module}.{name.name}"
+        elif isinstance(node, ast.Import):
+            whole |= {name.asname: name.name for name in node.names if name.asname}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+            first, dot, rest = ast.unparse(node.func).partition(".")
+            yield whole.get(first, first) + dot + rest, node
 
 
 def is_door(called: str, door: str) -> bool:
     """`self.fs.rm` is `fs.rm`; `file.open` is not the builtin `open`, `safetensors.torch.load` not torch's own."""
     if called.startswith("safetensors."):
         return door == called
+    if called.startswith(("storage.", "pd_core.storage.")):  # the door itself, not one of pathlib's
+        return False
+    if door.startswith("."):
+        return called.endswith(door) and not called.startswith("os.")
     return called == door or (("." in door or door in _METHODS) and called.endswith(f".{door}"))
 
 
-_METHODS = {"url_to_fs", "urlopen", "extractall", "unpack_archive", "exec_module", "import_module"}
+_METHODS = {
+    *("url_to_fs", "urlopen", "extractall", "unpack_archive", "exec_module", "import_module"),
+    "ParquetFile",
+}
 
 
 def found(path: Path) -> Iterator[tuple[str, int, ast.Call]]:
@@ -128,7 +155,16 @@ def test_whatever_opens_something_by_name_is_one_of_these_places():
 
 @pytest.mark.parametrize(
     "line",
-    ["import pyarrow.parquet as pq\npq.ParquetFile(x)", "with open(x) as f: pass", "self.fs.rm(x)", "torch.load(x)"],
+    [
+        "from pickle import loads\nloads(x)",
+        "from faiss import read_index as opened\nopened(x)",
+        "import numpy as np\nnp.load(x)",
+        "Path(x).read_bytes()",
+        "import pyarrow.parquet as pq\npq.ParquetFile(x)",
+        "with open(x) as f: pass",
+        "self.fs.rm(x)",
+        "torch.load(x)",
+    ],
 )
 def test_a_new_place_is_found(tmp_path, line):
     (tmp_path / "new.py").write_text(line)

@@ -208,18 +208,27 @@ def _row_batches(
         batches = file.iter_batches(batch_size=TABLE_ROWS, columns=columns, use_threads=False)
         while True:
             with bounded(file_bytes):
-                if (batch := next(batches, None)) is None:
+                if (packed := next(batches, None)) is None:
                     return
-                batch.validate(full=True)  # a text that is no UTF-8 would raise wherever it is read later
+                batch = _unpacked(packed)
             yield batch.num_rows, batch
     for start in range(0, file.metadata.num_rows, TABLE_ROWS):
         yield min(TABLE_ROWS, file.metadata.num_rows - start), None
 
 
+def _unpacked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """With the values of dictionaries in place of their numbers: a long text may stand in every row by a number of one byte."""
+    columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
+    unpacked = pa.record_batch(columns, batch.schema.names)
+    unpacked.validate(
+        full=True
+    )  # a text that is no UTF-8, or more than an array holds, would be met wherever it is read
+    return unpacked
+
+
 def _column(batch: pa.RecordBatch | None, name: str) -> pa.Array:
     assert batch is not None
-    column = batch.column(batch.schema.get_field_index(name))
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    return batch.column(batch.schema.get_field_index(name))
 
 
 def _keys(batch: pa.RecordBatch | None, column: str, name: str, rows: Sequence[int]) -> list[str]:
@@ -365,8 +374,6 @@ class _Reader:
         try:
             trust.relative(relative, self.name)
         except UserError:
-            return _unreadable(f"path {path!r} leads out of the source")
-        if path.startswith("/"):
             return _unreadable(f"path {path!r} leads out of the source")
         span = Span(names.escape(relative), None, 0)
         return next(iter(self.store.fetch([span], self.settings.max_image_bytes, self.sleep)))

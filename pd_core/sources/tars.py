@@ -15,6 +15,7 @@ from typing import BinaryIO
 BLOCK_BYTES = 512
 MAX_HEADERS = 32  # before one member
 MAX_HEADER_BYTES = 1 << 20  # that they hold together
+MAX_MAP_BYTES = 32 << 20  # of the holes of one member
 MAX_NUMBER_DIGITS = 19  # of 2^63
 
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -135,10 +136,10 @@ def _number(digits: bytes) -> int:
 
 def _behind_map(file: BinaryIO, header: tarfile.TarInfo, block: bytes, position: int) -> int:
     """Where the bytes of a member begin: behind GNU's map of the holes, which goes on in blocks of its own."""
-    goes_on = header.type == tarfile.GNUTYPE_SPARSE and block[_IS_EXTENDED]
+    goes_on, first = header.type == tarfile.GNUTYPE_SPARSE and block[_IS_EXTENDED], position
     while goes_on:
         block = file.read(BLOCK_BYTES)
-        if len(block) < BLOCK_BYTES:
+        if len(block) < BLOCK_BYTES or position - first > MAX_MAP_BYTES:
             raise Broken
         position += BLOCK_BYTES
         goes_on = block[_GOES_ON]
