@@ -599,16 +599,22 @@ def feasible_cpus(cpus: int) -> float:
 
 
 def decode_memory(most: int) -> int | None:
-    """Bytes that a task claims which decodes images, of which one may take up to `most`; None where Ray counts no memory.
-
-    Never more than a node has for what such a task takes of its CPUs, or half of it where it has one: a task that fits on no
-    node would wait for ever, and cores would idle for the sake of images that are rare. Where several of these meet, the
-    kernel ends a decoder before anything else, and its image is tried again.
-    """
+    """`share_of_memory` of the nodes that run tasks now."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    shares = (node.get("memory", 0.0) * DECODE_CPUS / max(2 * DECODE_CPUS, node["CPU"]) for node in nodes)
+    return share_of_memory(most, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def share_of_memory(most: int, nodes: Sequence[Mapping[str, float]]) -> int | None:
+    """Bytes that a task claims which decodes images, of which one may take up to `most`; None where Ray counts no memory.
+
+    Never more than any of the nodes, by their resources, has for what such a task takes of its CPUs, or half of it where it has
+    one: a task that fits on no node would wait for ever, and cores would idle for the sake of images that are rare. Where several
+    of these meet, the kernel ends a decoder before anything else, and its image is tried again.
+    """
+    shares = [
+        node.get("memory", 0.0) * DECODE_CPUS / max(2 * DECODE_CPUS, node["CPU"]) for node in nodes if node.get("CPU")
+    ]
     return min(most, int(min(shares, default=0.0))) or None
 
 

@@ -166,7 +166,9 @@ def read_file(uri: str, where: str, most: int) -> bytes:
         FileNotFoundError, IsADirectoryError: no file is there.
     """
     with open_file(uri, where, most) as file:
-        data: bytes = file.read(most)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        data: bytes = file.read(size)  # not `most`, for which Python would make room
         return data
 
 

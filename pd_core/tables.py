@@ -67,14 +67,15 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
         )
     forget_ray_types()
     try:
-        opened = pq.ParquetFile(
-            file,
-            thrift_container_size_limit=LIST_ITEMS,
-            thrift_string_size_limit=FOOTER_BYTES,
-            arrow_extensions_enabled=False,  # UUID and JSON, which Parquet itself knows, are bytes and text
-            **options,
-        )
-        found = opened.schema_arrow
+        with bounded(size):  # its reader takes memory later from where it was opened
+            opened = pq.ParquetFile(
+                file,
+                thrift_container_size_limit=LIST_ITEMS,
+                thrift_string_size_limit=FOOTER_BYTES,
+                arrow_extensions_enabled=False,  # UUID and JSON, which Parquet itself knows, are bytes and text
+                **options,
+            )
+            found = opened.schema_arrow
     except UnicodeDecodeError as error:
         raise pa.ArrowInvalid(f"a name in its metadata is no UTF-8: {error}") from None
     except OSError as error:
@@ -147,21 +148,26 @@ def bounded(packed_bytes: int) -> Iterator[None]:
     """
     with _lock:
         if not _bounds:
-            _before.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
-        _bounds.append(_held_bytes() + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes))
-        bound = _bounds[-1]
+            _before.append((resource.getrlimit(resource.RLIMIT_DATA)[0], pa.default_memory_pool()))
+            pa.set_memory_pool(pa.system_memory_pool())  # the others reserve a gigabyte to begin with
+        _bounds.append(bound := _held_bytes() + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes))
         _limit(max(_bounds))
     try:
         yield
     finally:
         with _lock:
             _bounds.remove(bound)
-            _limit(max(_bounds) if _bounds else _before.pop())
+            if _bounds:
+                _limit(max(_bounds))
+            else:
+                soft, pool = _before.pop()
+                _limit(soft)
+                pa.set_memory_pool(pool)
 
 
 _lock = threading.Lock()
 _bounds: list[int] = []  # of all readers of this process at this time; the largest holds
-_before: list[int] = []  # the limit before the first of them
+_before: list[tuple[int, pa.MemoryPool]] = []  # the limit, and Arrow's memory, before the first of them
 
 
 def _held_bytes() -> int:

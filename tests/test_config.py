@@ -152,7 +152,11 @@ LAUGHS = "data: &a [x]\n" + "".join(
         ("data: {source: a, source: c}", "line 1, column 19: 'source' is set twice"),
         ("max-candidates: 1\nmax_candidates: 2", "line 2, column 1: 'max_candidates' is set twice"),
         ("output: 2001-99-99", "not YAML"),  # a date that none is
-        (f"output: {'9' * 5000}", "not YAML"),
+        (f"output: {'9' * 5000}", "line 1, column 9: a number of so many digits"),
+        pytest.param(
+            "output: 1" + ":1" * 200_000, "line 1, column 9: a number of so many digits"
+        ),  # to base 60, in 20 s
+        (f"output: 0x{'f' * 10_000}", "line 1, column 9: a number of so many digits"),
         ("? [a]\n: b", "not YAML"),
         ("output: !!python/object/apply:os.system [ls]", "not YAML .*line 1, column 9"),
         ("output: \x00", "not YAML"),

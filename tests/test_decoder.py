@@ -331,12 +331,27 @@ def test_the_limits_of_time_are_no_part_of_an_identity():
     assert set(features.decoding(DataSettings())) == {"max_image_bytes", "max_image_pixels", "background", "pillow"}
 
 
-def test_a_task_claims_no_more_memory_than_a_node_has_for_each_cpu(ray_cluster):
+@pytest.mark.parametrize(
+    ("nodes", "claimed"),
+    [
+        ([{"CPU": 4.0, "memory": 8e9}], 1_000_000_000),  # two of half a CPU on each
+        ([{"CPU": 1.0, "memory": 8e9}], 3_600_000_000),  # two on the node
+        ([{"CPU": 1.0, "memory": 2e9}], 1_000_000_000),
+        ([{"CPU": 4.0, "memory": 64e9}, {"CPU": 8.0, "memory": 8e9}], 500_000_000),  # the leanest
+        ([{"CPU": 4.0, "memory": 8e9}, {"memory": 1.0}], 1_000_000_000),  # a head that runs no task
+        ([{"CPU": 4.0}], None),
+        ([], None),
+    ],
+)
+def test_a_task_claims_no_more_memory_than_any_node_has_for_it(nodes, claimed):
+    assert cluster.share_of_memory(3_600_000_000, nodes) == claimed
+
+
+def test_what_is_claimed_here_fits_twice(ray_cluster):
     import ray
 
     (node,) = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    assert cluster.decode_memory(1) == 1
-    assert cluster.decode_memory(1 << 60) == int(node["memory"] / node["CPU"])
+    assert 2 * (cluster.decode_memory(1 << 60) or 0) <= node["memory"]
 
 
 def test_repetitions_take_ever_fewer_batches_together(ray_cluster, inputs, tmp_path, monkeypatch):

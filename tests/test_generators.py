@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from scipy import stats
 
-from pd_core import config, generators
+from pd_core import config, generators, storage
 from pd_core.config import GeneratorSettings
 from pd_core.errors import UserError
 from pd_core.generators import (
@@ -621,15 +621,13 @@ def test_a_generator_without_an_end_is_refused_unread(nvidia, tmp_path, kind):
         generators.read_prompts(str(tmp_path / "more" / "x.py"))
 
 
-def test_names_in_a_store_do_not_lead_out_of_the_copy(tmp_path):
-    import fsspec
-
-    store = fsspec.filesystem("memory")
-    path = Path(tiny.save_ddim(tmp_path / "p"))
-    store.put(str(path), "/bucket/p", recursive=True)
-    opened("memory://bucket/p", steps=2)
-    store.pipe_file("/bucket/p/../../evil", b"x")
-    refused("holds names that lead out of it", "memory://bucket/p")
+def test_names_in_a_store_do_not_lead_out_of_the_copy(tmp_path, s3_environment):
+    bucket = s3_environment.make_bucket()
+    store, _ = storage.filesystem(f"s3://{bucket}")
+    store.put(tiny.save_ddim(tmp_path / "p"), f"{bucket}/p", recursive=True)
+    opened(f"s3://{bucket}/p", steps=2)
+    s3_environment.put(bucket, "p/../../evil", b"x")
+    refused("holds names that lead out of it", f"s3://{bucket}/p")
 
 
 def test_weights_that_are_pickles_need_permission(tmp_path):
