@@ -365,8 +365,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None, without: Collecti
         UserError: what is there is no whole Parquet file, lacks a column, or has one that is not as `schemas` says.
     """
     with io.BytesIO(read_bytes(uri)) if columns is None and not without else open_file(uri) as file:
-        packed = file.seek(0, io.SEEK_END)
-        with reading_table(uri), tables.bounded(packed):
+        with reading_table(uri):
             parquet = tables.open_parquet(file, uri)
             wanted = [n for n in columns or parquet.schema_arrow.names if n not in without]
             if missing := set(wanted) - set(parquet.schema_arrow.names):
@@ -382,8 +381,8 @@ def reading_table(uri: str) -> Iterator[None]:
     """Turn what Arrow says of a file that is no whole Parquet file into one line."""
     try:
         yield
-    except pa.ArrowMemoryError as error:
-        raise UserError(f"{uri}: takes more memory than a table of its size may ({one_line(error)}); {MEND}") from None
+    except pa.ArrowMemoryError:
+        raise
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the store; Arrow's own have no number
             raise

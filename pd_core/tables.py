@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -29,6 +30,7 @@ UNPACKED_BYTES = 1 << 30  # that any file may take in memory while it is read
 # times its own bytes, where that is more: images hardly shrink, and a page that does is made for it
 UNPACKED_RATIO = 32
 ROWS_PER_BYTE = 64  # names that resemble each other take less than a byte a row
+T = TypeVar("T")
 _END_BYTES = 8  # the footer's length, and four letters
 _RAY_TYPES = (
     "ray.data.arrow_pickled_object",
@@ -67,15 +69,14 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
         )
     forget_ray_types()
     try:
-        with bounded(size):  # its reader takes memory later from where it was opened
-            opened = pq.ParquetFile(
-                file,
-                thrift_container_size_limit=LIST_ITEMS,
-                thrift_string_size_limit=FOOTER_BYTES,
-                arrow_extensions_enabled=False,  # UUID and JSON, which Parquet itself knows, are bytes and text
-                **options,
-            )
-            found = opened.schema_arrow
+        opened = pq.ParquetFile(
+            file,
+            thrift_container_size_limit=LIST_ITEMS,
+            thrift_string_size_limit=FOOTER_BYTES,
+            arrow_extensions_enabled=False,  # UUID and JSON, which Parquet itself knows, are bytes and text
+            **options,
+        )
+        found = opened.schema_arrow
     except UnicodeDecodeError as error:
         raise pa.ArrowInvalid(f"a name in its metadata is no UTF-8: {error}") from None
     except OSError as error:
@@ -141,7 +142,9 @@ def check_known(schema: pa.Schema, where: str) -> None:
 def bounded(packed_bytes: int) -> Iterator[None]:
     """Memory that reading inside may take: what 33 kB of Parquet unpack to is a gigabyte, whatever their metadata say of it.
 
-    The limit is one of the whole process, above what it holds now. Arrow raises `pa.ArrowMemoryError` where it is met.
+    The limit is one of the whole process, above what it holds now: `pa.ArrowMemoryError` may also tell that something else has
+    taken much meanwhile, as a large import does, so whoever meets it tries once more. A reader inside is to be made inside, too,
+    since it takes memory from where it was made.
 
     Args:
         packed_bytes: of what is read, as it lies in the file.
@@ -163,6 +166,24 @@ def bounded(packed_bytes: int) -> Iterator[None]:
                 soft, pool = _before.pop()
                 _limit(soft)
                 pa.set_memory_pool(pool)
+
+
+def bounded_batches(make: Callable[[], Iterator[T]], packed_bytes: int) -> Iterator[T]:
+    """What a reader gives, each step within `bounded`; where memory ran out, once more from the start of what `make` makes."""
+    batches, given, again = make(), 0, True
+    while True:
+        try:
+            with bounded(packed_bytes):
+                batch = next(batches, None)
+        except pa.ArrowMemoryError:
+            if not again:
+                raise
+            batches, again = itertools.islice(make(), given, None), False
+            continue
+        if batch is None:
+            return
+        given += 1
+        yield batch
 
 
 _lock = threading.Lock()

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores
 from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
 from pd_core.sources.stores import Entry, Sleep, Span
-from pd_core.tables import bounded, open_parquet
+from pd_core.tables import bounded_batches, open_parquet
 
 Store = stores.Local | stores.S3
 
@@ -205,13 +206,12 @@ def _row_batches(
     file: pq.ParquetFile, columns: list[str], file_bytes: int
 ) -> Iterator[tuple[int, pa.RecordBatch | None]]:
     if columns:
-        batches = file.iter_batches(batch_size=TABLE_ROWS, columns=columns, use_threads=False)
-        while True:
-            with bounded(file_bytes):
-                if (packed := next(batches, None)) is None:
-                    return
-                batch = _unpacked(packed)
-            yield batch.num_rows, batch
+
+        def unpacked() -> Iterator[pa.RecordBatch]:
+            return map(_unpacked, file.iter_batches(batch_size=TABLE_ROWS, columns=columns, use_threads=False))
+
+        yield from ((batch.num_rows, batch) for batch in bounded_batches(unpacked, file_bytes))
+        return
     for start in range(0, file.metadata.num_rows, TABLE_ROWS):
         yield min(TABLE_ROWS, file.metadata.num_rows - start), None
 
@@ -220,9 +220,8 @@ def _unpacked(batch: pa.RecordBatch) -> pa.RecordBatch:
     """With the values of dictionaries in place of their numbers: a long text may stand in every row by a number of one byte."""
     columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
     unpacked = pa.record_batch(columns, batch.schema.names)
-    unpacked.validate(
-        full=True
-    )  # a text that is no UTF-8, or more than an array holds, would be met wherever it is read
+    # a text that is no UTF-8, or more of it than an array holds, would be met wherever it is read
+    unpacked.validate(full=True)
     return unpacked
 
 
@@ -315,12 +314,11 @@ class _Reader:
         if not rows:
             return
         done = position = 0
-        batches = self._batches(file, group)
-        packed = file.metadata.row_group(group).total_byte_size
+        packed = min(file.metadata.row_group(group).total_byte_size, file_bytes)
+        batches = bounded_batches(partial(self._batches, file, group), packed)
         while done < len(rows):
             try:
-                with bounded(min(packed, file_bytes)):
-                    batch = next(batches)
+                batch = next(batches)
             except pa.ArrowMemoryError as error:
                 bad = BadImage(Reason.TOO_EXPENSIVE, f"row group {group} takes more memory than it may: {_line(error)}")
                 yield from [bad] * (len(rows) - done)
