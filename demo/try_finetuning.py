@@ -28,8 +28,8 @@ from pd_core.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("precision", "recall", "density", "coverage", "frechet_distance")
-# The authors' command lines (METHOD section 5) in percentiles: fidelity, its opposite, and the one for the best FID, which
-# takes every generated image; a GAN's generated images have 1/w by default, as Algorithm 3 says.
+# The authors' command lines (docs/method.md, section 5) in percentiles: fidelity, its opposite, and the one for the
+# best FID, which takes every generated image; a GAN's generated images have 1/w by default, as Algorithm 3 says.
 SETTINGS: dict[str, list[str]] = {
     "plain": ["--weighting.kind=none"],
     "p80, w = 33": ["--weighting.threshold=p80", "--weighting.weight=33"],

@@ -243,7 +243,7 @@ class IndexSettings(Section):
 
 
 class DensitySettings(Section):
-    """Pseudo density: k and n of METHOD section 1."""
+    """Pseudo density: k and n of docs/method.md, section 1."""
 
     k: int = Field(20, gt=0, description="nearest neighbors per image")
     volume_dim: float = Field(1.0, gt=0, description="n in density ~ mean_knn_distance**-n: a sharpness")
@@ -359,7 +359,7 @@ class GeneratorSettings(Section):
 
 
 class WeightingSettings(Section):
-    """The weight function, METHOD sections 4 and 6: what is asked for more often, and how much."""
+    """The weight function, docs/method.md, sections 4 and 6: what is asked for more often, and how much."""
 
     kind: WeightingKind = Field(
         "two_level",
@@ -601,7 +601,7 @@ class PerturbSettings(WorkflowSettings):
 
 
 class MetricSettings(Section):
-    """Neighbors of the metrics, METHOD section 7."""
+    """Neighbors of the metrics, docs/method.md, section 7."""
 
     k_precision: int = Field(3, gt=0, description="neighbors of precision, recall, realism and rarity")
     k_coverage: int = Field(5, gt=0, description="neighbors of density and coverage")

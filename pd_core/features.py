@@ -41,7 +41,7 @@ MAX_INPUT_PX = 4096  # of a recorded extractor
 
 @dataclass(frozen=True)
 class ExtractorSpec:
-    """What decides a feature: METHOD section 1's fingerprint of F.
+    """What decides a feature: the fingerprint of F (docs/method.md, section 1).
 
     Attributes:
         model: name, as `backbones.load` knows it.

@@ -1,4 +1,4 @@
-"""From features to numbers: fidelity and diversity of generated against real images (METHOD section 7).
+"""From features to numbers: fidelity and diversity of generated against real images (docs/method.md, section 7).
 
 precision, recall   improved precision and recall, Kynkäänniemi et al. 2019 (arXiv 1904.06991), k = 3
 density, coverage   Naeem et al. 2020 (arXiv 2002.09797), k = 5

@@ -1,7 +1,8 @@
 """Perturbation on Ray: the first n candidates of a seed, each moved towards common or unique, with what that did to its density.
 
-METHOD section 3. Actors hold generator, extractor and predictor and run Algorithm 1 (perturbation.py) on a chunk as one batch;
-tasks score the images before and after by the index, so that a rise the predictor was fooled into is seen as one.
+By docs/method.md, section 3. Actors hold generator, extractor and predictor and run Algorithm 1 (perturbation.py) on a
+chunk as one batch; tasks score the images before and after by the index, so that a rise the predictor was fooled into
+is seen as one.
 """
 
 from __future__ import annotations

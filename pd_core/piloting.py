@@ -94,7 +94,7 @@ class Pilot:
         return "densities" if self.log_volume is None else "log-volumes"
 
     def calibration(self) -> Agreement:
-        """How the predictor fares off the real manifold: predicted against index-scored log density (METHOD 2b)."""
+        """How the predictor fares off the real manifold, against the index (docs/method.md, section 2)."""
         return agreement(self.by_index, self.predicted)
 
 

@@ -124,10 +124,10 @@ IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())
 def samples() -> pa.Schema:
     """One row per accepted image; `image` is a PNG in the form that `datasets` and Ray Data read as an image.
 
-    `density` is the one that decided, unless `log_volume` is there, which then did (METHOD section 6); `percentile` is the
-    density's place among the real set's in [0, 100]; `acceptance_probability` is a of METHOD section 4, so that weights 1/a
-    undo the selection; distances are Euclidean in the index's feature space;
-    `image_hash` is the SHA-256 of height, width and RGB pixels.
+    `density` is the one that decided, unless `log_volume` is there, which then did (docs/method.md, section 6);
+    `percentile` is the density's place among the real set's in [0, 100]; `acceptance_probability` is a of
+    docs/method.md, section 4, so that weights 1/a undo the selection; distances are Euclidean in the index's feature
+    space; `image_hash` is the SHA-256 of height, width and RGB pixels.
     """
     fields = [
         pa.field("sample_id", pa.int64(), nullable=False),  # the candidate's running number
@@ -203,7 +203,7 @@ def rejected() -> pa.Schema:
 
 
 def metrics() -> pa.Schema:
-    """One row per number: METHOD section 7; low, high: its 95% confidence interval, null where there are too few images.
+    """One row per number (docs/method.md, section 7); low, high: its 95% interval, null where there are too few images.
 
     `selected_here`: the set was selected by densities in this very space, so that its numbers flatter it.
     """

@@ -1,4 +1,6 @@
-"""The densities stage on Ray: every row's neighbors over all shards, block by block, then pseudo densities (METHOD 1).
+"""The densities stage on Ray: every row's neighbors over all shards, block by block, then pseudo densities.
+
+The formula is that of docs/method.md, section 1.
 
 Two passes. The first writes each row's k nearest others (neighbors/), in parts that match those of the features. The
 second needs numbers of the whole set, the normaliser c and the ranks, and writes densities/; another n repeats only it.

@@ -55,7 +55,7 @@ def log_volumes(
 
 
 def log_volume(singular_values: np.ndarray) -> np.ndarray:
-    """v = Σ log σ, float64 [B], of singular values [B, r], descending (arXiv 2203.01993; METHOD section 6).
+    """v = Σ log σ, float64 [B], of singular values [B, r], descending (docs/method.md, section 6).
 
     A σ that is zero, or lost in the rounding of the products (`floored`), counts as FLOOR times the largest: v stays finite.
     """

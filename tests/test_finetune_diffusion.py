@@ -84,7 +84,7 @@ def latents_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_targets_undo_the_noise(prediction):
-    """From x_t and the target itself, x comes back by the algebra of METHOD's process, whatever the level."""
+    """From x_t and the target itself, x comes back by the algebra of docs/method.md, section 5, whatever the level."""
     from diffusers import DDPMScheduler
 
     saved = DDPMScheduler(prediction_type=prediction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -281,3 +282,53 @@ def test_every_column_that_is_written_is_described(table: str) -> None:
 def test_every_reason_of_quarantine_is_described() -> None:
     text = (ROOT / "docs" / "artifacts.md").read_text()
     assert [reason.value for reason in images.Reason if f"`{reason.value}`" not in text] == []
+
+
+# --- the papers of the house -----------------------------------------------------------------------------------------
+
+NAMED = ("CONTRIBUTING.md", "docs/glossary.md", "docs/method.md")  # that say by names what is where in the code
+TOLD = ("README.md", *(f"docs/{name}.md" for name in ("artifacts", "generators", "method", "operations", "security")))
+MODULES = {path.stem for path in (ROOT / "pd_core").iterdir()}
+# `docs/method.md, sections 4 and 6`, and the older `METHOD section 4`, which its first lines explain
+CITATION = re.compile(r"(?:METHOD|docs/method\.md,)\s+(?:sections?\s+)?(\d+)(?:\s+and\s+(\d+))?")
+
+
+def _is_there(name: str) -> bool:
+    """FILE::TEST; a file by its path, of the package also without it; or MODULE.NAME of the package."""
+    path, _, test = name.partition("::")
+    if test:
+        return f"def {test}(" in (ROOT / path).read_text()
+    if name.endswith(".py"):
+        return (ROOT / name).exists() or any(
+            f"/{file}".endswith(f"/{name}") for file in (ROOT / "pd_core").rglob("*.py")
+        )
+    try:
+        pkgutil.resolve_name(f"pd_core.{name}")
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("paper", NAMED)
+def test_what_a_paper_says_is_in_the_code_is_there(paper: str) -> None:
+    told = re.findall(r"`(\w[\w./:]*\.\w[\w:]*)`", (ROOT / paper).read_text())
+    names = {name for name in told if ".py" in name or name.partition(".")[0] in MODULES}
+    assert len(names) > 20
+    assert {name for name in names if not _is_there(name)} == set()
+
+
+@pytest.mark.parametrize("paper", TOLD)
+def test_every_setting_that_a_paper_names_is_one(paper: str) -> None:
+    known = {name for workflow in config.WORKFLOWS for name in config.setting_names(workflow)}
+    known |= {name.replace("-", "_") for name in known}  # those with a hyphen may be written so, not the reverse
+    told = set(re.findall(r"--(?:no-)?([a-z]+\.[a-z][\w-]*)", (ROOT / paper).read_text()))
+    assert told
+    assert told - known == set()
+
+
+def test_every_section_of_the_method_that_is_cited_is_there() -> None:
+    written = set(re.findall(r"^## (\d+)\. ", (ROOT / "docs" / "method.md").read_text(), re.MULTILINE))
+    sources = [path.read_text() for folder in ("pd_core", "demo", "tests") for path in (ROOT / folder).rglob("*.py")]
+    cited = {section for text in sources for found in CITATION.findall(text) for section in found if section}
+    assert len(cited) > 5
+    assert cited - written == set()

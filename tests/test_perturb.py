@@ -248,9 +248,9 @@ def test_a_killed_actor_changes_nothing(undisturbed, index, modules, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_index_confirms_nine_of_ten_on_the_demos_digits(ray_cluster, tmp_path):
-    """METHOD section 8, small: the demo's index and its diffusion model after a third of its training. 48 samples each way at
-    the reference's epsilon 0.1; at a true share of 0.97 a count below 43 of 48 comes once in 60, and the run is a function of
-    its seeds."""
+    """docs/method.md, section 12, small: the demo's index and its diffusion model after a third of its training. 48
+    samples each way at the reference's epsilon 0.1; at a true share of 0.97 a count below 43 of 48 comes once in 60,
+    and the run is a function of its seeds."""
     from demo import make_digits, train_ddpm
     from workflows import build_index
 

@@ -95,7 +95,7 @@ def pool_of(log_volume, rng):
 
 
 def test_each_row_names_what_its_numbers_hang_on(job):
-    """METHOD 7: extractor, real images, generated images, k; measured or not, in the table and in the CSV."""
+    """docs/method.md, section 7: extractor, images on both sides, k; measured or not, in the table and in the CSV."""
     rng = np.random.default_rng(0)
     reference = metrics.prepare(rng.normal(size=(55, 4)).astype(np.float32), np.arange(55), 2, 4)
     pool = pool_of(np.arange(60.0), rng)

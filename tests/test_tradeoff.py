@@ -36,7 +36,7 @@ def test_a_setting_that_is_given_twice_comes_once():
 
 @pytest.mark.parametrize("weight", [0.01, 0.1, 10.0, 100.0])
 def test_rows_accepted_from_a_pool_follow_the_target_distribution(weight):
-    """METHOD 8: accepted samples follow q(x) ∝ ω(ρ(x)) p_G(x), here with ρ uniform on ten values; χ² at 1e-3."""
+    """docs/method.md, section 12: accepted samples follow q(x) ∝ ω(ρ(x)) p_G(x); ρ uniform on ten values; χ²."""
     rng = np.random.default_rng(0)
     density, u = rng.integers(1, 11, 200_000).astype(float), rng.random(200_000)
     rows = tradeoff.accepted(density, u, acceptance.two_level(7.5, weight))
@@ -46,9 +46,9 @@ def test_rows_accepted_from_a_pool_follow_the_target_distribution(weight):
 
 
 def test_fidelity_is_traded_for_diversity_with_intervals_apart():
-    """METHOD 8: precision(w = 100) > precision(1) > precision(0.01), recall the reverse, for a generator that has the real
-    distribution (a Gaussian in 8 dimensions) and can so afford it; and what it costs: coverage falls with w = 0.01. With w = 100
-    it does not: the accepted images lie where most real ones do.
+    """docs/method.md, section 12: precision(w = 100) > precision(1) > precision(0.01), recall the reverse, for a
+    generator that has the real distribution (a Gaussian in 8 dimensions) and can so afford it; and what it costs:
+    coverage falls with w = 0.01. With w = 100 it does not: the accepted images lie where most real ones do.
     """
     rng = np.random.default_rng(0)
     real, pool = (rng.normal(size=(rows, 8)).astype(np.float32) for rows in (1500, 14_000))

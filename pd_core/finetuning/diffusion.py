@@ -1,8 +1,9 @@
 """The diffusion loop: one step of denoising training on weighted images; the loss is the one the model was trained with.
 
-Only the real side is weighted (METHOD section 5): the generated images of a diffusion model take no part in its training.
-What the network predicts is what the scheduler saved with it says: the noise (Ho et al. 2020, Algorithm 1), the image
-(Ho et al. 2020, section 3.2), the velocity (Salimans & Ho 2022, appendix D) or the flow (Lipman et al. 2023, equation 23).
+Only the real side is weighted (docs/method.md, section 5): the generated images of a diffusion model take no part in
+its training. What the network predicts is what the scheduler saved with it says: the noise (Ho et al. 2020, Algorithm
+1), the image (Ho et al. 2020, section 3.2), the velocity (Salimans & Ho 2022, appendix D) or the flow (Lipman et al.
+2023, equation 23).
 """
 
 from __future__ import annotations
