@@ -1,4 +1,4 @@
-"""`pd-core COMMAND ...`: every workflow under one command. workflows/*.py run the same commands by the names of their files.
+"""`pd-core COMMAND ...`: every workflow under one command, which workflows/*.py run by the names of their files.
 
 Like config, this module imports neither torch nor Ray, so `--help` and refused settings are instant.
 """

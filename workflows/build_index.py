@@ -1,4 +1,4 @@
-"""Images to pseudo densities, an index and a predictor; without any settings, of the demo; `--help` lists all settings."""
+"""Images to pseudo densities, an index and a predictor; without any settings, of the demo."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def prepare_demo() -> list[str]:
-    """Make those of the demo images that are absent, and say where the output goes; returns the settings of the demo."""
+    """Make those of the demo images that are absent, and say where the output goes; returns its settings."""
     print(f"no settings given: using {DEFAULT_CONFIG.relative_to(ROOT)} and the demo images", flush=True)
     argv = [f"--config={DEFAULT_CONFIG}"]
     settings = config.load(config.BuildIndexSettings, argv, prog=PROG)

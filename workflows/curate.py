@@ -1,4 +1,4 @@
-"""The scheduled job: index what is new, generate by recipes, measure, release what passes its gates; `--help` lists all settings."""
+"""The scheduled job: index what is new, generate by recipes, measure, release what passes its gates."""
 
 import sys
 from functools import partial

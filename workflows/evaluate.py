@@ -1,4 +1,4 @@
-"""Sets of generated images against the real one: precision, recall, density, coverage and more; `--help` lists all settings."""
+"""Sets of generated images against the real one: precision, recall, density, coverage and more."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-"""A generator moved towards typical or varied images, by real images drawn by their pseudo densities; `--help` lists all settings."""
+"""A generator moved towards typical or varied images, by real images drawn by their pseudo densities."""
 
 import sys
 from functools import partial

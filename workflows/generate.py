@@ -1,4 +1,4 @@
-"""Images from a generator, accepted or rejected by their pseudo densities, in a Parquet dataset; `--help` lists all settings."""
+"""Images from a generator, accepted or rejected by their pseudo densities, in a Parquet dataset."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-"""Samples of a generator moved towards common or unique, each beside its original, in a Parquet dataset; `--help` lists all settings."""
+"""Samples of a generator moved towards common or unique, each beside its original, in a Parquet dataset."""
 
 import sys
 from functools import partial

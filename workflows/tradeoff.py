@@ -1,4 +1,4 @@
-"""Fidelity against diversity: every (tau, w), polarity and psi from one pool, on one precision-recall figure; `--help` lists all settings."""
+"""Fidelity against diversity: every (tau, w), polarity and psi from one pool, on one precision-recall figure."""
 
 import sys
 from functools import partial
