@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -434,7 +435,7 @@ class SearchSettings(Section):
 
 
 class WorkflowSettings(BaseSettings):
-    """What every workflow takes."""
+    """What every workflow takes. The docstring of a workflow's own class is what its --help says first."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -473,7 +474,7 @@ class UpdateSettings(Section):
 
 
 class BuildIndexSettings(WorkflowSettings):
-    """Settings of workflows/build_index.py."""
+    """Give every image of a source its pseudo density."""
 
     base: str | None = Field(
         None,
@@ -504,7 +505,7 @@ class BuildIndexSettings(WorkflowSettings):
 
 
 class GenerateSettings(WorkflowSettings):
-    """Settings of workflows/generate.py."""
+    """Generate images, accepted or rejected by their pseudo densities."""
 
     index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     checkpoint: str | None = Field(
@@ -563,7 +564,7 @@ class GenerateSettings(WorkflowSettings):
 
 
 class PerturbSettings(WorkflowSettings):
-    """Settings of workflows/perturb.py."""
+    """Move samples of a generator towards common or unique ones."""
 
     index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     checkpoint: str | None = Field(
@@ -608,7 +609,7 @@ class MetricSettings(Section):
 
 
 class EvaluateSettings(WorkflowSettings):
-    """Settings of workflows/evaluate.py."""
+    """Measure sets of generated images against the real one."""
 
     real: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     samples: list[str] = Field(
@@ -648,7 +649,7 @@ class EvaluateSettings(WorkflowSettings):
 
 
 class TradeoffSettings(WorkflowSettings):
-    """Settings of workflows/tradeoff.py."""
+    """Show fidelity against diversity of many settings, from one pool."""
 
     index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     checkpoint: str | None = Field(
@@ -775,7 +776,7 @@ class InLoopSettings(Section):
 
 
 class FinetuneSettings(WorkflowSettings):
-    """Settings of workflows/finetune.py."""
+    """Train a generator further, on real images drawn by their densities."""
 
     index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     checkpoint: str | None = Field(
@@ -901,7 +902,11 @@ class LockSettings(Section):
 
 
 class CurateSettings(WorkflowSettings):
-    """Settings of workflows/curate.py."""
+    """Run the scheduled job: index what is new, generate, measure, release.
+
+    Exit codes: 0 released, 3 nothing new, 4 held back by a gate, 2 wrong settings or
+    input, 130 interrupted, 1 anything else; of --verify and --dry-run 0 where all is well.
+    """
 
     data: DataSettings = DataSettings()
     features: FeatureSettings = FeatureSettings()
@@ -1004,8 +1009,8 @@ def setting_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{field.alias or name}"
 
 
-def nearest_name(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` or a pointer to --help, for an unknown setting."""
+def nearest_name(name: str, known: Sequence[str], of: str = "settings") -> str:
+    """`did you mean 'x'?` or a pointer to --help, for an unknown name of these."""
     canonical = {candidate.replace("-", "_"): candidate for candidate in known}
     wanted = name.replace("-", "_")
     match = difflib.get_close_matches(wanted, list(canonical), n=1, cutoff=0.6)
@@ -1013,7 +1018,7 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
         leaf = wanted.rpartition(".")[2]
         by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in canonical}
         match = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
-    return f"did you mean '{canonical[match[0]]}'?" if match else "see --help for all settings"
+    return f"did you mean '{canonical[match[0]]}'?" if match else f"see --help for all {of}"
 
 
 EXAMPLES = {  # as JSON on the command line
@@ -1220,7 +1225,7 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
     preset = early.preset or from_yaml.get("preset", "default")
     from_preset = dict(PRESETS.get(preset, {})) if "preset" in settings_class.model_fields else {}
 
-    parser = _Parser(prog=prog, description=settings_class.__doc__, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=inspect.getdoc(settings_class), allow_abbrev=False)
     parser.known = known
     if listed := [name for name in _LISTED if name in settings_class.model_fields]:
         parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the epilog, which has its lines

@@ -111,7 +111,7 @@ def command(inputs: Inputs) -> str:
     options |= {f"generator.{name}": value for name, value in ({"kind": inputs.result.kind} | given).items()}
     options |= {"n": 1000, "weighting.kind": "none", "output": f"{str(inputs.settings.output).rstrip('/')}-samples"}
     words = [word for name, value in options.items() for word in _option(name, value)]
-    return f"python workflows/generate.py {shlex.join(words)}"
+    return f"pd-core generate {shlex.join(words)}"
 
 
 def _option(name: str, value: Any) -> list[str]:

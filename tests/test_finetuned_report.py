@@ -84,7 +84,7 @@ def example(**changes: Any) -> FinetunedData:
         "history": [logged("loss"), logged("g_loss")],
         "shown": [shown(i) for i in range(3)],
         "merged": combination(),
-        "command": "python workflows/generate.py --index runs/cats",
+        "command": "pd-core generate --index runs/cats",
         "facts": {"Generator": [("kind", "diffusers")]},
         "timings_s": {"training": 61.0, "merging": 20.0},
         "versions": {"pd-core": "0.1.0", "torch": "2.15.0"},
@@ -149,7 +149,7 @@ def test_numbers_of_the_page_equal_the_data(page):
         "the images of 3 were not finite",
         "300 0.3715",
         "0 -0.1213",
-        "python workflows/generate.py --index runs/cats",
+        "pd-core generate --index runs/cats",
         "steps: 500",
         "in the space of efficientnet_lite0",
     ):
@@ -417,7 +417,7 @@ def test_images_of_other_seeds_are_a_defect(tmp_path):
 def test_the_command_of_the_page_opens_the_result(tmp_path, generator):
     inputs = inputs_of(tmp_path / "my runs", merge=False, generator=GeneratorSettings(**generator), checkpoint="w.pt")
     words = shlex.split(finetuned_report.command(inputs))
-    assert words[:2] == ["python", "workflows/generate.py"]
+    assert words[:2] == ["pd-core", "generate"]
     settings = config.load(GenerateSettings, words[2:], prog="generate.py")
     assert settings.generator == inputs.result
     assert (settings.index, settings.checkpoint, settings.weighting.kind) == ("runs/cats", "w.pt", "none")

@@ -24,8 +24,7 @@ def test_jobs_run_the_workflows(head, tmp_path):
     assert (tmp_path / "out" / "run.json").exists()
     assert re.search(r"ray: 4 CPUs and 0 GPUs at ", done.stdout)
 
-    in_the_job = {"generator.path": "tests.toy_generator:make"}
-    argv = toy_generator.sampling(index=tmp_path / "out", output=tmp_path / "samples", **in_the_job)
+    argv = toy_generator.sampling(index=tmp_path / "out", output=tmp_path / "samples")
     done = head.submit("generate.py", *argv, "--no-tracking.enabled")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"report: {tmp_path / 'samples'}/report/index.html" in done.stdout

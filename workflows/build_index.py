@@ -1,8 +1,4 @@
-"""Images to pseudo densities: list, extract features, index, find neighbors, densities, predictor, report.
-
-python workflows/build_index.py --data.source DIR --output DIR
-python workflows/build_index.py --help
-"""
+"""Images to pseudo densities, an index and a predictor; without any settings, of the demo."""
 
 from __future__ import annotations
 
@@ -13,35 +9,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # a Ray job runs this file from a copy of the tree, where pd_core is not installed
-    sys.path.insert(0, str(ROOT))
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # a Ray job runs this file from a copy of the tree, where pd_core is not installed
 
-from pd_core import cluster, config, errors  # noqa: E402
+from pd_core import cli, cluster, config, errors  # noqa: E402
 
+PROG = "build_index.py"
 DEFAULT_CONFIG = ROOT / "workflows" / "configs" / "default.yaml"
 DEMO = ROOT / "demo" / "make_digits.py"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse settings, then run the plan or the workflow."""
-    defaults = not argv and not any(name.startswith(config.ENV_PREFIX) for name in os.environ)
-    if defaults:
-        print(f"no settings given: using {DEFAULT_CONFIG.relative_to(ROOT)} and the demo images", flush=True)
-        argv = ["--config", str(DEFAULT_CONFIG)]
-    settings = config.load(config.BuildIndexSettings, argv, prog="build_index.py")
-    if defaults:
-        settings = prepare_demo(settings)
-
-    from pd_core import pipeline  # late: --help and refused settings need neither Ray nor torch
-
-    if settings.dry_run:
-        pipeline.plan_build_index(settings)
-    else:
-        pipeline.build_index(settings)
+    """Run `pd-core build-index`; without any settings, on the demo images."""
+    if not argv and not any(name.startswith(config.ENV_PREFIX) for name in os.environ):
+        argv = prepare_demo()
+    cli.run("build-index", argv, prog=PROG)
 
 
-def prepare_demo(settings: config.BuildIndexSettings) -> config.BuildIndexSettings:
-    """Make those of the demo images that are absent, and say where the demo's output goes."""
+def prepare_demo() -> list[str]:
+    """Make those of the demo images that are absent, and say where the output goes; returns its settings."""
+    print(f"no settings given: using {DEFAULT_CONFIG.relative_to(ROOT)} and the demo images", flush=True)
+    argv = [f"--config={DEFAULT_CONFIG}"]
+    settings = config.load(config.BuildIndexSettings, argv, prog=PROG)
     folder = Path(str(settings.data.source)).parent
     print(f"making the demo images in {folder}, where they are absent", flush=True)
     made = subprocess.run([sys.executable, str(DEMO), "--output", str(folder)], check=False)
@@ -50,7 +39,7 @@ def prepare_demo(settings: config.BuildIndexSettings) -> config.BuildIndexSettin
     output = Path(str(settings.output)).absolute()
     if cluster.in_job_copy():
         print(f"ray: {output} is in the job's temporary copy of this tree and goes with it; to keep it, give --output")
-    return settings.model_copy(update={"output": str(output)})
+    return [*argv, f"--output={output}"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""`pd-core COMMAND ...`: every workflow under one command, which workflows/*.py run by the names of their files.
+
+Like config, this module imports neither torch nor Ray, so `--help` and refused settings are instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Generic
+
+from pd_core import config, errors
+from pd_core.config import Settings
+
+PROG = "pd-core"
+
+
+@dataclass(frozen=True)
+class Command(Generic[Settings]):
+    """A workflow: its settings, whose docstring says what it does, and what runs or plans it by them."""
+
+    settings: type[Settings]
+    start: Callable[[Settings], int | None]
+
+
+def run(name: str, argv: Sequence[str], prog: str = "") -> int | None:
+    """Parse the settings of a command, then run or plan it; returns the exit code where it has codes of its own.
+
+    Args:
+        name: a key of COMMANDS.
+        argv: arguments after the name.
+        prog: what --help calls the program; `pd-core NAME` if empty.
+    """
+    command = COMMANDS[name]
+    return command.start(config.load(command.settings, argv, prog=prog or f"{PROG} {name}"))
+
+
+def main() -> int:
+    """The console script `pd-core`; returns the exit code."""
+    return errors.exit_code(lambda: _main(sys.argv[1:]))
+
+
+def _main(argv: Sequence[str]) -> int | None:
+    if not argv:
+        raise errors.UserError(f"{PROG}: no command given; see --help for all commands")
+    if argv[0] in ("-h", "--help", "--version"):
+        print(f"{PROG} {metadata.version(PROG)}" if argv[0] == "--version" else _help())
+        return None
+    name = argv[0].removesuffix(".py").replace("_", "-")  # messages name the commands by the files of workflows/
+    if name not in COMMANDS:
+        nearest = config.nearest_name(name, list(COMMANDS), "commands")
+        raise errors.UserError(f"{PROG} {argv[0]}: no such command; {nearest}")
+    return run(name, argv[1:])
+
+
+def _help() -> str:
+    lines = [f"  {name:<12} {str(of.settings.__doc__).splitlines()[0]}\n" for name, of in COMMANDS.items()]
+    return (
+        f"usage: {PROG} COMMAND [--section.name VALUE ...]\n\ncommands:\n{''.join(lines)}\n"
+        f"{PROG} COMMAND --help lists every setting of a command; {PROG} --version tells the version.\n"
+        "Where a message names build_index.py, build-index is meant; the command has either name."
+    )
+
+
+# ---- The commands; what they import is heavy, so it comes late -------------------------------------------------------
+
+
+def _build_index(settings: config.BuildIndexSettings) -> None:
+    from pd_core import pipeline
+
+    (pipeline.plan_build_index if settings.dry_run else pipeline.build_index)(settings)
+
+
+def _generate(settings: config.GenerateSettings) -> None:
+    from pd_core import generation, verification
+
+    if settings.verify is not None:
+        told = (settings.generator, settings.verify_seed, settings.index, settings.checkpoint)
+        verification.verify(settings.verify, settings.rows, *told)
+    else:
+        (generation.plan_generate if settings.dry_run else generation.generate)(settings)
+
+
+def _perturb(settings: config.PerturbSettings) -> None:
+    from pd_core import perturb_workflow
+
+    (perturb_workflow.plan_perturb if settings.dry_run else perturb_workflow.perturb)(settings)
+
+
+def _evaluate(settings: config.EvaluateSettings) -> None:
+    from pd_core import evaluation
+
+    (evaluation.plan_evaluate if settings.dry_run else evaluation.evaluate)(settings)
+
+
+def _tradeoff(settings: config.TradeoffSettings) -> None:
+    from pd_core import comparison
+
+    (comparison.plan_tradeoff if settings.dry_run else comparison.compare)(settings)
+
+
+def _finetune(settings: config.FinetuneSettings) -> None:
+    from pd_core import finetune_workflow
+
+    (finetune_workflow.plan_finetune if settings.dry_run else finetune_workflow.finetune)(settings)
+
+
+def _curate(settings: config.CurateSettings) -> int:
+    from pd_core import curation, verification
+
+    if settings.verify is not None:
+        verification.verify_release(settings.verify)
+    elif settings.dry_run:
+        curation.plan_curate(settings)
+    else:
+        return curation.curate(settings)
+    return errors.EXIT_DONE
+
+
+COMMANDS: Mapping[str, Command[Any]] = {
+    "build-index": Command(config.BuildIndexSettings, _build_index),
+    "generate": Command(config.GenerateSettings, _generate),
+    "perturb": Command(config.PerturbSettings, _perturb),
+    "evaluate": Command(config.EvaluateSettings, _evaluate),
+    "tradeoff": Command(config.TradeoffSettings, _tradeoff),
+    "finetune": Command(config.FinetuneSettings, _finetune),
+    "curate": Command(config.CurateSettings, _curate),
+}
