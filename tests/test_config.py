@@ -153,9 +153,7 @@ LAUGHS = "data: &a [x]\n" + "".join(
         ("max-candidates: 1\nmax_candidates: 2", "line 2, column 1: 'max_candidates' is set twice"),
         ("output: 2001-99-99", "not YAML"),  # a date that none is
         (f"output: {'9' * 5000}", "line 1, column 9: a number of so many digits"),
-        pytest.param(
-            "output: 1" + ":1" * 200_000, "line 1, column 9: a number of so many digits"
-        ),  # to base 60, in 20 s
+        ("output: 1" + ":1" * 9_999, "line 1, column 9: a number of so many digits"),  # to base 60
         (f"output: 0x{'f' * 10_000}", "line 1, column 9: a number of so many digits"),
         ("? [a]\n: b", "not YAML"),
         ("output: !!python/object/apply:os.system [ls]", "not YAML .*line 1, column 9"),
@@ -163,7 +161,7 @@ LAUGHS = "data: &a [x]\n" + "".join(
         ("a: b: c", "not YAML .*line 1, column 5"),
         ("# " + "x" * config.CONFIG_BYTES, "has 1,048,578 bytes, more than the 1,048,576"),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_yaml_of_strangers_is_one_line_that_names_the_place(tmp_path, text, expected):
     file = tmp_path / "settings.yaml"
