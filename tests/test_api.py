@@ -364,7 +364,7 @@ def test_the_notebook_runs(built, folder, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("PD_CORE_INDEX", str(built))
-    monkeypatch.setenv("PD_CORE_PICTURES", str(folder / "a"))
+    monkeypatch.setenv("PD_CORE_PICTURES", str(folder))
     notebook = nbformat.read(tiny.ROOT / "examples" / "score_own_pictures.ipynb", as_version=4)
     assert any(cell.get("outputs") for cell in notebook.cells), "it is kept as it was run"
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tiny.ROOT)}}).execute()
