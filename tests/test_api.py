@@ -82,6 +82,22 @@ def test_images_of_the_source_have_their_rows_of_the_tables(output, folder):
         assert row["reason"] is None and row["detail"] is None
 
 
+def test_the_model_sees_the_batches_and_threads_of_the_run(opened, folder):
+    """Kernels depend on both, and with them the last bits, though not with every model and processor."""
+    seen = []
+
+    def see(module, given):
+        if isinstance(module, torch.nn.Conv2d):
+            seen.append((len(given[0]), torch.get_num_threads()))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        opened.features([folder / key for key in KEYS[:11]])
+    finally:
+        hook.remove()
+    assert set(seen) == {(8, 1)}
+
+
 def test_other_images_have_the_densities_that_search_on_ray_gives(output, ray_cluster):
     index, real = pd_core.open(output), realset.open_realset(str(output))
     given = strangers(11)
@@ -339,7 +355,7 @@ def test_importing_costs_nothing_and_sets_nothing():
     assert found <= {*sys.stdlib_module_names, *imported_anyway(), "pd_core"}, found
 
 
-def test_the_library_leaves_ray_out_and_torch_as_it_was(built, folder):
+def test_the_library_leaves_ray_out_and_torch_as_it_was(output, folder):
     program = (
         "import sys, torch, faiss, pd_core\n"
         "torch.set_num_threads(2); torch.set_float32_matmul_precision('medium'); faiss.omp_set_num_threads(2)\n"
@@ -354,7 +370,7 @@ def test_the_library_leaves_ray_out_and_torch_as_it_was(built, folder):
         "assert torch.backends.mkldnn.matmul.fp32_precision == 'bf16'\n"
         "print('done')"
     )
-    assert python(program, str(built), str(folder / KEYS[0])).endswith("done\n")
+    assert python(program, str(output), str(folder / KEYS[0])).endswith("done\n")
 
 
 @pytest.mark.slow
