@@ -11,14 +11,16 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as version_of
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
-from pd_core import backbones, cluster, decoder, images, schemas, sources, storage, telemetry, trust
+from pd_core import arithmetic, backbones, cluster, decoder, images, schemas, sources, storage, telemetry, trust
 from pd_core.config import DataSettings, FeatureSettings
 from pd_core.errors import RunError, UserError, one_line, printable
 from pd_core.images import Preprocess, Reason
@@ -109,7 +111,6 @@ class Extractor:
     def __init__(self, spec: ExtractorSpec, device: str = "cpu", threads: int = 1) -> None:
         import torch
 
-        torch.set_num_threads(threads)
         library = backbones.library(spec.model)
         if library != spec.library:
             raise UserError(
@@ -125,11 +126,7 @@ class Extractor:
             )
         self.spec = spec
         self.device = torch.device(device)
-        if self.device.type == "cuda":  # fp32 means fp32, and the same bits every time
-            torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.deterministic = True
+        _set_arithmetic(threads, device)
         self.model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         shape = (1, 3, 1, 1)
         self.mean = torch.tensor(spec.preprocess.mean, device=self.device).view(shape)
@@ -154,6 +151,41 @@ class Extractor:
         with torch.inference_mode():
             batch = torch.from_numpy(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             return self.forward(self.normalize(batch)).cpu().numpy()
+
+    def extract_some(self, pixels: np.ndarray, batch_size: int) -> np.ndarray:
+        """`extract` of at most `batch_size` images: the model always sees that many.
+
+        The kernels that a library picks depend on how many there are, and with them the last bits. So an image has the same
+        feature beside whatever others, in a last batch too.
+        """
+        found = len(pixels)
+        padded = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
+        padded[:found] = pixels
+        with np.errstate(all="ignore"):
+            return self.extract(padded)[:found]
+
+
+def _set_arithmetic(threads: int, device: str) -> None:
+    """Set torch to what decides the last bits of a feature: of this process, until it is set otherwise."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if torch.device(device).type == "cuda":  # fp32 means fp32, and the same bits every time
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+@contextmanager
+def as_in_the_stage(threads: int, device: str) -> Iterator[None]:
+    """Inside, torch computes as in the stage, whatever it is set to; afterwards as before: the process is somebody else's."""
+    import torch
+
+    with arithmetic.kept():
+        torch.set_float32_matmul_precision("highest")  # it may be less where users train
+        _set_arithmetic(threads, device)
+        yield
 
 
 def describe(settings: FeatureSettings) -> ExtractorSpec:
@@ -228,6 +260,38 @@ def stage_of(
     }
     beside = (storage.join(output, "quarantine"),)
     return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
+
+
+_Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """What is used of `decoding`, as it is recorded."""
+
+    max_image_bytes: trust.Count
+    max_image_pixels: trust.Count
+    background: tuple[_Byte, _Byte, _Byte]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """How the features in a directory were made, as far as it decides those of another image."""
+
+    device: Literal["cpu", "cuda"]
+    batch_size: trust.Small
+    threads: trust.Small
+    decode: _Decoding
+
+    @property
+    def limits(self) -> images.DecodeLimits:
+        """What decoding an image may take."""
+        return images.limits_of(DataSettings(**asdict(self.decode)))
+
+
+def recorded(artifact: storage.Artifact, where: str) -> Recorded:
+    """What the record of a features stage says. Raises UserError: what cannot be; `where` is its URI."""
+    return trust.checked(Recorded, artifact.identity, where, whole=False)
 
 
 def quarantine_of(features: storage.Stage) -> storage.Stage:
@@ -484,11 +548,7 @@ def _decoded_batch(part: int, first_row: int, batch: Iterable[images.Prepared | 
 
 
 class _ExtractBatch:
-    """Ray Data actor: a decoded batch to its features.
-
-    The model always sees `batch_size` images: the kernels that a library picks depend on how many there are, and with them the
-    last bits. So an image has the same feature beside whatever others, in a last batch too.
-    """
+    """Ray Data actor: a decoded batch to its features."""
 
     def __init__(self, spec: ExtractorSpec, threads: int, batch_size: int, workflow: str) -> None:
         telemetry.hold(workflow, "features")
@@ -514,15 +574,13 @@ class _ExtractBatch:
             raw = batch["pixels"].combine_chunks().buffers()[2]
             found = int(good.sum())
             shape = (found, spec.preprocess.height, spec.preprocess.width, 3)
-            pixels = np.zeros((self.batch_size, *shape[1:]), np.uint8)
-            pixels[:found] = np.frombuffer(raw, np.uint8, count=int(np.prod(shape))).reshape(shape)
-            with np.errstate(all="ignore"):
-                features[good] = self.extractor.extract(pixels)[:found]
+            pixels = np.frombuffer(raw, np.uint8, count=int(np.prod(shape))).reshape(shape)
+            features[good] = self.extractor.extract_some(pixels, self.batch_size)
             telemetry.busy(watch.seconds, "features", self.extractor.device.type)
         for row in np.flatnonzero(~np.isfinite(features).all(axis=1)):
             features[row] = 0
-            reasons[row] = Reason.FEATURE_NOT_FINITE.value
-            details[row] = f"{spec.model} in {spec.precision} gave NaN or infinity"
+            bad = not_finite(spec)
+            reasons[row], details[row] = bad.reason.value, bad.detail
         first = batch["first_row"][0].as_py()
         arrays = {
             "part": pa.array(np.full(count, batch["part"][0].as_py())),
@@ -534,6 +592,11 @@ class _ExtractBatch:
         }
         schema = _extracted_schema(spec.feature_dim)
         return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+
+def not_finite(spec: ExtractorSpec) -> images.BadImage:
+    """What is said of an image whose feature is not finite."""
+    return images.BadImage(Reason.FEATURE_NOT_FINITE, f"{spec.model} in {spec.precision} gave NaN or infinity")
 
 
 def _fixed_size_list(values: np.ndarray) -> pa.FixedSizeListArray:

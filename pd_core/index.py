@@ -112,13 +112,15 @@ def centroids_of(template: Any) -> np.ndarray:
 
 def coarse_probes(quantizer: Any, queries: np.ndarray, nprobe: int, threads: int = 1) -> np.ndarray:
     """The nprobe nearest cells of every query, nearest first: int32 [m, nprobe] for float32 [m, D]."""
-    faiss.omp_set_num_threads(threads)
     assert 1 <= nprobe <= quantizer.ntotal, f"nprobe {nprobe} of {quantizer.ntotal} cells"
     block, m = 65536, len(queries)
     probes = np.empty((m, nprobe), np.int32)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
     for start in range(0, m, block):
         rows = np.ascontiguousarray(queries[start : start + block], np.float32)
         probes[start : start + block] = quantizer.search(rows, nprobe)[1]
+    faiss.omp_set_num_threads(before)  # of the calling thread, which may be a user's
     return probes
 
 

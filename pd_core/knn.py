@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pd_core import arithmetic
 from pd_core.index import Rows, Shard, faiss, flat_rows, open_rows
 
 if TYPE_CHECKING:
@@ -299,17 +300,15 @@ def _take(queries: torch.Tensor, chosen: np.ndarray, out: torch.Tensor) -> torch
 
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
-    """Float32 products in float32, on the calling thread. Threads are ours, one per chunk of queries; a matrix product that splits once more only adds waiting."""
+    """Float32 products in float32, on the calling thread. Threads are ours, one per chunk of queries; a matrix product that
+    splits once more only adds waiting.
+    """
     import torch
 
-    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")  # some images of containers ask for less by the environment
-    try:
+    with arithmetic.kept():
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")  # some images of containers ask for less by the environment
         yield
-    finally:
-        torch.set_num_threads(before)
-        torch.set_float32_matmul_precision(precision)
 
 
 def _pairwise(queries: np.ndarray, vectors: np.ndarray, positions: np.ndarray) -> np.ndarray:

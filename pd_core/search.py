@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -89,8 +89,12 @@ def read_cells(uri: str) -> Cells:
     return trust.checked(Cells, storage.read_json(where), where)
 
 
-def _open_shards(info: IndexInfo, files: Sequence[index.Shard], threads: int) -> knn.ShardSearch:
-    opened = knn.ShardSearch.open(files, threads=threads, device=cluster.assigned_device())
+def _shard_files(info: IndexInfo, shards: Iterable[int]) -> list[index.Shard]:
+    return [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
+
+
+def _open_shards(info: IndexInfo, files: Sequence[index.Shard], threads: int, device: str) -> knn.ShardSearch:
+    opened = knn.ShardSearch.open(files, threads=threads, device=device)
     if (opened.rows.dim, len(opened.rows.rank_of)) != (info.dim, len(info.shard_of_cell) or 1):
         raise UserError("its shards have other cells or dimensions than its record; build it again")
     return opened
@@ -105,16 +109,45 @@ def _named(uri: str) -> Iterator[None]:
         raise UserError(f"{uri}: {error}") from None
 
 
+class OpenIndex:
+    """All shards of an index in the memory of this process, searched without Ray: what `search` finds, to the bit.
+
+    Raises:
+        UserError: its files are none that index.py writes, or of another index.
+    """
+
+    def __init__(self, info: IndexInfo, threads: int, device: str) -> None:
+        self.info = info
+        with _named(info.uri):
+            self.rows = _open_shards(info, _shard_files(info, range(info.shards)), threads, device)
+
+    def search(self, queries: np.ndarray, k: int, exclude_ids: np.ndarray) -> knn.Found:
+        """The k nearest rows, of fewer than there are, for float32 [m, D].
+
+        exclude_ids: int64 [m], the id that is no neighbor of its query, or knn.MISSING_ID.
+        """
+        assert k < self.info.rows, k
+        if self.info.exact:
+            found = self.rows.search_all(queries, k + 1)
+        else:
+            found = self.rows.search_cells(queries, probes_of(self.info, queries), k + 1)
+        distances, ids = knn.merge_topk([found], k, exclude_ids)
+        short = np.flatnonzero(~np.isfinite(distances[:, -1]))  # their cells hold fewer rows
+        if len(short):
+            everywhere = self.rows.search_all(queries[short], k + 1)
+            distances[short], ids[short] = knn.merge_topk([everywhere], k, exclude_ids[short])
+        return distances, ids
+
+
 class _Searcher:
     """Ray actor that holds some shards in memory; after a restart it opens them again."""
 
     def __init__(self, info: IndexInfo, shards: Sequence[int], threads: int, workflow: str, stage: str) -> None:
         telemetry.hold(workflow, stage)
-        files = [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
         self.refused: UserError | None = None  # an error here would reach the driver as Ray's, without its line
         try:
             with _named(info.uri):
-                self.rows = _open_shards(info, files, threads)
+                self.rows = _open_shards(info, _shard_files(info, shards), threads, cluster.assigned_device())
         except UserError as error:
             self.refused = error
 
