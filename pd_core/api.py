@@ -1,9 +1,9 @@
 """The library: an index that build_index made, opened in this process to score other images; and the papers' numbers.
 
 Nothing of Ray is imported or started. An image that is a file of the index's source gets what the tables of the
-workflow say of it, to the bit where torch, Pillow and the kind of processor are those of the run: the model sees batches
-of the recorded size on the recorded number of threads, and an image whose bytes are in the index is no neighbor of
-itself. torch's own settings are as they were when a call returns.
+workflow say of it, to the bit where torch, Pillow and the kind of processor are those of the run: the model sees
+batches of the recorded size on the recorded number of threads, and an image whose bytes are in the index is no neighbor
+of itself. torch's own settings are as they were when a call returns.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ def open(uri: str | os.PathLike[str], checkpoint: str | None = None, device: str
 class Index:
     """A finished index of real images: their densities, and those of any other image beside them.
 
-    Images are paths (local or s3://), bytes of files, PIL images, or uint8 pixels; one, or any number of them. The rows of
-    a result are in their order, under the path as it was given, or else the image's place, from 0. An image that cannot be
-    used has a row with the `reason` (one of those of quarantine/) and a `detail`, nulls otherwise; `strict` raises instead.
+    Images are paths (local or s3://), bytes of files, PIL images, or uint8 pixels; one, or any number of them. The rows
+    of a result are in their order, under the path as it was given, or else the image's place, from 0. An image that
+    cannot be used has a row with the `reason` (one of those of quarantine/) and a `detail`, nulls otherwise; `strict`
+    raises instead.
     """
 
     def __init__(self, real: realset.RealSet, device: str | None = None) -> None:
