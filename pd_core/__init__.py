@@ -6,7 +6,8 @@ The library is `pd_core.api`; its names are offered here and imported when one i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pd_core.api import Index, density_coverage, frechet_distance, open, precision_recall, pseudo_density  # noqa: A004
+    from pd_core.api import Index, density_coverage, frechet_distance, precision_recall, pseudo_density
+    from pd_core.api import open as open  # noqa: A004
     from pd_core.errors import RunError, UserError
 
 __all__ = [

@@ -1,9 +1,9 @@
-"""The library: an index that build_index made, opened in this process to score other images; and the numbers of the papers.
+"""The library: an index that build_index made, opened in this process to score other images; and the papers' numbers.
 
-Nothing of Ray is imported or started. An image that is a file of the index's source gets what the tables of the workflow say of
-it, to the bit where torch, Pillow and the kind of processor are those of the run: the model sees batches of the recorded size on
-the recorded number of threads, and an image whose bytes are in the index is no neighbor of itself. torch's own settings are as
-they were when a call returns.
+Nothing of Ray is imported or started. An image that is a file of the index's source gets what the tables of the
+workflow say of it, to the bit where torch, Pillow and the kind of processor are those of the run: the model sees
+batches of the recorded size on the recorded number of threads, and an image whose bytes are in the index is no neighbor
+of itself. torch's own settings are as they were when a call returns.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ NEIGHBORS = pa.schema(
 )
 
 
-# ---- an index ----------------------------------------------------------------------------------------------------------
+# ---- an index --------------------------------------------------------------------------------------------------------
 
 
 def open(uri: str | os.PathLike[str], checkpoint: str | None = None, device: str | None = None) -> Index:  # noqa: A001
@@ -71,8 +71,8 @@ def open(uri: str | os.PathLike[str], checkpoint: str | None = None, device: str
         device: cpu or cuda; None: the one that the index was made on, or cpu where there is no GPU.
 
     Raises:
-        UserError: no finished index is there, its weights cannot be had or are others, or another version of the extractor's
-            library is installed.
+        UserError: no finished index is there, its weights cannot be had or are others, or another version of the
+            extractor's library is installed.
         RunError: a store or hub does not answer now.
     """
     try:
@@ -86,9 +86,10 @@ def open(uri: str | os.PathLike[str], checkpoint: str | None = None, device: str
 class Index:
     """A finished index of real images: their densities, and those of any other image beside them.
 
-    Images are paths (local or s3://), bytes of files, PIL images, or uint8 pixels; one, or any number of them. The rows of a
-    result are in their order, under the path as it was given, or else the image's place, from 0. An image that cannot be used
-    has a row with the `reason` (one of those of quarantine/) and a `detail`, nulls otherwise; `strict` raises instead.
+    Images are paths (local or s3://), bytes of files, PIL images, or uint8 pixels; one, or any number of them. The rows
+    of a result are in their order, under the path as it was given, or else the image's place, from 0. An image that
+    cannot be used has a row with the `reason` (one of those of quarantine/) and a `detail`, nulls otherwise; `strict`
+    raises instead.
     """
 
     def __init__(self, real: realset.RealSet, device: str | None = None) -> None:
@@ -148,8 +149,8 @@ class Index:
 
         Args:
             images: see the class.
-            by: index: from the distances to the k nearest real images, as densities/ has it; predictor: by the network that
-                was trained on these.
+            by: index: from the distances to the k nearest real images, as densities/ has it; predictor: by the network
+                that was trained on these.
             strict: raise where an image cannot be used.
         """
         if by not in ("index", "predictor"):
@@ -260,7 +261,7 @@ class Index:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some images: of each its key and what is wrong with it, if anything; of the others features and hashes of their bytes."""
+    """Some images: keys and what is wrong with each, if anything; features and hashes of the bytes of the others."""
 
     keys: list[str]
     features: np.ndarray
@@ -329,7 +330,7 @@ def _table(schema: pa.Schema, blocks: Iterable[pa.Table]) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), *blocks]).combine_chunks()
 
 
-# ---- images as they are given ------------------------------------------------------------------------------------------
+# ---- images as they are given ----------------------------------------------------------------------------------------
 
 
 def _batches(decoded: Iterator[Prepared | BadImage], size: int) -> Iterator[list[Prepared | BadImage]]:
@@ -393,7 +394,7 @@ def _what(image: Any) -> str:
     return f"{type(image).__name__} of {dtype} {list(shape)}" if shape is not None else f"{type(image).__name__}"
 
 
-# ---- numbers of features -----------------------------------------------------------------------------------------------
+# ---- numbers of features ---------------------------------------------------------------------------------------------
 
 
 def pseudo_density(features: ArrayLike, k: int = 20, volume_dim: float = 1.0) -> np.ndarray:
@@ -424,7 +425,7 @@ def density_coverage(real: ArrayLike, generated: ArrayLike, k: int = metrics.K_C
 
 
 def frechet_distance(real: ArrayLike, generated: ArrayLike) -> float:
-    """Fréchet distance of features, float [N, D] and [M, D]; an FID where they are those of its Inception. Raises UserError."""
+    """Fréchet distance of features, float [N, D] and [M, D]; an FID where its Inception made them. Raises UserError."""
     return metrics.frechet_distance(*_sides(real, generated, 1))
 
 

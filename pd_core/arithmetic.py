@@ -1,4 +1,4 @@
-"""torch's settings of the process that move the last bits of a sum: changed for a while, for a process that is somebody else's."""
+"""torch's settings that move the last bits of a sum: changed for a while in a process that is somebody else's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Told = TypeVar("Told")
 def kept() -> Iterator[None]:
     """What the body sets of torch's threads, float32 precision and cuDNN is as before after it.
 
-    torch has two ways to set the precision, an old one of the whole process and a new one of each operation; it refuses to tell
-    the old one of a process that used the new.
+    torch has two ways to set the precision, an old one of the whole process and a new one of each operation; it refuses
+    to tell the old one of a process that used the new.
     """
     import torch
 

@@ -155,8 +155,8 @@ class Extractor:
     def extract_some(self, pixels: np.ndarray, batch_size: int) -> np.ndarray:
         """`extract` of at most `batch_size` images: the model always sees that many.
 
-        The kernels that a library picks depend on how many there are, and with them the last bits. So an image has the same
-        feature beside whatever others, in a last batch too.
+        The kernels that a library picks depend on how many there are, and with them the last bits. So an image has the
+        same feature beside whatever others, in a last batch too.
         """
         found = len(pixels)
         padded = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
@@ -179,7 +179,7 @@ def _set_arithmetic(threads: int, device: str) -> None:
 
 @contextmanager
 def as_in_the_stage(threads: int, device: str) -> Iterator[None]:
-    """Inside, torch computes as in the stage, whatever it is set to; afterwards as before: the process is somebody else's."""
+    """Inside, torch computes as in the stage, whatever it is set to; afterwards it is set as before."""
     import torch
 
     with arithmetic.kept():

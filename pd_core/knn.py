@@ -300,8 +300,8 @@ def _take(queries: torch.Tensor, chosen: np.ndarray, out: torch.Tensor) -> torch
 
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
-    """Float32 products in float32, on the calling thread. Threads are ours, one per chunk of queries; a matrix product that
-    splits once more only adds waiting.
+    """Float32 products in float32, on the calling thread. Threads are ours, one per chunk of queries; a matrix product
+    that splits once more only adds waiting.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The library on a real index: the bits of the workflow's tables without Ray, images of every kind, one clear line for each fault."""
+"""The library on a real index: the bits of the workflow's tables without Ray, images of every kind, faults told."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def strangers(count: int) -> list[np.ndarray]:
     return [rng.integers(0, 256, (20 + i, 24, 3), np.uint8) for i in range(count)]
 
 
-# ---- the same bits -----------------------------------------------------------------------------------------------------
+# ---- the same bits ---------------------------------------------------------------------------------------------------
 
 
 def test_images_of_the_source_have_their_rows_of_the_tables(output, folder):
@@ -161,7 +161,7 @@ def test_thresholds_are_those_of_the_workflow(opened, built):
         opened.threshold("1e9")
 
 
-# ---- images of every kind ----------------------------------------------------------------------------------------------
+# ---- images of every kind --------------------------------------------------------------------------------------------
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -254,7 +254,7 @@ def test_no_images_are_a_table_without_rows(opened):
     assert opened.score(b"").schema == opened.score([]).schema
 
 
-# ---- what is in the way ------------------------------------------------------------------------------------------------
+# ---- what is in the way ----------------------------------------------------------------------------------------------
 
 
 def changed(path: Path, **values) -> None:
@@ -327,7 +327,7 @@ def test_an_index_and_images_on_s3(built, inputs, s3_environment, opened):
     assert scored["reason"].to_pylist() == [None, "unreadable"]
 
 
-# ---- a guest in its process --------------------------------------------------------------------------------------------
+# ---- a guest in its process ------------------------------------------------------------------------------------------
 
 
 def python(program: str, *argv: str) -> str:
@@ -348,7 +348,8 @@ def test_importing_costs_nothing_and_sets_nothing():
         "import os, sys; before = dict(os.environ)\n"
         "import pd_core\n"
         "assert dict(os.environ) == before\n"
-        "print(*sorted({name.partition('.')[0] for name in sys.modules}), *(n for n in sys.modules if 'pd_core.' in n))\n"
+        "names = set(sys.modules)\n"
+        "print(*{name.partition('.')[0] for name in names}, *(name for name in names if name.startswith('pd_core.')))\n"
         "assert set(pd_core.__all__) <= set(dir(pd_core))"
     )
     found = set(python(program).split())
