@@ -128,3 +128,7 @@ COMMANDS: Mapping[str, Command[Any]] = {
     "finetune": Command(config.FinetuneSettings, _finetune),
     "curate": Command(config.CurateSettings, _curate),
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

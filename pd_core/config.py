@@ -81,7 +81,7 @@ def _without_password(value: Any) -> Any:
             )
         if found and redact(text) != text:
             raise ValueError(
-                "must not hold a query (?NAME=...), which may be a signature or a token, since settings are printed "
+                "must not hold a query (what follows a ?), which may be a signature or a token, since settings are printed "
                 "and stored; name the file or bucket itself, credentials come from the environment"
             )
     return value

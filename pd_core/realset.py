@@ -164,7 +164,7 @@ def _finished(uri: str, stage: str) -> storage.Artifact:
     if artifact is None:
         what = "is not finished" if storage.exists(uri) else "does not exist"
         raise UserError(
-            f"--index {uri}: {what} ({stage}/ has no {storage.ARTIFACT}); run build_index.py --output {uri}"
+            f"--index {uri}: {what} ({stage}/ has no whole {storage.ARTIFACT}); run build_index.py --output {uri}"
         )
     if artifact.kind != stage or artifact.schema_version != schemas.VERSIONS[stage]:
         raise UserError(

@@ -177,10 +177,12 @@ QUARANTINE_ADVICE: Mapping[str, str] = {
     "not_an_image": "The content is of no image format, whatever the name says. Remove it, or leave it: it does no harm.",
     "unsupported_format": "An image, but not one that can be read without guessing. Convert it as the detail says.",
     "too_many_bytes": "Larger than --data.max_image_bytes. Raise the limit if you trust the source, or shrink the file.",
-    "too_many_pixels": "Larger than --data.max_image_pixels. Raise the limit if you trust the source, or shrink the image.",
+    "too_many_pixels": "Larger than --data.max_image_pixels, or made of tiles or frames that are. Raise the limit if you trust the source, or "
+    "shrink the image.",
     "too_expensive": "Decoding it takes more time (--data.max_image_cpu_s) or memory than a picture does, or ends the decoder; "
     "a hostile or broken file. Leave it out.",
-    "unreadable": "The file was listed but could not be read. Check permissions and the store, then run again.",
+    "unreadable": "The file was listed but could not be read; of a tar that is damaged, all that lies behind the place is lost. Check "
+    "permissions and the store, or pack the tar again, then run again.",
     "corrupt": "The file has the marks of an image format, but decoding failed. Replace it.",
     "feature_not_finite": "The image decodes, but its feature holds NaN or infinity. Try --features.precision fp32.",
 }

@@ -152,6 +152,7 @@ def _first(error: ValidationError | RecursionError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     name = printable(".".join(str(part) for part in first["loc"]))[:80]
     message = re.sub(r" or an instance of \w+", "", first["msg"].removeprefix("Value error, "))
+    message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "an object")  # as JSON says it
     return one_line(printable(f"{f'{name}: ' if name else ''}{message[0].lower()}{message[1:]}"))
 
 
