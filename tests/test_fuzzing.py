@@ -11,7 +11,7 @@ import pytest
 from tests import fuzzing, tiny
 
 PLANTED = """
-import multiprocessing, os, pickle, socket, subprocess, sys, time
+import itertools, multiprocessing, os, pickle, socket, subprocess, sys, time
 from pathlib import Path
 from pd_core.errors import UserError
 from tests import fuzzing
@@ -29,7 +29,7 @@ DOORS = {
     "inside": lambda file: os.rename(file, file.with_name("other")),
     "raised": lambda file: 1 / 0,
     "died": lambda file: os.kill(os.getpid(), 11),
-    "hung": lambda file: time.sleep(60),
+    "hung": lambda file: next(n for n in itertools.count() if n < 0),  # CPU, not sleep
     "memory": lambda file: (b"x" * (256 << 20), time.sleep(60)),
     "read": lambda file: (HERE / "secret").read_bytes(),
     "listed": lambda file: os.listdir(HERE),
