@@ -271,7 +271,7 @@ def _compare(
             "metadata": metadata,
             "added": sum(part.rows for part in added),
             "removed": removed.num_rows,
-            "indexed_removed": int((~known.seen & ~known.again).sum()),
+            "indexed_removed": gone,
             "kept": known.kept(),
         }
         done = stage.commit(parts, totals, {"listing": watch.seconds})
