@@ -62,9 +62,9 @@ def run(parts: int, recorded: int) -> dict[str, tuple[float, float]]:
 
 
 def _stage(uri: str):
-    from pd_core import storage
+    from pd_core.core import artifacts
 
-    return storage.Stage(uri, "features", 1, {})
+    return artifacts.Stage(uri, "features", 1, {})
 
 
 def _write(uri: str, name: str, data: bytes) -> float:

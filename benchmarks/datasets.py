@@ -182,7 +182,7 @@ def _extractor(checkpoint: str, threads: int) -> Any:
     from dataclasses import replace
 
     from pd_core import features
-    from pd_core.config import FeatureSettings
+    from pd_core.core.settings.index import FeatureSettings
 
     spec = features.describe(FeatureSettings(model=MODEL, checkpoint=checkpoint))
     spec = replace(spec, preprocess=replace(spec.preprocess, height=VIEW_PX, width=VIEW_PX))

@@ -17,8 +17,9 @@ import pyarrow as pa
 from PIL import Image
 
 from benchmarks import process, table
-from pd_core import decoder, features, images, sources, storage
-from pd_core.config import DataSettings
+from pd_core import decoder, features, images, sources
+from pd_core.core import artifacts
+from pd_core.core.settings.data import DataSettings
 
 BATCH = 64
 TOGETHER = 4  # batches of a task
@@ -84,7 +85,7 @@ def run(folder: str, turns: int) -> list[dict[str, Any]]:
     (rows,) = sources.list_images(source)
     listing: Any = _Listing(rows)
     spec: Any = SimpleNamespace(preprocess=PREPROCESS)
-    limits, stage = images.limits_of(source.settings), storage.Stage(folder, "features", 1, {})
+    limits, stage = images.limits_of(source.settings), artifacts.Stage(folder, "features", 1, {})
     work = features.Work(source, listing, spec, limits, BATCH, stage, (0,))
     sides = {"child": decoder.prepared, "worker": in_the_worker}
     found: list[dict[str, Any]] = []

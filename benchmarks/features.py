@@ -14,8 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import datasets, process, table
-from pd_core import cluster, features, images, listing, sources, storage
-from pd_core.config import DataSettings, FeatureSettings
+from pd_core import cluster, features, images, listing, sources
+from pd_core.core import artifacts
+from pd_core.core import files as core_files
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.index import FeatureSettings
 
 BATCH = 64
 PART = 256
@@ -106,7 +109,7 @@ def plain_loop(source: str, px: int, checkpoint: str) -> dict[str, float]:
         return extractor.extract(np.stack(pixels))
 
     run(files[:BATCH])
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     kept = [run(files[start : start + BATCH]) for start in range(0, len(files), BATCH)]
     seconds = watch.seconds
     assert sum(map(len, kept)) == len(files)
@@ -120,7 +123,7 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
     log = Path(f"{output}-log")
     log.mkdir(parents=True)
     os.environ[LOG_FOLDER] = str(log)  # before Ray starts: its workers inherit it
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     with cluster.session(output) as now:
         ray_s = watch.seconds
         spec = _at(cluster.get(features.describe_remotely(settings)), px)
@@ -133,7 +136,7 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
             done = featuring.complete(lambda: features.run(work, now, settings, max_bad_fraction=0.0), overwrite=False)
         seconds = time.time() - called
     assert done.rows == listed.rows
-    records = Path(featuring.uri, storage.RECORDS)
+    records = Path(featuring.uri, core_files.RECORDS)
     last_commit = max((records / f"{part.name}.json").stat().st_mtime for part in done.parts)
     return {"ray_s": ray_s, "stage_s": seconds, **steady(_logged(log), called, last_commit)}
 
@@ -179,18 +182,18 @@ _decode, _ExtractBatch = features._decode, features._ExtractBatch
 
 def timed_decode(work: features.Work, runs: pa.Table) -> Iterator[pa.Table]:
     """features._decode, logged."""
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     for batch in _decode(work, runs):
         _note("decode", watch.seconds, len(batch["reason"][0]))
         yield batch
-        watch = storage.Stopwatch()
+        watch = artifacts.Stopwatch()
 
 
 class TimedExtract(features._ExtractBatch):
     """features._ExtractBatch, logged."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        watch = storage.Stopwatch()
+        watch = artifacts.Stopwatch()
         rows = super().__call__(batch)
         _note("extract", watch.seconds, rows.num_rows)
         return rows

@@ -12,7 +12,10 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import chunking, config, generation, realset, scoring, storage
+from pd_core import chunking, generation, realset, scoring
+from pd_core.core import artifacts, files
+from pd_core.core.settings.base import TrackingSettings
+from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 
 CHUNK = 64
 STEPS = 50
@@ -109,8 +112,8 @@ def prepare(cache: str, work: str) -> dict[str, str]:
     return {"index": str(index), "generator": str(generator)}
 
 
-def _generator(path: str) -> config.GeneratorSettings:
-    return config.GeneratorSettings(path=path, scheduler="DDIMScheduler", steps=STEPS)
+def _generator(path: str) -> GeneratorSettings:
+    return GeneratorSettings(path=path, scheduler="DDIMScheduler", steps=STEPS)
 
 
 # ---- the sides, each in a process of its own -------------------------------------------------------------------------
@@ -120,7 +123,8 @@ def bare_loop(index: str, generator: str, chunks: int) -> dict[str, float]:
     """Chunks of images and their predicted densities, one after the other."""
     import torch
 
-    from pd_core import generators, ids
+    from pd_core import generators
+    from pd_core.core import seeds as core_seeds
 
     real = realset.open_realset(index)
     made = generators.open_generator(_generator(generator))
@@ -129,11 +133,13 @@ def bare_loop(index: str, generator: str, chunks: int) -> dict[str, float]:
     def run(chunk: int) -> None:
         numbers = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK)
         with torch.no_grad():
-            images = made.generate(ids.integers(numbers, ids.stream(0, "image")).tolist(), generators.Conditions())
+            images = made.generate(
+                core_seeds.integers(numbers, core_seeds.stream(0, "image")).tolist(), generators.Conditions()
+            )
             scorer.log_density(scorer.features(images))
 
     run(0)
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     for chunk in range(1, chunks + 1):
         run(chunk)
     return {"seconds": watch.seconds, "candidates_per_s": chunks * CHUNK / watch.seconds}
@@ -148,8 +154,8 @@ def ours(index: str, generator: str, output: str, n: int, actors: int) -> dict[s
     with mock.patch.object(chunking, "_MakeChunk", TimedMakeChunk):
         generation.generate(_settings(index, output, n, actors, _generator(generator)))
     folder = Path(output, "samples")
-    totals = json.loads((folder / storage.ARTIFACT).read_text())
-    commits = {p.name: p.stat().st_mtime for p in sorted((folder / storage.RECORDS).iterdir())}
+    totals = json.loads((folder / files.ARTIFACT).read_text())
+    commits = {p.name: p.stat().st_mtime for p in sorted((folder / files.RECORDS).iterdir())}
     parts = totals["parts"][:-1]  # the last was written again, cut to n rows
     times = [commits[f"{part['name']}.json"] for part in parts]
     seconds = times[-1] - times[0]
@@ -188,7 +194,7 @@ class TimedMakeChunk(chunking._MakeChunk):
 
     def _timed(self, function: Any) -> Any:
         def timed(*arguments: Any) -> Any:
-            watch = storage.Stopwatch()
+            watch = artifacts.Stopwatch()
             result = function(*arguments)
             self.inside_s += watch.seconds
             return result
@@ -205,7 +211,7 @@ class TimedMakeChunk(chunking._MakeChunk):
 
 def cheap(index: str, output: str, n: int) -> dict[str, Any]:
     """The workflow with a generator of coloured rectangles."""
-    settings = config.GeneratorSettings(kind="python", path="benchmarks.generate:rectangles")
+    settings = GeneratorSettings(kind="python", path="benchmarks.generate:rectangles")
     generation.generate(_settings(index, output, n, 2, settings))
     return {}
 
@@ -235,16 +241,14 @@ def rectangles() -> Rectangles:
     return Rectangles()
 
 
-def _settings(
-    index: str, output: str, n: int, actors: int, generator: config.GeneratorSettings
-) -> config.GenerateSettings:
-    return config.GenerateSettings(
+def _settings(index: str, output: str, n: int, actors: int, generator: GeneratorSettings) -> GenerateSettings:
+    return GenerateSettings(
         index=index,
         output=output,
         generator=generator,
         n=n,
         actors=actors,
         chunk=CHUNK,
-        weighting=config.WeightingSettings(threshold=THRESHOLD, weight=WEIGHT),
-        tracking=config.TrackingSettings(enabled=False),
+        weighting=WeightingSettings(threshold=THRESHOLD, weight=WEIGHT),
+        tracking=TrackingSettings(enabled=False),
     )

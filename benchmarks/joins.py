@@ -19,8 +19,9 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, index, indexing, knn, schemas, search, selfjoin, storage
-from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
+from pd_core import cluster, index, indexing, knn, search, selfjoin
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
 
 K = 20
 THREADS = 2
@@ -41,7 +42,7 @@ def build(vectors: str, work: str) -> dict[str, Any]:
     x = np.load(vectors, mmap_mode="r")
     featured = write_features(x, work, "features")
     write_features(x[:TINY_ROWS], work, "tiny", TINY_ROWS // TINY_PARTS)
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     with cluster.session(work):
         one = _build_index(work, featured, 1)
         seconds = watch.seconds
@@ -50,10 +51,10 @@ def build(vectors: str, work: str) -> dict[str, Any]:
 
 
 def complete(
-    output: str, featured: storage.Artifact, settings: BuildIndexSettings, now: cluster.Cluster
-) -> tuple[dict[str, storage.Artifact], str]:
+    output: str, featured: artifacts.Artifact, settings: BuildIndexSettings, now: cluster.Cluster
+) -> tuple[dict[str, artifacts.Artifact], str]:
     """Index, neighbors and densities of committed features under `output`, by the stages of the workflow; and the index's place."""
-    uri = storage.join(output, "features")
+    uri = files.join(output, "features")
     stage, resolved = indexing.stage_of(output, featured, settings.index, settings.density)
     indexed = stage.complete(lambda: indexing.run(stage, uri, featured, resolved, settings.density), False)
     info = search.open_index(stage.uri)
@@ -66,10 +67,10 @@ def complete(
     return {"index": indexed, "neighbors": neighbors, "densities": densities}, stage.uri
 
 
-def write_features(x: np.ndarray, work: str, name: str, part_rows: int = PART_ROWS) -> storage.Artifact:
+def write_features(x: np.ndarray, work: str, name: str, part_rows: int = PART_ROWS) -> artifacts.Artifact:
     """A committed features stage of the given rows; sample_id is the row's number."""
     n, dim = x.shape
-    stage = storage.Stage(storage.join(work, name), "features", schemas.VERSIONS["features"], {"rows": n, "dim": dim})
+    stage = artifacts.Stage(files.join(work, name), "features", schemas.VERSIONS["features"], {"rows": n, "dim": dim})
     stage.begin(overwrite=False)
     schema = schemas.features(dim)
     for part, start in enumerate(range(0, n, part_rows)):
@@ -86,11 +87,11 @@ def write_features(x: np.ndarray, work: str, name: str, part_rows: int = PART_RO
                 schema.field("feature").type
             ),
         }
-        stage.write_table(storage.part_name(part), pa.table(columns, schema=schema))
+        stage.write_table(artifacts.part_name(part), pa.table(columns, schema=schema))
     return stage.commit(stage.finished_parts().values(), {"rows": n, "dim": dim}, {})
 
 
-def _build_index(work: str, featured: storage.Artifact, shards: int) -> storage.Artifact:
+def _build_index(work: str, featured: artifacts.Artifact, shards: int) -> artifacts.Artifact:
     # every cell may be probed: whether the target is then worth its price is what the benchmark shows
     settings = IndexSettings(kind="ivf_flat", shards=shards, max_scan_fraction=1.0, actor_cpus=THREADS)
     density = DensitySettings(k=K)
@@ -99,13 +100,13 @@ def _build_index(work: str, featured: storage.Artifact, shards: int) -> storage.
     trained = Path(index_folder(work, 1), "index", search.QUANTIZER)
     if shards > 1:  # the same quantizer, without training it again
         stage.write_part(search.QUANTIZER, trained.read_bytes(), 0)
-    features = storage.join(work, "features")
+    features = files.join(work, "features")
     return stage.complete(lambda: indexing.run(stage, features, featured, resolved, density), overwrite=False)
 
 
 def index_folder(work: str, shards: int) -> str:
     """Where the index of so many shards is."""
-    return storage.join(work, f"shards-{shards}")
+    return files.join(work, f"shards-{shards}")
 
 
 def shard_file(work: str) -> Path:
@@ -120,9 +121,9 @@ def _auto_is_exact(totals: dict[str, Any]) -> bool:
 def rows_sent(vectors: str, work: str, nprobe: int, shards: list[int]) -> dict[str, float]:
     """Rows that travel per query, for each number of shards with one actor each: shards that own a probed cell."""
     x = np.load(vectors, mmap_mode="r")
-    folder = storage.join(index_folder(work, 1), "index")
+    folder = files.join(index_folder(work, 1), "index")
     quantizer = search.read_quantizer(folder)
-    counts = np.array(json.loads(storage.read_bytes(storage.join(folder, search.CELLS)))["rows_of_cell"])
+    counts = np.array(json.loads(files.read_bytes(files.join(folder, search.CELLS)))["rows_of_cell"])
     centroids = quantizer.reconstruct_n(0, quantizer.ntotal)
     owners = {count: index.assign_cells(centroids, counts, count) for count in shards}
     sent = dict.fromkeys(shards, 0)
@@ -143,7 +144,7 @@ def _load(vectors: str, step: int) -> np.ndarray:
 
 def _timed(run: Callable[[np.ndarray], knn.Found], queries: np.ndarray) -> tuple[float, knn.Found]:
     run(queries[:WARM_UP])  # thread pools and libraries are up
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     found = run(queries)
     return watch.seconds, found
 
@@ -203,7 +204,7 @@ def ours(vectors: str, work: str, nprobe: int, step: int, answers: str) -> dict[
     """What one search process does, in blocks of the default size: probes, search_cells, self removed by id."""
     queries = _load(vectors, 1)
     searcher = knn.ShardSearch.open([shard_file(work).read_bytes()], THREADS, "cpu")
-    quantizer = search.read_quantizer(storage.join(index_folder(work, 1), "index"))
+    quantizer = search.read_quantizer(files.join(index_folder(work, 1), "index"))
     rows = np.arange(len(queries))
     blocks = -(-len(queries) // DensitySettings().block_rows)
 
@@ -239,10 +240,10 @@ def ours_on_ray(
     Start-up: the search actors open their shards and answer a join of a few rows, in blocks enough to wake every process
     that a full join will use. The full joins find all of them awake.
     """
-    info = replace(search.open_index(storage.join(index_folder(work, actors), "index")), nprobe=nprobe)
+    info = replace(search.open_index(files.join(index_folder(work, actors), "index")), nprobe=nprobe)
     seconds = []
     with cluster.session(work) as now:
-        watch = storage.Stopwatch()
+        watch = artifacts.Stopwatch()
         with (
             search.open_pool(info, now, actors, threads) as pool,
             # find_neighbors would open a pool of its own, and end it, in every call
@@ -265,20 +266,20 @@ def ours_on_ray(
 
 def _join(
     info: search.IndexInfo, work: str, features: str, output: str, density: DensitySettings, now: cluster.Cluster
-) -> tuple[float, storage.Artifact]:
-    uri = storage.join(work, features)
-    featured = storage.load_artifact(uri)
+) -> tuple[float, artifacts.Artifact]:
+    uri = files.join(work, features)
+    featured = artifacts.load_artifact(uri)
     assert featured is not None
     stage = selfjoin.neighbors_stage(output, info, density)
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     artifact = stage.complete(
         lambda: selfjoin.find_neighbors(stage, info, uri, featured, density, IndexSettings(), now), overwrite=False
     )
     return watch.seconds, artifact
 
 
-def _save_neighbors(uri: str, artifact: storage.Artifact, step: int, answers: str) -> None:
-    tables = [storage.read_table(storage.join(uri, part.name)) for part in artifact.parts]
+def _save_neighbors(uri: str, artifact: artifacts.Artifact, step: int, answers: str) -> None:
+    tables = [files.read_table(files.join(uri, part.name)) for part in artifact.parts]
     together = pa.concat_tables(tables).combine_chunks()
     assert np.array_equal(together["sample_id"].to_numpy(), np.arange(together.num_rows))
     columns = [together[name].combine_chunks().flatten().to_numpy() for name in ("neighbor_distances", "neighbor_ids")]

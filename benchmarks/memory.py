@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import cluster, features, images, indexing, listing, search, selfjoin, sources, storage
-from pd_core.config import DataSettings, DensitySettings, FeatureSettings, IndexSettings
+from pd_core import cluster, features, images, indexing, listing, search, selfjoin, sources
+from pd_core.core import artifacts, files
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.index import DensitySettings, FeatureSettings, IndexSettings
 
 MODEL = "test_efficientnet"  # timm's model for tests, random weights: what it computes is not the question here
 PX = 32
@@ -128,8 +130,8 @@ def images_driver(source: str, checkpoint: str, output: str) -> dict[str, int]:
 
 def vectors_driver(work: str) -> dict[str, int]:
     """Index, neighbors and densities; peak memory after each, bytes."""
-    uri = storage.join(work, "features")
-    featured = storage.load_artifact(uri)
+    uri = files.join(work, "features")
+    featured = artifacts.load_artifact(uri)
     assert featured is not None
     settings, density_settings = IndexSettings(kind="ivf_flat", shards=4), DensitySettings()
     peaks = {}

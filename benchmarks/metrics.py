@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import storage
+from pd_core.core import artifacts
 
 DIM, QUICK_DIM = 768, 64
 THREADS = 2
@@ -116,7 +116,7 @@ def ours(vectors: str, real: int) -> dict[str, float]:
 
     a, b = _load(vectors, real)
     metrics.precision_recall(a[:WARM_UP], b[:WARM_UP], K, THREADS, "cpu")
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     precision, recall = metrics.precision_recall(a, b, K, THREADS, "cpu")
     return {"seconds": watch.seconds, "precision": precision, "recall": recall}
 
@@ -127,7 +127,7 @@ def everything(vectors: str, real: int) -> dict[str, Any]:
 
     a, b = _load(vectors, real)
     metrics.precision_recall(a[:WARM_UP], b[:WARM_UP], K, THREADS, "cpu")
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     reference = metrics.prepare(a, np.arange(len(a)), threads=THREADS, device="cpu")
     prepare_s = watch.seconds
     found = metrics.evaluate(reference, b, np.arange(len(b)), threads=THREADS, device="cpu").estimates
@@ -143,7 +143,7 @@ def torch_fidelity(vectors: str, real: int) -> dict[str, float]:
     a, b = (torch.from_numpy(rows) for rows in _load(vectors, real))
     settings = {"prc_neighborhood": K, "prc_batch_size": 10_000, "save_cpu_ram": True, "verbose": False}
     metric_prc.prc_features_to_metric(b[:WARM_UP], a[:WARM_UP], **settings)
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     found = metric_prc.prc_features_to_metric(b, a, **settings)
     return {"seconds": watch.seconds, "precision": found["precision"], "recall": found["recall"]}
 
@@ -154,6 +154,6 @@ def prdc(vectors: str, real: int) -> dict[str, float]:
 
     a, b = _load(vectors, real)
     compute_prdc(a[:WARM_UP], b[:WARM_UP], K)
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     found = compute_prdc(a, b, K)
     return {"seconds": watch.seconds, **{name: float(value) for name, value in found.items()}}

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import config, generators, ids, opening, perturb_workflow, realset, scoring, storage
+from pd_core import generators, opening, perturb_workflow, realset, scoring
+from pd_core.core import artifacts, files, seeds
+from pd_core.core.settings.base import TrackingSettings
+from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
 
 CHUNK, STEPS, EPSILON = 8, 10, 0.1
 DENOISING_STEPS = 10
@@ -43,17 +46,17 @@ def measure(quick: bool) -> table.Section:
     return section
 
 
-def _settings(index: str, generator: str, output: str, n: int) -> config.PerturbSettings:
-    return config.PerturbSettings(
+def _settings(index: str, generator: str, output: str, n: int) -> PerturbSettings:
+    return PerturbSettings(
         index=index,
         output=output,
-        generator=config.GeneratorSettings(path=generator, scheduler="DDIMScheduler", steps=DENOISING_STEPS),
+        generator=GeneratorSettings(path=generator, scheduler="DDIMScheduler", steps=DENOISING_STEPS),
         n=n,
         chunk=CHUNK,
         actors=1,
         epsilon=EPSILON,
         steps=STEPS,
-        tracking=config.TrackingSettings(enabled=False),
+        tracking=TrackingSettings(enabled=False),
     )
 
 
@@ -69,7 +72,7 @@ def in_turn(index: str, generator: str, rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {"bare": [], "ours": []}
     for chunk in range(rounds + 1):
         for side, run in (("bare", lambda c: _bare(opened, maker.scorer, c)), ("ours", lambda c: job.make(maker, c))):
-            watch = storage.Stopwatch()
+            watch = artifacts.Stopwatch()
             run(chunk)
             times[side].append(watch.seconds)
     return {f"{side}_s": float(np.median(seconds[1:])) / CHUNK for side, seconds in times.items()}
@@ -79,7 +82,7 @@ def _bare(generator: Any, scorer: scoring.Scorer, chunk: int) -> None:
     import torch
 
     numbers = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK)
-    latents = generator.latents(ids.integers(numbers, ids.stream(0, "image")).tolist())
+    latents = generator.latents(seeds.integers(numbers, seeds.stream(0, "image")).tolist())
     delta = torch.zeros_like(latents, requires_grad=True)
     for _ in range(STEPS):
         value = scorer.score(generator.decode(latents + delta, generators.Conditions()))
@@ -92,5 +95,5 @@ def _bare(generator: Any, scorer: scoring.Scorer, chunk: int) -> None:
 def workflow(index: str, generator: str, output: str, n: int) -> dict[str, float]:
     """The whole of it; seconds of its actor."""
     perturb_workflow.perturb(_settings(index, generator, output, n))
-    totals = json.loads(Path(output, "perturbed", storage.ARTIFACT).read_text())["totals"]
+    totals = json.loads(Path(output, "perturbed", files.ARTIFACT).read_text())["totals"]
     return {"sample_s": totals["actor_s_per_image"], "confirmed_share": totals["up"]["confirmed_share"]}

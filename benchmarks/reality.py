@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import cluster, config, costs, images, listing, pipeline, planning, storage
-from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
+from pd_core import cluster, costs, images, listing, pipeline, planning
+from pd_core.core import artifacts
+from pd_core.core.settings import load
+from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
 
 JOIN_ROWS, JOIN_SHARDS = 100_000, 2
 PX, PART_ROWS = 64, 512
@@ -41,7 +43,7 @@ def small_build() -> dict[str, Any]:
         *(f"--features.model={datasets.MODEL}", f"--features.checkpoint={datasets.checkpoint()}"),
         *(f"--features.image_size={PX}", f"--features.part_rows={PART_ROWS}"),
     ]
-    settings, source = pipeline.prepare(config.load(BuildIndexSettings, arguments, prog="build_index.py"))
+    settings, source = pipeline.prepare(load.load(BuildIndexSettings, arguments, prog="build_index.py"))
     with cluster.session(str(output)):
         counted = listing.count(source)
         spec, unit = cluster.get(planning.probe(source, counted["sample"], settings, images.limits_of(settings.data)))
@@ -51,7 +53,7 @@ def small_build() -> dict[str, Any]:
     if done.returncode:
         raise SystemExit((process.WORK / "build.log").read_text()[-2000:])
     run = json.loads((output / "run.json").read_text())
-    fitted = storage.load_artifact(str(output / "estimator"))
+    fitted = artifacts.load_artifact(str(output / "estimator"))
     assert fitted is not None
     return {
         **{"rows": counted["rows"], "dim": spec.feature_dim, "image_bytes": counted["bytes"] / counted["rows"]},
@@ -73,7 +75,7 @@ def phases_of_build(found: Mapping[str, Any]) -> list[costs.Phase]:
 
 
 def _size(folder: Path) -> int:
-    artifact = storage.load_artifact(str(folder))
+    artifact = artifacts.load_artifact(str(folder))
     assert artifact is not None
     return sum(part.bytes for part in artifact.parts)
 

@@ -16,7 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder: its modules are benchmarks.X
 
-from pd_core import storage, sweeping  # noqa: E402
+from pd_core import sweeping
+from pd_core.core import artifacts, files  # noqa: E402
 
 COLUMNS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
 
@@ -29,9 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
     for run in arguments.runs:
         name, _, folder = run.partition("=")
-        if (curve := storage.load_artifact(storage.join(folder, "curve"))) is not None:
-            _tradeoff(name, folder, sweeping.read_curve(storage.join(folder, "curve"), curve.parts), arguments.output)
-        elif (perturbed := storage.load_artifact(storage.join(folder, "perturbed"))) is not None:
+        if (curve := artifacts.load_artifact(files.join(folder, "curve"))) is not None:
+            _tradeoff(name, folder, sweeping.read_curve(files.join(folder, "curve"), curve.parts), arguments.output)
+        elif (perturbed := artifacts.load_artifact(files.join(folder, "perturbed"))) is not None:
             _perturbed(name, perturbed.totals)
         else:
             parser.error(f"{folder}: no finished output of tradeoff.py or perturb.py")

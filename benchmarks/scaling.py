@@ -23,7 +23,7 @@ sys.path[0] = str(ROOT)  # not this folder: its modules are benchmarks.X
 
 from benchmarks import reality, simulation  # noqa: E402
 from pd_core import costs  # noqa: E402
-from pd_core.config import BuildIndexSettings  # noqa: E402
+from pd_core.core.settings.index import BuildIndexSettings  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 UNIT_COSTS = ROOT / "docs" / "unit_costs.json"

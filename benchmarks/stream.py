@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import datasets, process, table
-from pd_core import cluster, ids, images, listing, schemas, sources, storage
-from pd_core.config import DataSettings
+from pd_core import cluster, images, listing, sources
+from pd_core.core import artifacts, schemas, seeds
+from pd_core.core import files as core_files
+from pd_core.core.settings.data import DataSettings
 from pd_core.finetuning import Share, stream, weights
 
 BATCH = 64
@@ -112,7 +114,7 @@ def make(source: str, work: str, equal: bool) -> None:
     parts, sums, schema = [], [], schemas.weights()
     for number in range(listed.parts):
         rows = listed.read(number)
-        density = ids.uniform(rows["sample_id"].to_numpy(), 0)
+        density = seeds.uniform(rows["sample_id"].to_numpy(), 0)
         weight = np.where((density < 1 - ABOVE) | equal, 1.0, WEIGHT)
         columns = {
             **{name: rows[name] for name in ("sample_id", "key", "label")},
@@ -121,18 +123,18 @@ def make(source: str, work: str, equal: bool) -> None:
             "weight": pa.array(weight),
         }
         whole = pa.table([columns[name] for name in schema.names], schema=schema)
-        parts.append(stage.write_table(storage.part_name(number), whole))
+        parts.append(stage.write_table(artifacts.part_name(number), whole))
         sums.append(weights.total(weight))
     stage.commit(parts, {"part_weights": sums}, {})
 
 
-def _stage(work: str) -> storage.Stage:
-    return storage.Stage(storage.join(work, "weights"), "weights", schemas.VERSIONS["weights"], {})
+def _stage(work: str) -> artifacts.Stage:
+    return artifacts.Stage(core_files.join(work, "weights"), "weights", schemas.VERSIONS["weights"], {})
 
 
 def _drawable(source: str, work: str) -> weights.Drawable:
-    folder = storage.join(work, "listing")
-    listed, weighed = storage.load_artifact(folder), storage.load_artifact(_stage(work).uri)
+    folder = core_files.join(work, "listing")
+    listed, weighed = artifacts.load_artifact(folder), artifacts.load_artifact(_stage(work).uri)
     assert listed is not None
     assert weighed is not None
     pictures = weights.Pictures(
@@ -179,7 +181,9 @@ def loader(source: str, work: str, steps: int) -> dict[str, float]:
     from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
     drawable = _drawable(source, work)
-    tables = [storage.read_table(storage.join(drawable.uri, storage.part_name(i))) for i in range(len(drawable.rows))]
+    tables = [
+        core_files.read_table(core_files.join(drawable.uri, artifacts.part_name(i))) for i in range(len(drawable.rows))
+    ]
     whole = pa.concat_tables(tables)
     keys, root = whole["key"].to_pylist(), Path(source)
     settings = drawable.pictures.source.settings

@@ -14,7 +14,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.process import ROOT
-from pd_core import cluster, storage
+from pd_core import cluster
+from pd_core.core import artifacts
 
 Cell = str | int | float | None
 
@@ -81,7 +82,7 @@ def circumstances(quick: bool) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine(),
         "load_before": round(os.getloadavg()[0], 2),
-        "versions": storage.package_versions(),
+        "versions": artifacts.package_versions(),
         "commit": commit(),
         "quick": quick,
     }

@@ -63,7 +63,8 @@ def measure(quick: bool) -> table.Section:
 
 def curve(index: str, generator: str, work: str, n: int) -> dict[str, Any]:
     """The sweep: seconds, and precision and recall of every setting."""
-    from pd_core import storage, sweeping
+    from pd_core import sweeping
+    from pd_core.core import artifacts
     from workflows import tradeoff
 
     output, start = f"{work}/curve", time.perf_counter()
@@ -75,7 +76,7 @@ def curve(index: str, generator: str, work: str, n: int) -> dict[str, Any]:
         ]
     )
     seconds = time.perf_counter() - start
-    artifact = storage.load_artifact(f"{output}/curve")
+    artifact = artifacts.load_artifact(f"{output}/curve")
     assert artifact is not None
     rows = sweeping.read_curve(f"{output}/curve", artifact.parts)
     points = {row["setting"]: {m: row[m] for m in ("precision", "recall")} for row in rows}
@@ -84,7 +85,7 @@ def curve(index: str, generator: str, work: str, n: int) -> dict[str, Any]:
 
 def separate(index: str, generator: str, work: str, n: int, threshold: str, weight: float) -> dict[str, Any]:
     """One setting by itself: seconds, precision, recall."""
-    from pd_core import storage
+    from pd_core.core import artifacts
     from workflows import evaluate
     from workflows import generate as generating
 
@@ -99,7 +100,7 @@ def separate(index: str, generator: str, work: str, n: int, threshold: str, weig
     output = f"{work}/{name}-evaluation"
     evaluate.main(["--real", index, "--samples", f"{work}/{name}", "--output", output, "--no-tracking.enabled"])
     seconds = time.perf_counter() - start
-    artifact = storage.load_artifact(f"{output}/metrics")
+    artifact = artifacts.load_artifact(f"{output}/metrics")
     assert artifact is not None
     values = artifact.totals["index"][name]
     return {"seconds": seconds, "precision": values["precision"], "recall": values["recall"]}

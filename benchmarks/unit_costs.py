@@ -108,7 +108,7 @@ def listing() -> dict[str, float]:
     from benchmarks import datasets
     from pd_core import listing as stage
     from pd_core import sources
-    from pd_core.config import DataSettings
+    from pd_core.core.settings.data import DataSettings
 
     rows, folder = 20_000, process.WORK / "files"
     folder.mkdir(parents=True)
@@ -134,15 +134,15 @@ def parquet() -> dict[str, float]:
     import pyarrow as pa
 
     from benchmarks import joins
-    from pd_core import schemas, storage
+    from pd_core.core import artifacts, files, schemas
     from pd_core.features import load_features
 
     rows, k, work = 4096, 20, str(process.WORK / "parquet")
     x = np.random.default_rng(0).standard_normal((rows, DIM), np.float32)
     joins.write_features(x, work, "features", rows)
-    uri = storage.join(work, "features", storage.part_name(0))
-    whole = storage.read_table(uri)
-    size = len(storage.table_bytes(whole))
+    uri = files.join(work, "features", artifacts.part_name(0))
+    whole = files.read_table(uri)
+    size = len(files.table_bytes(whole))
     rng = np.random.default_rng(1)
     near = pa.table(
         [
@@ -152,16 +152,16 @@ def parquet() -> dict[str, float]:
         ],
         names=["sample_id", "neighbor_ids", "neighbor_distances"],
     ).cast(schemas.neighbors(k))
-    near_bytes = storage.table_bytes(near)
+    near_bytes = files.table_bytes(near)
     sink = str(process.WORK / "near.parquet")
     Path(sink).write_bytes(near_bytes)
     return {
         "features_bytes_ratio": size / (rows * DIM * 4),
-        "table_write_s_per_byte": cpu_s(lambda: storage.sha256(storage.table_bytes(whole))) / size,
+        "table_write_s_per_byte": cpu_s(lambda: artifacts.sha256(files.table_bytes(whole))) / size,
         "table_read_s_per_byte": cpu_s(lambda: load_features(uri)) / size,
         "neighbors_bytes": len(near_bytes) / (rows * k),
-        "neighbors_write_s": cpu_s(lambda: storage.sha256(storage.table_bytes(near))) / rows,
-        "neighbors_read_s": cpu_s(lambda: storage.read_table(sink)) / rows,
+        "neighbors_write_s": cpu_s(lambda: artifacts.sha256(files.table_bytes(near))) / rows,
+        "neighbors_read_s": cpu_s(lambda: files.read_table(sink)) / rows,
     }
 
 
@@ -169,17 +169,17 @@ def records() -> dict[str, float]:
     """Per part of a stage: writing an empty one with its record, reading the record, and what the driver holds of it."""
     import tracemalloc
 
-    from pd_core import storage
+    from pd_core.core import artifacts, files
 
-    stage = storage.Stage(str(process.WORK / "records"), "features", 1, {"rows": 0})
+    stage = artifacts.Stage(str(process.WORK / "records"), "features", 1, {"rows": 0})
     stage.begin(overwrite=False)
     count = 2000
-    write = cpu_s(lambda: [stage.write_part(storage.part_name(i), b"x", 0) for i in range(count)], 1)
+    write = cpu_s(lambda: [stage.write_part(artifacts.part_name(i), b"x", 0) for i in range(count)], 1)
     read = cpu_s(stage.finished_parts, 3)
     stage.commit(stage.finished_parts().values(), {}, {})
-    size = (process.WORK / "records" / storage.ARTIFACT).stat().st_size
+    size = (process.WORK / "records" / files.ARTIFACT).stat().st_size
     tracemalloc.start()
-    held = storage.load_artifact(stage.uri)
+    held = artifacts.load_artifact(stage.uri)
     assert held is not None and len(held.parts) == count
     return {
         "part_write_s": write / count,
@@ -284,7 +284,7 @@ def ranks() -> dict[str, float]:
 def fitting() -> dict[str, float]:
     """The density predictor, a row in an epoch, one thread, layers of 512, 256 and 128; the first pass over the parts."""
     from pd_core import estimator
-    from pd_core.config import EstimatorSettings
+    from pd_core.core.settings.index import EstimatorSettings
 
     rows = 16_384
     rng = np.random.default_rng(0)

@@ -75,7 +75,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def build(images: str | None, checkpoint: str, source: str, work: str, output: str, base: str | None) -> dict[str, Any]:
     """Seconds of build_index, and of each of its stages."""
-    from pd_core import storage
+    from pd_core.core import artifacts
     from workflows import build_index
 
     start = time.perf_counter()
@@ -105,7 +105,7 @@ def build(images: str | None, checkpoint: str, source: str, work: str, output: s
     seconds = time.perf_counter() - start
     stages: dict[str, float] = {}
     for name in ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report"):
-        artifact = storage.load_artifact(f"{work}/{output}/{name}")
+        artifact = artifacts.load_artifact(f"{work}/{output}/{name}")
         if artifact is not None:
             stages[name] = sum(artifact.timings_s.values())
     return {"seconds": seconds, "stages": stages}
@@ -113,17 +113,18 @@ def build(images: str | None, checkpoint: str, source: str, work: str, output: s
 
 def compare(images: str | None, checkpoint: str, source: str, work: str, output: str, known: int) -> int:
     """Rows of a sample whose neighbors are not those of brute force."""
-    from pd_core import knn, storage
+    from pd_core import knn
+    from pd_core.core import artifacts, files
     from pd_core.features import load_features
 
     folder = f"{work}/{output}"
-    artifact = storage.load_artifact(f"{folder}/features")
+    artifact = artifacts.load_artifact(f"{folder}/features")
     assert artifact is not None
     loaded = [load_features(f"{folder}/features/{part.name}") for part in artifact.parts]
     sample_id = np.concatenate([t["sample_id"].to_numpy() for t, _ in loaded])
     keys = np.concatenate([t["key"].to_numpy(zero_copy_only=False) for t, _ in loaded]).astype(np.int64)
     vectors = np.concatenate([f for _, f in loaded])
-    found = pa.concat_tables([storage.read_table(f"{folder}/neighbors/{part.name}") for part in artifact.parts])
+    found = pa.concat_tables([files.read_table(f"{folder}/neighbors/{part.name}") for part in artifact.parts])
     assert np.array_equal(found["sample_id"].to_numpy(), sample_id)
     rng = np.random.default_rng(0)
     half = CHECKED // 2

@@ -17,13 +17,11 @@ from pathlib import Path
 import psutil
 
 from chaos.workflows import ROOT, is_done, last_file
-from pd_core import storage
+from pd_core.core import files
 
 LIMIT_S = 280.0  # one run; what takes longer hangs
 MOST_RUNS = 6
-EVENTS = re.compile(
-    rf"(^|/)({re.escape(storage.ARTIFACT)}|{re.escape(storage.STARTED)}|{storage.RECORDS}/[^/]+\.json)$"
-)
+EVENTS = re.compile(rf"(^|/)({re.escape(files.ARTIFACT)}|{re.escape(files.STARTED)}|{files.RECORDS}/[^/]+\.json)$")
 LONGEST_DELAY_S = 1.5  # after a file has appeared
 
 
@@ -136,7 +134,7 @@ class Run:
         moment = time.monotonic() + delay_s
         while self.alive and time.monotonic() < moment:
             time.sleep(0.02)
-        return self.alive and not storage.exists(storage.join(self.case.output, last_file(self.case.workflow)))
+        return self.alive and not files.exists(files.join(self.case.output, last_file(self.case.workflow)))
 
     def kill(self) -> None:
         """SIGKILL to the driver alone; what it leaves behind is Ray's to end."""
@@ -189,8 +187,8 @@ class Run:
 
 def count_events(output: str) -> int:
     """Files of an output by which its progress is counted: stages begun and finished, parts recorded."""
-    if not storage.is_local(output):
-        fs, folder = storage.filesystem(output)
+    if not files.is_local(output):
+        fs, folder = files.filesystem(output)
         return sum(bool(EVENTS.search(name)) for name in fs.find(folder))
     found = 0
     for folder, _, names in os.walk(output):

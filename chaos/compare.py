@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pd_core import releasing, storage
+from pd_core import releasing
+from pd_core.core import artifacts, files
 
 # By which a row is known; those that a table has. Its other columns may be wrong, which is a part that differs.
 ROW = ("sample_id", "key", "direction", "set", "space", "label", "metric", "setting", "step", "name", "number")
@@ -51,7 +52,7 @@ class Finished:
     """A committed stage: its folder, its commit record."""
 
     folder: Path
-    artifact: storage.Artifact
+    artifact: artifacts.Artifact
 
 
 @dataclass
@@ -79,8 +80,8 @@ def stages_of(output: Path) -> dict[str, Finished]:
     Where one stands for two folders, which a run should not leave, the second has a number.
     """
     found: dict[str, Finished] = {}
-    for file in sorted(output.rglob(storage.ARTIFACT)):
-        artifact = storage.load_artifact(str(file.parent))
+    for file in sorted(output.rglob(files.ARTIFACT)):
+        artifact = artifacts.load_artifact(str(file.parent))
         assert artifact is not None, file
         name = _NAME.sub("NAME", file.parent.relative_to(output).as_posix())
         same = sum(other == name or other.startswith(f"{name} (") for other in found)
@@ -166,7 +167,7 @@ def _differing_parts(stage: str, there: Finished, wanted: Finished, said: Sequen
             wrong.append(f"{path}: {'lost' if name not in hashes else 'not in the undisturbed run'}")
             continue
         file = there.folder / name
-        if not file.exists() or storage.sha256(file.read_bytes()) != hashes[name]:
+        if not file.exists() or artifacts.sha256(file.read_bytes()) != hashes[name]:
             wrong.append(f"{path}: not as its record says")
         elif there.artifact.kind == "release" and name in AS_TEXT:
             if said[0].of_release(file) != said[1].of_release(wanted.folder / name):
@@ -188,5 +189,5 @@ def _differing_totals(stage: str, there: Any, wanted: Any) -> list[str]:
             return {n: plain(value) for n, full, value in named if not {n, full} & MAY_DIFFER_TOTALS.keys()}
         return values
 
-    lines = storage.differences(plain(there), plain(wanted))
-    return [f"{stage}/{storage.ARTIFACT}: totals {line}" for line in lines]
+    lines = artifacts.differences(plain(there), plain(wanted))
+    return [f"{stage}/{files.ARTIFACT}: totals {line}" for line in lines]

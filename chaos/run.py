@@ -33,7 +33,7 @@ from chaos.case import Case, HangError, count_events  # noqa: E402
 from chaos.cluster import Nodes, running_nodes  # noqa: E402
 from chaos.compare import Difference, compare  # noqa: E402
 from chaos.workflows import WORKFLOWS, Inputs, arguments, is_done, last_file, make_inputs  # noqa: E402
-from pd_core import storage  # noqa: E402
+from pd_core.core import artifacts, files  # noqa: E402
 from tests.mlflow_server import MlflowServer  # noqa: E402
 from tests.s3 import Weed  # noqa: E402
 
@@ -140,7 +140,7 @@ class Chaos:
                 around.callback(_put_back, expected, Path(output))
             if fault == "full-disk":
                 around.enter_context(faults.small_disk(case, self.site, expected))
-            watch = storage.Stopwatch()
+            watch = artifacts.Stopwatch()
             broken = _disturbed(case, self.site)
             difference = Difference() if broken else self._compared(case, expected, place)
         result = _result(case, difference, broken, watch.seconds)
@@ -157,7 +157,7 @@ class Chaos:
         return f"s3://{bucket}/{name}", Inputs(**{**vars(self.inputs), **there})
 
     def _compared(self, case: Case, expected: Path, place: str) -> Difference:
-        if storage.is_local(case.output):
+        if files.is_local(case.output):
             difference = compare(Path(case.output), expected, (case.output, place))
             if difference.none:
                 shutil.rmtree(case.output)

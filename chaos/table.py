@@ -13,7 +13,8 @@ from typing import Any
 from chaos.compare import MAY_DIFFER, MAY_DIFFER_TOTALS
 from chaos.faults import FAULTS
 from chaos.workflows import WORKFLOWS
-from pd_core import cluster, storage
+from pd_core import cluster
+from pd_core.core import artifacts, files
 
 RESULTS, PAGE = "reliability.json", "reliability.md"
 KEY = ("workflow", "fault", "number", "seed")
@@ -32,15 +33,15 @@ def add(docs: Path, result: Result) -> None:
         key=lambda one: (order[0].index(one["workflow"]), order[1].index(one["fault"]), one["seed"], one["number"]),
     )
     machine = f"{cluster.cores()} cores, Python {platform.python_version()}"
-    facts = {"machine": machine, "versions": storage.package_versions(), "cases": cases}
-    storage.write_bytes(str(file), json.dumps(facts, indent=1).encode() + b"\n")
+    facts = {"machine": machine, "versions": artifacts.package_versions(), "cases": cases}
+    files.write_bytes(str(file), json.dumps(facts, indent=1).encode() + b"\n")
     page = docs / PAGE
     if page.exists():
         text = page.read_text()
         for name, lines in (("matrix", matrix(cases)), ("faults", by_fault(cases)), ("differ", may_differ())):
             before, mark, rest = text.partition(f"<!-- {name} -->\n")
             text = before + mark + "\n".join(lines) + "\n" + rest[rest.index("<!-- end -->") :] if mark else text
-        storage.write_bytes(str(page), text.encode())
+        files.write_bytes(str(page), text.encode())
 
 
 def told(result: Result) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd_core import errors, releasing
+from pd_core import releasing
+from pd_core.core import errors
 from pd_core.running import RUN
 from tests import tiny, tiny_generators, toy_generator
 

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pd_core import errors, images, realset, report, storage
-from pd_core.errors import UserError
+from pd_core import images, realset, report
+from pd_core.core import artifacts, errors, files
+from pd_core.core.errors import UserError
 
 SHOWN = 60  # images of each set
 BINS = 20  # of equally many real images
@@ -29,18 +30,18 @@ class Samples:
     """A finished output of generate.py: its name, its commit record and its rows without the images but those shown."""
 
     name: str
-    artifact: storage.Artifact
+    artifact: artifacts.Artifact
     rows: pa.Table
     pictures: list[bytes]
 
 
 def read(folder: Path) -> Samples:
     """The samples under `folder`. Raises UserError where none are finished."""
-    uri = storage.join(str(folder.absolute()), "samples")
-    artifact = storage.load_artifact(uri)
+    uri = files.join(str(folder.absolute()), "samples")
+    artifact = artifacts.load_artifact(uri)
     if artifact is None:
         raise UserError(f"{folder}: no finished samples there; run generate.py with this --output first")
-    tables = [storage.read_table(storage.join(uri, part.name)) for part in artifact.parts]
+    tables = [files.read_table(files.join(uri, part.name)) for part in artifact.parts]
     table = pa.concat_tables(tables)
     shown = table["image"].slice(0, SHOWN).to_pylist()
     pictures = [images.thumbnail(Image.open(io.BytesIO(image["bytes"]))) for image in shown]
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def program() -> None:
         text = page([read(folder) for folder in args.samples], realset.open_realset(str(args.index.absolute())))
-        storage.write_bytes(str(args.output.absolute()), text.encode())
+        files.write_bytes(str(args.output.absolute()), text.encode())
         print(f"compared: {args.output.absolute()}")
 
     return errors.exit_code(program)

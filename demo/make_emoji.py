@@ -20,8 +20,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pd_core import cluster, errors
-from pd_core.errors import UserError
+from pd_core import cluster
+from pd_core.core import errors
+from pd_core.core.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

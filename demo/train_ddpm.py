@@ -26,7 +26,7 @@ from demo import training
 from demo.training import read_images as read_images
 from demo.training import shuffled_batches as shuffled_batches
 from pd_core import cluster
-from pd_core.errors import RunError, UserError
+from pd_core.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from demo import training
 from pd_core import cluster
-from pd_core.errors import RunError, UserError
+from pd_core.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch

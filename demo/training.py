@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pd_core import errors, storage
-from pd_core.errors import UserError
+from pd_core.core import artifacts, errors
+from pd_core.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ def is_finished(output: Path, identity: dict[str, Any], overwrite: bool) -> bool
     if found == identity:
         return True
     if not overwrite:
-        what = "; ".join(storage.differences(found, identity))
+        what = "; ".join(artifacts.differences(found, identity))
         raise UserError(f"--output {output}: holds a model of other settings ({what}); choose another or --overwrite")
     return False
 

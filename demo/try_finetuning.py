@@ -23,8 +23,9 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its modules are demo.X
 
-from pd_core import cluster, errors, storage
-from pd_core.errors import RunError
+from pd_core import cluster
+from pd_core.core import errors, files
+from pd_core.core.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("precision", "recall", "density", "coverage", "frechet_distance")
@@ -60,13 +61,13 @@ def train(output: Path, setting: str, seed: int, gan: bool, options: Sequence[st
 
 def measured(folder: Path) -> dict[str, dict[str, float]]:
     """Metrics before and after, and the acceptance rate of a GAN's generated images."""
-    rows = storage.read_table(str(folder / "training" / "evaluations.parquet")).to_pylist()
+    rows = files.read_table(str(folder / "training" / "evaluations.parquet")).to_pylist()
     last = max(row["step"] for row in rows)
     found = {
         when: {row["metric"]: row["value"] for row in rows if row["step"] == step}
         for when, step in (("before", 0), ("after", last))
     }
-    history = storage.read_table(str(folder / "training" / "history.parquet")).to_pylist()
+    history = files.read_table(str(folder / "training" / "history.parquet")).to_pylist()
     if rates := [row["value"] for row in history if row["name"] == "acceptance"]:
         found["after"]["acceptance"] = float(np.mean(rates))
     return found
@@ -118,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
     given = arguments.output / "options.json"
     if given.exists() and json.loads(given.read_text()) != options:
         raise errors.UserError(f"--output {arguments.output}: holds runs of other options ({given}); choose another")
-    storage.write_bytes(str(given), json.dumps(options).encode())
+    files.write_bytes(str(given), json.dumps(options).encode())
     missing = [w for w in wanted if not (folder_of(arguments.output, w[0], w[1]) / "run.json").exists()]
     with ThreadPoolExecutor(arguments.jobs) as runs:
         list(runs.map(lambda w: train(arguments.output, w[0], w[1], gan, options), missing))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pd_core.api import Index, density_coverage, frechet_distance, precision_recall, pseudo_density
     from pd_core.api import open as open  # noqa: A004
-    from pd_core.errors import RunError, UserError
+    from pd_core.core.errors import RunError, UserError
 
 __all__ = [
     "Index",

@@ -24,10 +24,11 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
-from pd_core import cluster, decoder, density, knn, metrics, realset, search, storage
+from pd_core import cluster, decoder, density, knn, metrics, realset, search
 from pd_core import features as features_stage
-from pd_core.errors import RunError as RunError
-from pd_core.errors import UserError as UserError
+from pd_core.core import artifacts, files
+from pd_core.core.errors import RunError as RunError
+from pd_core.core.errors import UserError as UserError
 from pd_core.images import BadImage, DecodeLimits, Prepared, Reason
 from pd_core.index import flat_rows
 from pd_core.scoring import Scorer
@@ -96,7 +97,7 @@ class Index:
         import torch
 
         self._real = real
-        record = storage.join(real.uri, "features", storage.ARTIFACT)
+        record = files.join(real.uri, "features", files.ARTIFACT)
         self._made = features_stage.recorded(self._artifact("features"), record)
         has_gpu = torch.cuda.is_available()
         chosen = device or (self._made.device if has_gpu else "cpu")
@@ -233,20 +234,20 @@ class Index:
     def _device(self) -> str:
         return str(self._scorer.extractor.device)
 
-    def _artifact(self, stage: str) -> storage.Artifact:
-        with storage.explained(self.uri):
-            found = storage.load_artifact(storage.join(self.uri, stage))
+    def _artifact(self, stage: str) -> artifacts.Artifact:
+        with files.explained(self.uri):
+            found = artifacts.load_artifact(files.join(self.uri, stage))
         assert found is not None, "open_realset has seen it"
         return found
 
     def _column_tables(self, stage: str, columns: list[str]) -> pa.Table:
         parts = [part for part in self._artifact(stage).parts if part.rows]
-        with storage.explained(self.uri), tqdm(parts, stage, unit=" parts", delay=PROGRESS_AFTER_S) as bar:
-            return pa.concat_tables(storage.read_table(storage.join(self.uri, stage, p.name), columns) for p in bar)
+        with files.explained(self.uri), tqdm(parts, stage, unit=" parts", delay=PROGRESS_AFTER_S) as bar:
+            return pa.concat_tables(files.read_table(files.join(self.uri, stage, p.name), columns) for p in bar)
 
     @cached_property
     def _open_index(self) -> search.OpenIndex:
-        with storage.explained(self.uri):
+        with files.explained(self.uri):
             return search.OpenIndex(self._real.index, cluster.cores(), self._scorer.extractor.device.type)
 
     @cached_property
@@ -351,7 +352,7 @@ def _contents(images: Iterable[Any], keys: deque[str], limits: DecodeLimits) -> 
 
 def _read(path: str, limits: DecodeLimits) -> bytes:
     try:
-        with storage.explained(path), storage.open_file(storage.absolute(path)) as file:
+        with files.explained(path), files.open_file(files.absolute(path)) as file:
             size = file.seek(0, io.SEEK_END)
             if size > limits.max_bytes:
                 raise BadImage(Reason.TOO_MANY_BYTES, f"{size} bytes, the limit is {limits.max_bytes}")

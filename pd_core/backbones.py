@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage, trust
-from pd_core.config import INCEPTION, ExtractorSettings
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.core import files, trust
+from pd_core.core.errors import RunError, UserError, one_line
+from pd_core.core.settings.data import INCEPTION, ExtractorSettings
 from pd_core.images import Preprocess
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
 
 def _read_bytes(uri: str, most: int) -> bytes:
     where = f"--features.checkpoint {uri}"
-    with storage.explained(where):
-        return storage.read_file(uri, where, most)
+    with files.explained(where):
+        return files.read_file(uri, where, most)
 
 
 def _tensors(data: bytes, uri: str) -> dict[str, torch.Tensor]:

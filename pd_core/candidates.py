@@ -19,10 +19,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pd_core import acceptance, density, generators, ids, schemas, search, storage, trust
+from pd_core import acceptance, density, generators, search
 from pd_core.acceptance import Weighting
-from pd_core.config import GeneratorSettings
-from pd_core.errors import UserError
+from pd_core.core import artifacts, schemas, trust
+from pd_core.core import seeds as core_seeds
+from pd_core.core.errors import UserError
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.realset import RealSet
 from pd_core.scoring import Scorer
 from pd_core.volume import Volume, floored, log_volume, top_singular_values
@@ -157,7 +159,7 @@ class _Recorded:
 
 def prompts_hash(prompts: Sequence[str]) -> str:
     """SHA-256 of the prompts in their order."""
-    return storage.sha256("\n".join(prompts).encode())
+    return artifacts.sha256("\n".join(prompts).encode())
 
 
 @dataclass(frozen=True)
@@ -181,12 +183,14 @@ def candidates_of(recipe: Recipe, chunk: int) -> Candidates:
     number = np.arange(chunk * recipe.chunk, (chunk + 1) * recipe.chunk, dtype=np.int64)
 
     def pick(name: str, many: int) -> np.ndarray | None:
-        return (ids.uniform(number, ids.stream(recipe.seed, name)) * many).astype(np.int64) if many else None
+        return (
+            (core_seeds.uniform(number, core_seeds.stream(recipe.seed, name)) * many).astype(np.int64) if many else None
+        )
 
     return Candidates(
         number=number,
-        seed=ids.integers(number, ids.stream(recipe.seed, "image")),
-        u=ids.uniform(number, ids.stream(recipe.seed, "acceptance")),
+        seed=core_seeds.integers(number, core_seeds.stream(recipe.seed, "image")),
+        u=core_seeds.uniform(number, core_seeds.stream(recipe.seed, "acceptance")),
         label=pick("label", len(recipe.classes)),
         prompt=pick("prompt", len(recipe.prompts)),
     )
@@ -258,7 +262,7 @@ class ChunkMaker:
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe = recipe
         self.generator = generators.open_generator(recipe.generator, device, recipe.threads)
-        if storage.canonical(self.generator.identity()) != storage.canonical(recipe.generator_identity):
+        if artifacts.canonical(self.generator.identity()) != artifacts.canonical(recipe.generator_identity):
             raise UserError(
                 f"--generator.path {recipe.generator.path}: differs from what the run began with; make the same files "
                 "visible on every node and leave them as they are while it runs"

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pd_core import cluster, search, storage, telemetry
-from pd_core.errors import RunError, UserError, one_line
+from pd_core import cluster, search, telemetry
+from pd_core.core import artifacts
+from pd_core.core.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -122,7 +123,7 @@ class _MakeChunk:
         chunk = numbers["chunk"][0].as_py()
         if self.deadline is not None and time.time() > self.deadline:
             return _row(self.work.made, {"chunk": chunk, "busy_s": 0.0, "error": LATE})
-        watch = storage.Stopwatch()
+        watch = artifacts.Stopwatch()
         made: Mapping[str, Any] | None = None
         for _ in range(ATTEMPTS):
             try:
@@ -305,9 +306,9 @@ def _stream(
     )
 
 
-def by_number(parts: Mapping[str, storage.Part]) -> dict[int, storage.Part]:
+def by_number(parts: Mapping[str, artifacts.Part]) -> dict[int, artifacts.Part]:
     """Tables of a stage by the numbers in their names."""
-    return {number: part for name, part in parts.items() if (number := storage.part_number(name)) is not None}
+    return {number: part for name, part in parts.items() if (number := artifacts.part_number(name)) is not None}
 
 
 def failed_line(work: Work, failed: Mapping[int, str], seeds_of: Callable[[int], np.ndarray], run_seed: int) -> str:

@@ -11,8 +11,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Generic
 
-from pd_core import config, errors
-from pd_core.config import Settings
+from pd_core.core import errors
+from pd_core.core.settings import load
+from pd_core.core.settings.base import nearest_name
+from pd_core.core.settings.curate import CurateSettings
+from pd_core.core.settings.evaluate import EvaluateSettings, TradeoffSettings
+from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.core.settings.generate import GenerateSettings, PerturbSettings
+from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.core.settings.load import Settings
 
 PROG = "pd-core"
 
@@ -34,7 +41,7 @@ def run(name: str, argv: Sequence[str], prog: str = "") -> int | None:
         prog: what --help calls the program; `pd-core NAME` if empty.
     """
     command = COMMANDS[name]
-    return command.start(config.load(command.settings, argv, prog=prog or f"{PROG} {name}"))
+    return command.start(load.load(command.settings, argv, prog=prog or f"{PROG} {name}"))
 
 
 def main() -> int:
@@ -50,7 +57,7 @@ def _main(argv: Sequence[str]) -> int | None:
         return None
     name = argv[0].removesuffix(".py").replace("_", "-")  # messages name the commands by the files of workflows/
     if name not in COMMANDS:
-        nearest = config.nearest_name(name, list(COMMANDS), "commands")
+        nearest = nearest_name(name, list(COMMANDS), "commands")
         raise errors.UserError(f"{PROG} {argv[0]}: no such command; {nearest}")
     return run(name, argv[1:])
 
@@ -67,13 +74,13 @@ def _help() -> str:
 # ---- The commands; what they import is heavy, so it comes late -------------------------------------------------------
 
 
-def _build_index(settings: config.BuildIndexSettings) -> None:
+def _build_index(settings: BuildIndexSettings) -> None:
     from pd_core import pipeline
 
     (pipeline.plan_build_index if settings.dry_run else pipeline.build_index)(settings)
 
 
-def _generate(settings: config.GenerateSettings) -> None:
+def _generate(settings: GenerateSettings) -> None:
     from pd_core import generation, verification
 
     if settings.verify is not None:
@@ -83,31 +90,31 @@ def _generate(settings: config.GenerateSettings) -> None:
         (generation.plan_generate if settings.dry_run else generation.generate)(settings)
 
 
-def _perturb(settings: config.PerturbSettings) -> None:
+def _perturb(settings: PerturbSettings) -> None:
     from pd_core import perturb_workflow
 
     (perturb_workflow.plan_perturb if settings.dry_run else perturb_workflow.perturb)(settings)
 
 
-def _evaluate(settings: config.EvaluateSettings) -> None:
+def _evaluate(settings: EvaluateSettings) -> None:
     from pd_core import evaluation
 
     (evaluation.plan_evaluate if settings.dry_run else evaluation.evaluate)(settings)
 
 
-def _tradeoff(settings: config.TradeoffSettings) -> None:
+def _tradeoff(settings: TradeoffSettings) -> None:
     from pd_core import comparison
 
     (comparison.plan_tradeoff if settings.dry_run else comparison.compare)(settings)
 
 
-def _finetune(settings: config.FinetuneSettings) -> None:
+def _finetune(settings: FinetuneSettings) -> None:
     from pd_core import finetune_workflow
 
     (finetune_workflow.plan_finetune if settings.dry_run else finetune_workflow.finetune)(settings)
 
 
-def _curate(settings: config.CurateSettings) -> int:
+def _curate(settings: CurateSettings) -> int:
     from pd_core import curation, verification
 
     if settings.verify is not None:
@@ -120,13 +127,13 @@ def _curate(settings: config.CurateSettings) -> int:
 
 
 COMMANDS: Mapping[str, Command[Any]] = {
-    "build-index": Command(config.BuildIndexSettings, _build_index),
-    "generate": Command(config.GenerateSettings, _generate),
-    "perturb": Command(config.PerturbSettings, _perturb),
-    "evaluate": Command(config.EvaluateSettings, _evaluate),
-    "tradeoff": Command(config.TradeoffSettings, _tradeoff),
-    "finetune": Command(config.FinetuneSettings, _finetune),
-    "curate": Command(config.CurateSettings, _curate),
+    "build-index": Command(BuildIndexSettings, _build_index),
+    "generate": Command(GenerateSettings, _generate),
+    "perturb": Command(PerturbSettings, _perturb),
+    "evaluate": Command(EvaluateSettings, _evaluate),
+    "tradeoff": Command(TradeoffSettings, _tradeoff),
+    "finetune": Command(FinetuneSettings, _finetune),
+    "curate": Command(CurateSettings, _curate),
 }
 
 

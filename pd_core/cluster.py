@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage, telemetry
-from pd_core.errors import CredentialsRefused, RunError, UserError, one_line, printable, shown
+from pd_core import telemetry
+from pd_core.core import files
+from pd_core.core.errors import CredentialsRefused, RunError, UserError, one_line, printable, shown
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -554,7 +555,7 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
 def _told(failure: Exception) -> str:
     """A failure in one line; of a store's the words of the store, without what Ray and Ray Data put around them."""
     cause = getattr(failure, "cause", None)
-    if not storage.is_failure(cause):
+    if not files.is_failure(cause):
         return one_line(failure)
     own, _, _ = str(cause).partition(": 'Failed to apply UDF")
     return f"{type(cause).__name__}: {one_line(own)}"
@@ -564,7 +565,7 @@ def _is_defect(error: Exception) -> bool:
     """Whether our own code raised what it never should: another round would only raise it again."""
     import ray
 
-    return isinstance(error, ray.exceptions.RayTaskError) and not storage.is_failure(error.cause)
+    return isinstance(error, ray.exceptions.RayTaskError) and not files.is_failure(error.cause)
 
 
 def task(function: Any, cpus: float = 1, gpus: float = 0, memory: int | None = None) -> Any:
@@ -644,7 +645,7 @@ def cause(error: BaseException) -> UserError | RunError | None:
         if isinstance(current, UserError | RunError) and type(current) in (UserError, RunError):
             return current  # Ray's own wrappers are made subclasses of the cause's type
         if type(current) is CredentialsRefused:  # in another process: no storage.explained was around it
-            return storage.explain(current, current.uri)
+            return files.explain(current, current.uri)
         chain += [getattr(current, "cause", None), current.__cause__, current.__context__]
     return None
 

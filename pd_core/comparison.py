@@ -15,15 +15,12 @@ from pd_core import (
     acceptance,
     chunking,
     cluster,
-    config,
-    ids,
     opening,
     piloting,
     realset,
     sampling,
     search,
     spaces,
-    storage,
     sweeping,
     tracking,
     tradeoff,
@@ -31,8 +28,11 @@ from pd_core import (
 )
 from pd_core.acceptance import Weighting
 from pd_core.candidates import Recipe
-from pd_core.config import DataSettings, TradeoffSettings
-from pd_core.errors import UserError
+from pd_core.core import artifacts, files, seeds
+from pd_core.core.errors import UserError
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.evaluate import TradeoffSettings
+from pd_core.core.settings.generate import TRUNCATION_SETTINGS, GeneratorSettings
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, started
 from pd_core.spaces import Extraction, Features, ImageSet
@@ -97,14 +97,14 @@ def truncations_of(settings: TradeoffSettings) -> list[float]:
     Raises:
         UserError: the generator has none.
     """
-    able = settings.generator.kind in config.TRUNCATION_SETTINGS
+    able = settings.generator.kind in TRUNCATION_SETTINGS
     if settings.truncations and not able:
         raise UserError(
             f"--truncations: --generator.kind {settings.generator.kind} has no truncation; leave it out "
-            f"(kinds that have: {', '.join(config.TRUNCATION_SETTINGS)})"
+            f"(kinds that have: {', '.join(TRUNCATION_SETTINGS)})"
         )
     if settings.truncations is not None:
-        own = getattr(settings.generator, config.TRUNCATION_SETTINGS[settings.generator.kind]) if able else None
+        own = getattr(settings.generator, TRUNCATION_SETTINGS[settings.generator.kind]) if able else None
         return [psi for psi in settings.truncations if psi != own]
     return [0.5, 0.7] if able else []
 
@@ -135,7 +135,7 @@ def compare(settings: TradeoffSettings) -> None:
             run.made
         ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
             _track(run.tracker, rows)
-        table, page = (storage.join(output, "report", name) for name in (tradeoff_report.TABLE, REPORT))
+        table, page = (files.join(output, "report", name) for name in (tradeoff_report.TABLE, REPORT))
         run.finish(("report",), {"table": table, "report": page}, functools.partial(summary, rows))
         if settings.target is not None:
             say_choice(settings.target, rows)
@@ -183,7 +183,7 @@ def _plan(
     run: Run, settings: TradeoffSettings, real: RealSet, found: list[Setting], resources: contextlib.ExitStack
 ) -> Planned:
     with failures("pilot", run.output):
-        begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, PILOT))
+        begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, PILOT))
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = _recipe(run, settings, real, pool, settings.generator)
@@ -196,7 +196,7 @@ def _plan(
         opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, True, "scoring")
         return resources.enter_context(opened)
 
-    piloted = replace(recipe, seed=ids.stream(settings.seed, "pilot"))
+    piloted = replace(recipe, seed=seeds.stream(settings.seed, "pilot"))
     pilot = piloting.make(run, piloted, pool, open_index, settings.pilot, PILOT)
     weightings = {
         s.name: sweeping.weighting_of(s, real, pilot.log_volume, settings.bins)
@@ -226,7 +226,7 @@ def _deciding(setting: Setting, pilot: piloting.Pilot, densities: np.ndarray) ->
 
 
 def _recipe(
-    run: Run, settings: TradeoffSettings, real: RealSet, pool: chunking.Pool, generator: config.GeneratorSettings
+    run: Run, settings: TradeoffSettings, real: RealSet, pool: chunking.Pool, generator: GeneratorSettings
 ) -> Recipe:
     facts = opening.describe(generator, run.now, pool)
     if polarities_of(settings) and not facts["latents"]:
@@ -246,22 +246,22 @@ def _recipe(
     )
 
 
-def _pool(run: Run, settings: TradeoffSettings, planned: Planned) -> tuple[storage.Stage, int]:
+def _pool(run: Run, settings: TradeoffSettings, planned: Planned) -> tuple[artifacts.Stage, int]:
     return _candidates(run, "pool", planned.recipe, planned, planned.candidates), planned.candidates
 
 
-def _truncated(run: Run, settings: TradeoffSettings, real: RealSet, planned: Planned, psi: float) -> storage.Stage:
+def _truncated(run: Run, settings: TradeoffSettings, real: RealSet, planned: Planned, psi: float) -> artifacts.Stage:
     """n images of a truncation ψ, which are other images, and so not of the pool."""
-    name = config.TRUNCATION_SETTINGS[settings.generator.kind]
+    name = TRUNCATION_SETTINGS[settings.generator.kind]
     generator = settings.generator.model_copy(update={name: psi})
     recipe = _recipe(run, settings, real, planned.pool, generator)
     rows = -(-settings.n // settings.chunk) * settings.chunk
     return _candidates(run, f"truncated-{psi:g}", recipe, planned, rows)
 
 
-def _candidates(run: Run, folder: str, recipe: Recipe, planned: Planned, rows: int) -> storage.Stage:
+def _candidates(run: Run, folder: str, recipe: Recipe, planned: Planned, rows: int) -> artifacts.Stage:
     chunks = rows // recipe.chunk
-    stage = sampling.stage_of(storage.join(run.output, folder), "pool", recipe, {"n": rows})
+    stage = sampling.stage_of(files.join(run.output, folder), "pool", recipe, {"n": rows})
     parts = -(-chunks // PART_CHUNKS)
     job = sampling.Job(
         recipe, stage, None, -(-chunks // parts), rows
@@ -279,14 +279,14 @@ def _measure(
     real: RealSet,
     found: list[Setting],
     weightings: Mapping[str, Weighting],
-    pool: storage.Stage,
-    truncated: Mapping[float, storage.Stage],
-) -> tuple[sweeping.Job, storage.Artifact]:
+    pool: artifacts.Stage,
+    truncated: Mapping[float, artifacts.Stage],
+) -> tuple[sweeping.Job, artifacts.Artifact]:
     measured_in = spaces.open_spaces(real, settings.judge)
     extraction = Extraction(settings.extraction, DataSettings(source=None), settings.source)
     of_real = spaces.features_of_real(run, real, measured_in, extraction)
 
-    def features_of(name: str, stage: storage.Stage) -> dict[str, Features]:
+    def features_of(name: str, stage: artifacts.Stage) -> dict[str, Features]:
         chosen = ImageSet(name, stage.uri, spaces.table_source(stage.uri, sweeping.SCORED), None)
         return spaces.features_of_set(run, chosen, measured_in, extraction)
 

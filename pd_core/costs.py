@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pd_core import chunking, cluster, estimator, features, index, indexing, knn, search, selfjoin, storage
-from pd_core.config import BuildIndexSettings
+from pd_core import chunking, cluster, estimator, features, index, indexing, knn, search, selfjoin
+from pd_core.core import files as core_files
+from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.sources import stores
 
 GIB = float(1 << 30)
@@ -533,7 +534,7 @@ def _features(build: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
 
 def _record_s(fleet: Fleet, unit: UnitCosts) -> float:
     """Of the driver, to read the record of one part, as `Stage.finished_parts` does."""
-    return unit.record_read_s + fleet.request_s / storage.READERS
+    return unit.record_read_s + fleet.request_s / core_files.READERS
 
 
 def _flat(build: Build, unit: UnitCosts) -> list[Phase]:

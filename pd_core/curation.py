@@ -22,29 +22,28 @@ from pd_core import (
     candidates,
     chunking,
     cluster,
-    config,
     density,
-    errors,
     evaluation,
     features,
     generation,
-    leases,
     listing,
     opening,
     pipeline,
     planning,
     realset,
     releasing,
-    schemas,
     sources,
-    storage,
     telemetry,
     tracking,
-    trust,
     updating,
 )
-from pd_core.config import CurateSettings, RecipeSettings
-from pd_core.errors import RunError, UserError
+from pd_core.core import artifacts, errors, files, locks, schemas, trust
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings import load
+from pd_core.core.settings.curate import CurateSettings, RecipeSettings
+from pd_core.core.settings.evaluate import EvaluateSettings
+from pd_core.core.settings.generate import GenerateSettings
+from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.running import RUN, Run, checked_output, failures, started
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
@@ -76,11 +75,11 @@ def prepare(settings: CurateSettings) -> CurateSettings:
             "tracking": settings.tracking.model_copy(update={"uri": uri, "enabled": uri is not None}),
         }
     )
-    checked, _ = pipeline.prepare(_build_settings(settings, storage.join(output, INDEX, "x"), None))
+    checked, _ = pipeline.prepare(_build_settings(settings, files.join(output, INDEX, "x"), None))
     settings = settings.model_copy(update={"features": checked.features})
     for recipe in settings.recipes:
         try:
-            generation.check(_generate_settings(settings, recipe, storage.join(output, INDEX, "x"), output))
+            generation.check(_generate_settings(settings, recipe, files.join(output, INDEX, "x"), output))
             if recipe.kind == "two_level":
                 density.parse_threshold(recipe.threshold)
         except UserError as error:
@@ -93,9 +92,9 @@ def curate(settings: CurateSettings) -> int:
     """One scheduled run; returns the exit code: released (0), nothing new, or held back by a gate."""
     settings = prepare(settings)
     output = str(settings.output)
-    with storage.explained(output):
+    with files.explained(output):
         above = releasing.lock_token(output)
-    lock = leases.hold(storage.join(output, LOCK), settings.lock.lease_s, above)
+    lock = locks.hold(files.join(output, LOCK), settings.lock.lease_s, above)
     with lock as lease, started(settings, output, "curate", ()) as run, cluster.shared(run.now):
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
@@ -140,16 +139,16 @@ def _gpus(run: Run, asked: float | None, before: str | None) -> float | None:
     return 0.0 if gpus is None and before == "cpu" else gpus
 
 
-def _build_settings(settings: CurateSettings, output: str, base: str | None) -> config.BuildIndexSettings:
+def _build_settings(settings: CurateSettings, output: str, base: str | None) -> BuildIndexSettings:
     values = {name: getattr(settings, name) for name in SECTIONS}
     # what a run with other versions of packages or another base has left of this version is replaced, stage by stage
     more = {"output": output, "base": base, "tracking": settings.tracking, "overwrite": True}
-    return config.made(config.BuildIndexSettings, **values, **more)
+    return load.made(BuildIndexSettings, **values, **more)
 
 
-def _index(run: Run, settings: CurateSettings, lease: leases.Lease) -> Version:
+def _index(run: Run, settings: CurateSettings, lease: locks.Lease) -> Version:
     """The index of the source as it is now: one that is finished already, an update of the current one, or one built anew."""
-    root = storage.join(run.output, INDEX)
+    root = files.join(run.output, INDEX)
     current = _current(root)
     version, now = _version_of_now(run, settings, current)
     if _is_of(version, now.state):
@@ -186,16 +185,16 @@ def _is_of(version: Version, state: sources.State) -> bool:
     Where what nothing follows from is damaged, such as the report, and cannot be mended by itself any more, since the base is gone, it
     is left so.
     """
-    if not storage.exists(storage.join(version.uri, RUN)):
+    if not files.exists(files.join(version.uri, RUN)):
         return False
     if damage := _damage(version.uri, pipeline.STAGES):
-        base = (storage.read_record(storage.join(version.uri, BEGUN)) or {}).get("base")
+        base = (files.read_record(files.join(version.uri, BEGUN)) or {}).get("base")
         needed = _damage(version.uri, updating.STAGES) is not None
         mends = needed or base is None or _damage(base, updating.STAGES) is None
         cluster.say(f"index: {damage}{'' if mends else f'; left so, since {base} is not there any more'}")
         if mends:
             return False
-    listed = storage.load_artifact(storage.join(version.uri, "listing"))
+    listed = artifacts.load_artifact(files.join(version.uri, "listing"))
     assert listed is not None, "it is whole"
     if listed.identity["state"] != state:
         cluster.say(f"index: {version.uri}: the source changed while it was made")
@@ -205,35 +204,35 @@ def _is_of(version: Version, state: sources.State) -> bool:
 
 def _damage(uri: str, stages: Sequence[str]) -> str | None:
     """What is wrong with a finished version, or None: a listing of each folder of these stages, and of what is made beside them."""
-    record = storage.read_record(storage.join(uri, RUN))
+    record = files.read_record(files.join(uri, RUN))
     if record is None:
         return f"{uri} is not there any more"
-    for folder in (storage.join(uri, stage) for stage in pipeline.folders_of(record, stages)):
-        artifact = storage.load_artifact(folder)
+    for folder in (files.join(uri, stage) for stage in pipeline.folders_of(record, stages)):
+        artifact = artifacts.load_artifact(folder)
         if artifact is None or artifact.schema_version != schemas.VERSIONS[artifact.kind]:
             return f"{folder} is not finished any more, or of another pd_core"
-        if damaged := storage.damaged_parts(folder, artifact.parts):
-            return f"{folder}: {storage.told_damage(damaged)}"
+        if damaged := artifacts.damaged_parts(folder, artifact.parts):
+            return f"{folder}: {artifacts.told_damage(damaged)}"
     return None
 
 
 def _claim(uri: str) -> dict[str, Any] | None:
     """What was noted in a version that was begun; None for one that was not, also where it was half deleted: that is finished."""
-    begun: dict[str, Any] | None = storage.read_record(storage.join(uri, BEGUN))
+    begun: dict[str, Any] | None = files.read_record(files.join(uri, BEGUN))
     if begun is None or begun.get("deleted"):
-        storage.remove_folder(uri)
+        files.remove_folder(uri)
         return None
     return begun
 
 
 def _mark(uri: str, noted: Mapping[str, Any]) -> None:
-    storage.write_bytes(storage.join(uri, BEGUN), json.dumps(noted).encode())
+    files.write_bytes(files.join(uri, BEGUN), json.dumps(noted).encode())
 
 
-def _make_current(root: str, version: Version, lease: leases.Lease) -> None:
+def _make_current(root: str, version: Version, lease: locks.Lease) -> None:
     lease.confirm()
     pointer = {"version": version.uri.rpartition("/")[2], "digest": version.digest}
-    storage.write_bytes(storage.join(root, CURRENT), json.dumps(pointer).encode())
+    files.write_bytes(files.join(root, CURRENT), json.dumps(pointer).encode())
 
 
 def _version_of_now(run: Run, settings: CurateSettings, current: Version | None) -> tuple[Version, _Now]:
@@ -244,7 +243,7 @@ def _version_of_now(run: Run, settings: CurateSettings, current: Version | None)
     source = sources.open_source(settings.data)
     stating = cluster.task(sources.state).remote(source)
     spec: features.ExtractorSpec = cluster.get(features.describe_remotely(settings.features))
-    before = None if current is None else storage.begun_identity(storage.join(current.uri, "features"))
+    before = None if current is None else artifacts.begun_identity(files.join(current.uri, "features"))
     gpus = _gpus(run, settings.features.actor_gpus, (before or {}).get("device"))
     featuring = settings.features
     state: sources.State = cluster.get(stating)
@@ -260,38 +259,36 @@ def _version_of_now(run: Run, settings: CurateSettings, current: Version | None)
         "estimator": settings.estimator.model_dump(mode="json"),
     }
     digest = releasing.digest(decides)
-    return Version(_named(storage.join(run.output, INDEX), digest), digest), _Now(state, gpus)
+    return Version(_named(files.join(run.output, INDEX), digest), digest), _Now(state, gpus)
 
 
 def _current(root: str) -> Version | None:
-    uri = storage.join(root, CURRENT)
-    pointer = storage.read_json(uri)
+    uri = files.join(root, CURRENT)
+    pointer = files.read_json(uri)
     if pointer is None:
         return None
     if not isinstance(pointer, dict) or not {"version", "digest"} <= set(pointer):
         raise UserError(f"{uri}: names no version; restore it, or delete it and the index is built anew")
-    return Version(storage.join(root, trust.file_name(pointer["version"], uri)), str(pointer["digest"]))
+    return Version(files.join(root, trust.file_name(pointer["version"], uri)), str(pointer["digest"]))
 
 
 def _named(root: str, digest: str) -> str:
     """The folder of a digest: the one that is there, or a new one whose name begins with the time."""
     there = [name for name in _versions(root) if name.endswith(f"-{digest}")]
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    return storage.join(root, there[-1] if there else f"{now}-{digest}")
+    return files.join(root, there[-1] if there else f"{now}-{digest}")
 
 
 # ---- sets ------------------------------------------------------------------------------------------------------------
 
 
-def _generate_settings(
-    settings: CurateSettings, recipe: RecipeSettings, index: str, folder: str
-) -> config.GenerateSettings:
+def _generate_settings(settings: CurateSettings, recipe: RecipeSettings, index: str, folder: str) -> GenerateSettings:
     generator, how = settings.generator, settings.generation
     if recipe.labels is not None:
         generator = generator.model_copy(update={"labels": recipe.labels})
-    return config.made(
-        config.GenerateSettings,
-        output=storage.join(folder, recipe.name),
+    return load.made(
+        GenerateSettings,
+        output=files.join(folder, recipe.name),
         index=index,
         checkpoint=settings.features.checkpoint,
         source=settings.data.source,
@@ -307,15 +304,13 @@ def _generate_settings(
     )
 
 
-def _evaluate_settings(
-    settings: CurateSettings, index: str, samples: list[str], folder: str
-) -> config.EvaluateSettings:
+def _evaluate_settings(settings: CurateSettings, index: str, samples: list[str], folder: str) -> EvaluateSettings:
     how = settings.evaluation
-    return config.made(
-        config.EvaluateSettings,
+    return load.made(
+        EvaluateSettings,
         real=index,
         samples=samples,
-        output=storage.join(folder, EVALUATION),
+        output=files.join(folder, EVALUATION),
         checkpoint=settings.features.checkpoint,
         source=settings.data.source,
         n=how.n,
@@ -328,7 +323,7 @@ def _evaluate_settings(
     )
 
 
-def _release(run: Run, settings: CurateSettings, index: Version, lease: leases.Lease) -> int:
+def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Lease) -> int:
     """The release of what there is now, made where it is not there, and the pointer moved to it if every gate holds."""
     settings = _as_before(run, settings)
     identity = {
@@ -365,7 +360,7 @@ def _make_release(
     index: Version,
     identity: dict[str, Any],
     last: releasing.Release | None,
-    lease: leases.Lease,
+    lease: locks.Lease,
     mending: bool,
 ) -> None:
     """Make what the recipes ask for, measure it, and write the release. mending: one that was made before and is not whole."""
@@ -378,7 +373,7 @@ def _make_release(
         "source": settings.data.source,
         "samples": {made.name: made.artifact.fingerprint for made in sets},
         "settings": settings.model_dump(mode="json"),
-        "versions": storage.package_versions(),
+        "versions": artifacts.package_versions(),
         "numbers": numbers,
         "verdicts": releasing.as_json(verdicts),
         "gates_hold": all(verdict.holds for verdict in verdicts),
@@ -392,7 +387,7 @@ def _promote(
     settings: CurateSettings,
     release: releasing.Release,
     last: releasing.Release | None,
-    lease: leases.Lease,
+    lease: locks.Lease,
 ) -> int:
     """Move the pointer to a release, unless a gate or a person is against it; returns the exit code."""
     numbers: releasing.Numbers = release.record["numbers"]
@@ -445,10 +440,10 @@ def _sets(
     settings: CurateSettings,
     index: Version,
     identity: dict[str, Any],
-    lease: leases.Lease,
+    lease: locks.Lease,
 ) -> tuple[list[releasing.Set], pa.Table]:
     """The samples of every recipe, and the rows of their evaluation; each in a folder by what decides it."""
-    root = storage.join(run.output, CANDIDATES)
+    root = files.join(run.output, CANDIDATES)
     sets, outputs = [], []
     for recipe in settings.recipes:
         folder = _named(root, releasing.digest(identity["sets"][recipe.name]))
@@ -458,8 +453,8 @@ def _sets(
         generation.generate(asked)
         lease.check()
         outputs.append(str(asked.output))
-        uri = storage.join(outputs[-1], "samples")
-        artifact = storage.load_artifact(uri)
+        uri = files.join(outputs[-1], "samples")
+        artifact = artifacts.load_artifact(uri)
         assert artifact is not None, "generate has committed it"
         sets.append(releasing.Set(recipe.name, uri, artifact))
     measured = {name: identity[name] for name in ("sets", "evaluation")}
@@ -468,31 +463,31 @@ def _sets(
         _mark(folder, {})
     evaluation.evaluate(_evaluate_settings(settings, index.uri, outputs, folder))
     lease.check()
-    metrics = storage.join(folder, EVALUATION, "metrics")
-    artifact = storage.load_artifact(metrics)
+    metrics = files.join(folder, EVALUATION, "metrics")
+    artifact = artifacts.load_artifact(metrics)
     assert artifact is not None, "evaluate has committed it"
-    return sets, pa.concat_tables([storage.read_table(storage.join(metrics, part.name)) for part in artifact.parts])
+    return sets, pa.concat_tables([files.read_table(files.join(metrics, part.name)) for part in artifact.parts])
 
 
-def _clear(settings: CurateSettings, lease: leases.Lease) -> None:
+def _clear(settings: CurateSettings, lease: locks.Lease) -> None:
     """Delete all but the newest versions of the index and of the candidates; releases hold what they need themselves."""
     lease.confirm()
     output = str(settings.output)
-    current = _current(storage.join(output, INDEX))
+    current = _current(files.join(output, INDEX))
     sets = len(settings.recipes) + 1  # each in a folder of its own, and their evaluation
     for kind, keep in ((INDEX, settings.keep), (CANDIDATES, settings.keep * sets)):
-        root = storage.join(output, kind)
+        root = files.join(output, kind)
         for name in _versions(root)[:-keep]:
-            uri = storage.join(root, name)
+            uri = files.join(root, name)
             if current is None or uri != current.uri:
                 _mark(uri, {"deleted": True})  # first: half deleted it must not be taken for whole
-                storage.delete_file(storage.join(uri, RUN))
-                storage.remove_folder(uri)
+                files.delete_file(files.join(uri, RUN))
+                files.remove_folder(uri)
 
 
 def _versions(root: str) -> list[str]:
     """Names of the versions in a folder, oldest first."""
-    return [name for name in storage.folders(root) if _VERSION.fullmatch(name)]
+    return [name for name in files.folders(root) if _VERSION.fullmatch(name)]
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -507,7 +502,7 @@ def plan_curate(settings: CurateSettings) -> None:
         cluster.shared(run.now),
         failures("curate", output),
     ):
-        current = _current(storage.join(output, INDEX))
+        current = _current(files.join(output, INDEX))
         version, now = _version_of_now(run, settings, current)
         last = releasing.latest(output)
         if current is None:
@@ -538,7 +533,7 @@ def _plan_of_changed(run: Run, settings: CurateSettings, current: Version) -> st
     """The line of a source or settings that are not those of the current version."""
     if damage := _damage(current.uri, updating.STAGES):
         return f"plan: index: built anew, since {damage}"
-    build = _build_settings(settings, storage.join(run.output, INDEX, "x"), current.uri)
+    build = _build_settings(settings, files.join(run.output, INDEX, "x"), current.uri)
     try:
         found = planning.foresee(build, sources.open_source(settings.data), run.now, updating.open_base(current.uri))
     except updating.OtherSettings as error:

@@ -34,7 +34,7 @@ import numpy as np
 from PIL import AvifImagePlugin
 
 from pd_core import images
-from pd_core.errors import RunError, UserError
+from pd_core.core.errors import RunError, UserError
 from pd_core.images import BadImage, DecodeLimits, Prepared, Preprocess, Reason
 
 GROUP_IMAGES = 64  # handed over together: few enough that the worker's next read is never long behind
@@ -143,7 +143,7 @@ def sample_thumbnails(pictures: Iterable[Mapping[str, Any] | None], where: str) 
     Raises:
         UserError: one is no picture. The table at the URI `where` was damaged, or others made it.
     """
-    from pd_core.config import DataSettings
+    from pd_core.core.settings.data import DataSettings
 
     contents = ((picture or {}).get("bytes") or b"" for picture in pictures)
     made = []

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 
 Float64Array = NDArray[np.float64]
 

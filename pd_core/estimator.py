@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pd_core import ids, trust
+from pd_core.core import seeds, trust
+from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.density import density_of
-from pd_core.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.config import EstimatorSettings
+    from pd_core.core.settings.index import EstimatorSettings
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "predictor.safetensors"
@@ -588,7 +588,7 @@ def _split_position(sample_id: NDArray[np.int64], part: int, settings: Estimator
     from (seed, part).
     """
     if settings.split == "hash":
-        return ids.uniform(sample_id)
+        return seeds.uniform(sample_id)
     return np.random.default_rng([settings.seed, 0, part]).random(len(sample_id))
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, metrics, schemas, spaces, storage
-from pd_core.config import MetricSettings
-from pd_core.errors import UserError
+from pd_core import cluster, metrics, spaces
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.errors import UserError
+from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.spaces import Features, Rows, Space
 
 MEASURING_CPUS = 8  # of one task at most: its matrix products gain little from more
@@ -41,15 +42,15 @@ class Job:
         n: images of each set. n_real: real images; None: all.
     """
 
-    metrics: storage.Stage
-    scores: storage.Stage
+    metrics: artifacts.Stage
+    scores: artifacts.Stage
     comparisons: tuple[Comparison, ...]
     settings: MetricSettings
     n: int
     n_real: int | None
     per_label: bool
 
-    def finished(self) -> dict[str, storage.Part]:
+    def finished(self) -> dict[str, artifacts.Part]:
         """Parts of metrics/ whose scores are there too."""
         beside = self.scores.finished_parts()
         return {name: part for name, part in self.metrics.finished_parts().items() if name in beside}
@@ -82,14 +83,14 @@ def job_of(
         "per_label": per_label,
     }
     metrics, scores = (
-        storage.Stage(storage.join(output, kind), kind, schemas.VERSIONS[kind], identity)
+        artifacts.Stage(files.join(output, kind), kind, schemas.VERSIONS[kind], identity)
         for kind in ("metrics", "scores")
     )
     metrics = replace(metrics, beside=(scores.uri,))
     return Job(metrics, scores, chosen, settings, n, n_real, per_label)
 
 
-def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, Any]]:
+def run(job: Job, now: cluster.Cluster) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make the missing parts; returns the parts and totals of metrics/ to commit.
 
     Raises:
@@ -97,7 +98,7 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, A
     """
     job.scores.begin(overwrite=True)  # the metrics stage has been begun: what lies here is its, or stale
     done = job.finished()
-    missing = [i for i in range(len(job.comparisons)) if storage.part_name(i) not in done]
+    missing = [i for i in range(len(job.comparisons)) if artifacts.part_name(i) not in done]
     cpus = measuring_cpus(now)
     task, prepare = measuring_task(_measure_part, now, cpus), measuring_task(_prepare, now, cpus)
     with cluster.progress("metrics", len(job.comparisons), "sets", len(done)) as bar:
@@ -112,7 +113,7 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, A
                 bar.update()
     scored = job.scores.finished_parts()
     job.scores.commit(scored.values(), {"rows": sum(part.rows for part in scored.values())}, {})
-    parts = [job.finished()[storage.part_name(i)] for i in range(len(job.comparisons))]
+    parts = [job.finished()[artifacts.part_name(i)] for i in range(len(job.comparisons))]
     totals: dict[str, Any] = {}
     for row in read_metrics(job.metrics.uri, parts):
         if row["label"] is None:
@@ -137,9 +138,9 @@ def measuring_task(function: Any, now: cluster.Cluster, cpus: int) -> Any:
     return cluster.task(function, cpus, 1 if now.gpus else 0)
 
 
-def read_metrics(uri: str, parts: Iterable[storage.Part]) -> list[dict[str, Any]]:
+def read_metrics(uri: str, parts: Iterable[artifacts.Part]) -> list[dict[str, Any]]:
     """Rows of a metrics stage; one for each number, so few."""
-    return [row for part in parts for row in storage.read_table(storage.join(uri, part.name)).to_pylist()]
+    return [row for part in parts for row in files.read_table(files.join(uri, part.name)).to_pylist()]
 
 
 def _prepare(job: Job, number: int, threads: int) -> tuple[Rows, metrics.Reference]:
@@ -163,8 +164,8 @@ def _measure_part(job: Job, number: int, prepared: tuple[Rows, metrics.Reference
         own, of_label = real.of(label), generated.of(label)
         rows += _rows(compared, label, _measured_label(own, of_label, job.settings, threads, device))
     scores = _scores(compared, real, generated, whole.per_sample)
-    job.scores.write_table(storage.part_name(number), scores)  # first: a part of metrics without it is not finished
-    job.metrics.write_table(storage.part_name(number), pa.Table.from_pylist(rows, schema=schemas.metrics()))
+    job.scores.write_table(artifacts.part_name(number), scores)  # first: a part of metrics without it is not finished
+    job.metrics.write_table(artifacts.part_name(number), pa.Table.from_pylist(rows, schema=schemas.metrics()))
 
 
 def reference_of(real: Rows, settings: MetricSettings, threads: int, device: str, name: str) -> metrics.Reference:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from pd_core import cluster, evaluating, evaluation_report, realset, spaces, storage
-from pd_core.config import EvaluateSettings
-from pd_core.errors import UserError
+from pd_core import cluster, evaluating, evaluation_report, realset, spaces
+from pd_core.core import artifacts, files
+from pd_core.core.errors import UserError
+from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.evaluation_page import metric_names
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, started
@@ -45,7 +46,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     output = str(settings.output)
     with started(settings, output, "evaluate", STAGES) as run:
         job = _evaluate(run, settings, real, sets)
-        page = storage.join(output, "report", REPORT)
+        page = files.join(output, "report", REPORT)
         run.finish(("report",), {"report": page}, functools.partial(summary, job))
 
 
@@ -102,7 +103,7 @@ def rows_of_each(asked: int | None, found: list[Features], sets: list[ImageSet])
 
 def summary(job: evaluating.Job) -> list[str]:
     """A line for each set and space, for the console."""
-    artifact = storage.load_artifact(job.metrics.uri)
+    artifact = artifacts.load_artifact(job.metrics.uri)
     assert artifact is not None, "the stage is committed"
     lines = []
     extractors = {comparison.space.name: comparison.space.extractor for comparison in job.comparisons}

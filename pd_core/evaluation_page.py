@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pd_core import report
-from pd_core.config import INCEPTION
+from pd_core.core.settings.data import INCEPTION
 from pd_core.report import Drawing
 
 if TYPE_CHECKING:

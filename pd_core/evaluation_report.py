@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, evaluating, evaluation_page, images, listing, report, running, sources, storage
-from pd_core.config import EvaluateSettings, GenerateSettings, to_yaml
-from pd_core.errors import RunError, UserError
+from pd_core import decoder, evaluating, evaluation_page, images, listing, report, running, sources
+from pd_core.core import artifacts, files
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.evaluate import EvaluateSettings
+from pd_core.core.settings.generate import GenerateSettings
+from pd_core.core.settings.load import to_yaml
 from pd_core.evaluation_page import EvaluationData, Measured, Number, SpaceData, Tile
 from pd_core.realset import RealSet
 from pd_core.spaces import INDEX, JUDGE, ImageSet, Space, original_of
@@ -29,7 +32,7 @@ class Inputs:
     """
 
     job: evaluating.Job
-    measured: storage.Artifact
+    measured: artifacts.Artifact
     sets: Sequence[ImageSet]
     spaces: Sequence[Space]
     real: RealSet
@@ -37,13 +40,13 @@ class Inputs:
     timings_s: Mapping[str, float]
 
 
-def stage_of(output: str, measuring: storage.Stage, settings: EvaluateSettings) -> storage.Stage:
+def stage_of(output: str, measuring: artifacts.Stage, settings: EvaluateSettings) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"metrics": measuring.fingerprint, "images": settings.images}
     return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
     return running.draw(stage, functools.partial(_draw, inputs))
 
@@ -58,7 +61,7 @@ def gather(inputs: Inputs) -> EvaluationData:
     settings, job = inputs.settings, inputs.job
     rows = evaluating.read_metrics(job.metrics.uri, inputs.measured.parts)
     scores = {
-        (c.set, c.space.name): storage.read_table(storage.join(job.scores.uri, storage.part_name(i)))
+        (c.set, c.space.name): files.read_table(files.join(job.scores.uri, artifacts.part_name(i)))
         for i, c in enumerate(job.comparisons)
     }
     tiles, note = _images(inputs, scores)
@@ -200,9 +203,9 @@ def _pictures(chosen: ImageSet, inputs: Inputs, wanted: set[int]) -> tuple[dict[
             source, listed = original_of(chosen.uri, inputs.settings.source)
             folder = listed.uri
         else:
-            source, folder = chosen.source, storage.join(str(inputs.settings.output), "sets", chosen.name, "listing")
+            source, folder = chosen.source, files.join(str(inputs.settings.output), "sets", chosen.name, "listing")
         limits = images.limits_of(source.settings)
-        with storage.explained(chosen.uri):
+        with files.explained(chosen.uri):
             for _, rows in listing.rows_of_ids(folder, wanted):
                 found |= decoder.thumbnails_by_id(rows["sample_id"].to_pylist(), sources.read(source, rows), limits)
     except (UserError, RunError) as error:

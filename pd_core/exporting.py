@@ -8,21 +8,22 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from pd_core import cluster, schemas, storage, trust
+from pd_core import cluster
+from pd_core.core import artifacts, files, schemas, trust
 
 PICTURES = "png"
 FACTS = ("sample_id", "seed", "density", "percentile", "acceptance_probability", "label", "prompt", "likely_copy")
 
 
-def stage_of(output: str, samples: storage.Stage, form: str) -> storage.Stage:
+def stage_of(output: str, samples: artifacts.Stage, form: str) -> artifacts.Stage:
     """The export under `output`."""
     identity = {"samples": samples.fingerprint, "form": form}
-    return storage.Stage(storage.join(output, "export"), "export", schemas.VERSIONS["export"], identity)
+    return artifacts.Stage(files.join(output, "export"), "export", schemas.VERSIONS["export"], identity)
 
 
 def run(
-    stage: storage.Stage, samples_uri: str, samples: storage.Artifact, form: str
-) -> tuple[list[storage.Part], dict[str, Any]]:
+    stage: artifacts.Stage, samples_uri: str, samples: artifacts.Artifact, form: str
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write what is missing, a Ray task for each part of the samples; returns the parts and totals to commit."""
     done = stage.finished_parts()
     if not done:  # a set of other images may have been here
@@ -37,17 +38,17 @@ def run(
     return parts, {"images": sum(part.rows for part in parts), "form": form}
 
 
-def remove_other(output: str, samples: storage.Stage) -> None:
+def remove_other(output: str, samples: artifacts.Stage) -> None:
     """Delete the export under `output`, if one was begun there of other samples."""
-    uri = storage.join(output, "export")
-    begun = storage.begun_identity(uri)
+    uri = files.join(output, "export")
+    begun = artifacts.begun_identity(uri)
     if begun is not None and begun["samples"] != samples.fingerprint:
         _drop_pictures(uri)
-        storage.remove(uri)
+        artifacts.remove(uri)
 
 
 def _drop_pictures(uri: str) -> None:
-    storage.remove_folder(storage.join(uri, PICTURES))
+    files.remove_folder(files.join(uri, PICTURES))
 
 
 def _name(part: str, form: str) -> str:
@@ -55,9 +56,9 @@ def _name(part: str, form: str) -> str:
     return part.replace(".parquet", ".tar" if form == "webdataset" else ".jsonl")
 
 
-def _write(stage: storage.Stage, samples_uri: str, name: str, form: str) -> None:
-    uri = storage.join(samples_uri, name)
-    rows = storage.read_table(uri, [*FACTS, "image"]).to_pylist()
+def _write(stage: artifacts.Stage, samples_uri: str, name: str, form: str) -> None:
+    uri = files.join(samples_uri, name)
+    rows = files.read_table(uri, [*FACTS, "image"]).to_pylist()
     for row in rows:
         trust.file_name(row["image"]["path"], uri)
     if form == "webdataset":

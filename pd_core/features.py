@@ -20,9 +20,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pd_core import arithmetic, backbones, cluster, decoder, images, schemas, sources, storage, telemetry, trust
-from pd_core.config import DataSettings, FeatureSettings
-from pd_core.errors import RunError, UserError, one_line, printable
+from pd_core import backbones, cluster, decoder, images, sources, telemetry
+from pd_core.core import arithmetic, artifacts, files, schemas, trust
+from pd_core.core.errors import RunError, UserError, one_line, printable
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.index import FeatureSettings
 from pd_core.images import Preprocess, Reason
 from pd_core.listing import Listing
 
@@ -67,7 +69,7 @@ class ExtractorSpec:
         """JSON-able, without the place the weights came from."""
         values = asdict(self)
         del values["checkpoint"]
-        return json.loads(storage.canonical(values))
+        return json.loads(artifacts.canonical(values))
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, all of it."""
@@ -245,7 +247,7 @@ def decoding(data: DataSettings) -> dict[str, Any]:
 
 def stage_of(
     output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, settings: FeatureSettings, device: str
-) -> storage.Stage:
+) -> artifacts.Stage:
     """The features stage under `output`; device (cpu or cuda), batch size, threads and torch are part of it, since they may
     move the last bits.
     """
@@ -258,8 +260,8 @@ def stage_of(
         "threads": settings.actor_cpus,
         "torch": version_of("torch"),  # not torch.__version__: the driver would import torch for it
     }
-    beside = (storage.join(output, "quarantine"),)
-    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
+    beside = (files.join(output, "quarantine"),)
+    return artifacts.Stage(files.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
 
 
 _Byte = Annotated[int, Field(ge=0, le=255)]
@@ -289,12 +291,12 @@ class Recorded:
         return images.limits_of(DataSettings(**asdict(self.decode)))
 
 
-def recorded(artifact: storage.Artifact, where: str) -> Recorded:
+def recorded(artifact: artifacts.Artifact, where: str) -> Recorded:
     """What the record of a features stage says. Raises UserError: what cannot be; `where` is its URI."""
     return trust.checked(Recorded, artifact.identity, where, whole=False)
 
 
-def quarantine_of(features: storage.Stage) -> storage.Stage:
+def quarantine_of(features: artifacts.Stage) -> artifacts.Stage:
     """The quarantine stage beside a features stage."""
     uri = features.uri.removesuffix("features") + "quarantine"
     version = schemas.VERSIONS["quarantine"]
@@ -321,16 +323,16 @@ class Work:
     spec: ExtractorSpec
     limits: images.DecodeLimits
     batch_size: int
-    features: storage.Stage
+    features: artifacts.Stage
     missing: tuple[int, ...] = field(default=(), repr=False)  # parts to make, ascending
     halvings: int = 0  # of the batches that a task decodes
 
     @property
-    def quarantine(self) -> storage.Stage:
+    def quarantine(self) -> artifacts.Stage:
         """Beside the features, of the same identity: what one has of an image the other has not."""
         return quarantine_of(self.features)
 
-    def finished_parts(self) -> dict[str, storage.Part]:
+    def finished_parts(self) -> dict[str, artifacts.Part]:
         """Parts of features/ that are in place together with their quarantined rows."""
         done, quarantined = self.features.finished_parts(), self.quarantine.finished_parts()
         bad = {name: sum(part.counts.values()) for name, part in done.items()}
@@ -357,7 +359,7 @@ class Work:
 
 def run(
     work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad_fraction: float, some: bool = True
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make the missing parts of features/ and quarantine/; returns the parts and totals of features/ to commit.
 
     Args:
@@ -371,7 +373,7 @@ def run(
         UserError: more images than that are unusable.
         RunError: parts are still missing after as many executions as `cluster.ROUND_DELAYS_S`.
     """
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     max_bad = int(max_bad_fraction * work.listing.rows)
     parts = _complete(work, now, settings, max_bad)
     reasons = reasons_of(parts.values())
@@ -396,7 +398,7 @@ def run(
     return list(parts.values()), totals
 
 
-def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, storage.Part]:
+def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, artifacts.Part]:
     """All parts by name, after as many executions as it takes.
 
     After one that made nothing a task takes half as many batches: one that ends its worker takes ever fewer others along.
@@ -411,7 +413,7 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
         done = work.finished_parts()
         fruitless = 0 if len(done) > len(parts) else fruitless + 1
         parts.update(done)
-        missing = tuple(p for p in range(work.listing.parts) if storage.part_name(p) not in done)
+        missing = tuple(p for p in range(work.listing.parts) if artifacts.part_name(p) not in done)
         if missing:
             _execute(replace(work, missing=missing, halvings=fruitless), now, settings, max_bad, done)
         if absent := work.listing.parts - len(work.finished_parts()):
@@ -422,7 +424,7 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
 
 
 def _execute(
-    work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int, done: Mapping[str, storage.Part]
+    work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int, done: Mapping[str, artifacts.Part]
 ) -> None:
     bad = reasons_of(done.values())
     stop_if_mostly_bad(bad, work.listing.rows, max_bad, work.quarantine.uri)
@@ -570,7 +572,7 @@ class _ExtractBatch:
         good = np.array([reason is None for reason in reasons], dtype=bool)
         features = np.zeros((count, spec.feature_dim), dtype=np.float32)
         if good.any():
-            watch = storage.Stopwatch()
+            watch = artifacts.Stopwatch()
             raw = batch["pixels"].combine_chunks().buffers()[2]
             found = int(good.sum())
             shape = (found, spec.preprocess.height, spec.preprocess.width, 3)
@@ -613,7 +615,7 @@ def _write_part(work: Work, rows: pa.Table) -> pa.Table:
         raise RunError(f"features: part {part} arrived with {rows.num_rows} rows out of order, expected {expected}")
     listed = work.listing.read(part)
     bad = rows["reason"].is_valid().to_numpy(zero_copy_only=False)
-    name = storage.part_name(part)
+    name = artifacts.part_name(part)
     reasons: dict[str, int] = {}
     if bad.any():
         kept = pa.array(bad)
@@ -639,7 +641,7 @@ def _write_part(work: Work, rows: pa.Table) -> pa.Table:
     return pa.table({"rows": [rows.num_rows], "quarantined": [json.dumps(reasons)]})
 
 
-def reasons_of(parts: Iterable[storage.Part]) -> dict[str, int]:
+def reasons_of(parts: Iterable[artifacts.Part]) -> dict[str, int]:
     """Quarantined images by reason, added up over features parts."""
     total: dict[str, int] = {}
     for part in parts:
@@ -665,7 +667,7 @@ def stop_if_mostly_bad(bad: Mapping[str, int], listed: int, max_bad: int, quaran
 
 def load_features(uri: str) -> tuple[pa.Table, np.ndarray]:
     """One features part: its columns without `feature`, and the features float32 [n, D]."""
-    table = storage.read_table(uri)
+    table = files.read_table(uri)
     column = table["feature"].combine_chunks()
     dim = column.type.list_size
     values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)

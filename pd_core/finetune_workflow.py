@@ -9,22 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import (
-    acceptance,
-    cluster,
-    density,
-    features,
-    finetuned_report,
-    opening,
-    piloting,
-    realset,
-    schemas,
-    spaces,
-    storage,
-)
+from pd_core import acceptance, cluster, density, features, finetuned_report, opening, piloting, realset, spaces
 from pd_core.acceptance import Weighting
-from pd_core.config import FinetuneSettings
-from pd_core.errors import UserError
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.errors import UserError
+from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.evaluating import measuring_cpus
 from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
 from pd_core.realset import RealSet
@@ -53,10 +42,10 @@ def prepare(settings: FinetuneSettings) -> tuple[FinetuneSettings, RealSet]:
         update={
             "output": output,
             "index": real.uri,
-            "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
+            "checkpoint": settings.checkpoint and files.absolute(settings.checkpoint),
             "generator": generator,
             "evaluation": settings.evaluation.model_copy(update={"metric": _metric(settings)}),
-            "discriminator": settings.discriminator and storage.absolute(settings.discriminator),
+            "discriminator": settings.discriminator and files.absolute(settings.discriminator),
         }
     )
     if not settings.weighting.per_label:
@@ -157,7 +146,7 @@ def finetune(settings: FinetuneSettings) -> None:
         planned = _plan(run, settings, real)
         cluster.say(planned.text)
         inputs = _finetune(run, planned)
-        page = storage.join(output, "report", REPORT)
+        page = files.join(output, "report", REPORT)
         run.finish(("report",), {"images of it": finetuned_report.command(inputs), "report": page})
 
 
@@ -199,7 +188,7 @@ class Planned:
 
 def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
     with failures("training", run.output):
-        begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, "training"))
+        begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, "training"))
     gpus = cluster.gpus_to_ask(run.now, settings.worker_gpus, (begun or {}).get("device"))
     workers = training.workers_of(run.now, settings.workers, settings.worker_cpus, gpus)
     spec = models.ModelSpec(
@@ -244,7 +233,7 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
     featured = spaces.features_of(*_finished_features(real))
     job = _job(run, planned, drawable)
 
-    def train() -> tuple[list[storage.Part], dict[str, Any]]:
+    def train() -> tuple[list[artifacts.Part], dict[str, Any]]:
         reference = _reference(run, settings, featured)
         parts, totals = training.run(job, run.now, planned.workers, reference, run.tracker)
         return parts, totals | {"weights": _told_weights(run), "settings": settings.model_dump(mode="json")}
@@ -257,19 +246,19 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
     if merged is not None:
         cluster.say(_told_merge(merged, step))
     companions = checkpoints.companions_name(step)
-    beside = storage.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
+    beside = files.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
     source = exporting.Source(
         job.stage.uri, checkpoints.average_name(step), beside, trained.fingerprint, step, merged=False
     )
     if merged is not None and merged.totals["beats"]:
-        uri = storage.join(run.output, "merging")
+        uri = files.join(run.output, "merging")
         source = exporting.Source(uri, merging.MERGED, beside, merged.fingerprint, step, merged=True)
     best = exporting.stage_of(run.output, source)
     run.stage(best, lambda: exporting.run(best, spec, source), replace=True)
     inputs = finetuned_report.Inputs(
         training=job.stage.uri,
         trained=trained,
-        merging=None if merged is None else (storage.join(run.output, "merging"), merged),
+        merging=None if merged is None else (files.join(run.output, "merging"), merged),
         settings=settings,
         result=exporting.result_of(settings.generator, best.uri),
         extractor=real.extractor.model,
@@ -280,7 +269,7 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
     return inputs
 
 
-def _told_merge(merged: storage.Artifact, step: int) -> str:
+def _told_merge(merged: artifacts.Artifact, step: int) -> str:
     """What came of the merge."""
     totals, metric = merged.totals, merged.totals["metric"]
     one, other = (totals[which][metric]["value"] for which in ("merged", "single"))
@@ -340,17 +329,17 @@ def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
         "threads": settings.worker_cpus,
         "torch": version("torch"),
     }
-    stage = storage.Stage(storage.join(run.output, "training"), "training", schemas.VERSIONS["training"], identity)
+    stage = artifacts.Stage(files.join(run.output, "training"), "training", schemas.VERSIONS["training"], identity)
     held = planned.workers.count * planned.workers.cpus
     now = cluster.refreshed(run.now)
     feed = stream.feed_of(replace(now, held_cpus=now.held_cpus + held), planned.workers.count)
     return loop.Job(spec, drawable, feed, plan, stage, settings)
 
 
-def _finished_features(real: RealSet) -> tuple[str, storage.Artifact]:
-    folder = storage.join(real.uri, "features")
-    with storage.explained(folder):
-        artifact = storage.load_artifact(folder)
+def _finished_features(real: RealSet) -> tuple[str, artifacts.Artifact]:
+    folder = files.join(real.uri, "features")
+    with files.explained(folder):
+        artifact = artifacts.load_artifact(folder)
     assert artifact is not None, "open_realset refuses an index without features"
     return folder, artifact
 
@@ -365,8 +354,8 @@ def _reference(run: Run, settings: FinetuneSettings, featured: spaces.Features) 
 
 
 def _merge(
-    run: Run, planned: Planned, job: loop.Job, trained: storage.Artifact, featured: spaces.Features
-) -> storage.Artifact:
+    run: Run, planned: Planned, job: loop.Job, trained: artifacts.Artifact, featured: spaces.Features
+) -> artifacts.Artifact:
     settings = planned.settings
     merge = merging.job_of(
         run.output,
@@ -382,7 +371,7 @@ def _merge(
         device=planned.device,
     )
 
-    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+    def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
         reference = _reference(run, settings, featured)
         return merging.run(merge, run.now, reference, settings.workers, planned.workers.gpus or None)
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pd_core import decoder, finetuned_page, report, running, storage
-from pd_core.config import FinetuneSettings, GeneratorSettings, to_yaml
+from pd_core import decoder, finetuned_page, report, running
+from pd_core.core import artifacts, files
+from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.core.settings.load import to_yaml
 from pd_core.evaluation_page import Number
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import checkpoints, merging
@@ -32,21 +35,21 @@ class Inputs:
     """
 
     training: str
-    trained: storage.Artifact
-    merging: tuple[str, storage.Artifact] | None
+    trained: artifacts.Artifact
+    merging: tuple[str, artifacts.Artifact] | None
     settings: FinetuneSettings
     result: GeneratorSettings
     extractor: str
     timings_s: Mapping[str, float]
 
 
-def stage_of(output: str, trained: storage.Artifact, merged: storage.Artifact | None) -> storage.Stage:
+def stage_of(output: str, trained: artifacts.Artifact, merged: artifacts.Artifact | None) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"training": trained.fingerprint, "merging": merged and merged.fingerprint}
     return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
     return running.draw(stage, functools.partial(_draw, inputs))
 
@@ -124,7 +127,7 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 def _evaluations(training: str) -> list[Evaluated]:
-    rows = storage.read_table(storage.join(training, checkpoints.EVALUATIONS)).to_pylist()
+    rows = files.read_table(files.join(training, checkpoints.EVALUATIONS)).to_pylist()
     by_step: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_step.setdefault(row["step"], []).append(row)
@@ -139,7 +142,7 @@ def _number(values: Mapping[str, Any]) -> Number:
 
 
 def _history(training: str) -> list[Logged]:
-    table = storage.read_table(storage.join(training, checkpoints.HISTORY))
+    table = files.read_table(files.join(training, checkpoints.HISTORY))
     found = []
     for name in pc.unique(table["name"]).to_pylist():
         own = table.filter(pc.equal(table["name"], name)).sort_by("step")
@@ -174,15 +177,15 @@ def _shown(inputs: Inputs) -> list[Shown]:
     elif last > 0:
         places["last"] = _samples(inputs.training, last)
     if inputs.merging is not None:
-        places["merged"] = storage.join(inputs.merging[0], merging.SAMPLES)
-    states = {state: storage.read_table(uri).sort_by("number").to_pylist() for state, uri in places.items()}
+        places["merged"] = files.join(inputs.merging[0], merging.SAMPLES)
+    states = {state: files.read_table(uri).sort_by("number").to_pylist() for state, uri in places.items()}
     return [
         _one_seed(dict(zip(states, rows, strict=True))) for rows in zip(*states.values(), strict=True)
     ]  # strict: a state that lacks an image is a defect, and none is left out
 
 
 def _samples(training: str, step: int) -> str:
-    return storage.join(training, checkpoints.samples_name(step))
+    return files.join(training, checkpoints.samples_name(step))
 
 
 def _one_seed(rows: Mapping[str, Mapping[str, Any]]) -> Shown:
@@ -219,4 +222,4 @@ def _text(value: Any) -> str:
         return report.number(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return report.shorten(value if isinstance(value, str) else storage.canonical(value), 120)
+    return report.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)

@@ -10,32 +10,33 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, estimator, schemas, storage
-from pd_core.config import EstimatorSettings
+from pd_core import cluster, estimator
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.settings.index import EstimatorSettings
 from pd_core.features import load_features
 
 HELDOUT = "heldout.parquet"
 
 
-def stage_of(output: str, densities: storage.Stage, settings: EstimatorSettings) -> storage.Stage:
+def stage_of(output: str, densities: artifacts.Stage, settings: EstimatorSettings) -> artifacts.Stage:
     """The estimator stage under `output`."""
     identity = {
         "densities": densities.fingerprint,
         "settings": settings.model_dump(mode="json"),
         "torch": version("torch"),  # not torch.__version__: tasks would import torch to unpickle it
     }
-    uri = storage.join(output, "estimator")
-    return storage.Stage(uri, "estimator", schemas.VERSIONS["estimator"], identity)
+    uri = files.join(output, "estimator")
+    return artifacts.Stage(uri, "estimator", schemas.VERSIONS["estimator"], identity)
 
 
 def run(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     features_uri: str,
     densities_uri: str,
-    densities: storage.Artifact,
+    densities: artifacts.Artifact,
     feature_dim: int,
     settings: EstimatorSettings,
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Fit in one Ray task that streams the parts; returns the parts and totals to commit."""
     import ray
 
@@ -57,7 +58,7 @@ def _quality(totals: dict[str, Any]) -> str:
 
 
 def _fit(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     features_uri: str,
     densities_uri: str,
     names: Sequence[str],
@@ -87,7 +88,7 @@ def _fit(
 
 def load_part(features_uri: str, densities_uri: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """sample_id int64 [n], features float32 [n, D] and log densities float64 [n] of a part."""
-    table, features = load_features(storage.join(features_uri, name))
-    density = storage.read_table(storage.join(densities_uri, name), ["sample_id", "log_density"])
+    table, features = load_features(files.join(features_uri, name))
+    density = files.read_table(files.join(densities_uri, name), ["sample_id", "log_density"])
     assert density["sample_id"].equals(table["sample_id"]), name
     return table["sample_id"].to_numpy(), features, density["log_density"].to_numpy()

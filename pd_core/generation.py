@@ -13,10 +13,8 @@ import numpy as np
 from pd_core import (
     chunking,
     cluster,
-    config,
     costs,
     exporting,
-    ids,
     opening,
     piloting,
     planning,
@@ -24,11 +22,11 @@ from pd_core import (
     sampling,
     sampling_report,
     search,
-    storage,
 )
 from pd_core.candidates import Recipe
-from pd_core.config import GenerateSettings
-from pd_core.errors import UserError
+from pd_core.core import artifacts, files, seeds
+from pd_core.core.errors import UserError
+from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, started
 
@@ -49,7 +47,7 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
         update={
             "output": output,
             "index": real.uri,
-            "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
+            "checkpoint": settings.checkpoint and files.absolute(settings.checkpoint),
             "generator": generator,
         }
     )
@@ -58,7 +56,7 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
     return settings, real
 
 
-def check(settings: GenerateSettings) -> tuple[str, config.GeneratorSettings]:
+def check(settings: GenerateSettings) -> tuple[str, GeneratorSettings]:
     """Check what needs neither Ray nor the index; returns the output and the generator with absolute paths.
 
     Raises:
@@ -81,7 +79,7 @@ def generate(settings: GenerateSettings) -> None:
     with started(settings, output, "generate", STAGES) as run:
         with contextlib.ExitStack() as resources:
             _generate(run, settings, real, resources)
-        images, page = storage.join(output, "samples", "*.parquet"), storage.join(output, "report", REPORT)
+        images, page = files.join(output, "samples", "*.parquet"), files.join(output, "report", REPORT)
         run.finish(("report",), {"images": images, "report": page})
 
 
@@ -90,7 +88,7 @@ def plan_generate(settings: GenerateSettings) -> None:
     settings, real = prepare(settings)
     output = str(settings.output)
     with failures("samples", output):
-        finished = storage.load_artifact(storage.join(output, "samples")) is not None
+        finished = artifacts.load_artifact(files.join(output, "samples")) is not None
     if settings.overwrite and finished:
         raise UserError(
             f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made with; "
@@ -121,10 +119,10 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
         with failures("rejected", job.rejected.uri):
             job.rejected.begin(settings.overwrite)
 
-    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+    def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
         exporting.remove_other(run.output, job.samples)
         if job.rejected is None:
-            storage.remove(storage.join(run.output, "rejected"))
+            artifacts.remove(files.join(run.output, "rejected"))
         parts, totals = sampling.run(
             job, run.now, planned.pool, planned.open_index(), planned.expected.planning_rate, budget
         )
@@ -148,14 +146,14 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     """Everything up to the samples: open the generator, run the pilot, resolve the weighting."""
     assert settings.n is not None
     with failures("pilot", run.output):
-        begun = None if settings.overwrite else storage.begun_identity(storage.join(run.output, "pilot"))
+        begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, "pilot"))
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = opening.recipe_of(
         settings.generator,
         opening.describe(settings.generator, run.now, pool),
         real,
-        seed=ids.stream(settings.seed, "pilot"),
+        seed=seeds.stream(settings.seed, "pilot"),
         chunk=settings.chunk,
         threads=settings.actor_cpus,
         device=cluster.device_of(run.now, gpus),
@@ -229,10 +227,10 @@ def _job(
     assert settings.n is not None
     per_part = expected.chunks_per_part(settings.n, settings.part_rows, settings.chunk, png_bytes)
     more = {"n": settings.n, "chunks_per_part": per_part, "keep_rejected": settings.keep_rejected}
-    samples = sampling.stage_of(storage.join(output, "samples"), "samples", recipe, more)
+    samples = sampling.stage_of(files.join(output, "samples"), "samples", recipe, more)
     rejected = None
     if settings.keep_rejected:
-        rejected = sampling.stage_of(storage.join(output, "rejected"), "rejected", recipe, more)
+        rejected = sampling.stage_of(files.join(output, "rejected"), "rejected", recipe, more)
         samples = replace(samples, beside=(rejected.uri,))
     return sampling.Job(recipe, samples, rejected, per_part, settings.n)
 
@@ -241,7 +239,7 @@ def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str
     """Real densities of each label that is generated, where weightings are per label."""
     if not settings.weighting.per_label:
         return {}
-    densities = storage.load_artifact(storage.join(real.uri, "densities"))
+    densities = artifacts.load_artifact(files.join(real.uri, "densities"))
     assert densities is not None
     found = cluster.get(cluster.task(piloting.label_quantiles).remote(real, [part.name for part in densities.parts]))
     if absent := [name for name in names if name not in found]:

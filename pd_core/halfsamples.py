@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_core import ids
+from pd_core.core import seeds
 
 GROUPS = 16
 SPLITS = GROUPS - 1
@@ -46,7 +46,7 @@ class Estimate:
 
 def groups_of(row_ids: np.ndarray) -> np.ndarray:
     """Group of each row, uint8 [N] for ids int64 [N]: a function of the id alone."""
-    return (ids.uniform(row_ids, ids.stream(0, "metrics/groups")) * GROUPS).astype(np.uint8)
+    return (seeds.uniform(row_ids, seeds.stream(0, "metrics/groups")) * GROUPS).astype(np.uint8)
 
 
 def enough_rows(rows: int, k: int) -> bool:

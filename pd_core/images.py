@@ -51,10 +51,10 @@ from PIL import (
 )
 
 from pd_core import declared
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 
 if TYPE_CHECKING:
-    from pd_core.config import DataSettings
+    from pd_core.core.settings.data import DataSettings
 
 
 class Reason(StrEnum):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pd_core.errors import UserError, one_line
+from pd_core.core.errors import UserError, one_line
 
 try:
     import faiss as faiss  # `as`: knn takes it from here, so that its absence is reported in one place

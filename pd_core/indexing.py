@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import cluster, ids, index, knn, schemas, search, storage
-from pd_core.config import DensitySettings, IndexSettings
-from pd_core.errors import RunError, UserError
+from pd_core import cluster, index, knn, search
+from pd_core.core import artifacts, files, schemas, seeds
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.index import DensitySettings, IndexSettings
 from pd_core.features import load_features
 
 FLAT_ROWS = 20_000  # below, exact search costs seconds and a quantizer is not worth training
@@ -42,7 +43,7 @@ class Kept:
 
     uri: str
     fingerprint: str
-    quantizer: storage.Part
+    quantizer: artifacts.Part
     kind: str
     cells: int
     nprobe: int
@@ -62,7 +63,7 @@ class KeptShards:
 
     uri: str
     fingerprint: str
-    shards: tuple[storage.Part, ...]
+    shards: tuple[artifacts.Part, ...]
     removed: np.ndarray
     added: tuple[str, ...]
     added_rows: int
@@ -85,11 +86,11 @@ class KeptShards:
 
 def stage_of(
     output: str,
-    features: storage.Artifact,
+    features: artifacts.Artifact,
     settings: IndexSettings,
     density: DensitySettings,
     kept: Kept | KeptShards | None = None,
-) -> tuple[storage.Stage, IndexSettings]:
+) -> tuple[artifacts.Stage, IndexSettings]:
     """The index stage under `output`, and the settings with kind, shards and cells resolved.
 
     Raises:
@@ -141,18 +142,18 @@ def stage_of(
         identity |= {"base": kept.fingerprint}
     if isinstance(kept, Kept):
         identity |= {"rows_when_trained": kept.rows}
-    uri = storage.join(output, "index")
-    return storage.Stage(uri, "index", schemas.VERSIONS["index"], identity), resolved
+    uri = files.join(output, "index")
+    return artifacts.Stage(uri, "index", schemas.VERSIONS["index"], identity), resolved
 
 
 def run(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     features_uri: str,
-    features: storage.Artifact,
+    features: artifacts.Artifact,
     settings: IndexSettings,
     density: DensitySettings,
     kept: Kept | KeptShards | None = None,
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Build what is missing of the index; returns the parts and totals to commit.
 
     Args:
@@ -196,21 +197,21 @@ def run(
     return _all_parts(stage, rows), facts
 
 
-def _all_parts(stage: storage.Stage, rows: int) -> list[storage.Part]:
+def _all_parts(stage: artifacts.Stage, rows: int) -> list[artifacts.Part]:
     parts = list(stage.finished_parts().values())
     if (found := sum(part.rows for part in parts)) != rows:
         raise RunError(f"{stage.uri}: the shards hold {found} of {rows} rows; run the same command again")
     return parts
 
 
-def _groups(uri: str, features: storage.Artifact) -> Iterator[list[str]]:
+def _groups(uri: str, features: artifacts.Artifact) -> Iterator[list[str]]:
     """Feature parts, as URIs, in runs of about GROUP_ROWS rows."""
     group: list[str] = []
     rows = 0
     for part in features.parts:
         if part.rows == 0:
             continue
-        group.append(storage.join(uri, part.name))
+        group.append(files.join(uri, part.name))
         rows += part.rows
         if rows >= GROUP_ROWS:
             yield group
@@ -237,7 +238,7 @@ def load_group(group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 # ---- fill ------------------------------------------------------------------------------------------------------------
 
 
-def _fill_flat(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings) -> None:
+def _fill_flat(stage: artifacts.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings) -> None:
     """Shards of a flat index are runs of whole parts."""
     assert settings.shards is not None
     parts = [uri for group in groups for uri in group]
@@ -252,13 +253,13 @@ def _fill_flat(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: 
             bar.update(1)
 
 
-def _build_flat(stage: storage.Stage, shard: int, group: Sequence[str]) -> None:
+def _build_flat(stage: artifacts.Stage, shard: int, group: Sequence[str]) -> None:
     sample_id, features = load_group(group)
     filled = index.build_shard(index.train_template("flat", features.shape[1]), features, sample_id)
     stage.write_part(search.shard_name(shard), index.serialize(filled), len(sample_id))
 
 
-def _extend_flat(stage: storage.Stage, kept: KeptShards, dim: int) -> None:
+def _extend_flat(stage: artifacts.Stage, kept: KeptShards, dim: int) -> None:
     """The shards of an earlier index, less what is gone, then those of what is new."""
     import ray
 
@@ -282,11 +283,11 @@ def _extend_flat(stage: storage.Stage, kept: KeptShards, dim: int) -> None:
             bar.update(1)
 
 
-def _take_shard(stage: storage.Stage, uri: str, part: storage.Part, removed: np.ndarray) -> None:
+def _take_shard(stage: artifacts.Stage, uri: str, part: artifacts.Part, removed: np.ndarray) -> None:
     if not len(removed):
         stage.adopt(uri, part)
         return
-    rows = index.open_rows([storage.read_bytes(storage.join(uri, part.name))])
+    rows = index.open_rows([files.read_bytes(files.join(uri, part.name))])
     stays = np.flatnonzero(~np.isin(rows.ids, removed))
     if len(stays) == len(rows.ids):
         stage.adopt(uri, part)
@@ -296,12 +297,14 @@ def _take_shard(stage: storage.Stage, uri: str, part: storage.Part, removed: np.
     stage.write_part(part.name, index.serialize(filled), len(stays))
 
 
-def _train(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings, rows: int, dim: int) -> Any:
+def _train(
+    stage: artifacts.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings, rows: int, dim: int
+) -> Any:
     """Reference to the trained, empty index that every shard starts from; committed as QUANTIZER."""
     import ray
 
     if search.QUANTIZER in stage.finished_parts():
-        return ray.put(storage.read_bytes(storage.join(stage.uri, search.QUANTIZER)))
+        return ray.put(files.read_bytes(files.join(stage.uri, search.QUANTIZER)))
     assert settings.cells is not None
     wanted = settings.cells * settings.train_rows_per_cell
     sample = _task(_sample)
@@ -315,11 +318,11 @@ def _train(stage: storage.Stage, groups: Sequence[Sequence[str]], settings: Inde
 
 def _sample(group: Sequence[str], seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     sample_id, features = load_group(group)
-    chosen = ids.uniform(sample_id, seed) < fraction
+    chosen = seeds.uniform(sample_id, seed) < fraction
     return sample_id[chosen], features[chosen]
 
 
-def _train_template(stage: storage.Stage, settings: IndexSettings, *picked: tuple[np.ndarray, np.ndarray]) -> bytes:
+def _train_template(stage: artifacts.Stage, settings: IndexSettings, *picked: tuple[np.ndarray, np.ndarray]) -> bytes:
     sample = np.concatenate([features for _, features in picked])
     assert settings.cells is not None and settings.kind != "auto"
     on_gpu = cluster.assigned_device() == "cuda"
@@ -338,7 +341,7 @@ def _train_template(stage: storage.Stage, settings: IndexSettings, *picked: tupl
 
 
 def _fill_cells(
-    stage: storage.Stage, groups: Sequence[Sequence[str]], template: Any, settings: IndexSettings, shard_bytes: int
+    stage: artifacts.Stage, groups: Sequence[Sequence[str]], template: Any, settings: IndexSettings, shard_bytes: int
 ) -> np.ndarray:
     """Count rows per cell, deal the cells to shards, send every row to its shard; returns the shard of each cell."""
     import ray
@@ -360,7 +363,7 @@ def _fill_cells(
     owners = cluster.get(_task(_deal_cells).remote(template, counts, settings.shards))
     table = {"shard_of_cell": owners.tolist(), "rows_of_cell": counts.tolist()}
     if search.CELLS not in done:
-        stage.write_part(search.CELLS, storage.canonical(table).encode(), 0)
+        stage.write_part(search.CELLS, artifacts.canonical(table).encode(), 0)
     wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
     build = _task(_build_shard)
     shared = ray.put(owners)
@@ -378,7 +381,7 @@ def _fill_cells(
 
 
 def _submit_build(
-    build: Any, stage: storage.Stage, template: Any, shards: Sequence[int], pieces: Sequence[Any], number: int
+    build: Any, stage: artifacts.Stage, template: Any, shards: Sequence[int], pieces: Sequence[Any], number: int
 ) -> Any:
     return build.remote(stage, shards[number], template, *[piece[number] for piece in pieces])
 
@@ -417,7 +420,7 @@ def _deal(group: Sequence[str], cells: np.ndarray, owners: np.ndarray, wanted: S
     return pieces if len(wanted) > 1 else pieces[0]
 
 
-def _build_shard(stage: storage.Stage, shard: int, template: bytes, *pieces: tuple[np.ndarray, ...]) -> None:
+def _build_shard(stage: artifacts.Stage, shard: int, template: bytes, *pieces: tuple[np.ndarray, ...]) -> None:
     sample_id, features, cells = (np.concatenate([piece[i] for piece in pieces]) for i in range(3))
     stage.write_part(
         search.shard_name(shard),
@@ -430,7 +433,7 @@ def _build_shard(stage: storage.Stage, shard: int, template: bytes, *pieces: tup
 
 
 def _calibrate(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     info: search.IndexInfo,
     groups: Sequence[Sequence[str]],
     settings: IndexSettings,
@@ -453,7 +456,7 @@ def _calibrate(
 
 
 def _choose(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     info: search.IndexInfo,
     settings: IndexSettings,
     k: int,
@@ -518,12 +521,12 @@ def _approximate(
 
 def _probe_shard(uri: str, shard: int, shared: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
     queries, probes = shared
-    data = storage.read_bytes(storage.join(uri, search.shard_name(shard)))
+    data = files.read_bytes(files.join(uri, search.shard_name(shard)))
     return knn.ShardSearch.open([data], device="cpu").search_cells(queries, probes, k)
 
 
 def _exact(
-    stage: storage.Stage, queries: Any, query_ids: np.ndarray, groups: Sequence[Sequence[str]], k: int
+    stage: artifacts.Stage, queries: Any, query_ids: np.ndarray, groups: Sequence[Sequence[str]], k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Exact neighbors of the calibration queries over all rows, streamed: distances, ids, and the cells they lie in."""
     exact = _task(_exact_in_group)
@@ -543,7 +546,7 @@ def _exact(
 
 
 def _exact_in_group(
-    stage: storage.Stage, k: int, queries: np.ndarray, group: Sequence[str]
+    stage: artifacts.Stage, k: int, queries: np.ndarray, group: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sample_id, features = load_group(group)
     distances, found = knn.exact_search(queries, [(sample_id, features)], k, device="cpu")

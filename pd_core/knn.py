@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core import arithmetic
+from pd_core.core import arithmetic
 from pd_core.index import Rows, Shard, faiss, flat_rows, open_rows
 
 if TYPE_CHECKING:

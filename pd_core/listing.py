@@ -13,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, schemas, sources, storage, tables, trust
-from pd_core.errors import UserError, one_line
+from pd_core import cluster, sources
+from pd_core.core import artifacts, schemas, tables, trust
+from pd_core.core import files as core_files
+from pd_core.core.errors import UserError, one_line
 
 SAMPLE_ROWS = 512  # of a dry run
 
@@ -48,7 +50,7 @@ class Listing:
 
     def read(self, part: int) -> pa.Table:
         """The listing rows of a part, `schemas.listing`."""
-        return storage.read_table(storage.join(self.uri, storage.part_name(part)))
+        return core_files.read_table(core_files.join(self.uri, artifacts.part_name(part)))
 
 
 def start(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> Any:
@@ -102,19 +104,19 @@ def _sample(source: sources.Source, before: pa.Table | None, table: pa.Table) ->
     )
 
 
-def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, storage.Artifact]:
+def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> tuple[Listing, artifacts.Artifact]:
     identity = {"source": sources.identity(source), "state": sources.state(source), "part_rows": part_rows}
-    stage = storage.Stage(storage.join(output, "listing"), "listing", schemas.VERSIONS["listing"], identity)
+    stage = artifacts.Stage(core_files.join(output, "listing"), "listing", schemas.VERSIONS["listing"], identity)
     before = stage.recorded()
 
-    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+    def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
         if before is not None:
-            cluster.say(f"listing: {storage.told_damage(stage.damage(before))}; making it anew")
-        parts: list[storage.Part] = []
+            cluster.say(f"listing: {artifacts.told_damage(stage.damage(before))}; making it anew")
+        parts: list[artifacts.Part] = []
         ids: list[np.ndarray] = []
         skipped: Counter[str] = Counter()
         for number, table in enumerate(recut(sources.list_images(source, skipped), part_rows)):
-            parts.append(stage.write_table(storage.part_name(number), table))
+            parts.append(stage.write_table(artifacts.part_name(number), table))
             ids.append(table["sample_id"].to_numpy())
         say_outside(skipped)
         if not parts:
@@ -131,9 +133,9 @@ def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
     return read_artifact(stage.uri, done), done
 
 
-def read_artifact(uri: str, done: storage.Artifact) -> Listing:
+def read_artifact(uri: str, done: artifacts.Artifact) -> Listing:
     """The listing of a finished listing stage in a directory. Raises UserError: its record is none of ours."""
-    where = storage.join(uri, storage.ARTIFACT)
+    where = core_files.join(uri, core_files.ARTIFACT)
     said = trust.checked(_Said, done.identity | done.totals, where, whole=False)
     return Listing(uri, done.fingerprint, said.rows, said.part_rows, _type_from_text(said.metadata, where))
 
@@ -149,16 +151,16 @@ class _Said:
 
 def rows_of_ids(uri: str, wanted: set[int]) -> Iterator[tuple[str, pa.Table]]:
     """Name and rows, without metadata, of each part of the listing in a directory that has any of the images wanted."""
-    done = storage.load_artifact(uri)
+    done = artifacts.load_artifact(uri)
     value_set, missing = pa.array(sorted(wanted), pa.int64()), len(wanted)
     for part in done.parts if done is not None else ():
         if not missing:
             break
-        here = storage.read_table(storage.join(uri, part.name), ["sample_id"])["sample_id"]
+        here = core_files.read_table(core_files.join(uri, part.name), ["sample_id"])["sample_id"]
         keep = pc.is_in(here, value_set=value_set)
         if many := pc.sum(keep).as_py():
             missing -= many
-            whole = storage.read_table(storage.join(uri, part.name), without=[schemas.METADATA])
+            whole = core_files.read_table(core_files.join(uri, part.name), without=[schemas.METADATA])
             yield part.name, whole.filter(keep)
 
 
@@ -177,10 +179,11 @@ def recut(tables: Iterable[pa.Table], part_rows: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(held).combine_chunks()
 
 
-def _keys_of(stage: storage.Stage, part_rows: int, rows: np.ndarray) -> list[str]:
+def _keys_of(stage: artifacts.Stage, part_rows: int, rows: np.ndarray) -> list[str]:
     parts = {int(part): None for part in rows // part_rows}
     keys = {
-        part: storage.read_table(storage.join(stage.uri, storage.part_name(part)), ["key"])["key"] for part in parts
+        part: core_files.read_table(core_files.join(stage.uri, artifacts.part_name(part)), ["key"])["key"]
+        for part in parts
     }
     return [keys[int(row) // part_rows][int(row) % part_rows].as_py() for row in rows]
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pd_core import halfsamples, manifold, moments
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 from pd_core.halfsamples import Estimate as Estimate
 from pd_core.knn import single_threaded_torch
 from pd_core.manifold import Side

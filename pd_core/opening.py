@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pd_core import acceptance, cluster, generators, storage
+from pd_core import acceptance, cluster, generators
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.chunking import Pool
-from pd_core.config import GeneratorSettings
-from pd_core.errors import UserError
+from pd_core.core import files
+from pd_core.core.errors import UserError
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.generators.python import split
 from pd_core.realset import RealSet
 from pd_core.running import failures
@@ -25,18 +26,18 @@ def resolved(generator: GeneratorSettings) -> GeneratorSettings:
     generators.check_path(generator)
     assert generator.path is not None, "check_path refuses none"
     paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
-    local = {name: storage.absolute(value) for name, value in paths.items() if _is_file(value)}
+    local = {name: files.absolute(value) for name, value in paths.items() if _is_file(value)}
     if generator.kind == "python":
         source, factory = split(generator.path)
         if _is_file(source):
-            local["path"] = f"{storage.absolute(source)}:{factory}"
-    if "prompts" in paths and "prompts" not in local and storage.is_local(paths["prompts"]):
+            local["path"] = f"{files.absolute(source)}:{factory}"
+    if "prompts" in paths and "prompts" not in local and files.is_local(paths["prompts"]):
         raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
     return generator.model_copy(update=local)
 
 
 def _is_file(value: str) -> bool:
-    return storage.is_local(value) and storage.exists(storage.absolute(value))
+    return files.is_local(value) and files.exists(files.absolute(value))
 
 
 def describe(settings: GeneratorSettings, now: cluster.Cluster, pool: Pool) -> dict[str, Any]:

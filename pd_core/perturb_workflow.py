@@ -7,19 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import (
-    cluster,
-    opening,
-    perturbation,
-    perturbed_report,
-    perturbing,
-    realset,
-    search,
-    storage,
-)
+from pd_core import cluster, opening, perturbation, perturbed_report, perturbing, realset, search
 from pd_core.chunking import Pool
-from pd_core.config import GeneratorSettings, PerturbSettings
-from pd_core.errors import UserError
+from pd_core.core import artifacts, files
+from pd_core.core.errors import UserError
+from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
 from pd_core.realset import RealSet
 from pd_core.running import REPORT, Run, checked_output, failures, started
 
@@ -42,7 +34,7 @@ def prepare(settings: PerturbSettings) -> tuple[PerturbSettings, RealSet]:
         update={
             "output": output,
             "index": real.uri,
-            "checkpoint": settings.checkpoint and storage.absolute(settings.checkpoint),
+            "checkpoint": settings.checkpoint and files.absolute(settings.checkpoint),
             "generator": opening.resolved(settings.generator),
         }
     )
@@ -57,7 +49,7 @@ def perturb(settings: PerturbSettings) -> None:
         planned = _plan(run, settings, real)
         cluster.say(planned.text)
         _perturb(run, settings, planned)
-        images, page = storage.join(output, "perturbed", "*.parquet"), storage.join(output, "report", REPORT)
+        images, page = files.join(output, "perturbed", "*.parquet"), files.join(output, "report", REPORT)
         run.finish(("report",), {"images": images, "report": page})
 
 
@@ -83,9 +75,9 @@ class Planned:
 
 
 def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
-    stage_uri = storage.join(run.output, "perturbed")
+    stage_uri = files.join(run.output, "perturbed")
     with failures("perturbed", run.output):
-        begun = None if settings.overwrite else storage.begun_identity(stage_uri)
+        begun = None if settings.overwrite else artifacts.begun_identity(stage_uri)
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = Pool(settings.actors, settings.actor_cpus, gpus)
     facts = opening.describe(settings.generator, run.now, pool)
@@ -135,7 +127,7 @@ def _check_latents(settings: GeneratorSettings, facts: Mapping[str, Any]) -> Non
 def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
     job = planned.job
 
-    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+    def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
         searching, now = settings.search, cluster.refreshed(run.now)
         with contextlib.ExitStack() as resources:
             pool = search.open_pool(

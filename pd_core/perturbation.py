@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core.config import PERTURB_EPSILON, PERTURB_STEPS
+from pd_core.core.settings.generate import PERTURB_EPSILON, PERTURB_STEPS
 from pd_core.generators import generators_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, perturbed_page, perturbing, piloting, report, running, storage
-from pd_core.config import PerturbSettings, to_yaml
+from pd_core import decoder, perturbed_page, perturbing, piloting, report, running
+from pd_core.core import artifacts, files
+from pd_core.core.settings.generate import PerturbSettings
+from pd_core.core.settings.load import to_yaml
 from pd_core.perturbed_page import Moved, PerturbedData, Shot, Shown
 
 NUMBERS = ("density_predicted", "density_index", "percentile")
@@ -23,18 +25,18 @@ class Inputs:
     """What the stage reads; picklable. job, perturbed: the stage before and its commit record. timings_s: so far."""
 
     job: perturbing.Job
-    perturbed: storage.Artifact
+    perturbed: artifacts.Artifact
     settings: PerturbSettings
     timings_s: Mapping[str, float]
 
 
-def stage_of(output: str, perturbed: storage.Stage, images: int) -> storage.Stage:
+def stage_of(output: str, perturbed: artifacts.Stage, images: int) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"perturbed": perturbed.fingerprint, "images": images}
     return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
     return running.draw(stage, functools.partial(_draw, inputs))
 
@@ -78,7 +80,7 @@ def _light(inputs: Inputs) -> pa.Table:
     """Every row without its images, and the part that it lies in."""
     tables = []
     for part in inputs.perturbed.parts:
-        table = storage.read_table(storage.join(inputs.job.stage.uri, part.name), perturbing.LIGHT)
+        table = files.read_table(files.join(inputs.job.stage.uri, part.name), perturbing.LIGHT)
         tables.append(table.append_column("part", pa.array([part.name] * table.num_rows)))
     return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
@@ -122,7 +124,7 @@ def _shown(inputs: Inputs, first: pa.Table) -> list[Shown]:
         by_part.setdefault(part, set()).add(number)
     rows: dict[int, list[dict[str, Any]]] = {}
     for part, numbers in sorted(by_part.items()):  # one part in memory at a time; all rows of a sample lie in one
-        table = storage.read_table(storage.join(inputs.job.stage.uri, part))
+        table = files.read_table(files.join(inputs.job.stage.uri, part))
         wanted = [number in numbers for number in table["sample_id"].to_pylist()]
         for row in table.filter(pa.array(wanted)).to_pylist():
             rows.setdefault(row["sample_id"], []).append(row)
@@ -150,7 +152,7 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
     real, made = recipe.realset, totals.get("actor_s_per_image")
     given = recipe.generator.model_dump(mode="json", exclude_defaults=True)
     generator = {"kind": recipe.generator.kind} | given | dict(recipe.generator_identity)
-    shorten = lambda value: report.shorten(value if isinstance(value, str) else storage.canonical(value), 120)  # noqa: E731
+    shorten = lambda value: report.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)  # noqa: E731
     return {
         "Generator": [(name, shorten(value)) for name, value in generator.items()]
         + [("run seed", str(recipe.seed)), ("samples of one batch", f"{recipe.chunk:,}")]

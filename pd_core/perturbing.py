@@ -14,22 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import (
-    acceptance,
-    chunking,
-    cluster,
-    density,
-    generators,
-    ids,
-    perturbation,
-    schemas,
-    search,
-    storage,
-    telemetry,
-)
+from pd_core import acceptance, chunking, cluster, density, generators, perturbation, search, telemetry
 from pd_core.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
 from pd_core.chunking import MAX_CHUNKS, Pool, Progress
-from pd_core.errors import RunError, UserError
+from pd_core.core import artifacts, files, schemas
+from pd_core.core import seeds as core_seeds
+from pd_core.core.errors import RunError, UserError
 from pd_core.perturbation import NoGradientError, Perturbed
 
 if TYPE_CHECKING:
@@ -64,7 +54,7 @@ class Job:
 
     recipe: Recipe
     move: Move
-    stage: storage.Stage
+    stage: artifacts.Stage
     chunks_per_part: int
     n: int
 
@@ -119,7 +109,7 @@ class Job:
         """Commit the rows of a part."""
         table = chunking.from_streams(finished["rows"]).replace_schema_metadata(schemas.perturbed().metadata)
         counts = {"not_finite": sum(finished["not_finite"].to_pylist())}
-        self.stage.write_table(storage.part_name(part), table, counts)
+        self.stage.write_table(artifacts.part_name(part), table, counts)
         return table.num_rows
 
     @property
@@ -132,12 +122,12 @@ class Job:
         telemetry.IMAGES.add(rows, stage=self.kind)
 
 
-def stage_of(uri: str, recipe: Recipe, move: Move, chunks_per_part: int, n: int) -> storage.Stage:
+def stage_of(uri: str, recipe: Recipe, move: Move, chunks_per_part: int, n: int) -> artifacts.Stage:
     """The stage at `uri`; everything that decides its rows is its identity."""
     identity = {name: value for name, value in recipe.identity().items() if name not in NOT_OURS}
     identity |= {"move": {**asdict(move), "directions": list(move.directions)}}
     identity |= {"n": n, "chunks_per_part": chunks_per_part}
-    return storage.Stage(uri, "perturbed", schemas.VERSIONS["perturbed"], identity)
+    return artifacts.Stage(uri, "perturbed", schemas.VERSIONS["perturbed"], identity)
 
 
 # ---- a chunk on its actor --------------------------------------------------------------------------------------------
@@ -169,7 +159,11 @@ def perturb_chunk(job: Job, maker: ChunkMaker, chunk: int, steps: int) -> list[P
         images = generator.decode(latents, conditions).to(device)
         return maker.scorer.score(images), images
 
-    start = ids.integers(drawn.number, ids.stream(recipe.seed, "start")).tolist() if move.random_start else None
+    start = (
+        core_seeds.integers(drawn.number, core_seeds.stream(recipe.seed, "start")).tolist()
+        if move.random_start
+        else None
+    )
     with generators.own_randomness(name, device):
         latents = generator.latents(drawn.seed.tolist())
         try:
@@ -270,7 +264,7 @@ def _rows(job: Job, pool: search.SearchPool, chunk: int, made: Mapping[str, Any]
 
 def run(
     job: Job, now: cluster.Cluster, pool: Pool, index: search.SearchPool
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make what is missing; returns the parts and totals to commit.
 
     Raises:
@@ -313,7 +307,7 @@ def totals_of(uri: str, names: list[str]) -> dict[str, Any]:
     Both shares are of all rows. A row whose predicted density underflows to 0 before and after is none that moved; where all do,
     the predictor says nothing, and its share is None.
     """
-    table = pa.concat_tables([storage.read_table(storage.join(uri, name), LIGHT) for name in names])
+    table = pa.concat_tables([files.read_table(files.join(uri, name), LIGHT) for name in names])
     ways = np.array(table["direction"].to_pylist())
     columns = {name: table[name].to_numpy() for name in LIGHT if pa.types.is_floating(table[name].type)}
     confirmed = table["confirmed"].to_numpy().astype(bool)
@@ -379,7 +373,7 @@ def probe(job: Job) -> Probe:
     device = cluster.assigned_device()
     maker = job.open(device)
     perturb_chunk(job, maker, 0, 1)  # the first pass of a process takes longer
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     perturb_chunk(job, maker, 0, PROBE_STEPS)
     seconds = watch.seconds / len(job.move.directions) / (PROBE_STEPS + 1 / 3)  # the last forward is about a third
     on_gpu = torch.device(device).type == "cuda"

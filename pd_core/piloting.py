@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pd_core import acceptance, chunking, cluster, density, estimator, ids, running, sampling, search, storage
+from pd_core import acceptance, chunking, cluster, density, estimator, running, sampling, search
 from pd_core.acceptance import Weighting
 from pd_core.candidates import EVERYTHING, Recipe
-from pd_core.config import GenerateSettings, WeightingSettings
-from pd_core.errors import UserError, printable
+from pd_core.core import artifacts, files, seeds
+from pd_core.core.errors import UserError, printable
+from pd_core.core.settings.generate import GenerateSettings, WeightingSettings
 from pd_core.realset import RealSet
 from pd_core.volume import FLOOR, Volume
 
@@ -109,14 +110,14 @@ def make(
     """The pilot stage in a folder of the run's output: so many candidates, rounded up to whole chunks, all accepted."""
     chunks = -(-candidates // recipe.chunk)
     rows = chunks * recipe.chunk
-    stage = sampling.stage_of(storage.join(run.output, folder), "pilot", recipe, {"n": rows})
+    stage = sampling.stage_of(files.join(run.output, folder), "pilot", recipe, {"n": rows})
     job = sampling.Job(recipe, stage, None, min(chunks, PART_CHUNKS), rows)
     artifact = run.stage(stage, lambda: sampling.run(job, run.now, pool, open_index(), 1.0, sampling.Budget()))
     with running.failures("pilot", stage.uri):
         return cluster.get(cluster.task(read).remote(stage, artifact))
 
 
-def read(stage: storage.Stage, artifact: storage.Artifact) -> Pilot:
+def read(stage: artifacts.Stage, artifact: artifacts.Artifact) -> Pilot:
     """The pilot that a finished stage holds; a few hundred rows."""
     columns = ["label", "density_predicted", "density_index", "log_volume", "likely_copy", "image"]
     tables = list(sampling.iterate_rows(stage.uri, artifact.parts, columns))
@@ -140,12 +141,12 @@ def read(stage: storage.Stage, artifact: storage.Artifact) -> Pilot:
 
 def label_quantiles(real: RealSet, parts: Mapping[str, Any] | list[str]) -> dict[str, np.ndarray]:
     """p0, p0.1 ... p100 of the real densities of each label, from at most LABEL_ROWS rows; runs in a Ray task."""
-    uri = storage.join(real.uri, "densities")
+    uri = files.join(real.uri, "densities")
     fraction = LABEL_ROWS / max(1, real.rows)
     found: dict[str, list[np.ndarray]] = {}
     for name in parts:
-        table = storage.read_table(storage.join(uri, name), ["sample_id", "label", "density"])
-        keep = ids.uniform(table["sample_id"].to_numpy(), seed=0) < fraction
+        table = files.read_table(files.join(uri, name), ["sample_id", "label", "density"])
+        keep = seeds.uniform(table["sample_id"].to_numpy(), seed=0) < fraction
         labels, values = np.array(table["label"].to_pylist(), dtype=object)[keep], table["density"].to_numpy()[keep]
         for label in {label for label in labels if label is not None}:
             found.setdefault(label, []).append(values[labels == label])

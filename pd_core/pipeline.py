@@ -20,11 +20,11 @@ from pd_core import (
     search,
     selfjoin,
     sources,
-    storage,
     updating,
 )
-from pd_core.config import BuildIndexSettings
-from pd_core.errors import UserError
+from pd_core.core import artifacts, files
+from pd_core.core.errors import UserError
+from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.running import REPORT, Run, checked_output, failures, started
 
 STAGES = ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report")
@@ -51,15 +51,15 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
         density.parse_threshold(text)
     checkpoint = settings.features.checkpoint
     featuring = settings.features.model_copy(
-        update={"checkpoint": None if checkpoint is None else storage.absolute(checkpoint)}
+        update={"checkpoint": None if checkpoint is None else files.absolute(checkpoint)}
     )
-    base = settings.base and storage.absolute(settings.base)
+    base = settings.base and files.absolute(settings.base)
     if base == output:
         raise UserError(f"--base {settings.base}: is the --output itself; an update is an output of its own")
     settings = settings.model_copy(update={"output": output, "features": featuring, "base": base})
     source = sources.open_source(settings.data)
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
-    if recursive and storage.is_inside(output, source.root):
+    if recursive and files.is_inside(output, source.root):
         raise UserError(
             f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it wrote "
             "for images; choose an --output outside"
@@ -74,7 +74,7 @@ def build_index(settings: BuildIndexSettings) -> None:
     output = str(settings.output)
     with started(settings, output, "build_index", STAGES) as run:
         _build(run, settings, source, base)
-        run.finish(("report", "estimator"), {"report": storage.join(output, "report", REPORT)})
+        run.finish(("report", "estimator"), {"report": files.join(output, "report", REPORT)})
 
 
 def plan_build_index(settings: BuildIndexSettings) -> None:
@@ -91,17 +91,17 @@ class _Featured:
 
     spec: features.ExtractorSpec
     listed: listing.Listing
-    listing: storage.Artifact
-    features: storage.Artifact
+    listing: artifacts.Artifact
+    features: artifacts.Artifact
     base: updating.Base | None = None
     changes: updating.Changes | None = None
-    added: storage.Artifact | None = None
+    added: artifacts.Artifact | None = None
 
 
 def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base: updating.Base | None) -> None:
     featured = _extract(run, settings, source) if base is None else _update(run, settings, source, base)
     if bad := features.reasons_of(featured.features.parts):
-        where = storage.join(run.output, "quarantine")
+        where = files.join(run.output, "quarantine")
         cluster.say(
             f"quarantine: {sum(bad.values()):,} of {featured.listed.rows:,} images left out ({features.told(bad)}): {where}"
         )
@@ -116,14 +116,14 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
     listing_it = listing.start(source, output, settings.features.whole_part_rows, settings.overwrite)
     with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
         spec: features.ExtractorSpec = cluster.get(describing)
-    with run.tracker.stage("listing") as nested, failures("listing", storage.join(output, "listing")):
+    with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
         listed, artifact = cluster.get(listing_it)
         run.done(listed.uri, artifact, nested)
         nested.dataset("images", source.root, listed.fingerprint, "source", {"rows": listed.rows})
     if settings.density.k >= listed.rows:
         raise UserError(f"--density.k {settings.density.k}: needs more than k images, found {listed.rows}; lower k")
 
-    begun = None if settings.overwrite else storage.begun_identity(storage.join(output, "features"))
+    begun = None if settings.overwrite else artifacts.begun_identity(files.join(output, "features"))
     gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, (begun or {}).get("device"))
     device = cluster.device_of(now, gpus)
     featuring = features.stage_of(output, listed, spec, settings.data, settings.features, device)
@@ -141,16 +141,16 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
         spec: features.ExtractorSpec = cluster.get(describing)
     gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
     updating.check_same(base, settings, source, spec, cluster.device_of(now, gpus))
-    with run.tracker.stage("listing") as nested, failures("listing", storage.join(output, "listing")):
+    with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
         comparing = updating.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
         changes, artifact = cluster.get(comparing)
         run.done(changes.listed.uri, artifact, nested)
         nested.dataset("images", source.root, artifact.fingerprint, "source", {"rows": artifact.rows})
     new = changes.added.rows if changes.added else 0
     cluster.say(f"update: {new:,} new images, {len(changes.removed):,} gone or changed, of {artifact.rows:,}")
-    added: storage.Artifact | None = None
+    added: artifacts.Artifact | None = None
     if changes.added is not None:
-        uri = storage.join(output, updating.ADDED)
+        uri = files.join(output, updating.ADDED)
         fresh = features.stage_of(
             uri, changes.added, spec, settings.data, settings.features, cluster.device_of(now, gpus)
         )
@@ -168,7 +168,7 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
 
 def _index(
     run: Run, settings: BuildIndexSettings, featured: _Featured
-) -> tuple[storage.Artifact, search.IndexInfo, bool]:
+) -> tuple[artifacts.Artifact, search.IndexInfo, bool]:
     """The index over the features, and whether it has the quantizer of the base, if that has any."""
     base, changes, output = featured.base, featured.changes, run.output
     reason = None
@@ -183,7 +183,7 @@ def _index(
             settings.index,
             settings.density,
         )
-        begun = storage.begun_identity(storage.join(output, "index")) or {}
+        begun = artifacts.begun_identity(files.join(output, "index")) or {}
         if begun.get("features") == featured.features.fingerprint and "cells" in begun and "base" not in begun:
             reason = reason or "so it was decided before"
     kept = None
@@ -194,17 +194,17 @@ def _index(
         indexed = _index_stage(run, settings, featured, None)
     if reason:
         cluster.say(f"update: the index is built anew and all neighbors are searched for: {reason}")
-    return indexed, search.open_index(storage.join(output, "index")), reason is None
+    return indexed, search.open_index(files.join(output, "index")), reason is None
 
 
 def _index_stage(
     run: Run, settings: BuildIndexSettings, featured: _Featured, kept: indexing.Kept | indexing.KeptShards | None
-) -> storage.Artifact:
+) -> artifacts.Artifact:
     base, changes = featured.base, featured.changes
-    features_uri = storage.join(run.output, "features")
+    features_uri = files.join(run.output, "features")
     stage, resolved = indexing.stage_of(run.output, featured.features, settings.index, settings.density, kept)
 
-    def make() -> tuple[Iterable[storage.Part], dict[str, Any]]:
+    def make() -> tuple[Iterable[artifacts.Part], dict[str, Any]]:
         parts, facts = indexing.run(stage, features_uri, featured.features, resolved, settings.density, kept)
         if isinstance(kept, indexing.Kept) and base is not None and changes is not None:
             facts |= updating.trained_facts(base, changes, featured.added)
@@ -218,13 +218,13 @@ def _finish(
     settings: BuildIndexSettings,
     source: sources.Source,
     featured: _Featured,
-    indexed: storage.Artifact,
+    indexed: artifacts.Artifact,
     info: search.IndexInfo,
     kept: bool,
 ) -> None:
     """Neighbors, densities, predictor and report. kept: those of the base still hold, if there is one."""
     output, now, base = run.output, run.now, featured.base
-    features_uri, featured_artifact = storage.join(output, "features"), featured.features
+    features_uri, featured_artifact = files.join(output, "features"), featured.features
     if base is not None and kept:
         assert featured.changes is not None
         neighbors_stage = updating.neighbors_stage(output, info, base, settings.density)

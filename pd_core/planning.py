@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, costs, decoder, features, images, listing, sources, storage, updating
-from pd_core.config import BuildIndexSettings
-from pd_core.errors import UserError
+from pd_core import cluster, costs, decoder, features, images, listing, sources, updating
+from pd_core.core import artifacts, files
+from pd_core.core.errors import UserError
+from pd_core.core.settings.index import BuildIndexSettings
 
 PROBE_BATCHES = 3  # the first one warms up
 START_UP_S = 10.0  # of Ray and of the first model, which tells the features' dimension
@@ -50,7 +51,7 @@ def _probe(
     decode_s, extract_s, bad, tried, counted = 0.0, 0.0, 0, 0, 0
     contents = sources.read(source, sample.slice(0, PROBE_BATCHES * batch))
     for chunk in _batched(contents, batch):
-        watch = storage.Stopwatch()
+        watch = artifacts.Stopwatch()
         made = list(decoder.prepared(chunk, limits, spec.preprocess))
         pixels = [one.pixels for one in made if isinstance(one, images.Prepared)]
         tried, bad = tried + len(made), bad + len(made) - len(pixels)
@@ -75,7 +76,7 @@ def _flops() -> float:
 
     a = torch.rand(1024, 1024)
     a @ a
-    watch = storage.Stopwatch()
+    watch = artifacts.Stopwatch()
     for _ in range(4):
         a @ a
     return 4 * 2 * 1024**3 / (watch.seconds * torch.get_num_threads())
@@ -167,7 +168,7 @@ def fleet_of(now: cluster.Cluster, output: str) -> costs.Fleet:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     memory = min((n.get("memory", 0.0) + n.get("object_store_memory", 0.0) for n in nodes), default=0.0)
-    remote = not storage.is_local(output)
+    remote = not files.is_local(output)
     count = max(1, len(nodes))
     cores = sum(node["CPU"] for node in nodes) / count
     return costs.Fleet(

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, FiniteFloat
 
-from pd_core import density, estimator, schemas, search, storage, trust
-from pd_core.errors import UserError
+from pd_core import density, estimator, search
+from pd_core.core import artifacts, files, schemas, trust
+from pd_core.core.errors import UserError
 from pd_core.features import ExtractorSpec
 
 STAGES = ("features", "index", "densities", "estimator")
@@ -83,10 +84,10 @@ class RealSet:
     def predictor(self) -> estimator.DensityPredictor:
         """f, loaded."""
         names = (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
-        folder = storage.join(self.uri, "estimator")
-        places = {name: storage.join(folder, name) for name in names}
+        folder = files.join(self.uri, "estimator")
+        places = {name: files.join(folder, name) for name in names}
         found = estimator.from_bytes(
-            {name: storage.read_file(place, place, trust.WEIGHTS_BYTES) for name, place in places.items()}
+            {name: files.read_file(place, place, trust.WEIGHTS_BYTES) for name, place in places.items()}
         )
         if found.architecture.feature_dim != self.extractor.feature_dim:
             raise UserError(f"{folder}: is of other features than its index has; run build_index.py on it again")
@@ -109,15 +110,15 @@ def open_realset(uri: str, checkpoint: str | None = None) -> RealSet:
     recorded, rows = found["densities"].totals, found["densities"].rows
     if "nearest_distance_quantiles" not in recorded:
         raise UserError(f"--index {uri}: made by an older pd_core; run build_index.py on it again with --overwrite")
-    where = storage.join(uri, "densities", storage.ARTIFACT)
+    where = files.join(uri, "densities", files.ARTIFACT)
     totals = trust.checked(_Totals, recorded, where, whole=False)
     if totals.k >= rows:
         raise UserError(f"{where}: its k is {totals.k}, and there are {rows} rows; it is damaged, make it again")
-    extractor = _extractor(storage.join(uri, "features"), found["features"], checkpoint)
-    index = search.open_index(storage.join(uri, "index"))
+    extractor = _extractor(files.join(uri, "features"), found["features"], checkpoint)
+    index = search.open_index(files.join(uri, "index"))
     if index.dim != extractor.feature_dim:
         raise UserError(
-            f"{storage.join(index.uri, storage.ARTIFACT)}: has {index.dim} dimensions, the features have "
+            f"{files.join(index.uri, files.ARTIFACT)}: has {index.dim} dimensions, the features have "
             f"{extractor.feature_dim}; it is damaged, make it again"
         )
     return RealSet(
@@ -142,40 +143,40 @@ def open_for(uri: str, checkpoint: str | None, setting: str) -> RealSet:
         UserError: as `open_realset`.
     """
     try:
-        with storage.explained(uri):
-            return open_realset(storage.absolute(uri), storage.absolute(checkpoint) if checkpoint else None)
+        with files.explained(uri):
+            return open_realset(files.absolute(uri), files.absolute(checkpoint) if checkpoint else None)
     except UserError as error:
         raise UserError(str(error).replace("--index", setting, 1)) from None
 
 
-def _extractor(uri: str, features: storage.Artifact, checkpoint: str | None) -> ExtractorSpec:
+def _extractor(uri: str, features: artifacts.Artifact, checkpoint: str | None) -> ExtractorSpec:
     """F as the record of a features stage has it, with weights that may be opened."""
-    record = storage.join(uri, storage.ARTIFACT)
+    record = files.join(uri, files.ARTIFACT)
     spec = ExtractorSpec.from_json(features.totals.get("extractor"), record)
     if checkpoint is None and spec.checkpoint is not None:
         checkpoint = trust.recorded_path(spec.checkpoint, record, [uri], "--checkpoint")
     return replace(spec, checkpoint=checkpoint)
 
 
-def _finished(uri: str, stage: str) -> storage.Artifact:
-    folder = storage.join(uri, stage)
-    with storage.explained(folder):
-        artifact = storage.load_artifact(folder)
+def _finished(uri: str, stage: str) -> artifacts.Artifact:
+    folder = files.join(uri, stage)
+    with files.explained(folder):
+        artifact = artifacts.load_artifact(folder)
     if artifact is None:
-        what = "is not finished" if storage.exists(uri) else "does not exist"
+        what = "is not finished" if files.exists(uri) else "does not exist"
         raise UserError(
-            f"--index {uri}: {what} ({stage}/ has no whole {storage.ARTIFACT}); run build_index.py --output {uri}"
+            f"--index {uri}: {what} ({stage}/ has no whole {files.ARTIFACT}); run build_index.py --output {uri}"
         )
     if artifact.kind != stage or artifact.schema_version != schemas.VERSIONS[stage]:
         raise UserError(
             f"--index {uri}: {stage}/ has schema {artifact.kind} {artifact.schema_version}, this pd_core reads "
             f"{stage} {schemas.VERSIONS[stage]}; run build_index.py again"
         )
-    storage.check_whole(folder, artifact)
+    artifacts.check_whole(folder, artifact)
     return artifact
 
 
-def _check_lineage(uri: str, found: Mapping[str, storage.Artifact]) -> None:
+def _check_lineage(uri: str, found: Mapping[str, artifacts.Artifact]) -> None:
     """Each stage names the fingerprint it was made from."""
     made_from: dict[str, Any] = {
         "index": (found["index"].identity.get("features"), found["features"].fingerprint),

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, leases, schemas, storage, trust
-from pd_core.config import GateSettings
-from pd_core.errors import RunError, UserError, printable
+from pd_core import cluster
+from pd_core.core import artifacts, files, locks, schemas, trust
+from pd_core.core.errors import RunError, UserError, printable
+from pd_core.core.settings.curate import GateSettings
 
 RELEASES, LATEST = "releases", "latest.json"
 METRICS, RECORD, CARD = "metrics.parquet", "release.json", "README.md"
@@ -37,7 +38,7 @@ class Set:
 
     name: str
     uri: str
-    artifact: storage.Artifact
+    artifact: artifacts.Artifact
 
 
 # ---- gates -----------------------------------------------------------------------------------------------------------
@@ -144,8 +145,8 @@ def pointer(root: str) -> dict[str, Any]:
     Raises:
         UserError: it is none: a key that no pointer has, no `release`, or a `held` that is no list of names.
     """
-    uri = storage.join(root, LATEST)
-    there = storage.read_json(uri)
+    uri = files.join(root, LATEST)
+    there = files.read_json(uri)
     if there is None:
         return {}
     if not isinstance(there, dict) or not isinstance(there.get("release"), str):
@@ -170,8 +171,8 @@ def settle(root: str) -> None:
         return
     record = record_of(root, there["release"]) or {}
     there |= {"uri": uri, "moved": _now(), "last": record.get("last"), "verdicts": record.get("verdicts", [])}
-    storage.write_bytes(storage.join(root, LATEST), json.dumps(there, indent=1).encode())
-    cluster.say(f"{storage.join(root, LATEST)}: the rest of it follows `release`, which is {there['release']} now")
+    files.write_bytes(files.join(root, LATEST), json.dumps(there, indent=1).encode())
+    cluster.say(f"{files.join(root, LATEST)}: the rest of it follows `release`, which is {there['release']} now")
 
 
 def _now() -> str:
@@ -190,10 +191,8 @@ def lock_token(root: str) -> int:
         UserError: `latest.json` is none, or no lock has such a number.
     """
     token = pointer(root).get("lock_token", 0)
-    if type(token) is not int or not 0 <= token < leases.MAX_TOKEN:
-        raise UserError(
-            f"{storage.join(root, LATEST)}: `lock_token` is no number of a lock; correct it, or set it to 0"
-        )
+    if type(token) is not int or not 0 <= token < locks.MAX_TOKEN:
+        raise UserError(f"{files.join(root, LATEST)}: `lock_token` is no number of a lock; correct it, or set it to 0")
     return token
 
 
@@ -211,15 +210,15 @@ def open_latest(root: str) -> Release | None:
     record = record_of(root, name)
     if record is None:
         raise UserError(
-            f"{storage.join(root, LATEST)}: names {name}, whose {RECORD} is not there any more, or not whole; restore it, or "
+            f"{files.join(root, LATEST)}: names {name}, whose {RECORD} is not there any more, or not whole; restore it, or "
             f"delete {LATEST} to begin without a release to compare with"
         )
-    return Release(name, storage.join(root, RELEASES, name), record)
+    return Release(name, files.join(root, RELEASES, name), record)
 
 
 def record_of(root: str, name: str) -> dict[str, Any] | None:
     """What a release says of itself; None where that is gone or not whole."""
-    record: dict[str, Any] | None = storage.read_record(storage.join(root, RELEASES, name, RECORD))
+    record: dict[str, Any] | None = files.read_record(files.join(root, RELEASES, name, RECORD))
     return record
 
 
@@ -231,42 +230,42 @@ def open_before_latest(root: str) -> Release | None:
 
 def open_release(root: str, name: str) -> Release | None:
     """A finished release, or None; one that has lost parts since, or their bytes, is finished no more."""
-    uri = storage.join(root, RELEASES, name)
-    artifact = storage.load_artifact(uri)
-    if artifact is None or storage.damaged_parts(uri, artifact.parts):
+    uri = files.join(root, RELEASES, name)
+    artifact = artifacts.load_artifact(uri)
+    if artifact is None or artifacts.damaged_parts(uri, artifact.parts):
         return None
-    return Release(name, uri, storage.read_json(storage.join(uri, RECORD)))
+    return Release(name, uri, files.read_json(files.join(uri, RECORD)))
 
 
 def digest(values: Mapping[str, Any]) -> str:
     """What names end with: the first letters of the hash of everything that decides the content."""
-    return storage.fingerprint(values)[:HASH_LETTERS]
+    return artifacts.fingerprint(values)[:HASH_LETTERS]
 
 
 def name_of(root: str, identity: Mapping[str, Any]) -> str:
     """Name of the release with this identity: the one that it has, or today's date and its hash."""
     ending = f"-{digest(identity)}"
-    there = [name for name in storage.folders(storage.join(root, RELEASES)) if name.endswith(ending)]
+    there = [name for name in files.folders(files.join(root, RELEASES)) if name.endswith(ending)]
     return there[0] if there else f"{datetime.datetime.now(datetime.UTC).date().isoformat()}{ending}"
 
 
 # ---- make one --------------------------------------------------------------------------------------------------------
 
 
-def stage_of(root: str, identity: Mapping[str, Any]) -> storage.Stage:
+def stage_of(root: str, identity: Mapping[str, Any]) -> artifacts.Stage:
     """The stage of a release under `root`."""
-    uri = storage.join(root, RELEASES, name_of(root, identity))
-    return storage.Stage(uri, "release", schemas.VERSIONS["release"], dict(identity))
+    uri = files.join(root, RELEASES, name_of(root, identity))
+    return artifacts.Stage(uri, "release", schemas.VERSIONS["release"], dict(identity))
 
 
 def run(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     sets: Sequence[Set],
     measured: pa.Table,
     record: Mapping[str, Any],
     last: Release | None,
     mending: bool,
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write a release; returns the parts and totals to commit.
 
     Args:
@@ -285,7 +284,7 @@ def run(
         for _ in cluster.bounded(submit, todo, cluster.in_flight):
             bar.update(1)
     if mending and RECORD in done:
-        whole = storage.read_json(storage.join(stage.uri, RECORD))
+        whole = files.read_json(files.join(stage.uri, RECORD))
     else:
         changes = cluster.get(cluster.task(_changes).remote(sets, last, dict(record["numbers"])))
         whole = dict(record) | {"changes": changes, "last": None if last is None else last.name}
@@ -300,7 +299,7 @@ def run(
     return parts, {"rows": rows, "gates_hold": whole["gates_hold"]}
 
 
-def _adopt(stage: storage.Stage, name: str, uri: str, part: storage.Part) -> None:
+def _adopt(stage: artifacts.Stage, name: str, uri: str, part: artifacts.Part) -> None:
     stage.adopt(uri, part, f"{name}/{part.name}")
 
 
@@ -333,10 +332,10 @@ def _changes(sets: Sequence[Set], last: Release | None, numbers: Numbers) -> dic
 
 def _readable(release: Release, recipe: str) -> list[str]:
     """Parts of a recipe's samples that are there; where some are not, their images count as new in what comes after."""
-    artifact = storage.load_artifact(release.uri)
+    artifact = artifacts.load_artifact(release.uri)
     if artifact is None:
         return []
-    damaged = storage.damaged_parts(release.uri, artifact.parts)
+    damaged = artifacts.damaged_parts(release.uri, artifact.parts)
     return [p.name for p in artifact.parts if p.name.startswith(f"{recipe}/") and p.name not in damaged]
 
 
@@ -344,12 +343,12 @@ def _hashes(uri: str, names: Sequence[str]) -> np.ndarray:
     """The first 64 bits of `image_hash`, hexadecimal, of every row of some parts: uint64 [n]."""
     found = [np.empty(0, np.uint64)]
     for name in names:
-        column = storage.read_table(storage.join(uri, name), ["image_hash"])["image_hash"]
+        column = files.read_table(files.join(uri, name), ["image_hash"])["image_hash"]
         found.append(np.array([int(text[:16], 16) for text in column.to_pylist()], np.uint64))
     return np.concatenate(found)
 
 
-def _card(stage: storage.Stage, sets: Sequence[Set], record: Mapping[str, Any]) -> str:
+def _card(stage: artifacts.Stage, sets: Sequence[Set], record: Mapping[str, Any]) -> str:
     """README.md: the sets as data set tools find them, and what a person wants to know first."""
     configs = "".join(f"- config_name: {made.name}\n  data_files: {made.name}/*.parquet\n" for made in sets)
     names = sorted({name for values in record["numbers"].values() for name in values})
@@ -371,11 +370,11 @@ def _number(value: float | None) -> str:
 
 def say_unknown_held(root: str) -> None:
     """Say which names in `held` are of no release: mistyped ones hold nothing."""
-    there = {_digest_of(name) for name in storage.folders(storage.join(root, RELEASES))}
+    there = {_digest_of(name) for name in files.folders(files.join(root, RELEASES))}
     for name in pointer(root).get("held", []):
         if _digest_of(name) not in there:
             cluster.say(
-                f"{storage.join(root, LATEST)}: `held` names {printable(name)}, which is no release here; correct it, "
+                f"{files.join(root, LATEST)}: `held` names {printable(name)}, which is no release here; correct it, "
                 "or leave it if it was deleted"
             )
 
@@ -400,7 +399,7 @@ def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: R
     Raises:
         RunError: a later holder of the lock has moved it.
     """
-    uri = storage.join(root, LATEST)
+    uri = files.join(root, LATEST)
     there = pointer(root)
     if (other := there.get("lock_token", 0)) > token:
         raise RunError(
@@ -415,7 +414,7 @@ def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: R
         "verdicts": as_json(verdicts),
         "held": there.get("held", []),
     }
-    storage.write_bytes(uri, json.dumps(moved, indent=1).encode())
+    files.write_bytes(uri, json.dumps(moved, indent=1).encode())
 
 
 def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import decoder, density, fitting, ids, images, report, running, sources, storage
-from pd_core.config import BuildIndexSettings, to_yaml
+from pd_core import decoder, density, fitting, images, report, running, sources
+from pd_core.core import artifacts, files, seeds
+from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.core.settings.load import to_yaml
 from pd_core.features import reasons_of
 from pd_core.listing import Listing
 
@@ -31,17 +33,17 @@ class Inputs:
     listing: Listing
     limits: images.DecodeLimits
     settings: BuildIndexSettings
-    listed: storage.Artifact
-    features: storage.Artifact
-    index: storage.Artifact
-    densities: storage.Artifact
-    estimator: storage.Artifact
+    listed: artifacts.Artifact
+    features: artifacts.Artifact
+    index: artifacts.Artifact
+    densities: artifacts.Artifact
+    estimator: artifacts.Artifact
     timings_s: Mapping[str, float]
 
 
 def stage_of(
-    output: str, densities: storage.Stage, estimator: storage.Stage, settings: BuildIndexSettings
-) -> storage.Stage:
+    output: str, densities: artifacts.Stage, estimator: artifacts.Stage, settings: BuildIndexSettings
+) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {
         "densities": densities.fingerprint,
@@ -51,7 +53,7 @@ def stage_of(
     return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, output: str, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, output: str, inputs: Inputs) -> running.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
     return running.draw(stage, functools.partial(_draw, output, inputs))
 
@@ -63,7 +65,7 @@ def _draw(output: str, inputs: Inputs) -> running.Drawn:
 
 def _gather(output: str, inputs: Inputs) -> report.ReportData:
     settings = inputs.settings
-    uri = storage.join(output, "densities")
+    uri = files.join(output, "densities")
     chosen = _choose(uri, inputs)
     pictures = _Pictures(inputs, chosen)
     totals = inputs.densities.totals
@@ -101,7 +103,7 @@ def _gather(output: str, inputs: Inputs) -> report.ReportData:
             "checkpoint": extractor["checkpoint"] or "timm's hub",
             "precision": extractor["precision"],
             "dimension": str(extractor["feature_dim"]),
-            "preprocessing": storage.canonical(extractor["preprocess"]),
+            "preprocessing": artifacts.canonical(extractor["preprocess"]),
             "weights sha256": extractor["weights_sha256"],
             "library": extractor["library"],
         },
@@ -132,12 +134,12 @@ def _choose(uri: str, inputs: Inputs) -> _Chosen:
     counts: dict[str, int] = {}
     sums: dict[str, float] = {}
     for part in inputs.densities.parts:
-        table = storage.read_table(storage.join(uri, part.name), LIGHT_COLUMNS)
+        table = files.read_table(files.join(uri, part.name), LIGHT_COLUMNS)
         table = table.append_column("part", pa.array([part.name] * table.num_rows))
         lowest = _first(lowest, table, [("density", "ascending"), ("sample_id", "ascending")], many)
         highest = _first(highest, table, [("density", "descending"), ("sample_id", "ascending")], many)
         nearest = _closest(nearest, table, targets)
-        keep = ids.uniform(table["sample_id"].to_numpy(), seed=0) < fraction
+        keep = seeds.uniform(table["sample_id"].to_numpy(), seed=0) < fraction
         sample.append(table.select(["label", "density"]).filter(pa.array(keep)))
         for group in table.group_by("label").aggregate([("density", "count"), ("density", "sum")]).to_pylist():
             if group["label"] is not None:
@@ -161,7 +163,7 @@ def _closest(best: pa.Table | None, table: pa.Table, percentiles: np.ndarray) ->
 
 
 def _with_neighbors(uri: str, row: dict[str, Any]) -> dict[str, Any]:
-    table = storage.read_table(storage.join(uri, row["part"]), ["sample_id", "neighbor_ids", "neighbor_distances"])
+    table = files.read_table(files.join(uri, row["part"]), ["sample_id", "neighbor_ids", "neighbor_distances"])
     full = table.filter(pc.equal(table["sample_id"], row["sample_id"])).to_pylist()[0]
     return row | {
         "neighbors": list(zip(full["neighbor_ids"], full["neighbor_distances"], strict=True))[:NEIGHBORS_SHOWN]
@@ -198,11 +200,11 @@ def _find_densities(inputs: Inputs, wanted: Iterable[int]) -> dict[int, dict[str
     """Densities rows by id: one pass over the parts, light columns only."""
     value_set = pa.array(sorted(wanted), pa.int64())
     found: dict[int, dict[str, Any]] = {}
-    uri = storage.join(str(inputs.settings.output), "densities")
+    uri = files.join(str(inputs.settings.output), "densities")
     for part in inputs.densities.parts:
         if len(found) == len(value_set):
             break
-        table = storage.read_table(storage.join(uri, part.name), LIGHT_COLUMNS)
+        table = files.read_table(files.join(uri, part.name), LIGHT_COLUMNS)
         for row in table.filter(pc.is_in(table["sample_id"], value_set=value_set)).to_pylist():
             found[row["sample_id"]] = row
     return found
@@ -237,7 +239,7 @@ def _labels(chosen: _Chosen) -> list[report.LabelRow]:
     return rows
 
 
-def _index_facts(index: storage.Artifact) -> report.IndexFacts:
+def _index_facts(index: artifacts.Artifact) -> report.IndexFacts:
     totals = index.totals
     exact = totals["nprobe"] == 0
     return report.IndexFacts(
@@ -254,8 +256,8 @@ def _index_facts(index: storage.Artifact) -> report.IndexFacts:
     )
 
 
-def _calibration(output: str, estimator: storage.Artifact) -> report.Calibration:
-    heldout = storage.read_table(storage.join(output, "estimator", fitting.HELDOUT))
+def _calibration(output: str, estimator: artifacts.Artifact) -> report.Calibration:
+    heldout = files.read_table(files.join(output, "estimator", fitting.HELDOUT))
     facts = dict(estimator.totals["heldout"])
     return report.Calibration(
         log_density=heldout["log_density"].to_numpy(),
@@ -267,12 +269,12 @@ def _calibration(output: str, estimator: storage.Artifact) -> report.Calibration
     )
 
 
-def _examples(output: str, features: storage.Artifact) -> list[tuple[str, str, str]]:
+def _examples(output: str, features: artifacts.Artifact) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     for part in features.parts:
         if len(rows) >= QUARANTINE_EXAMPLES:
             break
         if part.counts:
-            table = storage.read_table(storage.join(output, "quarantine", part.name))
+            table = files.read_table(files.join(output, "quarantine", part.name))
             rows += [(row["key"], row["reason"], row["detail"]) for row in table.to_pylist()]
     return rows[:QUARANTINE_EXAMPLES]

@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pd_core import cluster, config, schemas, storage, tracking
-from pd_core.config import WorkflowSettings
-from pd_core.errors import RunError, UserError, one_line
+from pd_core import cluster, tracking
+from pd_core.core import artifacts as core_artifacts
+from pd_core.core import files as core_files
+from pd_core.core import schemas
+from pd_core.core.errors import RunError, UserError, one_line
+from pd_core.core.settings.base import WorkflowSettings
+from pd_core.core.settings.load import to_yaml
 
-Made = tuple[Iterable[storage.Part], Mapping[str, Any]]
+Made = tuple[Iterable[core_artifacts.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
 
 RUN = "run.json"
@@ -50,11 +54,11 @@ class Run:
     tracker: tracking.Tracker
     workflow: str
     stages: Sequence[str]
-    artifacts: dict[str, storage.Artifact] = field(default_factory=dict)
+    artifacts: dict[str, core_artifacts.Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
-    watch: storage.Stopwatch = field(default_factory=storage.Stopwatch)
+    watch: core_artifacts.Stopwatch = field(default_factory=core_artifacts.Stopwatch)
 
-    def stage(self, stage: storage.Stage, make: Make, replace: bool = False) -> storage.Artifact:
+    def stage(self, stage: core_artifacts.Stage, make: Make, replace: bool = False) -> core_artifacts.Artifact:
         """Complete a stage inside a tracked run of its own; `replace`: one of other settings may go, such as a report."""
         with self.tracker.stage(self.name_of(stage.uri)) as nested, failures(stage.kind, stage.uri):
             before = stage.recorded()
@@ -62,7 +66,7 @@ class Run:
             self.done(stage.uri, artifact, nested)
         return artifact
 
-    def _make(self, stage: storage.Stage, make: Make, before: storage.Artifact | None) -> Made:
+    def _make(self, stage: core_artifacts.Stage, make: Make, before: core_artifacts.Artifact | None) -> Made:
         """Make the stage. What was made of an older state of it is finished no more.
 
         before: its record, of a stage that was finished and damaged since; where what is made anew is the same to the byte,
@@ -70,11 +74,11 @@ class Run:
         """
         name = self.name_of(stage.uri)
         self.made.append(name)
-        storage.delete_file(storage.join(self.output, RUN))
+        core_files.delete_file(core_files.join(self.output, RUN))
         if before is None:
             self._unfinish_after(name)
             return make()
-        cluster.say(f"{name}: {storage.told_damage(stage.damage(before))}; making it anew")
+        cluster.say(f"{name}: {core_artifacts.told_damage(stage.damage(before))}; making it anew")
         parts, totals = make()
         parts = tuple(parts)
         if not before.holds(parts):
@@ -84,13 +88,13 @@ class Run:
 
     def _unfinish_after(self, name: str) -> None:
         for later in self.stages[self.stages.index(name) + 1 if name in self.stages else 0 :]:
-            storage.delete_file(storage.join(self.output, later, storage.ARTIFACT))
+            core_files.delete_file(core_files.join(self.output, later, core_files.ARTIFACT))
 
     def name_of(self, uri: str) -> str:
         """Folder of a stage in the output."""
         return uri.removeprefix(self.output).strip("/")
 
-    def done(self, uri: str, artifact: storage.Artifact, nested: tracking.Tracker) -> None:
+    def done(self, uri: str, artifact: core_artifacts.Artifact, nested: tracking.Tracker) -> None:
         """Remember and track a finished stage."""
         self.artifacts[self.name_of(uri)] = artifact
         numbers = {n: v for n, v in flatten(artifact.totals) if isinstance(v, int | float) and not isinstance(v, bool)}
@@ -128,14 +132,14 @@ class Run:
             "stages": {name: artifact.fingerprint for name, artifact in self.artifacts.items()},
             "timings_s": self.timings_s,
             "elapsed_s": round(elapsed_s, 3),
-            "versions": storage.package_versions(),
+            "versions": core_artifacts.package_versions(),
         }
-        storage.write_bytes(storage.join(self.output, RUN), json.dumps(values, indent=1).encode())
+        core_files.write_bytes(core_files.join(self.output, RUN), json.dumps(values, indent=1).encode())
         self.tracker.metrics({"elapsed_s": elapsed_s})
         for stage in kept:
             for part in self.artifacts[stage].parts:
-                uri = storage.join(self.output, stage, part.name)
-                self.tracker.artifact_bytes(f"{stage}/{part.name}", storage.read_bytes(uri))
+                uri = core_files.join(self.output, stage, part.name)
+                self.tracker.artifact_bytes(f"{stage}/{part.name}", core_files.read_bytes(uri))
 
 
 @contextmanager
@@ -146,10 +150,10 @@ def started(
 
     stages: see Run. tracked: False for a plan, which MLflow hears nothing of.
     """
-    watch = storage.Stopwatch()
-    storage.refuse_links(output)
+    watch = core_artifacts.Stopwatch()
+    core_files.refuse_links(output)
     if not cluster.is_shared():
-        cluster.say(config.to_yaml(settings))
+        cluster.say(to_yaml(settings))
     how = settings.tracking if tracked else settings.tracking.model_copy(update={"enabled": False})
     with (
         cluster.session(output, workflow) as now,
@@ -170,24 +174,24 @@ def checked_output(output: str | None, workflow: str) -> str:
         raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
     if set(output) & set("*?[]"):
         raise UserError(f"--output {output}: must hold none of * ? [ ], which stores take for patterns; rename it")
-    if cluster.in_job_copy() and storage.is_local(output) and not os.path.isabs(output):
+    if cluster.in_job_copy() and core_files.is_local(output) and not os.path.isabs(output):
         raise UserError(
             f"--output {output}: would lie in this job's temporary copy of the working directory, which Ray "
             "deletes; give an absolute path or an s3:// prefix"
         )
-    output = storage.absolute(output)
-    with storage.explained(output):
-        if workflow != "curate" and storage.exists(storage.join(output, "index", "current.json")):
+    output = core_files.absolute(output)
+    with core_files.explained(output):
+        if workflow != "curate" and core_files.exists(core_files.join(output, "index", "current.json")):
             raise UserError(f"--output {output}: holds the releases of curate.py; choose another")
         for other, stage in FIRST_STAGES.items():
-            if other != workflow and storage.begun_identity(storage.join(output, stage)) is not None:
+            if other != workflow and core_artifacts.begun_identity(core_files.join(output, stage)) is not None:
                 raise UserError(f"--output {output}: holds a run of {other}.py; choose another")
     return output
 
 
-def report_stage(output: str, identity: Mapping[str, Any]) -> storage.Stage:
+def report_stage(output: str, identity: Mapping[str, Any]) -> core_artifacts.Stage:
     """The report stage of any workflow; identity: what its page shows follows from."""
-    return storage.Stage(storage.join(output, "report"), "report", schemas.VERSIONS["report"], dict(identity))
+    return core_artifacts.Stage(core_files.join(output, "report"), "report", schemas.VERSIONS["report"], dict(identity))
 
 
 @dataclass(frozen=True)
@@ -199,14 +203,14 @@ class Drawn:
     totals: Mapping[str, Any] = field(default_factory=dict)
 
 
-def draw(stage: storage.Stage, make: Callable[[], Drawn]) -> Made:
+def draw(stage: core_artifacts.Stage, make: Callable[[], Drawn]) -> Made:
     """Make a report in a Ray task, since images are read; returns the parts and totals to commit. make: picklable."""
     cluster.say("report: drawing")
     totals = cluster.get(cluster.task(_draw).remote(stage, make))
     return list(stage.finished_parts().values()), totals
 
 
-def _draw(stage: storage.Stage, make: Callable[[], Drawn]) -> dict[str, Any]:
+def _draw(stage: core_artifacts.Stage, make: Callable[[], Drawn]) -> dict[str, Any]:
     drawn = make()
     for name, content in drawn.files.items():
         stage.write_part(name, content, drawn.rows.get(name, 0))
@@ -218,14 +222,14 @@ def failures(stage: str, uri: str) -> Iterator[None]:
     """Turn what storage and cluster raise inside a stage into one line with the next step."""
     import ray
 
-    with storage.explained(uri):
+    with core_files.explained(uri):
         try:
             yield
         except ray.exceptions.RayError as error:
             cluster.raise_cause(error)
             cause = getattr(error, "cause", None)
-            if storage.is_failure(cause):
-                raise storage.explain(cause, uri) from error
+            if core_files.is_failure(cause):
+                raise core_files.explain(cause, uri) from error
             if isinstance(error, ray.exceptions.RayTaskError):
                 raise  # a defect of this program keeps its traceback
             line = one_line(error)

@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import chunking, cluster, schemas, search, storage, telemetry
+from pd_core import chunking, cluster, search, telemetry
 from pd_core.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
 from pd_core.chunking import LATE, MAX_CHUNKS, Pool, Progress
-from pd_core.errors import RunError
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.errors import RunError
 
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
 
@@ -89,8 +90,8 @@ class Job:
     """
 
     recipe: Recipe
-    samples: storage.Stage
-    rejected: storage.Stage | None
+    samples: artifacts.Stage
+    rejected: artifacts.Stage | None
     chunks_per_part: int
     n: int
 
@@ -130,8 +131,8 @@ class Job:
         if self.recipe.volume is not None:
             counts["degenerate"] = int(pc.sum(finished["degenerate"]).as_py())
         if self.rejected is not None:  # first: a part of samples without it is not finished
-            self.rejected.write_table(storage.part_name(part), _rejected(self.recipe, part, self, table, scores))
-        self.samples.write_table(storage.part_name(part), table, counts | _histogram(self.recipe, scores.density))
+            self.rejected.write_table(artifacts.part_name(part), _rejected(self.recipe, part, self, table, scores))
+        self.samples.write_table(artifacts.part_name(part), table, counts | _histogram(self.recipe, scores.density))
         return table.num_rows
 
     @property
@@ -144,7 +145,7 @@ class Job:
         telemetry.CANDIDATES.add(chunks * self.recipe.chunk, stage=self.kind)
         telemetry.ACCEPTED.add(rows, stage=self.kind)
 
-    def done(self) -> dict[int, storage.Part]:
+    def done(self) -> dict[int, artifacts.Part]:
         """Finished parts by number; where rejected rows are kept, both files are there."""
         done = chunking.by_number(self.samples.finished_parts())
         if self.rejected is None:
@@ -163,9 +164,9 @@ class Job:
         return None
 
 
-def stage_of(uri: str, kind: str, recipe: Recipe, more: Mapping[str, Any]) -> storage.Stage:
+def stage_of(uri: str, kind: str, recipe: Recipe, more: Mapping[str, Any]) -> artifacts.Stage:
     """A stage of samples: its identity is that of the recipe, and `more`."""
-    return storage.Stage(uri, kind, schemas.VERSIONS[kind], {**recipe.identity(), **more})
+    return artifacts.Stage(uri, kind, schemas.VERSIONS[kind], {**recipe.identity(), **more})
 
 
 def _scores(recipe: Recipe, chunks: pa.Table) -> Scores:
@@ -208,7 +209,7 @@ class Budget:
 
 def run(
     job: Job, now: cluster.Cluster, pool: Pool, index: search.SearchPool, rate: float, budget: Budget
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make what is missing until n rows are there; returns the parts and totals to commit.
 
     Args:
@@ -288,13 +289,13 @@ def _trim(job: Job, last: int) -> dict[str, int]:
     """Cut the last part to the n-th row; returns the candidates up to it."""
     done = job.done()
     before = sum(done[number].rows for number in range(last))
-    name = storage.part_name(last)
-    table = storage.read_table(storage.join(job.samples.uri, name))
+    name = artifacts.part_name(last)
+    table = files.read_table(files.join(job.samples.uri, name))
     surplus = before + table.num_rows - job.n
     table = table.slice(0, job.n - before)
     candidates = table["sample_id"][-1].as_py() + 1
     if job.rejected is not None:  # first, and even without surplus: the n-th row may have rejected ones behind it
-        beside = storage.read_table(storage.join(job.rejected.uri, name))
+        beside = files.read_table(files.join(job.rejected.uri, name))
         if (kept := beside.filter(pc.less(beside["sample_id"], candidates))).num_rows < beside.num_rows:
             job.rejected.write_table(name, kept)
     if surplus:
@@ -311,13 +312,13 @@ def _drop_after(job: Job, last: int) -> None:
     No task writes one any more: an execution that is left early has waited for the end of its tasks.
     """
     for stage in filter(None, (job.samples, job.rejected)):
-        names = {*storage.sizes(stage.uri), *stage.finished_parts()}
+        names = {*files.sizes(stage.uri), *stage.finished_parts()}
         for name in sorted(names):
-            if (number := storage.part_number(name)) is not None and number > last:
+            if (number := artifacts.part_number(name)) is not None and number > last:
                 stage.drop_part(name)
 
 
-def _sum_bins(parts: Sequence[storage.Part]) -> list[int]:
+def _sum_bins(parts: Sequence[artifacts.Part]) -> list[int]:
     return [sum(part.counts.get(f"bin_{b:02d}", 0) for part in parts) for b in range(DENSITY_BINS)]
 
 
@@ -330,8 +331,8 @@ def _spent_line(job: Job, rows: Mapping[int, int], budget: Budget, late: bool) -
     )
 
 
-def iterate_rows(job_uri: str, parts: Sequence[storage.Part], columns: Sequence[str]) -> Iterator[pa.Table]:
+def iterate_rows(job_uri: str, parts: Sequence[artifacts.Part], columns: Sequence[str]) -> Iterator[pa.Table]:
     """Columns of a samples stage, part by part."""
     for part in parts:
         if part.rows:
-            yield storage.read_table(storage.join(job_uri, part.name), columns)
+            yield files.read_table(files.join(job_uri, part.name), columns)

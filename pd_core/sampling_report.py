@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from pd_core import (
     acceptance,
     decoder,
-    ids,
     images,
     listing,
     piloting,
@@ -26,11 +25,12 @@ from pd_core import (
     sampling_page,
     sources,
     spaces,
-    storage,
 )
 from pd_core.candidates import Recipe
-from pd_core.config import GenerateSettings, to_yaml
-from pd_core.errors import RunError, UserError
+from pd_core.core import artifacts, files, seeds
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.generate import GenerateSettings
+from pd_core.core.settings.load import to_yaml
 from pd_core.sampling import DENSITY_BINS
 from pd_core.sampling_page import Count, Pair, Sample, SamplesData, Weight
 
@@ -73,7 +73,7 @@ class Inputs:
     """
 
     job: sampling.Job
-    sampled: storage.Artifact
+    sampled: artifacts.Artifact
     pilot: piloting.Pilot
     expected: piloting.Expectation
     plan_text: str
@@ -81,13 +81,13 @@ class Inputs:
     timings_s: Mapping[str, float]
 
 
-def stage_of(output: str, samples: storage.Stage, settings: GenerateSettings) -> storage.Stage:
+def stage_of(output: str, samples: artifacts.Stage, settings: GenerateSettings) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"samples": samples.fingerprint, "images": settings.images, "pilot": settings.pilot}
     return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
     return running.draw(stage, functools.partial(_draw, inputs))
 
@@ -202,7 +202,7 @@ def _look_through(inputs: Inputs) -> _Seen:
     for part in sampled.parts:
         if not part.rows:
             continue
-        table = storage.read_table(storage.join(inputs.job.samples.uri, part.name), LIGHT)
+        table = files.read_table(files.join(inputs.job.samples.uri, part.name), LIGHT)
         place = {"part": pa.array([part.name] * table.num_rows), "row": pa.array(np.arange(table.num_rows))}
         table = pa.table({name: table[name] for name in table.column_names} | place)
         seen.bins += _binned(table["percentile"].to_numpy())
@@ -229,7 +229,7 @@ def _binned(percentile: np.ndarray) -> np.ndarray:
 
 
 def _drawn(table: pa.Table, fraction: float) -> np.ndarray:
-    return ids.uniform(table["sample_id"].to_numpy(), ids.stream(0, "report")) < fraction
+    return seeds.uniform(table["sample_id"].to_numpy(), seeds.stream(0, "report")) < fraction
 
 
 def _nearest(best: pa.Table, table: pa.Table) -> pa.Table:
@@ -304,8 +304,8 @@ def _bands(inputs: Inputs, chosen: Mapping[str, Sequence[tuple[str, int]]]) -> l
 
 def _unfiltered(inputs: Inputs) -> list[Sample]:
     """Images of the pilot, evenly over its candidates, in ascending density."""
-    uri = storage.join(str(inputs.settings.output), "pilot")
-    pilot = storage.load_artifact(uri)
+    uri = files.join(str(inputs.settings.output), "pilot")
+    pilot = artifacts.load_artifact(uri)
     assert pilot is not None
     numbered = [(part.name, row) for part in pilot.parts for row in range(part.rows)]
     places = [numbered[i] for i in _evenly(0, len(numbered) - 1, inputs.settings.images)]
@@ -321,9 +321,9 @@ def _read_rows(uri: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, i
     found = {}
     for name, wanted in sorted(by_part.items()):
         order = sorted(wanted)
-        table = storage.read_table(storage.join(uri, name), SHOWN).take(pa.array(order, pa.int64()))
+        table = files.read_table(files.join(uri, name), SHOWN).take(pa.array(order, pa.int64()))
         rows = table.to_pylist()
-        pictures = decoder.sample_thumbnails([values.pop("image") for values in rows], storage.join(uri, name))
+        pictures = decoder.sample_thumbnails([values.pop("image") for values in rows], files.join(uri, name))
         for row, values, picture in zip(order, rows, pictures, strict=True):
             found[name, row] = values | {"thumbnail": picture}
     return found
@@ -386,7 +386,7 @@ def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int
     """
     found: dict[int, _Original] = {}
     try:
-        for name, rows in listing.rows_of_ids(storage.join(uri, "listing"), wanted):
+        for name, rows in listing.rows_of_ids(files.join(uri, "listing"), wanted):
             for row in rows.select(["sample_id", "key", "label"]).to_pylist():
                 found[row["sample_id"]] = _Original(
                     row["key"], row["label"], None, "the source cannot be read any more"
@@ -395,9 +395,9 @@ def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int
     except (UserError, RunError) as error:
         return found, str(error)
     except Exception as error:
-        if not storage.is_failure(error):
+        if not files.is_failure(error):
             raise
-        return found, str(storage.explain(error, uri))
+        return found, str(files.explain(error, uri))
     return found, ""
 
 
@@ -405,7 +405,7 @@ def _read_originals(uri: str, name: str, rows: pa.Table, beside: str | None) -> 
     """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
     source = spaces.source_of(uri, beside)
     limits = images.limits_of(source.settings)
-    features = storage.read_table(storage.join(uri, "features", name), ["sample_id", "content_hash"])
+    features = files.read_table(files.join(uri, "features", name), ["sample_id", "content_hash"])
     hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
 
     def unchanged() -> Iterator[bytes | images.BadImage]:
@@ -447,4 +447,4 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
 
 
 def _text(value: Any) -> str:
-    return report.shorten(value if isinstance(value, str) else storage.canonical(value), 120)
+    return report.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)

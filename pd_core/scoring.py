@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from pd_core import estimator
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 from pd_core.features import Extractor, ExtractorSpec
 from pd_core.images import Preprocess, resized_size
 

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from pd_core import cluster, index, knn, storage, telemetry, trust
-from pd_core.errors import RunError, UserError
+from pd_core import cluster, index, knn, telemetry
+from pd_core.core import artifacts, trust
+from pd_core.core import files as core_files
+from pd_core.core.errors import RunError, UserError
 
 QUANTIZER = "quantizer.faiss"
 CELLS = "cells.json"
@@ -62,10 +64,10 @@ def shard_name(shard: int) -> str:
 
 def open_index(uri: str) -> IndexInfo:
     """The index in a directory. Raises UserError where none is committed, or its records say what cannot be."""
-    artifact = storage.load_artifact(uri)
+    artifact = artifacts.load_artifact(uri)
     if artifact is None or artifact.kind != "index":
         raise UserError(f"{uri}: no finished index there; run build_index.py with this --output first")
-    where, totals = storage.join(uri, storage.ARTIFACT), artifact.totals
+    where, totals = core_files.join(uri, core_files.ARTIFACT), artifact.totals
     owners = () if totals.get("kind") == "flat" else read_cells(uri).shard_of_cell
     values = {name: totals.get(name) for name in ("kind", "rows", "dim", "shards", "nprobe")}
     own = {"uri": uri, "fingerprint": artifact.fingerprint, "shard_of_cell": owners}
@@ -85,12 +87,12 @@ class Cells:
 
 def read_cells(uri: str) -> Cells:
     """What cells.json of the index in a directory says. Raises UserError: it is not there, or says what cannot be."""
-    where = storage.join(uri, CELLS)
-    return trust.checked(Cells, storage.read_json(where), where)
+    where = core_files.join(uri, CELLS)
+    return trust.checked(Cells, core_files.read_json(where), where)
 
 
 def _shard_files(info: IndexInfo, shards: Iterable[int]) -> list[index.Shard]:
-    return [functools.partial(storage.read_bytes, storage.join(info.uri, shard_name(shard))) for shard in shards]
+    return [functools.partial(core_files.read_bytes, core_files.join(info.uri, shard_name(shard))) for shard in shards]
 
 
 def _open_shards(info: IndexInfo, files: Sequence[index.Shard], threads: int, device: str) -> knn.ShardSearch:
@@ -307,8 +309,8 @@ def _quantizer(info: IndexInfo) -> Any:
 
 def read_quantizer(uri: str) -> Any:
     """The coarse quantizer of the index stage in a directory. Raises UserError: its file is none that index.py writes."""
-    with _named(storage.join(uri, QUANTIZER)):
-        template = index.deserialize(storage.read_bytes(storage.join(uri, QUANTIZER)))
+    with _named(core_files.join(uri, QUANTIZER)):
+        template = index.deserialize(core_files.read_bytes(core_files.join(uri, QUANTIZER)))
         return index.quantizer_of(index.centroids_of(template))
 
 

@@ -14,40 +14,41 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, density, schemas, search, storage, telemetry
-from pd_core.config import DensitySettings, IndexSettings
-from pd_core.errors import RunError
+from pd_core import cluster, density, search, telemetry
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.errors import RunError
+from pd_core.core.settings.index import DensitySettings, IndexSettings
 from pd_core.features import load_features
 
 GROUP_PARTS = 64  # parts that one task of the second pass handles
 
 
-def neighbors_stage(output: str, info: search.IndexInfo, settings: DensitySettings) -> storage.Stage:
+def neighbors_stage(output: str, info: search.IndexInfo, settings: DensitySettings) -> artifacts.Stage:
     """First pass: neighbors."""
     identity = {"index": info.fingerprint, "nprobe": info.nprobe, "k": settings.k, "block_rows": settings.block_rows}
     if info.exact:  # a distance depends on its pair alone, so how queries are grouped changes nothing
         del identity["block_rows"]
-    return storage.Stage(storage.join(output, "neighbors"), "neighbors", schemas.VERSIONS["neighbors"], identity)
+    return artifacts.Stage(files.join(output, "neighbors"), "neighbors", schemas.VERSIONS["neighbors"], identity)
 
 
-def stage_of(output: str, neighbors: storage.Stage, settings: DensitySettings) -> storage.Stage:
+def stage_of(output: str, neighbors: artifacts.Stage, settings: DensitySettings) -> artifacts.Stage:
     """Second pass: densities."""
     identity = {"neighbors": neighbors.fingerprint, "volume_dim": settings.volume_dim}
-    return storage.Stage(storage.join(output, "densities"), "densities", schemas.VERSIONS["densities"], identity)
+    return artifacts.Stage(files.join(output, "densities"), "densities", schemas.VERSIONS["densities"], identity)
 
 
 # ---- first pass ------------------------------------------------------------------------------------------------------
 
 
 def find_neighbors(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     info: search.IndexInfo,
     features_uri: str,
-    features: storage.Artifact,
+    features: artifacts.Artifact,
     settings: DensitySettings,
     index_settings: IndexSettings,
     now: cluster.Cluster,
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write the missing neighbors parts; returns the parts and totals to commit."""
     done = stage.finished_parts()
     blocks = make_blocks(features, settings.block_rows)
@@ -77,7 +78,7 @@ def find_neighbors(
     return parts, totals
 
 
-def make_blocks(features: storage.Artifact, block_rows: int) -> list[list[str]]:
+def make_blocks(features: artifacts.Artifact, block_rows: int) -> list[list[str]]:
     """Part names of each block of queries.
 
     Every B-th part goes to the same of B blocks: a source sorted by class then does not send a whole block to one shard.
@@ -88,7 +89,7 @@ def make_blocks(features: storage.Artifact, block_rows: int) -> list[list[str]]:
 
 
 def _join_block(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     pool: search.SearchPool,
     features_uri: str,
     names: Sequence[str],
@@ -96,7 +97,7 @@ def _join_block(
     k: int,
 ) -> search.Traffic:
     """Search a whole block, always the same, and write those of its parts that are missing."""
-    loaded = [load_features(storage.join(features_uri, name)) for name in names]
+    loaded = [load_features(files.join(features_uri, name)) for name in names]
     sample_ids = [table["sample_id"].to_numpy() for table, _ in loaded]
     queries = np.concatenate([features for _, features in loaded])
     del loaded
@@ -113,7 +114,7 @@ def _join_block(
 
 
 def write_neighbors(
-    stage: storage.Stage, name: str, sample_id: np.ndarray, neighbor_ids: np.ndarray, distances: np.ndarray
+    stage: artifacts.Stage, name: str, sample_id: np.ndarray, neighbor_ids: np.ndarray, distances: np.ndarray
 ) -> None:
     """One part: int64 [n], int64 [n, k], float32 [n, k]."""
     k = neighbor_ids.shape[1]
@@ -130,12 +131,12 @@ def write_neighbors(
 
 
 def write_densities(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     neighbors_uri: str,
-    neighbors: storage.Artifact,
+    neighbors: artifacts.Artifact,
     features_uri: str,
     settings: DensitySettings,
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Densities of every row from its neighbors; returns the parts and the totals to commit."""
     import ray
 
@@ -162,7 +163,7 @@ def write_densities(
 
 
 def _distances(neighbors_uri: str, name: str, k: int) -> tuple[pa.Table, np.ndarray]:
-    table = storage.read_table(storage.join(neighbors_uri, name))
+    table = files.read_table(files.join(neighbors_uri, name))
     flat = table["neighbor_distances"].combine_chunks().flatten().to_numpy()
     return table, flat.reshape(-1, k)
 
@@ -193,7 +194,7 @@ def _calibrate(volume_dim: float, *summaries: np.ndarray) -> tuple[dict[str, Any
 
 
 def _write_group(
-    stage: storage.Stage,
+    stage: artifacts.Stage,
     neighbors_uri: str,
     features_uri: str,
     names: Sequence[str],
@@ -210,7 +211,7 @@ def _write_group(
     log_densities = np.split(every, cuts)
     rows = zip(names, tables, means, log_densities, percentiles, strict=True)
     for name, (neighbors, _), mean, log_density, percentile in rows:
-        described = storage.read_table(storage.join(features_uri, name), without=["feature"])
+        described = files.read_table(files.join(features_uri, name), without=["feature"])
         assert described["sample_id"].equals(neighbors["sample_id"]), name
         columns = {
             **{column: described[column] for column in described.column_names},

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, features, ids, images, listing, running, sources, storage, trust
-from pd_core.config import DataSettings, ExtractionSettings, ExtractorSettings, FeatureSettings
-from pd_core.errors import UserError
+from pd_core import cluster, features, images, listing, running, sources
+from pd_core.core import artifacts, files, seeds, trust
+from pd_core.core.errors import UserError
+from pd_core.core.settings.data import DataSettings, ExtractionSettings, ExtractorSettings
+from pd_core.core.settings.index import FeatureSettings
 from pd_core.features import ExtractorSpec
 from pd_core.realset import RealSet
 from pd_core.sources.names import unescape
@@ -53,7 +55,7 @@ def open_spaces(real: RealSet, judge: ExtractorSettings) -> list[Space]:
     if judge.model != "none":
         values = judge.model_dump()
         if values["checkpoint"] is not None:
-            values["checkpoint"] = storage.absolute(values["checkpoint"])
+            values["checkpoint"] = files.absolute(values["checkpoint"])
         try:
             spec = cluster.get(features.describe_remotely(FeatureSettings(**values)))
         except UserError as error:  # the reader of a model knows it by the settings of the index
@@ -103,7 +105,7 @@ class ImageSet:
         known = self.extractor
         if known is None and self.realset["features"] == real.fingerprints["features"]:
             known = real.extractor.identity()
-        return known is None or not storage.differences(known, space.spec.identity())
+        return known is None or not artifacts.differences(known, space.spec.identity())
 
     @property
     def chosen_by(self) -> str:
@@ -127,7 +129,7 @@ class Features:
     rows: int
 
 
-def features_of(uri: str, artifact: storage.Artifact) -> Features:
+def features_of(uri: str, artifact: artifacts.Artifact) -> Features:
     """What a finished features stage holds."""
     parts = tuple((part.name, part.rows) for part in artifact.parts)
     return Features(uri, artifact.fingerprint, parts, artifact.rows)
@@ -163,7 +165,7 @@ def open_sets(uris: Sequence[str], data: DataSettings, space: Space) -> list[Ima
     found = [
         chosen
         for name, uri in zip(names_of(uris), uris, strict=True)
-        for chosen in _by_direction(_open_set(name, storage.absolute(uri), data, space))
+        for chosen in _by_direction(_open_set(name, files.absolute(uri), data, space))
     ]
     names = [chosen.name for chosen in found]
     if len(set(names)) < len(names):
@@ -175,7 +177,7 @@ def _by_direction(chosen: ImageSet) -> list[ImageSet]:
     """Both images of a sample in one set would be neighbors of each other, and the balls of the metrics too small."""
     if chosen.made is None or chosen.made.get("direction") != "both":
         return [chosen]
-    source = table_source(storage.join(chosen.uri, "perturbed"), ["direction"])
+    source = table_source(files.join(chosen.uri, "perturbed"), ["direction"])
     return [
         replace(
             chosen,
@@ -188,18 +190,18 @@ def _by_direction(chosen: ImageSet) -> list[ImageSet]:
 
 
 def _open_set(name: str, uri: str, data: DataSettings, space: Space) -> ImageSet:
-    with storage.explained(f"--samples {uri}"):
-        if storage.begun_identity(storage.join(uri, "features")) is not None:
+    with files.explained(f"--samples {uri}"):
+        if artifacts.begun_identity(files.join(uri, "features")) is not None:
             return ImageSet(name, uri, None, _features_of_index(uri, space))
         for begun, stage, workflow in (("pilot", "samples", "generate"), ("perturbed", "perturbed", "perturb")):
-            if storage.begun_identity(storage.join(uri, begun)) is not None:
-                folder = storage.join(uri, stage)
-                artifact = storage.load_artifact(folder)
+            if artifacts.begun_identity(files.join(uri, begun)) is not None:
+                folder = files.join(uri, stage)
+                artifact = artifacts.load_artifact(folder)
                 if artifact is None or not artifact.rows:
                     raise UserError(f"--samples {uri}: its images are not finished; run {workflow}.py on it again")
-                storage.check_whole(folder, artifact)
+                artifacts.check_whole(folder, artifact)
                 said = artifact.totals | {"realset": artifact.identity.get("realset")}
-                of = trust.checked(_Made, said, storage.join(folder, storage.ARTIFACT), whole=False)
+                of = trust.checked(_Made, said, files.join(folder, files.ARTIFACT), whole=False)
                 return ImageSet(name, uri, table_source(folder), None, of.settings, of.realset, of.extractor)
     try:
         source = sources.open_source(data.model_copy(update={"source": uri}))
@@ -216,22 +218,22 @@ def _of_samples(error: UserError) -> str:
 def table_source(uri: str, metadata: Sequence[str] = ()) -> sources.Source:
     """The Parquet parts of a finished stage of ours as a source of images; metadata: columns to carry along."""
     settings = DataSettings(
-        source=storage.join(uri, "*.parquet"), kind="parquet", labels="column:label", metadata_columns=list(metadata)
+        source=files.join(uri, "*.parquet"), kind="parquet", labels="column:label", metadata_columns=list(metadata)
     )
-    artifact = storage.load_artifact(uri)
+    artifact = artifacts.load_artifact(uri)
     assert artifact is not None, "whoever asks has seen that it is finished"
     return replace(sources.open_source(settings), committed=artifact.state())
 
 
 def _features_of_index(uri: str, space: Space) -> Features:
     """Features of another real set, which are used as they are where they are of the same extractor."""
-    folder = storage.join(uri, "features")
-    artifact = storage.load_artifact(folder)
+    folder = files.join(uri, "features")
+    artifact = artifacts.load_artifact(folder)
     if artifact is None:
         raise UserError(f"--samples {uri}: its features are not finished; run build_index.py --output {uri} again")
-    storage.check_whole(folder, artifact)
-    spec = ExtractorSpec.from_json(artifact.totals.get("extractor"), storage.join(folder, storage.ARTIFACT))
-    if what := storage.differences(spec.identity(), space.spec.identity()):
+    artifacts.check_whole(folder, artifact)
+    spec = ExtractorSpec.from_json(artifact.totals.get("extractor"), files.join(folder, files.ARTIFACT))
+    if what := artifacts.differences(spec.identity(), space.spec.identity()):
         raise UserError(
             f"--samples {uri}: its features are of another extractor than the index's ({'; '.join(what[:3])}); name its "
             "images instead"
@@ -245,7 +247,7 @@ def names_of(uris: Sequence[str]) -> list[str]:
     Raises:
         UserError: the same URI twice.
     """
-    split = [storage.absolute(uri).rstrip("/").split("/") for uri in uris]
+    split = [files.absolute(uri).rstrip("/").split("/") for uri in uris]
     for i, parts in enumerate(split):
         if parts in split[:i]:
             raise UserError(f"--samples {uris[i]}: named twice; drop one")
@@ -281,7 +283,7 @@ class Extraction:
 
 def list_set(run: running.Run, folder: str, source: sources.Source, extraction: Extraction) -> listing.Listing:
     """The listing stage of a source under `folder`."""
-    uri = storage.join(folder, "listing")
+    uri = files.join(folder, "listing")
     with run.tracker.stage(run.name_of(uri)) as nested, running.failures("listing", uri):
         part_rows = extraction.settings.whole_part_rows
         try:
@@ -307,7 +309,7 @@ def extract(
     """
     settings = FeatureSettings(**extraction.settings.model_dump())
     with running.failures("features", folder):
-        begun = None if run.settings.overwrite else storage.begun_identity(storage.join(folder, "features"))
+        begun = None if run.settings.overwrite else artifacts.begun_identity(files.join(folder, "features"))
     gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     settings = settings.model_copy(update={"actor_gpus": gpus})
     device = cluster.device_of(run.now, gpus)
@@ -325,7 +327,7 @@ def features_of_set(
     Raises:
         UserError: no more images are listed than k, before features of any are made.
     """
-    folder = storage.join(run.output, "sets", chosen.name)
+    folder = files.join(run.output, "sets", chosen.name)
     found = {} if chosen.featured is None else {INDEX: chosen.featured}
     if missing := [space for space in spaces if space.name not in found]:
         if chosen.source is None:
@@ -338,7 +340,7 @@ def features_of_set(
                 f"--samples {chosen.name}: {listed.rows} images are too few for k = {k}; at least {k + 1} are needed"
             )
         for space in missing:
-            here = storage.join(folder, space.name)
+            here = files.join(folder, space.name)
             found[space.name] = extract(run, here, source, listed, space, extraction)
     return found
 
@@ -347,26 +349,26 @@ def features_of_real(
     run: running.Run, real: RealSet, spaces: list[Space], extraction: Extraction
 ) -> dict[str, Features]:
     """Features of the real images in each space by its name; those of the index are there."""
-    folder = storage.join(real.uri, "features")
-    artifact = storage.load_artifact(folder)
+    folder = files.join(real.uri, "features")
+    artifact = artifacts.load_artifact(folder)
     assert artifact is not None, "open_realset refuses an index without features"
     found = {INDEX: features_of(folder, artifact)}
     for space in spaces:
         if space.name not in found:
             source, listed = unchanged_original_of(real.uri, extraction.source)
             own = Extraction(extraction.settings, source.settings)
-            here = storage.join(run.output, "real", space.name)
+            here = files.join(run.output, "real", space.name)
             found[space.name] = extract(run, here, source, listed, space, own)
     return found
 
 
 def original_of(uri: str, beside: str | None = None, option: str = SOURCE) -> tuple[sources.Source, listing.Listing]:
     """The source and the listing that an output of build_index was made from. Raises UserError as `source_of`."""
-    source, folder = source_of(uri, beside, option), storage.join(uri, "listing")
-    with storage.explained(folder):
-        artifact = storage.load_artifact(folder)
+    source, folder = source_of(uri, beside, option), files.join(uri, "listing")
+    with files.explained(folder):
+        artifact = artifacts.load_artifact(folder)
         assert artifact is not None, "run.json is written after the listing"
-        storage.check_whole(folder, artifact)
+        artifacts.check_whole(folder, artifact)
     return source, listing.read_artifact(folder, artifact)
 
 
@@ -379,10 +381,10 @@ def unchanged_original_of(
         UserError: it holds other files now.
     """
     source, listed = original_of(uri, beside, option)
-    artifact = storage.load_artifact(listed.uri)
+    artifact = artifacts.load_artifact(listed.uri)
     assert artifact is not None, "original_of has read it"
     now = cluster.get(cluster.task(sources.state, cluster.IO_CPUS).remote(source))
-    if what := storage.differences(artifact.identity.get("state") or {}, now):
+    if what := artifacts.differences(artifact.identity.get("state") or {}, now):
         raise UserError(
             f"{source.root}: has changed since {uri} was made of it ({'; '.join(what)}), so that another extractor would see "
             "other images; bring it back, or run build_index.py again"
@@ -411,16 +413,16 @@ def source_of(uri: str, beside: str | None = None, option: str = SOURCE) -> sour
     Raises:
         UserError: its settings are of another pd_core, or its records lead to another place than these two.
     """
-    record, folder = storage.join(uri, running.RUN), storage.join(uri, "listing")
-    with storage.explained(record):
-        run, artifact = storage.read_json(record), storage.load_artifact(folder)
+    record, folder = files.join(uri, running.RUN), files.join(uri, "listing")
+    with files.explained(record):
+        run, artifact = files.read_json(record), artifacts.load_artifact(folder)
     if artifact is None:
         raise UserError(f"{folder}: is not finished, so nothing tells where its images are; run build_index.py again")
     try:
         settings = DataSettings.model_validate(run["settings"]["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: data settings of another pd_core; run build_index.py on it again") from error
-    where = storage.join(folder, storage.ARTIFACT)
+    where = files.join(folder, files.ARTIFACT)
     named = trust.checked(_Named, artifact.identity.get("source"), where, whole=False)
     return sources.Source(
         named.kind,
@@ -464,7 +466,7 @@ def read_rows(featured: Features, most: int | None = None) -> Rows:
     if most is not None and most < featured.rows:
         hashes = np.concatenate(
             [
-                ids.uniform(storage.read_table(storage.join(featured.uri, name), ["sample_id"])["sample_id"].to_numpy())
+                seeds.uniform(files.read_table(files.join(featured.uri, name), ["sample_id"])["sample_id"].to_numpy())
                 for name, _ in featured.parts
             ]
         )
@@ -472,8 +474,8 @@ def read_rows(featured: Features, most: int | None = None) -> Rows:
     kept: list[pa.Table] = []
     vectors: list[np.ndarray] = []
     for name, _ in featured.parts:
-        table, values = features.load_features(storage.join(featured.uri, name))
-        keep = ids.uniform(table["sample_id"].to_numpy()) < limit
+        table, values = features.load_features(files.join(featured.uri, name))
+        keep = seeds.uniform(table["sample_id"].to_numpy()) < limit
         kept.append(table.select(["sample_id", "key", "label"]).filter(pa.array(keep)))
         vectors.append(values[keep])
     table = pa.concat_tables(kept)

@@ -10,21 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import (
-    acceptance,
-    cluster,
-    density,
-    evaluating,
-    features,
-    ids,
-    metrics,
-    schemas,
-    spaces,
-    storage,
-    tradeoff,
-)
+from pd_core import acceptance, cluster, density, evaluating, features, metrics, spaces, tradeoff
 from pd_core.acceptance import Weighting
-from pd_core.config import MetricSettings
+from pd_core.core import artifacts, files, schemas, seeds
+from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.realset import RealSet
 from pd_core.spaces import Features, Space
 from pd_core.tradeoff import Setting
@@ -44,7 +33,7 @@ class Job:
         score: predictor or index, whose density decides. seed: of the run, which gives each candidate its u.
     """
 
-    curve: storage.Stage
+    curve: artifacts.Stage
     settings: tuple[Setting, ...]
     spaces: tuple[Space, ...]
     real: Mapping[str, Features]
@@ -59,7 +48,7 @@ class Job:
 
     def part(self, space: int, setting: int) -> str:
         """Name of a part."""
-        return storage.part_name(space * len(self.settings) + setting)
+        return artifacts.part_name(space * len(self.settings) + setting)
 
 
 def stage_of(
@@ -72,7 +61,7 @@ def stage_of(
     seed: int,
     n: int,
     n_real: int | None,
-) -> storage.Stage:
+) -> artifacts.Stage:
     """The curve stage under `output`; fingerprints: of all features that it reads."""
     identity = {
         "settings": [asdict(setting) for setting in settings],
@@ -84,10 +73,10 @@ def stage_of(
         "n": n,
         "n_real": n_real,
     }
-    return storage.Stage(storage.join(output, "curve"), "curve", schemas.VERSIONS["curve"], identity)
+    return artifacts.Stage(files.join(output, "curve"), "curve", schemas.VERSIONS["curve"], identity)
 
 
-def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, Any]]:
+def run(job: Job, now: cluster.Cluster) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make the missing parts; returns the parts and totals to commit.
 
     Raises:
@@ -112,14 +101,14 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[storage.Part], dict[str, A
             for _ in cluster.bounded(submit, missing, lambda: evaluating.in_flight(now, cpus)):
                 bar.update()
     done = job.curve.finished_parts()
-    parts = [done[storage.part_name(i)] for i in range(many * len(job.spaces))]
+    parts = [done[artifacts.part_name(i)] for i in range(many * len(job.spaces))]
     rows = read_curve(job.curve.uri, parts)
     return parts, {"settings": many, "measured": sum(row["precision"] is not None for row in rows)}
 
 
-def read_curve(uri: str, parts: Sequence[storage.Part]) -> list[dict[str, Any]]:
+def read_curve(uri: str, parts: Sequence[artifacts.Part]) -> list[dict[str, Any]]:
     """Rows of a curve stage, of its spaces one after the other, with `frontier`: of precision and recall in its space."""
-    rows = [row for part in parts for row in storage.read_table(storage.join(uri, part.name)).to_pylist()]
+    rows = [row for part in parts for row in files.read_table(files.join(uri, part.name)).to_pylist()]
     for space in {row["space"] for row in rows}:
         own = [row for row in rows if row["space"] == space]
         coordinates = [[np.nan if row[m] is None else row[m] for row in own] for m in ("precision", "recall")]
@@ -152,9 +141,9 @@ def read_pool(job: Job, space: int, light: bool = False) -> Pool:
     featured = job.pool[job.spaces[space].name]
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*SCORED, "id", "features")}
     for name, _ in featured.parts:
-        uri = storage.join(featured.uri, name)
+        uri = files.join(featured.uri, name)
         if light:
-            table = storage.read_table(uri, ["sample_id", schemas.METADATA])
+            table = files.read_table(uri, ["sample_id", schemas.METADATA])
             values = np.empty((table.num_rows, 0), np.float32)
         else:
             table, values = features.load_features(uri)
@@ -226,7 +215,7 @@ def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
         )
         deciding = pool.log_volume
         exact = acceptance.effective_size(acceptance.exponential(deciding, setting.polarity))
-    u = ids.uniform(pool.number, ids.stream(job.seed, "acceptance"))  # candidates_of draws it so
+    u = seeds.uniform(pool.number, seeds.stream(job.seed, "acceptance"))  # candidates_of draws it so
     rows = tradeoff.accepted(deciding, u, weighting)
     taken = rows[: job.n]
     looked_at = int(pool.number[taken[-1]]) + 1 if len(rows) >= job.n else many

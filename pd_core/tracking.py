@@ -25,10 +25,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from pd_core import storage
 from pd_core.cluster import say
-from pd_core.config import TrackingSettings
-from pd_core.errors import UserError, redact
+from pd_core.core import artifacts, files
+from pd_core.core.errors import UserError, redact
+from pd_core.core.settings.base import TrackingSettings
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 SQLITE = "sqlite:///"
@@ -81,9 +81,9 @@ def resolve_uri(settings: TrackingSettings, output: str) -> str | None:
     if uri:
         _check_uri(name, uri)
         return uri
-    if not storage.is_local(output):
+    if not files.is_local(output):
         return None
-    uri = SQLITE + str(Path(storage.absolute(output)).parent / DATABASE_FILE)
+    uri = SQLITE + str(Path(files.absolute(output)).parent / DATABASE_FILE)
     _check_uri("tracking.uri beside --output", uri)
     return uri
 
@@ -312,9 +312,9 @@ class Tracker:
             context: their part in the run, e.g. `source` or `features`.
             profile: JSON-able facts such as row counts.
         """
-        uri = redact(storage.absolute(source_uri))
-        kind = "local" if storage.is_local(source_uri) else uri.partition("://")[0]
-        facts = None if profile is None else storage.canonical(dict(profile))
+        uri = redact(files.absolute(source_uri))
+        kind = "local" if files.is_local(source_uri) else uri.partition("://")[0]
+        facts = None if profile is None else artifacts.canonical(dict(profile))
         values = (name[:MAX_DATASET_NAME], digest[:MAX_DIGEST], kind, json.dumps({"uri": uri}), facts)
         self._connection.call(_log_dataset, self.run_id, values, context)
 
@@ -353,7 +353,7 @@ def start(settings: TrackingSettings, output: str, run_name: str, tags: Mapping[
             say(f"tracking: off (no {URI_VARIABLE} for an output on {output.partition('://')[0]})")
         yield Tracker(_Connection(), None)
         return
-    output = redact(storage.absolute(output))
+    output = redact(files.absolute(output))
     own = {OUTPUT_TAG: output, "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
     connection = _connect(uri, settings.experiment, {**own, **{name: redact(text) for name, text in tags.items()}})
     with _run(connection, run_name, {}) as tracker:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pd_core import acceptance
 from pd_core.acceptance import Weighting
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 
 Method = Literal["generator", "density", "polarity", "truncation"]
 

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import decoder, running, schemas, storage, sweeping, tradeoff, tradeoff_page
-from pd_core.config import TradeoffSettings, to_yaml
+from pd_core import decoder, running, sweeping, tradeoff, tradeoff_page
+from pd_core.core import artifacts, schemas
+from pd_core.core import files as core_files
+from pd_core.core.settings.evaluate import TradeoffSettings
+from pd_core.core.settings.load import to_yaml
 from pd_core.evaluation_page import Number, interval
 from pd_core.spaces import JUDGE
 from pd_core.tradeoff import Setting, Target
@@ -34,7 +37,7 @@ class Inputs:
     """
 
     job: sweeping.Job
-    curve: storage.Artifact
+    curve: artifacts.Artifact
     images: Mapping[float | None, str]
     candidates: int
     n_real: int
@@ -42,13 +45,13 @@ class Inputs:
     timings_s: Mapping[str, float]
 
 
-def stage_of(output: str, curve: storage.Stage, settings: TradeoffSettings) -> storage.Stage:
+def stage_of(output: str, curve: artifacts.Stage, settings: TradeoffSettings) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"curve": curve.fingerprint, "images": settings.images, "target": settings.target}
     return running.report_stage(output, identity)
 
 
-def run(stage: storage.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
     """Make the page, the figures and the table; returns the parts and totals to commit."""
     return running.draw(stage, functools.partial(_draw, inputs))
 
@@ -215,16 +218,16 @@ def shown_settings(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def _thumbnails(uri: str, numbers: Sequence[int]) -> list[bytes]:
-    artifact = storage.load_artifact(uri)
+    artifact = artifacts.load_artifact(uri)
     assert artifact is not None, "the stage is committed"
     wanted = set(numbers)
     found: dict[int, bytes] = {}
     for part in artifact.parts:
         if len(found) == len(wanted):
             break
-        ids = storage.read_table(storage.join(uri, part.name), ["sample_id"])["sample_id"].to_pylist()
+        ids = core_files.read_table(core_files.join(uri, part.name), ["sample_id"])["sample_id"].to_pylist()
         if here := [place for place, number in enumerate(ids) if number in wanted]:
-            column = storage.read_table(storage.join(uri, part.name), ["image"])["image"]
+            column = core_files.read_table(core_files.join(uri, part.name), ["image"])["image"]
             pictures = decoder.sample_thumbnails((column[place].as_py() for place in here), uri)
             found |= zip((ids[place] for place in here), pictures, strict=True)
     return [found[number] for number in numbers if number in found]

@@ -26,22 +26,27 @@ from pd_core import (
     estimator,
     features,
     fitting,
-    ids,
     images,
     index,
     indexing,
     knn,
     listing,
-    schemas,
     search,
     selfjoin,
     sources,
-    storage,
     telemetry,
-    trust,
 )
-from pd_core.config import BuildIndexSettings, DensitySettings, EstimatorSettings, IndexSettings, UpdateSettings
-from pd_core.errors import RunError, UserError
+from pd_core.core import artifacts as core_artifacts
+from pd_core.core import files as core_files
+from pd_core.core import schemas, seeds, trust
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.index import (
+    BuildIndexSettings,
+    DensitySettings,
+    EstimatorSettings,
+    IndexSettings,
+    UpdateSettings,
+)
 from pd_core.features import load_features
 
 ADDED = "added"  # folder of the new images' own listing, features and quarantine
@@ -55,12 +60,12 @@ class Base:
     """A finished output of build_index: its place and the commit record of each stage."""
 
     uri: str
-    artifacts: dict[str, storage.Artifact]
+    artifacts: dict[str, core_artifacts.Artifact]
     settings: dict[str, Any]
 
     def folder(self, stage: str) -> str:
         """Directory of a stage."""
-        return storage.join(self.uri, stage)
+        return core_files.join(self.uri, stage)
 
 
 def open_base(uri: str) -> Base:
@@ -69,21 +74,23 @@ def open_base(uri: str) -> Base:
     Raises:
         UserError: it is not there, not finished, or of another schema.
     """
-    uri = storage.absolute(uri)
-    with storage.explained(f"--base {uri}"):
-        record = storage.join(uri, "run.json")
-        if (recorded := storage.read_json(record)) is None:
+    uri = core_files.absolute(uri)
+    with core_files.explained(f"--base {uri}"):
+        record = core_files.join(uri, "run.json")
+        if (recorded := core_files.read_json(record)) is None:
             raise UserError(f"--base {uri}: no finished run of build_index there; finish it, or leave --base out")
         settings = trust.checked(_Run, recorded, record, whole=False).settings
-        found = {stage: storage.load_artifact(storage.join(uri, stage)) for stage in STAGES}
-    artifacts: dict[str, storage.Artifact] = {}
+        found = {stage: core_artifacts.load_artifact(core_files.join(uri, stage)) for stage in STAGES}
+    artifacts: dict[str, core_artifacts.Artifact] = {}
     for stage, artifact in found.items():
         if artifact is None or artifact.schema_version != schemas.VERSIONS[stage]:
             raise OtherSettings(
                 f"--base {uri}: {stage}/ is not finished or of another pd_core; leave --base out to build anew"
             )
         if (kind := _USED.get(stage)) is not None:
-            trust.checked(kind, artifact.identity | artifact.totals, f"{uri}/{stage}/{storage.ARTIFACT}", whole=False)
+            trust.checked(
+                kind, artifact.identity | artifact.totals, f"{uri}/{stage}/{core_files.ARTIFACT}", whole=False
+            )
         artifacts[stage] = artifact
     return Base(uri, artifacts, settings)
 
@@ -178,7 +185,9 @@ def check_same(
     for section, names in decides.items():
         given = base.settings.get(section)
         before[section] = {name: given.get(name) if isinstance(given, dict) else None for name in names}
-    found = storage.differences(before, {s: {name: now[s][name] for name in names} for s, names in decides.items()})
+    found = core_artifacts.differences(
+        before, {s: {name: now[s][name] for name in names} for s, names in decides.items()}
+    )
     identity = {
         "extractor": spec.identity(),
         "decode": features.decoding(settings.data),
@@ -188,10 +197,12 @@ def check_same(
         "torch": version_of("torch"),
     }
     of_base = base.artifacts["features"].identity
-    found += storage.differences({name: of_base[name] for name in identity}, identity)
+    found += core_artifacts.differences({name: of_base[name] for name in identity}, identity)
     listed = base.artifacts["listing"].identity["source"]
     columns = {name: listed.get(name) for name in ("kind", "metadata", "labels", "image_column", "key_column")}
-    found += storage.differences(columns, {name: sources.identity(source).get(name) for name in columns}, "source.")
+    found += core_artifacts.differences(
+        columns, {name: sources.identity(source).get(name) for name in columns}, "source."
+    )
     if found:
         raise OtherSettings(
             f"--base {base.uri}: was made with other settings ({'; '.join(found[:6])}), so its numbers are not comparable; "
@@ -229,8 +240,8 @@ def compare(source: sources.Source, base: Base, output: str, part_rows: int, ove
 
 def _compare(
     source: sources.Source, base: Base, output: str, part_rows: int, overwrite: bool
-) -> tuple[Changes, storage.Artifact]:
-    watch = storage.Stopwatch()
+) -> tuple[Changes, core_artifacts.Artifact]:
+    watch = core_artifacts.Stopwatch()
     before = base.artifacts["listing"]
     identity = {
         "source": sources.identity(source),
@@ -240,15 +251,15 @@ def _compare(
         "base_features": base.artifacts["features"].fingerprint,
     }
     version = schemas.VERSIONS["listing"]
-    fresh = storage.Stage(storage.join(output, ADDED, "listing"), "listing", version, identity)
-    stage = storage.Stage(storage.join(output, "listing"), "listing", version, identity, beside=(fresh.uri,))
+    fresh = core_artifacts.Stage(core_files.join(output, ADDED, "listing"), "listing", version, identity)
+    stage = core_artifacts.Stage(core_files.join(output, "listing"), "listing", version, identity, beside=(fresh.uri,))
     done = stage.begin(overwrite)
     if done is None:
         known = _Known.of(base)
         fresh.begin(overwrite=True)
         skipped: Counter[str] = Counter()
         rows = listing.recut(known.new_of(sources.list_images(source, skipped)), part_rows)
-        added = [fresh.write_table(storage.part_name(number), table) for number, table in enumerate(rows)]
+        added = [fresh.write_table(core_artifacts.part_name(number), table) for number, table in enumerate(rows)]
         listing.say_outside(skipped)
         gone = int((~known.seen & ~known.again).sum())
         if skipped[sources.OUTSIDE] and gone and sources.OUTSIDE not in (before.totals.get("skipped") or {}):
@@ -261,10 +272,10 @@ def _compare(
         sources.check_unique(np.concatenate(known.met), functools.partial(_keys_of, source))
         metadata = before.totals["metadata"]
         removed = pa.table({"sample_id": np.sort(known.ids[~known.seen])})
-        added.append(fresh.write_part(REMOVED, storage.table_bytes(removed), 0))
+        added.append(fresh.write_part(REMOVED, core_files.table_bytes(removed), 0))
         fresh.commit(added, {"rows": sum(p.rows for p in added), "skipped": {}, "metadata": metadata}, {})
         whole = listing.recut(_kept_then_added(base, known, fresh, added), part_rows)
-        parts = [stage.write_table(storage.part_name(number), table) for number, table in enumerate(whole)]
+        parts = [stage.write_table(core_artifacts.part_name(number), table) for number, table in enumerate(whole)]
         totals = {
             "rows": sum(part.rows for part in parts),
             "skipped": dict(sorted(skipped.items())),
@@ -275,14 +286,14 @@ def _compare(
             "kept": known.kept(),
         }
         done = stage.commit(parts, totals, {"listing": watch.seconds})
-    written = storage.load_artifact(fresh.uri)
+    written = core_artifacts.load_artifact(fresh.uri)
     assert written is not None, "it is committed before the listing that follows from it"
     changes = Changes(
         listing.read_artifact(stage.uri, done),
         listing.read_artifact(fresh.uri, written) if written.rows else None,
         tuple(done.totals["kept"]),
         tuple(part.rows for part in before.parts),
-        storage.read_table(storage.join(fresh.uri, REMOVED))["sample_id"].to_numpy(),
+        core_files.read_table(core_files.join(fresh.uri, REMOVED))["sample_id"].to_numpy(),
         done.totals["indexed_removed"],
     )
     return changes, done
@@ -362,7 +373,7 @@ class _Known:
         artifact, unreadable = base.artifacts["listing"], _unreadable(base)
         sample_ids, places = [], []
         for part in artifact.parts:
-            table = storage.read_table(storage.join(base.folder("listing"), part.name), _PLACE)
+            table = core_files.read_table(core_files.join(base.folder("listing"), part.name), _PLACE)
             sample_ids.append(table["sample_id"].to_numpy())
             places.append(_place_of(table))
         sample_id = np.concatenate(sample_ids)
@@ -406,33 +417,37 @@ def _place_of(table: pa.Table) -> np.ndarray:
     container = sources.sample_ids(names.dictionary.to_pylist())[names.indices.to_numpy()].astype(np.uint64)
     offset, size, version = (table[name].to_numpy().astype(np.uint64) for name in _PLACE[2:])
     with np.errstate(over="ignore"):
-        mixed = ids.splitmix64(version ^ ids.splitmix64(offset ^ ids.splitmix64(size ^ ids.splitmix64(container))))
+        mixed = seeds.splitmix64(
+            version ^ seeds.splitmix64(offset ^ seeds.splitmix64(size ^ seeds.splitmix64(container)))
+        )
     return np.where(mixed == 0, 1, mixed).astype(np.int64)
 
 
 def _unreadable(base: Base) -> np.ndarray:
     """Sample ids that the base quarantined since the store did not give them."""
-    quarantine = storage.load_artifact(base.folder("quarantine"))
+    quarantine = core_artifacts.load_artifact(base.folder("quarantine"))
     found = [np.empty(0, np.int64)]
     for part in () if quarantine is None else quarantine.parts:
         if images.Reason.UNREADABLE in part.counts:
-            table = storage.read_table(storage.join(base.folder("quarantine"), part.name), ["sample_id", "reason"])
+            table = core_files.read_table(
+                core_files.join(base.folder("quarantine"), part.name), ["sample_id", "reason"]
+            )
             found.append(table.filter(pc.equal(table["reason"], images.Reason.UNREADABLE))["sample_id"].to_numpy())
     return np.concatenate(found)
 
 
 def _kept_then_added(
-    base: Base, known: _Known, fresh: storage.Stage, added: Sequence[storage.Part]
+    base: Base, known: _Known, fresh: core_artifacts.Stage, added: Sequence[core_artifacts.Part]
 ) -> Iterator[pa.Table]:
     start = 0
     for part in base.artifacts["listing"].parts:
         seen = known.seen[start : start + part.rows]
         start += part.rows
         if seen.any():
-            yield storage.read_table(storage.join(base.folder("listing"), part.name)).filter(pa.array(seen))
+            yield core_files.read_table(core_files.join(base.folder("listing"), part.name)).filter(pa.array(seen))
     for part in added:
         if part.name != REMOVED:
-            yield storage.read_table(storage.join(fresh.uri, part.name))
+            yield core_files.read_table(core_files.join(fresh.uri, part.name))
 
 
 def _keys_of(source: sources.Source, rows: np.ndarray) -> list[str]:
@@ -448,7 +463,9 @@ def _keys_of(source: sources.Source, rows: np.ndarray) -> list[str]:
 # ---- features --------------------------------------------------------------------------------------------------------
 
 
-def features_stage(output: str, changes: Changes, base: Base, added: storage.Artifact | None) -> storage.Stage:
+def features_stage(
+    output: str, changes: Changes, base: Base, added: core_artifacts.Artifact | None
+) -> core_artifacts.Stage:
     """The features stage under `output`: of the base, without what was removed, and with what was added."""
     before = base.artifacts["features"]
     keep = ("extractor", "decode", "device", "batch_size", "threads", "torch")
@@ -457,8 +474,10 @@ def features_stage(output: str, changes: Changes, base: Base, added: storage.Art
         "base": before.fingerprint,
         "added": None if added is None else added.fingerprint,
     }
-    beside = (storage.join(output, "quarantine"),)
-    return storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside)
+    beside = (core_files.join(output, "quarantine"),)
+    return core_artifacts.Stage(
+        core_files.join(output, "features"), "features", schemas.VERSIONS["features"], identity, beside
+    )
 
 
 @dataclass(frozen=True)
@@ -497,14 +516,14 @@ class _Sources:
     """Where a part's rows of one table come from: folder, and the parts there that are read."""
 
     base: str
-    old: tuple[storage.Part, ...]
+    old: tuple[core_artifacts.Part, ...]
     added: str
-    new: tuple[storage.Part, ...]
+    new: tuple[core_artifacts.Part, ...]
 
 
 def merge_features(
-    stage: storage.Stage, changes: Changes, base: Base, output: str, max_bad_fraction: float
-) -> tuple[list[storage.Part], dict[str, Any]]:
+    stage: core_artifacts.Stage, changes: Changes, base: Base, output: str, max_bad_fraction: float
+) -> tuple[list[core_artifacts.Part], dict[str, Any]]:
     """Put features/ and quarantine/ together; returns the parts and totals of features/ to commit."""
     import ray
 
@@ -512,16 +531,16 @@ def merge_features(
     quarantine.begin(overwrite=True)
     done, kept = stage.finished_parts(), base.artifacts["features"]
     there = {kind: _parts_of(base.folder(kind)) for kind in ("features", "quarantine")}
-    new = {kind: _parts_of(storage.join(output, ADDED, kind)) for kind in there}
+    new = {kind: _parts_of(core_files.join(output, ADDED, kind)) for kind in there}
     merge, removed = cluster.task(_merge_part), ray.put(changes.removed)
-    todo = [piece for piece in _pieces(changes) if storage.part_name(piece.number) not in done]
+    todo = [piece for piece in _pieces(changes) if core_artifacts.part_name(piece.number) not in done]
 
     def submit(piece: _Piece) -> Any:
         read = {
             kind: _Sources(
                 base.folder(kind),
                 _named(there[kind], piece.old),
-                storage.join(output, ADDED, kind),
+                core_files.join(output, ADDED, kind),
                 _named(new[kind], piece.new),
             )
             for kind in there
@@ -547,31 +566,31 @@ def merge_features(
     return list(parts.values()), totals
 
 
-def _parts_of(uri: str) -> dict[str, storage.Part]:
-    artifact = storage.load_artifact(uri)
+def _parts_of(uri: str) -> dict[str, core_artifacts.Part]:
+    artifact = core_artifacts.load_artifact(uri)
     return {} if artifact is None else {part.name: part for part in artifact.parts}
 
 
-def _named(parts: dict[str, storage.Part], numbers: Sequence[int]) -> tuple[storage.Part, ...]:
-    names = [storage.part_name(number) for number in numbers]
+def _named(parts: dict[str, core_artifacts.Part], numbers: Sequence[int]) -> tuple[core_artifacts.Part, ...]:
+    names = [core_artifacts.part_name(number) for number in numbers]
     return tuple(parts[name] for name in names if name in parts)
 
 
 def _merge_part(
-    stage: storage.Stage,
-    quarantine: storage.Stage,
+    stage: core_artifacts.Stage,
+    quarantine: core_artifacts.Stage,
     listing_uri: str,
     piece: _Piece,
     read: dict[str, _Sources],
     removed: np.ndarray,
 ) -> None:
-    name = storage.part_name(piece.number)
+    name = core_artifacts.part_name(piece.number)
     if piece.whole:
         for target, kind in ((quarantine, "quarantine"), (stage, "features")):
             for part in read[kind].old:
                 target.adopt(read[kind].base, part)
         return
-    wanted = storage.read_table(storage.join(listing_uri, name), ["sample_id"])["sample_id"]
+    wanted = core_files.read_table(core_files.join(listing_uri, name), ["sample_id"])["sample_id"]
     bad = _gather(read["quarantine"], wanted, removed)
     reasons: Counter[str] = Counter(bad["reason"].to_pylist()) if bad is not None else Counter()
     if bad is not None and bad.num_rows:
@@ -591,7 +610,7 @@ def _gather(read: _Sources, wanted: pa.ChunkedArray, removed: np.ndarray) -> pa.
     tables = []
     for uri, parts in ((read.base, read.old), (read.added, read.new)):
         for part in parts:
-            table = storage.read_table(storage.join(uri, part.name))
+            table = core_files.read_table(core_files.join(uri, part.name))
             keep = pc.is_in(table["sample_id"], value_set=wanted)
             if uri == read.base:
                 keep = pc.and_(keep, pa.array(~np.isin(table["sample_id"].to_numpy(), removed)))
@@ -603,7 +622,7 @@ def _gather(read: _Sources, wanted: pa.ChunkedArray, removed: np.ndarray) -> pa.
 
 
 def kept_index(
-    base: Base, changes: Changes, output: str, added: storage.Artifact | None
+    base: Base, changes: Changes, output: str, added: core_artifacts.Artifact | None
 ) -> indexing.Kept | indexing.KeptShards | None:
     """What the index of an update has from the base: the quantizer, and how many cells are probed; of a flat one the shards, or None."""
     before = base.artifacts["index"]
@@ -626,23 +645,23 @@ def kept_index(
     )
 
 
-def _added_parts(output: str, added: storage.Artifact | None) -> list[str]:
+def _added_parts(output: str, added: core_artifacts.Artifact | None) -> list[str]:
     """The features parts of what was added that have rows, as URIs."""
     parts = () if added is None else added.parts
-    return [storage.join(output, ADDED, "features", part.name) for part in parts if part.rows]
+    return [core_files.join(output, ADDED, "features", part.name) for part in parts if part.rows]
 
 
-def _changed(before: storage.Artifact) -> int:
+def _changed(before: core_artifacts.Artifact) -> int:
     return int(before.totals.get("changed", 0))
 
 
-def trained_facts(base: Base, changes: Changes, added: storage.Artifact | None) -> dict[str, Any]:
+def trained_facts(base: Base, changes: Changes, added: core_artifacts.Artifact | None) -> dict[str, Any]:
     """What an index that keeps the base's quantizer remembers of it, for its totals: see `drift`."""
     changed = _changed(base.artifacts["index"]) + _moved(changes, added)
     return {"changed": changed, "cell_distance": _trained_distance(base)}
 
 
-def _moved(changes: Changes, added: storage.Artifact | None) -> int:
+def _moved(changes: Changes, added: core_artifacts.Artifact | None) -> int:
     """Rows that have come into the index or gone from it; an image whose content is another is both."""
     return changes.indexed_removed + (0 if added is None else added.rows)
 
@@ -653,7 +672,7 @@ def _trained_distance(base: Base) -> float:
     if distance is None:
         parts = [part.name for part in base.artifacts["features"].parts if part.rows]
         chosen = tuple(
-            storage.join(base.folder("features"), name) for name in parts[:: max(1, len(parts) // DRIFT_PARTS)]
+            core_files.join(base.folder("features"), name) for name in parts[:: max(1, len(parts) // DRIFT_PARTS)]
         )
         distance = _measured_once(base.artifacts["index"].fingerprint, base.folder("index"), chosen)
     return float(distance)
@@ -665,14 +684,14 @@ def _measured_once(fingerprint: str, index_uri: str, uris: tuple[str, ...]) -> f
     return distance
 
 
-def _rows_when_trained(before: storage.Artifact) -> int:
+def _rows_when_trained(before: core_artifacts.Artifact) -> int:
     return int(before.identity.get("rows_when_trained", before.totals["rows"]))
 
 
 def drift(
     base: Base,
     changes: Changes,
-    added: storage.Artifact | None,
+    added: core_artifacts.Artifact | None,
     rows: int,
     output: str,
     settings: UpdateSettings,
@@ -705,7 +724,7 @@ def drift(
     return None
 
 
-def short_of_recall(indexed: storage.Artifact) -> str | None:
+def short_of_recall(indexed: core_artifacts.Artifact) -> str | None:
     """Why an index with the base's quantizer does not do, or None."""
     totals = indexed.totals
     if totals["nprobe"] and totals["recall"] < totals["target_recall"]:
@@ -727,18 +746,20 @@ def _cell_distance(index_uri: str, uris: Sequence[str]) -> float:
 # ---- neighbors -------------------------------------------------------------------------------------------------------
 
 
-def neighbors_stage(output: str, info: search.IndexInfo, base: Base, settings: DensitySettings) -> storage.Stage:
+def neighbors_stage(output: str, info: search.IndexInfo, base: Base, settings: DensitySettings) -> core_artifacts.Stage:
     """The neighbors stage under `output`."""
     identity = selfjoin.neighbors_stage(output, info, settings).identity
     identity["base"] = base.artifacts["neighbors"].fingerprint
-    return storage.Stage(storage.join(output, "neighbors"), "neighbors", schemas.VERSIONS["neighbors"], identity)
+    return core_artifacts.Stage(
+        core_files.join(output, "neighbors"), "neighbors", schemas.VERSIONS["neighbors"], identity
+    )
 
 
 @dataclass(frozen=True)
 class _Merge:
     """What a task of the stage needs; picklable. cell_rows: rows of each cell in the base's index, int64 [cells]."""
 
-    stage: storage.Stage
+    stage: core_artifacts.Stage
     features: str
     base: str
     k: int
@@ -746,16 +767,16 @@ class _Merge:
 
 
 def merge_neighbors(
-    stage: storage.Stage,
+    stage: core_artifacts.Stage,
     info: search.IndexInfo,
     base: Base,
     changes: Changes,
     output: str,
-    merged: storage.Artifact,
+    merged: core_artifacts.Artifact,
     settings: DensitySettings,
     index_settings: IndexSettings,
     now: cluster.Cluster,
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[core_artifacts.Part], dict[str, Any]]:
     """Neighbors of new rows, and of those that lost one, over the whole index; of all others from what they had and the new rows.
 
     Returns:
@@ -770,7 +791,7 @@ def merge_neighbors(
     telemetry.PARTS.add(0, stage="neighbors")
     telemetry.SEARCHED.add(0, stage="neighbors")
     removed, searched = ray.put(changes.removed), 0
-    features_uri = storage.join(output, "features")
+    features_uri = core_files.join(output, "features")
     job = _Merge(stage, features_uri, base.uri, settings.k, _cell_rows(base))
     new = _new_rows(info, output, changes)
     with (
@@ -802,14 +823,16 @@ def _cell_rows(base: Base) -> np.ndarray:
 
 
 def _number(name: str) -> int:
-    number = storage.part_number(name)
+    number = core_artifacts.part_number(name)
     assert number is not None, name
     return number
 
 
 def _new_rows(info: search.IndexInfo, output: str, changes: Changes) -> Any:
     """Reference to the shard of the new rows alone, as bytes of a `.faiss` file; None where there are none."""
-    added = storage.load_artifact(storage.join(output, ADDED, "features")) if changes.added is not None else None
+    added = (
+        core_artifacts.load_artifact(core_files.join(output, ADDED, "features")) if changes.added is not None else None
+    )
     names = _added_parts(output, added)
     return cluster.task(_shard_of).remote(info, names) if names else None
 
@@ -818,7 +841,7 @@ def _shard_of(info: search.IndexInfo, uris: Sequence[str]) -> bytes:
     sample_id, vectors = indexing.load_group(uris)
     if info.kind == "flat":
         return index.serialize(index.build_shard(index.train_template("flat", info.dim), vectors, sample_id))
-    template = storage.read_bytes(storage.join(info.uri, search.QUANTIZER))
+    template = core_files.read_bytes(core_files.join(info.uri, search.QUANTIZER))
     cells = index.cell_of(search.read_quantizer(info.uri), vectors)
     return index.serialize(index.build_shard(template, vectors, sample_id, cells))
 
@@ -830,7 +853,7 @@ def _merge_block(
     nearest = None if new is None else knn.ShardSearch.open([new], device="cpu")
     searched = 0
     for name, piece in wanted:
-        table, vectors = load_features(storage.join(job.features, name))
+        table, vectors = load_features(core_files.join(job.features, name))
         sample_id = table["sample_id"].to_numpy()
         distances, found = _neighbors_before(job, piece, sample_id)
         # new, or with other content under the id that it had; one of its neighbors is gone; more than its cells were searched
@@ -858,10 +881,10 @@ def _neighbors_before(job: _Merge, piece: _Piece, sample_id: np.ndarray) -> knn.
     found = np.full((len(sample_id), job.k), knn.MISSING_ID, np.int64)
     order = np.argsort(sample_id)
     for number in piece.old:
-        uri = storage.join(job.base, "neighbors", storage.part_name(number))
-        if not storage.exists(uri):  # a part all of whose images are in quarantine
+        uri = core_files.join(job.base, "neighbors", core_artifacts.part_name(number))
+        if not core_files.exists(uri):  # a part all of whose images are in quarantine
             continue
-        table = storage.read_table(uri)
+        table = core_files.read_table(uri)
         theirs = table["sample_id"].to_numpy()
         at = order[np.minimum(np.searchsorted(sample_id, theirs, sorter=order), len(order) - 1)]
         same = sample_id[at] == theirs
@@ -874,7 +897,9 @@ def _neighbors_before(job: _Merge, piece: _Piece, sample_id: np.ndarray) -> knn.
 # ---- estimator -------------------------------------------------------------------------------------------------------
 
 
-def estimator_stage(output: str, densities: storage.Stage, settings: EstimatorSettings, base: Base) -> storage.Stage:
+def estimator_stage(
+    output: str, densities: core_artifacts.Stage, settings: EstimatorSettings, base: Base
+) -> core_artifacts.Stage:
     """The estimator stage under `output`."""
     stage = fitting.stage_of(output, densities, settings)
     identity = stage.identity | {"base": base.artifacts["estimator"].fingerprint}
@@ -882,21 +907,21 @@ def estimator_stage(output: str, densities: storage.Stage, settings: EstimatorSe
 
 
 def keep_or_fit(
-    stage: storage.Stage,
+    stage: core_artifacts.Stage,
     base: Base,
     output: str,
-    densities: storage.Artifact,
+    densities: core_artifacts.Artifact,
     feature_dim: int,
     settings: EstimatorSettings,
     update: UpdateSettings,
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[core_artifacts.Part], dict[str, Any]]:
     """The base's predictor, on the new scale, while it holds on held-out rows; else one that is fitted anew."""
     before = base.artifacts["estimator"]
     asked = {name: stage.identity[name] for name in ("settings", "torch")}
     of_base = {name: before.identity[name] for name in asked}
     volume_dim = [artifact.totals["volume_dim"] for artifact in (densities, base.artifacts["densities"])]
     fitted_r2 = before.totals.get("fitted_r2", before.totals["heldout"]["r2_log_density"])
-    uris = storage.join(output, "features"), storage.join(output, "densities")
+    uris = core_files.join(output, "features"), core_files.join(output, "densities")
     if asked != of_base or volume_dim[0] != volume_dim[1] or settings.split != "hash" or fitted_r2 is None:
         cluster.say(
             "estimator: fitted anew, since the base's was made with other settings or cannot be judged on held-out images"
@@ -920,7 +945,7 @@ def keep_or_fit(
     return list(stage.finished_parts().values()), totals
 
 
-def _spread(densities: storage.Artifact, settings: EstimatorSettings) -> list[str]:
+def _spread(densities: core_artifacts.Artifact, settings: EstimatorSettings) -> list[str]:
     """Parts that hold about `estimator.HELDOUT_ROWS` held-out rows, evenly from all: the listing has an order, new images are last."""
     names = [part.name for part in densities.parts if part.rows]
     wanted = len(names) * estimator.HELDOUT_ROWS / max(1.0, densities.rows * settings.holdout_fraction)
@@ -930,7 +955,7 @@ def _spread(densities: storage.Artifact, settings: EstimatorSettings) -> list[st
 
 
 def _keep(
-    stage: storage.Stage,
+    stage: core_artifacts.Stage,
     folder: str,
     shift: float,
     uris: tuple[str, str],
@@ -940,7 +965,7 @@ def _keep(
 ) -> dict[str, Any] | None:
     """Write the base's predictor with its target moved by `shift`, the change of log c; None where it does not hold any more."""
     files = {
-        name: storage.read_bytes(storage.join(folder, name))
+        name: core_files.read_bytes(core_files.join(folder, name))
         for name in (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
     }
     predictor = estimator.from_bytes(files).rescaled(shift)

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import cluster, config, generators, realset, schemas, search, storage, trust, verifying
+from pd_core import cluster, generators, realset, search, verifying
 from pd_core.candidates import Recipe, prompts_hash
-from pd_core.errors import RunError, UserError, one_line, printable
+from pd_core.core import artifacts, schemas, trust
+from pd_core.core import files as core_files
+from pd_core.core.errors import RunError, UserError, one_line, printable
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.running import failures
 
 CODE: Mapping[str, tuple[str, ...]] = {  # settings that decide which code runs when a generator of a kind is opened
@@ -27,7 +30,7 @@ SHOWN = 50  # differences of each kind
 def verify(
     uri: str,
     rows: int,
-    generator: config.GeneratorSettings,
+    generator: GeneratorSettings,
     seed: int | None = None,
     index: str | None = None,
     checkpoint: str | None = None,
@@ -47,9 +50,9 @@ def verify(
             gone or has changed, or it was made on a GPU and there is none here.
         RunError: something differs.
     """
-    uri, seed = storage.absolute(uri), secrets.randbits(31) if seed is None else seed
+    uri, seed = core_files.absolute(uri), secrets.randbits(31) if seed is None else seed
     with failures("verify", uri):
-        committed = {stage: one for stage in STAGES if (one := _commit_of(storage.join(uri, stage))) is not None}
+        committed = {stage: one for stage in STAGES if (one := _commit_of(core_files.join(uri, stage))) is not None}
     artifact = committed.pop("samples", None)
     if artifact is None or artifact.kind != "samples":
         raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
@@ -82,7 +85,7 @@ def verify_release(uri: str) -> None:
         UserError: no release is there.
         RunError: something differs.
     """
-    uri = storage.absolute(uri)
+    uri = core_files.absolute(uri)
     with failures("verify", uri):
         artifact = _commit_of(uri)
     if artifact is None or artifact.kind != "release":
@@ -90,8 +93,8 @@ def verify_release(uri: str) -> None:
     if artifact.schema_version != schemas.VERSIONS["release"]:
         raise UserError(f"--verify {uri}: made by another version of pd_core; verify with that one")
     if wrong := verifying.release_differences(artifact):  # its names may lead anywhere
-        _say_some([f"{storage.ARTIFACT}: {text}" for text in wrong])
-        raise RunError(f"verify: {uri}/{storage.ARTIFACT} is not as it was committed; see above")
+        _say_some([f"{core_files.ARTIFACT}: {text}" for text in wrong])
+        raise RunError(f"verify: {uri}/{core_files.ARTIFACT} is not as it was committed; see above")
     sets = artifact.totals["rows"]
     with cluster.session(uri, "verify"), failures("verify", uri):
         found = verifying.surplus(uri, artifact, ("", *sets)) | _file_differences(uri, artifact)
@@ -102,11 +105,11 @@ def verify_release(uri: str) -> None:
     cluster.say(f"verify: all {len(artifact.parts)} files are as committed; rows: {rows}")
 
 
-def _file_differences(uri: str, artifact: storage.Artifact) -> dict[str, list[str]]:
+def _file_differences(uri: str, artifact: artifacts.Artifact) -> dict[str, list[str]]:
     task = cluster.task(verifying.file_differences, cluster.IO_CPUS)
     found = {}
     with cluster.progress("verify parts", len(artifact.parts), "parts") as bar:
-        submit = lambda part: task.remote(storage.join(uri, part.name), part)  # noqa: E731
+        submit = lambda part: task.remote(core_files.join(uri, part.name), part)  # noqa: E731
         for part, differences in cluster.bounded(submit, artifact.parts, cluster.in_flight):
             bar.update()
             if differences:
@@ -114,13 +117,13 @@ def _file_differences(uri: str, artifact: storage.Artifact) -> dict[str, list[st
     return found
 
 
-def _commit_of(uri: str) -> storage.Artifact | None:
-    name = f"{uri.rpartition('/')[2]}/{storage.ARTIFACT}"
+def _commit_of(uri: str) -> artifacts.Artifact | None:
+    name = f"{uri.rpartition('/')[2]}/{core_files.ARTIFACT}"
     try:
-        found = storage.load_artifact(uri)
+        found = artifacts.load_artifact(uri)
     except (ValueError, TypeError, KeyError) as error:
         raise RunError(f"verify: {name} is no commit record ({one_line(error)})") from None
-    if found is None and storage.exists(storage.join(uri, storage.ARTIFACT)):
+    if found is None and core_files.exists(core_files.join(uri, core_files.ARTIFACT)):
         raise RunError(f"verify: {name} is no commit record (it is no whole JSON file)")
     return found
 
@@ -145,25 +148,25 @@ class _Stored:
 
 
 def _record_of(uri: str) -> str:
-    return storage.join(uri, "samples", storage.ARTIFACT)
+    return core_files.join(uri, "samples", core_files.ARTIFACT)
 
 
-def samples_of(uri: str, artifact: storage.Artifact, recipe: Recipe) -> verifying.Samples:
+def samples_of(uri: str, artifact: artifacts.Artifact, recipe: Recipe) -> verifying.Samples:
     """The samples of an output whose commit record and recipe these are. Raises UserError: the record counts what cannot be."""
     where = _record_of(uri)
     trust.checked(_Counted, artifact.identity | artifact.totals, where, whole=False)
     return verifying.Samples(
-        uri=storage.join(uri, "samples"),
+        uri=core_files.join(uri, "samples"),
         recipe=recipe,
         chunks_per_part=artifact.identity["chunks_per_part"],
         candidates=artifact.totals["candidates"],
-        rejected=storage.join(uri, "rejected") if artifact.identity.get("keep_rejected") else None,
+        rejected=core_files.join(uri, "rejected") if artifact.identity.get("keep_rejected") else None,
     )
 
 
-def _say_versions(artifact: storage.Artifact) -> None:
+def _say_versions(artifact: artifacts.Artifact) -> None:
     """A line where packages that decide the last bits of images and densities are not those of the run."""
-    here = storage.package_versions()
+    here = artifacts.package_versions()
     was = artifact.versions
     moved = [f"{name} {was.get(name)} -> {here.get(name)}" for name in ROUNDED if was.get(name) != here.get(name)]
     if moved:
@@ -172,7 +175,7 @@ def _say_versions(artifact: storage.Artifact) -> None:
         )
 
 
-def _say_findings(found: verifying.Findings, committed: Mapping[str, storage.Artifact]) -> None:
+def _say_findings(found: verifying.Findings, committed: Mapping[str, artifacts.Artifact]) -> None:
     """Each difference of rows and the sum of all, those of files being said. Raises RunError where there is any."""
     wrong = {number: text for number, text in sorted(found.rows.items()) if text is not None}
     _say_some([f"chunk {chunk}: {text}" for chunk, texts in sorted(found.chunks.items()) for text in texts])
@@ -204,8 +207,8 @@ def _say_some(lines: Sequence[str]) -> None:
 
 def recipe_of(
     uri: str,
-    artifact: storage.Artifact,
-    told: config.GeneratorSettings,
+    artifact: artifacts.Artifact,
+    told: GeneratorSettings,
     index: str | None = None,
     checkpoint: str | None = None,
 ) -> Recipe:
@@ -227,14 +230,14 @@ def recipe_of(
     return Recipe.from_identity(identity, generator, real, prompts, where)
 
 
-def _recorded(uri: str, values: Mapping[str, Any]) -> config.GeneratorSettings:
+def _recorded(uri: str, values: Mapping[str, Any]) -> GeneratorSettings:
     try:
-        return config.GeneratorSettings.model_validate(values)
+        return GeneratorSettings.model_validate(values)
     except ValueError as error:
         raise UserError(f"--verify {uri}: its record holds no settings of a generator ({one_line(error)})") from None
 
 
-def _permitted(uri: str, stored: config.GeneratorSettings, told: config.GeneratorSettings) -> config.GeneratorSettings:
+def _permitted(uri: str, stored: GeneratorSettings, told: GeneratorSettings) -> GeneratorSettings:
     """The recorded generator. The record may be a stranger's: what runs code, or is fetched from the hub, is opened only if this
     command names it too, and other files where they lie beside the record, or where this command leads as well.
 
@@ -260,23 +263,23 @@ def _permitted(uri: str, stored: config.GeneratorSettings, told: config.Generato
     return stored.model_copy(update={"allow_pickle": allow_pickle, **places})
 
 
-def _beside(uri: str, stored: config.GeneratorSettings, told: config.GeneratorSettings, name: str) -> str:
+def _beside(uri: str, stored: GeneratorSettings, told: GeneratorSettings, name: str) -> str:
     beside = [uri, getattr(told, name)]
     return trust.recorded_path(getattr(stored, name), _record_of(uri), beside, f"--generator.{name}")
 
 
-def _naming(generator: config.GeneratorSettings, names: Sequence[str]) -> dict[str, str]:
+def _naming(generator: GeneratorSettings, names: Sequence[str]) -> dict[str, str]:
     """`kind` and these settings as a command names them, local paths absolute as `opening.resolved` makes them."""
     texts = {"kind": str(generator.kind)}
     for name in names:
         value = getattr(generator, name)
         if value is not None:
-            texts[name] = storage.canonical(value) if name == "arguments" else _absolute(value)
+            texts[name] = artifacts.canonical(value) if name == "arguments" else _absolute(value)
     return texts
 
 
 def _absolute(path: str) -> str:
     """A file or directory that is there, or FILE.py:FACTORY; hub ids, modules and URIs stay as they are."""
     file, colon, factory = path.rpartition(":") if ".py:" in path else (path, "", "")
-    there = storage.is_local(file) and storage.exists(storage.absolute(file))
-    return f"{storage.absolute(file)}{colon}{factory}" if there else path
+    there = core_files.is_local(file) and core_files.exists(core_files.absolute(file))
+    return f"{core_files.absolute(file)}{colon}{factory}" if there else path

@@ -21,10 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, decoder, ids, images, releasing, sampling, schemas, search, storage, tables, trust
+from pd_core import cluster, decoder, images, releasing, sampling, search
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
-from pd_core.config import SET_NAME, DataSettings
-from pd_core.errors import UserError, one_line, printable
+from pd_core.core import artifacts, schemas, seeds, tables, trust
+from pd_core.core import files as core_files
+from pd_core.core.errors import UserError, one_line, printable
+from pd_core.core.settings.curate import SET_NAME
+from pd_core.core.settings.data import DataSettings
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
 BATCH_ROWS = 64  # with their images, read at once
@@ -63,15 +66,15 @@ class Samples:
 
     def part_of(self, chunk: int) -> str:
         """File that holds the rows of a chunk."""
-        return storage.part_name(chunk // self.chunks_per_part)
+        return artifacts.part_name(chunk // self.chunks_per_part)
 
     def beside(self, stage: str) -> str:
         """Directory of another stage of the same output, or of this one."""
-        return storage.join(self.uri.rpartition("/")[0], stage)
+        return core_files.join(self.uri.rpartition("/")[0], stage)
 
     def ids_of(self, part: str) -> tuple[int, int]:
         """First candidate of a part and the first one after it."""
-        number, size = storage.part_number(part), self.chunks_per_part * self.recipe.chunk
+        number, size = artifacts.part_number(part), self.chunks_per_part * self.recipe.chunk
         assert number is not None, part
         return number * size, min((number + 1) * size, self.candidates)
 
@@ -113,28 +116,28 @@ class Findings:
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 
-def record_differences(artifact: storage.Artifact) -> list[str]:
+def record_differences(artifact: artifacts.Artifact) -> list[str]:
     """What in the commit record of a samples stage contradicts itself."""
     found = [*_own_differences(artifact), *_sums(artifact)]
     wanted = artifact.identity["n"]
     if not artifact.rows == artifact.totals["rows"] == wanted:
         found.append(f"its parts hold {artifact.rows} rows, its totals {artifact.totals['rows']}, --n was {wanted}")
     names, candidates = [part.name for part in artifact.parts], artifact.totals["candidates"]
-    if names != [storage.part_name(number) for number in range(len(names))]:
+    if names != [artifacts.part_name(number) for number in range(len(names))]:
         found.append("its parts are not numbered from 0 without gaps")
     if -(-candidates // (artifact.identity["chunks_per_part"] * artifact.identity["chunk"])) != len(names):
         found.append(f"{candidates} candidates do not end in the last of its {len(names)} parts")
     return found
 
 
-def _own_differences(artifact: storage.Artifact) -> list[str]:
+def _own_differences(artifact: artifacts.Artifact) -> list[str]:
     identity = {"kind": artifact.kind, "schema_version": artifact.schema_version, **artifact.identity}
-    if storage.fingerprint(identity) != artifact.fingerprint:
+    if artifacts.fingerprint(identity) != artifact.fingerprint:
         return ["its fingerprint is not that of its identity"]
     return []
 
 
-def _sums(artifact: storage.Artifact) -> list[str]:
+def _sums(artifact: artifacts.Artifact) -> list[str]:
     """Totals that are not the sums of the parts' counts, in a samples or pilot stage."""
     totals, parts = artifact.totals, artifact.parts
     candidates = totals.get("candidates")
@@ -156,7 +159,7 @@ def _sums(artifact: storage.Artifact) -> list[str]:
     return found
 
 
-def beside_differences(samples: storage.Artifact, beside: Mapping[str, storage.Artifact]) -> dict[str, list[str]]:
+def beside_differences(samples: artifacts.Artifact, beside: Mapping[str, artifacts.Artifact]) -> dict[str, list[str]]:
     """What in the commit records of an output's other stages, by name, contradicts themselves or that of the samples."""
     found = {}
     for stage, artifact in beside.items():
@@ -172,13 +175,13 @@ def beside_differences(samples: storage.Artifact, beside: Mapping[str, storage.A
             texts.append("names other parts than samples/")
         if stage == "export" and _stems(artifact) != {stem: rows for stem, rows in _stems(samples).items() if rows}:
             texts.append("names other parts than samples/, or with other numbers of rows")
-        found[f"{stage}/{storage.ARTIFACT}"] = texts
+        found[f"{stage}/{core_files.ARTIFACT}"] = texts
     if samples.identity.get("keep_rejected") and "rejected" not in beside:
-        found[f"rejected/{storage.ARTIFACT}"] = ["is missing, though --keep-rejected was set"]
+        found[f"rejected/{core_files.ARTIFACT}"] = ["is missing, though --keep-rejected was set"]
     return found
 
 
-def release_differences(artifact: storage.Artifact) -> list[str]:
+def release_differences(artifact: artifacts.Artifact) -> list[str]:
     """What in the commit record of a release contradicts itself; where nothing does, its names lead nowhere but into its folder."""
     found = _own_differences(artifact)
     sets = artifact.totals.get("rows")
@@ -189,7 +192,7 @@ def release_differences(artifact: storage.Artifact) -> list[str]:
     found += [f"names no {name}" for name in sorted(fixed - set(names))]
     for name in set(names) - fixed:
         folder, _, file = name.rpartition("/")
-        if folder not in sets or storage.part_number(file) is None:
+        if folder not in sets or artifacts.part_number(file) is None:
             found.append(f"{printable(name)} is no name of a part")
     held = {name: sum(p.rows for p in artifact.parts if p.name.startswith(f"{name}/")) for name in sets}
     if held != sets:
@@ -197,13 +200,13 @@ def release_differences(artifact: storage.Artifact) -> list[str]:
     return found
 
 
-def _stems(artifact: storage.Artifact) -> dict[str, int]:
+def _stems(artifact: artifacts.Artifact) -> dict[str, int]:
     """Rows by name of a part without its suffix."""
     return {part.name.partition(".")[0]: part.rows for part in artifact.parts}
 
 
 def check_parts(
-    samples: Samples, artifact: storage.Artifact, beside: Mapping[str, storage.Artifact], draw: Draw
+    samples: Samples, artifact: artifacts.Artifact, beside: Mapping[str, artifacts.Artifact], draw: Draw
 ) -> tuple[dict[str, list[str]], np.ndarray]:
     """Every part of every stage against its commit record, each in a Ray task.
 
@@ -217,7 +220,7 @@ def check_parts(
         texts by file (STAGE/NAME), and the chosen sample_ids, int64.
     """
     stages = {"samples": artifact, **beside}
-    found = {f"samples/{storage.ARTIFACT}": record_differences(artifact), **beside_differences(artifact, beside)}
+    found = {f"samples/{core_files.ARTIFACT}": record_differences(artifact), **beside_differences(artifact, beside)}
     for stage, committed in stages.items():
         found |= {f"{stage}/{name}": texts for name, texts in surplus(samples.beside(stage), committed).items()}
     items = [(stage, part) for stage, committed in stages.items() for part in committed.parts]
@@ -232,36 +235,36 @@ def check_parts(
     return {name: texts for name, texts in sorted(found.items()) if texts}, chosen
 
 
-def surplus(uri: str, artifact: storage.Artifact, folders: Sequence[str] = ("",)) -> dict[str, list[str]]:
+def surplus(uri: str, artifact: artifacts.Artifact, folders: Sequence[str] = ("",)) -> dict[str, list[str]]:
     """Files in these folders of an artifact that its record does not name; text by name."""
     known = {part.name for part in artifact.parts}
     there = [
         f"{folder}/{name}".lstrip("/")
         for folder in folders
-        for name in storage.names(storage.join(uri, folder) if folder else uri)
+        for name in core_files.names(core_files.join(uri, folder) if folder else uri)
     ]
     text = "is not in the record, though whoever opens the directory reads it"
     return {name: [text] for name in there if name.endswith(READ_AS_WHOLE) and name not in known}
 
 
-def _check(samples: Samples, stage: str, part: storage.Part, draw: Draw) -> PartCheck:
+def _check(samples: Samples, stage: str, part: artifacts.Part, draw: Draw) -> PartCheck:
     if stage == "samples":
         return check_part(samples, part, draw)
     if "/" in part.name:
         return PartCheck(["is no name of a part"])
-    differences = file_differences(storage.join(samples.beside(stage), part.name), part)
+    differences = file_differences(core_files.join(samples.beside(stage), part.name), part)
     if not differences and stage == "export" and part.name.endswith(".jsonl"):
         differences = picture_differences(samples, part)
     return PartCheck(differences)
 
 
-def check_part(samples: Samples, part: storage.Part, draw: Draw) -> PartCheck:
+def check_part(samples: Samples, part: artifacts.Part, draw: Draw) -> PartCheck:
     """One part of the samples against its record, and the rows it offers for the choice; runs in a Ray task.
 
     Holds a block of the file and the columns of ids and copies; no image is decoded.
     """
-    location = storage.join(samples.uri, part.name)
-    if storage.part_number(part.name) is None:
+    location = core_files.join(samples.uri, part.name)
+    if artifacts.part_number(part.name) is None:
         return PartCheck(["is no name of a part"])
     differences = file_differences(location, part)
     if differences == [MISSING]:
@@ -289,10 +292,10 @@ def check_part(samples: Samples, part: storage.Part, draw: Draw) -> PartCheck:
         differences.append(f"sample {end - 1}, the last of all, is not in it")
     own = np.unique(numbers[inside])
     differences += _rejected_differences(samples, part.name, own)
-    return PartCheck(differences, *_first(ids.uniform(own, ids.stream(draw.seed, "verify")), own, draw.rows))
+    return PartCheck(differences, *_first(seeds.uniform(own, seeds.stream(draw.seed, "verify")), own, draw.rows))
 
 
-def file_differences(location: str, part: storage.Part) -> list[str]:
+def file_differences(location: str, part: artifacts.Part) -> list[str]:
     """How the bytes of a file differ from its record."""
     try:
         size, digest = _digest(location)
@@ -301,14 +304,14 @@ def file_differences(location: str, part: storage.Part) -> list[str]:
     return _unequal({"bytes": (size, part.bytes), "sha256": (digest, part.sha256)})
 
 
-def picture_differences(samples: Samples, part: storage.Part) -> list[str]:
+def picture_differences(samples: Samples, part: artifacts.Part) -> list[str]:
     """Whether the files of exported pictures, which no record holds, are those in the samples; `part` is their list.
 
     Not whether the samples can be read, which the check of their own file tells. Holds BATCH_ROWS pictures twice.
     """
     folder, other = samples.beside("export"), dict[str, list[str]]()
     try:
-        lines = [json.loads(line) for line in storage.read_bytes(storage.join(folder, part.name)).splitlines()]
+        lines = [json.loads(line) for line in core_files.read_bytes(core_files.join(folder, part.name)).splitlines()]
         files: dict[int, str] = {line["sample_id"]: trust.relative(line["file"], part.name) for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         return [f"is no list of pictures: {one_line(error)}"]
@@ -319,16 +322,19 @@ def picture_differences(samples: Samples, part: storage.Part) -> list[str]:
             other.setdefault("is not in it", []).append(f"sample {row['sample_id']}")
             return
         try:
-            same = row["image"] is not None and storage.read_bytes(storage.join(folder, file)) == row["image"]["bytes"]
+            same = (
+                row["image"] is not None
+                and core_files.read_bytes(core_files.join(folder, file)) == row["image"]["bytes"]
+            )
         except FileNotFoundError:
             other.setdefault("is missing", []).append(file)
         else:
             if not same:
                 other.setdefault("is not the picture of its sample", []).append(file)
 
-    location = storage.join(samples.uri, part.name.replace(".jsonl", ".parquet"))
+    location = core_files.join(samples.uri, part.name.replace(".jsonl", ".parquet"))
     try:
-        with storage.open_file(location) as file, ThreadPoolExecutor(storage.READERS) as readers:
+        with core_files.open_file(location) as file, ThreadPoolExecutor(core_files.READERS) as readers:
             table = tables.open_parquet(file, location, buffer_size=BLOCK_BYTES, pre_buffer=False)
             for batch in table.iter_batches(BATCH_ROWS, columns=["sample_id", "image"]):
                 list(readers.map(differs, batch.to_pylist()))
@@ -350,7 +356,7 @@ def _rejected_differences(samples: Samples, name: str, accepted: np.ndarray) -> 
     if samples.rejected is None:
         return []
     try:
-        table = _columns(storage.join(samples.rejected, name), ["sample_id"], schemas.rejected())
+        table = _columns(core_files.join(samples.rejected, name), ["sample_id"], schemas.rejected())
     except FileNotFoundError:
         return []
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -386,7 +392,7 @@ def _unequal(compared: Mapping[str, tuple[Any, Any]]) -> list[str]:
 def _digest(location: str) -> tuple[int, str]:
     """Bytes and SHA-256 of a file of any size."""
     digest, size = hashlib.sha256(), 0
-    with storage.open_file(location) as file:
+    with core_files.open_file(location) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             size += len(block)
@@ -394,7 +400,7 @@ def _digest(location: str) -> tuple[int, str]:
 
 
 def _columns(location: str, names: list[str], schema: pa.Schema) -> pa.Table:
-    with storage.open_file(location) as file:
+    with core_files.open_file(location) as file:
         parquet = tables.open_parquet(file, location)
         if not parquet.schema_arrow.equals(schema):
             raise ValueError("its columns are not those that it should have")
@@ -506,8 +512,8 @@ def _stored(samples: Samples, group: Group) -> tuple[dict[int, list[int]], pa.Ta
     chosen = pa.array([number for numbers in group.values() for number in numbers])
     present: dict[int, list[int]] = {chunk: [] for chunk in group}
     kept = []
-    location = storage.join(samples.uri, name)
-    with storage.open_file(location) as file:
+    location = core_files.join(samples.uri, name)
+    with core_files.open_file(location) as file:
         table = tables.open_parquet(file, location, buffer_size=BLOCK_BYTES, pre_buffer=False)
         for batch in table.iter_batches(BATCH_ROWS):
             numbers = batch["sample_id"]

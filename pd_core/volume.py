@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pd_core import ids, trust
-from pd_core.errors import UserError, one_line
+from pd_core.core import seeds as core_seeds
+from pd_core.core import trust
+from pd_core.core.errors import UserError, one_line
 from pd_core.generators import generators_of, normal
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def top_singular_values(
     jacobian = _Jacobian(decode, latents.detach(), volume, name)
     with _differentiable():
         # another stream than the latents', which a probe would repeat
-        own = ids.integers(np.asarray(seeds, dtype=np.int64), ids.stream(0, "volume")).tolist()
+        own = core_seeds.integers(np.asarray(seeds, dtype=np.int64), core_seeds.stream(0, "volume")).tolist()
         probes = normal(generators_of(own), (jacobian.inputs, volume.rank), latents.device)
         v = torch.linalg.qr(probes.double()).Q
         y = jacobian.forward(v)

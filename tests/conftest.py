@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pd_core import cluster, errors
-from pd_core.s3 import S3FileSystem
+from pd_core import cluster
+from pd_core.core import errors
+from pd_core.core.s3 import S3FileSystem
 from tests import tiny
 from tests.s3 import S3Server, running_server
 

@@ -34,8 +34,13 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from pd_core import config, estimator, index, knn, leases, realset, releasing, sources, spaces, storage, updating
-from pd_core.errors import RunError, UserError
+from pd_core import estimator, index, knn, realset, releasing, sources, spaces, updating
+from pd_core.core import artifacts, files
+from pd_core.core import locks as core_locks
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings import load
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.images import BadImage, DecodeLimits, Preprocess, prepare
 from tests import test_images, test_index, test_sources, tiny
 
@@ -150,11 +155,11 @@ def stages(_: Path) -> Files:
     }
 
 
-def _stage(folder: Path, identity: int = 1) -> storage.Stage:
-    return storage.Stage(str(folder), "features", 1, {"x": identity})
+def _stage(folder: Path, identity: int = 1) -> artifacts.Stage:
+    return artifacts.Stage(str(folder), "features", 1, {"x": identity})
 
 
-def _completed(stage: storage.Stage) -> None:
+def _completed(stage: artifacts.Stage) -> None:
     stage.complete(lambda: ([stage.write_part(name, b"x", 1) for name in ("a.parquet", "x/b.parquet")], {}), False)
 
 
@@ -171,7 +176,7 @@ def predictors(_: Path) -> Files:
 
 
 def locks(_: Path) -> Files:
-    holders = [leases.Holder("process 1 on a", 1e9, 1e10, "0" * 32, done) for done in (True, False)]
+    holders = [core_locks.Holder("process 1 on a", 1e9, 1e10, "0" * 32, done) for done in (True, False)]
     return {f"{number:08d}.json": json.dumps(asdict(holder)).encode() for number, holder in enumerate(holders)}
 
 
@@ -201,12 +206,12 @@ def each(*calls: Callable[[str], Any]) -> Callable[[Path], Any]:
 def read_source(file: Path) -> None:
     labels = {"labels": "member:cls"} if file.suffix == ".tar" else {"labels": "column:kind", "key_column": "name"}
     for more in ({}, labels):
-        given = config.DataSettings(source=str(file), max_image_bytes=2**22, **more)
+        given = DataSettings(source=str(file), max_image_bytes=2**22, **more)
         if source := right(sources.open_source, given):
             for table in right(sources.list_images, source) or ():
                 right(sources.read, source, table)
     if file.suffix == ".parquet":
-        storage.read_table(str(file))
+        files.read_table(str(file))
 
 
 def read_stage(folder: Path) -> None:
@@ -215,7 +220,7 @@ def read_stage(folder: Path) -> None:
         lambda at: [_stage(folder / "new").adopt(str(at), part) for part in _stage(at).finished_parts().values()],
         lambda at: _completed(_stage(at)),
         lambda at: _stage(at, 2).begin(overwrite=True),
-        lambda at: storage.remove(str(at)),
+        lambda at: artifacts.remove(str(at)),
     )
     for number, way in enumerate(ways):
         right(way, shutil.copytree(folder, folder.parent / "copies" / f"{number}"))
@@ -246,8 +251,8 @@ TARGETS = {
     "stage": Target(stages, read_stage, of_file=False),
     "faiss": Target(shards, read_shard),
     "predictor": Target(predictors, lambda folder: estimator.load(folder), of_file=False),
-    "lock": Target(locks, lambda folder: leases.acquire(str(folder), 60.0), of_file=False),
-    "settings": Target(settings_files, lambda f: config.load(config.BuildIndexSettings, ["--config", str(f)], "x")),
+    "lock": Target(locks, lambda folder: core_locks.acquire(str(folder), 60.0), of_file=False),
+    "settings": Target(settings_files, lambda f: load.load(BuildIndexSettings, ["--config", str(f)], "x")),
     "release": Target(release_files, each(*RELEASES), of_file=False),
 }
 
@@ -398,7 +403,7 @@ def fuzz(name: str, given: Iterable[tuple[str, bytes]], seconds: float, built: P
                 if found[kind] == 1:
                     print(f"FOUND {name} {of}: {said}", flush=True)
                     if save is not None:
-                        _laid(save / name, f"{storage.sha256(data)[:12]} {quote(of, safe='')}", data)
+                        _laid(save / name, f"{artifacts.sha256(data)[:12]} {quote(of, safe='')}", data)
         watched.process.kill()
         watched.process.join()
     rate = tries / (time.monotonic() - start)

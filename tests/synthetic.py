@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from pd_core import schemas, storage
+from pd_core.core import artifacts, files, schemas
 
 DIM = 24
 
@@ -15,11 +15,11 @@ def clustered(rows: int, dim: int = DIM, clusters: int = 12, seed: int = 0) -> n
     return (centers[rng.integers(clusters, size=rows)] + rng.normal(size=(rows, dim))).astype(np.float32)
 
 
-def commit_features(output: str, features: np.ndarray, part_rows: int) -> tuple[storage.Stage, storage.Artifact]:
+def commit_features(output: str, features: np.ndarray, part_rows: int) -> tuple[artifacts.Stage, artifacts.Artifact]:
     """A features stage holding these rows; ids are 10, 17, 24, ..."""
     rows, dim = features.shape
-    stage = storage.Stage(
-        storage.join(output, "features"), "features", 1, {"rows": rows, "sum": float(features.astype(np.float64).sum())}
+    stage = artifacts.Stage(
+        files.join(output, "features"), "features", 1, {"rows": rows, "sum": float(features.astype(np.float64).sum())}
     )
     stage.begin(overwrite=False)
     schema = schemas.features(dim)
@@ -36,5 +36,5 @@ def commit_features(output: str, features: np.ndarray, part_rows: int) -> tuple[
             pa.array([str((start + i) % 3) for i in range(count)]),
             pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), dim).cast(schema.field("feature").type),
         ]
-        parts.append(stage.write_table(storage.part_name(number), pa.table(columns, schema=schema)))
+        parts.append(stage.write_table(artifacts.part_name(number), pa.table(columns, schema=schema)))
     return stage, stage.commit(parts, {"rows": rows, "dim": dim}, {})

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pd_core import acceptance, density, ids
-from pd_core.errors import UserError
+from pd_core import acceptance, density
+from pd_core.core import seeds
+from pd_core.core.errors import UserError
 
 QUANTILES = np.linspace(0.5, 1.5, 1001)
 
@@ -35,8 +36,8 @@ def test_the_rate_of_two_levels_is_the_papers_formula(weight, above):
 def test_accepted_samples_follow_the_target(weight):
     """χ² over 12 bins against q ∝ ω p_G, with p_G = Exp(1) and the run's own u: not rejected at 1e-3."""
     number = np.arange(400_000)
-    f = -np.log1p(-ids.uniform(number, ids.stream(3, "toy density")))
-    u = ids.uniform(number, ids.stream(3, "acceptance"))
+    f = -np.log1p(-seeds.uniform(number, seeds.stream(3, "toy density")))
+    u = seeds.uniform(number, seeds.stream(3, "acceptance"))
     weighting = acceptance.two_level(stats.expon.ppf(0.8), weight)
     accepted = f[u < acceptance.acceptance_probability(f, weighting)]
     edges = stats.expon.ppf(np.concatenate([np.linspace(0, 0.8, 9), [0.85, 0.9, 0.95, 1.0]]))

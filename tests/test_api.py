@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import pd_core
-from pd_core import density, errors, knn, metrics, realset, search
+from pd_core import density, knn, metrics, realset, search
+from pd_core.core import errors
 from tests import tiny
 from workflows import build_index
 

@@ -13,8 +13,9 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from pd_core import backbones, features
-from pd_core.config import INCEPTION, FeatureSettings
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
+from pd_core.core.settings.data import INCEPTION
+from pd_core.core.settings.index import FeatureSettings
 from pd_core.evaluation_page import metric_names
 from tests import tiny
 

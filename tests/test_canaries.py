@@ -22,7 +22,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from pd_core import storage
+from pd_core.core import files as core_files
 from tests import canaries, tiny, toy_generator
 from tests.fronting import Answer, Request, fronting
 from tests.ray_head import free_ports, running_head
@@ -60,7 +60,7 @@ def test_the_search_finds_a_secret_in_every_form(tmp_path, before):
         "header.log": b"Authorization: Basic " + base64.b64encode(clear),
         "safe.log": base64.urlsafe_b64encode(clear),
         "url.log": quote(clear.decode(), safe="").encode(),
-        "part-0.parquet": storage.table_bytes(rows),
+        "part-0.parquet": core_files.table_bytes(rows),
         "log.gz": sink.getvalue().to_pybytes(),
         "runs.db": (tmp_path / "runs.db").read_bytes(),
         f"{quote(secret, safe='')}.txt": b"",

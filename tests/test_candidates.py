@@ -21,17 +21,17 @@ from pd_core import (
     estimator,
     features,
     generators,
-    ids,
     piloting,
     sampling,
-    schemas,
     search,
-    storage,
     verifying,
 )
 from pd_core.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
-from pd_core.config import EstimatorSettings, FeatureSettings, GeneratorSettings
-from pd_core.errors import UserError
+from pd_core.core import artifacts, files, schemas
+from pd_core.core import seeds as core_seeds
+from pd_core.core.errors import UserError
+from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.core.settings.index import EstimatorSettings, FeatureSettings
 from pd_core.realset import RealSet
 from pd_core.volume import Volume
 from tests import tiny, tiny_generators, toy_generator
@@ -263,14 +263,14 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
         weighting = acceptance.tilted(pilot.log_volume, -1.0, 8)
     job = made_part(replace(recipe, weightings={EVERYTHING: weighting}), tmp_path, 3, "samples")
     assert job.rejected is not None
-    tables = [storage.read_table(storage.join(s.uri, storage.part_name(0))) for s in (job.samples, job.rejected)]
+    tables = [files.read_table(files.join(s.uri, artifacts.part_name(0))) for s in (job.samples, job.rejected)]
     assert [table.schema.names for table in tables] == [schemas.samples().names, schemas.rejected().names]
     numbers = np.concatenate([table["sample_id"].to_numpy() for table in tables])
     np.testing.assert_array_equal(np.sort(numbers), np.arange(3 * CHUNK))
     for table, wanted in zip(tables, (True, False), strict=True):
         assert table.num_rows > 10
         chance, number = table["acceptance_probability"].to_numpy(), table["sample_id"].to_numpy()
-        assert ((ids.uniform(number, ids.stream(recipe.seed, "acceptance")) < chance) == wanted).all()
+        assert ((core_seeds.uniform(number, core_seeds.stream(recipe.seed, "acceptance")) < chance) == wanted).all()
         if volume is None:
             assert table["log_volume"].null_count == table.num_rows
             deciding = table["density"].to_numpy()

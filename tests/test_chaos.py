@@ -17,7 +17,7 @@ from chaos import run, table
 from chaos.compare import Difference, compare
 from chaos.faults import FAULTS
 from chaos.workflows import WORKFLOWS
-from pd_core import storage
+from pd_core.core import artifacts, files
 from tests import tiny
 
 ROWS = 10  # of each part
@@ -28,14 +28,14 @@ KEYS = [f"{i:02d}.png" for i in range(3 * ROWS)]
 def outputs(tmp_path: Path) -> tuple[Path, Path]:
     """The same finished stage and report twice: disturbed, undisturbed."""
     for name in ("found", "expected"):
-        stage = storage.Stage(str(tmp_path / name / "features"), "features", 1, {"seed": 0})
+        stage = artifacts.Stage(str(tmp_path / name / "features"), "features", 1, {"seed": 0})
         stage.begin(False)
         for i in range(3):
             keys = KEYS[i * ROWS : (i + 1) * ROWS]
             columns = {"sample_id": range(i * ROWS, (i + 1) * ROWS), "key": keys, "value": [i / 7] * ROWS}
-            stage.write_table(storage.part_name(i), pa.table(columns))
+            stage.write_table(artifacts.part_name(i), pa.table(columns))
         stage.commit(stage.finished_parts().values(), {"rows": 3 * ROWS}, {"features": len(name)})
-        report = storage.Stage(str(tmp_path / name / "report"), "report", 1, {"seed": 0})
+        report = artifacts.Stage(str(tmp_path / name / "report"), "report", 1, {"seed": 0})
         report.begin(False)
         report.commit([report.write_part("index.html", f"took {len(name)} s".encode(), 0)], {}, {})
     return tmp_path / "found", tmp_path / "expected"
@@ -46,7 +46,7 @@ def test_equal_outputs_differ_in_nothing_but_the_report(outputs: tuple[Path, Pat
     assert compare(*outputs) == Difference()
 
 
-PART = f"features/{storage.part_name(1)}"
+PART = f"features/{artifacts.part_name(1)}"
 
 
 def rewrite(file: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -55,8 +55,8 @@ def rewrite(file: Path, change: Callable[[pa.Table], pa.Table]) -> None:
 
 def recorded(output: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     """A change that the stage itself has made and recorded."""
-    stage = storage.Stage(str(output / "features"), "features", 1, {"seed": 0})
-    stage.write_table(storage.part_name(1), change(pq.read_table(output / PART)))
+    stage = artifacts.Stage(str(output / "features"), "features", 1, {"seed": 0})
+    stage.write_table(artifacts.part_name(1), change(pq.read_table(output / PART)))
     stage.commit(stage.finished_parts().values(), {"rows": 3 * ROWS}, {})
 
 
@@ -79,7 +79,7 @@ def flip_a_bit(output: Path) -> None:
 
 
 def leave_a_stray(output: Path) -> None:
-    shutil.copy(output / PART, output / "features" / storage.part_name(9))
+    shutil.copy(output / PART, output / "features" / artifacts.part_name(9))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def leave_a_stray(output: Path) -> None:
         (cut_a_byte, ROWS, 0, f"{PART}: not as its record says"),
         (lambda o: (o / PART).unlink(), ROWS, 0, f"{PART}: not as its record says"),
         (leave_a_stray, 0, ROWS, None),
-        (lambda o: (o / "features" / storage.ARTIFACT).unlink(), 0, 0, "features: not finished"),
+        (lambda o: (o / "features" / files.ARTIFACT).unlink(), 0, 0, "features: not finished"),
     ],
 )
 def test_what_is_planted_is_found(
@@ -114,10 +114,14 @@ def versioned(output: Path, time: str) -> Path:
     version = output / "index" / f"{time}-0123456789ab"
     version.mkdir(parents=True)
     (output / "features").rename(version / "features")
-    stage = storage.Stage(str(output / "releases" / f"2026-11-{time[6:8]}-0123456789ab"), "release", 1, {"seed": 0})
+    stage = artifacts.Stage(str(output / "releases" / f"2026-11-{time[6:8]}-0123456789ab"), "release", 1, {"seed": 0})
     stage.begin(False)
-    parts = [stage.write_table(f"typical/{storage.part_name(0)}", pa.table({"sample_id": range(ROWS)}))]
-    record = {"index": str(version), "hash": storage.sha256(str(output).encode()), "numbers": {"typical": {"n": ROWS}}}
+    parts = [stage.write_table(f"typical/{artifacts.part_name(0)}", pa.table({"sample_id": range(ROWS)}))]
+    record = {
+        "index": str(version),
+        "hash": artifacts.sha256(str(output).encode()),
+        "numbers": {"typical": {"n": ROWS}},
+    }
     parts.append(stage.write_part("release.json", json.dumps(record).encode(), 0))
     stage.commit(parts, {}, {})
     (output / "report").rename(version / "report")
@@ -130,7 +134,7 @@ def test_versions_are_compared_whenever_they_were_made(outputs: tuple[Path, Path
     version = versioned(found, "20261127T000000Z")
     versioned(expected, "20261128T000000Z")
     assert compare(found, expected) == Difference()
-    rewrite(found / f"releases/2026-11-27-0123456789ab/typical/{storage.part_name(0)}", lambda t: t.slice(2))
+    rewrite(found / f"releases/2026-11-27-0123456789ab/typical/{artifacts.part_name(0)}", lambda t: t.slice(2))
     assert compare(found, expected).lost == 2
     other = expected / "releases" / "2026-11-28-0123456789ab" / "release.json"
     other.write_text(other.read_text().replace('"n": 10', '"n": 11'))

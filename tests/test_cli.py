@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pd_core import cli, config
+from pd_core import cli
+from pd_core.core.settings.load import WORKFLOWS
 from tests import tiny
 
 FILES = {name: f"{name.replace('-', '_')}.py" for name in cli.COMMANDS}
@@ -37,7 +38,7 @@ def pd_core(monkeypatch, capsys):
 
 
 def test_every_workflow_is_a_command_and_a_file() -> None:
-    assert [command.settings for command in cli.COMMANDS.values()] == list(config.WORKFLOWS)
+    assert [command.settings for command in cli.COMMANDS.values()] == list(WORKFLOWS)
     assert set(FILES.values()) == {path.name for path in (tiny.ROOT / "workflows").glob("*.py")}
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pd_core import cluster, errors, search
+from pd_core import cluster, search
 from pd_core.cluster import FEED_CPUS, Cluster
-from pd_core.errors import EXIT_INTERRUPTED, RunError, UserError
+from pd_core.core import errors
+from pd_core.core.errors import EXIT_INTERRUPTED, RunError, UserError
 from tests.ray_head import autoscaling_head, running_head
 
 

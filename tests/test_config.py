@@ -9,15 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from pd_core import config
-from pd_core.config import BuildIndexSettings
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
+from pd_core.core.settings import index
+from pd_core.core.settings import load as settings_load
+from pd_core.core.settings.base import WorkflowSettings
+from pd_core.core.settings.curate import CurateSettings, GateSettings, RecipeSettings
+from pd_core.core.settings.evaluate import TradeoffSettings
+from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.core.settings.generate import GenerateSettings
+from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.core.settings.load import CONFIG_BYTES, EXAMPLES, setting_names, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(*argv: str) -> BuildIndexSettings:
-    return config.load(BuildIndexSettings, argv, prog="build_index.py")
+    return settings_load.load(BuildIndexSettings, argv, prog="build_index.py")
 
 
 def test_precedence_command_line_over_environment_over_yaml_over_preset_over_default(tmp_path, monkeypatch):
@@ -159,7 +166,7 @@ LAUGHS = "data: &a [x]\n" + "".join(
         ("output: !!python/object/apply:os.system [ls]", "not YAML .*line 1, column 9"),
         ("output: \x00", "not YAML"),
         ("a: b: c", "not YAML .*line 1, column 5"),
-        ("# " + "x" * config.CONFIG_BYTES, "has 1,048,578 bytes, more than the 1,048,576"),
+        ("# " + "x" * CONFIG_BYTES, "has 1,048,578 bytes, more than the 1,048,576"),
     ],
     ids=range(18),
 )
@@ -195,7 +202,7 @@ def test_a_value_of_any_depth_is_one_line(monkeypatch, by, text):
         monkeypatch.setenv("PD_CORE_RECIPES", text)
     name = {"argument": "--recipes", "variable": "PD_CORE_RECIPES"}[by]
     with pytest.raises(UserError, match=f"^settings: {name}: is nested too deeply; [^\n]*$"):
-        config.load(config.CurateSettings, argv, prog="curate.py")
+        settings_load.load(CurateSettings, argv, prog="curate.py")
 
 
 def test_unknown_environment_variable_is_refused(monkeypatch):
@@ -207,7 +214,7 @@ def test_unknown_environment_variable_is_refused(monkeypatch):
 def test_printed_settings_are_accepted_again(tmp_path):
     first = load("--preset", "paper", "--data.source", "images", "--data.background", "1,2,3", "--output", "out")
     file = tmp_path / "resolved.yaml"
-    file.write_text(config.to_yaml(first))
+    file.write_text(to_yaml(first))
     assert load("--config", str(file)).model_copy(update={"config": None}) == first
 
 
@@ -216,16 +223,16 @@ def test_help_names_every_setting_with_its_default(capsys):
         load("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    for name in config.setting_names(BuildIndexSettings):
+    for name in setting_names(BuildIndexSettings):
         assert f"--{name}" in text
     assert "(default: 0.99)" in text and "(default: 67108864)" in text
 
 
 def test_help_of_curate_names_what_recipes_and_gates_may_hold(capsys):
     with pytest.raises(SystemExit):
-        config.load(config.CurateSettings, ["--help"], prog="curate.py")
+        settings_load.load(CurateSettings, ["--help"], prog="curate.py")
     _, recipes, gates = re.split(r"each of (?:recipes|gates), .*", capsys.readouterr().out)
-    for text, section in ((recipes, config.RecipeSettings), (gates, config.GateSettings)):
+    for text, section in ((recipes, RecipeSettings), (gates, GateSettings)):
         assert re.findall(r"^  ([a-z_]+) ", text, re.MULTILINE) == sorted(
             section.model_fields, key=lambda name: not section.model_fields[name].is_required()
         )
@@ -233,8 +240,8 @@ def test_help_of_curate_names_what_recipes_and_gates_may_hold(capsys):
 
 
 def test_what_help_shows_of_recipes_and_gates_is_accepted():
-    recipes, gates = config.EXAMPLES["recipes"], config.EXAMPLES["gates"]
-    settings = config.load(config.CurateSettings, ["--recipes", recipes, "--gates", gates], prog="curate.py")
+    recipes, gates = EXAMPLES["recipes"], EXAMPLES["gates"]
+    settings = settings_load.load(CurateSettings, ["--recipes", recipes, "--gates", gates], prog="curate.py")
     assert settings.recipes[0].name == settings.gates[0].recipe == "typical"
 
 
@@ -247,7 +254,7 @@ def test_a_list_that_is_no_json_is_one_line(monkeypatch, by):
         monkeypatch.setenv("PD_CORE_RECIPES", text)
     name = {"argument": "--recipes", "variable": "PD_CORE_RECIPES"}[by]
     with pytest.raises(UserError, match=f"settings: {name}: is not JSON .*--config file$"):
-        config.load(config.CurateSettings, argv, prog="curate.py")
+        settings_load.load(CurateSettings, argv, prog="curate.py")
 
 
 def test_help_and_refusals_import_neither_torch_nor_ray():
@@ -264,20 +271,20 @@ def test_help_and_refusals_import_neither_torch_nor_ray():
 @pytest.mark.parametrize("file", sorted((ROOT / "workflows" / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_load(file):
     text = file.read_text()
-    marks: dict[str, type[config.WorkflowSettings]] = {
-        "recipes:": config.CurateSettings,
-        "training:": config.FinetuneSettings,
-        "thresholds:": config.TradeoffSettings,
-        "generator:": config.GenerateSettings,
+    marks: dict[str, type[WorkflowSettings]] = {
+        "recipes:": CurateSettings,
+        "training:": FinetuneSettings,
+        "thresholds:": TradeoffSettings,
+        "generator:": GenerateSettings,
     }
-    workflow = next((settings for mark, settings in marks.items() if mark in text), config.BuildIndexSettings)
-    assert config.load(workflow, ["--config", str(file)], prog="test").output
+    workflow = next((settings for mark, settings in marks.items() if mark in text), index.BuildIndexSettings)
+    assert settings_load.load(workflow, ["--config", str(file)], prog="test").output
 
 
 def test_a_query_is_found_at_any_depth():
     with pytest.raises(UserError, match=r"generator\.arguments: must not hold a query"):
-        config.load(
-            config.GenerateSettings,
+        settings_load.load(
+            GenerateSettings,
             ["--generator.arguments", '{"a": [{"b": "https://h/x?sig=1"}]}'],
             prog="generate.py",
         )
@@ -285,7 +292,7 @@ def test_a_query_is_found_at_any_depth():
 
 def test_a_lease_is_no_longer_than_a_lock_may_block() -> None:
     with pytest.raises(UserError, match=r"lock\.lease_s: input should be less than or equal to 604800"):
-        config.load(config.CurateSettings, ["--lock.lease_s", "1e9"], prog="curate.py")
+        settings_load.load(CurateSettings, ["--lock.lease_s", "1e9"], prog="curate.py")
 
 
 @pytest.mark.parametrize("argv", [["--data.follow-links"], ["--data.follow_links"]])
@@ -296,5 +303,5 @@ def test_links_are_followed_where_it_is_asked_for(argv, tmp_path):
     for text in ("data: {follow-links: true}", "data: {follow_links: true}"):
         file.write_text(text)
         assert load("--config", str(file)).data.follow_links
-    file.write_text(config.to_yaml(load(*argv)))
+    file.write_text(to_yaml(load(*argv)))
     assert load("--config", str(file)).data.follow_links

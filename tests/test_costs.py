@@ -13,21 +13,9 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import joins, scaling, simulation
-from pd_core import (
-    cluster,
-    costs,
-    features,
-    images,
-    index,
-    indexing,
-    listing,
-    planning,
-    schemas,
-    search,
-    sources,
-    storage,
-)
-from pd_core.config import BuildIndexSettings, DensitySettings, IndexSettings
+from pd_core import cluster, costs, features, images, index, indexing, listing, planning, search, sources
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
 from tests.synthetic import clustered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,12 +130,12 @@ def test_actors_are_those_that_the_stages_start(nodes):
 
 def test_a_run_is_resolved_as_the_index_stage_resolves_it(tmp_path):
     settings = BuildIndexSettings(index=IndexSettings(kind="ivf_flat"), density=DensitySettings(k=K))
-    featured = storage.Artifact(
+    featured = artifacts.Artifact(
         "features",
         1,
         "",
         {},
-        (storage.Part("a", 90_000, 1, ""), storage.Part("b", 9_000, 1, "")),
+        (artifacts.Part("a", 90_000, 1, ""), artifacts.Part("b", 9_000, 1, "")),
         {"dim": 4096},
         {},
         {},
@@ -161,9 +149,9 @@ def test_a_run_is_resolved_as_the_index_stage_resolves_it(tmp_path):
 # ---- the stages themselves -------------------------------------------------------------------------------------------
 
 
-def commit_features(output: str, x: np.ndarray, part_rows: int) -> storage.Artifact:
+def commit_features(output: str, x: np.ndarray, part_rows: int) -> artifacts.Artifact:
     """As the features stage: keys with their hashes, content hashes, sizes, labels."""
-    stage = storage.Stage(storage.join(output, "features"), "features", schemas.VERSIONS["features"], {"rows": len(x)})
+    stage = artifacts.Stage(files.join(output, "features"), "features", schemas.VERSIONS["features"], {"rows": len(x)})
     stage.begin(overwrite=False)
     schema = schemas.features(x.shape[1])
     for number, start in enumerate(range(0, len(x), part_rows)):
@@ -173,13 +161,13 @@ def commit_features(output: str, x: np.ndarray, part_rows: int) -> storage.Artif
         columns = [
             pa.array(sources.sample_ids(keys)),
             pa.array(keys),
-            pa.array([storage.sha256(key.encode()) for key in keys]),
+            pa.array([artifacts.sha256(key.encode()) for key in keys]),
             pa.array([640] * len(rows), pa.int32()),
             pa.array([427] * len(rows), pa.int32()),
             pa.array([key[:8] for key in keys]),
             pa.FixedSizeListArray.from_arrays(values, x.shape[1]).cast(schema.field("feature").type),
         ]
-        stage.write_table(storage.part_name(number), pa.table(columns, schema=schema))
+        stage.write_table(artifacts.part_name(number), pa.table(columns, schema=schema))
     return stage.commit(stage.finished_parts().values(), {"rows": len(x), "dim": x.shape[1]}, {})
 
 
@@ -233,7 +221,7 @@ def test_a_search_by_cells_moves_as_many_rows_as_shards_are_probed(tmp_path, ray
         {"index": {"kind": "ivf_flat", "cells": 40, "shards": 4, "target_recall": 0.99, "calibration_queries": 200}}
     )
     featured = commit_features(str(tmp_path), x, 1024)
-    uri = storage.join(str(tmp_path), "features")
+    uri = files.join(str(tmp_path), "features")
     stage, resolved = indexing.stage_of(str(tmp_path), featured, settings.index, settings.density)
     indexed = stage.complete(lambda: indexing.run(stage, uri, featured, resolved, settings.density), False)
     info = search.open_index(stage.uri)
@@ -242,7 +230,7 @@ def test_a_search_by_cells_moves_as_many_rows_as_shards_are_probed(tmp_path, ray
     probes = index.coarse_probes(search.read_quantizer(stage.uri), x, info.nprobe)
     owners = np.asarray(info.shard_of_cell)[probes]
     # a query whose cells hold fewer than k rows is sent to everyone once more
-    table = json.loads(storage.read_bytes(storage.join(stage.uri, search.CELLS)))
+    table = json.loads(files.read_bytes(files.join(stage.uri, search.CELLS)))
     short = (np.asarray(table["rows_of_cell"])[probes].sum(axis=1) < K).sum()
     asked = sum(len(set(row)) for row in owners.tolist())
     assert traffic.rows_sent == asked + 4 * short
@@ -263,9 +251,9 @@ def test_decoding_tasks_and_passes_over_the_features_are_those_of_the_stages():
     assert costs.build_of(BuildIndexSettings(), 4096 * 1000, 1, 768, 1, 0.0, 0.0, 0.0).groups == len(groups)
 
 
-def _record(parts: int, rows: int) -> storage.Artifact:
-    made = tuple(storage.Part(storage.part_name(n), rows, 1, "") for n in range(parts))
-    return storage.Artifact("features", 1, "", {}, made, {"dim": 768}, {}, {})
+def _record(parts: int, rows: int) -> artifacts.Artifact:
+    made = tuple(artifacts.Part(artifacts.part_name(n), rows, 1, "") for n in range(parts))
+    return artifacts.Artifact("features", 1, "", {}, made, {"dim": 768}, {}, {})
 
 
 # ---- nodes that are lost ---------------------------------------------------------------------------------------------

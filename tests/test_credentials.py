@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pd_core import cluster, storage
-from pd_core.errors import CredentialsRefused, UserError
-from pd_core.s3 import S3FileSystem
+from pd_core import cluster
+from pd_core.core import artifacts, files
+from pd_core.core.errors import CredentialsRefused, UserError
+from pd_core.core.s3 import S3FileSystem
 from pd_core.sources import stores
 from tests import tiny
 from tests.s3 import ACCESS_KEY, OTHER_KEY, READER_KEY, expiring_server, write_credentials
@@ -38,12 +39,12 @@ def file(front, tmp_path):
 def folder(s3_environment, front):
     bucket = s3_environment.make_bucket()
     s3_environment.put(bucket, "x/a", b"0123456789")
-    storage.read_bytes(f"s3://{bucket}/x/a")  # with the first key, so that a file system with it is in the cache
+    files.read_bytes(f"s3://{bucket}/x/a")  # with the first key, so that a file system with it is in the cache
     return f"s3://{bucket}/x"
 
 
 def parts_of(uri):
-    fs, path = storage.filesystem(uri)
+    fs, path = files.filesystem(uri)
     with fs.open(path, "rb") as opened:
         opened.seek(3)
         return opened.read(4)
@@ -53,13 +54,13 @@ def parts_of(uri):
 UNTOLD = ["HEAD", "HEAD", "GET"]
 
 OPERATIONS = {
-    "read": (lambda folder: storage.read_bytes(f"{folder}/a"), b"0123456789"),
+    "read": (lambda folder: files.read_bytes(f"{folder}/a"), b"0123456789"),
     "seek": (lambda folder: parts_of(f"{folder}/a"), b"3456"),
-    "write": (lambda folder: storage.write_bytes(f"{folder}/b", b"1"), None),
-    "exists": (lambda folder: storage.exists(f"{folder}/a"), True),
-    "absent": (lambda folder: storage.exists(f"{folder}/none"), False),
-    "sizes": (lambda folder: storage.sizes(folder), {"a": 10}),
-    "delete": (lambda folder: storage.delete_file(f"{folder}/a"), None),
+    "write": (lambda folder: files.write_bytes(f"{folder}/b", b"1"), None),
+    "exists": (lambda folder: files.exists(f"{folder}/a"), True),
+    "absent": (lambda folder: files.exists(f"{folder}/none"), False),
+    "sizes": (lambda folder: files.sizes(folder), {"a": 10}),
+    "delete": (lambda folder: files.delete_file(f"{folder}/a"), None),
     "kind": (lambda folder: stores.open_store(folder).kind(), "directory"),
     "walk": (lambda folder: [e.name for e in stores.S3(folder).walk(lambda _: True, None, "", Counter())], ["a"]),
     "fetch": (lambda folder: list(stores.S3(folder).fetch([stores.Span("a", 2, 3)], 99, time.sleep)), [b"234"]),
@@ -77,7 +78,7 @@ def test_every_operation_goes_on_with_the_credentials_that_took_the_place_of_exp
     assert front.refused() in ([front.refused()[0]], UNTOLD)
     assert {key for _, _, key, refused in front.requests if not refused} == {ACCESS_KEY, OTHER_KEY}
     before = len(front.requests)
-    storage.read_bytes(f"{folder}/a") if operation != "delete" else storage.sizes(folder)
+    files.read_bytes(f"{folder}/a") if operation != "delete" else files.sizes(folder)
     assert not any(refused for *_, refused in front.requests[before:])  # read anew once, not for every request
 
 
@@ -86,7 +87,7 @@ def test_credentials_that_nobody_refreshed_are_tried_twice_and_then_told(front, 
     front.expired.add(ACCESS_KEY)
     with (
         pytest.raises(UserError, match="the credentials have expired; refresh them") as caught,
-        storage.explained(folder),
+        files.explained(folder),
     ):
         OPERATIONS[operation][0](folder)
     assert folder in str(caught.value) and "\n" not in str(caught.value)
@@ -99,9 +100,9 @@ def test_a_key_that_is_gone_is_read_anew_too(s3_environment, front, file, folder
     write_credentials(file, "gone")
     S3FileSystem.clear_instance_cache()
     with pytest.raises(CredentialsRefused, match="InvalidAccessKeyId"):
-        storage.read_bytes(f"{folder}/a")
+        files.read_bytes(f"{folder}/a")
     write_credentials(file, OTHER_KEY)
-    assert storage.read_bytes(f"{folder}/a") == b"0123456789"
+    assert files.read_bytes(f"{folder}/a") == b"0123456789"
 
 
 def test_threads_that_fail_together_read_the_credentials_anew_together(front, file, folder, monkeypatch):
@@ -116,7 +117,7 @@ def test_threads_that_fail_together_read_the_credentials_anew_together(front, fi
     front.expired.add(ACCESS_KEY)
     write_credentials(file, OTHER_KEY)
     with ThreadPoolExecutor(24) as threads:
-        assert set(threads.map(lambda _: storage.read_bytes(f"{folder}/a"), range(48))) == {b"0123456789"}
+        assert set(threads.map(lambda _: files.read_bytes(f"{folder}/a"), range(48))) == {b"0123456789"}
     assert sum(made) == 1 and len(front.refused()) > 2
 
 
@@ -125,7 +126,7 @@ def test_a_denial_is_not_tried_again(front, file, folder):
     S3FileSystem.clear_instance_cache()
     before = len(front.requests)
     with pytest.raises(PermissionError) as caught:
-        storage.write_bytes(f"{folder}/b", b"1")
+        files.write_bytes(f"{folder}/b", b"1")
     assert not isinstance(caught.value, CredentialsRefused)
     assert [method for method, *_ in front.requests[before:]] == ["PUT"]
 
@@ -169,7 +170,7 @@ def disturbed(front, output, inputs, at, change):
 
 def assert_same(output, built):
     for stage in STAGES:
-        found, expected = (storage.load_artifact(f"{place}/{stage}") for place in (output, built))
+        found, expected = (artifacts.load_artifact(f"{place}/{stage}") for place in (output, built))
         assert found is not None and expected is not None and found.parts == expected.parts, stage
 
 
@@ -199,7 +200,7 @@ def test_a_run_whose_credentials_are_not_refreshed_stops_in_one_line_and_keeps_w
     assert output in lines[0] and "the credentials have expired; refresh them and run the same command" in lines[0]
     assert "again in" not in text  # no rounds as for infrastructure that may come back
     write_credentials(file, OTHER_KEY)
-    kept = {f"/out/features/{name.removesuffix('.json')}" for name in storage.sizes(f"{output}/features/_parts")}
+    kept = {f"/out/features/{name.removesuffix('.json')}" for name in files.sizes(f"{output}/features/_parts")}
     assert kept
     before = len(front.requests)
     process = tiny.start(*tiny.arguments(*inputs, output, "--no-tracking.enabled"))

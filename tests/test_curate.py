@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pd_core import cluster, config, errors, leases, releasing, schemas, storage
+from pd_core import cluster, releasing
+from pd_core.core import artifacts, errors, files, locks, schemas
+from pd_core.core.settings.curate import GateSettings
 from tests import tiny, toy_generator
 from tests.test_update import write
 from workflows import curate
@@ -50,7 +52,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def releases(output: Path) -> list[str]:
-    return storage.folders(str(output / "releases"))
+    return files.folders(str(output / "releases"))
 
 
 def latest(output: Path) -> str:
@@ -84,7 +86,7 @@ def test_the_first_release_and_nothing_new(source, inputs, tmp_path, ray_cluster
     assert f": 43 new images, 0 changed, 1 gone, {EARLIER - 1} as they were" in capsys.readouterr().out
     assert planned(density={"k": 6}) == 0
     assert "plan: index: built anew: " in (said := capsys.readouterr().out) and "density.k: 5 -> 6" in said
-    assert releases(output) == [first] and len(storage.folders(str(output / "index"))) == 1
+    assert releases(output) == [first] and len(files.folders(str(output / "index"))) == 1
 
     assert verify(at) == 0
     assert "files are as committed; rows: 40 of typical" in capsys.readouterr().out
@@ -110,7 +112,7 @@ def release_of(folder: Path, **more: Any) -> Path:
     record = {
         "kind": "release",
         "schema_version": identity["schema_version"],
-        "fingerprint": storage.fingerprint(identity),
+        "fingerprint": artifacts.fingerprint(identity),
         "identity": {"sets": {}},
         "parts": parts,
         "totals": {"rows": {"a": 3}},
@@ -230,10 +232,10 @@ def test_a_source_that_goes_back_gates_and_hands_on_the_pointer(source, inputs, 
 
     # deleted by hand: it is a function of what there is, and comes back; not if that has changed
     kept = table_of(output / "releases" / second / "typical")
-    storage.remove_folder(str(output / "releases" / second))
+    files.remove_folder(str(output / "releases" / second))
     assert run(source, checkpoint, output) == errors.EXIT_NOTHING_NEW
     assert table_of(output / "releases" / second / "typical").equals(kept)
-    storage.remove_folder(str(output / "releases" / second))
+    files.remove_folder(str(output / "releases" / second))
     assert run(source, checkpoint, output, recipes=[TYPICAL]) == errors.EXIT_BAD_INPUT
     assert f"names {second}, whose release.json is not there any more" in capsys.readouterr().err
 
@@ -294,7 +296,7 @@ def test_what_another_run_left_of_a_version_does_not_block_the_schedule(source, 
             (folder / "typical" / "samples" / "started.json").unlink()
     pointer = json.loads((output / "latest.json").read_text())
     (output / "latest.json").write_text(json.dumps(pointer | {"lock_token": 40}))
-    storage.remove_folder(str(output / "lock"))
+    files.remove_folder(str(output / "lock"))
     assert run(source, checkpoint, output, recipes=[TYPICAL | {"seed": 1}]) == errors.EXIT_DONE
     assert json.loads((output / "latest.json").read_text())["lock_token"] == 41
     assert table_of(version / "densities").equals(before)
@@ -364,14 +366,14 @@ def test_only_the_newest_versions_are_kept_and_releases_need_none_of_them(source
     for number in range(3):
         write(source, list(tiny.files().items())[EARLIER + 5 * number : EARLIER + 5 * (number + 1)])
         assert run(source, inputs[1], output, keep=1, recipes=[TYPICAL]) == errors.EXIT_DONE
-    assert len(storage.folders(str(output / "index"))) == 1
-    assert len(storage.folders(str(output / "candidates"))) == 2  # a recipe and its evaluation
+    assert len(files.folders(str(output / "index"))) == 1
+    assert len(files.folders(str(output / "candidates"))) == 2  # a recipe and its evaluation
     assert len(releases(output)) == 3
     for name in releases(output):
-        artifact = storage.load_artifact(str(output / "releases" / name))
+        artifact = artifacts.load_artifact(str(output / "releases" / name))
         assert artifact is not None
         for part in artifact.parts:
-            assert storage.sha256((output / "releases" / name / part.name).read_bytes()) == part.sha256
+            assert artifacts.sha256((output / "releases" / name / part.name).read_bytes()) == part.sha256
 
 
 @pytest.mark.slow
@@ -387,11 +389,11 @@ def test_other_settings_of_the_features_are_indexed_anew(source, inputs, tmp_pat
 @pytest.mark.slow
 def test_a_live_lock_is_named_and_a_stale_one_taken_over(source, inputs, tmp_path, ray_cluster, capsys):
     output = tmp_path / "out"
-    with leases.hold(str(output / "lock"), 60):
+    with locks.hold(str(output / "lock"), 60):
         assert run(source, inputs[1], output) == errors.EXIT_BAD_INPUT
     line = capsys.readouterr().err
     assert "another run holds the lock: process" in line and " since 20" in line
-    leases.acquire(str(output / "lock"), 0.1)  # its run has died
+    locks.acquire(str(output / "lock"), 0.1)  # its run has died
     time.sleep(0.2)
     assert run(source, inputs[1], output, recipes=[TYPICAL]) == errors.EXIT_DONE
 
@@ -476,18 +478,16 @@ def numbers(**values: float) -> dict[str, dict[str, float]]:
     ],
 )
 def test_gates(gate, now, last, holds):
-    (verdict,) = releasing.judge([config.GateSettings(**gate)], numbers(**now), numbers(**last) if last else {})
+    (verdict,) = releasing.judge([GateSettings(**gate)], numbers(**now), numbers(**last) if last else {})
     assert verdict.holds is holds
     assert verdict.describe().startswith(f"a: {gate['metric']} ")
 
 
 def test_a_gate_is_for_its_recipe_or_for_each():
     values = {"a": {"n": 1.0}, "b": {"n": 9.0}}
-    both = releasing.judge([config.GateSettings(metric="n", min=5)], values, {})
+    both = releasing.judge([GateSettings(metric="n", min=5)], values, {})
     assert [(v.recipe, v.holds) for v in both] == [("a", False), ("b", True)]
-    assert [v.recipe for v in releasing.judge([config.GateSettings(metric="n", min=5, recipe="b")], values, {})] == [
-        "b"
-    ]
+    assert [v.recipe for v in releasing.judge([GateSettings(metric="n", min=5, recipe="b")], values, {})] == ["b"]
 
 
 @pytest.mark.slow
@@ -508,7 +508,7 @@ def test_a_killed_run_is_taken_up_by_the_next(source, inputs, tmp_path, ray_clus
     tiny.kill_when(point, output, "--config", file, workflow="curate.py")
     time.sleep(3.5)  # a lease of a killed run ends by itself
     assert run(source, inputs[1], output, lock=lock) == errors.EXIT_DONE
-    assert len(releases(output)) == len(storage.folders(str(output / "index"))) == 1
+    assert len(releases(output)) == len(files.folders(str(output / "index"))) == 1
     for name in ("typical", "varied"):
         ours, theirs = (table_of(at / "releases" / releases(at)[0] / name) for at in (output, undisturbed))
         assert ours.equals(theirs)

@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 from pd_core import cluster, decoder, features, images, listing, sources
-from pd_core.config import DataSettings, FeatureSettings
-from pd_core.errors import RunError, UserError
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.index import FeatureSettings
 from pd_core.images import BadImage, DecodeLimits, Prepared, Preprocess, Reason
 from tests import tiny
 from tests.test_images import DECLARED, EXPENSIVE, WEBP_9999, jpeg_2000, picture, saved

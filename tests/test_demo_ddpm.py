@@ -21,7 +21,7 @@ from PIL import Image
 
 from demo import train_ddpm
 from demo.train_ddpm import Recipe
-from pd_core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED
+from pd_core.core.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED
 
 SCRIPT = Path(train_ddpm.__file__)
 TINY = Recipe(steps=4, batch_size=8, channels=(8, 16), warmup_steps=1)

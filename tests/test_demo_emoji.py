@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from demo import make_emoji
-from pd_core.errors import EXIT_BAD_INPUT, EXIT_DONE
+from pd_core.core.errors import EXIT_BAD_INPUT, EXIT_DONE
 
 
 @pytest.fixture

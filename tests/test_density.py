@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.spatial import cKDTree
 
 from pd_core import density
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 
 
 def _distances(n: int = 2000, seed: int = 0, spread: float = 0.5) -> np.ndarray:

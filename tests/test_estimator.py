@@ -19,8 +19,9 @@ import torch
 from scipy import stats
 
 from pd_core import estimator
-from pd_core.config import PRESETS, EstimatorSettings
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
+from pd_core.core.settings.index import EstimatorSettings
+from pd_core.core.settings.load import PRESETS
 
 DIM = 8
 

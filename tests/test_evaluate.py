@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import errors, evaluating, metrics, schemas
-from pd_core.config import MetricSettings
+from pd_core import evaluating, metrics
+from pd_core.core import errors, schemas
+from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.spaces import Rows
 from tests import test_spaces, tiny
 from tests.test_generate import run as run_generate
@@ -103,7 +104,7 @@ def test_numbers_are_those_of_the_library_on_the_same_features(measured, built):
 
 
 def _hash(ids):
-    from pd_core.ids import uniform
+    from pd_core.core.seeds import uniform
 
     return uniform(ids)
 

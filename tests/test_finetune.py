@@ -17,8 +17,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import cluster, errors, storage
-from pd_core.errors import EXIT_BAD_INPUT, EXIT_FAILED
+from pd_core import cluster
+from pd_core.core import artifacts as core_artifacts
+from pd_core.core import errors, files
+from pd_core.core.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from pd_core.finetuning import checkpoints
 from tests import tiny, tiny_generators
 from workflows import evaluate, finetune, generate
@@ -85,7 +87,9 @@ def history(output: Path, name: str) -> list[float]:
 
 
 def test_a_run_leaves_a_model_an_evaluation_of_each_state_and_a_report(done: Path, built: Path) -> None:
-    artifacts = {stage: storage.load_artifact(str(done / stage)) for stage in ("weights", "training", "best", "report")}
+    artifacts = {
+        stage: core_artifacts.load_artifact(str(done / stage)) for stage in ("weights", "training", "best", "report")
+    }
     assert all(artifacts.values())
     training = artifacts["training"]
     assert training is not None
@@ -110,7 +114,7 @@ def test_a_run_leaves_a_model_an_evaluation_of_each_state_and_a_report(done: Pat
 def test_what_was_saved_is_the_best_average(done: Path) -> None:
     import safetensors.torch
 
-    training = storage.load_artifact(str(done / "training"))
+    training = core_artifacts.load_artifact(str(done / "training"))
     assert training is not None
     average = safetensors.torch.load_file(done / "training" / checkpoints.average_name(training.totals["best"]))
     saved = safetensors.torch.load_file(done / "best" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -143,7 +147,7 @@ def test_the_result_goes_through_generate_and_evaluate_as_it_is(done: Path, buil
     measured = tmp_path / "measured"
     found = [f"--real={built}", "--samples", str(output), f"--output={measured}", "--no-tracking.enabled"]
     assert errors.exit_code(lambda: evaluate.main(found)) == 0
-    artifact = storage.load_artifact(str(measured / "metrics"))
+    artifact = core_artifacts.load_artifact(str(measured / "metrics"))
     assert artifact is not None and artifact.totals["index"]["samples"]["frechet_distance"] > 0
 
 
@@ -159,7 +163,7 @@ def test_early_stop_ends_after_its_patience(built: Path, ddpm: str, tmp_path: Pa
     more += ["--evaluation.patience=2", "--evaluation.metric=precision"]
     output = tmp_path / "out"
     assert finetuned(*arguments(built, ddpm, output, *more)) == 0
-    artifact = storage.load_artifact(str(output / "training"))
+    artifact = core_artifacts.load_artifact(str(output / "training"))
     assert artifact is not None and artifact.totals["stopped_early"]
     assert artifact.totals["steps"] == artifact.totals["best"] + 2 < STEPS
 
@@ -178,7 +182,7 @@ def test_merging_is_reported_with_what_it_gained(built: Path, ddpm: str, tmp_pat
     output = tmp_path / "out"
     more = ["--merge=best-of", "--merge_candidates=12", "--steps=4", "--evaluation.every=2", "--evaluation.n=16"]
     assert finetuned(*arguments(built, ddpm, output, *more)) == 0
-    merged, best = (storage.load_artifact(str(output / stage)) for stage in ("merging", "best"))
+    merged, best = (core_artifacts.load_artifact(str(output / stage)) for stage in ("merging", "best"))
     assert merged is not None and best is not None
     assert best.totals["merged"] == merged.totals["beats"]
     assert sum(merged.totals["coefficients"]) == pytest.approx(1)
@@ -242,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
     assert "(seed 5)" in error and "the last good checkpoint is that of step 0" in error
     assert error.count("failed: training: ") == 1 and "pd_core/finetuning" not in error, error
     assert (tmp_path / "out" / "training" / "state-00000000.pt").exists()
-    assert not (tmp_path / "out" / "training" / storage.ARTIFACT).exists()
+    assert not (tmp_path / "out" / "training" / files.ARTIFACT).exists()
 
 
 # ---- kills -------------------------------------------------------------------------------------------------------------
@@ -328,7 +332,7 @@ def test_a_part_that_was_cut_short_after_its_commit_is_made_again(
     assert finetuned(*arguments(built, ddpm, output)) == 0
     assert results(output) == results(done)
     assert [step for step, file in averages.items() if file.stat().st_mtime_ns != before[step]] == again
-    records = [storage.load_artifact(str(folder / "training")) for folder in (output, done)]
+    records = [core_artifacts.load_artifact(str(folder / "training")) for folder in (output, done)]
     found, expected = ({part.name for part in record.parts} for record in records if record is not None)
     assert found == expected
 
@@ -338,7 +342,7 @@ def test_to_a_bucket(built: Path, ddpm: str, done: Path, s3_environment: Any, ra
     output = f"s3://{s3_environment.make_bucket()}/out"
     assert finetuned(*arguments(built, ddpm, output)) == 0
     for name, data in results(done).items():
-        assert storage.read_bytes(storage.join(output, name)) == data, name
+        assert files.read_bytes(files.join(output, name)) == data, name
 
 
 # ---- GANs --------------------------------------------------------------------------------------------------------------
@@ -373,7 +377,7 @@ def test_a_gan_goes_through_the_workflow_and_generates(built: Path, tmp_path: Pa
     import safetensors.torch
     import torch
 
-    trained = storage.load_artifact(str(tmp_path / "out" / "training"))
+    trained = core_artifacts.load_artifact(str(tmp_path / "out" / "training"))
     assert trained is not None
     beside = tmp_path / "out" / "training" / checkpoints.companions_name(trained.totals["best"])
     companions = safetensors.torch.load_file(beside)

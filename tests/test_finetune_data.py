@@ -19,9 +19,13 @@ import ray.data
 import scipy.stats
 from PIL import Image
 
-from pd_core import acceptance, cluster, density, ids, listing, realset, running, sources, storage, tracking
-from pd_core.config import DataSettings, FinetuneSettings, WeightingSettings
-from pd_core.errors import RunError, UserError
+from pd_core import acceptance, cluster, density, listing, realset, running, sources, tracking
+from pd_core.core import artifacts, seeds
+from pd_core.core import files as core_files
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.core.settings.generate import WeightingSettings
 from pd_core.finetuning import Share, draws, stream, weights
 from pd_core.finetuning.draws import Draws
 from tests import tiny
@@ -91,9 +95,9 @@ def test_draws_are_those_of_systematic_resampling_computed_flat_and_exactly(name
             math.floor(e - slack) <= c <= math.ceil(e + slack) for e, c in zip(expected, counts.tolist(), strict=True)
         )
 
-        offset = Fraction(float(ids.uniform(np.array([epoch]), ids.stream(seed, "finetune/offset"))[0]))
+        offset = Fraction(float(seeds.uniform(np.array([epoch]), seeds.stream(seed, "finetune/offset"))[0]))
         firsts = np.cumsum([0] + [len(p) for p in parts])
-        order = draws.permutation(len(parts), ids.stream(seed, f"finetune/parts/{epoch}"))
+        order = draws.permutation(len(parts), seeds.stream(seed, f"finetune/parts/{epoch}"))
         line = [i for part in order for i in range(firsts[part], firsts[part + 1])]
         brute, end, j = np.zeros(size, int), Fraction(0), 0
         near = False
@@ -133,7 +137,7 @@ def test_pooled_counts_over_epochs_follow_the_weights():
     )  # the counts of an epoch sum to E: 299 free, and they are not independent: only a bound above
     assert chi_square < scipy.stats.chi2.isf(1e-3, 300) * 2
     # one draw taken from each epoch, at a place of its own: independent draws from the weights
-    positions = np.arange(4000) * 300 + ids.integers(np.arange(4000), 9) % 300
+    positions = np.arange(4000) * 300 + seeds.integers(np.arange(4000), 9) % 300
     single = np.array([located(found, parts, np.array([p]))[0] for p in positions])
     ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable") // 30
     observed, chances = np.bincount(ranks[single], minlength=10), np.bincount(ranks, values / values.sum())
@@ -214,7 +218,9 @@ def weigh(real, output, now, *, data=None, weighting=None, mapping=None, size=(1
 
 
 def table_of(work, artifact):
-    return pa.concat_tables([storage.read_table(storage.join(work.stage.uri, part.name)) for part in artifact.parts])
+    return pa.concat_tables(
+        [core_files.read_table(core_files.join(work.stage.uri, part.name)) for part in artifact.parts]
+    )
 
 
 def densities_of(built):
@@ -239,9 +245,9 @@ def test_weights_are_those_of_every_density(built, real, ray_cluster, tmp_path):
     weight = np.where(known["density"].to_numpy() > tau, 33.0, 1.0)
     np.testing.assert_array_equal(found["weight"].to_numpy(), weight)
     listed = [pq.read_table(path) for path in sorted(built.glob("listing/*.parquet"))]
-    assert [part.name for part in artifact.parts] == [storage.part_name(i) for i in range(len(listed))]
+    assert [part.name for part in artifact.parts] == [artifacts.part_name(i) for i in range(len(listed))]
     for part, rows in zip(artifact.parts, listed, strict=True):
-        here = storage.read_table(storage.join(work.stage.uri, part.name))
+        here = core_files.read_table(core_files.join(work.stage.uri, part.name))
         assert rows.take(here["row"])["key"].equals(here["key"])
     totals = artifact.totals
     assert (totals["listed"], totals["rows"], totals["without_density"], totals["zero"], totals["absent"]) == (
@@ -265,12 +271,12 @@ def test_weights_of_a_run_that_broke_off_are_completed_and_the_same(real, ray_cl
     work, artifact = weigh(real, tmp_path / "whole", ray_cluster, weighting=weighting)
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     folder = tmp_path / "part" / "weights"
-    (folder / storage.ARTIFACT).unlink()
-    (folder / storage.part_name(1)).unlink()
-    kept = (folder / storage.part_name(2)).stat().st_mtime_ns
+    (folder / core_files.ARTIFACT).unlink()
+    (folder / artifacts.part_name(1)).unlink()
+    kept = (folder / artifacts.part_name(2)).stat().st_mtime_ns
     _, again = weigh(real, tmp_path / "part", ray_cluster, weighting=weighting)
     assert again.parts == artifact.parts and again.totals == artifact.totals
-    assert (folder / storage.part_name(2)).stat().st_mtime_ns == kept
+    assert (folder / artifacts.part_name(2)).stat().st_mtime_ns == kept
     assert again.totals["zero"] == (table_of(work, artifact)["weight"].to_numpy() == 0).sum() == 50
     assert again.totals["share_above"] is None
 
@@ -342,7 +348,7 @@ def batches(drawable, first=0, steps=6, batch_size=12, rank=0, world=1, mirror=F
 
 
 def parts_of(drawable):
-    return [pq.read_table(f"{drawable.uri}/{storage.part_name(i)}") for i in range(len(drawable.rows))]
+    return [pq.read_table(f"{drawable.uri}/{artifacts.part_name(i)}") for i in range(len(drawable.rows))]
 
 
 def drawn_rows(drawable, positions):
@@ -500,15 +506,15 @@ def index_of(source, uri, part_rows):
     """As much of an index as the stage reads, of the images of a source: their densities are a hash of their ids."""
     listed, _ = cluster.get(listing.start(source, str(uri), part_rows, overwrite=False))
     for kind in ("features", "densities"):
-        stage = storage.Stage(f"{uri}/{kind}", kind, 1, {})
+        stage = artifacts.Stage(f"{uri}/{kind}", kind, 1, {})
         stage.begin(False)
         parts = []
         for number in range(listed.parts):
             found = listed.read(number)["sample_id"]
-            rho = pa.array(ids.uniform(found.to_numpy()) + 0.5)
+            rho = pa.array(seeds.uniform(found.to_numpy()) + 0.5)
             sides = pa.array(np.full(len(found), 16, np.int32))
             columns = {"sample_id": found, "density": rho, "width": sides, "height": sides}
-            parts.append(stage.write_table(storage.part_name(number), pa.table(columns)))
+            parts.append(stage.write_table(artifacts.part_name(number), pa.table(columns)))
         stage.commit(parts, {}, {})
     quantiles = density.density_quantiles(np.linspace(0.5, 1.5, 100))
     fingerprints = {"features": "f", "densities": "d"}

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pd_core.config import GeneratorSettings, TrainingSettings
-from pd_core.errors import RunError, UserError
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.finetune import TrainingSettings
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.finetuning import Batch, Share, averaging, diffusion, parallel
 from pd_core.generators import Conditions, open_generator
 from tests import tiny_generators

@@ -23,9 +23,12 @@ from torch.nn import functional as F
 
 from demo import gan as demo_gan
 from demo import train_gan
-from pd_core import estimator, features, ids
-from pd_core.config import FeatureSettings, GeneratorSettings, TrainingSettings
-from pd_core.errors import RunError, UserError
+from pd_core import estimator, features
+from pd_core.core import seeds as core_seeds
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.finetune import TrainingSettings
+from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.core.settings.index import FeatureSettings
 from pd_core.finetuning import Batch, Share, parallel
 from pd_core.finetuning.gan import VAIN, FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
 from pd_core.finetuning.parallel import average_gradients, sum_of
@@ -183,7 +186,9 @@ def test_steps_are_those_of_a_plain_loop(classes: int) -> None:
         labels = (torch.tensor([CLASSES[str(label)] for label in batch.label]),) if classes else ()
         z = {
             name: normal_latents(
-                seeds_of(batch.positions, np.zeros(8, np.int64), ids.stream(5, f"finetune/{name}-latent")).tolist(),
+                seeds_of(
+                    batch.positions, np.zeros(8, np.int64), core_seeds.stream(5, f"finetune/{name}-latent")
+                ).tolist(),
                 (4,),
             )
             for name in "dg"
@@ -310,12 +315,14 @@ def test_a_draws_image_is_its_first_accepted_candidate_whatever_is_made_together
     candidates = 0
     for row, position in enumerate(positions):
         for attempt in itertools.count():
-            stream = ids.stream(7, "finetune/g-latent")
+            stream = core_seeds.stream(7, "finetune/g-latent")
             seed = seeds_of(np.array([position]), np.array([attempt]), stream)
             latent = normal_latents(seed.tolist(), (1,))
             density = by_brightness(to_uint8(Uniform()(latent)))
             candidates += 1
-            if ids.uniform(seed, ids.stream(7, "finetune/g-accept"))[0] < (0.05 if density[0] > 0.3 else 1.0):
+            if core_seeds.uniform(seed, core_seeds.stream(7, "finetune/g-accept"))[0] < (
+                0.05 if density[0] > 0.3 else 1.0
+            ):
                 break
         assert torch.equal(together.latents[row], latent[0])
     assert together.tally.candidates == candidates > 2 * len(positions)  # so that further rounds were needed

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load, save
 
-from pd_core import metrics, schemas, storage
-from pd_core.errors import UserError
+from pd_core import metrics
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.errors import UserError
 from pd_core.features import ExtractorSpec
 from pd_core.finetuning import merging
 from pd_core.finetuning.judging import Plan
@@ -236,8 +237,8 @@ def reference():
     return metrics.prepare(features_at((0.0, 0.0), list(range(10**6, 10**6 + 200))), np.arange(200), device="cpu")
 
 
-def write_training(folder: Path, shifts=SHIFTS) -> storage.Artifact:
-    stage = storage.Stage(str(folder / "training"), "training", schemas.VERSIONS["training"], {"toy": 1})
+def write_training(folder: Path, shifts=SHIFTS) -> artifacts.Artifact:
+    stage = artifacts.Stage(str(folder / "training"), "training", schemas.VERSIONS["training"], {"toy": 1})
     stage.begin(False)
     numbers = np.arange(5)
     for step, shift in zip(STEPS, shifts, strict=True):
@@ -254,7 +255,7 @@ def write_training(folder: Path, shifts=SHIFTS) -> storage.Artifact:
     return stage.commit(stage.finished_parts().values(), {"best": 200, "metric": "frechet_distance"}, {})
 
 
-def job_of(folder: Path, trained: storage.Artifact, **changes):
+def job_of(folder: Path, trained: artifacts.Artifact, **changes):
     values: dict[str, Any] = {
         "metric": "frechet_distance",
         "candidates": CANDIDATES,
@@ -271,7 +272,7 @@ def job_of(folder: Path, trained: storage.Artifact, **changes):
 
 def merge(folder: Path, now, reference, actors=1, shifts=SHIFTS):
     folder.mkdir(exist_ok=True)
-    trained = storage.load_artifact(str(folder / "training")) or write_training(folder, shifts)
+    trained = artifacts.load_artifact(str(folder / "training")) or write_training(folder, shifts)
     job = job_of(folder, trained)
     return job, job.stage.complete(lambda: merging.run(job, now, reference, actors), False)
 
@@ -292,7 +293,7 @@ def test_the_combination_beats_the_best_single_step_and_says_so(merged, referenc
     alpha = np.array(totals["coefficients"])
     shift = alpha @ np.array(SHIFTS)
     assert np.abs(shift).max() < min(np.abs(one).max() for one in SHIFTS) / 3
-    weights = load(storage.read_bytes(storage.join(job.stage.uri, merging.MERGED)))
+    weights = load(files.read_bytes(files.join(job.stage.uri, merging.MERGED)))
     np.testing.assert_allclose(weights["shift"].numpy(), shift, atol=1e-6)  # float32 of numbers below 1
     assert weights["updates"].item() == 200  # a counter is the best step's
     assert totals["beats"] is True
@@ -309,22 +310,22 @@ def test_the_combination_beats_the_best_single_step_and_says_so(merged, referenc
 def test_every_candidate_is_in_the_table_and_the_best_of_them_is_taken(merged):
     job, artifact = merged
     assert [part.name for part in artifact.parts] == sorted([merging.MERGED, merging.CANDIDATES, merging.SAMPLES])
-    table = storage.read_table(storage.join(job.stage.uri, merging.CANDIDATES))
+    table = files.read_table(files.join(job.stage.uri, merging.CANDIDATES))
     assert table.schema == schemas.candidates()
     assert table["number"].to_pylist() == list(range(CANDIDATES))
     values = table["value"].to_pylist()
     assert artifact.totals["unmeasured"] == values.count(None)
     best = min(range(CANDIDATES), key=lambda i: np.inf if values[i] is None else values[i])
     assert table["coefficients"][best].as_py() == artifact.totals["coefficients"]
-    assert not [name for name in storage.sizes(job.stage.uri) if name.startswith("candidate-")]
+    assert not [name for name in files.sizes(job.stage.uri) if name.startswith("candidate-")]
 
 
 def test_images_of_the_combination_come_from_the_seeds_that_training_shows(merged):
     job, _ = merged
-    rows = storage.read_table(storage.join(job.stage.uri, merging.SAMPLES)).to_pylist()
+    rows = files.read_table(files.join(job.stage.uri, merging.SAMPLES)).to_pylist()
     assert [row["number"] for row in rows] == list(range(5))
     assert [row["seed"] for row in rows] == PLAN.seeds(np.arange(5))
-    weights = load(storage.read_bytes(storage.join(job.stage.uri, merging.MERGED)))
+    weights = load(files.read_bytes(files.join(job.stage.uri, merging.MERGED)))
     expected = Shifted(weights["shift"]).generate([row["seed"] for row in rows], None)
     for row, pixels in zip(rows, expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))), pixels.numpy())
@@ -350,7 +351,7 @@ def test_two_actors_and_a_crash_change_no_byte_and_repeat_no_candidate(merged, r
     with pytest.raises(RuntimeError, match="the power is gone"):
         merge(folder, ray_cluster, reference, actors=2)
     wait_for_the_end_of(int(process) for process in (folder / "processes").read_text().split())
-    kept = [name for name in storage.sizes(str(folder / "merging")) if name.startswith("candidate-")]
+    kept = [name for name in files.sizes(str(folder / "merging")) if name.startswith("candidate-")]
     assert 11 <= len(kept) <= 14  # both may count the calls at once, or be at work on one when the first breaks
     (folder / "stop").unlink()
     before = (folder / "calls").stat().st_size
@@ -366,8 +367,8 @@ def test_images_that_are_not_finite_cost_a_candidate_but_not_the_run(ray_cluster
     far = metrics.prepare(features_at((-0.5, -0.5), list(range(200))), np.arange(200), device="cpu")
     shifts = ((-0.45, -0.5), (-0.5, -0.45), (-0.48, -0.48), (0.1, 0.1))
     job, artifact = merge(tmp_path / "far", ray_cluster, far, shifts=shifts)
-    values = storage.read_table(storage.join(job.stage.uri, merging.CANDIDATES))["value"].to_pylist()
-    rows = storage.read_table(storage.join(job.stage.uri, merging.CANDIDATES))["coefficients"].to_pylist()
+    values = files.read_table(files.join(job.stage.uri, merging.CANDIDATES))["value"].to_pylist()
+    rows = files.read_table(files.join(job.stage.uri, merging.CANDIDATES))["coefficients"].to_pylist()
     outside = [float(np.array(row) @ np.array(shifts).sum(1)) < -1 for row in rows]
     assert [value is None for value in values] == outside
     assert any(outside)

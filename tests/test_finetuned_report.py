@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pd_core import config, finetuned_page, finetuned_report, images, report, running, schemas, storage
+from pd_core import finetuned_page, finetuned_report, images, report, running
 from pd_core.candidates import picture
-from pd_core.config import FinetuneSettings, GenerateSettings, GeneratorSettings, WeightingSettings
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.settings import finetune, load
+from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.evaluation_page import Number, interval
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import merging
@@ -282,7 +285,7 @@ def test_figures_bear_hostile_names(text):
 # --- gathered from stages that were really written ---------------------------------------------------------------------
 
 
-def write_samples(stage: storage.Stage, name: str, state: int, many: int = 4) -> None:
+def write_samples(stage: artifacts.Stage, name: str, state: int, many: int = 4) -> None:
     rows = {
         "number": np.arange(many),
         "seed": 7000 + np.arange(many),
@@ -293,8 +296,8 @@ def write_samples(stage: storage.Stage, name: str, state: int, many: int = 4) ->
     stage.write_table(name, pa.table(rows, schema=schemas.finetuned_samples()))
 
 
-def write_training(output: Path, best: int = 200) -> storage.Artifact:
-    stage = storage.Stage(str(output / "training"), "training", schemas.VERSIONS["training"], {"seed": 1})
+def write_training(output: Path, best: int = 200) -> artifacts.Artifact:
+    stage = artifacts.Stage(str(output / "training"), "training", schemas.VERSIONS["training"], {"seed": 1})
     stage.begin(False)
     rows = []
     for i, step in enumerate(STEPS):
@@ -316,8 +319,8 @@ def write_training(output: Path, best: int = 200) -> storage.Artifact:
     return stage.commit(stage.finished_parts().values(), totals, {"training": 61.0})
 
 
-def write_merging(output: Path) -> storage.Artifact:
-    stage = storage.Stage(str(output / "merging"), "merging", schemas.VERSIONS["merging"], {"seed": 1})
+def write_merging(output: Path) -> artifacts.Artifact:
+    stage = artifacts.Stage(str(output / "merging"), "merging", schemas.VERSIONS["merging"], {"seed": 1})
     stage.begin(False)
     write_samples(stage, merging.SAMPLES, 9)
     one = combination()
@@ -371,7 +374,7 @@ def test_what_is_gathered_is_what_was_written(tmp_path):
     assert (data.effective_size, data.n_images, data.best, data.asked) == (412.4, 1797, 200, 500)
     facts = dict(data.facts["Weights of the real images"])
     assert facts["share above"] == "0.8919" and facts["by label.cat"] == "0.25"
-    assert data.settings_yaml and config.FinetuneSettings.model_fields.keys() >= {"weighting"}
+    assert data.settings_yaml and finetune.FinetuneSettings.model_fields.keys() >= {"weighting"}
 
 
 def test_the_stage_writes_the_page_and_its_figures(tmp_path, ray_cluster):
@@ -397,8 +400,8 @@ def test_states_that_do_not_exist_are_not_read(tmp_path, merge, best, states):
 
 def test_images_of_other_seeds_are_a_defect(tmp_path):
     inputs = inputs_of(tmp_path)
-    stage = storage.Stage(str(tmp_path / "training"), "training", schemas.VERSIONS["training"], {"seed": 1})
-    table = storage.read_table(str(tmp_path / "training" / "samples-00000200.parquet"))
+    stage = artifacts.Stage(str(tmp_path / "training"), "training", schemas.VERSIONS["training"], {"seed": 1})
+    table = files.read_table(str(tmp_path / "training" / "samples-00000200.parquet"))
     other = table.set_column(1, table.schema.field("seed"), pa.array(np.arange(4)))
     stage.write_table("samples-00000200.parquet", other)
     with pytest.raises(AssertionError):
@@ -418,7 +421,7 @@ def test_the_command_of_the_page_opens_the_result(tmp_path, generator):
     inputs = inputs_of(tmp_path / "my runs", merge=False, generator=GeneratorSettings(**generator), checkpoint="w.pt")
     words = shlex.split(finetuned_report.command(inputs))
     assert words[:2] == ["pd-core", "generate"]
-    settings = config.load(GenerateSettings, words[2:], prog="generate.py")
+    settings = load.load(GenerateSettings, words[2:], prog="generate.py")
     assert settings.generator == inputs.result
     assert (settings.index, settings.checkpoint, settings.weighting.kind) == ("runs/cats", "w.pt", "none")
     assert settings.output == f"{inputs.settings.output}-samples"

@@ -19,19 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import (
-    chunking,
-    cluster,
-    errors,
-    exporting,
-    ids,
-    realset,
-    sampling,
-    schemas,
-    storage,
-    verification,
-)
-from pd_core.config import GeneratorSettings
+from pd_core import chunking, cluster, exporting, realset, sampling, verification
+from pd_core.core import artifacts, errors, schemas, seeds
+from pd_core.core import files as core_files
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.generators import normal_latents
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_pipeline import is_ours, kill_once
@@ -91,7 +82,7 @@ def test_the_first_n_accepted_in_candidate_order_and_nothing_else(undisturbed):
     assert (np.diff(numbers) > 0).all()
     everyone = np.sort(np.concatenate([numbers, rejected["sample_id"].to_numpy()]))
     np.testing.assert_array_equal(everyone, np.arange(numbers[-1] + 1))
-    u = lambda table: ids.uniform(table["sample_id"].to_numpy(), ids.stream(0, "acceptance"))  # noqa: E731
+    u = lambda table: seeds.uniform(table["sample_id"].to_numpy(), seeds.stream(0, "acceptance"))  # noqa: E731
     assert (u(accepted) < accepted["acceptance_probability"].to_numpy()).all()
     assert (u(rejected) >= rejected["acceptance_probability"].to_numpy()).all()
     totals = json.loads((undisturbed / "samples" / "artifact.json").read_text())["totals"]
@@ -256,7 +247,7 @@ def test_the_same_command_again_does_nothing(undisturbed, index):
 
 
 def seed_of(number: int) -> int:
-    return int(ids.integers(np.array([number]), ids.stream(0, "image"))[0])
+    return int(seeds.integers(np.array([number]), seeds.stream(0, "image"))[0])
 
 
 @pytest.mark.slow
@@ -294,7 +285,7 @@ def test_a_generator_that_always_fails_ends_the_run(index, tmp_path, capsys):
 
 def hand_made_job(tmp_path, accepted, rejected, n):
     """One part of samples and of rejected candidates with these numbers, made as `_write_part` makes them."""
-    stages = [storage.Stage(str(tmp_path / kind), kind, 1, {}) for kind in ("samples", "rejected")]
+    stages = [artifacts.Stage(str(tmp_path / kind), kind, 1, {}) for kind in ("samples", "rejected")]
     for stage, schema, numbers in zip(
         stages, (schemas.samples(), schemas.rejected()), (accepted, rejected), strict=True
     ):
@@ -306,7 +297,7 @@ def hand_made_job(tmp_path, accepted, rejected, n):
         ]
         stage.begin(overwrite=False)
         nullable = pa.schema([f.with_nullable(True) for f in schema])
-        stage.write_table(storage.part_name(0), pa.table(columns, schema=nullable), {"candidates": 10, "copies": 0})
+        stage.write_table(artifacts.part_name(0), pa.table(columns, schema=nullable), {"candidates": 10, "copies": 0})
     recipe: Any = SimpleNamespace(chunk=10, drop_copies=True)
     return sampling.Job(recipe, stages[0], stages[1], 1, n)
 
@@ -318,7 +309,7 @@ def hand_made_job(tmp_path, accepted, rejected, n):
 def test_rejected_candidates_end_with_the_last_row_even_after_a_kill(tmp_path, monkeypatch, accepted, n):
     rejected = sorted(set(range(10)) - set(accepted))
     job = hand_made_job(tmp_path, accepted, rejected, n)
-    write = storage.Stage.write_table
+    write = artifacts.Stage.write_table
     for killed in ("rejected", "samples"):  # the process dies as it would write this table
 
         def dies(stage, *arguments, killed=killed):
@@ -326,10 +317,10 @@ def test_rejected_candidates_end_with_the_last_row_even_after_a_kill(tmp_path, m
                 raise KeyboardInterrupt
             return write(stage, *arguments)
 
-        monkeypatch.setattr(storage.Stage, "write_table", dies)
+        monkeypatch.setattr(artifacts.Stage, "write_table", dies)
         with contextlib.suppress(KeyboardInterrupt):
             sampling._trim(job, 0)
-    monkeypatch.setattr(storage.Stage, "write_table", write)
+    monkeypatch.setattr(artifacts.Stage, "write_table", write)
     assert sampling._trim(job, 0) == {"candidates": 5}
     assert rows(tmp_path)["sample_id"].to_pylist() == accepted[:n]
     assert rows(tmp_path, "rejected")["sample_id"].to_pylist() == [0, 2, 3]
@@ -489,9 +480,9 @@ def test_a_budget_that_cannot_suffice_is_refused_before_the_run(index, tmp_path,
 def test_hours_that_are_over_keep_what_is_made_and_go_on_later(undisturbed, index, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(undisturbed, output)
-    (output / "samples" / storage.ARTIFACT).unlink()
+    (output / "samples" / core_files.ARTIFACT).unlink()
     last = sorted((output / "samples").glob("part-*.parquet"))[-1]
-    for file in (last, output / "samples" / storage.RECORDS / f"{last.name}.json"):
+    for file in (last, output / "samples" / core_files.RECORDS / f"{last.name}.json"):
         file.unlink()
     before = {f: f.stat().st_mtime_ns for f in (output / "samples").glob("part-*.parquet")}
     assert len(before) > 3
@@ -594,7 +585,7 @@ def test_a_mistyped_name_does_not_cost_the_start_of_ray(index, tmp_path, monkeyp
 
 def test_an_index_that_is_not_finished_is_refused(index, tmp_path, capsys):
     shutil.copytree(index, tmp_path / "index")
-    (tmp_path / "index" / "estimator" / storage.ARTIFACT).unlink()
+    (tmp_path / "index" / "estimator" / core_files.ARTIFACT).unlink()
     assert run(tmp_path / "index", tmp_path / "out") == 2
     assert "is not finished (estimator/" in capsys.readouterr().err
 

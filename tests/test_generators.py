@@ -19,9 +19,12 @@ import torch
 from pydantic import ValidationError
 from scipy import stats
 
-from pd_core import config, generators, storage
-from pd_core.config import GeneratorSettings
-from pd_core.errors import UserError
+from pd_core import generators
+from pd_core.core import files
+from pd_core.core.errors import UserError
+from pd_core.core.s3 import S3FileSystem
+from pd_core.core.settings import load as settings_load
+from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
 from pd_core.generators import (
     Conditions,
     Generator,
@@ -38,7 +41,6 @@ from pd_core.generators import (
 from pd_core.generators.denoising import DeterministicDiffusion, Network
 from pd_core.generators.diffusers import CalledPipeline
 from pd_core.generators.python import split
-from pd_core.s3 import S3FileSystem
 from tests import tiny_generators as tiny
 from tests.nvidia import StandIn
 
@@ -627,9 +629,9 @@ def test_names_in_a_store_do_not_lead_out_of_the_copy(tmp_path, monkeypatch):
 
     store = fsspec.filesystem("memory")
     store.put(tiny.save_ddim(tmp_path / "p"), "/bucket/p", recursive=True)
-    local = storage.filesystem
+    local = files.filesystem
     there = lambda uri: (store, uri.removeprefix("s3:/")) if uri.startswith("s3://") else local(uri)  # noqa: E731
-    monkeypatch.setattr(storage, "filesystem", there)
+    monkeypatch.setattr(files, "filesystem", there)
     opened("s3://bucket/p", steps=2)
     store.pipe_file("/bucket/p/../../evil", b"x")
     refused("holds names that lead out of it", "s3://bucket/p")
@@ -691,7 +693,7 @@ def test_permission_to_load_pickles_is_heard(tmp_path, monkeypatch, argv, yaml, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     start = ["--config", str(tmp_path / "s.yaml"), "--generator.path", "x"]
-    load = partial(config.load, config.GenerateSettings, prog="generate.py")
+    load = partial(settings_load.load, GenerateSettings, prog="generate.py")
     assert load([*start, *argv]).generator.allow_pickle
     assert not load([*start, "--no-generator.allow-pickle"]).generator.allow_pickle
     assert not load(["--generator.path", "x", "--generator.steps", "3"]).generator.allow_pickle or environment
@@ -989,7 +991,9 @@ def test_defects_of_the_users_code_are_one_line_with_its_place(tmp_path, monkeyp
 
 def test_what_the_users_code_says_itself_stays_as_it_is(tmp_path):
     file = tmp_path / "polite.py"
-    file.write_text("from pd_core.errors import UserError\ndef make(): raise UserError('weights: none; get some')\n")
+    file.write_text(
+        "from pd_core.core.errors import UserError\ndef make(): raise UserError('weights: none; get some')\n"
+    )
     with pytest.raises(UserError, match=r"^weights: none; get some$"):
         opened(f"{file}:make", kind="python")
 

@@ -16,8 +16,12 @@ import pytest
 from PIL import Image
 
 from demo.make_digits import TIMM_MODEL, write_checkpoint, write_digits
-from pd_core import cluster, config, errors, images, schemas
-from pd_core.errors import RunError, UserError
+from pd_core import cluster, images
+from pd_core.core import errors, schemas
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings import load
+from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.core.settings.load import WORKFLOWS, setting_names
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -170,7 +174,7 @@ def _lint_imports(folder: Path, **sources: str) -> subprocess.CompletedProcess[s
 def test_imports_up_the_list_are_allowed(tmp_path: Path) -> None:
     result = _lint_imports(
         tmp_path,
-        storage="from pd_core.errors import x",
+        storage="from pd_core.core.errors import x",
         index="import faiss\nfrom pd_core import features, storage",
         knn="import faiss\nfrom pd_core.index import x",
         report="from pd_core import schemas, storage",
@@ -243,7 +247,7 @@ def test_the_name_of_a_bar_is_only_printed(capsys: pytest.CaptureFixture[str]) -
 
 def test_what_a_setting_is_told_is_only_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        config.load(config.BuildIndexSettings, [f"--{STRANGE}", "x"], prog="build_index.py")
+        load.load(BuildIndexSettings, [f"--{STRANGE}", "x"], prog="build_index.py")
     assert capsys.readouterr().err.removesuffix("\n").isprintable()
 
 
@@ -319,7 +323,7 @@ def test_what_a_paper_says_is_in_the_code_is_there(paper: str) -> None:
 
 @pytest.mark.parametrize("paper", TOLD)
 def test_every_setting_that_a_paper_names_is_one(paper: str) -> None:
-    known = {name for workflow in config.WORKFLOWS for name in config.setting_names(workflow)}
+    known = {name for workflow in WORKFLOWS for name in setting_names(workflow)}
     known |= {name.replace("-", "_") for name in known}  # those with a hyphen may be written so, not the reverse
     told = set(re.findall(r"--(?:no-)?([a-z]+\.[a-z][\w-]*)", (ROOT / paper).read_text()))
     assert told

@@ -25,11 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import exporting, features, listing, realset, schemas, sources, spaces, storage, tables, updating
-from pd_core.config import DataSettings
-from pd_core.errors import RunError, UserError
+from pd_core import exporting, features, listing, realset, sources, spaces, updating
+from pd_core.core import artifacts, files, schemas, tables
+from pd_core.core.artifacts import Stage
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.data import DataSettings
 from pd_core.images import BadImage
-from pd_core.storage import Stage
 from tests import tiny
 
 PICKLED = {"ARROW:extension:name": "ray.data.arrow_pickled_object", "ARROW:extension:metadata": ""}
@@ -146,7 +147,7 @@ def test_a_strangers_index_runs_nothing_where_its_tables_are_read(built, tmp_pat
         lambda table: with_columns(table, {name: pickled(marker, table.num_rows) for name in ("key", "label")}, field),
     )
     real = realset.open_realset(str(index))  # its record is whole
-    artifact = storage.load_artifact(str(index / "features"))
+    artifact = artifacts.load_artifact(str(index / "features"))
     assert artifact is not None and real.rows == artifact.rows
     with pytest.raises(
         UserError, match=r"features/part-00000000\.parquet: the column '(key|label)' is of the extension type"
@@ -170,7 +171,7 @@ def test_columns_of_ours_have_the_types_of_ours(built, tmp_path, column, values)
     shutil.copytree(built / "features", index)
     change_tables(index, lambda table: with_columns(table, {column: values(table.num_rows)}))
     with pytest.raises(UserError, match=rf"part-00000000\.parquet: the column '{column}' is .*, expected "):
-        storage.read_table(str(index / "part-00000000.parquet"))
+        files.read_table(str(index / "part-00000000.parquet"))
 
 
 def with_columns(table: pa.Table, columns: dict[str, pa.Array], to_field: Any = None) -> pa.Table:
@@ -422,7 +423,7 @@ def test_records_of_parts_delete_nothing_outside(tmp_path, overwrite):
     record = tmp_path / "out" / "features" / "_parts" / "..%2F..%2Fhome%2Fid_rsa.json"
     part = {"name": "../../home/id_rsa", "rows": 0, "bytes": 3, "sha256": "0" * 64, "counts": {}}
     record.write_text(json.dumps({"stage": stage.fingerprint, "part": part}))
-    for action in (stage.begin, lambda _: stage.finished_parts(), lambda _: storage.remove(stage.uri)):
+    for action in (stage.begin, lambda _: stage.finished_parts(), lambda _: artifacts.remove(stage.uri)):
         with pytest.raises(UserError):
             action(overwrite)
     assert precious.read_bytes() == b"key"
@@ -443,7 +444,7 @@ def test_exported_images_lie_in_the_export(tmp_path, ray_cluster):
     zeros = {"int64": 0, "double": 0.0, "float": 0.0, "bool": False, "string": "x"}
     row = {f.name: zeros.get(str(f.type)) for f in schemas.samples()}
     row["image"] = {"bytes": tiny.png(1), "path": "../../../escaped.png"}
-    part = samples.write_table(storage.part_name(0), pa.Table.from_pylist([row], schemas.samples()))
+    part = samples.write_table(artifacts.part_name(0), pa.Table.from_pylist([row], schemas.samples()))
     committed = samples.commit([part], {}, {})
     for form in ("png", "webdataset"):
         stage = exporting.stage_of(str(tmp_path / "out"), samples, form)
@@ -453,7 +454,7 @@ def test_exported_images_lie_in_the_export(tmp_path, ray_cluster):
     assert not list(tmp_path.rglob("escaped.png"))
 
 
-def export(stage: Stage, uri: str, committed: storage.Artifact, form: str) -> None:
+def export(stage: Stage, uri: str, committed: artifacts.Artifact, form: str) -> None:
     from pd_core import running
 
     with running.failures("export", stage.uri):
@@ -473,7 +474,7 @@ def test_a_stage_that_is_a_link_is_not_written_into(tmp_path):
         with pytest.raises(UserError, match=r"is a link to .*elsewhere"):
             stage.begin(overwrite)
     with pytest.raises(UserError, match=r"features is a link to .*, outside of it"):
-        storage.refuse_links(str(tmp_path / "out"))
+        files.refuse_links(str(tmp_path / "out"))
     assert os.listdir(tmp_path / "elsewhere") == ["part-00000000.parquet"]
 
 
@@ -482,7 +483,7 @@ def test_the_output_itself_may_be_a_link_since_the_user_names_it(tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "other").mkdir()
     (tmp_path / "disk" / "same").symlink_to(tmp_path / "disk" / "other")  # stays inside
-    storage.refuse_links(str(tmp_path / "runs"))
+    files.refuse_links(str(tmp_path / "runs"))
     stage = Stage(str(tmp_path / "runs" / "features"), "features", 1, {"k": 3})
     stage.begin(overwrite=False)
     stage.write_part("best/unet/x.bin", b"x", 0)
@@ -519,7 +520,7 @@ def test_a_part_that_is_a_link_is_not_taken_over(tmp_path):
     (tmp_path / "base" / "part-0.bin").symlink_to(tmp_path / "secret")
     stage = Stage(str(tmp_path / "out"), "features", 1, {"k": 3})
     stage.begin(overwrite=False)
-    part = storage.Part("part-0.bin", 0, 5, hashlib.sha256(b"token").hexdigest())
+    part = artifacts.Part("part-0.bin", 0, 5, hashlib.sha256(b"token").hexdigest())
     with pytest.raises(RunError, match="is a link or no regular file"):
         stage.adopt(str(tmp_path / "base"), part)
     assert not (tmp_path / "out" / "part-0.bin").exists()
@@ -527,21 +528,21 @@ def test_a_part_that_is_a_link_is_not_taken_over(tmp_path):
 
 def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "artifact.json")
-    for read in (storage.load_artifact, lambda uri: storage.read_bytes(f"{uri}/artifact.json")):
+    for read in (artifacts.load_artifact, lambda uri: files.read_bytes(f"{uri}/artifact.json")):
         with pytest.raises(UserError, match="is no regular file"):
             read(str(tmp_path))
     with pytest.raises(UserError, match="is no regular file"):
-        storage.read_bytes("/dev/zero")
+        files.read_bytes("/dev/zero")
     (tmp_path / "large").write_bytes(b"12345")
     with pytest.raises(UserError, match="has 5 bytes, more than the 4"):
-        storage.read_file(str(tmp_path / "large"), "large", 4)
+        files.read_file(str(tmp_path / "large"), "large", 4)
 
 
 @pytest.mark.parametrize(
     "uri", ["http://127.0.0.1:9/x", "simplecache::http://127.0.0.1:9/x", "memory://x", "ftp://h/x"]
 )
 def test_only_local_paths_and_s3_are_used(uri):
-    for read in (storage.read_bytes, storage.read_table, storage.load_artifact, storage.exists):
+    for read in (files.read_bytes, files.read_table, artifacts.load_artifact, files.exists):
         with pytest.raises(UserError, match="only local paths and s3:// are used"):
             read(uri)
 
@@ -658,7 +659,7 @@ def test_the_type_of_metadata_in_a_record_is_held_to_plain_types(built, tmp_path
         text = base64.b64encode(pa.schema([pa.field("metadata", metadata)]).serialize()).decode() if metadata else "%%"
         record["totals"]["metadata"] = text
         (index / "artifact.json").write_text(json.dumps(record))
-        artifact = storage.load_artifact(str(index))
+        artifact = artifacts.load_artifact(str(index))
         assert artifact is not None
         with pytest.raises(UserError, match=line):
             listing.read_artifact(str(index), artifact)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pd_core import images
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 from pd_core.images import BadImage, DecodeLimits, Preprocess, Reason, decode, prepare, resize
 
 LIMITS = DecodeLimits(max_bytes=2**22, max_pixels=2**20, background=(200, 100, 50), max_cpu_s=60)

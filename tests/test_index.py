@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_core import index as ix
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["flat", "ivf_flat", "ivf_sq8", "ivf_pq"]

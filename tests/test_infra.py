@@ -30,7 +30,12 @@ from compose_spec import PyCompose
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pd_core import config, errors, releasing, storage
+from pd_core import releasing
+from pd_core.core import artifacts, errors
+from pd_core.core.settings import load as settings_load
+from pd_core.core.settings.base import WorkflowSettings
+from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.core.settings.load import WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[1]
 INFRA = ROOT / "infra"
@@ -592,12 +597,12 @@ ENTRYPOINTS = list(entrypoints())
 SCHEDULED = ["sh", "/opt/pd_core/infra/container/scheduled.sh"]
 
 
-def settings_class(workflow: str) -> type[config.WorkflowSettings]:
+def settings_class(workflow: str) -> type[WorkflowSettings]:
     name = "".join(word.capitalize() for word in workflow.split("_")) + "Settings"
-    return next(one for one in config.WORKFLOWS if one.__name__ == name)
+    return next(one for one in WORKFLOWS if one.__name__ == name)
 
 
-def resolved(command: list[str], maps: Mapping[str, str]) -> tuple[str, config.WorkflowSettings]:
+def resolved(command: list[str], maps: Mapping[str, str]) -> tuple[str, WorkflowSettings]:
     """Workflow and settings of an entrypoint, parsed by the workflow's own parser; `maps`: where mounted files lie here."""
     if command[:2] == SCHEDULED:
         workflow = "curate"
@@ -606,7 +611,7 @@ def resolved(command: list[str], maps: Mapping[str, str]) -> tuple[str, config.W
         workflow = Path(command[1]).stem
     if not (ROOT / "workflows" / f"{workflow}.py").exists():
         pytest.skip(f"there is no workflows/{workflow}.py")
-    return workflow, config.load(settings_class(workflow), [maps.get(a, a) for a in command[2:]], prog=workflow)
+    return workflow, settings_load.load(settings_class(workflow), [maps.get(a, a) for a in command[2:]], prog=workflow)
 
 
 @pytest.fixture(scope="module")
@@ -689,10 +694,10 @@ def test_environment_variables_of_ours_are_settings(monkeypatch: pytest.MonkeyPa
     found = {name for path in FILES for name in re.findall(r"\bPD_CORE_[A-Z0-9_]+", path.read_text())}
     for name in found:
         monkeypatch.setenv(name, "1")
-    config.load(config.BuildIndexSettings, [], prog="test")  # refuses unknown ones
+    settings_load.load(BuildIndexSettings, [], prog="test")  # refuses unknown ones
     monkeypatch.setenv("PD_CORE_DENSITY__KK", "1")
     with pytest.raises(errors.UserError, match="PD_CORE_DENSITY__KK"):
-        config.load(config.BuildIndexSettings, [], prog="test")
+        settings_load.load(BuildIndexSettings, [], prog="test")
 
 
 # ---- bucket policies -----------------------------------------------------------------------------------------------------
@@ -808,10 +813,10 @@ def test_the_bucket_policy_gives_what_is_needed_and_no_more() -> None:
 def test_of_a_release_no_more_may_be_deleted_than_curate_deletes(tmp_path: Path) -> None:
     """A release as `releasing` lays it out is damaged and mended: what goes meanwhile may go, all else may not."""
     (output,) = {str(settings["output"]) for settings in scheduled_settings()}
-    release = storage.Stage(str(tmp_path / "releases" / "2026-11-29-0123456789ab"), "release", 1, {"sets": 1})
+    release = artifacts.Stage(str(tmp_path / "releases" / "2026-11-29-0123456789ab"), "release", 1, {"sets": 1})
     names = ("typical/part-00000000.parquet", releasing.METRICS, releasing.RECORD, releasing.CARD)
 
-    def make() -> tuple[list[storage.Part], dict[str, Any]]:
+    def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
         done = release.finished_parts()
         return [done.get(name) or release.write_part(name, name.encode(), 0) for name in names], {}
 

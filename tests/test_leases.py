@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from pd_core import leases, releasing, storage
-from pd_core.errors import RunError, UserError
+from pd_core import releasing
+from pd_core.core import files, locks
+from pd_core.core.errors import RunError, UserError
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -22,24 +23,24 @@ def folder(request, tmp_path):
 
 
 def test_a_second_run_is_told_who_holds_the_lock_and_takes_it_when_that_is_over(folder):
-    with leases.hold(folder, 60) as first:
+    with locks.hold(folder, 60) as first:
         with pytest.raises(UserError, match=r"process \d+ on .* since 20.*lease ends 20"):
-            leases.acquire(folder, 60)
+            locks.acquire(folder, 60)
         first.check()
-    with leases.hold(folder, 60) as second:
+    with locks.hold(folder, 60) as second:
         assert second.token == first.token + 1
 
 
 def test_numbers_go_on_where_the_folder_was_lost(folder):
-    assert leases.acquire(folder, 0.01, above=40).token == 41
+    assert locks.acquire(folder, 0.01, above=40).token == 41
     time.sleep(0.05)
-    assert leases.acquire(folder, 0.01, above=7).token == 42
+    assert locks.acquire(folder, 0.01, above=7).token == 42
 
 
 def test_of_many_that_try_at_once_one_gets_it(folder):
     def attempt(_: int) -> bool:
         try:
-            leases.acquire(folder, 60)
+            locks.acquire(folder, 60)
         except UserError:
             return False
         return True
@@ -49,20 +50,20 @@ def test_of_many_that_try_at_once_one_gets_it(folder):
 
 
 def test_a_lease_that_ran_out_is_taken_over_and_its_holder_stops(folder):
-    dead = leases.acquire(folder, 0.2)
+    dead = locks.acquire(folder, 0.2)
     time.sleep(0.3)
-    with leases.hold(folder, 60) as live:
+    with locks.hold(folder, 60) as live:
         assert live.token == dead.token + 1
         dead.renew()  # it wakes up
         with pytest.raises(RunError, match="taken over by process"):
             dead.check()
         dead.release()
         with pytest.raises(UserError, match="another run holds the lock"):  # not released by the one that lost it
-            leases.acquire(folder, 60)
+            locks.acquire(folder, 60)
 
 
 def test_a_lease_that_could_not_be_renewed_is_not_relied_on(folder):
-    lease = leases.acquire(folder, 2.0)
+    lease = locks.acquire(folder, 2.0)
     lease.check()
     time.sleep(2.1)
     with pytest.raises(RunError, match="could not be renewed in time"):
@@ -70,18 +71,18 @@ def test_a_lease_that_could_not_be_renewed_is_not_relied_on(folder):
 
 
 def test_a_held_lease_is_renewed(folder):
-    with leases.hold(folder, 1.5) as lease:
+    with locks.hold(folder, 1.5) as lease:
         time.sleep(2.5)
         lease.check()
         with pytest.raises(UserError, match="another run holds"):
-            leases.acquire(folder, 1.5)
+            locks.acquire(folder, 1.5)
 
 
 def _die_holding(folder: str) -> None:
     import os
     import signal
 
-    leases.acquire(folder, 1.0)
+    locks.acquire(folder, 1.0)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -93,7 +94,7 @@ def test_a_killed_holder_blocks_no_longer_than_its_lease(tmp_path):
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            assert leases.acquire(str(tmp_path), 1.0).token == 2
+            assert locks.acquire(str(tmp_path), 1.0).token == 2
             return
         except UserError:
             time.sleep(0.1)
@@ -101,24 +102,24 @@ def test_a_killed_holder_blocks_no_longer_than_its_lease(tmp_path):
 
 
 def test_files_of_earlier_holders_are_cleared(tmp_path):
-    for _ in range(leases.KEPT + 5):
-        with leases.hold(str(tmp_path), 60):
+    for _ in range(locks.KEPT + 5):
+        with locks.hold(str(tmp_path), 60):
             pass
-    assert len(storage.sizes(str(tmp_path))) == leases.KEPT
+    assert len(files.sizes(str(tmp_path))) == locks.KEPT
 
 
 def test_a_renewal_that_is_written_after_another_took_over_is_no_renewal(tmp_path, monkeypatch):
-    slow = leases.acquire(str(tmp_path), 2.0)
-    write = storage.write_bytes
+    slow = locks.acquire(str(tmp_path), 2.0)
+    write = files.write_bytes
 
     def after_a_pause(uri: str, data: bytes) -> None:
-        monkeypatch.setattr(storage, "write_bytes", write)
+        monkeypatch.setattr(files, "write_bytes", write)
         time.sleep(0.7)  # the lease ends meanwhile; the one that is being written would not have ended yet
-        leases.acquire(str(tmp_path), 60)
+        locks.acquire(str(tmp_path), 60)
         write(uri, data)
 
     time.sleep(1.5)
-    monkeypatch.setattr(storage, "write_bytes", after_a_pause)
+    monkeypatch.setattr(files, "write_bytes", after_a_pause)
     slow.renew()
     with pytest.raises(RunError, match="taken over by process"):
         slow.check()
@@ -133,8 +134,8 @@ def _heed_of_ctrl_c(request):
 
 @pytest.mark.usefixtures("_heed_of_ctrl_c")
 def test_a_run_that_loses_its_lock_is_interrupted_and_says_so(tmp_path):
-    with pytest.raises(RunError, match="taken over by process"), leases.hold(str(tmp_path), 0.6):  # noqa: PT012
-        storage.create(str(tmp_path / "00000002.json"), (tmp_path / "00000001.json").read_bytes())
+    with pytest.raises(RunError, match="taken over by process"), locks.hold(str(tmp_path), 0.6):  # noqa: PT012
+        files.create(str(tmp_path / "00000002.json"), (tmp_path / "00000001.json").read_bytes())
         threading.Event().wait(30)  # and nobody but the lock wakes it
 
 
@@ -142,21 +143,21 @@ def test_an_error_of_the_body_is_not_hidden_by_one_of_the_release(tmp_path, monk
     def gone(uri: str, data: bytes) -> None:
         raise PermissionError("ExpiredToken")
 
-    with pytest.raises(UserError, match="the credentials have expired"), leases.hold(str(tmp_path), 60):  # noqa: PT012
-        monkeypatch.setattr(storage, "write_bytes", gone)
+    with pytest.raises(UserError, match="the credentials have expired"), locks.hold(str(tmp_path), 60):  # noqa: PT012
+        monkeypatch.setattr(files, "write_bytes", gone)
         raise UserError("the credentials have expired")
     assert "the lock could not be given back (ExpiredToken)" in capsys.readouterr().err
 
 
 def test_a_holder_whose_answer_was_lost_has_the_lock(tmp_path, monkeypatch):
-    create = storage.create
+    create = files.create
 
     def lost(uri: str, data: bytes) -> bool:
         create(uri, data)
         return False  # what the client says when it asks again
 
-    monkeypatch.setattr(storage, "create", lost)
-    assert leases.acquire(str(tmp_path), 60).token == 1
+    monkeypatch.setattr(files, "create", lost)
+    assert locks.acquire(str(tmp_path), 60).token == 1
 
 
 # ---- locks that no run has written -----------------------------------------------------------------------------------
@@ -197,10 +198,10 @@ NO_LOCKS = {
 def test_a_file_that_no_run_has_written_is_named_with_what_to_do(tmp_path, content):
     (tmp_path / "00000007.json").write_bytes(NO_LOCKS[content])
     with pytest.raises(UserError, match=r"/00000007\.json: .*delete that file, then run again") as caught:
-        leases.acquire(str(tmp_path), 60)
+        locks.acquire(str(tmp_path), 60)
     assert "\n" not in str(caught.value)
     (tmp_path / "00000007.json").unlink()
-    assert leases.acquire(str(tmp_path), 60).token == 1
+    assert locks.acquire(str(tmp_path), 60).token == 1
 
 
 @pytest.mark.timeout(20)
@@ -208,7 +209,7 @@ def test_a_file_that_no_run_has_written_is_named_with_what_to_do(tmp_path, conte
 def test_a_number_that_no_run_has_is_refused(tmp_path, name):
     (tmp_path / f"{name}.json").write_text(json.dumps(HOLDER))
     with pytest.raises(UserError, match=r"the number of no run; .*delete that file"):
-        leases.acquire(str(tmp_path), 60)
+        locks.acquire(str(tmp_path), 60)
 
 
 @pytest.mark.timeout(20)
@@ -217,7 +218,7 @@ def test_what_is_no_file_is_told_and_not_opened(tmp_path, kind):
     place = tmp_path / "00000001.json"
     {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink("/dev/zero", path)}[kind](place)
     with pytest.raises(UserError, match=r"/00000001\.json: is in the way of the lock.*delete that file"):
-        leases.acquire(str(tmp_path), 60)
+        locks.acquire(str(tmp_path), 60)
 
 
 def test_a_lease_that_ends_in_the_year_4821_is_told_as_such(tmp_path):
@@ -226,7 +227,7 @@ def test_a_lease_that_ends_in_the_year_4821_is_told_as_such(tmp_path):
     with pytest.raises(
         UserError, match=r"00000003\.json: a lock of process 1 on .* ends 4821-.*delete that file"
     ) as caught:
-        leases.acquire(str(tmp_path), 60)
+        locks.acquire(str(tmp_path), 60)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1000
 
@@ -234,13 +235,13 @@ def test_a_lease_that_ends_in_the_year_4821_is_told_as_such(tmp_path):
 def test_a_lock_that_is_over_is_taken_whatever_its_times(tmp_path):
     (tmp_path / "00000003.json").write_text(json.dumps({**HOLDER, "expires": YEAR_4821, "done": True}))
     (tmp_path / "00000004.json").write_text(json.dumps({**HOLDER, "since": 0, "expires": 0}))
-    assert leases.acquire(str(tmp_path), 60).token == 5
+    assert locks.acquire(str(tmp_path), 60).token == 5
 
 
 def test_a_run_whose_lock_is_spoilt_says_why_it_stops(tmp_path):
     with (  # noqa: PT012
         pytest.raises(RunError, match=r"could not be renewed in time \(.*00000002\.json: no lock of pd_core"),
-        leases.hold(str(tmp_path), 1.2),
+        locks.hold(str(tmp_path), 1.2),
     ):
         (tmp_path / "00000002.json").write_text("{")
         threading.Event().wait(30)

@@ -15,7 +15,7 @@ from torch_fidelity import metric_fid, metric_prc
 
 from pd_core import halfsamples, knn, manifold, metrics
 from pd_core import index as ix
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
 

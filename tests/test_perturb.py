@@ -14,8 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pd_core import cluster, errors, generators, ids, perturb_workflow, perturbing, realset, schemas, storage
-from pd_core.config import GeneratorSettings
+from pd_core import cluster, generators, perturb_workflow, perturbing, realset
+from pd_core.core import errors, schemas
+from pd_core.core import files as core_files
+from pd_core.core import seeds as core_seeds
+from pd_core.core.settings.generate import GeneratorSettings
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_generate import timm_features
 from tests.test_pipeline import kill_once
@@ -107,7 +110,10 @@ def test_each_of_the_first_n_candidates_has_a_row_for_each_direction(undisturbed
     assert table.schema.equals(schemas.perturbed())
     assert table["sample_id"].to_pylist() == [i for i in range(N) for _ in range(2)]
     assert table["direction"].to_pylist() == ["down", "up"] * N
-    assert table["seed"].to_pylist() == ids.integers(table["sample_id"].to_numpy(), ids.stream(0, "image")).tolist()
+    assert (
+        table["seed"].to_pylist()
+        == core_seeds.integers(table["sample_id"].to_numpy(), core_seeds.stream(0, "image")).tolist()
+    )
 
 
 def test_the_images_before_are_those_that_generate_makes_of_these_seeds(undisturbed, modules):
@@ -116,7 +122,7 @@ def test_the_images_before_are_those_that_generate_makes_of_these_seeds(undistur
     settings = GeneratorSettings(kind="torchscript", path=str(modules["smooth"]), latent_shape=(DIM,))
     generator = generators.open_generator(settings)
     for start in (0, CHUNK):
-        seeds = ids.integers(np.arange(start, start + CHUNK), ids.stream(0, "image")).tolist()
+        seeds = core_seeds.integers(np.arange(start, start + CHUNK), core_seeds.stream(0, "image")).tolist()
         expected = generator.generate(seeds, generators.Conditions()).numpy()
         for i in range(CHUNK):
             for row in (2 * (start + i), 2 * (start + i) + 1):
@@ -324,7 +330,7 @@ def test_a_generator_without_latents_is_refused_with_what_would_give_it_some(ind
 
 def test_an_index_without_a_predictor_is_refused_before_ray_starts(index, modules, tmp_path, capsys, monkeypatch):
     shutil.copytree(index, tmp_path / "index")
-    (tmp_path / "index" / "estimator" / storage.ARTIFACT).unlink()
+    (tmp_path / "index" / "estimator" / core_files.ARTIFACT).unlink()
     monkeypatch.setattr(cluster, "session", lambda *_: pytest.fail("Ray was started"))
     assert run(tmp_path / "index", tmp_path / "out", scripted(modules["smooth"])) == 2
     assert "is not finished (estimator/" in capsys.readouterr().err

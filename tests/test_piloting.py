@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pd_core import acceptance, chunking, config, piloting
+from pd_core import acceptance, chunking, piloting
 from pd_core.candidates import EVERYTHING, Candidates, probabilities
-from pd_core.config import GenerateSettings, GeneratorSettings, WeightingSettings
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
+from pd_core.core.settings import load
+from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
+from pd_core.core.settings.load import to_yaml
 
 QUANTILES = stats.expon.ppf(np.clip(np.linspace(0, 1, 1001), 0, 1 - 1e-5))  # of a real set with ρ ~ Exp(1)
 REAL: Any = SimpleNamespace(density_quantiles=QUANTILES)
@@ -226,7 +228,7 @@ def test_every_kind_gets_an_advice_that_is_accepted_and_no_milder_than_needed(we
     (text,) = re.findall(rf"--weighting.{name} (\S+), with which", error)
     value = [float(w) for w in text.strip("[]").split(",")] if name == "weights" else float(text)
     settings = settings_of(1000, most, {**given, name: value})
-    typed = config.load(
+    typed = load.load(
         GenerateSettings, [f"--weighting.kind={settings.weighting.kind}", f"--weighting.{name}={text}"], "test"
     )
     assert getattr(typed.weighting, name) == value
@@ -409,7 +411,7 @@ def test_polarity_wants_its_number_and_no_decision_by_the_index():
     piloting.check_settings(WeightingSettings(kind="magnet"), "none")
     for kind in ("--weighting.kind=magnet", "--weighting.kind=polarity"):
         with pytest.raises(UserError, match=r"score index.* has no meaning for weighting.kind") as raised:
-            config.load(GenerateSettings, [kind, "--score=index"], "test")
+            load.load(GenerateSettings, [kind, "--score=index"], "test")
         assert "\n" not in str(raised.value)
 
 
@@ -447,11 +449,11 @@ def test_a_setting_that_the_kind_does_not_use_is_refused(kind, name, value, tmp_
     option = f"--weighting.{name}" if value is True else f"--weighting.{name}={text}"
     for argv in ([f"--weighting.kind={kind}", option], [f"--config={file}"]):
         with pytest.raises(UserError, match=expected) as raised:
-            config.load(GenerateSettings, argv, "test")
+            load.load(GenerateSettings, argv, "test")
         assert "\n" not in str(raised.value)
     monkeypatch.setenv(f"PD_CORE_WEIGHTING__{name.upper()}", text)
     with pytest.raises(UserError, match=expected):
-        config.load(GenerateSettings, [f"--weighting.kind={kind}"], "test")
+        load.load(GenerateSettings, [f"--weighting.kind={kind}"], "test")
 
 
 @pytest.mark.parametrize(
@@ -467,6 +469,6 @@ def test_a_setting_that_the_kind_does_not_use_is_refused(kind, name, value, tmp_
 )
 def test_settings_that_fit_are_taken_and_their_print_is_read_again(given, tmp_path):
     settings = settings_of(weighting=given, generator=GeneratorSettings(path="x"))
-    (tmp_path / "printed.yaml").write_text(config.to_yaml(settings))
-    again = config.load(GenerateSettings, [f"--config={tmp_path / 'printed.yaml'}"], "test")
+    (tmp_path / "printed.yaml").write_text(to_yaml(settings))
+    again = load.load(GenerateSettings, [f"--config={tmp_path / 'printed.yaml'}"], "test")
     assert again.weighting == settings.weighting == WeightingSettings(**given)

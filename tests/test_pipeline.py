@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import errors, features, storage
-from pd_core.config import FeatureSettings
+from pd_core import features
+from pd_core.core import artifacts, errors
+from pd_core.core.settings.index import FeatureSettings
 from tests import tiny, toy_generator
 from workflows import build_index, generate
 
@@ -246,10 +247,10 @@ def test_parts_damaged_after_their_commit_are_made_again_and_what_follows_stays(
     output = tmp_path / "out"
     shutil.copytree(undisturbed, output)
     kept = {s: (output / s / "artifact.json").read_bytes() for s in ("listing", "features", "index", "neighbors")}
-    cut(output / "listing" / storage.part_name(1))
-    cut(output / "features" / storage.part_name(2))
+    cut(output / "listing" / artifacts.part_name(1))
+    cut(output / "features" / artifacts.part_name(2))
     next((output / "quarantine").glob("*.parquet")).unlink()
-    cut(output / "neighbors" / storage.part_name(0))
+    cut(output / "neighbors" / artifacts.part_name(0))
     later = [file for s in ("index", "densities", "estimator", "report") for file in (output / s).iterdir()]
     before = {file: file.stat().st_mtime_ns for file in later}
     assert run(*inputs, output) == 0
@@ -257,8 +258,8 @@ def test_parts_damaged_after_their_commit_are_made_again_and_what_follows_stays(
     assert {s: (output / s / "artifact.json").read_bytes() for s in kept} == kept
     assert {file: file.stat().st_mtime_ns for file in later} == before
     said = capsys.readouterr().out
-    assert "features: ../quarantine/part-" in said or f"features: {storage.part_name(2)} has" in said
-    assert f"neighbors: {storage.part_name(0)} has" in said and "making it anew" in said
+    assert "features: ../quarantine/part-" in said or f"features: {artifacts.part_name(2)} has" in said
+    assert f"neighbors: {artifacts.part_name(0)} has" in said and "making it anew" in said
     assert run(*inputs, output) == 0
     said = capsys.readouterr().out
     assert "every stage was finished already" in said
@@ -284,7 +285,7 @@ def test_a_damaged_index_is_refused_naming_the_part(undisturbed, tmp_path, capsy
 def test_a_truncated_part_is_made_again(undisturbed, inputs, tmp_path):
     output = tmp_path / "out"
     assert run(*inputs, output) == 0
-    part = output / "features" / storage.part_name(2)
+    part = output / "features" / artifacts.part_name(2)
     part.write_bytes(part.read_bytes()[:-100])
     (output / "features" / "artifact.json").unlink()
     assert run(*inputs, output) == 0

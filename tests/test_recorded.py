@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pd_core import cluster, estimator, index, realset, schemas, search, spaces, storage, trust
-from pd_core.errors import UserError
+from pd_core import cluster, estimator, index, realset, search, spaces
+from pd_core.core import artifacts, schemas, trust
+from pd_core.core import files as core_files
+from pd_core.core.errors import UserError
 from pd_core.features import ExtractorSpec
 from pd_core.images import Preprocess
 
@@ -114,7 +116,7 @@ INDEX = {"kind": "ivf_flat", "rows": ROWS, "dim": DIM, "shards": 1, "nprobe": 1,
 
 
 def commit(output: Path, kind: str, totals: dict[str, Any], files: dict[str, bytes], **identity: str) -> str:
-    stage = storage.Stage(str(output / kind), kind, schemas.VERSIONS[kind], identity)
+    stage = artifacts.Stage(str(output / kind), kind, schemas.VERSIONS[kind], identity)
     parts = [stage.write_part(name, data, ROWS) for name, data in files.items()]
     return stage.commit(parts, totals, {}).fingerprint
 
@@ -141,7 +143,7 @@ def built(tmp_path) -> Path:
 
 
 def change(output: Path, kind: str, edit: Any) -> None:
-    file = output / kind / storage.ARTIFACT
+    file = output / kind / core_files.ARTIFACT
     values = json.loads(file.read_text())
     edit(values["totals"])
     file.write_text(json.dumps(values))
@@ -183,7 +185,7 @@ def test_an_honest_record_is_opened(built):
 )
 def test_what_a_record_cannot_say_is_one_line(built, kind, inside, names):
     """Every entry in turn is gone or is something else. What passes all the same has to be of its type and in its bounds."""
-    path = built / kind / storage.ARTIFACT
+    path = built / kind / core_files.ARTIFACT
     honest = path.read_text()
     for name in names:
         for other in [*OTHERS, "gone"]:
@@ -241,10 +243,10 @@ def test_cells_belong_to_shards_that_are_there(built, owners):
     text = json.dumps({"shard_of_cell": owners, "rows_of_cell": [1, 1]})
     file.write_text(text.ljust(file.stat().st_size)[: max(len(text), file.stat().st_size)])
     change(built, "index", lambda totals: totals.update(nprobe=2))
-    values = json.loads((built / "index" / storage.ARTIFACT).read_text())
+    values = json.loads((built / "index" / core_files.ARTIFACT).read_text())
     for part in values["parts"]:
         part["bytes"] = (built / "index" / part["name"]).stat().st_size
-    (built / "index" / storage.ARTIFACT).write_text(json.dumps(values))
+    (built / "index" / core_files.ARTIFACT).write_text(json.dumps(values))
     if owners == [0, 0, 0]:  # as many as it says, so that only the quantizer contradicts it
         with pytest.raises(UserError, match="other cells or dimensions than its record"):
             search.probes_of(realset.open_realset(str(built)).index, np.zeros((1, DIM), np.float32))
@@ -334,7 +336,7 @@ def test_an_index_on_a_store_leads_to_no_file_of_this_machine(built, s3_environm
 
 def listed(output: Path, root: object, **more: object) -> str:
     source = {"kind": "directory", "root": root, "names": [], "patterns": [], **more}
-    stage = storage.Stage(str(output / "listing"), "listing", schemas.VERSIONS["listing"], {"source": source})
+    stage = artifacts.Stage(str(output / "listing"), "listing", schemas.VERSIONS["listing"], {"source": source})
     stage.commit([], {"rows": 0}, {})
     (output / "run.json").write_text(json.dumps({"settings": {"data": {"source": "/x"}}}))
     return str(output)

@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import errors, storage
+from pd_core.core import artifacts, errors, files
 from tests import test_evaluate, test_sweep, tiny, toy_generator
 from tests.s3 import READER_KEY
 from workflows import build_index, generate
@@ -27,7 +27,7 @@ def sample(*argv):
 
 def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, inputs, built, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    storage.write_bytes(f"{bucket}/models/tiny.safetensors", inputs[1].read_bytes())
+    files.write_bytes(f"{bucket}/models/tiny.safetensors", inputs[1].read_bytes())
     weights = f"{bucket}/models/tiny.safetensors"
     argv = tiny.arguments(f"{bucket}/images", weights, f"{bucket}/out")
     assert run(*argv) == 0
@@ -35,18 +35,18 @@ def test_from_bucket_to_bucket_with_the_same_numbers_as_from_disk(bucket, inputs
     assert "tracking: off" in printed and f"report: {bucket}/out/report/index.html" in printed
     for stage in ("features", "quarantine", "densities"):
         local = pq.ParquetDataset(sorted(str(f) for f in (built / stage).glob("*.parquet"))).read()
-        names = [name for name in sorted(storage.sizes(f"{bucket}/out/{stage}")) if name.endswith(".parquet")]
-        remote = [storage.read_table(f"{bucket}/out/{stage}/{name}") for name in names]
+        names = [name for name in sorted(files.sizes(f"{bucket}/out/{stage}")) if name.endswith(".parquet")]
+        remote = [files.read_table(f"{bucket}/out/{stage}/{name}") for name in names]
         assert sum(table.num_rows for table in remote) == local.num_rows
         assert [k for t in remote for k in t["key"].to_pylist()] == local["key"].to_pylist()
-    densities = [storage.read_table(f"{bucket}/out/densities/{n}")["density"].to_pylist() for n in names]
+    densities = [files.read_table(f"{bucket}/out/densities/{n}")["density"].to_pylist() for n in names]
     assert [d for part in densities for d in part] == local["density"].to_pylist()
     assert run(*argv) == 0  # done: nothing is made again
 
 
 @pytest.mark.slow
 def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, inputs, built, tmp_path):
-    fs, folder = storage.filesystem(f"{bucket}/out")
+    fs, folder = files.filesystem(f"{bucket}/out")
     fs.put(f"{built}/", folder, recursive=True)
     weights = (
         f"--checkpoint={inputs[1]}"  # of this machine, which an index on a store leads to only where the command does
@@ -58,38 +58,38 @@ def test_generate_from_bucket_to_bucket_with_the_same_rows_as_on_disk(bucket, in
     for output in outputs:
         assert sample(*argv, f"--output={output}") == 0
     for stage in ("pilot", "samples", "rejected"):
-        remote, local = (storage.load_artifact(f"{output}/{stage}") for output in outputs)
+        remote, local = (artifacts.load_artifact(f"{output}/{stage}") for output in outputs)
         assert remote is not None and local is not None and remote.parts == local.parts and remote.rows > 0
-    assert storage.exists(f"{bucket}/samples/report/index.html")
+    assert files.exists(f"{bucket}/samples/report/index.html")
     assert remote is not None
-    rows = [r for p in remote.parts for r in storage.read_table(f"{bucket}/samples/rejected/{p.name}").to_pylist()]
+    rows = [r for p in remote.parts for r in files.read_table(f"{bucket}/samples/rejected/{p.name}").to_pylist()]
     assert len(rows) == remote.rows
     named = [option for option in argv if option.startswith("--generator.")]
     assert sample(f"--verify={bucket}/samples", "--rows=5", weights, *named) == 0
     assert sample(*argv, "--seed=1", "--overwrite", f"--output={outputs[0]}") == 0
-    fs, folder = storage.filesystem(f"{bucket}/samples/export/png")
+    fs, folder = files.filesystem(f"{bucket}/samples/export/png")
     assert len(fs.find(folder)) == 20  # none of the set before
 
 
 @pytest.mark.slow
 def test_evaluate_and_tradeoff_from_bucket_to_bucket_with_the_same_numbers_as_on_disk(bucket, inputs, built, tmp_path):
-    fs, folder = storage.filesystem(f"{bucket}/out")
+    fs, folder = files.filesystem(f"{bucket}/out")
     fs.put(f"{built}/", folder, recursive=True)
-    fs.put(f"{tiny.write_images(tmp_path / 'same')}/", storage.filesystem(f"{bucket}/same")[1], recursive=True)
+    fs.put(f"{tiny.write_images(tmp_path / 'same')}/", files.filesystem(f"{bucket}/same")[1], recursive=True)
     for place, index in ((bucket, f"{bucket}/out"), (str(tmp_path), str(built))):
         weights = f"--checkpoint={inputs[1]}"
         assert test_evaluate.run(index, f"{place}/evaluated", f"{place}/same", more=(weights,)) == 0
         assert test_sweep.run(index, f"{place}/swept", weights) == 0
         for output in ("evaluated", "swept"):
-            assert storage.exists(f"{place}/{output}/report/index.html")
+            assert files.exists(f"{place}/{output}/report/index.html")
     for stage in ("evaluated/metrics", "evaluated/scores", "swept/pool", "swept/curve"):
-        remote, local = (storage.load_artifact(f"{place}/{stage}") for place in (bucket, tmp_path))
+        remote, local = (artifacts.load_artifact(f"{place}/{stage}") for place in (bucket, tmp_path))
         assert remote is not None and local is not None and remote.parts == local.parts and remote.rows > 0
 
 
 def test_a_stage_is_begun_anew_where_the_store_keeps_its_folder(bucket):
     """After the last deletion the server lists an object named as the folder; an S3 console makes such ones too."""
-    old, new = (storage.Stage(f"{bucket}/out/pilot", "pilot", 1, {"seed": seed}) for seed in (1, 2))
+    old, new = (artifacts.Stage(f"{bucket}/out/pilot", "pilot", 1, {"seed": seed}) for seed in (1, 2))
     old.begin(overwrite=False)
     old.write_part("part-00000000.parquet", b"old", 1)
     old.commit(old.finished_parts().values(), {}, {})

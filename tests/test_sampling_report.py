@@ -27,12 +27,12 @@ from pd_core import (
     sampling,
     sampling_page,
     sampling_report,
-    schemas,
     sources,
-    storage,
 )
 from pd_core.candidates import EVERYTHING, Recipe
-from pd_core.config import DataSettings, GenerateSettings, GeneratorSettings, WeightingSettings
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.report import Calibration
 from pd_core.sampling_page import Count, Expected, Pair, Sample, SamplesData, Weight
 from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
@@ -484,15 +484,15 @@ class World:
         """Listing, features (hashes only) and run.json, as build_index leaves them."""
         source = sources.open_source(DataSettings(source=str(self.images)))
         (table,) = sources.list_images(source)
-        listing = storage.Stage(f"{self.index}/listing", "listing", 1, {"source": sources.identity(source)})
-        features = storage.Stage(f"{self.index}/features", "features", 1, {})
+        listing = artifacts.Stage(f"{self.index}/listing", "listing", 1, {"source": sources.identity(source)})
+        features = artifacts.Stage(f"{self.index}/features", "features", 1, {})
         parts = []
         for number, start in enumerate(range(0, REAL, 70)):
             rows = table.slice(start, 70)
-            parts.append(listing.write_table(storage.part_name(number), rows))
+            parts.append(listing.write_table(artifacts.part_name(number), rows))
             hashes = [hashlib.sha256((self.images / key).read_bytes()).hexdigest() for key in rows["key"].to_pylist()]
             facts = pa.table({"sample_id": rows["sample_id"], "content_hash": hashes})
-            features.write_table(storage.part_name(number), facts)
+            features.write_table(artifacts.part_name(number), facts)
         listing.commit(parts, {}, {})
         # a relative path, as users type it: it says nothing on another machine or in another directory
         data = DataSettings(source="images").model_dump(mode="json")
@@ -557,13 +557,13 @@ class World:
         return pa.table(arrays, schema=schema)
 
     def write_pilot(self) -> None:
-        stage = storage.Stage(f"{self.output}/pilot", "pilot", 1, {})
-        parts = [stage.write_table(storage.part_name(i), self.pilot_table.slice(20 * i, 20)) for i in range(2)]
+        stage = artifacts.Stage(f"{self.output}/pilot", "pilot", 1, {})
+        parts = [stage.write_table(artifacts.part_name(i), self.pilot_table.slice(20 * i, 20)) for i in range(2)]
         self.pilot = piloting.read(stage, stage.commit(parts, {}, {}))
 
     def write_samples(self, rng: np.random.Generator) -> pa.Table:
         """Parts as the sampler leaves them: accepted rows only, the last part cut to its last row; part 1 is empty."""
-        self.stage = storage.Stage(f"{self.output}/samples", "samples", 1, {})
+        self.stage = artifacts.Stage(f"{self.output}/samples", "samples", 1, {})
         kept, parts, bins = [], [], np.zeros(sampling.DENSITY_BINS, int)
         for number in range(PARTS):
             start = number * PART_CANDIDATES
@@ -578,7 +578,7 @@ class World:
             table = table.slice(0, 25) if number == PARTS - 1 else table
             copies = int(np.sum(table["likely_copy"].to_numpy()))
             counts = {"candidates": PART_CANDIDATES, "copies": copies}
-            parts.append(self.stage.write_table(storage.part_name(number), table, counts))
+            parts.append(self.stage.write_table(artifacts.part_name(number), table, counts))
             kept.append(table)
         samples = pa.concat_tables(kept)
         totals = {
@@ -722,13 +722,13 @@ def test_the_page_of_what_was_gathered(world, gathered):
 
 def test_images_are_read_of_the_shown_parts_only_and_never_with_the_rest(world, monkeypatch):
     asked: list[tuple[str, list[str]]] = []
-    read = storage.read_table
+    read = files.read_table
 
     def noted(uri: str, columns: Any = None, without: Any = ()) -> pa.Table:
         asked.append((uri, columns))
         return read(uri, columns, without)
 
-    monkeypatch.setattr(storage, "read_table", noted)
+    monkeypatch.setattr(files, "read_table", noted)
     sampling_report.gather(world.inputs)
     samples = [(uri, columns) for uri, columns in asked if "/samples/" in uri]
     assert [columns for uri, columns in samples if "image" not in columns] == [sampling_report.LIGHT] * (PARTS - 1)
@@ -785,7 +785,7 @@ def test_a_source_that_cannot_be_read_leaves_the_report_standing(fresh, lose, no
 
 
 def test_a_listing_that_is_gone_names_no_originals(fresh):
-    (fresh.index / "listing" / storage.ARTIFACT).unlink()
+    (fresh.index / "listing" / files.ARTIFACT).unlink()
     data = sampling_report.gather(fresh.inputs)
     assert {p.missing for p in data.pairs} == {"the index no longer names it"}
 
@@ -808,7 +808,7 @@ def test_other_scores(tmp_path, score, no_figures):
 def test_one_accepted_image_makes_a_report(tmp_path, no_figures):
     world = World(tmp_path)
     first = world.samples.slice(0, 1)
-    part = world.stage.write_table(storage.part_name(0), first, {"candidates": 100, "copies": 0})
+    part = world.stage.write_table(artifacts.part_name(0), first, {"candidates": 100, "copies": 0})
     totals = world.sampled.totals | {"rows": 1, "candidates": first["sample_id"][0].as_py() + 1, "copies": 0}
     world.samples, world.sampled = first, world.stage.commit([part], totals, {})
     data = sampling_report.gather(world.inputs)

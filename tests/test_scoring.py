@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pd_core import images, scoring
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 from pd_core.images import Preprocess
 
 MEAN = STD = (0.5, 0.5, 0.5)

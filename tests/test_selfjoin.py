@@ -8,9 +8,11 @@ import faiss
 import numpy as np
 import pytest
 
-from pd_core import density, index, indexing, knn, search, selfjoin, storage
-from pd_core.config import DensitySettings, IndexSettings
-from pd_core.errors import UserError
+from pd_core import density, index, indexing, knn, search, selfjoin
+from pd_core.core import artifacts
+from pd_core.core import files as core_files
+from pd_core.core.errors import UserError
+from pd_core.core.settings.index import DensitySettings, IndexSettings
 from tests.synthetic import clustered, commit_features
 
 K = 10
@@ -52,7 +54,7 @@ def run(output, features, now, part_rows=256, index_settings=None, density_setti
 
 def column(output, name: str) -> np.ndarray:
     files = sorted((Path(output) / "densities").glob("*.parquet"))
-    columns = [storage.read_table(str(file))[name].combine_chunks() for file in files]
+    columns = [core_files.read_table(str(file))[name].combine_chunks() for file in files]
     if name.startswith("neighbor"):
         return np.concatenate([c.flatten().to_numpy().reshape(len(c), -1) for c in columns])
     return np.concatenate([c.to_numpy() for c in columns])
@@ -166,7 +168,7 @@ def test_a_target_out_of_reach_is_an_error(tmp_path, now, settings, expected):
 
 def test_a_flat_index_has_no_shard_without_rows(tmp_path):
     _, featured = commit_features(str(tmp_path), clustered(30), part_rows=15)
-    hollow = storage.Part("part-00000001.parquet", 0, 1, "")  # every image of it was quarantined
+    hollow = artifacts.Part("part-00000001.parquet", 0, 1, "")  # every image of it was quarantined
     featured = dataclasses.replace(featured, parts=(featured.parts[0], hollow, featured.parts[1]))
     _, resolved = indexing.stage_of(str(tmp_path), featured, IndexSettings(kind="flat", shards=3), DensitySettings(k=K))
     assert resolved.shards == 2

@@ -26,11 +26,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_core import images, schemas, sources
-from pd_core.config import DataSettings
-from pd_core.errors import RunError, UserError
+from pd_core import images, sources
+from pd_core.core import schemas
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.s3 import S3FileSystem
+from pd_core.core.settings.data import DataSettings
 from pd_core.images import BadImage, Reason
-from pd_core.s3 import S3FileSystem
 from pd_core.sources import names, stores, webdataset
 from pd_core.sources.source import expand_braces
 from tests.s3 import S3Server

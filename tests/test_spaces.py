@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pd_core import cluster, evaluation_report, listing, schemas, sources, spaces, storage
-from pd_core.config import DataSettings, ExtractionSettings
-from pd_core.errors import UserError
+from pd_core import cluster, evaluation_report, listing, sources, spaces
+from pd_core.core import artifacts, schemas
+from pd_core.core.errors import UserError
+from pd_core.core.settings.data import DataSettings, ExtractionSettings
 from pd_core.features import ExtractorSpec
 from pd_core.images import Preprocess
 from pd_core.spaces import Space
@@ -40,13 +41,13 @@ def commit_samples(output, made, rows, extractor=SPEC):
     kind, begun = ("perturbed", "perturbed") if "direction" in made else ("samples", "pilot")
     totals = {"settings": made} | ({} if extractor is None else {"extractor": extractor.identity()})
     identity = {"realset": {"features": "its own"}}
-    storage.Stage(str(output / begun), begun, 1, identity).begin(False)
-    stage = storage.Stage(str(output / kind), kind, 1, identity)
+    artifacts.Stage(str(output / begun), begun, 1, identity).begin(False)
+    stage = artifacts.Stage(str(output / kind), kind, 1, identity)
     stage.begin(False)
     schema = schemas.perturbed() if kind == "perturbed" else schemas.samples()
     table = pa.Table.from_pylist(rows, pa.schema([field.with_nullable(True) for field in schema]))
     half = len(rows) // 2
-    tables = {storage.part_name(i): part for i, part in enumerate((table[:half], table[half:])) if part.num_rows}
+    tables = {artifacts.part_name(i): part for i, part in enumerate((table[:half], table[half:])) if part.num_rows}
     stage.commit([stage.write_table(*part) for part in tables.items()], totals, {})
 
 

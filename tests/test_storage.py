@@ -7,9 +7,9 @@ import os
 import pyarrow as pa
 import pytest
 
-from pd_core import storage
-from pd_core.errors import RunError, UserError
-from pd_core.storage import Stage
+from pd_core.core import artifacts, files
+from pd_core.core.artifacts import Stage
+from pd_core.core.errors import RunError, UserError
 
 
 def stage(uri, **identity):
@@ -23,11 +23,11 @@ def table(n=3):
 def test_parts_then_commit_then_skip(tmp_path):
     made = stage(tmp_path / "features")
     assert made.begin(overwrite=False) is None
-    parts = [made.write_table(storage.part_name(i), table(i + 1), {"bad": i}) for i in range(3)]
+    parts = [made.write_table(artifacts.part_name(i), table(i + 1), {"bad": i}) for i in range(3)]
     assert made.finished_parts() == {part.name: part for part in parts}
     artifact = made.commit(parts, {"rows": 6}, {"features": 1.23456})
     assert artifact.rows == 6
-    assert stage(tmp_path / "features").begin(overwrite=False) == artifact == storage.load_artifact(made.uri)
+    assert stage(tmp_path / "features").begin(overwrite=False) == artifact == artifacts.load_artifact(made.uri)
 
 
 def test_same_identity_resumes_and_leaves_finished_parts(tmp_path):
@@ -81,7 +81,7 @@ def test_overwrite_leaves_the_files_of_others_and_no_part_of_the_old_stage(tmp_p
     old = stage(tmp_path, model="a")
     old.begin(overwrite=False)
     old.write_part("index.html", b"report", 0)
-    (tmp_path / storage.part_name(7)).write_bytes(b"a part that a crash left without its record")
+    (tmp_path / artifacts.part_name(7)).write_bytes(b"a part that a crash left without its record")
     (tmp_path / "notes.md").write_bytes(b"precious")
     stage(tmp_path, model="b").begin(overwrite=True)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"started.json", "notes.md"}
@@ -100,18 +100,18 @@ def test_overwrite_leaves_the_files_of_others_and_no_part_of_the_old_stage(tmp_p
     ],
 )
 def test_inside(uri, folder, inside):
-    assert storage.is_inside(uri, folder) is inside
+    assert files.is_inside(uri, folder) is inside
 
 
 def test_inside_follows_links(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "images")
-    assert storage.is_inside(str(tmp_path / "link" / "out"), str(tmp_path / "images"))
+    assert files.is_inside(str(tmp_path / "link" / "out"), str(tmp_path / "images"))
 
 
 def test_a_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
-    assert storage.absolute("~/pd") == "/somewhere/pd"
+    assert files.absolute("~/pd") == "/somewhere/pd"
 
 
 @pytest.mark.parametrize("damage", ["gone", "truncated", "no record"])
@@ -132,22 +132,22 @@ def test_a_part_without_its_bytes_or_its_record_is_made_again(tmp_path, damage):
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     target = tmp_path / "file"
-    storage.write_bytes(str(target), b"old")
+    files.write_bytes(str(target), b"old")
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        storage.write_bytes(str(target), b"new")
+        files.write_bytes(str(target), b"new")
     assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_part_whose_bytes_are_not_in_place_is_not_recorded(tmp_path, monkeypatch):
     made = stage(tmp_path)
     made.begin(overwrite=False)
-    write = storage.Folder.write
-    monkeypatch.setattr(storage.Folder, "write", lambda folder, name, data: write(folder, name, data[:-1]))
+    write = files.Folder.write
+    monkeypatch.setattr(files.Folder, "write", lambda folder, name, data: write(folder, name, data[:-1]))
     with pytest.raises(RunError, match="wrote"):
         made.write_part("part-0", b"12345", 1)
     assert made.finished_parts() == {}
@@ -159,7 +159,7 @@ def finished(folder, **identity):
 
     def make():
         for i in range(3):
-            name = f"sub/{storage.part_name(i)}" if i == 2 else storage.part_name(i)
+            name = f"sub/{artifacts.part_name(i)}" if i == 2 else artifacts.part_name(i)
             if name not in made.finished_parts():
                 made.write_table(name, table(i + 1))
                 calls.append(name)
@@ -173,14 +173,14 @@ def test_parts_damaged_after_the_commit_are_made_again_and_the_record_stays(tmp_
     artifact = made.complete(make, overwrite=False)
     record = (tmp_path / "artifact.json").read_bytes()
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.parquet")}
-    cut, gone = tmp_path / "sub" / storage.part_name(2), tmp_path / storage.part_name(0)
+    cut, gone = tmp_path / "sub" / artifacts.part_name(2), tmp_path / artifacts.part_name(0)
     cut.write_bytes(cut.read_bytes()[:-1])
     gone.unlink()
     calls.clear()
     assert made.recorded() == artifact
-    assert sorted(made.damage(artifact)) == [storage.part_name(0), f"sub/{storage.part_name(2)}"]
+    assert sorted(made.damage(artifact)) == [artifacts.part_name(0), f"sub/{artifacts.part_name(2)}"]
     assert made.complete(make, overwrite=False) == artifact, "the same parts: what was said of them still holds"
-    assert sorted(calls) == [storage.part_name(0), f"sub/{storage.part_name(2)}"]
+    assert sorted(calls) == [artifacts.part_name(0), f"sub/{artifacts.part_name(2)}"]
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.parquet")} == before
     assert (tmp_path / "artifact.json").read_bytes() == record
 
@@ -188,9 +188,9 @@ def test_parts_damaged_after_the_commit_are_made_again_and_the_record_stays(tmp_
 def test_a_damaged_stage_is_finished_no_more_until_it_is_made(tmp_path):
     made, make, _ = finished(tmp_path)
     made.complete(make, overwrite=False)
-    (tmp_path / storage.part_name(1)).write_bytes(b"")
+    (tmp_path / artifacts.part_name(1)).write_bytes(b"")
     assert made.begin(overwrite=False) is None
-    assert storage.load_artifact(made.uri) is None
+    assert artifacts.load_artifact(made.uri) is None
     with pytest.raises(UserError, match="other settings"):  # it is still that stage
         stage(tmp_path, model="b").begin(overwrite=False)
 
@@ -198,14 +198,14 @@ def test_a_damaged_stage_is_finished_no_more_until_it_is_made(tmp_path):
 def test_parts_that_come_out_otherwise_get_a_record_of_their_own(tmp_path):
     made, make, _ = finished(tmp_path)
     old = made.complete(make, overwrite=False)
-    (tmp_path / storage.part_name(1)).unlink()
+    (tmp_path / artifacts.part_name(1)).unlink()
 
     def otherwise():
-        made.write_table(storage.part_name(1), table(7))
+        made.write_table(artifacts.part_name(1), table(7))
         return made.finished_parts().values(), {}
 
     new = made.complete(otherwise, overwrite=False)
-    assert new == storage.load_artifact(made.uri) != old and new.rows == old.rows + 5
+    assert new == artifacts.load_artifact(made.uri) != old and new.rows == old.rows + 5
 
 
 @pytest.mark.parametrize("lost", ["part", "record"])
@@ -216,26 +216,26 @@ def test_a_stage_is_as_whole_as_the_one_beside_it(tmp_path, lost):
     beside.complete(make_beside, overwrite=False)
     artifact = made.complete(make, overwrite=False)
     assert made.begin(overwrite=False) == artifact
-    (tmp_path / "beside" / {"part": storage.part_name(0), "record": "artifact.json"}[lost]).unlink()
+    (tmp_path / "beside" / {"part": artifacts.part_name(0), "record": "artifact.json"}[lost]).unlink()
     (name,) = made.damage(artifact)
-    assert name == "../beside/" + {"part": storage.part_name(0), "record": "artifact.json"}[lost]
+    assert name == "../beside/" + {"part": artifacts.part_name(0), "record": "artifact.json"}[lost]
     assert made.begin(overwrite=False) is None
 
 
 def test_who_reads_a_damaged_part_is_told_which_and_what_to_do(tmp_path):
     made, make, _ = finished(tmp_path)
     artifact = made.complete(make, overwrite=False)
-    storage.check_whole(made.uri, artifact)
-    part = tmp_path / storage.part_name(1)
+    artifacts.check_whole(made.uri, artifact)
+    part = tmp_path / artifacts.part_name(1)
     part.write_bytes(part.read_bytes()[:-40])
     size = part.stat().st_size
     with pytest.raises(
         UserError, match=rf"{part.name} has {size} of {size + 40} bytes .*run the command that wrote it"
     ):
-        storage.check_whole(made.uri, artifact)
+        artifacts.check_whole(made.uri, artifact)
     for columns in (None, ["x"]):
         with pytest.raises(UserError, match=rf"{part.name}: is no whole Parquet file .*run the command that wrote it"):
-            storage.read_table(str(part), columns)
+            files.read_table(str(part), columns)
 
 
 def test_fingerprint_follows_identity_and_not_the_order_of_its_keys():
@@ -247,15 +247,15 @@ def test_fingerprint_follows_identity_and_not_the_order_of_its_keys():
 
 
 def test_same_table_gives_same_bytes():
-    assert storage.table_bytes(table(1000)) == storage.table_bytes(table(1000))
+    assert files.table_bytes(table(1000)) == files.table_bytes(table(1000))
 
 
 def test_columns_can_be_left_out(tmp_path):
     uri = str(tmp_path / "t.parquet")
-    storage.write_bytes(uri, storage.table_bytes(pa.table({"a": [1], "b": [2], "c": [3]})))
-    assert storage.read_table(uri).column_names == ["a", "b", "c"]
-    assert storage.read_table(uri, ["c", "a"]).column_names == ["c", "a"]
-    assert storage.read_table(uri, without=["b"]).column_names == ["a", "c"]
+    files.write_bytes(uri, files.table_bytes(pa.table({"a": [1], "b": [2], "c": [3]})))
+    assert files.read_table(uri).column_names == ["a", "b", "c"]
+    assert files.read_table(uri, ["c", "a"]).column_names == ["c", "a"]
+    assert files.read_table(uri, without=["b"]).column_names == ["a", "c"]
 
 
 class SlowDown(OSError):
@@ -276,7 +276,7 @@ class SlowDown(OSError):
     ],
 )
 def test_storage_errors_become_one_line(error, kind, expected):
-    explained = storage.explain(error, "s3://bucket/x")
+    explained = files.explain(error, "s3://bucket/x")
     assert type(explained) is kind and expected in str(explained) and "s3://bucket/x" in str(explained)
     assert "\n" not in str(explained)
 
@@ -292,7 +292,7 @@ def test_artifact_is_plain_json(tmp_path):
 def test_an_identity_has_the_fingerprint_that_it_has_after_it_was_recorded():
     """Keys that are numbers become texts in a record, which sort in another order; tuples become lists."""
     identity = {"classes": {2: "a", 10: "b"}, "size": (8, 8)}
-    assert storage.fingerprint(identity) == storage.fingerprint(json.loads(json.dumps(identity)))
+    assert artifacts.fingerprint(identity) == artifacts.fingerprint(json.loads(json.dumps(identity)))
 
 
 def test_a_part_that_another_run_drops_meanwhile_is_not_there(tmp_path, monkeypatch):
@@ -301,11 +301,11 @@ def test_a_part_that_another_run_drops_meanwhile_is_not_there(tmp_path, monkeypa
     made.begin(overwrite=False)
     kept = made.write_part("state-2.pt", b"two", 0)
     made.write_part("state-1.pt", b"one", 0)
-    read = storage.read_record
+    read = files.read_record
 
     def read_after_the_drop(uri: str) -> object:
         other.drop_part("state-1.pt")  # between the listing of the records and their reading
         return read(uri)
 
-    monkeypatch.setattr(storage, "read_record", read_after_the_drop)
+    monkeypatch.setattr(files, "read_record", read_after_the_drop)
     assert made.finished_parts() == {"state-2.pt": kept}

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pd_core import acceptance, cluster, comparison, errors, metrics, sweeping, tradeoff_report, volume
-from pd_core.config import MetricSettings, TradeoffSettings
-from pd_core.errors import UserError
+from pd_core import acceptance, cluster, comparison, metrics, sweeping, tradeoff_report, volume
+from pd_core.core import errors
+from pd_core.core.errors import UserError
+from pd_core.core.settings.evaluate import MetricSettings, TradeoffSettings
 from pd_core.tradeoff import Setting
 from tests import tiny, tiny_generators
 from tests.test_generate import TOY, rows

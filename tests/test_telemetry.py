@@ -17,7 +17,8 @@ import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from pd_core import cluster, errors, storage, telemetry
+from pd_core import cluster, telemetry
+from pd_core.core import artifacts, errors
 from tests import test_curate, test_finetune, test_monitoring, test_perturb, tiny, tiny_generators
 from tests.ray_head import Head, free_ports, running_head
 from tests.test_monitoring import RAYS_OWN
@@ -166,8 +167,8 @@ def built_there(head, prometheus, inputs, tmp_path_factory):
     return output
 
 
-def committed(uri) -> storage.Artifact:
-    artifact = storage.load_artifact(str(uri))
+def committed(uri) -> artifacts.Artifact:
+    artifact = artifacts.load_artifact(str(uri))
     assert artifact is not None
     return artifact
 

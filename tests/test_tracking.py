@@ -21,9 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from pd_core import config, errors, tracking
-from pd_core.config import TrackingSettings
-from pd_core.errors import UserError
+from pd_core import tracking
+from pd_core.core import errors
+from pd_core.core.errors import UserError
+from pd_core.core.settings import load
+from pd_core.core.settings.base import TrackingSettings
+from pd_core.core.settings.index import BuildIndexSettings
 from tests.mlflow_server import MlflowServer
 
 
@@ -208,7 +211,7 @@ def test_wrong_arguments_raise(out):
 def test_runs_of_a_dead_process_are_superseded(out):
     """A process killed in the middle of a stage; the same command again; a run of another output stays as it is."""
     body = (
-        "import os, signal; from pd_core import tracking; from pd_core.config import TrackingSettings\n"
+        "import os, signal; from pd_core import tracking; from pd_core.core.settings.load import TrackingSettings\n"
         "settings = TrackingSettings(experiment='densities')\n"
         f"with tracking.start(settings, {str(out)!r}, 'dead', {{}}) as tracker, tracker.stage('features'):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
@@ -272,7 +275,7 @@ def test_wrong_uri_is_refused_before_the_run(monkeypatch, tmp_path, uri, expecte
 @pytest.mark.parametrize("uri", ["http://host:port", "http://me:hun/ter2@host:80"])
 def test_an_address_that_is_none_is_refused_by_the_settings_and_of_the_environment(monkeypatch, tmp_path, uri):
     with pytest.raises(UserError, match="must not hold a name or password") as caught:
-        config.load(config.BuildIndexSettings, [f"--tracking.uri={uri}"], prog="build_index.py")
+        load.load(BuildIndexSettings, [f"--tracking.uri={uri}"], prog="build_index.py")
     assert "hun" not in str(caught.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UserError, match="expected http") as caught, start(tmp_path):
@@ -349,7 +352,7 @@ def test_credentials_reach_neither_lines_nor_store(out, capsys, monkeypatch):
 )
 def test_without_tracking_mlflow_is_not_imported(settings, output, expected):
     body = (
-        "import sys; from pd_core import tracking; from pd_core.config import TrackingSettings\n"
+        "import sys; from pd_core import tracking; from pd_core.core.settings.load import TrackingSettings\n"
         f"with tracking.start(TrackingSettings({settings}), {output!r}, 'r', {{}}) as tracker:\n"
         "    tracker.params({'a': 1}); tracker.metrics({'a': 1}); tracker.artifact_bytes('a', b'')\n"
         "    with tracker.stage('s') as stage: stage.dataset('d', 's3://b', '1', 'source', None)\n"

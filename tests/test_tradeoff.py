@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import KDTree
 
-from pd_core import acceptance, density, metrics, schemas, tradeoff, tradeoff_page
-from pd_core.errors import UserError
+from pd_core import acceptance, density, metrics, tradeoff, tradeoff_page
+from pd_core.core import schemas
+from pd_core.core.errors import UserError
 from pd_core.evaluation_page import Number
 from pd_core.tradeoff import Setting, Target
 from pd_core.tradeoff_page import Plane, Point, TradeoffData

@@ -120,7 +120,7 @@ def is_door(called: str, door: str) -> bool:
     """`self.fs.rm` is `fs.rm`; `file.open` is not the builtin `open`, `safetensors.torch.load` not torch's own."""
     if called.startswith("safetensors."):
         return door == called
-    if called.startswith(("storage.", "pd_core.storage.")):  # the door itself, not one of pathlib's
+    if called.startswith(("storage.", "pd_core.core.artifacts.")):  # the door itself, not one of pathlib's
         return False
     if door.startswith("."):
         return called.endswith(door) and not called.startswith("os.")

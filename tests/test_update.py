@@ -11,7 +11,12 @@ import pytest
 import ray
 import ray.data
 
-from pd_core import config, costs, errors, estimator, indexing, pipeline, search, sources, storage, updating
+from pd_core import costs, estimator, indexing, pipeline, search, sources, updating
+from pd_core.core import artifacts, errors
+from pd_core.core import files as core_files
+from pd_core.core.settings import load
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.index import BuildIndexSettings, EstimatorSettings
 from tests import tiny
 
 EARLIER = 110  # images of the base
@@ -19,20 +24,18 @@ EARLIER = 110  # images of the base
 
 def built(source: Path, checkpoint: Path, output: Path, *more: str) -> int:
     argv = tiny.arguments(source, checkpoint, output, "--no-tracking.enabled", *more)
-    return errors.exit_code(
-        lambda: pipeline.build_index(config.load(config.BuildIndexSettings, argv, prog="build_index.py"))
-    )
+    return errors.exit_code(lambda: pipeline.build_index(load.load(BuildIndexSettings, argv, prog="build_index.py")))
 
 
 def rows(output: Path, stage: str) -> pa.Table:
-    artifact = storage.load_artifact(str(output / stage))
+    artifact = artifacts.load_artifact(str(output / stage))
     assert artifact is not None
-    tables = [storage.read_table(str(output / stage / part.name)) for part in artifact.parts]
+    tables = [core_files.read_table(str(output / stage / part.name)) for part in artifact.parts]
     return pa.concat_tables(tables).sort_by("sample_id") if tables else pa.table({})
 
 
 def totals(output: Path, stage: str) -> dict:
-    artifact = storage.load_artifact(str(output / stage))
+    artifact = artifacts.load_artifact(str(output / stage))
     assert artifact is not None
     return artifact.totals
 
@@ -94,7 +97,7 @@ def test_images_that_could_not_be_read_are_tried_again_and_are_no_drift(inputs, 
         (source / key).symlink_to(tmp_path / "nowhere" / key.rpartition("/")[2])
     base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
     assert built(source, inputs[1], base) == 0
-    listed = sources.open_source(config.DataSettings(source=str(source), labels="parent"))
+    listed = sources.open_source(DataSettings(source=str(source), labels="parent"))
     assert str(updating.foresee(listed, updating.open_base(str(base)))) == (
         "0 new images, 0 changed, 0 gone, 3 to be tried again, 30 as they were"
     )
@@ -120,7 +123,7 @@ def test_images_that_could_not_be_read_are_tried_again_and_are_no_drift(inputs, 
     ],
 )
 def test_shards_of_a_flat_index_are_kept_while_they_are_neither_empty_nor_many(shards, removed, added, worthwhile):
-    parts = tuple(storage.Part(search.shard_name(i), rows, 1, "") for i, rows in enumerate(shards))
+    parts = tuple(artifacts.Part(search.shard_name(i), rows, 1, "") for i, rows in enumerate(shards))
     names = tuple(f"part {i}" for i in range(len(added)))
     kept = indexing.KeptShards("", "", parts, np.arange(removed), names, sum(added))
     assert kept.count(8) == len(shards) + bool(added)
@@ -128,11 +131,11 @@ def test_shards_of_a_flat_index_are_kept_while_they_are_neither_empty_nor_many(s
 
 
 def test_the_predictor_is_judged_on_rows_from_the_whole_listing():
-    parts = [storage.Part(storage.part_name(i), 10_000, 1, "") for i in range(100)]
-    artifact = storage.Artifact("densities", 1, "", {}, tuple(parts), {}, {}, {})
-    chosen = updating._spread(artifact, config.EstimatorSettings(holdout_fraction=0.2))
+    parts = [artifacts.Part(artifacts.part_name(i), 10_000, 1, "") for i in range(100)]
+    artifact = artifacts.Artifact("densities", 1, "", {}, tuple(parts), {}, {}, {})
+    chosen = updating._spread(artifact, EstimatorSettings(holdout_fraction=0.2))
     assert len(chosen) == 33 and {parts[0].name, parts[-1].name} <= set(chosen)
-    assert len(updating._spread(artifact, config.EstimatorSettings(holdout_fraction=0.01))) == 100
+    assert len(updating._spread(artifact, EstimatorSettings(holdout_fraction=0.01))) == 100
 
 
 @pytest.mark.slow
@@ -265,7 +268,7 @@ def test_the_model_of_costs_has_the_phases_that_build_and_update_have(
     monkeypatch.setattr("ray.remote", started_by(ray.remote))
     monkeypatch.setattr("ray.data.Dataset.map_batches", started_by(ray.data.Dataset.map_batches))
     keeps = ("--update.max_r2_drop=9", "--estimator.split=hash")
-    base, settings = tmp_path / "base", config.BuildIndexSettings.model_validate({"index": {"kind": "ivf_flat"}})
+    base, settings = tmp_path / "base", BuildIndexSettings.model_validate({"index": {"kind": "ivf_flat"}})
     machines = costs.Fleet(1, 2.0, 1e11)
     build = costs.build_of(settings, 10**5, 10**5, 16, 1, 0.0, 0.0, 0.0)
     assert built(source, inputs[1], base, *IVF) == 0
@@ -329,7 +332,7 @@ def test_a_plan_tells_what_an_update_would_find(built_base, inputs, tmp_path, ra
     def planned(*more: str) -> int:
         argv = tiny.arguments(images, inputs[1], tmp_path / "out", f"--base={base}", *more)
         return errors.exit_code(
-            lambda: pipeline.plan_build_index(config.load(config.BuildIndexSettings, argv, prog="build_index.py"))
+            lambda: pipeline.plan_build_index(load.load(BuildIndexSettings, argv, prog="build_index.py"))
         )
 
     assert planned() == 0

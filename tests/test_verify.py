@@ -14,7 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import candidates, cluster, config, errors, generators, ids, schemas, storage, verification, verifying
+from pd_core import candidates, cluster, generators, verification, verifying
+from pd_core.core import artifacts, errors, files, schemas
+from pd_core.core import seeds as core_seeds
+from pd_core.core.settings.generate import GeneratorSettings
 from tests import toy_generator
 from tests.test_generate import index, rows, run  # noqa: F401
 from workflows import generate
@@ -68,8 +71,8 @@ def options(path: str, arguments: dict) -> tuple[str, ...]:
     )
 
 
-def told(output: Path) -> config.GeneratorSettings:
-    return config.GeneratorSettings.model_validate(record(output)["totals"]["settings"]["generator"])
+def told(output: Path) -> GeneratorSettings:
+    return GeneratorSettings.model_validate(record(output)["totals"]["settings"]["generator"])
 
 
 def record(output: Path, stage: str = "samples") -> dict:
@@ -82,11 +85,11 @@ def commit(output: Path, values: dict, stage: str = "samples") -> None:
         data = (output / stage / part["name"]).read_bytes()
         part |= {
             "bytes": len(data),
-            "sha256": storage.sha256(data),
+            "sha256": artifacts.sha256(data),
             "rows": pq.read_metadata(io.BytesIO(data)).num_rows,
         }
     own = {"kind": values["kind"], "schema_version": values["schema_version"]}
-    values["fingerprint"] = storage.fingerprint(own | values["identity"])
+    values["fingerprint"] = artifacts.fingerprint(own | values["identity"])
     (output / stage / "artifact.json").write_text(json.dumps(values))
 
 
@@ -238,8 +241,8 @@ def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, 
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 
-def samples_of(output: Path) -> tuple[verifying.Samples, storage.Artifact]:
-    artifact = storage.load_artifact(str(output / "samples"))
+def samples_of(output: Path) -> tuple[verifying.Samples, artifacts.Artifact]:
+    artifact = artifacts.load_artifact(str(output / "samples"))
     assert artifact is not None
     recipe = verification.recipe_of(str(output), artifact, told(output))
     return verification.samples_of(str(output), artifact, recipe), artifact
@@ -328,7 +331,7 @@ def test_a_store_that_refuses_is_no_finding(copy, monkeypatch):
     (text,) = verifying.compare_group(samples, pool, maker, group).rows.values()
     assert text is not None and text.startswith("its file cannot be read: ")
     for error in (PermissionError(13, "denied"), ConnectionError("lost"), OSError(5, "SlowDown")):
-        monkeypatch.setattr(storage, "open_file", lambda uri, error=error: Refusing(error))
+        monkeypatch.setattr(files, "open_file", lambda uri, error=error: Refusing(error))
         with pytest.raises(type(error)):
             verifying.compare_group(samples, pool, maker, group)
         with pytest.raises(type(error)):
@@ -376,7 +379,7 @@ def test_a_record_that_contradicts_itself_is_told(copy, change, expected):
     assert verifying.record_differences(samples_of(copy)[1]) == []
     change(values)
     (copy / "samples" / "artifact.json").write_text(json.dumps(values))
-    artifact = storage.load_artifact(str(copy / "samples"))
+    artifact = artifacts.load_artifact(str(copy / "samples"))
     assert artifact is not None
     found = verifying.record_differences(artifact)
     assert any(expected in text for text in found), found
@@ -398,7 +401,9 @@ def test_what_a_part_counts_is_what_it_holds(copy):
 def found_in(output: Path) -> dict[str, list[str]]:
     """What the check of all files of an output finds, without making a row."""
     samples, artifact = samples_of(output)
-    beside = {stage: storage.load_artifact(str(output / stage)) for stage in ("rejected", "pilot", "export", "report")}
+    beside = {
+        stage: artifacts.load_artifact(str(output / stage)) for stage in ("rejected", "pilot", "export", "report")
+    }
     there = {stage: found for stage, found in beside.items() if found is not None}
     found, _ = verifying.check_parts(samples, artifact, there, verifying.Draw(1, 0))
     return found
@@ -460,7 +465,7 @@ def test_the_list_of_exported_pictures_is_that_of_the_samples_though_the_record_
     listing.write_text("".join(json.dumps(line) + "\n" for line in lines))
     values = record(copy, "export")
     part = next(part for part in values["parts"] if part["name"] == listing.name)
-    part |= {"bytes": len(listing.read_bytes()), "sha256": storage.sha256(listing.read_bytes())}
+    part |= {"bytes": len(listing.read_bytes()), "sha256": artifacts.sha256(listing.read_bytes())}
     (copy / "export" / "artifact.json").write_text(json.dumps(values))
     assert found_in(copy) == {
         f"export/{listing.name}": [
@@ -468,7 +473,7 @@ def test_the_list_of_exported_pictures_is_that_of_the_samples_though_the_record_
             f"{first['file']} is of no sample (1 such)",
         ]
     }
-    part = storage.Part(listing.name, 1, 1, "")
+    part = artifacts.Part(listing.name, 1, 1, "")
     for text in ("[1]\n", "{}\n", "png\n"):
         listing.write_text(text)
         (found,) = verifying.picture_differences(samples_of(copy)[0], part)
@@ -510,15 +515,15 @@ def test_a_candidate_is_in_the_samples_or_in_the_rejected_though_the_record_fits
 )
 def test_a_record_beside_that_contradicts_itself_or_the_samples_is_told(made, stage, change, expected):
     output = made / "out"
-    samples = storage.load_artifact(str(output / "samples"))
-    beside = storage.load_artifact(str(output / stage))
+    samples = artifacts.load_artifact(str(output / "samples"))
+    beside = artifacts.load_artifact(str(output / stage))
     assert samples is not None and beside is not None
-    rejected = storage.load_artifact(str(output / "rejected"))
+    rejected = artifacts.load_artifact(str(output / "rejected"))
     assert rejected is not None
     assert not any(verifying.beside_differences(samples, {"rejected": rejected, stage: beside}).values())
     values = asdict(beside) | {"parts": list(beside.parts)}
     change(values)
-    told_of = verifying.beside_differences(samples, {"rejected": rejected, stage: storage.Artifact(**values)})
+    told_of = verifying.beside_differences(samples, {"rejected": rejected, stage: artifacts.Artifact(**values)})
     assert any(expected in text for text in told_of[f"{stage}/artifact.json"])
     assert verifying.beside_differences(samples, {})["rejected/artifact.json"] == [
         "is missing, though --keep-rejected was set"
@@ -530,7 +535,7 @@ def test_rows_are_chosen_by_ids_alone_over_all_parts(made):
     samples, artifact = samples_of(made / "out")
     _, chosen = verifying.check_parts(samples, artifact, {}, verifying.Draw(7, 5))
     numbers = rows(made / "out")["sample_id"].to_numpy()
-    keys = ids.uniform(numbers, ids.stream(5, "verify"))
+    keys = core_seeds.uniform(numbers, core_seeds.stream(5, "verify"))
     np.testing.assert_array_equal(chosen, numbers[np.argsort(keys)][:7])
 
 
@@ -571,7 +576,7 @@ def test_an_identity_that_json_writes_in_another_form_is_the_same(copy, tmp_path
         "def make():\n"
         "    return Odd(3, True, (), 'raise', None, 0.0)\n"
     )
-    settings = config.GeneratorSettings(kind="python", path=f"{tmp_path / 'odd.py'}:make")
+    settings = GeneratorSettings(kind="python", path=f"{tmp_path / 'odd.py'}:make")
     live = generators.open_generator(settings).identity()
     recorded = json.loads(json.dumps(live))
     assert recorded != live
@@ -592,7 +597,7 @@ def test_a_record_that_names_code_of_its_own_runs_none_of_it(copy, tmp_path, cap
     arguments = {"args": f"touch {touched}", "shell": True}
     values["totals"]["settings"]["generator"] |= {"path": "subprocess:run", "arguments": arguments}
     commit(copy, values)
-    named = f"--generator.kind python --generator.path subprocess:run --generator.arguments '{storage.canonical(arguments)}'"
+    named = f"--generator.kind python --generator.path subprocess:run --generator.arguments '{artifacts.canonical(arguments)}'"
     for more in [
         (),
         ("--generator.allow-pickle",),
@@ -606,20 +611,20 @@ def test_a_record_that_names_code_of_its_own_runs_none_of_it(copy, tmp_path, cap
         assert f"add {named}" in line, line
 
 
-@pytest.mark.parametrize("kind", get_args(config.GeneratorSettings.model_fields["kind"].annotation))
+@pytest.mark.parametrize("kind", get_args(GeneratorSettings.model_fields["kind"].annotation))
 def test_what_can_run_code_is_opened_only_where_the_command_names_it_too(made, kind):
-    artifact = storage.load_artifact(str(made / "out" / "samples"))
+    artifact = artifacts.load_artifact(str(made / "out" / "samples"))
     assert artifact is not None
     own: dict[str, dict[str, Any]] = {"stylegan": {"code": "/code"}, "python": {"arguments": {"a": [1]}}}
     of_kind = own.get(kind, {})
-    runs = config.GeneratorSettings.model_validate({"kind": kind, "path": "/x.py:f", **of_kind})
+    runs = GeneratorSettings.model_validate({"kind": kind, "path": "/x.py:f", **of_kind})
     stored = runs.model_dump(mode="json") | {"prompts": str(made / "prompts.txt")}
     artifact.totals["settings"]["generator"] = stored
     recipe_of = lambda told: verification.recipe_of("out", artifact, told).generator  # noqa: E731
     with_pickle = kind in ("diffusers", "stylegan")
 
     assert recipe_of(runs).model_dump(mode="json") == stored
-    nothing = config.GeneratorSettings()
+    nothing = GeneratorSettings()
     if kind == "diffusers":
         assert not recipe_of(nothing).allow_pickle
     else:
@@ -660,22 +665,22 @@ PLACES = [
 @pytest.mark.parametrize(("name", "value", "section", "expected"), PLACES)
 def test_a_record_leads_nowhere_that_the_command_does_not(made, name, value, section, expected):
     """What is data is opened where the record lies itself; nothing is asked of another store, a hub or a server."""
-    artifact = storage.load_artifact(str(made / "out" / "samples"))
+    artifact = artifacts.load_artifact(str(made / "out" / "samples"))
     assert artifact is not None
     stored = artifact.totals["settings"]
     if section:
-        saved = config.GeneratorSettings(path=str(made), prompts=str(made / "prompts.txt"))
+        saved = GeneratorSettings(path=str(made), prompts=str(made / "prompts.txt"))
         stored["generator"] = saved.model_dump(mode="json")
-        assert verification.recipe_of("out", artifact, config.GeneratorSettings()).generator == saved
+        assert verification.recipe_of("out", artifact, GeneratorSettings()).generator == saved
     (stored if section is None else stored[section])[name] = value
-    nothing = config.GeneratorSettings() if section else told(made / "out")
+    nothing = GeneratorSettings() if section else told(made / "out")
     with pytest.raises(errors.UserError, match=rf"^[^\n]*{expected}"):
         verification.recipe_of("out", artifact, nothing)
     if name == "checkpoint":
         own = str(made / "tiny.safetensors")
         assert verification.recipe_of("out", artifact, nothing, None, own).realset.extractor.checkpoint == own
     if value == "org/name":
-        hub = config.GeneratorSettings(path="org/name")
+        hub = GeneratorSettings(path="org/name")
         assert verification.recipe_of("out", artifact, hub).generator.path == "org/name"
 
 
@@ -704,7 +709,7 @@ def test_a_record_leads_nowhere_that_the_command_does_not(made, name, value, sec
     ],
 )
 def test_what_a_record_of_samples_cannot_say_is_one_line(made, where, name, value, expected):
-    artifact = storage.load_artifact(str(made / "out" / "samples"))
+    artifact = artifacts.load_artifact(str(made / "out" / "samples"))
     assert artifact is not None
     getattr(artifact, where)[name] = value
     with pytest.raises(errors.UserError, match=rf"^out/samples/artifact.json: [^\n]*{expected}"):
@@ -712,7 +717,7 @@ def test_what_a_record_of_samples_cannot_say_is_one_line(made, where, name, valu
 
 
 def test_the_path_of_the_command_may_be_a_relative_one(made, monkeypatch):
-    artifact = storage.load_artifact(str(made / "out" / "samples"))
+    artifact = artifacts.load_artifact(str(made / "out" / "samples"))
     assert artifact is not None
     monkeypatch.chdir(made)
     relative = told(made / "out").model_copy(update={"path": "toy.py:make"})

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pd_core import generators, volume
-from pd_core.config import GeneratorSettings
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.volume import Volume
 from tests import tiny_generators
 

@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # a Ray job runs this file from a copy of the tree, where pd_core is not installed
 
-from pd_core import cli, cluster, config, errors  # noqa: E402
+from pd_core import cli, cluster
+from pd_core.core import errors
+from pd_core.core.settings import load
+from pd_core.core.settings.base import ENV_PREFIX
+from pd_core.core.settings.index import BuildIndexSettings  # noqa: E402
 
 PROG = "build_index.py"
 DEFAULT_CONFIG = ROOT / "workflows" / "configs" / "default.yaml"
@@ -21,7 +25,7 @@ DEMO = ROOT / "demo" / "make_digits.py"
 
 def main(argv: Sequence[str]) -> None:
     """Run `pd-core build-index`; without any settings, on the demo images."""
-    if not argv and not any(name.startswith(config.ENV_PREFIX) for name in os.environ):
+    if not argv and not any(name.startswith(ENV_PREFIX) for name in os.environ):
         argv = prepare_demo()
     cli.run("build-index", argv, prog=PROG)
 
@@ -30,7 +34,7 @@ def prepare_demo() -> list[str]:
     """Make those of the demo images that are absent, and say where the output goes; returns its settings."""
     print(f"no settings given: using {DEFAULT_CONFIG.relative_to(ROOT)} and the demo images", flush=True)
     argv = [f"--config={DEFAULT_CONFIG}"]
-    settings = config.load(config.BuildIndexSettings, argv, prog=PROG)
+    settings = load.load(BuildIndexSettings, argv, prog=PROG)
     folder = Path(str(settings.data.source)).parent
     print(f"making the demo images in {folder}, where they are absent", flush=True)
     made = subprocess.run([sys.executable, str(DEMO), "--output", str(folder)], check=False)

@@ -7,7 +7,8 @@ from pathlib import Path
 if (root := str(Path(__file__).resolve().parent.parent)) not in sys.path:
     sys.path.insert(0, root)  # a Ray job runs this file from a copy of the tree, where pd_core is not installed
 
-from pd_core import cli, errors
+from pd_core import cli
+from pd_core.core import errors
 
 main = partial(cli.run, "curate", prog="curate.py")
 

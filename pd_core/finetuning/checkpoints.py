@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pd_core import cluster, schemas, storage
-from pd_core.errors import RunError
+from pd_core import cluster
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.errors import RunError
 from pd_core.finetuning import judging
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def step_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def write_state(stage: storage.Stage, progress: Progress, model: Mapping[str, Any], keep: int) -> None:
+def write_state(stage: artifacts.Stage, progress: Progress, model: Mapping[str, Any], keep: int) -> None:
     """Write the state of a step, then drop all but the newest `keep`."""
     import torch
 
@@ -114,7 +115,7 @@ def write_state(stage: storage.Stage, progress: Progress, model: Mapping[str, An
         stage.drop_part(name)
 
 
-def drop_after_loss(stage: storage.Stage) -> None:
+def drop_after_loss(stage: artifacts.Stage) -> None:
     """Where parts that training writes once and reads no more are gone or cut short: drop the states behind the first of
     them, and the summary, so that training goes on from before it and writes them again.
     """
@@ -130,27 +131,27 @@ def drop_after_loss(stage: storage.Stage) -> None:
             stage.drop_part(name)
     stage.drop_part(SUMMARY)
     if written:
-        cluster.say(f"training: {storage.told_damage(lost)}; going on from before step {min(written)}")
+        cluster.say(f"training: {artifacts.told_damage(lost)}; going on from before step {min(written)}")
 
 
-def newest(stage: storage.Stage) -> int:
+def newest(stage: artifacts.Stage) -> int:
     """Step of the last state, -1 where there is none."""
     found = [int(match[1]) for name in stage.finished_parts() if (match := STATE.fullmatch(name))]
     return max(found, default=-1)
 
 
-def newest_state(stage: storage.Stage) -> str | None:
+def newest_state(stage: artifacts.Stage) -> str | None:
     """Part of the last whole state; those before it are gone where a later one was broken."""
     parts = stage.finished_parts()
     for name in sorted(filter(STATE.fullmatch, parts), reverse=True):
-        if storage.sha256(_state_bytes(stage, name)) == parts[name].sha256:
+        if artifacts.sha256(_state_bytes(stage, name)) == parts[name].sha256:
             return name
         cluster.say(f"training: {name} is not as it was written; going on from the one before")
         stage.drop_part(name)
     return None
 
 
-def read_state(stage: storage.Stage, name: str, device: str) -> tuple[Progress, dict[str, Any]]:
+def read_state(stage: artifacts.Stage, name: str, device: str) -> tuple[Progress, dict[str, Any]]:
     """(progress, state of the model) of a part; tensors on the device."""
     import torch
 
@@ -159,11 +160,11 @@ def read_state(stage: storage.Stage, name: str, device: str) -> tuple[Progress, 
     return Progress(**values["progress"]), values["model"]
 
 
-def _state_bytes(stage: storage.Stage, name: str) -> bytes:
+def _state_bytes(stage: artifacts.Stage, name: str) -> bytes:
     """Raises RunError: it has gone since it was found, which a run does that is still writing its own states here."""
-    uri = storage.join(stage.uri, name)
+    uri = files.join(stage.uri, name)
     try:
-        return storage.read_bytes(uri)
+        return files.read_bytes(uri)
     except FileNotFoundError:
         raise RunError(
             f"{uri}: gone since it was found, another run of this --output is still writing; end it, or run the same command "
@@ -172,7 +173,7 @@ def _state_bytes(stage: storage.Stage, name: str) -> bytes:
 
 
 def write_average(
-    stage: storage.Stage, step: int, weights: Mapping[str, torch.Tensor], companions: Mapping[str, torch.Tensor]
+    stage: artifacts.Stage, step: int, weights: Mapping[str, torch.Tensor], companions: Mapping[str, torch.Tensor]
 ) -> None:
     """Write the averaged weights of an evaluation, and what is saved with them, where there is any."""
     stage.write_part(average_name(step), to_safetensors(weights), 0)
@@ -191,10 +192,10 @@ def read_weights(uri: str) -> dict[str, torch.Tensor]:
     """Weights of a safetensors file, on the CPU."""
     import safetensors.torch
 
-    return dict(safetensors.torch.load(storage.read_bytes(uri)))
+    return dict(safetensors.torch.load(files.read_bytes(uri)))
 
 
-def write_results(stage: storage.Stage, progress: Progress, metric: str, rates: Mapping[str, float]) -> None:
+def write_results(stage: artifacts.Stage, progress: Progress, metric: str, rates: Mapping[str, float]) -> None:
     """Write what was measured and logged; the summary last.
 
     metric: that chose the best step. rates: how fast it was, which no result depends on.
@@ -205,8 +206,8 @@ def write_results(stage: storage.Stage, progress: Progress, metric: str, rates: 
     stage.write_part(SUMMARY, json.dumps(progress.summary(metric) | dict(rates)).encode(), 0)
 
 
-def read_summary(stage: storage.Stage) -> dict[str, Any] | None:
+def read_summary(stage: artifacts.Stage) -> dict[str, Any] | None:
     """What `write_results` left, where the training is over."""
     if SUMMARY not in stage.finished_parts():
         return None
-    return dict(storage.read_json(storage.join(stage.uri, SUMMARY)))
+    return dict(files.read_json(files.join(stage.uri, SUMMARY)))

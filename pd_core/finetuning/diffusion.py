@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pd_core import ids
-from pd_core.config import GeneratorSettings, TrainingSettings
-from pd_core.errors import RunError, UserError
+from pd_core.core import seeds as core_seeds
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.finetune import TrainingSettings
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.finetuning import Batch, Share, averaging, parallel
 from pd_core.generators import Generator, diffusers, generators_of, normal
 
@@ -265,13 +266,13 @@ class DiffusionModel:
         return (errors * self._process.weight(level)).mean()
 
     def _noise(self, positions: np.ndarray, name: str) -> torch.Tensor:
-        seeds = ids.integers(positions, ids.stream(self._seed, f"finetune/{name}"))
+        seeds = core_seeds.integers(positions, core_seeds.stream(self._seed, f"finetune/{name}"))
         return normal(generators_of([int(seed) for seed in seeds]), self._pipeline.shape, self._share.device)
 
     def _levels(self, batch: Batch, positions: np.ndarray) -> np.ndarray:
         """Noise level of each draw, int64; those of a step are spread evenly (Kingma et al. 2021, appendix I.1)."""
         of_all = len(batch.sample_id) * self._share.world
-        start = ids.uniform(np.array([batch.step]), ids.stream(self._seed, "finetune/level"))
+        start = core_seeds.uniform(np.array([batch.step]), core_seeds.stream(self._seed, "finetune/level"))
         u = (start + (positions - batch.step * of_all) / of_all) % 1.0
         return np.minimum((u * self._process.levels).astype(np.int64), self._process.levels - 1)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_core import ids
+from pd_core.core import seeds
 
 WINDOW_ROWS = 16_384
 EPOCHS_KEPT = 2  # of those that were looked at last; a run goes on from one to the next
@@ -31,7 +31,7 @@ WeightsOf = Callable[[int], np.ndarray]
 
 def permutation(n: int, seed: int) -> np.ndarray:
     """A permutation of 0 ... n - 1, int64 [n]: the order of n hashes, the same with every version of numpy."""
-    return np.argsort(ids.integers(np.arange(n), seed), kind="stable")
+    return np.argsort(seeds.integers(np.arange(n), seed), kind="stable")
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ class Draws:
         self._window = functools.lru_cache(maxsize=WINDOWS_KEPT)(self._make_window)
 
     def _make_epoch(self, number: int) -> _Epoch:
-        parts = permutation(len(self.rows), ids.stream(self.seed, f"finetune/parts/{number}"))
+        parts = permutation(len(self.rows), seeds.stream(self.seed, f"finetune/parts/{number}"))
         ends = np.cumsum(self.part_weights[parts])
-        offset = float(ids.uniform(np.array([number]), ids.stream(self.seed, "finetune/offset"))[0])
+        offset = float(seeds.uniform(np.array([number]), seeds.stream(self.seed, "finetune/offset"))[0])
         draws = np.concatenate([[0], _below(ends, ends[-1], self.size, offset)])
         rows_before = np.cumsum(self.rows[parts]) - self.rows[parts]
         _, windows = np.unique(rows_before // WINDOW_ROWS, return_index=True)
@@ -160,7 +160,7 @@ class Draws:
             parts=tuple(epoch.parts[start:stop].tolist()),
             borders=borders,
             before=epoch.before[start:stop],
-            order=permutation(many, ids.stream(self.seed, f"finetune/shuffle/{epoch_number}/{number}")),
+            order=permutation(many, seeds.stream(self.seed, f"finetune/shuffle/{epoch_number}/{number}")),
             epoch=epoch,
         )
 
@@ -185,4 +185,4 @@ class Draws:
 
     def mirrored(self, positions: np.ndarray) -> np.ndarray:
         """Which draws show their image mirrored, half of them, bool [n]."""
-        return ids.uniform(positions, ids.stream(self.seed, "finetune/mirror")) < 0.5
+        return seeds.uniform(positions, seeds.stream(self.seed, "finetune/mirror")) < 0.5

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd_core import cluster, storage
-from pd_core.config import GeneratorSettings
+from pd_core import cluster
+from pd_core.core import artifacts, files
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.finetuning import Share, checkpoints, models
 
 
@@ -29,22 +30,22 @@ class Source:
     merged: bool
 
 
-def stage_of(output: str, source: Source) -> storage.Stage:
+def stage_of(output: str, source: Source) -> artifacts.Stage:
     """The stage under `output`."""
     identity = {"from": source.fingerprint, "step": source.step, "merged": source.merged}
-    return storage.Stage(storage.join(output, "best"), "best", 1, identity)
+    return artifacts.Stage(files.join(output, "best"), "best", 1, identity)
 
 
-def run(stage: storage.Stage, spec: models.ModelSpec, source: Source) -> tuple[list[storage.Part], dict[str, Any]]:
+def run(stage: artifacts.Stage, spec: models.ModelSpec, source: Source) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write the generator's files, in a Ray task; returns the parts and totals to commit."""
     cluster.get(cluster.task(_write).remote(stage, spec, source))
     parts = list(stage.finished_parts().values())
     return parts, {"step": source.step, "merged": source.merged, "bytes": sum(part.bytes for part in parts)}
 
 
-def _write(stage: storage.Stage, spec: models.ModelSpec, source: Source) -> None:
+def _write(stage: artifacts.Stage, spec: models.ModelSpec, source: Source) -> None:
     model = spec.open(Share(0, 1, "cpu", 1))
-    weights = checkpoints.read_weights(storage.join(source.uri, source.part))
+    weights = checkpoints.read_weights(files.join(source.uri, source.part))
     if source.companions is not None:
         model.load_companions(checkpoints.read_weights(source.companions))
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +57,7 @@ def _write(stage: storage.Stage, spec: models.ModelSpec, source: Source) -> None
 def result_of(generator: GeneratorSettings, folder: str) -> GeneratorSettings:
     """Settings that open what was written into a folder from what `generator` opened."""
     if generator.kind == "python":
-        arguments = {**generator.arguments, "weights": storage.join(folder, "weights.safetensors")}
+        arguments = {**generator.arguments, "weights": files.join(folder, "weights.safetensors")}
         return generator.model_copy(update={"arguments": arguments})
     name = {"diffusers": "", "torchscript": "generator.pt", "stylegan": "network.pkl"}[generator.kind]
-    return generator.model_copy(update={"path": storage.join(folder, name) if name else folder})
+    return generator.model_copy(update={"path": files.join(folder, name) if name else folder})

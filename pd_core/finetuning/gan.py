@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pd_core import acceptance, ids
-from pd_core.config import TrainingSettings
+from pd_core import acceptance
+from pd_core.core import seeds as core_seeds
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.density import density_of
-from pd_core.errors import RunError, UserError
 from pd_core.finetuning import Batch, Share
 from pd_core.finetuning.averaging import decay_at, warm_up
 from pd_core.finetuning.parallel import average, average_gradients, images_of, own_random_state, sum_of
@@ -95,7 +96,9 @@ class Choice:
 
 def seeds_of(positions: np.ndarray, attempts: np.ndarray, stream: int) -> np.ndarray:
     """Seeds in [0, 2^63) of candidates, int64 [m]: those of a draw's position and the number of the attempt, int64 [m]."""
-    return ids.integers(ids.integers(positions, stream).astype(np.uint64) + attempts.astype(np.uint64), stream)
+    return core_seeds.integers(
+        core_seeds.integers(positions, stream).astype(np.uint64) + attempts.astype(np.uint64), stream
+    )
 
 
 def choose(
@@ -114,14 +117,14 @@ def choose(
         seed: of the run.
         name: of the random stream; other batches of a step have others.
     """
-    stream = ids.stream(seed, f"finetune/{name}-latent")
+    stream = core_seeds.stream(seed, f"finetune/{name}-latent")
     if fake is None or fake.weight == 1:
         seeds = seeds_of(positions, np.zeros_like(positions), stream)
         return Choice(live.latents(seeds.tolist()), None, Tally())
     import torch
 
     with torch.no_grad():
-        return _search(live, fake, positions, labels, stream, ids.stream(seed, f"finetune/{name}-accept"))
+        return _search(live, fake, positions, labels, stream, core_seeds.stream(seed, f"finetune/{name}-accept"))
 
 
 def _search(
@@ -143,7 +146,7 @@ def _search(
         if not bool(torch.isfinite(images).all()):
             return Choice(*kept, Tally(broken=1))
         density = fake.densities(to_uint8(images))
-        accepted = ids.uniform(seeds, u_stream) < acceptance.acceptance_probability(density, weighting)
+        accepted = core_seeds.uniform(seeds, u_stream) < acceptance.acceptance_probability(density, weighting)
         accepted = accepted.reshape(-1, each)
         found, first = accepted.any(axis=1), accepted.argmax(axis=1)
         looked_at = np.where(found, first + 1, each)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core import evaluating, ids, metrics, spaces
-from pd_core.config import MetricSettings
+from pd_core import evaluating, metrics, spaces
+from pd_core.core import seeds as core_seeds
+from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.features import ExtractorSpec
 from pd_core.generators import Conditions, Generator, generate_checked
 from pd_core.halfsamples import Estimate
@@ -53,13 +54,15 @@ class Plan:
 
     def seeds(self, numbers: np.ndarray) -> list[int]:
         """Seed of each image."""
-        return [int(seed) for seed in ids.integers(numbers, ids.stream(self.seed, self.stream))]
+        return [int(seed) for seed in core_seeds.integers(numbers, core_seeds.stream(self.seed, self.stream))]
 
     def conditions(self, numbers: np.ndarray) -> Conditions:
         """Class of each image: all equally often, up to one; which come first is drawn, since there may be more than images."""
         if not self.classes:
             return Conditions()
-        order = np.argsort(ids.integers(np.arange(len(self.classes)), ids.stream(self.seed, f"{self.stream}/classes")))
+        order = np.argsort(
+            core_seeds.integers(np.arange(len(self.classes)), core_seeds.stream(self.seed, f"{self.stream}/classes"))
+        )
         return Conditions(labels=tuple(self.classes[int(order[int(i) % len(order)])] for i in numbers))
 
 

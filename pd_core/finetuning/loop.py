@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, evaluating, schemas, storage, telemetry
+from pd_core import cluster, evaluating, telemetry
 from pd_core.candidates import picture
-from pd_core.config import FinetuneSettings
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.core import artifacts, schemas
+from pd_core.core.errors import RunError, UserError, one_line
+from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.finetuning import Batch, Share, Trainable, checkpoints, judging, models, parallel, stream, weights
 from pd_core.finetuning.checkpoints import Progress
 from pd_core.scoring import Scorer
@@ -44,7 +45,7 @@ class Job:
     data: weights.Drawable
     feed: stream.Feed
     plan: judging.Plan
-    stage: storage.Stage
+    stage: artifacts.Stage
     settings: FinetuneSettings
 
     @property
@@ -150,7 +151,7 @@ class Loop:
         )
         with contextlib.closing(batches):
             while not progress.finished:
-                watch = storage.Stopwatch()
+                watch = artifacts.Stopwatch()
                 batch: Batch | None = None
                 with self._together():
                     batch = next(batches)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, density, ids, metrics, schemas, storage
+from pd_core import cluster, density, metrics
 from pd_core.candidates import picture
-from pd_core.errors import UserError, one_line
+from pd_core.core import artifacts, files, schemas, seeds
+from pd_core.core.errors import UserError, one_line
 from pd_core.finetuning import checkpoints, judging
 from pd_core.finetuning.judging import Plan
 from pd_core.halfsamples import Estimate
@@ -179,7 +180,7 @@ class Job:
         seed: of the run. threads: of CPU arithmetic, of each actor.
     """
 
-    stage: storage.Stage
+    stage: artifacts.Stage
     training: str
     averages: tuple[str, ...]
     steps: tuple[int, ...]
@@ -201,13 +202,13 @@ class Job:
         import safetensors.torch
 
         for place in places:
-            yield safetensors.torch.load(storage.read_bytes(storage.join(self.training, self.averages[place])))
+            yield safetensors.torch.load(files.read_bytes(files.join(self.training, self.averages[place])))
 
 
 def job_of(
     output: str,
     training: str,
-    trained: storage.Artifact,
+    trained: artifacts.Artifact,
     open_model: Callable[[str, int], Any],
     open_scorer: Callable[[str, int], Any],
     plan: Plan,
@@ -245,7 +246,7 @@ def job_of(
         "threads": threads,
         "device": device,
     }
-    stage = storage.Stage(storage.join(output, "merging"), "merging", schemas.VERSIONS["merging"], identity)
+    stage = artifacts.Stage(files.join(output, "merging"), "merging", schemas.VERSIONS["merging"], identity)
     return Job(
         stage, training, averages, steps, single, open_model, open_scorer, plan, metric, candidates, seed, threads
     )
@@ -253,7 +254,7 @@ def job_of(
 
 def run(
     job: Job, now: cluster.Cluster, reference: Any, actors: int | None = None, gpus: float | None = None
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make what is missing; returns the parts and totals to commit.
 
     Args:
@@ -320,7 +321,7 @@ def _search(job: Job, judges: Sequence[Any]) -> Search:
     """The search with all its candidates told: those of the records, and the others measured now."""
     known = _recorded(job)
     lower = job.metric in judging.LOWER_IS_BETTER
-    search = Search(len(job.averages), job.candidates, ids.stream(job.seed, "finetune/merge-search"), lower)
+    search = Search(len(job.averages), job.candidates, seeds.stream(job.seed, "finetune/merge-search"), lower)
     with cluster.progress("merging", job.candidates, "combinations", len(known)) as bar:
         while len(proposed := search.propose()):
             first, generation = len(search.values), search.generation
@@ -345,7 +346,7 @@ def _recorded(job: Job) -> dict[int, float | None]:
     """Values by number of the candidates that an earlier run has measured."""
     done = job.stage.finished_parts()
     names = [CANDIDATES] if CANDIDATES in done else [name for name in done if _RECORD.fullmatch(name)]
-    rows = [row for name in names for row in storage.read_table(storage.join(job.stage.uri, name)).to_pylist()]
+    rows = [row for name in names for row in files.read_table(files.join(job.stage.uri, name)).to_pylist()]
     return {row["number"]: row["value"] for row in rows}
 
 
@@ -432,7 +433,7 @@ class _Judge:
     def _samples(self, sampler: Any) -> pa.Table:
         plan = self.job.plan
         name = checkpoints.samples_name(self.job.steps[self.job.single])
-        shown = storage.read_table(storage.join(self.job.training, name), ["number", "seed", "label"])
+        shown = files.read_table(files.join(self.job.training, name), ["number", "seed", "label"])
         columns: dict[str, list[Any]] = {"density_predicted": [], "image": []}
         for chunk in range(-(-shown.num_rows // plan.chunk)):
             images = judging.generate(plan, sampler, chunk, self.device).to(self.scorer.extractor.device)

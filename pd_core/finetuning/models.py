@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import cluster, generators, opening, storage
+from pd_core import cluster, generators, opening
 from pd_core.acceptance import Weighting
-from pd_core.config import FakeWeightingSettings, GeneratorSettings, TrainingSettings
+from pd_core.core import artifacts
+from pd_core.core.settings.finetune import FakeWeightingSettings, TrainingSettings
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.finetuning import Batch, Share, Trainable
 from pd_core.realset import RealSet
 from pd_core.scoring import Scorer
@@ -118,7 +120,7 @@ def probe(spec: ModelSpec, images: int) -> dict[str, float]:
     for step in range(PROBED_STEPS):
         pixels = rng.integers(0, 256, (images, *model.size, 3), dtype=np.uint8)
         numbers = np.arange(images)
-        watch = storage.Stopwatch()
+        watch = artifacts.Stopwatch()
         model.step(Batch(step, step * images, numbers, np.ones(images), (label,) * images, pixels))
         times.append(watch.seconds)
     return {"step_s": float(np.median(times[1:])), "peak_bytes": _peak_bytes()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pd_core import ids
+from pd_core.core import seeds
 from pd_core.finetuning import Share
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def own_random_state(seed: int, step: int, share: Share) -> Iterator[None]:
 
     devices = [share.device] if share.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(ids.stream(seed, f"finetune/step/{step}/{share.rank}"))
+        torch.manual_seed(seeds.stream(seed, f"finetune/step/{step}/{share.rank}"))
         yield
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, decoder, images, sources, storage
-from pd_core.errors import UserError
+from pd_core import cluster, decoder, images, sources
+from pd_core.core import artifacts, files
+from pd_core.core.errors import UserError
 from pd_core.finetuning import Batch, Share
 from pd_core.finetuning.draws import Draws, Window
 from pd_core.finetuning.weights import Drawable
@@ -325,14 +326,14 @@ def _read_tables(uri: str, fingerprint: str, listing_uri: str, parts: tuple[int,
 
     fingerprint: of weights/, so that a table which was overwritten is not taken for the one that is there.
     """
-    return {part: _read_table(uri, listing_uri, storage.part_name(part)) for part in parts}
+    return {part: _read_table(uri, listing_uri, artifacts.part_name(part)) for part in parts}
 
 
 def _read_table(uri: str, listing_uri: str, name: str) -> pa.Table:
-    with storage.explained(storage.join(uri, name)):
-        table = storage.read_table(storage.join(uri, name))
-    with storage.explained(storage.join(listing_uri, name)):
-        listed = storage.read_table(storage.join(listing_uri, name), ["container", "offset", "size"])
+    with files.explained(files.join(uri, name)):
+        table = files.read_table(files.join(uri, name))
+    with files.explained(files.join(listing_uri, name)):
+        listed = files.read_table(files.join(listing_uri, name), ["container", "offset", "size"])
     places = listed.take(table["row"])
     for column in places.column_names:
         table = table.append_column(column, places[column])

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pd_core import cluster, storage, telemetry, tracking
-from pd_core.errors import RunError, UserError, one_line
+from pd_core import cluster, telemetry, tracking
+from pd_core.core import artifacts, files
+from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.finetuning import checkpoints, loop
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Monitor:
 
 def run(
     job: loop.Job, now: cluster.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker
-) -> tuple[list[storage.Part], dict[str, Any]]:
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Train; returns the parts and totals to commit.
 
     Args:
@@ -209,8 +210,8 @@ def _passes(failure: BaseException) -> bool:
     import torch
 
     if isinstance(failure, ray.exceptions.RayTaskError):  # what a task of ours has raised
-        return storage.is_failure(failure.cause)
-    if type(failure).__module__.partition(".")[0] == "ray" or storage.is_failure(failure):
+        return files.is_failure(failure.cause)
+    if type(failure).__module__.partition(".")[0] == "ray" or files.is_failure(failure):
         return True
     if isinstance(failure, torch.distributed.DistError):
         return True

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import acceptance, cluster, piloting, running, schemas, sources, spaces, storage
+from pd_core import acceptance, cluster, piloting, running, sources, spaces
 from pd_core.acceptance import Weighting
 from pd_core.candidates import EVERYTHING
-from pd_core.config import DataSettings, WeightingSettings
-from pd_core.errors import RunError, UserError
+from pd_core.core import artifacts, files, schemas
+from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.generate import WeightingSettings
 from pd_core.listing import Listing, read_artifact
 from pd_core.listing import start as start_listing
 from pd_core.realset import RealSet
@@ -65,9 +67,9 @@ def open_pictures(run: running.Run, real: RealSet, data: DataSettings) -> Pictur
     Raises:
         UserError: there are none, or the index's have changed.
     """
-    folder = storage.join(real.uri, "listing")
-    with storage.explained(folder):
-        of_index = storage.load_artifact(folder)
+    folder = files.join(real.uri, "listing")
+    with files.explained(folder):
+        of_index = artifacts.load_artifact(folder)
     assert of_index is not None, "the features of an index are made from its listing"
     if data.source is None:
         source, listed = spaces.unchanged_original_of(real.uri, option="--data.source")
@@ -75,7 +77,7 @@ def open_pictures(run: running.Run, real: RealSet, data: DataSettings) -> Pictur
         return Pictures(replace(source, settings=settings), listed, own=True)
     source = sources.open_source(data)
     part_rows = read_artifact(folder, of_index).part_rows  # so that the same source has the same parts
-    uri = storage.join(run.output, "listing")
+    uri = files.join(run.output, "listing")
     with run.tracker.stage(run.name_of(uri)) as nested, running.failures("listing", uri):
         listed, artifact = cluster.get(start_listing(source, run.output, part_rows, run.settings.overwrite))
         run.done(uri, artifact, nested)
@@ -109,7 +111,7 @@ def weightings_of(settings: WeightingSettings, real: RealSet) -> dict[str, Weigh
     nothing = np.empty(0)
     if not settings.per_label:
         return {EVERYTHING: piloting.weighting_of(settings, real.density_quantiles, nothing, "the index")}
-    densities = storage.load_artifact(storage.join(real.uri, "densities"))
+    densities = artifacts.load_artifact(files.join(real.uri, "densities"))
     assert densities is not None, "open_realset refuses an index without densities"
     names = [part.name for part in densities.parts]
     by_label = cluster.get(cluster.task(piloting.label_quantiles).remote(real, names))
@@ -157,7 +159,7 @@ class Work:
     classes: frozenset[str] | None
     size: tuple[int, int]
     resize: str
-    stage: storage.Stage
+    stage: artifacts.Stage
 
 
 def work_of(
@@ -176,7 +178,7 @@ def work_of(
         size: (height, width) of the model's images, px.
         resize: `training.resize`.
     """
-    densities = storage.load_artifact(storage.join(real.uri, "densities"))
+    densities = artifacts.load_artifact(files.join(real.uri, "densities"))
     assert densities is not None, "open_realset refuses an index without densities"
     identity = {
         "listing": pictures.listing.fingerprint,
@@ -186,7 +188,7 @@ def work_of(
         "size": list(size),
         "resize": resize,
     }
-    stage = storage.Stage(storage.join(output, "weights"), "weights", schemas.VERSIONS["weights"], identity)
+    stage = artifacts.Stage(files.join(output, "weights"), "weights", schemas.VERSIONS["weights"], identity)
     return Work(
         real_uri=real.uri,
         densities=frozenset(part.name for part in densities.parts if part.rows),
@@ -199,7 +201,7 @@ def work_of(
     )
 
 
-def run(work: Work, real: RealSet, max_bad_fraction: float) -> tuple[list[storage.Part], dict[str, Any]]:
+def run(work: Work, real: RealSet, max_bad_fraction: float) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make the missing parts; returns all parts and the totals to commit.
 
     max_bad_fraction: share of the images of a source other than the index's that may have no density.
@@ -213,7 +215,7 @@ def run(work: Work, real: RealSet, max_bad_fraction: float) -> tuple[list[storag
     sums: dict[int, np.ndarray] = {}
     done = work.stage.finished_parts()
     weigh = cluster.task(_weigh_part, cluster.IO_CPUS)
-    submit = lambda number: weigh.remote(work, number, storage.part_name(number) in done, known)  # noqa: E731
+    submit = lambda number: weigh.remote(work, number, artifacts.part_name(number) in done, known)  # noqa: E731
     with cluster.progress("weights", listing.rows, "images") as bar:
         for number, found in cluster.bounded(submit, range(listing.parts), cluster.in_flight):
             sums[number] = found
@@ -221,13 +223,13 @@ def run(work: Work, real: RealSet, max_bad_fraction: float) -> tuple[list[storag
     finished = work.stage.finished_parts()
     if absent := listing.parts - len(finished):
         raise RunError(f"weights: {absent} of {listing.parts} parts are missing; run the same command again")
-    parts = [finished[storage.part_name(number)] for number in range(listing.parts)]
+    parts = [finished[artifacts.part_name(number)] for number in range(listing.parts)]
     _check(work, parts, max_bad_fraction, known)
     table = np.array([sums[number] for number in range(listing.parts)])
     return parts, _totals(work, real, parts, table)
 
 
-def _totals(work: Work, real: RealSet, parts: Sequence[storage.Part], sums: np.ndarray) -> dict[str, Any]:
+def _totals(work: Work, real: RealSet, parts: Sequence[artifacts.Part], sums: np.ndarray) -> dict[str, Any]:
     """sums: float64 [parts, 3] of `_sums`."""
     weight, squares, above = (math.fsum(column) for column in sums.T)
     if not weight:
@@ -247,14 +249,14 @@ def _totals(work: Work, real: RealSet, parts: Sequence[storage.Part], sums: np.n
     }
 
 
-def opened(work: Work, artifact: storage.Artifact, seed: int) -> Drawable:
+def opened(work: Work, artifact: artifacts.Artifact, seed: int) -> Drawable:
     """What a finished stage says to the stream."""
     rows = tuple(part.rows for part in artifact.parts)
     sums = tuple(artifact.totals["part_weights"])
     return Drawable(work.stage.uri, artifact.fingerprint, work.pictures, rows, sums, seed)
 
 
-def summary(work: Work, artifact: storage.Artifact) -> list[str]:
+def summary(work: Work, artifact: artifacts.Artifact) -> list[str]:
     """What the user is told of the weights, a line each."""
     totals = artifact.totals
     lines = [
@@ -277,14 +279,14 @@ def summary(work: Work, artifact: storage.Artifact) -> list[str]:
     return lines
 
 
-def _count(parts: Sequence[storage.Part], what: str) -> int:
+def _count(parts: Sequence[artifacts.Part], what: str) -> int:
     return sum(part.counts.get(what, 0) for part in parts)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def _check(work: Work, parts: Sequence[storage.Part], max_bad_fraction: float, known: Any) -> None:
+def _check(work: Work, parts: Sequence[artifacts.Part], max_bad_fraction: float, known: Any) -> None:
     listed, index = work.pictures.listing.rows, work.real_uri
     rows, without = sum(part.rows for part in parts), _count(parts, "without_density")
     if not rows or (not work.pictures.own and without > max_bad_fraction * listed):
@@ -314,7 +316,7 @@ def _check(work: Work, parts: Sequence[storage.Part], max_bad_fraction: float, k
         )
 
 
-def _first(work: Work, parts: Sequence[storage.Part], what: str, known: Any) -> str:
+def _first(work: Work, parts: Sequence[artifacts.Part], what: str, known: Any) -> str:
     """The first images of a kind that parts have counted, by key and, where that is at fault, label."""
     number = next(i for i, part in enumerate(parts) if part.counts.get(what))
     return cluster.get(cluster.task(_name_some, cluster.IO_CPUS).remote(work, number, what, known))
@@ -371,8 +373,8 @@ class _Joined:
 
 def _known_part(uri: str, name: str) -> _Known:
     """In the part's order."""
-    densities = storage.read_table(storage.join(uri, "densities", name), ["sample_id", "density"])
-    features = storage.read_table(storage.join(uri, "features", name), ["sample_id", "width", "height"])
+    densities = files.read_table(files.join(uri, "densities", name), ["sample_id", "density"])
+    features = files.read_table(files.join(uri, "features", name), ["sample_id", "width", "height"])
     assert densities["sample_id"].equals(features["sample_id"]), name
     return _Known(*(column.to_numpy() for column in (*densities.columns, features["width"], features["height"])))
 
@@ -386,8 +388,8 @@ def _known_all(uri: str, names: Sequence[str]) -> _Known:
 
 
 def _join(work: Work, number: int, known: _Known | None) -> _Joined:
-    name = storage.part_name(number)
-    listed = storage.read_table(storage.join(work.pictures.listing.uri, name), ["sample_id", "key", "label"])
+    name = artifacts.part_name(number)
+    listed = files.read_table(files.join(work.pictures.listing.uri, name), ["sample_id", "key", "label"])
     if known is None:
         # a part without one usable image has no densities
         names = [name] if name in work.densities else []
@@ -420,10 +422,10 @@ def _kinds(work: Work, joined: _Joined) -> dict[str, np.ndarray]:
 
 def _weigh_part(work: Work, number: int, done: bool, known: _Known | None) -> np.ndarray:
     """Write a part, unless that is done; the sums of its weights, see `_sums`."""
-    name = storage.part_name(number)
-    uri = storage.join(work.stage.uri, name)
+    name = artifacts.part_name(number)
+    uri = files.join(work.stage.uri, name)
     if done:
-        return _sums(storage.read_table(uri, ["label", "density", "weight"]), work.weightings)
+        return _sums(files.read_table(uri, ["label", "density", "weight"]), work.weightings)
     joined = _join(work, number, known)
     kinds = _kinds(work, joined)
     weight = weights_of(joined.density, joined.labels, work.weightings)

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pd_core import storage, trust
-from pd_core.errors import UserError
+from pd_core.core import files, trust
+from pd_core.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.config import GeneratorSettings
+    from pd_core.core.settings.generate import GeneratorSettings
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,8 @@ def read_file(path: str) -> bytes:
         UserError: nothing there, or no regular file.
     """
     where = f"--generator.path {path}"
-    with storage.explained(where):
-        return storage.read_file(path, where, trust.WEIGHTS_BYTES)
+    with files.explained(where):
+        return files.read_file(path, where, trust.WEIGHTS_BYTES)
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
@@ -291,8 +291,8 @@ def read_prompts(path: str) -> tuple[str, ...]:
         UserError: nothing there, no regular file, or no line of text in it.
     """
     where = f"--generator.prompts {path}"
-    with storage.explained(where):
-        lines = storage.read_file(path, where, trust.TEXT_BYTES).decode("utf-8", errors="replace").splitlines()
+    with files.explained(where):
+        lines = files.read_file(path, where, trust.TEXT_BYTES).decode("utf-8", errors="replace").splitlines()
     if not (prompts := tuple(line.strip() for line in lines if line.strip())):
         raise UserError(f"--generator.prompts {path}: holds no line of text")
     return prompts
@@ -310,21 +310,21 @@ def files_hash(uri: str, suffix: str = "") -> str:
     Raises:
         UserError: nothing is there, or no regular file.
     """
-    fs, path = storage.filesystem(uri)
+    fs, path = files.filesystem(uri)
     digest = hashlib.sha256()
     found = sorted(name for name in fs.find(path) if name.endswith(suffix) and not _is_record(name.removeprefix(path)))
     if not found:
         raise UserError(f"{uri}: no such file or directory, or nothing in it; check the path")
     for name in found:
         digest.update(name.removeprefix(path).encode() + b"\0")
-        with storage.open_file(name if storage.is_local(uri) else f"s3://{name}") as file:
+        with files.open_file(name if files.is_local(uri) else f"s3://{name}") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
 
 
 def _is_record(name: str) -> bool:
-    return name.lstrip("/") in (storage.ARTIFACT, storage.STARTED) or name.startswith(f"/{storage.RECORDS}/")
+    return name.lstrip("/") in (files.ARTIFACT, files.STARTED) or name.startswith(f"/{files.RECORDS}/")
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -339,7 +339,7 @@ def check_path(settings: GeneratorSettings) -> None:
     path = settings.path
     if path is None:
         raise UserError("--generator.path: not set; name the generator")
-    if settings.kind == "python" or not storage.is_local(path) or storage.exists(storage.absolute(path)):
+    if settings.kind == "python" or not files.is_local(path) or files.exists(files.absolute(path)):
         return
     if settings.kind != "diffusers":
         raise UserError(f"--generator.path {path}: no such file; check the path")

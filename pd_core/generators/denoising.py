@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pd_core.errors import UserError, one_line
+from pd_core.core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     check_conditions,

@@ -17,8 +17,9 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage, trust
-from pd_core.errors import UserError, one_line
+from pd_core.core import files as core_files
+from pd_core.core import trust
+from pd_core.core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     Generator,
@@ -40,7 +41,7 @@ from pd_core.generators.denoising import (
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.config import GeneratorSettings
+    from pd_core.core.settings.generate import GeneratorSettings
 
 DISTILLED = ("ConsistencyModelPipeline",)
 UNET_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "ConsistencyModelPipeline")
@@ -173,7 +174,7 @@ def _loaded(settings: GeneratorSettings, device: str) -> tuple[Any, str]:
     except ImportError:
         raise UserError("--generator.kind diffusers: not installed; pip install 'pd-core[diffusers]'") from None
     where = f"--generator.path {settings.path}"
-    with _local_folder(settings.path, settings.allow_pickle) as folder, storage.explained(where):
+    with _local_folder(settings.path, settings.allow_pickle) as folder, core_files.explained(where):
         trust.check_folder(folder, where)
         index = _model_index(folder, settings.path)
         _be_quiet()
@@ -185,8 +186,8 @@ def _loaded(settings: GeneratorSettings, device: str) -> tuple[Any, str]:
 @contextlib.contextmanager
 def _local_folder(path: str, allow_pickle: bool) -> Iterator[str]:
     """The pipeline's directory on this machine: as it is, copied from a store for the time of loading, or from the hub."""
-    if not storage.is_local(path):
-        fs, remote = storage.filesystem(path)
+    if not core_files.is_local(path):
+        fs, remote = core_files.filesystem(path)
         if not fs.isdir(remote):
             raise UserError(f"--generator.path {path}: no such directory; check the path")
         if any(".." in name.split("/") for name in fs.find(remote)):  # the copy would lie beside its folder
@@ -195,7 +196,7 @@ def _local_folder(path: str, allow_pickle: bool) -> Iterator[str]:
             fs.get(remote.rstrip("/") + "/", copy, recursive=True)
             yield copy
         return
-    local = storage.absolute(path)
+    local = core_files.absolute(path)
     if os.path.isdir(local):
         yield local
     elif os.path.exists(local):
@@ -224,7 +225,7 @@ def _model_index(folder: str, path: str) -> dict[str, Any]:
     """model_index.json, the list of a pipeline's parts."""
     where = f"--generator.path {path}"
     try:
-        index = json.loads(storage.read_file(os.path.join(folder, "model_index.json"), where, trust.TEXT_BYTES))
+        index = json.loads(core_files.read_file(os.path.join(folder, "model_index.json"), where, trust.TEXT_BYTES))
     except FileNotFoundError:
         raise UserError(
             f"{where}: no model_index.json in it, so not a saved diffusers pipeline; name the directory that save_pretrained wrote"

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage
-from pd_core.errors import UserError, one_line
+from pd_core.core import files
+from pd_core.core.errors import UserError, one_line
 from pd_core.generators import Conditions, Generator, LatentGenerator, check_path
 
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.config import GeneratorSettings
+    from pd_core.core.settings.generate import GeneratorSettings
 
 Weights = Mapping[str, "torch.Tensor"]
 
@@ -213,8 +213,8 @@ def load_weights(path: str, **networks: torch.nn.Module) -> None:
     import safetensors
     import safetensors.torch
 
-    with storage.explained(f"weights {path}"):
-        data = storage.read_bytes(path)
+    with files.explained(f"weights {path}"):
+        data = files.read_bytes(path)
     try:
         together = safetensors.torch.load(data)
         for part, network in networks.items():

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage
-from pd_core.errors import RunError, UserError, one_line
+from pd_core.core import artifacts, files
+from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.generators import Conditions, Generator, LatentGenerator, files_hash
 from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, save_weights, weights_hash
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pd_core.config import GeneratorSettings
+    from pd_core.core.settings.generate import GeneratorSettings
 
 
 def split(path: str) -> tuple[str, str]:
@@ -226,11 +226,11 @@ def _from_module(name: str, where: str) -> tuple[ModuleType, str]:
 
 def _from_file(path: str, where: str) -> tuple[ModuleType, str]:
     """The module of a file and the hash of what was run; under a name of its own, so that one file is one module."""
-    file = Path(storage.absolute(path))
+    file = Path(files.absolute(path))
     if not file.is_file():
         raise UserError(f"{where}: no such file; check the path")
     source = file.read_bytes()
-    code = storage.sha256(source)
+    code = artifacts.sha256(source)
     name = f"pd_core_generator_{hashlib.sha256(f'{os.path.realpath(file)}:{code}'.encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name], code

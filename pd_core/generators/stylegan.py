@@ -21,8 +21,8 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage
-from pd_core.errors import UserError, one_line
+from pd_core.core import artifacts, files
+from pd_core.core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     check_conditions,
@@ -36,7 +36,7 @@ from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.config import GeneratorSettings
+    from pd_core.core.settings.generate import GeneratorSettings
 
 CODE = ("torch_utils", "dnnlib")
 PRECISIONS = "StyleGAN runs in fp32, or on a GPU in fp16, its own mixed precision; set one of them"
@@ -156,7 +156,7 @@ def _unpickled(settings: GeneratorSettings) -> _Pickled:
     data = read_file(settings.path)
     content = _content(data, where)
     _use_reference_operations()
-    return _Pickled(content, storage.sha256(data), files_hash(code, ".py"), where)
+    return _Pickled(content, artifacts.sha256(data), files_hash(code, ".py"), where)
 
 
 def _import_from(code: str | None) -> str:
@@ -165,7 +165,7 @@ def _import_from(code: str | None) -> str:
         raise UserError(
             "--generator.code: not set; StyleGAN pickles need NVIDIA's code, name your copy of stylegan2-ada-pytorch or stylegan3"
         )
-    folder = storage.absolute(code)
+    folder = files.absolute(code)
     missing = [name for name in CODE if not os.path.isdir(os.path.join(folder, name))]
     if missing:
         raise UserError(
@@ -173,7 +173,7 @@ def _import_from(code: str | None) -> str:
         )
     for name in CODE:
         loaded = getattr(sys.modules.get(name), "__file__", None)
-        if loaded and not storage.is_inside(loaded, folder):
+        if loaded and not files.is_inside(loaded, folder):
             raise UserError(f"--generator.code {code}: this process has {name} from {loaded} already; use one copy")
     if folder not in sys.path:
         sys.path.insert(0, folder)

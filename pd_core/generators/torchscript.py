@@ -16,8 +16,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from pd_core import storage, trust
-from pd_core.errors import UserError, one_line
+from pd_core.core import artifacts, files, trust
+from pd_core.core.errors import UserError, one_line
 from pd_core.generators import (
     Conditions,
     check_conditions,
@@ -30,7 +30,7 @@ from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.config import GeneratorSettings
+    from pd_core.core.settings.generate import GeneratorSettings
 
 
 def open_module(settings: GeneratorSettings, device: str = "cpu") -> TorchScript:
@@ -144,15 +144,15 @@ def _load(path: str, where: str, device: str) -> tuple[Any, str]:
     """The module of a file and the hash of its bytes."""
     import torch
 
-    with storage.explained(where):
-        data = storage.read_file(path, where, trust.WEIGHTS_BYTES)
+    with files.explained(where):
+        data = files.read_file(path, where, trust.WEIGHTS_BYTES)
     try:
         with _quiet():
             module = torch.jit.load(io.BytesIO(data), map_location=device)
     except (RuntimeError, ValueError) as error:
         reason = one_line(error)
         raise UserError(f"{where}: not a TorchScript file ({reason}); write one with torch.jit.save") from None
-    return module, storage.sha256(data)
+    return module, artifacts.sha256(data)
 
 
 @contextmanager

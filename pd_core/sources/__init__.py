@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import schemas
-from pd_core.config import DataSettings
-from pd_core.errors import UserError
+from pd_core.core import schemas
+from pd_core.core.errors import UserError
+from pd_core.core.settings.data import DataSettings
 from pd_core.images import BadImage
 from pd_core.sources import files, names, parquet, webdataset
 from pd_core.sources.names import check_unique, sample_id, sample_ids

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from pd_core.errors import UserError, printable
+from pd_core.core.errors import UserError, printable
 
 # What a folder of images often holds besides images. Everything else is a candidate: the content decides.
 _SIDECARS = """

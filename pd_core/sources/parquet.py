@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pd_core import storage, trust
-from pd_core.config import DataSettings
-from pd_core.errors import UserError, one_line, printable
+from pd_core.core import files as core_files
+from pd_core.core import trust
+from pd_core.core.errors import UserError, one_line, printable
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.tables import bounded_batches, open_parquet
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores
 from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
 from pd_core.sources.stores import Entry, Sleep, Span
-from pd_core.tables import bounded_batches, open_parquet
 
 Store = stores.Local | stores.S3
 
@@ -285,7 +286,7 @@ class _Reader:
         """What becomes of the images behind an error; it is raised if it says nothing of the file."""
         # pyarrow's own complaints about the content are OSErrors without a number
         if isinstance(error, OSError) and error.errno is not None and not self.store.lost(error):
-            raise storage.explain(error, printable(f"{self.store.uri}/{self.name}")) from error
+            raise core_files.explain(error, printable(f"{self.store.uri}/{self.name}")) from error
         return _unreadable(where + _line(error))
 
     def _opened(self, opened: BinaryIO, offsets: Sequence[int]) -> Iterator[bytes | BadImage]:

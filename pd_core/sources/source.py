@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from fsspec.utils import glob_translate
 
-from pd_core import schemas, storage
-from pd_core.config import DataSettings
-from pd_core.errors import UserError, printable
+from pd_core.core import files, schemas
+from pd_core.core.errors import UserError, printable
+from pd_core.core.settings.data import DataSettings
 from pd_core.sources import names, stores
 
 Kind = Literal["directory", "glob", "parquet", "webdataset"]
@@ -78,7 +78,7 @@ def locate(source: str, follow_links: bool) -> Location:
     Raises:
         UserError: nothing is there, or it cannot be looked at.
     """
-    uri = storage.absolute(source)
+    uri = files.absolute(source)
     if uri.startswith("s3://") and MAGIC.search(uri.split("/")[2]):
         raise UserError(f"{uri}: the bucket must be named in full; put wildcards behind it")
     store = stores.open_store(uri)

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, Literal, TypeVar
 
 import fsspec.asyn
 
-from pd_core import storage
-from pd_core.errors import RunError, UserError, printable
+from pd_core.core import files
+from pd_core.core.errors import RunError, UserError, printable
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names
 
@@ -84,7 +84,7 @@ def open_store(root: str, follow_links: bool = False, named: Collection[str] = (
     """
     if root.startswith("s3://"):
         return S3(root)
-    if not storage.is_local(root):
+    if not files.is_local(root):
         shown = root.partition("?")[0]  # behind it may be a signature
         raise UserError(f"{shown}: only local paths and s3:// are read; copy the images to one of them")
     return Local(root, follow_links, frozenset(named))
@@ -96,8 +96,8 @@ def explained(store: Local | S3, name: str = "") -> Iterator[None]:
     try:
         yield
     except store.errors as error:
-        uri = storage.join(store.uri, printable(names.unescape(name))) if name else store.uri
-        raise storage.explain(error, uri) from error
+        uri = files.join(store.uri, printable(names.unescape(name))) if name else store.uri
+        raise files.explain(error, uri) from error
 
 
 def retrying(call: Callable[[], Result], transient: Callable[[BaseException], bool], sleep: Sleep) -> Result:
@@ -271,7 +271,7 @@ class Local:
             return retrying(partial(_read, opener, span, limit_bytes), _passing, sleep)
         except OSError as error:
             if not self.lost(error):
-                raise storage.explain(error, printable(self._path(span.name))) from error
+                raise files.explain(error, printable(self._path(span.name))) from error
             if error.errno == errno.ENOENT and not self._is_there():
                 raise RunError(
                     f"{self.uri}: nothing is there any more on {platform.node()}; make the disk visible on every "
@@ -448,7 +448,7 @@ class S3:
         self.uri = root.rstrip("/")
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix}/" if prefix else ""
-        self.fs = storage.filesystem(f"s3://{self.bucket}")[0]
+        self.fs = files.filesystem(f"s3://{self.bucket}")[0]
         self.errors: tuple[type[Exception], ...] = (OSError, BotoCoreError, ClientError, aiohttp.ClientError)
 
     def _key(self, name: str) -> str:
@@ -541,7 +541,7 @@ class S3:
             if lasting:
                 error = errors[lasting[0]]
                 if isinstance(error, self.errors):
-                    raise storage.explain(error, f"{self.uri}/{printable(called[lasting[0]])}") from error
+                    raise files.explain(error, f"{self.uri}/{printable(called[lasting[0]])}") from error
                 raise error
             assert delay_s is not None
             sleep(delay_s)

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from pd_core.errors import UserError, printable
+from pd_core.core.errors import UserError, printable
 from pd_core.images import BadImage, Reason
 from pd_core.sources import names, stores, tars
 from pd_core.sources.source import Source, containers, listing_table

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from pd_core import schemas, trust
-from pd_core.errors import UserError, one_line, printable
+from pd_core.core import schemas, trust
+from pd_core.core.errors import UserError, one_line, printable
 
 FOOTER_BYTES = 32 << 20  # Arrow makes some tenfold of it in memory
 LIST_ITEMS = 8000  # columns, or row groups; a list that claims more makes Arrow allocate for them before it reads one

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar, cast
 import pyarrow as pa
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from pd_core.errors import UserError, one_line, printable
+from pd_core.core.errors import UserError, one_line, printable
 
 Kind = TypeVar("Kind")
 Whole = Annotated[int, Field(ge=0)]

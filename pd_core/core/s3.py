@@ -12,7 +12,7 @@ from typing import Any
 import s3fs
 from fsspec.asyn import sync_wrapper
 
-from pd_core.errors import CredentialsRefused
+from pd_core.core.errors import CredentialsRefused
 
 # What stores say of credentials that were good once and are not any more: the session has expired, or the key is gone.
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})

@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import storage
-from pd_core.config import MAX_LEASE_S
-from pd_core.errors import RunError, UserError, one_line, printable, shown
+from pd_core.core import files
+from pd_core.core.errors import RunError, UserError, one_line, printable, shown
+from pd_core.core.settings.base import MAX_LEASE_S
 
 RENEWALS = 3  # of a lease before it runs out
 KEPT = 8  # files of earlier holders that stay to be read
@@ -101,7 +101,7 @@ class Lease:
         renewed = dataclasses.replace(self.holder, expires=time.time() + self.lease_s)
         if self._overtaken() or time.time() > self.holder.expires:
             return
-        storage.write_bytes(_file(self.uri, self.token), _bytes(renewed))
+        files.write_bytes(_file(self.uri, self.token), _bytes(renewed))
         if not self._overtaken():
             self.holder = renewed
 
@@ -119,7 +119,7 @@ class Lease:
     def release(self) -> None:
         """Say that the run is over; a lock that another has taken over is left alone."""
         if self._lost is None:
-            storage.write_bytes(_file(self.uri, self.token), _bytes(dataclasses.replace(self.holder, done=True)))
+            files.write_bytes(_file(self.uri, self.token), _bytes(dataclasses.replace(self.holder, done=True)))
 
 
 @contextlib.contextmanager
@@ -160,14 +160,14 @@ def acquire(uri: str, lease_s: float, above: int = 0) -> Lease:
     Raises:
         UserError: a live run holds it, or took it at the same moment.
     """
-    with storage.explained(uri):
+    with files.explained(uri):
         newest = _newest(uri)
         if newest is not None and not newest[1].done and newest[1].expires > time.time():
             raise _held(uri, *newest)
         token = max(above, 0 if newest is None else newest[0]) + 1
         now = time.time()
         holder = Holder(f"process {os.getpid()} on {socket.gethostname()}", now, now + lease_s, uuid.uuid4().hex)
-        storage.create(_file(uri, token), _bytes(holder))
+        files.create(_file(uri, token), _bytes(holder))
         # Whether it was us is seen in the file: a store's client that repeats a request whose answer was lost is refused by its own
         # first. And the number may be one that was long over when we created it, and cleared.
         newest = _newest(uri)
@@ -175,8 +175,8 @@ def acquire(uri: str, lease_s: float, above: int = 0) -> Lease:
             raise UserError(f"{_file(uri, token)}: is in the way of the lock, and no file; {_REMOVE}")
         if newest[0] > token or newest[1].nonce != holder.nonce:
             raise _held(uri, *newest)
-        for name in sorted(filter(_NAME.fullmatch, storage.sizes(uri)))[:-KEPT]:
-            storage.delete_file(storage.join(uri, name))
+        for name in sorted(filter(_NAME.fullmatch, files.sizes(uri)))[:-KEPT]:
+            files.delete_file(files.join(uri, name))
     return Lease(uri, token, holder, lease_s)
 
 
@@ -216,16 +216,16 @@ def _newest(uri: str) -> tuple[int, Holder] | None:
     Raises:
         UserError: it is no file that a run has written, so that nobody knows whether one holds the lock.
     """
-    there = storage.sizes(uri)
+    there = files.sizes(uri)
     name = max(filter(_NAME.fullmatch, there), key=lambda name: (len(name), name), default=None)
     if name is None:
         return None
-    where, digits = storage.join(uri, name), name.partition(".")[0]
+    where, digits = files.join(uri, name), name.partition(".")[0]
     if int(digits[: MAX_DIGITS + 1]) >= MAX_TOKEN:
         raise UserError(f"{where}: the number of no run; {_REMOVE}")
     if there[name] > MAX_HOLDER_BYTES:
         raise UserError(f"{where}: {there[name]} bytes, which is no lock of pd_core; {_REMOVE}")
-    data = storage.read_bytes(where)
+    data = files.read_bytes(where)
     try:
         return int(digits), Holder.of(json.loads(data))
     except (ValueError, RecursionError) as error:
@@ -233,7 +233,7 @@ def _newest(uri: str) -> tuple[int, Holder] | None:
 
 
 def _file(uri: str, token: int) -> str:
-    return storage.join(uri, f"{token:08d}.json")
+    return files.join(uri, f"{token:08d}.json")
 
 
 def _bytes(holder: Holder) -> bytes:
