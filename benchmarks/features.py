@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import datasets, process, table
-from pd_core import cluster, features, images, listing, sources
+from pd_core import features, images, listing, sources
 from pd_core.core import artifacts
 from pd_core.core import files as core_files
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
+from pd_core.engine import session, tasks
 
 BATCH = 64
 PART = 256
@@ -124,11 +125,11 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
     log.mkdir(parents=True)
     os.environ[LOG_FOLDER] = str(log)  # before Ray starts: its workers inherit it
     watch = artifacts.Stopwatch()
-    with cluster.session(output) as now:
+    with session.session(output) as now:
         ray_s = watch.seconds
-        spec = _at(cluster.get(features.describe_remotely(settings)), px)
+        spec = _at(tasks.get(features.describe_remotely(settings)), px)
         opened = sources.open_source(data)
-        listed, _ = cluster.get(listing.start(opened, output, PART, overwrite=False))
+        listed, _ = tasks.get(listing.start(opened, output, PART, overwrite=False))
         featuring = features.stage_of(output, listed, spec, data, settings, "cpu")
         work = features.Work(opened, listed, spec, images.limits_of(data), BATCH, featuring)
         called = time.time()

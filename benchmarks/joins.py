@@ -19,9 +19,10 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, index, indexing, knn, search, selfjoin
+from pd_core import index, indexing, knn, search, selfjoin
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
+from pd_core.engine import resources, session
 
 K = 20
 THREADS = 2
@@ -43,7 +44,7 @@ def build(vectors: str, work: str) -> dict[str, Any]:
     featured = write_features(x, work, "features")
     write_features(x[:TINY_ROWS], work, "tiny", TINY_ROWS // TINY_PARTS)
     watch = artifacts.Stopwatch()
-    with cluster.session(work):
+    with session.session(work):
         one = _build_index(work, featured, 1)
         seconds = watch.seconds
         _build_index(work, featured, 2)
@@ -51,7 +52,7 @@ def build(vectors: str, work: str) -> dict[str, Any]:
 
 
 def complete(
-    output: str, featured: artifacts.Artifact, settings: BuildIndexSettings, now: cluster.Cluster
+    output: str, featured: artifacts.Artifact, settings: BuildIndexSettings, now: resources.Cluster
 ) -> tuple[dict[str, artifacts.Artifact], str]:
     """Index, neighbors and densities of committed features under `output`, by the stages of the workflow; and the index's place."""
     uri = files.join(output, "features")
@@ -242,7 +243,7 @@ def ours_on_ray(
     """
     info = replace(search.open_index(files.join(index_folder(work, actors), "index")), nprobe=nprobe)
     seconds = []
-    with cluster.session(work) as now:
+    with session.session(work) as now:
         watch = artifacts.Stopwatch()
         with (
             search.open_pool(info, now, actors, threads) as pool,
@@ -265,7 +266,7 @@ def ours_on_ray(
 
 
 def _join(
-    info: search.IndexInfo, work: str, features: str, output: str, density: DensitySettings, now: cluster.Cluster
+    info: search.IndexInfo, work: str, features: str, output: str, density: DensitySettings, now: resources.Cluster
 ) -> tuple[float, artifacts.Artifact]:
     uri = files.join(work, features)
     featured = artifacts.load_artifact(uri)

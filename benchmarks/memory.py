@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import cluster, features, images, indexing, listing, search, selfjoin, sources
+from pd_core import features, images, indexing, listing, search, selfjoin, sources
 from pd_core.core import artifacts, files
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import DensitySettings, FeatureSettings, IndexSettings
+from pd_core.engine import session, tasks
 
 MODEL = "test_efficientnet"  # timm's model for tests, random weights: what it computes is not the question here
 PX = 32
@@ -113,12 +114,12 @@ def images_driver(source: str, checkpoint: str, output: str) -> dict[str, int]:
     settings = FeatureSettings(model=MODEL, checkpoint=checkpoint, actors=2)
     limits = images.limits_of(data)
     peaks = {}
-    with cluster.session(output) as now:
+    with session.session(output) as now:
         peaks["Ray started"] = process.peak_rss_bytes()
-        spec = cluster.get(features.describe_remotely(settings))
+        spec = tasks.get(features.describe_remotely(settings))
         spec = replace(spec, preprocess=replace(spec.preprocess, height=PX, width=PX))
         opened = sources.open_source(data)
-        listed, _ = cluster.get(listing.start(opened, output, settings.whole_part_rows, overwrite=False))
+        listed, _ = tasks.get(listing.start(opened, output, settings.whole_part_rows, overwrite=False))
         peaks["listing"] = process.peak_rss_bytes()
         stage = features.stage_of(output, listed, spec, data, settings, "cpu")
         work = features.Work(opened, listed, spec, limits, settings.batch_size, stage)
@@ -135,7 +136,7 @@ def vectors_driver(work: str) -> dict[str, int]:
     assert featured is not None
     settings, density_settings = IndexSettings(kind="ivf_flat", shards=4), DensitySettings()
     peaks = {}
-    with cluster.session(work) as now:
+    with session.session(work) as now:
         peaks["Ray started"] = process.peak_rss_bytes()
         index_stage, resolved = indexing.stage_of(work, featured, settings, density_settings)
         index_stage.complete(

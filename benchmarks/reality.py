@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import cluster, costs, images, listing, pipeline, planning
+from pd_core import costs, images, listing, pipeline, planning
 from pd_core.core import artifacts
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
+from pd_core.engine import session, tasks
 
 JOIN_ROWS, JOIN_SHARDS = 100_000, 2
 PX, PART_ROWS = 64, 512
@@ -44,9 +45,9 @@ def small_build() -> dict[str, Any]:
         *(f"--features.image_size={PX}", f"--features.part_rows={PART_ROWS}"),
     ]
     settings, source = pipeline.prepare(load.load(BuildIndexSettings, arguments, prog="build_index.py"))
-    with cluster.session(str(output)):
+    with session.session(str(output)):
         counted = listing.count(source)
-        spec, unit = cluster.get(planning.probe(source, counted["sample"], settings, images.limits_of(settings.data)))
+        spec, unit = tasks.get(planning.probe(source, counted["sample"], settings, images.limits_of(settings.data)))
     command = [sys.executable, "workflows/build_index.py", *arguments]
     with (process.WORK / "build.log").open("w") as log:
         done = subprocess.run(command, cwd=process.ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -86,7 +87,7 @@ def join() -> dict[str, Any]:
     x = datasets.clusters(JOIN_ROWS, count=50, latent_dim=16, separation=1.5)
     featured = joins.write_features(x, work, "features")
     settings = BuildIndexSettings(index=IndexSettings(kind="ivf_flat", shards=JOIN_SHARDS), density=DensitySettings())
-    with cluster.session(work) as now:
+    with session.session(work) as now:
         found, _ = joins.complete(work, featured, settings, now)
     return {
         **{

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_core import cluster, costs
+from pd_core import costs
+from pd_core.engine import tasks
 
-ATTEMPTS = cluster.TASK_OPTIONS["max_retries"] + 1  # of a task, before a run ends
+ATTEMPTS = tasks.TASK_OPTIONS["max_retries"] + 1  # of a task, before a run ends
 MOST_UNITS = 4000  # tasks are bundled to about so many; what a loss costs is still that of one task
 MOST_BLOCKS = 4000
 FOREVER = math.inf

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import datasets, process, table
-from pd_core import cluster, images, listing, sources
+from pd_core import images, listing, sources
 from pd_core.core import artifacts, schemas, seeds
 from pd_core.core import files as core_files
 from pd_core.core.settings.data import DataSettings
+from pd_core.engine import resources, session, tasks
 from pd_core.finetuning import Share, stream, weights
 
 BATCH = 64
@@ -25,7 +26,7 @@ ABOVE = 0.2  # share of the images that have it
 FLAT = 1.1
 
 TEXT = f"""\
-Ours: `finetuning.stream.batches` for one worker on a Ray of its own, {WORKERS} tasks of {cluster.DECODE_CPUS:g} CPUs. Loader: torch's
+Ours: `finetuning.stream.batches` for one worker on a Ray of its own, {WORKERS} tasks of {resources.DECODE_CPUS:g} CPUs. Loader: torch's
 DataLoader with a WeightedRandomSampler, {WORKERS} worker processes, pinned memory off, a Dataset that reads, decodes and resizes by
 the same functions (`images.decode`, `images.resize`). Same PNG files (3,786 emoji of 64 px), batches of {BATCH}, nothing is done
 with a batch. Weights: {WEIGHT:g} for {ABOVE:.0%} of the images and 1 for the others, or all equal; ours decodes an image once for
@@ -107,8 +108,8 @@ def _memory(section: table.Section, files: list[Path], quick: bool) -> None:
 def make(source: str, work: str, equal: bool) -> None:
     """Commit the listing of a folder, and weights/ of densities that are made up."""
     opened = sources.open_source(DataSettings(source=source))
-    with cluster.session(work):
-        listed, _ = cluster.get(listing.start(opened, work, PART, overwrite=False))
+    with session.session(work):
+        listed, _ = tasks.get(listing.start(opened, work, PART, overwrite=False))
     stage = _stage(work)
     stage.begin(overwrite=False)
     parts, sums, schema = [], [], schemas.weights()
@@ -160,7 +161,7 @@ def _timed(batches: Any, steps: int, called: float) -> dict[str, float]:
 def ours(source: str, work: str, steps: int) -> dict[str, float]:
     """The stream, as one worker has it."""
     drawable = _drawable(source, work)
-    with cluster.session(work):
+    with session.session(work):
         called = time.perf_counter()
         made = stream.batches(
             drawable,
@@ -170,7 +171,7 @@ def ours(source: str, work: str, steps: int) -> dict[str, float]:
             Share(0, 1, "cpu", 1),
             mirror=True,
             size=(PX, PX),
-            feed=stream.Feed(WORKERS, cluster.DECODE_CPUS),
+            feed=stream.Feed(WORKERS, resources.DECODE_CPUS),
         )
         return _timed((batch.pixels for batch in made), steps, called)
 

@@ -14,8 +14,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.process import ROOT
-from pd_core import cluster
 from pd_core.core import artifacts
+from pd_core.engine import resources
 
 Cell = str | int | float | None
 
@@ -93,7 +93,7 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model} ({_simd(lines)}), {cluster.cores()} cores, {gib:.0f} GiB, {platform.system()}, no GPU used"
+    return f"{model} ({_simd(lines)}), {resources.cores()} cores, {gib:.0f} GiB, {platform.system()}, no GPU used"
 
 
 def _simd(cpuinfo: Sequence[str]) -> str:

@@ -31,7 +31,8 @@ sys.path[0] = str(ROOT)  # not this folder: its modules are benchmarks.X
 import numpy as np  # noqa: E402
 
 from benchmarks import process, table  # noqa: E402
-from pd_core import cluster  # noqa: E402
+from pd_core.engine import resources, session  # noqa: E402
+from pd_core.engine import tasks as engine_tasks
 
 NAMES = ("models", "decoding", "listing", "parquet", "records", "search", "training", "ranks", "fitting", "tasks")
 OUTPUT = ROOT / "docs" / "unit_costs.json"
@@ -310,23 +311,23 @@ def tasks() -> dict[str, float]:
     """Ray on this machine: a first task with what it imports, with torch too on all cores, one that does nothing, a piece of many, a block of Ray Data."""
     import ray.data
 
-    with cluster.session(str(process.WORK)):
+    with session.session(str(process.WORK)):
         watch = time.perf_counter()
-        cluster.get(cluster.task(_imports).remote())
+        engine_tasks.get(engine_tasks.task(_imports).remote())
         costs = {"task_start_s": time.perf_counter() - watch}
         watch = time.perf_counter()
-        cluster.get([cluster.task(_imports_torch).remote() for _ in range(cluster.cores())])
+        engine_tasks.get([engine_tasks.task(_imports_torch).remote() for _ in range(resources.cores())])
         costs["torch_start_s"] = time.perf_counter() - watch
-        nothing = cluster.task(_nothing)
+        nothing = engine_tasks.task(_nothing)
         for count in (50, 1000):  # the first ones start the workers
             cpu = time.process_time()
-            for _ in cluster.bounded(nothing.remote, range(count), cluster.in_flight):
+            for _ in engine_tasks.bounded(nothing.remote, range(count), engine_tasks.in_flight):
                 pass
             costs["task_driver_s"] = (time.process_time() - cpu) / count
-        deal, build = ray.remote(_deal).options(num_returns=64), cluster.task(_build)
+        deal, build = ray.remote(_deal).options(num_returns=64), engine_tasks.task(_build)
         cpu = time.process_time()
         pieces: list[Any] = [deal.remote() for _ in range(32)]
-        cluster.get([build.remote(*[piece[shard] for piece in pieces]) for shard in range(64)])
+        engine_tasks.get([build.remote(*[piece[shard] for piece in pieces]) for shard in range(64)])
         costs["piece_driver_s"] = (time.process_time() - cpu - 96 * costs["task_driver_s"]) / (32 * 64)
         ray.data.DataContext.get_current().enable_progress_bars = False
         seconds = {}
@@ -388,7 +389,7 @@ def measured(name: str) -> dict[str, float]:
 
 def _on_all_cores(name: str) -> dict[str, float]:
     """Mean of as many processes at once as there are cores; of Ray, which has all cores, of one."""
-    many = 1 if name == "tasks" else cluster.cores()
+    many = 1 if name == "tasks" else resources.cores()
     environment = dict(os.environ) | ({} if name == "tasks" else dict.fromkeys(process.THREAD_VARIABLES, "1"))
     environment["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,8 @@ from typing import Any
 from chaos.compare import MAY_DIFFER, MAY_DIFFER_TOTALS
 from chaos.faults import FAULTS
 from chaos.workflows import WORKFLOWS
-from pd_core import cluster
 from pd_core.core import artifacts, files
+from pd_core.engine import resources
 
 RESULTS, PAGE = "reliability.json", "reliability.md"
 KEY = ("workflow", "fault", "number", "seed")
@@ -32,7 +32,7 @@ def add(docs: Path, result: Result) -> None:
         [*kept, today],
         key=lambda one: (order[0].index(one["workflow"]), order[1].index(one["fault"]), one["seed"], one["number"]),
     )
-    machine = f"{cluster.cores()} cores, Python {platform.python_version()}"
+    machine = f"{resources.cores()} cores, Python {platform.python_version()}"
     facts = {"machine": machine, "versions": artifacts.package_versions(), "cases": cases}
     files.write_bytes(str(file), json.dumps(facts, indent=1).encode() + b"\n")
     page = docs / PAGE

@@ -11,7 +11,7 @@ from typing import Any
 
 from pd_core import releasing
 from pd_core.core import errors
-from pd_core.running import RUN
+from pd_core.engine.runs import RUN
 from tests import tiny, tiny_generators, toy_generator
 
 ROOT = tiny.ROOT

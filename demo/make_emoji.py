@@ -20,9 +20,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pd_core import cluster
 from pd_core.core import errors
 from pd_core.core.errors import UserError
+from pd_core.engine import console
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def program() -> None:
         count = write_emoji(args.source, args.output, args.size)
-        cluster.say(f"emoji: {args.output.absolute()} ({count} images of {args.size} px)")
+        console.say(f"emoji: {args.output.absolute()} ({count} images of {args.size} px)")
 
     return errors.exit_code(program)
 

@@ -25,8 +25,8 @@ if __name__ == "__main__":
 from demo import training
 from demo.training import read_images as read_images
 from demo.training import shuffled_batches as shuffled_batches
-from pd_core import cluster
 from pd_core.core.errors import RunError, UserError
+from pd_core.engine import console
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def train(images: np.ndarray, recipe: Recipe) -> tuple[UNet2DModel, DDPMSchedule
     rate = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
     random = torch.Generator().manual_seed(recipe.seed)
     batches = shuffled_batches(torch.from_numpy(images), recipe.batch_size, random)
-    with cluster.progress("training", recipe.steps, "steps") as bar:
+    with console.progress("training", recipe.steps, "steps") as bar:
         for step in range(recipe.steps):
             loss = v_loss(model, scheduler, next(batches), random)
             optimizer.zero_grad()
@@ -153,7 +153,7 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
     training.check_side(images, len(recipe.channels) - 1, data)
     identity = training.identity_of(images, recipe)
     if training.is_finished(output, identity, overwrite):
-        cluster.say(f"demo generator: {output} (kept, it is of these settings and images)")
+        console.say(f"demo generator: {output} (kept, it is of these settings and images)")
         return
     with training.moved_into_place(output) as partial:
         import torch
@@ -168,7 +168,7 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
             weights.chmod(mode)  # as written, only their owner can read them
         training.write_record(partial, identity)
     seconds = time.perf_counter() - start
-    cluster.say(f"demo generator: {output} ({len(images)} images, {recipe.steps} steps, {seconds:.0f} s)")
+    console.say(f"demo generator: {output} ({len(images)} images, {recipe.steps} steps, {seconds:.0f} s)")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,8 +26,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its modules are demo.X
 
 from demo import training
-from pd_core import cluster
 from pd_core.core.errors import RunError, UserError
+from pd_core.engine import console
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ def train(images: np.ndarray, recipe: Recipe) -> tuple[Generator, Discriminator]
     batches = training.shuffled_batches(torch.from_numpy(images), recipe.batch_size, random)
     latents = _latents(recipe, random)
     seen = partial(augmented, how=recipe.augment, random=random)
-    with cluster.progress("training", recipe.steps, "steps") as bar:
+    with console.progress("training", recipe.steps, "steps") as bar:
         for step in range(recipe.steps):
             with torch.no_grad():
                 fake = generator(next(latents))
@@ -183,7 +183,7 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
     # with what is written: a folder of an earlier version of this program lacks the discriminator
     identity = training.identity_of(images, recipe) | {"files": [FILE, DISCRIMINATOR]}
     if training.is_finished(output, identity, overwrite):
-        cluster.say(f"GAN: {output} (kept, it is of these settings and images); {options(output, recipe)}")
+        console.say(f"GAN: {output} (kept, it is of these settings and images); {options(output, recipe)}")
         return
     with training.moved_into_place(output) as folder:
         import torch
@@ -194,7 +194,7 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
             save(network, folder / file)
         training.write_record(folder, identity)
     seconds = time.perf_counter() - start
-    cluster.say(
+    console.say(
         f"GAN: {output} ({len(images)} images, {recipe.steps} steps, {seconds:.0f} s); {options(output, recipe)}"
     )
 

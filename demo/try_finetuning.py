@@ -23,9 +23,9 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its modules are demo.X
 
-from pd_core import cluster
 from pd_core.core import errors, files
 from pd_core.core.errors import RunError
+from pd_core.engine import console
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("precision", "recall", "density", "coverage", "frechet_distance")
@@ -56,7 +56,7 @@ def train(output: Path, setting: str, seed: int, gan: bool, options: Sequence[st
     )
     if done.returncode:
         raise RunError(f"{folder}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
-    cluster.say(f"{setting}, seed {seed}: {folder}")
+    console.say(f"{setting}, seed {seed}: {folder}")
 
 
 def measured(folder: Path) -> dict[str, dict[str, float]]:
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
         list(runs.map(lambda w: train(arguments.output, w[0], w[1], gan, options), missing))
     text = table(arguments.output, range(arguments.seeds))
     (arguments.output / "table.md").write_text(text)
-    cluster.say(text)
+    console.say(text)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
-from pd_core import cluster, decoder, density, knn, metrics, realset, search
+from pd_core import decoder, density, knn, metrics, realset, search
 from pd_core import features as features_stage
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError as RunError
 from pd_core.core.errors import UserError as UserError
+from pd_core.engine import resources
 from pd_core.images import BadImage, DecodeLimits, Prepared, Reason
 from pd_core.index import flat_rows
 from pd_core.scoring import Scorer
@@ -248,7 +249,7 @@ class Index:
     @cached_property
     def _open_index(self) -> search.OpenIndex:
         with files.explained(self.uri):
-            return search.OpenIndex(self._real.index, cluster.cores(), self._scorer.extractor.device.type)
+            return search.OpenIndex(self._real.index, resources.cores(), self._scorer.extractor.device.type)
 
     @cached_property
     def _catalogue(self) -> _Catalogue:
@@ -410,19 +411,19 @@ def pseudo_density(features: ArrayLike, k: int = 20, volume_dim: float = 1.0) ->
     """
     rows = _rows("features", features, k)
     ids = np.arange(len(rows))
-    found = knn.ShardSearch(flat_rows(ids, rows), cluster.cores()).search_all(rows, k + 1)
+    found = knn.ShardSearch(flat_rows(ids, rows), resources.cores()).search_all(rows, k + 1)
     distances, _ = knn.merge_topk([found], k, ids)
     return density.pseudo_density(density.mean_knn_distance(distances), volume_dim)
 
 
 def precision_recall(real: ArrayLike, generated: ArrayLike, k: int = metrics.K_PRECISION) -> tuple[float, float]:
     """(precision, recall) of features, float [N, D] and [M, D] (Kynkäänniemi et al. 2019). Raises UserError."""
-    return metrics.precision_recall(*_sides(real, generated, k), k, cluster.cores())
+    return metrics.precision_recall(*_sides(real, generated, k), k, resources.cores())
 
 
 def density_coverage(real: ArrayLike, generated: ArrayLike, k: int = metrics.K_COVERAGE) -> tuple[float, float]:
     """(density, coverage) of features, float [N, D] and [M, D] (Naeem et al. 2020). Raises UserError."""
-    return metrics.density_coverage(*_sides(real, generated, k), k, cluster.cores())
+    return metrics.density_coverage(*_sides(real, generated, k), k, resources.cores())
 
 
 def frechet_distance(real: ArrayLike, generated: ArrayLike) -> float:

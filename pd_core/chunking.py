@@ -17,14 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pd_core import cluster, search, telemetry
+from pd_core import search
 from pd_core.core import artifacts
 from pd_core.core.errors import RunError, UserError, one_line
+from pd_core.engine import console, resources, telemetry
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-WRITE_CPUS = cluster.IO_CPUS / 2  # another share than that of the tasks before, or Ray Data would make one of both
+WRITE_CPUS = resources.IO_CPUS / 2  # another share than that of the tasks before, or Ray Data would make one of both
 LATE = "--max-hours is over"  # what is said of a chunk that was not begun any more
 ATTEMPTS = 2  # of a chunk before it is reported
 MOST_FAILED = 3  # parts that may fail before a run gives up, or a tenth of all, if that is more
@@ -109,7 +110,7 @@ class _MakeChunk:
         self.failure: UserError | RunError | None = None
         self.broken = False
         try:
-            self.device = cluster.assigned_device()
+            self.device = resources.assigned_device()
             self.maker = work.open(self.device)
         except (UserError, RunError) as error:  # an actor that dies in its constructor would take the reason with it
             self.failure = error
@@ -220,7 +221,7 @@ class Progress:
 def execute(
     work: Work,
     wanted: Sequence[int],
-    now: cluster.Cluster,
+    now: resources.Cluster,
     pool: Pool,
     index: search.SearchPool,
     state: Progress,
@@ -245,7 +246,7 @@ def execute(
         else:
             state.failed[part] = record["error"]
             _count(work, 0, 1, 0, 0)
-            cluster.say(f"{work.name}: {record['error']}; its part is left out for now, the others go on")
+            console.say(f"{work.name}: {record['error']}; its part is left out for now, the others go on")
         state.busy_s += record["busy_s"]
         bar.update(min(record["rows"], n - bar.n))
         if state.late or state.hopeless or enough():
@@ -261,7 +262,7 @@ def _count(work: Work, parts: int, failed: int, chunks: int, rows: int) -> None:
 def _stream(
     work: Work,
     wanted: Sequence[int],
-    now: cluster.Cluster,
+    now: resources.Cluster,
     pool: Pool,
     index: search.SearchPool,
     deadline: float | None,
@@ -269,14 +270,14 @@ def _stream(
     """The Ray Data plan: chunk numbers -> made -> searched and encoded -> committed parts, in order."""
     import ray.data
 
-    cluster.silence_ray_data()
+    console.silence_ray_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
     free = replace(now, held_cpus=index.cpus)  # the search actors are there all the while
     numbers = [{"chunk": chunk} for part in wanted for chunk in work.chunks_of(part)]
-    fewest, most, cpus, gpus = cluster.actor_pool(free, pool.actors, pool.actor_cpus, pool.actor_gpus, len(numbers))
+    fewest, most, cpus, gpus = resources.actor_pool(free, pool.actors, pool.actor_cpus, pool.actor_gpus, len(numbers))
     made = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
         _MakeChunk,
         fn_constructor_args=(work, deadline, telemetry.workflow()),
@@ -287,7 +288,7 @@ def _stream(
         num_gpus=gpus or None,
     )
     # on this machine each more is a process more, whose imports take seconds from the actors
-    together = cluster.cores() if now.local else None
+    together = resources.cores() if now.local else None
     finished = made.map_batches(
         functools.partial(_finish_chunk, work, index),
         batch_size=1,

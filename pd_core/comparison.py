@@ -14,7 +14,6 @@ import numpy as np
 from pd_core import (
     acceptance,
     chunking,
-    cluster,
     opening,
     piloting,
     realset,
@@ -22,7 +21,6 @@ from pd_core import (
     search,
     spaces,
     sweeping,
-    tracking,
     tradeoff,
     tradeoff_report,
 )
@@ -33,8 +31,10 @@ from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.evaluate import TradeoffSettings
 from pd_core.core.settings.generate import TRUNCATION_SETTINGS, GeneratorSettings
+from pd_core.engine import console, tracking
+from pd_core.engine import resources as engine_resources
+from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, started
 from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting
 from pd_core.volume import INSTEAD, Volume
@@ -116,7 +116,7 @@ def compare(settings: TradeoffSettings) -> None:
     with started(settings, output, "tradeoff", STAGES) as run:
         with _own_words(), contextlib.ExitStack() as resources:
             planned = _plan(run, settings, real, found, resources)
-            cluster.say(planned.text)
+            console.say(planned.text)
             pool, candidates = _pool(run, settings, planned)
             truncated = {
                 s.truncation: _truncated(run, settings, real, planned, s.truncation)
@@ -149,7 +149,7 @@ def plan_tradeoff(settings: TradeoffSettings) -> None:
         _own_words(),
         contextlib.ExitStack() as resources,
     ):
-        cluster.say(_plan(run, settings, real, found, resources).text)
+        console.say(_plan(run, settings, real, found, resources).text)
 
 
 @contextlib.contextmanager
@@ -184,7 +184,7 @@ def _plan(
 ) -> Planned:
     with failures("pilot", run.output):
         begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, PILOT))
-    gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = _recipe(run, settings, real, pool, settings.generator)
     if any(setting.method == "polarity" for setting in found):
@@ -192,7 +192,7 @@ def _plan(
 
     @functools.cache
     def open_index() -> search.SearchPool:
-        searching, now = settings.search, cluster.refreshed(run.now)
+        searching, now = settings.search, engine_resources.refreshed(run.now)
         opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, True, "scoring")
         return resources.enter_context(opened)
 
@@ -241,7 +241,7 @@ def _recipe(
         seed=settings.seed,
         chunk=settings.chunk,
         threads=settings.actor_cpus,
-        device=cluster.device_of(run.now, pool.actor_gpus),
+        device=engine_resources.device_of(run.now, pool.actor_gpus),
         copies_quantile=0.0,
     )
 
@@ -365,4 +365,4 @@ def say_choice(target: str, rows: list[dict[str, Any]]) -> None:
             f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target"
         )
     for line in tradeoff_report.choice(wanted, own):
-        cluster.say(f"target: {line}")
+        console.say(f"target: {line}")

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pd_core import chunking, cluster, estimator, features, index, indexing, knn, search, selfjoin
+from pd_core import chunking, estimator, features, index, indexing, knn, search, selfjoin
 from pd_core.core import files as core_files
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.engine import resources
 from pd_core.sources import stores
 
 GIB = float(1 << 30)
@@ -126,10 +127,10 @@ class Fleet:
     gpus: float = 0.0
     gpu_speed: float = 1.0
 
-    def now(self) -> cluster.Cluster:
+    def now(self) -> resources.Cluster:
         """What `cluster` would say of it."""
         cpus = self.nodes * self.cores
-        return cluster.Cluster(
+        return resources.Cluster(
             2 * cpus if self.local else cpus,
             self.nodes * self.gpus,
             self.local,
@@ -417,7 +418,7 @@ def build_of(
 def searchers(build: Build, fleet: Fleet, share: float = 1.0) -> tuple[int, int]:
     """Search actors and the threads of each, as the neighbors stage would start them with this share of the cluster."""
     chosen = build.settings.index
-    actors, threads, *_ = cluster.search_actors(fleet.now(), chosen.actors, chosen.actor_cpus, build.shards, share)
+    actors, threads, *_ = resources.search_actors(fleet.now(), chosen.actors, chosen.actor_cpus, build.shards, share)
     return actors, threads
 
 
@@ -481,7 +482,7 @@ def extractors(build: Build, fleet: Fleet) -> int:
     """Most replicas of the model."""
     chosen = build.settings.features
     gpus = chosen.actor_gpus if chosen.actor_gpus is not None or fleet.gpus else 0.0
-    return cluster.actor_pool(fleet.now(), chosen.actors, chosen.actor_cpus, gpus)[1]
+    return resources.actor_pool(fleet.now(), chosen.actors, chosen.actor_cpus, gpus)[1]
 
 
 def _features(build: Build, fleet: Fleet, unit: UnitCosts) -> Phase:

@@ -21,7 +21,6 @@ import pyarrow as pa
 from pd_core import (
     candidates,
     chunking,
-    cluster,
     density,
     evaluation,
     features,
@@ -33,8 +32,6 @@ from pd_core import (
     realset,
     releasing,
     sources,
-    telemetry,
-    tracking,
     updating,
 )
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
@@ -44,7 +41,8 @@ from pd_core.core.settings.curate import CurateSettings, RecipeSettings
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.index import BuildIndexSettings
-from pd_core.running import RUN, Run, checked_output, failures, started
+from pd_core.engine import console, resources, session, tasks, telemetry, tracking
+from pd_core.engine.runs import RUN, Run, checked_output, failures, started
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from
@@ -95,7 +93,7 @@ def curate(settings: CurateSettings) -> int:
     with files.explained(output):
         above = releasing.lock_token(output)
     lock = locks.hold(files.join(output, LOCK), settings.lock.lease_s, above)
-    with lock as lease, started(settings, output, "curate", ()) as run, cluster.shared(run.now):
+    with lock as lease, started(settings, output, "curate", ()) as run, session.shared(run.now):
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
@@ -110,7 +108,7 @@ def curate(settings: CurateSettings) -> int:
             with failures("curate", output):
                 _clear(settings, lease)
         except (UserError, RunError) as error:  # what was released is released
-            cluster.say(f"old versions were not all deleted, the next run does that: {error}")
+            console.say(f"old versions were not all deleted, the next run does that: {error}")
     return code
 
 
@@ -135,7 +133,7 @@ class _Now:
 
 def _gpus(run: Run, asked: float | None, before: str | None) -> float | None:
     """GPUs of each actor; where the settings leave it open as `before`, on cpu or cuda, whether a GPU happens to be up or not."""
-    gpus = cluster.gpus_to_ask(run.now, asked, before)
+    gpus = resources.gpus_to_ask(run.now, asked, before)
     return 0.0 if gpus is None and before == "cpu" else gpus
 
 
@@ -152,27 +150,27 @@ def _index(run: Run, settings: CurateSettings, lease: locks.Lease) -> Version:
     current = _current(root)
     version, now = _version_of_now(run, settings, current)
     if _is_of(version, now.state):
-        cluster.say(f"index: {settings.data.source} is as it was for {version.uri}")
+        console.say(f"index: {settings.data.source} is as it was for {version.uri}")
         _make_current(root, version, lease)
         return version
     begun = _claim(version.uri)
     base = None if begun is None else begun["base"]
     if base is not None and (damage := _damage(base, updating.STAGES)):
-        cluster.say(f"index: the base of {version.uri} cannot be had: {damage}; what follows from it is made anew")
+        console.say(f"index: the base of {version.uri} cannot be had: {damage}; what follows from it is made anew")
         base = None
     if base is None and (begun is None or begun["base"]) and current is not None and current.uri != version.uri:
         if damage := _damage(current.uri, updating.STAGES):
-            cluster.say(f"index: {damage}; building anew")
+            console.say(f"index: {damage}; building anew")
         else:
             base = current.uri
     _mark(version.uri, {"base": base})
-    cluster.say(f"index: {version.uri}, {'built anew' if base is None else f'an update of {base}'}")
+    console.say(f"index: {version.uri}, {'built anew' if base is None else f'an update of {base}'}")
     extracting = settings.features.model_copy(update={"actor_gpus": now.gpus})
     build = _build_settings(settings.model_copy(update={"features": extracting}), version.uri, base)
     try:
         pipeline.build_index(build)
     except updating.OtherSettings as error:
-        cluster.say(f"index: {error}; building anew")
+        console.say(f"index: {error}; building anew")
         _mark(version.uri, {"base": None})
         pipeline.build_index(build.model_copy(update={"base": None}))
     _make_current(root, version, lease)
@@ -191,13 +189,13 @@ def _is_of(version: Version, state: sources.State) -> bool:
         base = (files.read_record(files.join(version.uri, BEGUN)) or {}).get("base")
         needed = _damage(version.uri, updating.STAGES) is not None
         mends = needed or base is None or _damage(base, updating.STAGES) is None
-        cluster.say(f"index: {damage}{'' if mends else f'; left so, since {base} is not there any more'}")
+        console.say(f"index: {damage}{'' if mends else f'; left so, since {base} is not there any more'}")
         if mends:
             return False
     listed = artifacts.load_artifact(files.join(version.uri, "listing"))
     assert listed is not None, "it is whole"
     if listed.identity["state"] != state:
-        cluster.say(f"index: {version.uri}: the source changed while it was made")
+        console.say(f"index: {version.uri}: the source changed while it was made")
         return False
     return True
 
@@ -241,18 +239,18 @@ def _version_of_now(run: Run, settings: CurateSettings, current: Version | None)
     Versions of packages are not in it: what is finished is not made again for a new one.
     """
     source = sources.open_source(settings.data)
-    stating = cluster.task(sources.state).remote(source)
-    spec: features.ExtractorSpec = cluster.get(features.describe_remotely(settings.features))
+    stating = tasks.task(sources.state).remote(source)
+    spec: features.ExtractorSpec = tasks.get(features.describe_remotely(settings.features))
     before = None if current is None else artifacts.begun_identity(files.join(current.uri, "features"))
     gpus = _gpus(run, settings.features.actor_gpus, (before or {}).get("device"))
     featuring = settings.features
-    state: sources.State = cluster.get(stating)
+    state: sources.State = tasks.get(stating)
     decides = {
         "source": sources.identity(source),
         "state": state,
         "extractor": spec.identity(),
         "decode": features.decoding(settings.data),
-        "device": cluster.device_of(run.now, gpus),
+        "device": resources.device_of(run.now, gpus),
         "batches": [featuring.batch_size, featuring.whole_part_rows, featuring.actor_cpus],
         "index": settings.index.model_dump(mode="json", exclude={"actors"}),
         "density": settings.density.model_dump(mode="json"),
@@ -335,7 +333,7 @@ def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Le
     there = releasing.open_release(run.output, name)
     released = name == releasing.latest(run.output)
     if released and there is not None:
-        cluster.say(f"nothing new since {there.uri}")
+        console.say(f"nothing new since {there.uri}")
         return errors.EXIT_NOTHING_NEW
     last = releasing.open_before_latest(run.output) if released else releasing.open_latest(run.output)
     if there is None:
@@ -343,7 +341,7 @@ def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Le
         there = releasing.open_release(run.output, name)
         assert there is not None, "it is committed"
     if released:
-        cluster.say(f"mended, and nothing new since: {there.uri}")
+        console.say(f"mended, and nothing new since: {there.uri}")
         return errors.EXIT_NOTHING_NEW
     return _promote(run, settings, there, last, lease)
 
@@ -396,17 +394,17 @@ def _promote(
         run.tracker.metrics({f"{recipe}.{metric}": value for metric, value in values.items()})
     if failed := [verdict for verdict in verdicts if not verdict.holds]:
         for verdict in failed:
-            cluster.say(f"gate: {verdict.describe()}")
-        cluster.say(
+            console.say(f"gate: {verdict.describe()}")
+        console.say(
             f"held back: {release.uri} was not made the latest release, {len(failed)} of {len(verdicts)} gates fail"
         )
         return errors.EXIT_HELD_BACK
     if releasing.is_held_by_hand(run.output, release.name):
-        cluster.say(f"held back: {release.uri}, which {releasing.LATEST} names in `held`")
+        console.say(f"held back: {release.uri}, which {releasing.LATEST} names in `held`")
         return errors.EXIT_HELD_BACK
     lease.confirm()
     releasing.point(run.output, release.name, lease.token, verdicts, last)
-    cluster.say(f"released: {release.uri}")
+    console.say(f"released: {release.uri}")
     return errors.EXIT_DONE
 
 
@@ -430,7 +428,7 @@ def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dic
         "generator_settings": generator.model_dump(mode="json", exclude={"path", "code", "prompts", "allow_pickle"}),
         "prompts": candidates.prompts_hash(prompts),
         "generation": how.model_dump(mode="json", exclude={"actors", "actor_gpus", "max_candidates"}),
-        "device": cluster.device_of(run.now, how.actor_gpus),
+        "device": resources.device_of(run.now, how.actor_gpus),
     }
     return {recipe.name: every | {"recipe": recipe.model_dump(mode="json")} for recipe in settings.recipes}
 
@@ -499,7 +497,7 @@ def plan_curate(settings: CurateSettings) -> None:
     output = str(settings.output)
     with (
         started(settings, output, "curate", (), tracked=False) as run,
-        cluster.shared(run.now),
+        session.shared(run.now),
         failures("curate", output),
     ):
         current = _current(files.join(output, INDEX))
@@ -507,25 +505,25 @@ def plan_curate(settings: CurateSettings) -> None:
         last = releasing.latest(output)
         if current is None:
             counted = listing.count(sources.open_source(settings.data))
-            cluster.say(
+            console.say(
                 f"plan: index: built from {counted['rows']:,} images of {settings.data.source}; build_index.py --dry-run with these "
                 f"{', '.join(SECTIONS)} tells its cost"
             )
         elif _is_of(version, now.state):
-            cluster.say(f"plan: index: the source is as it was for {version.uri}")
+            console.say(f"plan: index: the source is as it was for {version.uri}")
         else:
-            cluster.say(_plan_of_changed(run, settings, current))
+            console.say(_plan_of_changed(run, settings, current))
         for recipe in settings.recipes:
             how = f", threshold {recipe.threshold}, weight {recipe.weight:g}" if recipe.kind == "two_level" else ""
-            cluster.say(f"plan: set {recipe.name}: {recipe.n} images by {recipe.kind}{how}")
+            console.say(f"plan: set {recipe.name}: {recipe.n} images by {recipe.kind}{how}")
         for gate in settings.gates:
             bounds = gate.model_dump(include={"min", "max", "max_increase", "max_decrease"}, exclude_none=True)
             said = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
-            cluster.say(f"plan: gate: {gate.metric} of {gate.recipe or 'every set'}: {said}")
+            console.say(f"plan: gate: {gate.metric} of {gate.recipe or 'every set'}: {said}")
         gone = (
             "" if last is None or releasing.record_of(output, last) else ", which is not there any more, or not whole"
         )
-        cluster.say(f"plan: latest release: {last or 'none, so that changes from it are not judged'}{gone}")
+        console.say(f"plan: latest release: {last or 'none, so that changes from it are not judged'}{gone}")
         releasing.say_unknown_held(output)
 
 

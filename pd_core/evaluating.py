@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, metrics, spaces
+from pd_core import metrics, spaces
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import MetricSettings
+from pd_core.engine import console, resources, tasks
 from pd_core.spaces import Features, Rows, Space
 
 MEASURING_CPUS = 8  # of one task at most: its matrix products gain little from more
@@ -90,7 +91,7 @@ def job_of(
     return Job(metrics, scores, chosen, settings, n, n_real, per_label)
 
 
-def run(job: Job, now: cluster.Cluster) -> tuple[list[artifacts.Part], dict[str, Any]]:
+def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make the missing parts; returns the parts and totals of metrics/ to commit.
 
     Raises:
@@ -101,7 +102,7 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[artifacts.Part], dict[str,
     missing = [i for i in range(len(job.comparisons)) if artifacts.part_name(i) not in done]
     cpus = measuring_cpus(now)
     task, prepare = measuring_task(_measure_part, now, cpus), measuring_task(_prepare, now, cpus)
-    with cluster.progress("metrics", len(job.comparisons), "sets", len(done)) as bar:
+    with console.progress("metrics", len(job.comparisons), "sets", len(done)) as bar:
         for space in dict.fromkeys(job.comparisons[i].space.name for i in missing):
             own = [i for i in missing if job.comparisons[i].space.name == space]
             prepared = prepare.remote(job, own[0], cpus)  # once for all sets, and kept where the tasks run
@@ -109,7 +110,7 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[artifacts.Part], dict[str,
             def submit(i: int, prepared: Any = prepared) -> Any:
                 return task.remote(job, i, prepared, cpus)
 
-            for _ in cluster.bounded(submit, own, lambda: in_flight(now, cpus)):
+            for _ in tasks.bounded(submit, own, lambda: in_flight(now, cpus)):
                 bar.update()
     scored = job.scores.finished_parts()
     job.scores.commit(scored.values(), {"rows": sum(part.rows for part in scored.values())}, {})
@@ -121,21 +122,21 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[artifacts.Part], dict[str,
     return parts, totals
 
 
-def measuring_cpus(now: cluster.Cluster) -> int:
+def measuring_cpus(now: resources.Cluster) -> int:
     """Threads, and CPUs claimed, of a task that measures; one beside a GPU, which does the work then."""
     if now.gpus:
         return 1
-    return max(1, min(MEASURING_CPUS, cluster.cores() if now.local else int(now.node_cpus or 1)))
+    return max(1, min(MEASURING_CPUS, resources.cores() if now.local else int(now.node_cpus or 1)))
 
 
-def in_flight(now: cluster.Cluster, cpus: int) -> int:
+def in_flight(now: resources.Cluster, cpus: int) -> int:
     """Tasks that measure at once: each holds the features of a set, and all share those of the real images of their node."""
-    return max(1, int(now.gpus)) if now.gpus else max(1, int((cluster.cores() if now.local else now.cpus) // cpus))
+    return max(1, int(now.gpus)) if now.gpus else max(1, int((resources.cores() if now.local else now.cpus) // cpus))
 
 
-def measuring_task(function: Any, now: cluster.Cluster, cpus: int) -> Any:
+def measuring_task(function: Any, now: resources.Cluster, cpus: int) -> Any:
     """A Ray task that measures: on a GPU where there is one."""
-    return cluster.task(function, cpus, 1 if now.gpus else 0)
+    return tasks.task(function, cpus, 1 if now.gpus else 0)
 
 
 def read_metrics(uri: str, parts: Iterable[artifacts.Part]) -> list[dict[str, Any]]:
@@ -148,13 +149,13 @@ def _prepare(job: Job, number: int, threads: int) -> tuple[Rows, metrics.Referen
     compared = job.comparisons[number]
     real = spaces.read_rows(compared.real, job.n_real)
     name = f"--real (space {compared.space.name})"
-    reference = reference_of(real, job.settings, threads, cluster.assigned_device(), name)
+    reference = reference_of(real, job.settings, threads, resources.assigned_device(), name)
     return Rows(real.ids, real.labels, real.keys, real.features[:, :0]), reference
 
 
 def _measure_part(job: Job, number: int, prepared: tuple[Rows, metrics.Reference], threads: int) -> None:
     compared = job.comparisons[number]
-    device = cluster.assigned_device()
+    device = resources.assigned_device()
     light, reference = prepared
     real = Rows(light.ids, light.labels, light.keys, reference.features)
     generated = spaces.read_rows(compared.generated, job.n)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 
-from pd_core import cluster, evaluating, evaluation_report, realset, spaces
+from pd_core import evaluating, evaluation_report, realset, spaces
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import EvaluateSettings
+from pd_core.engine import console
+from pd_core.engine.runs import REPORT, Run, checked_output, started
 from pd_core.evaluation_page import metric_names
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, started
 from pd_core.spaces import Extraction, Features, ImageSet, Space
 
 STAGES = ("metrics", "report")
@@ -58,9 +59,9 @@ def plan_evaluate(settings: EvaluateSettings) -> None:
     judged = " and ".join(f"{space.extractor} ({space.name})" for space in measured_in)
     each = f"{settings.n} images" if settings.n else "as many images as the smallest has"
     names = ", ".join(chosen.name for chosen in sets)
-    cluster.say(f"plan: {real.rows} real images against {each} of each of {names}, in {judged}")
+    console.say(f"plan: {real.rows} real images against {each} of each of {names}, in {judged}")
     rows, dim = settings.n_real or real.rows, max(space.spec.feature_dim for space in measured_in)
-    cluster.say(
+    console.say(
         f"plan: features of the real images take {rows * dim * 4 / 1e9:.3g} GB of memory where they are measured"
     )
 

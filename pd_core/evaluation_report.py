@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, evaluating, evaluation_page, images, listing, report, running, sources
+from pd_core import decoder, evaluating, evaluation_page, images, listing, report, sources
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.engine import runs
 from pd_core.evaluation_page import EvaluationData, Measured, Number, SpaceData, Tile
 from pd_core.realset import RealSet
 from pd_core.spaces import INDEX, JUDGE, ImageSet, Space, original_of
@@ -43,17 +44,17 @@ class Inputs:
 def stage_of(output: str, measuring: artifacts.Stage, settings: EvaluateSettings) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"metrics": measuring.fingerprint, "images": settings.images}
-    return running.report_stage(output, identity)
+    return runs.report_stage(output, identity)
 
 
-def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
-    return running.draw(stage, functools.partial(_draw, inputs))
+    return runs.draw(stage, functools.partial(_draw, inputs))
 
 
-def _draw(inputs: Inputs) -> running.Drawn:
+def _draw(inputs: Inputs) -> runs.Drawn:
     data = gather(inputs)
-    return running.Drawn({**evaluation_page.figures(data), running.REPORT: evaluation_page.render(data)})
+    return runs.Drawn({**evaluation_page.figures(data), runs.REPORT: evaluation_page.render(data)})
 
 
 def gather(inputs: Inputs) -> EvaluationData:

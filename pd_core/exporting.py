@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from pd_core import cluster
 from pd_core.core import artifacts, files, schemas, trust
+from pd_core.engine import console, tasks
 
 PICTURES = "png"
 FACTS = ("sample_id", "seed", "density", "percentile", "acceptance_probability", "label", "prompt", "likely_copy")
@@ -29,10 +29,10 @@ def run(
     if not done:  # a set of other images may have been here
         _drop_pictures(stage.uri)
     todo = [part.name for part in samples.parts if part.rows and _name(part.name, form) not in done]
-    write = cluster.task(_write)
-    with cluster.progress("export", len(done) + len(todo), "parts", len(done)) as bar:
+    write = tasks.task(_write)
+    with console.progress("export", len(done) + len(todo), "parts", len(done)) as bar:
         submit = lambda name: write.remote(stage, samples_uri, name, form)  # noqa: E731
-        for _ in cluster.bounded(submit, todo, cluster.in_flight):
+        for _ in tasks.bounded(submit, todo, tasks.in_flight):
             bar.update(1)
     parts = list(stage.finished_parts().values())
     return parts, {"images": sum(part.rows for part in parts), "form": form}

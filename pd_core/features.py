@@ -20,11 +20,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pd_core import backbones, cluster, decoder, images, sources, telemetry
+from pd_core import backbones, decoder, images, sources
 from pd_core.core import arithmetic, artifacts, files, schemas, trust
 from pd_core.core.errors import RunError, UserError, one_line, printable
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
+from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.images import Preprocess, Reason
 from pd_core.listing import Listing
 
@@ -211,7 +212,7 @@ def describe(settings: FeatureSettings) -> ExtractorSpec:
 
 def describe_remotely(settings: FeatureSettings) -> Any:
     """Reference to the ExtractorSpec: the driver itself never loads a model."""
-    return cluster.task(describe).remote(settings)
+    return tasks.task(describe).remote(settings)
 
 
 def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> int:
@@ -358,7 +359,7 @@ class Work:
 
 
 def run(
-    work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad_fraction: float, some: bool = True
+    work: Work, now: resources.Cluster, settings: FeatureSettings, max_bad_fraction: float, some: bool = True
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make the missing parts of features/ and quarantine/; returns the parts and totals of features/ to commit.
 
@@ -398,7 +399,7 @@ def run(
     return list(parts.values()), totals
 
 
-def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, artifacts.Part]:
+def _complete(work: Work, now: resources.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, artifacts.Part]:
     """All parts by name, after as many executions as it takes.
 
     After one that made nothing a task takes half as many batches: one that ends its worker takes ever fewer others along.
@@ -419,18 +420,18 @@ def _complete(work: Work, now: cluster.Cluster, settings: FeatureSettings, max_b
         if absent := work.listing.parts - len(work.finished_parts()):
             raise RunError(f"features: {absent} of {work.listing.parts} parts are missing; run the same command again")
 
-    cluster.persist("features", execute, lambda: len(parts))
+    tasks.persist("features", execute, lambda: len(parts))
     return work.finished_parts()
 
 
 def _execute(
-    work: Work, now: cluster.Cluster, settings: FeatureSettings, max_bad: int, done: Mapping[str, artifacts.Part]
+    work: Work, now: resources.Cluster, settings: FeatureSettings, max_bad: int, done: Mapping[str, artifacts.Part]
 ) -> None:
     bad = reasons_of(done.values())
     stop_if_mostly_bad(bad, work.listing.rows, max_bad, work.quarantine.uri)
     rows_done = sum(part.rows + sum(part.counts.values()) for part in done.values())
     _count(0, 0, dict.fromkeys(Reason, 0))
-    with cluster.progress("features", work.listing.rows, "images", rows_done) as bar:
+    with console.progress("features", work.listing.rows, "images", rows_done) as bar:
         for record in _stream(work, now, settings).iter_rows():
             bar.update(record["rows"])
             reasons = json.loads(record["quarantined"])
@@ -447,16 +448,16 @@ def _count(parts: int, rows: int, quarantined: Mapping[str, int]) -> None:
         telemetry.QUARANTINED.add(count, stage="features", reason=str(reason))
 
 
-def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
+def _stream(work: Work, now: resources.Cluster, settings: FeatureSettings) -> Any:
     """The Ray Data plan: batch numbers -> decoded batches -> features -> committed parts, in order."""
     import ray.data
 
-    cluster.silence_ray_data()
+    console.silence_ray_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
-    fewest, most, cpus, gpus = cluster.actor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
+    fewest, most, cpus, gpus = resources.actor_pool(now, settings.actors, settings.actor_cpus, settings.actor_gpus)
     batches = work.batches()
     together = work.batches_together
     runs = [{"first": n, "stop": min(n + together, batches)} for n in range(0, batches, together)]
@@ -466,8 +467,8 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
         functools.partial(_decode, work),
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=cluster.DECODE_CPUS,
-        memory=cluster.decode_memory(work.limits.memory_bytes),
+        num_cpus=resources.DECODE_CPUS,
+        memory=resources.decode_memory(work.limits.memory_bytes),
     )
     extracted = decoded.map_batches(
         _ExtractBatch,
@@ -480,7 +481,7 @@ def _stream(work: Work, now: cluster.Cluster, settings: FeatureSettings) -> Any:
     )
     parts = extracted.repartition(target_num_rows_per_block=work.listing.part_rows, strict=True)
     return parts.map_batches(
-        functools.partial(_write_part, work), batch_size=None, batch_format="pyarrow", num_cpus=cluster.IO_CPUS
+        functools.partial(_write_part, work), batch_size=None, batch_format="pyarrow", num_cpus=resources.IO_CPUS
     )
 
 
@@ -557,7 +558,7 @@ class _ExtractBatch:
         self.batch_size = batch_size
         self.failure: UserError | RunError | None = None
         try:
-            self.extractor = Extractor(spec, cluster.assigned_device(), threads)
+            self.extractor = Extractor(spec, resources.assigned_device(), threads)
         except (UserError, RunError) as error:  # an actor that dies in its constructor would take the reason with it
             self.failure = error
 

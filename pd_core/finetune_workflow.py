@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import acceptance, cluster, density, features, finetuned_report, opening, piloting, realset, spaces
+from pd_core import acceptance, density, features, finetuned_report, opening, piloting, realset, spaces
 from pd_core.acceptance import Weighting
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.engine import console, resources, tasks
+from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.evaluating import measuring_cpus
 from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, started
 
 STAGES = ("weights", "training", "merging", "best", "report")
 EVALUATION_STREAM = "finetune/evaluation"
@@ -144,7 +145,7 @@ def finetune(settings: FinetuneSettings) -> None:
     output = str(settings.output)
     with started(settings, output, "finetune", STAGES) as run:
         planned = _plan(run, settings, real)
-        cluster.say(planned.text)
+        console.say(planned.text)
         inputs = _finetune(run, planned)
         page = files.join(output, "report", REPORT)
         run.finish(("report",), {"images of it": finetuned_report.command(inputs), "report": page})
@@ -156,12 +157,12 @@ def plan_finetune(settings: FinetuneSettings) -> None:
     output = str(settings.output)
     with started(settings, output, "finetune", STAGES, tracked=False) as run:
         planned = _plan(run, settings, real)
-        cluster.say(planned.text)
+        console.say(planned.text)
         with failures("training", output):
             found = _on_worker(
                 models.probe, planned.workers, planned.spec, settings.training.batch_size // settings.workers
             )
-        cluster.say(
+        console.say(
             f"time: {found['step_s']:.3g} s a step, {settings.steps * found['step_s']:.0f} s in all, beside evaluations and "
             f"starting up\nmemory: a step took a process to {found['peak_bytes'] / 2**30:.2g} GiB; lower "
             "--training.batch_size, or raise --training.accumulate, where that is too much"
@@ -189,7 +190,7 @@ class Planned:
 def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
     with failures("training", run.output):
         begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, "training"))
-    gpus = cluster.gpus_to_ask(run.now, settings.worker_gpus, (begun or {}).get("device"))
+    gpus = resources.gpus_to_ask(run.now, settings.worker_gpus, (begun or {}).get("device"))
     workers = training.workers_of(run.now, settings.workers, settings.worker_cpus, gpus)
     spec = models.ModelSpec(
         generator=settings.generator,
@@ -204,7 +205,7 @@ def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
     with failures("generator", str(settings.generator.path)):
         facts = _on_worker(models.describe, workers, spec)
     spec = replace(spec, classes=facts["classes"])
-    device = cluster.device_of(run.now, gpus)
+    device = resources.device_of(run.now, gpus)
     text = (
         f"training: {settings.steps} steps of {settings.training.batch_size} images on {workers.count} "
         f"{'worker' if workers.count == 1 else 'workers'} ({device}); {facts['parameters']:,} parameters are trained, images of "
@@ -224,7 +225,7 @@ def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
 
 def _on_worker(function: Any, workers: training.Workers, *arguments: Any) -> Any:
     """What the function gives in a Ray task with what a worker has: what fits one fits this."""
-    return cluster.get(cluster.task(function, workers.cpus, workers.gpus).remote(*arguments))
+    return tasks.get(tasks.task(function, workers.cpus, workers.gpus).remote(*arguments))
 
 
 def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
@@ -241,10 +242,10 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
     trained = run.stage(job.stage, train)
     step = trained.totals["best"]
     came = ", the generator as it came: no later one was better" if step == 0 else ""
-    cluster.say(f"best: step {step} by {settings.evaluation.metric}, {trained.totals['best_value']:.4g}{came}")
+    console.say(f"best: step {step} by {settings.evaluation.metric}, {trained.totals['best_value']:.4g}{came}")
     merged = _merge(run, planned, job, trained, featured) if settings.merge == "best-of" else None
     if merged is not None:
-        cluster.say(_told_merge(merged, step))
+        console.say(_told_merge(merged, step))
     companions = checkpoints.companions_name(step)
     beside = files.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
     source = exporting.Source(
@@ -289,7 +290,7 @@ def _weights(run: Run, planned: Planned) -> weights.Drawable:
     )
     artifact = run.stage(work.stage, lambda: weights.run(work, real, settings.data.max_bad_fraction))
     for line in weights.summary(work, artifact):
-        cluster.say(line)
+        console.say(line)
     return weights.opened(work, artifact, settings.seed)
 
 
@@ -331,7 +332,7 @@ def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
     }
     stage = artifacts.Stage(files.join(run.output, "training"), "training", schemas.VERSIONS["training"], identity)
     held = planned.workers.count * planned.workers.cpus
-    now = cluster.refreshed(run.now)
+    now = resources.refreshed(run.now)
     feed = stream.feed_of(replace(now, held_cpus=now.held_cpus + held), planned.workers.count)
     return loop.Job(spec, drawable, feed, plan, stage, settings)
 
@@ -347,9 +348,9 @@ def _finished_features(real: RealSet) -> tuple[str, artifacts.Artifact]:
 def _reference(run: Run, settings: FinetuneSettings, featured: spaces.Features) -> Any:
     """Reference to the real side of all evaluations, in Ray's object store."""
     cpus = measuring_cpus(run.now)
-    task = cluster.task(judging.prepare, cpus)
+    task = tasks.task(judging.prepare, cpus)
     reference = task.remote(featured, settings.evaluation.n_real, settings.evaluation.metrics, cpus)
-    cluster.get(reference)  # too few real images are told before anything is trained
+    tasks.get(reference)  # too few real images are told before anything is trained
     return reference
 
 

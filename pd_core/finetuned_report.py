@@ -12,11 +12,12 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pd_core import decoder, finetuned_page, report, running
+from pd_core import decoder, finetuned_page, report
 from pd_core.core import artifacts, files
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.engine import runs
 from pd_core.evaluation_page import Number
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import checkpoints, merging
@@ -46,17 +47,17 @@ class Inputs:
 def stage_of(output: str, trained: artifacts.Artifact, merged: artifacts.Artifact | None) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"training": trained.fingerprint, "merging": merged and merged.fingerprint}
-    return running.report_stage(output, identity)
+    return runs.report_stage(output, identity)
 
 
-def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
-    return running.draw(stage, functools.partial(_draw, inputs))
+    return runs.draw(stage, functools.partial(_draw, inputs))
 
 
-def _draw(inputs: Inputs) -> running.Drawn:
+def _draw(inputs: Inputs) -> runs.Drawn:
     data = gather(inputs)
-    return running.Drawn({**finetuned_page.figures(data), running.REPORT: finetuned_page.render(data)})
+    return runs.Drawn({**finetuned_page.figures(data), runs.REPORT: finetuned_page.render(data)})
 
 
 def gather(inputs: Inputs) -> FinetunedData:
@@ -209,10 +210,7 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
         "Generator": [(name, _text(value)) for name, value in ({"kind": settings.generator.kind} | given).items()],
         "Weights of the real images": [
             ("asked for", weighting_text(settings)),
-            *(
-                (name.replace("_", " "), _text(value))
-                for name, value in running.flatten(inputs.trained.totals["weights"])
-            ),
+            *((name.replace("_", " "), _text(value)) for name, value in runs.flatten(inputs.trained.totals["weights"])),
         ],
     }
 

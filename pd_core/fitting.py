@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, estimator
+from pd_core import estimator
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import EstimatorSettings
+from pd_core.engine import console, resources, tasks
 from pd_core.features import load_features
 
 HELDOUT = "heldout.parquet"
@@ -40,11 +41,11 @@ def run(
     """Fit in one Ray task that streams the parts; returns the parts and totals to commit."""
     import ray
 
-    task = ray.remote(_fit).options(num_cpus=cluster.feasible_cpus(settings.threads), **cluster.TASK_OPTIONS)
+    task = ray.remote(_fit).options(num_cpus=resources.feasible_cpus(settings.threads), **tasks.TASK_OPTIONS)
     names = [part.name for part in densities.parts]
-    cluster.say(f"estimator: fitting to {densities.rows} rows")
-    totals = cluster.get(task.remote(stage, features_uri, densities_uri, names, feature_dim, settings))
-    cluster.say(f"estimator: {_quality(totals)}")
+    console.say(f"estimator: fitting to {densities.rows} rows")
+    totals = tasks.get(task.remote(stage, features_uri, densities_uri, names, feature_dim, settings))
+    console.say(f"estimator: {_quality(totals)}")
     return list(stage.finished_parts().values()), totals
 
 

@@ -10,25 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import (
-    chunking,
-    cluster,
-    costs,
-    exporting,
-    opening,
-    piloting,
-    planning,
-    realset,
-    sampling,
-    sampling_report,
-    search,
-)
+from pd_core import chunking, costs, exporting, opening, piloting, planning, realset, sampling, sampling_report, search
 from pd_core.candidates import Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
+from pd_core.engine import console, tasks
+from pd_core.engine import resources as engine_resources
+from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, started
 
 STAGES = ("pilot", "samples", "rejected", "export", "report")
 
@@ -95,7 +85,7 @@ def plan_generate(settings: GenerateSettings) -> None:
             "choose another --output"
         )
     with started(settings, output, "generate", STAGES, tracked=False) as run, contextlib.ExitStack() as resources:
-        cluster.say(_plan(run, settings, real, resources).text)
+        console.say(_plan(run, settings, real, resources).text)
 
 
 @dataclass(frozen=True)
@@ -112,7 +102,7 @@ class Planned:
 
 def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> None:
     planned = _plan(run, settings, real, resources)
-    cluster.say(planned.text)
+    console.say(planned.text)
     job = planned.job
     budget = sampling.Budget(settings.max_candidates, settings.max_hours and settings.max_hours * 3600)
     if job.rejected is not None:
@@ -147,7 +137,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     assert settings.n is not None
     with failures("pilot", run.output):
         begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, "pilot"))
-    gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = opening.recipe_of(
         settings.generator,
@@ -156,7 +146,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         seed=seeds.stream(settings.seed, "pilot"),
         chunk=settings.chunk,
         threads=settings.actor_cpus,
-        device=cluster.device_of(run.now, gpus),
+        device=engine_resources.device_of(run.now, gpus),
         copies_quantile=settings.copies_quantile,
         volume=piloting.volume_of(settings.weighting),
     )
@@ -164,7 +154,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
 
     @functools.cache
     def open_index() -> search.SearchPool:
-        searching, now = settings.search, cluster.refreshed(run.now)
+        searching, now = settings.search, engine_resources.refreshed(run.now)
         opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, True, "scoring")
         return resources.enter_context(opened)
 
@@ -180,8 +170,8 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         drop_copies=settings.drop_copies,
     )
     job = _job(run.output, settings, recipe, expected, pilot.png_bytes)
-    _, most, _, _ = cluster.actor_pool(run.now, pool.actors, pool.actor_cpus, pool.actor_gpus)
-    fit = cluster.actors_that_fit(run.now, pool.actor_cpus, pool.actor_gpus)
+    _, most, _, _ = engine_resources.actor_pool(run.now, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    fit = engine_resources.actors_that_fit(run.now, pool.actor_cpus, pool.actor_gpus)
     actors = max(1, min(most, fit))  # what the autoscaler may add is not there yet
     text = piloting.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
     text = "\n".join([text, *_limits(run, settings, job, expected, pilot, most)])
@@ -200,7 +190,7 @@ def _limits(
     assert settings.n is not None
     real = job.recipe.realset
     chosen, fleet = settings.search, planning.fleet_of(run.now, run.output)
-    searchers, *_ = cluster.search_actors(
+    searchers, *_ = engine_resources.search_actors(
         run.now, chosen.actors, chosen.actor_cpus, real.index.shards, search.BESIDE_SHARE
     )
     sampled = costs.Sampling(
@@ -241,7 +231,7 @@ def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str
         return {}
     densities = artifacts.load_artifact(files.join(real.uri, "densities"))
     assert densities is not None
-    found = cluster.get(cluster.task(piloting.label_quantiles).remote(real, [part.name for part in densities.parts]))
+    found = tasks.get(tasks.task(piloting.label_quantiles).remote(real, [part.name for part in densities.parts]))
     if absent := [name for name in names if name not in found]:
         raise UserError(
             f"--weighting.per_label: the index holds fewer than {piloting.FEWEST_OF_LABEL} images of label {absent[0]!r} "

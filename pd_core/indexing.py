@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import cluster, index, knn, search
+from pd_core import index, knn, search
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.index import DensitySettings, IndexSettings
+from pd_core.engine import console, resources, tasks
 from pd_core.features import load_features
 
 FLAT_ROWS = 20_000  # below, exact search costs seconds and a quantizer is not worth training
@@ -223,7 +224,7 @@ def _groups(uri: str, features: artifacts.Artifact) -> Iterator[list[str]]:
 def _task(function: Any, **options: Any) -> Any:
     import ray
 
-    return ray.remote(function).options(**{"num_cpus": 1, **cluster.TASK_OPTIONS, **options})
+    return ray.remote(function).options(**{"num_cpus": 1, **tasks.TASK_OPTIONS, **options})
 
 
 def load_group(group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -246,10 +247,8 @@ def _fill_flat(stage: artifacts.Stage, groups: Sequence[Sequence[str]], settings
     wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
     runs = np.array_split(np.arange(len(parts)), settings.shards)  # none empty: there are no more shards than parts
     build = _task(_build_flat)
-    with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
-        for _ in cluster.bounded(
-            lambda s: build.remote(stage, s, [parts[p] for p in runs[s]]), wanted, cluster.in_flight
-        ):
+    with console.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
+        for _ in tasks.bounded(lambda s: build.remote(stage, s, [parts[p] for p in runs[s]]), wanted, tasks.in_flight):
             bar.update(1)
 
 
@@ -278,8 +277,8 @@ def _extend_flat(stage: artifacts.Stage, kept: KeptShards, dim: int) -> None:
             return take.remote(stage, kept.uri, kept.shards[shard], removed)
         return build.remote(stage, shard, runs[shard - len(kept.shards)].tolist())
 
-    with cluster.progress("index", len(names), "shards", len(names) - len(wanted)) as bar:
-        for _ in cluster.bounded(submit, wanted, cluster.in_flight):
+    with console.progress("index", len(names), "shards", len(names) - len(wanted)) as bar:
+        for _ in tasks.bounded(submit, wanted, tasks.in_flight):
             bar.update(1)
 
 
@@ -309,9 +308,9 @@ def _train(
     wanted = settings.cells * settings.train_rows_per_cell
     sample = _task(_sample)
     picked = [sample.remote(group, settings.seed, min(1.0, wanted / rows)) for group in groups]
-    cluster.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
+    console.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
     gpu = index.HAS_GPUS and ray.cluster_resources().get("GPU", 0.0) >= 1
-    cpus = 1 if gpu else cluster.feasible_cpus(settings.actor_cpus)
+    cpus = 1 if gpu else resources.feasible_cpus(settings.actor_cpus)
     train = _task(_train_template, num_cpus=cpus, num_gpus=int(gpu))
     return train.remote(stage, settings, *picked)
 
@@ -325,7 +324,7 @@ def _sample(group: Sequence[str], seed: int, fraction: float) -> tuple[np.ndarra
 def _train_template(stage: artifacts.Stage, settings: IndexSettings, *picked: tuple[np.ndarray, np.ndarray]) -> bytes:
     sample = np.concatenate([features for _, features in picked])
     assert settings.cells is not None and settings.kind != "auto"
-    on_gpu = cluster.assigned_device() == "cuda"
+    on_gpu = resources.assigned_device() == "cuda"
     centroids = index.train_quantizer(sample, settings.cells, settings.seed, settings.actor_cpus, gpu=on_gpu)
     template = index.train_template(
         settings.kind,
@@ -352,22 +351,22 @@ def _fill_cells(
         return np.array(search.read_cells(stage.uri).shard_of_cell, dtype=np.int32)
     assert settings.shards is not None and settings.cells is not None
     assign = _task(_assign, num_returns=2)
-    with cluster.progress("index: cells", len(groups), "groups") as bar:
+    with console.progress("index: cells", len(groups), "groups") as bar:
         cells: list[Any] = [None] * len(groups)
         counts = np.zeros(settings.cells, dtype=np.int64)
         refs = {g: assign.remote(template, group) for g, group in enumerate(groups)}
         for g, (numbers, count) in refs.items():
             cells[g] = numbers
-            counts += cluster.get(count)
+            counts += tasks.get(count)
             bar.update(1)
-    owners = cluster.get(_task(_deal_cells).remote(template, counts, settings.shards))
+    owners = tasks.get(_task(_deal_cells).remote(template, counts, settings.shards))
     table = {"shard_of_cell": owners.tolist(), "rows_of_cell": counts.tolist()}
     if search.CELLS not in done:
         stage.write_part(search.CELLS, artifacts.canonical(table).encode(), 0)
     wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
     build = _task(_build_shard)
     shared = ray.put(owners)
-    with cluster.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
+    with console.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
         together = _shards_at_once(shard_bytes, len(groups))
         for first in range(0, len(wanted), together):
             some = wanted[first : first + together]
@@ -375,7 +374,7 @@ def _fill_cells(
             dealt = [deal.remote(group, numbers, shared, some) for group, numbers in zip(groups, cells, strict=True)]
             pieces = [[d] for d in dealt] if len(some) == 1 else dealt
             submit = functools.partial(_submit_build, build, stage, template, some, pieces)
-            for _ in cluster.bounded(submit, range(len(some)), cluster.in_flight):
+            for _ in tasks.bounded(submit, range(len(some)), tasks.in_flight):
                 bar.update(1)
     return owners
 
@@ -448,11 +447,11 @@ def _calibrate(
 
     sample = _task(_sample)
     fraction = min(1.0, settings.calibration_queries / info.rows)
-    picked = cluster.get([sample.remote(group, settings.seed + 1, fraction) for group in groups])
+    picked = tasks.get([sample.remote(group, settings.seed + 1, fraction) for group in groups])
     query_ids = np.concatenate([i for i, _ in picked])
     queries = ray.put(np.concatenate([f for _, f in picked]))
     exact = _exact(stage, queries, query_ids, groups, k)
-    return cluster.get(_task(_choose).remote(stage, info, settings, k, queries, query_ids, exact, nprobe))
+    return tasks.get(_task(_choose).remote(stage, info, settings, k, queries, query_ids, exact, nprobe))
 
 
 def _choose(
@@ -511,8 +510,8 @@ def _approximate(
     shared = ray.put((queries, probes))
     probe = _task(_probe_shard)
     best: tuple[np.ndarray, np.ndarray] | None = None
-    for _, part in cluster.bounded(
-        lambda s: probe.remote(info.uri, s, shared, k + 1), range(info.shards), cluster.in_flight
+    for _, part in tasks.bounded(
+        lambda s: probe.remote(info.uri, s, shared, k + 1), range(info.shards), tasks.in_flight
     ):
         best = part if best is None else knn.merge_topk([best, part], k + 1)
     assert best is not None
@@ -532,9 +531,9 @@ def _exact(
     exact = _task(_exact_in_group)
     best: tuple[np.ndarray, np.ndarray] | None = None
     cell_of_id: dict[int, int] = {}
-    with cluster.progress("index: recall", len(groups), "groups") as bar:
-        for _, (distances, found, cells) in cluster.bounded(
-            lambda g: exact.remote(stage, k + 1, queries, g), groups, cluster.in_flight
+    with console.progress("index: recall", len(groups), "groups") as bar:
+        for _, (distances, found, cells) in tasks.bounded(
+            lambda g: exact.remote(stage, k + 1, queries, g), groups, tasks.in_flight
         ):
             cell_of_id.update(zip(found.ravel().tolist(), cells.ravel().tolist(), strict=True))
             best = (distances, found) if best is None else knn.merge_topk([best, (distances, found)], k + 1)

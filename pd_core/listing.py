@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, sources
+from pd_core import sources
 from pd_core.core import artifacts, schemas, tables, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError, one_line
+from pd_core.engine import console, tasks
 
 SAMPLE_ROWS = 512  # of a dry run
 
@@ -58,12 +59,12 @@ def start(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
 
     `cluster.get` of it raises UserError: two images of one key, nothing to read, or a listing of another source in the way.
     """
-    return cluster.task(_list).remote(source, output, part_rows, overwrite)
+    return tasks.task(_list).remote(source, output, part_rows, overwrite)
 
 
 def count(source: sources.Source) -> dict[str, Any]:
     """Images, bytes, files that hold them, and a few sample rows of a source, without writing anything; for --dry-run."""
-    return cluster.get(cluster.task(_count).remote(source))
+    return tasks.get(tasks.task(_count).remote(source))
 
 
 def _count(source: sources.Source) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _count(source: sources.Source) -> dict[str, Any]:
 def say_outside(skipped: Counter[str]) -> None:
     """Say that links were left out, if some were, and how they are followed."""
     if many := skipped[sources.OUTSIDE]:
-        cluster.say(f"listing: {many:,} links lead out of the source and are left out; {sources.HOW_TO_FOLLOW}")
+        console.say(f"listing: {many:,} links lead out of the source and are left out; {sources.HOW_TO_FOLLOW}")
 
 
 def counted(source: sources.Source, tables: Iterable[pa.Table]) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def _list(source: sources.Source, output: str, part_rows: int, overwrite: bool) 
 
     def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
         if before is not None:
-            cluster.say(f"listing: {artifacts.told_damage(stage.damage(before))}; making it anew")
+            console.say(f"listing: {artifacts.told_damage(stage.damage(before))}; making it anew")
         parts: list[artifacts.Part] = []
         ids: list[np.ndarray] = []
         skipped: Counter[str] = Counter()

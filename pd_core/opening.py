@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pd_core import acceptance, cluster, generators
+from pd_core import acceptance, generators
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.chunking import Pool
 from pd_core.core import files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.engine import resources, tasks
+from pd_core.engine.runs import failures
 from pd_core.generators.python import split
 from pd_core.realset import RealSet
-from pd_core.running import failures
 from pd_core.volume import Volume
 
 
@@ -40,15 +41,15 @@ def _is_file(value: str) -> bool:
     return files.is_local(value) and files.exists(files.absolute(value))
 
 
-def describe(settings: GeneratorSettings, now: cluster.Cluster, pool: Pool) -> dict[str, Any]:
+def describe(settings: GeneratorSettings, now: resources.Cluster, pool: Pool) -> dict[str, Any]:
     """`facts_of` a generator that is loaded where an actor of it would run: what fits one fits this."""
-    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    _, _, cpus, gpus = resources.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
     with failures("generator", str(settings.path)):
-        return cluster.get(cluster.task(_describe, cpus, gpus).remote(settings))
+        return tasks.get(tasks.task(_describe, cpus, gpus).remote(settings))
 
 
 def _describe(settings: GeneratorSettings) -> dict[str, Any]:
-    return facts_of(generators.open_generator(settings, cluster.assigned_device()))
+    return facts_of(generators.open_generator(settings, resources.assigned_device()))
 
 
 def facts_of(generator: generators.Generator) -> dict[str, Any]:

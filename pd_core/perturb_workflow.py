@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import cluster, opening, perturbation, perturbed_report, perturbing, realset, search
+from pd_core import opening, perturbation, perturbed_report, perturbing, realset, search
 from pd_core.chunking import Pool
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
+from pd_core.engine import console, tasks
+from pd_core.engine import resources as engine_resources
+from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.realset import RealSet
-from pd_core.running import REPORT, Run, checked_output, failures, started
 
 STAGES = ("perturbed", "report")
 
@@ -47,7 +49,7 @@ def perturb(settings: PerturbSettings) -> None:
     output = str(settings.output)
     with started(settings, output, "perturb", STAGES) as run:
         planned = _plan(run, settings, real)
-        cluster.say(planned.text)
+        console.say(planned.text)
         _perturb(run, settings, planned)
         images, page = files.join(output, "perturbed", "*.parquet"), files.join(output, "report", REPORT)
         run.finish(("report",), {"images": images, "report": page})
@@ -59,10 +61,10 @@ def plan_perturb(settings: PerturbSettings) -> None:
     output = str(settings.output)
     with started(settings, output, "perturb", STAGES, tracked=False) as run:
         planned = _plan(run, settings, real)
-        cluster.say(planned.text)
+        console.say(planned.text)
         with failures("perturbed", output):
             found = _probe(planned, run.now)
-        cluster.say(_cost(planned, found, run.now))
+        console.say(_cost(planned, found, run.now))
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
     stage_uri = files.join(run.output, "perturbed")
     with failures("perturbed", run.output):
         begun = None if settings.overwrite else artifacts.begun_identity(stage_uri)
-    gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = Pool(settings.actors, settings.actor_cpus, gpus)
     facts = opening.describe(settings.generator, run.now, pool)
     _check_latents(settings.generator, facts)
-    job = job_of(settings, real, facts, cluster.device_of(run.now, gpus), stage_uri)
+    job = job_of(settings, real, facts, engine_resources.device_of(run.now, gpus), stage_uri)
     return Planned(job, pool, _text(job))
 
 
@@ -128,7 +130,7 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
     job = planned.job
 
     def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
-        searching, now = settings.search, cluster.refreshed(run.now)
+        searching, now = settings.search, engine_resources.refreshed(run.now)
         with contextlib.ExitStack() as resources:
             pool = search.open_pool(
                 job.recipe.realset.index, now, searching.actors, searching.actor_cpus, True, "perturbed"
@@ -139,7 +141,7 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
 
     perturbed = run.stage(job.stage, make)
     for way in job.move.directions:
-        cluster.say(f"{way}: {_summary(perturbed.totals[way])}")
+        console.say(f"{way}: {_summary(perturbed.totals[way])}")
     stage = perturbed_report.stage_of(run.output, job.stage, settings.images)
     inputs = perturbed_report.Inputs(job, perturbed, settings, dict(run.timings_s))
     run.stage(stage, lambda: perturbed_report.run(stage, inputs))
@@ -169,18 +171,18 @@ def _text(job: perturbing.Job) -> str:
     )
 
 
-def _probe(planned: Planned, now: cluster.Cluster) -> perturbing.Probe:
+def _probe(planned: Planned, now: engine_resources.Cluster) -> perturbing.Probe:
     pool = planned.pool
-    _, _, cpus, gpus = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
-    return cluster.get(cluster.task(perturbing.probe, cpus, gpus).remote(planned.job))
+    _, _, cpus, gpus = engine_resources.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
+    return tasks.get(tasks.task(perturbing.probe, cpus, gpus).remote(planned.job))
 
 
-def _cost(planned: Planned, found: perturbing.Probe, now: cluster.Cluster) -> str:
+def _cost(planned: Planned, found: perturbing.Probe, now: engine_resources.Cluster) -> str:
     job, pool = planned.job, planned.pool
     passes = len(job.move.directions) * (job.move.steps + 1 / 3 + job.move.random_start / 3)
     chunk_s = found.step_s * passes
-    _, most, _, _ = cluster.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus, job.chunks)
-    actors = max(1, min(most, cluster.actors_that_fit(now, pool.actor_cpus, pool.actor_gpus)))
+    _, most, _, _ = engine_resources.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus, job.chunks)
+    actors = max(1, min(most, engine_resources.actors_that_fit(now, pool.actor_cpus, pool.actor_gpus)))
     total_s = -(-job.chunks // actors) * chunk_s
     where = "of GPU memory" if found.device != "cpu" else "of memory"
     return (

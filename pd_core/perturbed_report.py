@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, perturbed_page, perturbing, piloting, report, running
+from pd_core import decoder, perturbed_page, perturbing, piloting, report
 from pd_core.core import artifacts, files
 from pd_core.core.settings.generate import PerturbSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.engine import runs
 from pd_core.perturbed_page import Moved, PerturbedData, Shot, Shown
 
 NUMBERS = ("density_predicted", "density_index", "percentile")
@@ -33,17 +34,17 @@ class Inputs:
 def stage_of(output: str, perturbed: artifacts.Stage, images: int) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"perturbed": perturbed.fingerprint, "images": images}
-    return running.report_stage(output, identity)
+    return runs.report_stage(output, identity)
 
 
-def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
-    return running.draw(stage, functools.partial(_draw, inputs))
+    return runs.draw(stage, functools.partial(_draw, inputs))
 
 
-def _draw(inputs: Inputs) -> running.Drawn:
+def _draw(inputs: Inputs) -> runs.Drawn:
     data = gather(inputs)
-    return running.Drawn({**perturbed_page.figures(data), running.REPORT: perturbed_page.render(data)})
+    return runs.Drawn({**perturbed_page.figures(data), runs.REPORT: perturbed_page.render(data)})
 
 
 def gather(inputs: Inputs) -> PerturbedData:

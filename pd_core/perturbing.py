@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import acceptance, chunking, cluster, density, generators, perturbation, search, telemetry
+from pd_core import acceptance, chunking, density, generators, perturbation, search
 from pd_core.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
 from pd_core.chunking import MAX_CHUNKS, Pool, Progress
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
+from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.perturbation import NoGradientError, Perturbed
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _rows(job: Job, pool: search.SearchPool, chunk: int, made: Mapping[str, Any]
 
 
 def run(
-    job: Job, now: cluster.Cluster, pool: Pool, index: search.SearchPool
+    job: Job, now: resources.Cluster, pool: Pool, index: search.SearchPool
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make what is missing; returns the parts and totals to commit.
 
@@ -278,19 +279,19 @@ def run(
         state.failed = {}
         together = max(1, MAX_CHUNKS // job.chunks_per_part)
         missing = [number for number in range(job.parts) if number not in state.rows]
-        with cluster.progress("perturbed", rows, "images", sum(state.rows.values())) as bar:
+        with console.progress("perturbed", rows, "images", sum(state.rows.values())) as bar:
             while missing and not state.hopeless:
                 wanted, missing = missing[:together], missing[together:]
                 chunking.execute(job, wanted, now, pool, index, state, rows, bar, lambda: False)
 
-    cluster.persist("perturbed", execute, lambda: len(state.rows))
+    tasks.persist("perturbed", execute, lambda: len(state.rows))
     if state.failed:
         seeds = lambda chunk: candidates_of(job.recipe, chunk).seed  # noqa: E731
         raise RunError(chunking.failed_line(job, state.failed, seeds, job.recipe.seed))
     parts = list(job.stage.finished_parts().values())
     assert sum(part.rows for part in parts) == rows, (len(parts), rows)
-    totals = cluster.get(
-        cluster.task(totals_of, cluster.IO_CPUS).remote(job.stage.uri, sorted(part.name for part in parts))
+    totals = tasks.get(
+        tasks.task(totals_of, resources.IO_CPUS).remote(job.stage.uri, sorted(part.name for part in parts))
     )
     totals |= {"rows": rows, "samples": job.n, "not_finite": sum(part.counts["not_finite"] for part in parts)}
     if state.busy_s:  # the median: the first chunk of an actor takes longer
@@ -370,7 +371,7 @@ def probe(job: Job) -> Probe:
 
     import torch
 
-    device = cluster.assigned_device()
+    device = resources.assigned_device()
     maker = job.open(device)
     perturb_chunk(job, maker, 0, 1)  # the first pass of a process takes longer
     watch = artifacts.Stopwatch()

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pd_core import acceptance, chunking, cluster, density, estimator, running, sampling, search
+from pd_core import acceptance, chunking, density, estimator, sampling, search
 from pd_core.acceptance import Weighting
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError, printable
 from pd_core.core.settings.generate import GenerateSettings, WeightingSettings
+from pd_core.engine import runs, tasks
 from pd_core.realset import RealSet
 from pd_core.volume import FLOOR, Volume
 
@@ -100,7 +101,7 @@ class Pilot:
 
 
 def make(
-    run: running.Run,
+    run: runs.Run,
     recipe: Recipe,
     pool: chunking.Pool,
     open_index: Callable[[], search.SearchPool],
@@ -113,8 +114,8 @@ def make(
     stage = sampling.stage_of(files.join(run.output, folder), "pilot", recipe, {"n": rows})
     job = sampling.Job(recipe, stage, None, min(chunks, PART_CHUNKS), rows)
     artifact = run.stage(stage, lambda: sampling.run(job, run.now, pool, open_index(), 1.0, sampling.Budget()))
-    with running.failures("pilot", stage.uri):
-        return cluster.get(cluster.task(read).remote(stage, artifact))
+    with runs.failures("pilot", stage.uri):
+        return tasks.get(tasks.task(read).remote(stage, artifact))
 
 
 def read(stage: artifacts.Stage, artifact: artifacts.Artifact) -> Pilot:

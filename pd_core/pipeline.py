@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pd_core import (
-    cluster,
     density,
     features,
     fitting,
@@ -25,7 +24,8 @@ from pd_core import (
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
-from pd_core.running import REPORT, Run, checked_output, failures, started
+from pd_core.engine import console, resources, tasks
+from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 
 STAGES = ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report")
 
@@ -82,7 +82,7 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
     settings, source = prepare(settings)
     base = None if settings.base is None else updating.open_base(settings.base)
     with started(settings, str(settings.output), "build_index", STAGES, tracked=False) as run:
-        cluster.say(planning.plan(settings, source, run.now, images.limits_of(settings.data), base))
+        console.say(planning.plan(settings, source, run.now, images.limits_of(settings.data), base))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base:
     featured = _extract(run, settings, source) if base is None else _update(run, settings, source, base)
     if bad := features.reasons_of(featured.features.parts):
         where = files.join(run.output, "quarantine")
-        cluster.say(
+        console.say(
             f"quarantine: {sum(bad.values()):,} of {featured.listed.rows:,} images left out ({features.told(bad)}): {where}"
         )
     indexed, info, kept = _index(run, settings, featured)
@@ -115,17 +115,17 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
     describing = features.describe_remotely(settings.features)  # loads the model while the source is listed
     listing_it = listing.start(source, output, settings.features.whole_part_rows, settings.overwrite)
     with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
-        spec: features.ExtractorSpec = cluster.get(describing)
+        spec: features.ExtractorSpec = tasks.get(describing)
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
-        listed, artifact = cluster.get(listing_it)
+        listed, artifact = tasks.get(listing_it)
         run.done(listed.uri, artifact, nested)
         nested.dataset("images", source.root, listed.fingerprint, "source", {"rows": listed.rows})
     if settings.density.k >= listed.rows:
         raise UserError(f"--density.k {settings.density.k}: needs more than k images, found {listed.rows}; lower k")
 
     begun = None if settings.overwrite else artifacts.begun_identity(files.join(output, "features"))
-    gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, (begun or {}).get("device"))
-    device = cluster.device_of(now, gpus)
+    gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, (begun or {}).get("device"))
+    device = resources.device_of(now, gpus)
     featuring = features.stage_of(output, listed, spec, settings.data, settings.features, device)
     extracting = settings.features.model_copy(update={"actor_gpus": gpus})
     work = features.Work(source, listed, spec, images.limits_of(settings.data), settings.features.batch_size, featuring)
@@ -138,21 +138,21 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
     output, now = run.output, run.now
     describing = features.describe_remotely(settings.features)
     with failures("features", output):
-        spec: features.ExtractorSpec = cluster.get(describing)
-    gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
-    updating.check_same(base, settings, source, spec, cluster.device_of(now, gpus))
+        spec: features.ExtractorSpec = tasks.get(describing)
+    gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
+    updating.check_same(base, settings, source, spec, resources.device_of(now, gpus))
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
         comparing = updating.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
-        changes, artifact = cluster.get(comparing)
+        changes, artifact = tasks.get(comparing)
         run.done(changes.listed.uri, artifact, nested)
         nested.dataset("images", source.root, artifact.fingerprint, "source", {"rows": artifact.rows})
     new = changes.added.rows if changes.added else 0
-    cluster.say(f"update: {new:,} new images, {len(changes.removed):,} gone or changed, of {artifact.rows:,}")
+    console.say(f"update: {new:,} new images, {len(changes.removed):,} gone or changed, of {artifact.rows:,}")
     added: artifacts.Artifact | None = None
     if changes.added is not None:
         uri = files.join(output, updating.ADDED)
         fresh = features.stage_of(
-            uri, changes.added, spec, settings.data, settings.features, cluster.device_of(now, gpus)
+            uri, changes.added, spec, settings.data, settings.features, resources.device_of(now, gpus)
         )
         extracting = settings.features.model_copy(update={"actor_gpus": gpus})
         work = features.Work(
@@ -193,7 +193,7 @@ def _index(
     if kept is not None and (reason := updating.short_of_recall(indexed)):
         indexed = _index_stage(run, settings, featured, None)
     if reason:
-        cluster.say(f"update: the index is built anew and all neighbors are searched for: {reason}")
+        console.say(f"update: the index is built anew and all neighbors are searched for: {reason}")
     return indexed, search.open_index(files.join(output, "index")), reason is None
 
 

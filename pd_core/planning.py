@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, costs, decoder, features, images, listing, sources, updating
+from pd_core import costs, decoder, features, images, listing, sources, updating
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.engine import resources, tasks
 
 PROBE_BATCHES = 3  # the first one warms up
 START_UP_S = 10.0  # of Ray and of the first model, which tells the features' dimension
@@ -38,8 +39,8 @@ class Probe:
 def probe(source: sources.Source, sample: pa.Table, settings: BuildIndexSettings, limits: images.DecodeLimits) -> Any:
     """Reference to (ExtractorSpec, Probe), measured in one Ray task with the threads of one extractor."""
     cpus = settings.features.actor_cpus
-    memory = cluster.decode_memory(limits.memory_bytes)
-    return cluster.task(_probe, cpus, memory=memory).remote(source, sample, settings, limits)
+    memory = resources.decode_memory(limits.memory_bytes)
+    return tasks.task(_probe, cpus, memory=memory).remote(source, sample, settings, limits)
 
 
 def _probe(
@@ -85,7 +86,7 @@ def _flops() -> float:
 def plan(
     settings: BuildIndexSettings,
     source: sources.Source,
-    now: cluster.Cluster,
+    now: resources.Cluster,
     limits: images.DecodeLimits,
     base: updating.Base | None = None,
 ) -> str:
@@ -101,12 +102,12 @@ def plan(
     rows = counted["rows"]
     if rows == 0:
         raise UserError(f"{source.root}: no images there; check --data.source")
-    spec, unit = cluster.get(probe(source, counted["sample"], settings, limits))
+    spec, unit = tasks.get(probe(source, counted["sample"], settings, limits))
     if settings.density.k >= rows:
         raise UserError(
             f"--density.k {settings.density.k}: needs more than k images, found {rows}; lower k or add images"
         )
-    now = cluster.refreshed(now)  # the probe may have brought a node
+    now = resources.refreshed(now)  # the probe may have brought a node
     fleet = fleet_of(now, str(settings.output))
     build = build_of(settings, source, counted, spec, unit, fleet)
     phases = costs.build_index(build, fleet, costs.MEASURED.on(unit.flops))
@@ -118,12 +119,12 @@ def plan(
 
 
 def foresee(
-    settings: BuildIndexSettings, source: sources.Source, now: cluster.Cluster, base: updating.Base
+    settings: BuildIndexSettings, source: sources.Source, now: resources.Cluster, base: updating.Base
 ) -> updating.Foreseen:
     """What an update would find; before that, whether it can be one: the walk through a source may take an hour."""
-    spec: features.ExtractorSpec = cluster.get(features.describe_remotely(settings.features))
-    gpus = cluster.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
-    updating.check_same(base, settings, source, spec, cluster.device_of(now, gpus))
+    spec: features.ExtractorSpec = tasks.get(features.describe_remotely(settings.features))
+    gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
+    updating.check_same(base, settings, source, spec, resources.device_of(now, gpus))
     return updating.foresee(source, base)
 
 
@@ -158,7 +159,7 @@ def build_of(
     )
 
 
-def fleet_of(now: cluster.Cluster, output: str) -> costs.Fleet:
+def fleet_of(now: resources.Cluster, output: str) -> costs.Fleet:
     """The cluster as the model sees it. Network and object store are not probed, but taken to be as `costs` assumes.
 
     Its nodes are those that are up at this moment, which what ran since `now` may have brought; where none is, one of
@@ -173,7 +174,7 @@ def fleet_of(now: cluster.Cluster, output: str) -> costs.Fleet:
     cores = sum(node["CPU"] for node in nodes) / count
     return costs.Fleet(
         nodes=1 if now.local else count,
-        cores=float(cluster.cores()) if now.local else cores or ASSUMED_CORES,
+        cores=float(resources.cores()) if now.local else cores or ASSUMED_CORES,
         memory_bytes=memory or ASSUMED_BYTES,
         network_bytes_per_s=costs.NETWORK_BYTES_PER_S if remote or not now.local else math.inf,
         request_s=costs.REQUEST_S if remote else 0.0,

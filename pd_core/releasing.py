@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster
 from pd_core.core import artifacts, files, locks, schemas, trust
 from pd_core.core.errors import RunError, UserError, printable
 from pd_core.core.settings.curate import GateSettings
+from pd_core.engine import console, tasks
 
 RELEASES, LATEST = "releases", "latest.json"
 METRICS, RECORD, CARD = "metrics.parquet", "release.json", "README.md"
@@ -172,7 +172,7 @@ def settle(root: str) -> None:
     record = record_of(root, there["release"]) or {}
     there |= {"uri": uri, "moved": _now(), "last": record.get("last"), "verdicts": record.get("verdicts", [])}
     files.write_bytes(files.join(root, LATEST), json.dumps(there, indent=1).encode())
-    cluster.say(f"{files.join(root, LATEST)}: the rest of it follows `release`, which is {there['release']} now")
+    console.say(f"{files.join(root, LATEST)}: the rest of it follows `release`, which is {there['release']} now")
 
 
 def _now() -> str:
@@ -277,16 +277,16 @@ def run(
         mending: the release was whole before; what it says of itself stays, where that can be read.
     """
     done = stage.finished_parts()
-    adopt = cluster.task(_adopt)
+    adopt = tasks.task(_adopt)
     todo = [(made, part) for made in sets for part in made.artifact.parts if f"{made.name}/{part.name}" not in done]
-    with cluster.progress("release", sum(len(made.artifact.parts) for made in sets), "parts", len(done)) as bar:
+    with console.progress("release", sum(len(made.artifact.parts) for made in sets), "parts", len(done)) as bar:
         submit = lambda item: adopt.remote(stage, item[0].name, item[0].uri, item[1])  # noqa: E731
-        for _ in cluster.bounded(submit, todo, cluster.in_flight):
+        for _ in tasks.bounded(submit, todo, tasks.in_flight):
             bar.update(1)
     if mending and RECORD in done:
         whole = files.read_json(files.join(stage.uri, RECORD))
     else:
-        changes = cluster.get(cluster.task(_changes).remote(sets, last, dict(record["numbers"])))
+        changes = tasks.get(tasks.task(_changes).remote(sets, last, dict(record["numbers"])))
         whole = dict(record) | {"changes": changes, "last": None if last is None else last.name}
         stage.write_part(RECORD, json.dumps(whole, indent=1).encode(), 0)
     if not mending or METRICS not in done:
@@ -373,7 +373,7 @@ def say_unknown_held(root: str) -> None:
     there = {_digest_of(name) for name in files.folders(files.join(root, RELEASES))}
     for name in pointer(root).get("held", []):
         if _digest_of(name) not in there:
-            cluster.say(
+            console.say(
                 f"{files.join(root, LATEST)}: `held` names {printable(name)}, which is no release here; correct it, "
                 "or leave it if it was deleted"
             )

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import decoder, density, fitting, images, report, running, sources
+from pd_core import decoder, density, fitting, images, report, sources
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.engine import runs as engine_runs
 from pd_core.features import reasons_of
 from pd_core.listing import Listing
 
@@ -50,17 +51,17 @@ def stage_of(
         "estimator": estimator.fingerprint,
         "settings": settings.report.model_dump(mode="json"),
     }
-    return running.report_stage(output, identity)
+    return engine_runs.report_stage(output, identity)
 
 
-def run(stage: artifacts.Stage, output: str, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, output: str, inputs: Inputs) -> engine_runs.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
-    return running.draw(stage, functools.partial(_draw, output, inputs))
+    return engine_runs.draw(stage, functools.partial(_draw, output, inputs))
 
 
-def _draw(output: str, inputs: Inputs) -> running.Drawn:
+def _draw(output: str, inputs: Inputs) -> engine_runs.Drawn:
     data = _gather(output, inputs)
-    return running.Drawn({**report.figures(data), running.REPORT: report.render(data)})
+    return engine_runs.Drawn({**report.figures(data), engine_runs.REPORT: report.render(data)})
 
 
 def _gather(output: str, inputs: Inputs) -> report.ReportData:

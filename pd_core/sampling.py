@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import chunking, cluster, search, telemetry
+from pd_core import chunking, search
 from pd_core.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
 from pd_core.chunking import LATE, MAX_CHUNKS, Pool, Progress
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError
+from pd_core.engine import console, resources, tasks, telemetry
 
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
 
@@ -208,7 +209,7 @@ class Budget:
 
 
 def run(
-    job: Job, now: cluster.Cluster, pool: Pool, index: search.SearchPool, rate: float, budget: Budget
+    job: Job, now: resources.Cluster, pool: Pool, index: search.SearchPool, rate: float, budget: Budget
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make what is missing until n rows are there; returns the parts and totals to commit.
 
@@ -235,7 +236,7 @@ def run(
                 return
             _execute(job, wanted, now, pool, index, state, deadline)
 
-    cluster.persist("samples", execute, lambda: len(state.rows))
+    tasks.persist("samples", execute, lambda: len(state.rows))
     if state.failed:
         raise RunError(
             chunking.failed_line(
@@ -245,7 +246,7 @@ def run(
     last = job.prefix(state.rows)
     if last is None:
         raise RunError(_spent_line(job, state.rows, budget, state.late))
-    facts = cluster.get(cluster.task(_trim, cluster.IO_CPUS).remote(job, last))
+    facts = tasks.get(tasks.task(_trim, resources.IO_CPUS).remote(job, last))
     _drop_after(job, last)
     done = job.done()
     parts = [done[number] for number in range(last + 1)]
@@ -272,7 +273,7 @@ def _next_parts(job: Job, state: Progress, rate: float, most: int | None) -> lis
 def _execute(
     job: Job,
     wanted: Sequence[int],
-    now: cluster.Cluster,
+    now: resources.Cluster,
     pool: Pool,
     index: search.SearchPool,
     state: Progress,
@@ -281,7 +282,7 @@ def _execute(
     accepted = min(job.n, sum(state.rows.values()))
     unit = "accepted" if job.samples.kind == "samples" else "candidates"
     enough = lambda: job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None  # noqa: E731
-    with cluster.progress(job.samples.kind, job.n, unit, accepted) as bar:
+    with console.progress(job.samples.kind, job.n, unit, accepted) as bar:
         chunking.execute(job, wanted, now, pool, index, state, job.n, bar, enough, deadline)
 
 

@@ -13,24 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import (
-    acceptance,
-    decoder,
-    images,
-    listing,
-    piloting,
-    report,
-    running,
-    sampling,
-    sampling_page,
-    sources,
-    spaces,
-)
+from pd_core import acceptance, decoder, images, listing, piloting, report, sampling, sampling_page, sources, spaces
 from pd_core.candidates import Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.engine import runs
 from pd_core.sampling import DENSITY_BINS
 from pd_core.sampling_page import Count, Pair, Sample, SamplesData, Weight
 
@@ -84,21 +73,21 @@ class Inputs:
 def stage_of(output: str, samples: artifacts.Stage, settings: GenerateSettings) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"samples": samples.fingerprint, "images": settings.images, "pilot": settings.pilot}
-    return running.report_stage(output, identity)
+    return runs.report_stage(output, identity)
 
 
-def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
     """Make the page and its figures; returns the parts and totals to commit."""
-    return running.draw(stage, functools.partial(_draw, inputs))
+    return runs.draw(stage, functools.partial(_draw, inputs))
 
 
-def _draw(inputs: Inputs) -> running.Drawn:
+def _draw(inputs: Inputs) -> runs.Drawn:
     data = gather(inputs)
     totals = {
         "effective_sample_size": data.effective_sample_size,
         "predictor_spearman": data.pilot_calibration.spearman,
     }
-    return running.Drawn({**sampling_page.figures(data), running.REPORT: sampling_page.render(data)}, totals=totals)
+    return runs.Drawn({**sampling_page.figures(data), runs.REPORT: sampling_page.render(data)}, totals=totals)
 
 
 def gather(inputs: Inputs) -> SamplesData:

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from pd_core import cluster, index, knn, telemetry
+from pd_core import index, knn
 from pd_core.core import artifacts, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError
+from pd_core.engine import resources, tasks, telemetry
 
 QUANTIZER = "quantizer.faiss"
 CELLS = "cells.json"
@@ -149,7 +150,7 @@ class _Searcher:
         self.refused: UserError | None = None  # an error here would reach the driver as Ray's, without its line
         try:
             with _named(info.uri):
-                self.rows = _open_shards(info, _shard_files(info, shards), threads, cluster.assigned_device())
+                self.rows = _open_shards(info, _shard_files(info, shards), threads, resources.assigned_device())
         except UserError as error:
             self.refused = error
 
@@ -185,7 +186,7 @@ class SearchPool:
 @contextmanager
 def open_pool(
     info: IndexInfo,
-    now: cluster.Cluster,
+    now: resources.Cluster,
     actors: int | None,
     actor_cpus: int,
     beside_generator: bool = False,
@@ -204,14 +205,14 @@ def open_pool(
     import ray
 
     share = BESIDE_SHARE if beside_generator else 1.0
-    count, threads, cpus, gpus = cluster.search_actors(now, actors, actor_cpus, info.shards, share)
-    actor = ray.remote(_Searcher).options(num_cpus=cpus, num_gpus=gpus, **cluster.ACTOR_OPTIONS)
+    count, threads, cpus, gpus = resources.search_actors(now, actors, actor_cpus, info.shards, share)
+    actor = ray.remote(_Searcher).options(num_cpus=cpus, num_gpus=gpus, **tasks.ACTOR_OPTIONS)
     holders = _holder(np.arange(info.shards), info.shards, count)
     owned = [np.flatnonzero(holders == number).tolist() for number in range(count)]
     handles = tuple(actor.remote(info, shards, threads, telemetry.workflow(), stage) for shards in owned)
-    pool = SearchPool(info, handles, count * cpus, cluster.io_cpus(now, count * cpus))
+    pool = SearchPool(info, handles, count * cpus, resources.io_cpus(now, count * cpus))
     try:
-        cluster.wait_for(pool.actors, "search")
+        tasks.wait_for(pool.actors, "search")
         yield pool
     finally:
         pool.close()
@@ -257,7 +258,7 @@ def search(
     best: tuple[np.ndarray, np.ndarray] | None = None
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
-        found = _spread(cluster.get(done), pending.pop(done), len(queries))
+        found = _spread(tasks.get(done), pending.pop(done), len(queries))
         best = found if best is None else knn.merge_topk([best, found], wanted)
     assert best is not None
     distances, ids = knn.merge_topk([best], k, exclude_ids)

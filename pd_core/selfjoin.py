@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, density, search, telemetry
+from pd_core import density, search
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError
 from pd_core.core.settings.index import DensitySettings, IndexSettings
+from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.features import load_features
 
 GROUP_PARTS = 64  # parts that one task of the second pass handles
@@ -47,7 +48,7 @@ def find_neighbors(
     features: artifacts.Artifact,
     settings: DensitySettings,
     index_settings: IndexSettings,
-    now: cluster.Cluster,
+    now: resources.Cluster,
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write the missing neighbors parts; returns the parts and totals to commit."""
     done = stage.finished_parts()
@@ -58,12 +59,12 @@ def find_neighbors(
     telemetry.PARTS.add(0, stage="neighbors")
     telemetry.SEARCHED.add(0, stage="neighbors")
     with (
-        search.open_pool(info, cluster.refreshed(now), index_settings.actors, index_settings.actor_cpus) as pool,
-        cluster.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
+        search.open_pool(info, resources.refreshed(now), index_settings.actors, index_settings.actor_cpus) as pool,
+        console.progress("neighbors", features.rows, "rows", min(rows_done, features.rows)) as bar,
     ):
-        join = cluster.task(_join_block, pool.io_cpus)
+        join = tasks.task(_join_block, pool.io_cpus)
         submit = lambda item: join.remote(stage, pool, features_uri, *item, settings.k)  # noqa: E731
-        for (_, written), traffic in cluster.bounded(submit, todo, lambda: len(pool.actors) + 1):
+        for (_, written), traffic in tasks.bounded(submit, todo, lambda: len(pool.actors) + 1):
             bar.update(traffic.queries)
             telemetry.PARTS.add(len(written), stage="neighbors")
             telemetry.SEARCHED.add(traffic.queries, stage="neighbors")
@@ -142,20 +143,20 @@ def write_densities(
 
     names = [part.name for part in neighbors.parts]
     groups = [names[i : i + GROUP_PARTS] for i in range(0, len(names), GROUP_PARTS)]
-    options = {"num_cpus": 1, **cluster.TASK_OPTIONS}
+    options = {"num_cpus": 1, **tasks.TASK_OPTIONS}
     summaries = ray.remote(_summary).options(**options)
     calibrate = ray.remote(_calibrate).options(num_returns=2, **options)
     totals_ref, ranks = calibrate.remote(
         settings.volume_dim, *[summaries.remote(neighbors_uri, group, settings.k) for group in groups]
     )
-    totals = cluster.get(totals_ref)
+    totals = tasks.get(totals_ref)
     done = stage.finished_parts()
     wanted = [[name for name in group if name not in done] for group in groups]
     write = ray.remote(_write_group).options(**options)
     telemetry.PARTS.add(0, stage="densities")
-    with cluster.progress("densities", len(names), "parts", len(done)) as bar:
+    with console.progress("densities", len(names), "parts", len(done)) as bar:
         submit = lambda group: write.remote(stage, neighbors_uri, features_uri, group, settings, totals, ranks)  # noqa: E731
-        for group, _ in cluster.bounded(submit, [group for group in wanted if group], cluster.in_flight):
+        for group, _ in tasks.bounded(submit, [group for group in wanted if group], tasks.in_flight):
             bar.update(len(group))
             telemetry.PARTS.add(len(group), stage="densities")
     parts = stage.finished_parts()

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, features, images, listing, running, sources
+from pd_core import features, images, listing, sources
 from pd_core.core import artifacts, files, seeds, trust
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings, ExtractionSettings, ExtractorSettings
 from pd_core.core.settings.index import FeatureSettings
+from pd_core.engine import resources, runs, tasks
 from pd_core.features import ExtractorSpec
 from pd_core.realset import RealSet
 from pd_core.sources.names import unescape
@@ -57,7 +58,7 @@ def open_spaces(real: RealSet, judge: ExtractorSettings) -> list[Space]:
         if values["checkpoint"] is not None:
             values["checkpoint"] = files.absolute(values["checkpoint"])
         try:
-            spec = cluster.get(features.describe_remotely(FeatureSettings(**values)))
+            spec = tasks.get(features.describe_remotely(FeatureSettings(**values)))
         except UserError as error:  # the reader of a model knows it by the settings of the index
             raise UserError(str(error).replace("--features.", "--judge.")) from None
         if spec.identity() == real.extractor.identity():
@@ -281,13 +282,13 @@ class Extraction:
         return images.limits_of(self.data)
 
 
-def list_set(run: running.Run, folder: str, source: sources.Source, extraction: Extraction) -> listing.Listing:
+def list_set(run: runs.Run, folder: str, source: sources.Source, extraction: Extraction) -> listing.Listing:
     """The listing stage of a source under `folder`."""
     uri = files.join(folder, "listing")
-    with run.tracker.stage(run.name_of(uri)) as nested, running.failures("listing", uri):
+    with run.tracker.stage(run.name_of(uri)) as nested, runs.failures("listing", uri):
         part_rows = extraction.settings.whole_part_rows
         try:
-            listed, artifact = cluster.get(listing.start(source, folder, part_rows, run.settings.overwrite))
+            listed, artifact = tasks.get(listing.start(source, folder, part_rows, run.settings.overwrite))
         except UserError as error:
             raise UserError(_of_samples(error)) from None
         run.done(uri, artifact, nested)
@@ -295,7 +296,7 @@ def list_set(run: running.Run, folder: str, source: sources.Source, extraction: 
 
 
 def extract(
-    run: running.Run,
+    run: runs.Run,
     folder: str,
     source: sources.Source,
     listed: listing.Listing,
@@ -308,11 +309,11 @@ def extract(
         UserError: too many unusable images.
     """
     settings = FeatureSettings(**extraction.settings.model_dump())
-    with running.failures("features", folder):
+    with runs.failures("features", folder):
         begun = None if run.settings.overwrite else artifacts.begun_identity(files.join(folder, "features"))
-    gpus = cluster.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    gpus = resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     settings = settings.model_copy(update={"actor_gpus": gpus})
-    device = cluster.device_of(run.now, gpus)
+    device = resources.device_of(run.now, gpus)
     stage = features.stage_of(folder, listed, space.spec, extraction.data, settings, device)
     work = features.Work(source, listed, space.spec, extraction.limits, settings.batch_size, stage)
     artifact = run.stage(stage, lambda: features.run(work, run.now, settings, extraction.data.max_bad_fraction))
@@ -320,7 +321,7 @@ def extract(
 
 
 def features_of_set(
-    run: running.Run, chosen: ImageSet, spaces: list[Space], extraction: Extraction, k: int = 0
+    run: runs.Run, chosen: ImageSet, spaces: list[Space], extraction: Extraction, k: int = 0
 ) -> dict[str, Features]:
     """Features of a set in each space by its name, made where they are not there yet.
 
@@ -345,9 +346,7 @@ def features_of_set(
     return found
 
 
-def features_of_real(
-    run: running.Run, real: RealSet, spaces: list[Space], extraction: Extraction
-) -> dict[str, Features]:
+def features_of_real(run: runs.Run, real: RealSet, spaces: list[Space], extraction: Extraction) -> dict[str, Features]:
     """Features of the real images in each space by its name; those of the index are there."""
     folder = files.join(real.uri, "features")
     artifact = artifacts.load_artifact(folder)
@@ -383,7 +382,7 @@ def unchanged_original_of(
     source, listed = original_of(uri, beside, option)
     artifact = artifacts.load_artifact(listed.uri)
     assert artifact is not None, "original_of has read it"
-    now = cluster.get(cluster.task(sources.state, cluster.IO_CPUS).remote(source))
+    now = tasks.get(tasks.task(sources.state, resources.IO_CPUS).remote(source))
     if what := artifacts.differences(artifact.identity.get("state") or {}, now):
         raise UserError(
             f"{source.root}: has changed since {uri} was made of it ({'; '.join(what)}), so that another extractor would see "
@@ -413,7 +412,7 @@ def source_of(uri: str, beside: str | None = None, option: str = SOURCE) -> sour
     Raises:
         UserError: its settings are of another pd_core, or its records lead to another place than these two.
     """
-    record, folder = files.join(uri, running.RUN), files.join(uri, "listing")
+    record, folder = files.join(uri, runs.RUN), files.join(uri, "listing")
     with files.explained(record):
         run, artifact = files.read_json(record), artifacts.load_artifact(folder)
     if artifact is None:

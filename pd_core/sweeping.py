@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import acceptance, cluster, density, evaluating, features, metrics, spaces, tradeoff
+from pd_core import acceptance, density, evaluating, features, metrics, spaces, tradeoff
 from pd_core.acceptance import Weighting
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.settings.evaluate import MetricSettings
+from pd_core.engine import console, resources, tasks
 from pd_core.realset import RealSet
 from pd_core.spaces import Features, Space
 from pd_core.tradeoff import Setting
@@ -76,7 +77,7 @@ def stage_of(
     return artifacts.Stage(files.join(output, "curve"), "curve", schemas.VERSIONS["curve"], identity)
 
 
-def run(job: Job, now: cluster.Cluster) -> tuple[list[artifacts.Part], dict[str, Any]]:
+def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make the missing parts; returns the parts and totals to commit.
 
     Raises:
@@ -86,19 +87,19 @@ def run(job: Job, now: cluster.Cluster) -> tuple[list[artifacts.Part], dict[str,
     task = evaluating.measuring_task(_measure_part, now, cpus)
     done = job.curve.finished_parts()
     many = len(job.settings)
-    with cluster.progress("curve", many * len(job.spaces), "settings", len(done)) as bar:
+    with console.progress("curve", many * len(job.spaces), "settings", len(done)) as bar:
         for number in range(len(job.spaces)):
             missing = [i for i in range(many) if job.part(number, i) not in done]
             if not missing:
                 continue
             # read once, and kept where the tasks run
             reference = evaluating.measuring_task(_reference, now, cpus).remote(job, number, cpus)
-            pool = cluster.task(read_pool, cluster.IO_CPUS).remote(job, number)
+            pool = tasks.task(read_pool, resources.IO_CPUS).remote(job, number)
 
             def submit(i: int, number: int = number, reference: Any = reference, pool: Any = pool) -> Any:
                 return task.remote(job, number, i, reference, pool, cpus)
 
-            for _ in cluster.bounded(submit, missing, lambda: evaluating.in_flight(now, cpus)):
+            for _ in tasks.bounded(submit, missing, lambda: evaluating.in_flight(now, cpus)):
                 bar.update()
     done = job.curve.finished_parts()
     parts = [done[artifacts.part_name(i)] for i in range(many * len(job.spaces))]
@@ -229,7 +230,7 @@ def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
 def _reference(job: Job, space: int, threads: int) -> metrics.Reference:
     name = job.spaces[space].name
     real = spaces.read_rows(job.real[name], job.n_real)
-    return evaluating.reference_of(real, job.metrics, threads, cluster.assigned_device(), f"--index (space {name})")
+    return evaluating.reference_of(real, job.metrics, threads, resources.assigned_device(), f"--index (space {name})")
 
 
 def _measure_part(job: Job, space: int, i: int, reference: metrics.Reference, pool: Pool, threads: int) -> None:
@@ -260,7 +261,7 @@ def _measure_part(job: Job, space: int, i: int, reference: metrics.Reference, po
         "exact_effective_size": found.exact,
     }
     if len(taken.ids) == job.n:  # a smaller set has other precision and recall for its size alone: it is left out
-        measured = evaluating.measured(reference, taken, setting.name, threads, cluster.assigned_device())
+        measured = evaluating.measured(reference, taken, setting.name, threads, resources.assigned_device())
         for name in schemas.CURVE_METRICS:
             estimate = measured.estimates[name]
             row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import decoder, running, sweeping, tradeoff, tradeoff_page
+from pd_core import decoder, sweeping, tradeoff, tradeoff_page
 from pd_core.core import artifacts, schemas
 from pd_core.core import files as core_files
 from pd_core.core.settings.evaluate import TradeoffSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.engine import runs
 from pd_core.evaluation_page import Number, interval
 from pd_core.spaces import JUDGE
 from pd_core.tradeoff import Setting, Target
@@ -48,19 +49,19 @@ class Inputs:
 def stage_of(output: str, curve: artifacts.Stage, settings: TradeoffSettings) -> artifacts.Stage:
     """The report stage under `output`."""
     identity = {"curve": curve.fingerprint, "images": settings.images, "target": settings.target}
-    return running.report_stage(output, identity)
+    return runs.report_stage(output, identity)
 
 
-def run(stage: artifacts.Stage, inputs: Inputs) -> running.Made:
+def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
     """Make the page, the figures and the table; returns the parts and totals to commit."""
-    return running.draw(stage, functools.partial(_draw, inputs))
+    return runs.draw(stage, functools.partial(_draw, inputs))
 
 
-def _draw(inputs: Inputs) -> running.Drawn:
+def _draw(inputs: Inputs) -> runs.Drawn:
     rows = sweeping.read_curve(inputs.job.curve.uri, inputs.curve.parts)
     data = gather(inputs, rows)
-    files = {**tradeoff_page.figures(data), TABLE: table(rows), running.REPORT: tradeoff_page.render(data)}
-    return running.Drawn(files, rows={TABLE: len(rows)})
+    files = {**tradeoff_page.figures(data), TABLE: table(rows), runs.REPORT: tradeoff_page.render(data)}
+    return runs.Drawn(files, rows={TABLE: len(rows)})
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> bytes:

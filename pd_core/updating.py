@@ -21,21 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import FiniteFloat
 
-from pd_core import (
-    cluster,
-    estimator,
-    features,
-    fitting,
-    images,
-    index,
-    indexing,
-    knn,
-    listing,
-    search,
-    selfjoin,
-    sources,
-    telemetry,
-)
+from pd_core import estimator, features, fitting, images, index, indexing, knn, listing, search, selfjoin, sources
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import files as core_files
 from pd_core.core import schemas, seeds, trust
@@ -47,6 +33,7 @@ from pd_core.core.settings.index import (
     IndexSettings,
     UpdateSettings,
 )
+from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.features import load_features
 
 ADDED = "added"  # folder of the new images' own listing, features and quarantine
@@ -235,7 +222,7 @@ class Changes:
 
 def compare(source: sources.Source, base: Base, output: str, part_rows: int, overwrite: bool) -> Any:
     """Reference to (Changes, Artifact): one Ray task lists the source and writes listing/ and added/listing/."""
-    return cluster.task(_compare).remote(source, base, output, part_rows, overwrite)
+    return tasks.task(_compare).remote(source, base, output, part_rows, overwrite)
 
 
 def _compare(
@@ -335,7 +322,7 @@ def foresee(source: sources.Source, base: Base) -> Foreseen:
     Raises:
         UserError: the source has no images.
     """
-    found: Foreseen = cluster.get(cluster.task(_foresee).remote(source, base))
+    found: Foreseen = tasks.get(tasks.task(_foresee).remote(source, base))
     if not found.counted["rows"]:
         raise UserError(f"{source.root}: no images there; check --data.source")
     return found
@@ -532,7 +519,7 @@ def merge_features(
     done, kept = stage.finished_parts(), base.artifacts["features"]
     there = {kind: _parts_of(base.folder(kind)) for kind in ("features", "quarantine")}
     new = {kind: _parts_of(core_files.join(output, ADDED, kind)) for kind in there}
-    merge, removed = cluster.task(_merge_part), ray.put(changes.removed)
+    merge, removed = tasks.task(_merge_part), ray.put(changes.removed)
     todo = [piece for piece in _pieces(changes) if core_artifacts.part_name(piece.number) not in done]
 
     def submit(piece: _Piece) -> Any:
@@ -547,8 +534,8 @@ def merge_features(
         }
         return merge.remote(stage, quarantine, changes.listed.uri, piece, read, removed)
 
-    with cluster.progress("features", changes.listed.parts, "parts", changes.listed.parts - len(todo)) as bar:
-        for _ in cluster.bounded(submit, todo, cluster.in_flight):
+    with console.progress("features", changes.listed.parts, "parts", changes.listed.parts - len(todo)) as bar:
+        for _ in tasks.bounded(submit, todo, tasks.in_flight):
             bar.update(1)
             telemetry.PARTS.add(1, stage="features")
     parts = stage.finished_parts()
@@ -680,7 +667,7 @@ def _trained_distance(base: Base) -> float:
 
 @functools.lru_cache(maxsize=1)  # asked for by `drift`, and again for what is remembered
 def _measured_once(fingerprint: str, index_uri: str, uris: tuple[str, ...]) -> float:
-    distance: float = cluster.get(cluster.task(_cell_distance).remote(index_uri, uris))
+    distance: float = tasks.get(tasks.task(_cell_distance).remote(index_uri, uris))
     return distance
 
 
@@ -714,7 +701,7 @@ def drift(
     if added is None or not added.rows:
         return None
     new = _added_parts(output, added)
-    far = cluster.get(cluster.task(_cell_distance).remote(base.folder("index"), new))
+    far = tasks.get(tasks.task(_cell_distance).remote(base.folder("index"), new))
     before_far = _trained_distance(base)
     if before_far > 0 and far > settings.max_cell_distance * before_far:
         return (
@@ -775,7 +762,7 @@ def merge_neighbors(
     merged: core_artifacts.Artifact,
     settings: DensitySettings,
     index_settings: IndexSettings,
-    now: cluster.Cluster,
+    now: resources.Cluster,
 ) -> tuple[list[core_artifacts.Part], dict[str, Any]]:
     """Neighbors of new rows, and of those that lost one, over the whole index; of all others from what they had and the new rows.
 
@@ -796,15 +783,17 @@ def merge_neighbors(
     new = _new_rows(info, output, changes)
     with (
         # most of the work is in the tasks, which compare with the new rows: the pool gets the smaller share of the CPUs
-        search.open_pool(info, cluster.refreshed(now), index_settings.actors, index_settings.actor_cpus, True) as pool,
-        cluster.progress("neighbors", len(merged.parts), "parts", len(done)) as bar,
+        search.open_pool(
+            info, resources.refreshed(now), index_settings.actors, index_settings.actor_cpus, True
+        ) as pool,
+        console.progress("neighbors", len(merged.parts), "parts", len(done)) as bar,
     ):
-        merge = cluster.task(_merge_block)
+        merge = tasks.task(_merge_block)
 
         def submit(names: list[str]) -> Any:
             return merge.remote(job, [(name, pieces[_number(name)]) for name in names], pool, new, removed)
 
-        for names, count in cluster.bounded(submit, todo, cluster.in_flight):
+        for names, count in tasks.bounded(submit, todo, tasks.in_flight):
             bar.update(len(names))
             telemetry.PARTS.add(len(names), stage="neighbors")
             telemetry.SEARCHED.add(count, stage="neighbors")
@@ -834,7 +823,7 @@ def _new_rows(info: search.IndexInfo, output: str, changes: Changes) -> Any:
         core_artifacts.load_artifact(core_files.join(output, ADDED, "features")) if changes.added is not None else None
     )
     names = _added_parts(output, added)
-    return cluster.task(_shard_of).remote(info, names) if names else None
+    return tasks.task(_shard_of).remote(info, names) if names else None
 
 
 def _shard_of(info: search.IndexInfo, uris: Sequence[str]) -> bytes:
@@ -923,21 +912,21 @@ def keep_or_fit(
     fitted_r2 = before.totals.get("fitted_r2", before.totals["heldout"]["r2_log_density"])
     uris = core_files.join(output, "features"), core_files.join(output, "densities")
     if asked != of_base or volume_dim[0] != volume_dim[1] or settings.split != "hash" or fitted_r2 is None:
-        cluster.say(
+        console.say(
             "estimator: fitted anew, since the base's was made with other settings or cannot be judged on held-out images"
         )
         return fitting.run(stage, uris[0], uris[1], densities, feature_dim, settings)
     shift = densities.totals["log_normalizer"] - base.artifacts["densities"].totals["log_normalizer"]
     names = _spread(densities, settings)
-    keep = cluster.task(_keep, cluster.feasible_cpus(settings.threads))
+    keep = tasks.task(_keep, resources.feasible_cpus(settings.threads))
     least = fitted_r2 - update.max_r2_drop
-    heldout = cluster.get(keep.remote(stage, base.folder("estimator"), shift, uris, names, settings, least))
+    heldout = tasks.get(keep.remote(stage, base.folder("estimator"), shift, uris, names, settings, least))
     if heldout is None:
-        cluster.say(
+        console.say(
             f"estimator: the base's predictor has lost more than {update.max_r2_drop:g} of its R²; fitting anew"
         )
         return fitting.run(stage, uris[0], uris[1], densities, feature_dim, settings)
-    cluster.say(
+    console.say(
         f"estimator: kept from the base; R² of log density {heldout['r2_log_density']:.3f}, {fitted_r2:.3f} when fitted"
     )
     totals = {name: before.totals[name] for name in ("n_train", "epochs", "best_epoch")}

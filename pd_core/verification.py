@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import cluster, generators, realset, search, verifying
+from pd_core import generators, realset, search, verifying
 from pd_core.candidates import Recipe, prompts_hash
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError, one_line, printable
 from pd_core.core.settings.generate import GeneratorSettings
-from pd_core.running import failures
+from pd_core.engine import console, resources, session, tasks
+from pd_core.engine.runs import failures
 
 CODE: Mapping[str, tuple[str, ...]] = {  # settings that decide which code runs when a generator of a kind is opened
     "python": ("path", "arguments"),
@@ -56,7 +57,7 @@ def verify(
     artifact = committed.pop("samples", None)
     if artifact is None or artifact.kind != "samples":
         raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
-    with cluster.session(uri, "verify") as now, failures("verify", uri):
+    with session.session(uri, "verify") as now, failures("verify", uri):
         recipe = recipe_of(uri, artifact, generator, index, checkpoint)
         if recipe.device == "cuda" and not now.gpus:
             raise UserError(
@@ -67,7 +68,7 @@ def verify(
         samples = samples_of(uri, artifact, recipe)
         parts, chosen = verifying.check_parts(samples, artifact, committed, verifying.Draw(rows, seed))
         _say_some([f"{name}: {text}" for name, texts in parts.items() for text in texts])  # whatever comes of the rows
-        cluster.say(f"verify: {len(chosen)} of {artifact.rows} rows are made again, chosen by seed {seed}")
+        console.say(f"verify: {len(chosen)} of {artifact.rows} rows are made again, chosen by seed {seed}")
         found = verifying.Findings(parts)
         if len(chosen):
             with search.open_pool(recipe.realset.index, now, None, 1, True, "scoring") as pool:
@@ -96,21 +97,21 @@ def verify_release(uri: str) -> None:
         _say_some([f"{core_files.ARTIFACT}: {text}" for text in wrong])
         raise RunError(f"verify: {uri}/{core_files.ARTIFACT} is not as it was committed; see above")
     sets = artifact.totals["rows"]
-    with cluster.session(uri, "verify"), failures("verify", uri):
+    with session.session(uri, "verify"), failures("verify", uri):
         found = verifying.surplus(uri, artifact, ("", *sets)) | _file_differences(uri, artifact)
     _say_some([f"{name}: {text}" for name, texts in sorted(found.items()) for text in texts])
     if found:
         raise RunError(f"verify: files not as committed: {len(found)}; see above")
     rows = ", ".join(f"{rows} of {name}" for name, rows in sets.items())
-    cluster.say(f"verify: all {len(artifact.parts)} files are as committed; rows: {rows}")
+    console.say(f"verify: all {len(artifact.parts)} files are as committed; rows: {rows}")
 
 
 def _file_differences(uri: str, artifact: artifacts.Artifact) -> dict[str, list[str]]:
-    task = cluster.task(verifying.file_differences, cluster.IO_CPUS)
+    task = tasks.task(verifying.file_differences, resources.IO_CPUS)
     found = {}
-    with cluster.progress("verify parts", len(artifact.parts), "parts") as bar:
+    with console.progress("verify parts", len(artifact.parts), "parts") as bar:
         submit = lambda part: task.remote(core_files.join(uri, part.name), part)  # noqa: E731
-        for part, differences in cluster.bounded(submit, artifact.parts, cluster.in_flight):
+        for part, differences in tasks.bounded(submit, artifact.parts, tasks.in_flight):
             bar.update()
             if differences:
                 found[part.name] = differences
@@ -170,7 +171,7 @@ def _say_versions(artifact: artifacts.Artifact) -> None:
     was = artifact.versions
     moved = [f"{name} {was.get(name)} -> {here.get(name)}" for name in ROUNDED if was.get(name) != here.get(name)]
     if moved:
-        cluster.say(
+        console.say(
             f"verify: other packages than in the run ({printable(', '.join(moved))}); numbers may differ by rounding"
         )
 
@@ -192,7 +193,7 @@ def _say_findings(found: verifying.Findings, committed: Mapping[str, artifacts.A
     rows = len(found.rows)
     files = ", ".join(f"{len(artifact.parts)} of {stage}/" for stage, artifact in committed.items())
     either = ", each candidate is in samples/ or in rejected/" if "rejected" in committed else ""
-    cluster.say(
+    console.say(
         f"verify: all files are as committed ({files}), the totals are their sums{either}, "
         f"{rows} of {rows} rows are what their seeds give"
     )
@@ -200,9 +201,9 @@ def _say_findings(found: verifying.Findings, committed: Mapping[str, artifacts.A
 
 def _say_some(lines: Sequence[str]) -> None:
     for line in lines[:SHOWN]:
-        cluster.say(printable(line))
+        console.say(printable(line))
     if len(lines) > SHOWN:
-        cluster.say(f"... and {len(lines) - SHOWN} more")
+        console.say(f"... and {len(lines) - SHOWN} more")
 
 
 def recipe_of(

@@ -21,13 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import cluster, decoder, images, releasing, sampling, search
+from pd_core import decoder, images, releasing, sampling, search
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
 from pd_core.core import artifacts, schemas, seeds, tables, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError, one_line, printable
 from pd_core.core.settings.curate import SET_NAME
 from pd_core.core.settings.data import DataSettings
+from pd_core.engine import console, resources, tasks
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
 BATCH_ROWS = 64  # with their images, read at once
@@ -224,11 +225,11 @@ def check_parts(
     for stage, committed in stages.items():
         found |= {f"{stage}/{name}": texts for name, texts in surplus(samples.beside(stage), committed).items()}
     items = [(stage, part) for stage, committed in stages.items() for part in committed.parts]
-    task = cluster.task(_check, cluster.IO_CPUS)
+    task = tasks.task(_check, resources.IO_CPUS)
     keys, chosen = np.empty(0), np.empty(0, np.int64)
-    with cluster.progress("verify parts", len(items), "parts") as bar:
+    with console.progress("verify parts", len(items), "parts") as bar:
         submit = lambda item: task.remote(samples, *item, draw)  # noqa: E731
-        for (stage, part), check in cluster.bounded(submit, items, cluster.in_flight):
+        for (stage, part), check in tasks.bounded(submit, items, tasks.in_flight):
             found[f"{stage}/{part.name}"] = check.differences
             keys, chosen = _first(np.append(keys, check.keys), np.append(chosen, check.ids), draw.rows)
             bar.update()
@@ -416,7 +417,7 @@ class _Maker:
     def __init__(self, recipe: Recipe) -> None:
         self.failure: Exception | None = None
         try:
-            self.maker = ChunkMaker(recipe, cluster.assigned_device())
+            self.maker = ChunkMaker(recipe, resources.assigned_device())
         except Exception as error:  # an actor that dies in its constructor would take the reason with it
             self.failure = error
 
@@ -436,7 +437,7 @@ class _Maker:
             return f"{type(error).__name__}: {one_line(error)}"
 
 
-def check_rows(samples: Samples, pool: search.SearchPool, now: cluster.Cluster, chosen: np.ndarray) -> Findings:
+def check_rows(samples: Samples, pool: search.SearchPool, now: resources.Cluster, chosen: np.ndarray) -> Findings:
     """Make the chunks of these sample_ids again, on one actor and on the device type that made them, and compare.
 
     Raises:
@@ -446,17 +447,15 @@ def check_rows(samples: Samples, pool: search.SearchPool, now: cluster.Cluster, 
 
     free = replace(now, held_cpus=pool.cpus)
     gpus = 1.0 if samples.recipe.device == "cuda" else 0.0
-    _, _, cpus, gpus = cluster.actor_pool(free, 1, samples.recipe.threads, gpus)
-    maker: Any = (
-        ray.remote(_Maker).options(num_cpus=cpus, num_gpus=gpus, **cluster.ACTOR_OPTIONS).remote(samples.recipe)
-    )
-    task = cluster.task(compare_group, pool.io_cpus)
+    _, _, cpus, gpus = resources.actor_pool(free, 1, samples.recipe.threads, gpus)
+    maker: Any = ray.remote(_Maker).options(num_cpus=cpus, num_gpus=gpus, **tasks.ACTOR_OPTIONS).remote(samples.recipe)
+    task = tasks.task(compare_group, pool.io_cpus)
     found = Findings()
     try:
-        cluster.wait_for([maker], "verify")
-        with cluster.progress("verify rows", len(chosen), "rows") as bar:
+        tasks.wait_for([maker], "verify")
+        with console.progress("verify rows", len(chosen), "rows") as bar:
             submit = lambda group: task.remote(samples, pool, maker, group)  # noqa: E731
-            for _, findings in cluster.bounded(submit, _groups(samples, chosen), lambda: IN_FLIGHT):
+            for _, findings in tasks.bounded(submit, _groups(samples, chosen), lambda: IN_FLIGHT):
                 found.add(findings)
                 bar.update(len(findings.rows))
     finally:
@@ -489,7 +488,7 @@ def compare_group(samples: Samples, pool: search.SearchPool, maker: Any, group: 
         text = f"its file cannot be read: {one_line(error)}"
         return Findings(rows={number: text for chosen in group.values() for number in chosen})
     for chunk, chosen in group.items():
-        made = cluster.get(maker.make.remote(chunk))
+        made = tasks.get(maker.make.remote(chunk))
         if isinstance(made, str):
             found.rows.update(dict.fromkeys(chosen, f"cannot be made again: {made}"))
             continue

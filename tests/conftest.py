@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pd_core import cluster
 from pd_core.core import errors
 from pd_core.core.s3 import S3FileSystem
+from pd_core.engine import resources, session
 from tests import tiny
 from tests.s3 import S3Server, running_server
 
@@ -33,13 +33,13 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_server: S3Server) -> Iterator[cluster.Cluster]:
+def ray_cluster(s3_server: S3Server) -> Iterator[resources.Cluster]:
     """The Ray that tests in this process share, with warm workers; these find the S3 server by their environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.env.items():
             patch.setenv(name, value)
         stack = contextlib.ExitStack()
-        now = stack.enter_context(cluster.session(""))
+        now = stack.enter_context(session.session(""))
     with stack:
         yield now
 
@@ -52,7 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def built(inputs: tuple[Path, Path], ray_cluster: cluster.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(inputs: tuple[Path, Path], ray_cluster: resources.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one undisturbed run of build_index on them. Nobody may change it."""
     from workflows import build_index
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from pd_core.cluster import LOOPBACK_VARIABLE
+from pd_core.engine.session import LOOPBACK_VARIABLE
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_TIMEOUT_S = 180.0

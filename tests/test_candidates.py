@@ -16,7 +16,6 @@ from scipy import stats
 from pd_core import (
     acceptance,
     chunking,
-    cluster,
     density,
     estimator,
     features,
@@ -32,6 +31,7 @@ from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.index import EstimatorSettings, FeatureSettings
+from pd_core.engine import resources
 from pd_core.realset import RealSet
 from pd_core.volume import Volume
 from tests import tiny, tiny_generators, toy_generator
@@ -247,7 +247,7 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
     volume: Volume | None,
 ) -> None:
     """Pilot, accepted and rejected: v of the closed form at the latents of each row's seed, a of the step it lies in."""
-    monkeypatch.setattr(cluster, "assigned_device", lambda: "cpu")
+    monkeypatch.setattr(resources, "assigned_device", lambda: "cpu")
     monkeypatch.setattr(
         search, "search", nearest(np.random.default_rng(0).normal(size=(9, real.extractor.feature_dim)))
     )

@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from pd_core import cluster, search
-from pd_core.cluster import FEED_CPUS, Cluster
+from pd_core import search
 from pd_core.core import errors
 from pd_core.core.errors import EXIT_INTERRUPTED, RunError, UserError
+from pd_core.engine import resources, session, tasks
+from pd_core.engine.resources import FEED_CPUS, Cluster
 from tests.ray_head import autoscaling_head, running_head
 
 
@@ -31,7 +32,7 @@ def scaling(cpus: float, gpus: float = 0.0, node_cpus: float | None = None) -> C
 
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch):
-    monkeypatch.setattr(cluster, "cores", lambda: 2)
+    monkeypatch.setattr(resources, "cores", lambda: 2)
 
 
 LOCAL = Cluster(4.0, 0.0, local=True, address="", node_cpus=4.0)
@@ -42,19 +43,19 @@ FIXED = [LOCAL, *(joined(cpus) for cpus in (1.0, 2.0, 4.0, 8.0)), joined(64.0, n
 @pytest.mark.parametrize("actors", [None, 1, 3, 12])
 @pytest.mark.parametrize("cpus", [1, 2, 16])
 def test_actors_leave_a_cpu_to_the_tasks_that_feed_them(now, actors, cpus):
-    fewest, most, claim, gpus = cluster.actor_pool(now, actors, cpus, None)
+    fewest, most, claim, gpus = resources.actor_pool(now, actors, cpus, None)
     assert 1 <= fewest <= most == (actors or most) and gpus == 0
     assert most * claim + FEED_CPUS <= now.cpus
-    count, threads, claim, _ = cluster.search_actors(now, actors, cpus, shards=100)
+    count, threads, claim, _ = resources.search_actors(now, actors, cpus, shards=100)
     assert count * claim <= now.cpus - FEED_CPUS and threads >= cpus and count == (actors or count)
 
 
 @pytest.mark.parametrize("now", [scaling(0.0), scaling(8.0), scaling(64.0, node_cpus=16.0)], ids=str)
 def test_an_elastic_cluster_is_asked_for_more_than_it_has(now):
-    fewest, most, claim, _ = cluster.actor_pool(now, None, 2, None)
-    assert (fewest, most, claim) == (1, cluster.AUTOSCALED_ACTORS, 2.0)
+    fewest, most, claim, _ = resources.actor_pool(now, None, 2, None)
+    assert (fewest, most, claim) == (1, resources.AUTOSCALED_ACTORS, 2.0)
     # actors asked for are grown to, one by one: twelve at once on twelve CPUs would leave none to decode
-    assert cluster.actor_pool(now, 12, 1, None)[:3] == (1, 12, 1.0)
+    assert resources.actor_pool(now, 12, 1, None)[:3] == (1, 12, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -70,37 +71,37 @@ def test_an_elastic_cluster_is_asked_for_more_than_it_has(now):
     ids=str,
 )
 def test_gpus_are_used_where_there_are_any_or_the_user_says_so(now, gpus, expected):
-    assert cluster.actor_pool(now, None, 1, gpus) == expected
+    assert resources.actor_pool(now, None, 1, gpus) == expected
 
 
 @pytest.mark.parametrize("now", [*FIXED, scaling(64.0, 4.0)], ids=str)
 @pytest.mark.parametrize("actors", [None, 8])
 def test_no_more_actors_than_there_is_work(now, actors):
     for work in (1, 5, 1000):
-        fewest, most, _, _ = cluster.actor_pool(now, actors, 1, None, work)
+        fewest, most, _, _ = resources.actor_pool(now, actors, 1, None, work)
         assert 1 <= fewest <= most <= work
 
 
 @pytest.mark.parametrize("gpus", [0.5, 1.0])
 def test_gpus_that_nobody_will_add_are_refused(gpus):
     with pytest.raises(UserError, match=r"actor_gpus .*: this machine has 0 GPUs"):
-        cluster.actor_pool(LOCAL, None, 1, gpus)
-    assert cluster.actor_pool(LOCAL, None, 1, 0.0)[3] == 0
+        resources.actor_pool(LOCAL, None, 1, gpus)
+    assert resources.actor_pool(LOCAL, None, 1, 0.0)[3] == 0
 
 
 def test_gpus_that_scaled_away_since_a_run_began_are_asked_for_again(capsys):
     away = scaling(8.0)
-    assert cluster.gpus_to_ask(away, None, "cuda") == 1.0
+    assert resources.gpus_to_ask(away, None, "cuda") == 1.0
     assert capsys.readouterr().out == ""
-    assert cluster.gpus_to_ask(away, None, None) is None
+    assert resources.gpus_to_ask(away, None, None) is None
     assert "no GPU is up" in capsys.readouterr().out
     for now, asked in ((away, 0.0), (away, 0.25), (scaling(8.0, 2.0), None), (LOCAL, None)):
-        assert cluster.gpus_to_ask(now, asked, "cuda") == asked
+        assert resources.gpus_to_ask(now, asked, "cuda") == asked
     assert capsys.readouterr().out == ""
 
 
 def test_patience_begins_anew_with_every_execution_that_made_something(monkeypatch):
-    monkeypatch.setattr(cluster, "ROUND_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(tasks, "ROUND_DELAYS_S", (0.0, 0.0, 0.0))
     done, rounds = [0], [0]
 
     def execute():
@@ -109,19 +110,19 @@ def test_patience_begins_anew_with_every_execution_that_made_something(monkeypat
         raise RunError(f"node {rounds[0]} died")
 
     with pytest.raises(RunError, match="node 12 died"):
-        cluster.persist("samples", execute, lambda: done[0])
+        tasks.persist("samples", execute, lambda: done[0])
     assert rounds == [12]
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_a_store_said_in_a_task_is_told_without_its_wrapping(monkeypatch, capsys):
-    monkeypatch.setattr(cluster, "ROUND_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(tasks, "ROUND_DELAYS_S", (0.0, 0.0))
 
     def full():
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RunError) as failure:
-        cluster.persist("samples", lambda: cluster.get(cluster.task(full).remote()), lambda: 0)
+        tasks.persist("samples", lambda: tasks.get(tasks.task(full).remote()), lambda: 0)
     told = "OSError: [Errno 28] No space left on device"
     assert (
         str(failure.value) == f"samples: repeated failures ({told}); what is done is kept, run the same command again"
@@ -131,9 +132,9 @@ def test_what_a_store_said_in_a_task_is_told_without_its_wrapping(monkeypatch, c
 
 def test_no_actor_claims_more_than_the_largest_node_has():
     now = joined(16.0, node_cpus=4.0)
-    assert cluster.actor_pool(now, None, 8, None)[2] == 4.0
-    assert cluster.search_actors(now, 2, 8, shards=4) == (2, 8, 4.0, 0)
-    assert cluster.search_actors(joined(64.0, node_cpus=16.0), None, 1, shards=5) == (
+    assert resources.actor_pool(now, None, 8, None)[2] == 4.0
+    assert resources.search_actors(now, 2, 8, shards=4) == (2, 8, 4.0, 0)
+    assert resources.search_actors(joined(64.0, node_cpus=16.0), None, 1, shards=5) == (
         5,
         9,
         1.0,
@@ -154,29 +155,29 @@ def test_no_actor_claims_more_than_the_largest_node_has():
     ids=str,
 )
 def test_search_processes_use_the_cores_that_shards_leave_idle(now, actors, shards, expected):
-    assert cluster.search_actors(now, actors, 1, shards)[:3] == expected
+    assert resources.search_actors(now, actors, 1, shards)[:3] == expected
 
 
 def test_tasks_that_ask_actors_run_beside_them_whatever_these_claimed():
     for now in (*FIXED, scaling(8.0), scaling(64.0, node_cpus=16.0)):
         for actors in (None, 1, 12, 64):
-            count, _, claim, _ = cluster.search_actors(now, actors, 1, shards=100)
-            assert count * claim + cluster.io_cpus(now, count * claim) <= max(now.cpus, count * claim)
+            count, _, claim, _ = resources.search_actors(now, actors, 1, shards=100)
+            assert count * claim + resources.io_cpus(now, count * claim) <= max(now.cpus, count * claim)
 
 
 @pytest.mark.parametrize("now", [*FIXED, scaling(0.0), scaling(8.0), scaling(64.0, 4.0, node_cpus=16.0)], ids=str)
 @pytest.mark.parametrize("shards", [1, 100])
 def test_a_generator_finds_room_beside_the_search_it_needs(now, shards):
     """CPUs of both and of the tasks between them fit, all GPUs are the generator's, and an elastic cluster stays one."""
-    count, _, claim, gpus = cluster.search_actors(now, None, 1, shards, search.BESIDE_SHARE)
+    count, _, claim, gpus = resources.search_actors(now, None, 1, shards, search.BESIDE_SHARE)
     beside = replace(now, held_cpus=count * claim)
-    _, most, each, per_gpu = cluster.actor_pool(beside, None, 1, None)
+    _, most, each, per_gpu = resources.actor_pool(beside, None, 1, None)
     assert gpus == 0 and per_gpu == (1.0 if now.gpus else 0.0)
     assert beside.elastic == now.elastic
     if now.elastic:
-        assert most >= cluster.AUTOSCALED_ACTORS
+        assert most >= resources.AUTOSCALED_ACTORS
         return
-    assert count * claim + most * each + cluster.io_cpus(now, count * claim) <= now.cpus
+    assert count * claim + most * each + resources.io_cpus(now, count * claim) <= now.cpus
 
 
 # What Ray's monitor writes: in a cluster that scales the types of its nodes, else a type for each node, after its id.
@@ -198,7 +199,7 @@ NOT_YET: dict[str, Any] = {"load_metrics_report": {}}
     ],
 )
 def test_whether_a_cluster_scales_is_what_its_monitor_says(status, expected):
-    assert cluster.scales(status) is expected
+    assert resources.scales(status) is expected
 
 
 def ray_of(monkeypatch, nodes, status):
@@ -210,7 +211,7 @@ def ray_of(monkeypatch, nodes, status):
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address=""))
     written = None if status is None else json.dumps(status).encode()
     monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: written)
-    return cluster._describe(local=False)
+    return resources._describe(local=False)
 
 
 @pytest.mark.parametrize(
@@ -237,22 +238,22 @@ def test_a_cluster_is_elastic_where_ray_says_so_or_where_it_looks_so(monkeypatch
 def test_a_cluster_that_scales_does_so_still_when_its_first_worker_is_up(monkeypatch, status):
     before = ray_of(monkeypatch, [{}], EMPTY)
     ray_of(monkeypatch, [{}, {"CPU": 8.0}], status)
-    now = cluster.refreshed(before)
+    now = resources.refreshed(before)
     assert (before.cpus, now.cpus) == (0.0, 8.0)
     for seen in (before, now):
-        assert cluster.actor_pool(seen, None, 1, 1.0)[:2] == (1, cluster.AUTOSCALED_ACTORS)
+        assert resources.actor_pool(seen, None, 1, 1.0)[:2] == (1, resources.AUTOSCALED_ACTORS)
     ray_of(monkeypatch, [{"CPU": 8.0}], status)  # a head that computes and is alone again
-    assert cluster.refreshed(before).elastic
+    assert resources.refreshed(before).elastic
 
 
 def test_what_a_cluster_looks_like_is_forgotten_once_ray_tells(monkeypatch):
     before = ray_of(monkeypatch, [{}, {"CPU": 8.0}], None)
     ray_of(monkeypatch, [{}, {"CPU": 8.0}], BY_HAND)
-    assert before.elastic and not cluster.refreshed(before).elastic
+    assert before.elastic and not resources.refreshed(before).elastic
 
 
 def test_a_cluster_of_our_own_is_not_elastic(ray_cluster):
-    assert not ray_cluster.elastic and not cluster.refreshed(ray_cluster).elastic
+    assert not ray_cluster.elastic and not resources.refreshed(ray_cluster).elastic
 
 
 @pytest.mark.slow
@@ -279,17 +280,17 @@ def test_ray_itself_tells_who_scales(tmp_path, grows):
 
 
 def test_a_search_that_has_the_cluster_to_itself_uses_its_gpus():
-    assert cluster.search_actors(joined(64.0, 4.0, node_cpus=16.0), None, 1, shards=4)[3] == 1
-    assert cluster.search_actors(joined(64.0, 4.0, node_cpus=16.0), None, 1, shards=5)[3] == 0
+    assert resources.search_actors(joined(64.0, 4.0, node_cpus=16.0), None, 1, shards=4)[3] == 1
+    assert resources.search_actors(joined(64.0, 4.0, node_cpus=16.0), None, 1, shards=5)[3] == 0
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "[::1]:9"])
 def test_an_address_where_nobody_listens_is_told(monkeypatch, address):
-    monkeypatch.setattr(cluster, "LISTENS_S", 0.1)
+    monkeypatch.setattr(session, "LISTENS_S", 0.1)
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RunError, match="no Ray cluster answers there"):
-        cluster.connect()
+        session.connect()
 
 
 RUN = """

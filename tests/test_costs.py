@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import joins, scaling, simulation
-from pd_core import cluster, costs, features, images, index, indexing, listing, planning, search, sources
+from pd_core import costs, features, images, index, indexing, listing, planning, search, sources
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
+from pd_core.engine import resources, tasks
 from tests.synthetic import clustered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,10 +123,10 @@ def test_pairs_make_the_search_quadratic_and_k_means_linear():
 @pytest.mark.parametrize("nodes", [1, 10, 300])
 def test_actors_are_those_that_the_stages_start(nodes):
     machines = scaling.fleet(nodes)
-    now = cluster.Cluster(nodes * 32.0, 0.0, False, "", 32.0, elastic=True)
+    now = resources.Cluster(nodes * 32.0, 0.0, False, "", 32.0, elastic=True)
     build = scaling.build(10**8)
-    assert costs.searchers(build, machines) == cluster.search_actors(now, None, 1, build.shards)[:2]
-    assert costs.extractors(build, machines) == cluster.actor_pool(now, None, 1, None)[1]
+    assert costs.searchers(build, machines) == resources.search_actors(now, None, 1, build.shards)[:2]
+    assert costs.extractors(build, machines) == resources.actor_pool(now, None, 1, None)[1]
 
 
 def test_a_run_is_resolved_as_the_index_stage_resolves_it(tmp_path):
@@ -348,16 +349,16 @@ def planned(monkeypatch, nodes, elastic, **settings) -> str:
     spec = features.ExtractorSpec("vit", None, "", 768, preprocess, "fp32", "")
     up = [{"Alive": True, "Resources": node} for node in nodes]
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-    now = cluster.Cluster(total["CPU"], total["GPU"], False, "", 8.0, elastic=elastic)
+    now = resources.Cluster(total["CPU"], total["GPU"], False, "", 8.0, elastic=elastic)
     counted = {"rows": 10**6, "bytes": 44 * 10**9, "files": 10**6, "sample": None}
     monkeypatch.setattr("ray.nodes", lambda: up)
     monkeypatch.setattr(listing, "count", lambda source: counted)
     monkeypatch.setattr(planning, "probe", lambda *args: None)
-    monkeypatch.setattr(cluster, "get", lambda reference: (spec, probed))
-    monkeypatch.setattr(cluster, "refreshed", lambda before: now)
+    monkeypatch.setattr(tasks, "get", lambda reference: (spec, probed))
+    monkeypatch.setattr(resources, "refreshed", lambda before: now)
     chosen = BuildIndexSettings.model_validate({"output": "s3://bucket/out", "features": settings})
     source: Any = SimpleNamespace(root="s3://bucket/images", kind="images")
-    before = cluster.Cluster(0.0, 0.0, False, "", elastic=elastic)
+    before = resources.Cluster(0.0, 0.0, False, "", elastic=elastic)
     return planning.plan(chosen, source, before, images.DecodeLimits(1, 1, (0, 0, 0), 1))
 
 

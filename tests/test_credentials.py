@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pd_core import cluster
 from pd_core.core import artifacts, files
 from pd_core.core.errors import CredentialsRefused, UserError
 from pd_core.core.s3 import S3FileSystem
+from pd_core.engine import tasks
 from pd_core.sources import stores
 from tests import tiny
 from tests.s3 import ACCESS_KEY, OTHER_KEY, READER_KEY, expiring_server, write_credentials
@@ -142,10 +142,10 @@ def test_a_refusal_in_a_worker_stops_a_stage_at_once(front, file, ray_cluster):
 
     def execute():
         rounds.append(1)
-        cluster.get(cluster.task(refused).remote())
+        tasks.get(tasks.task(refused).remote())
 
     with pytest.raises(UserError, match=r"s3://b/x: the credentials have expired"):
-        cluster.persist("features", execute, lambda: 0)
+        tasks.persist("features", execute, lambda: 0)
     assert rounds == [1]
 
 

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pd_core import cluster, releasing
+from pd_core import releasing
 from pd_core.core import artifacts, errors, files, locks, schemas
 from pd_core.core.settings.curate import GateSettings
+from pd_core.engine import session
 from tests import tiny, toy_generator
 from tests.test_update import write
 from workflows import curate
@@ -142,7 +143,7 @@ def part(name: str, rows: int = 3) -> dict[str, Any]:
     ],
 )
 def test_a_record_that_contradicts_itself_is_followed_nowhere(tmp_path, capsys, monkeypatch, more, expected):
-    monkeypatch.setattr(cluster, "session", lambda *_: pytest.fail("files are looked at"))
+    monkeypatch.setattr(session, "session", lambda *_: pytest.fail("files are looked at"))
     release = release_of(tmp_path / "release", **more)
     if expected is None:  # the record of the others is right but for what is changed in it
         with pytest.raises(pytest.fail.Exception):
@@ -156,7 +157,7 @@ def test_a_record_that_contradicts_itself_is_followed_nowhere(tmp_path, capsys, 
 
 @pytest.mark.parametrize("name", ["a/../../elsewhere.parquet", "/etc/passwd"])
 def test_a_record_that_leads_out_of_the_release_is_refused_as_a_whole(tmp_path, capsys, monkeypatch, name):
-    monkeypatch.setattr(cluster, "session", lambda *_: pytest.fail("files are looked at"))
+    monkeypatch.setattr(session, "session", lambda *_: pytest.fail("files are looked at"))
     assert verify(release_of(tmp_path / "release", parts=[part(name)])) == errors.EXIT_FAILED
     assert f"names the file {name!r}, which no run of pd_core has written" in capsys.readouterr().err
 
@@ -519,5 +520,5 @@ def table_of(folder: Path) -> pa.Table:
 
 
 def test_parts_of_a_run_share_its_cluster(ray_cluster):
-    with cluster.shared(ray_cluster), cluster.session("") as now:
+    with session.shared(ray_cluster), session.session("") as now:
         assert now.local == ray_cluster.local

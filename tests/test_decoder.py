@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import cluster, decoder, features, images, listing, sources
+from pd_core import decoder, features, images, listing, sources
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
+from pd_core.engine import resources, tasks
 from pd_core.images import BadImage, DecodeLimits, Prepared, Preprocess, Reason
 from tests import tiny
 from tests.test_images import DECLARED, EXPENSIVE, WEBP_9999, jpeg_2000, picture, saved
@@ -345,14 +346,14 @@ def test_the_limits_of_time_are_no_part_of_an_identity():
     ],
 )
 def test_a_task_claims_no_more_memory_than_any_node_has_for_it(nodes, claimed):
-    assert cluster.share_of_memory(3_600_000_000, nodes) == claimed
+    assert resources.share_of_memory(3_600_000_000, nodes) == claimed
 
 
 def test_what_is_claimed_here_fits_twice(ray_cluster):
     import ray
 
     (node,) = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    assert 2 * (cluster.decode_memory(1 << 60) or 0) <= node["memory"]
+    assert 2 * (resources.decode_memory(1 << 60) or 0) <= node["memory"]
 
 
 def test_repetitions_take_ever_fewer_batches_together(ray_cluster, inputs, tmp_path, monkeypatch):
@@ -361,7 +362,7 @@ def test_repetitions_take_ever_fewer_batches_together(ray_cluster, inputs, tmp_p
     data = DataSettings(source=str(inputs[0]))
     settings = FeatureSettings(model=tiny.MODEL, checkpoint=checkpoint, batch_size=1, part_rows=8)
     source = sources.open_source(data)
-    listed, _ = cluster.get(listing.start(source, str(tmp_path), 8, overwrite=False))
+    listed, _ = tasks.get(listing.start(source, str(tmp_path), 8, overwrite=False))
     stage = features.stage_of(str(tmp_path), listed, features.describe(settings), data, settings, "cpu")
     stage.begin(overwrite=False)
     work = features.Work(source, listed, features.describe(settings), images.limits_of(data), 1, stage)
@@ -372,7 +373,7 @@ def test_repetitions_take_ever_fewer_batches_together(ray_cluster, inputs, tmp_p
         raise RunError("a worker was killed")
 
     monkeypatch.setattr(features, "_execute", execute)
-    monkeypatch.setattr(cluster, "ROUND_DELAYS_S", (0.0,) * 5)
+    monkeypatch.setattr(tasks, "ROUND_DELAYS_S", (0.0,) * 5)
     with pytest.raises(RunError, match="a worker was killed"):
         features.run(work, ray_cluster, settings, 1.0)
     assert together == [8, 4, 2, 1, 1]

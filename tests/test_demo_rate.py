@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from demo import make_digits, train_ddpm
-from pd_core.cluster import Cluster
 from pd_core.core import errors
+from pd_core.engine.resources import Cluster
 from workflows import build_index, generate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -17,10 +17,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import cluster
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import errors, files
 from pd_core.core.errors import EXIT_BAD_INPUT, EXIT_FAILED
+from pd_core.engine import resources
 from pd_core.finetuning import checkpoints
 from tests import tiny, tiny_generators
 from workflows import evaluate, finetune, generate
@@ -338,7 +338,7 @@ def test_a_part_that_was_cut_short_after_its_commit_is_made_again(
 
 
 @pytest.mark.slow
-def test_to_a_bucket(built: Path, ddpm: str, done: Path, s3_environment: Any, ray_cluster: cluster.Cluster) -> None:
+def test_to_a_bucket(built: Path, ddpm: str, done: Path, s3_environment: Any, ray_cluster: resources.Cluster) -> None:
     output = f"s3://{s3_environment.make_bucket()}/out"
     assert finetuned(*arguments(built, ddpm, output)) == 0
     for name, data in results(done).items():

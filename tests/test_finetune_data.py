@@ -19,13 +19,14 @@ import ray.data
 import scipy.stats
 from PIL import Image
 
-from pd_core import acceptance, cluster, density, listing, realset, running, sources, tracking
+from pd_core import acceptance, density, listing, realset, sources
 from pd_core.core import artifacts, seeds
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import WeightingSettings
+from pd_core.engine import runs, tasks, tracking
 from pd_core.finetuning import Share, draws, stream, weights
 from pd_core.finetuning.draws import Draws
 from tests import tiny
@@ -209,7 +210,7 @@ def weigh(real, output, now, *, data=None, weighting=None, mapping=None, size=(1
     data = data or DataSettings()
     settings = FinetuneSettings(output=str(output), data=data, overwrite=overwrite, tracking={"enabled": False})
     with tracking.start(settings.tracking, str(output), "finetune", {}) as tracker:
-        run = running.Run(settings, str(output), now, tracker, "finetune", ("listing", "weights"))
+        run = runs.Run(settings, str(output), now, tracker, "finetune", ("listing", "weights"))
         pictures = weights.open_pictures(run, real, data)
         omega = weights.weightings_of(weighting or WeightingSettings(weight=33.0), real)
         work = weights.work_of(str(output), real, pictures, omega, mapping, size, resize)
@@ -504,7 +505,7 @@ def packed(kind, files, folder):
 
 def index_of(source, uri, part_rows):
     """As much of an index as the stage reads, of the images of a source: their densities are a hash of their ids."""
-    listed, _ = cluster.get(listing.start(source, str(uri), part_rows, overwrite=False))
+    listed, _ = tasks.get(listing.start(source, str(uri), part_rows, overwrite=False))
     for kind in ("features", "densities"):
         stage = artifacts.Stage(f"{uri}/{kind}", kind, 1, {})
         stage.begin(False)

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pd_core import finetuned_page, finetuned_report, images, report, running
+from pd_core import finetuned_page, finetuned_report, images, report
 from pd_core.candidates import picture
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings import finetune, load
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
+from pd_core.engine import runs
 from pd_core.evaluation_page import Number, interval
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import merging
@@ -383,8 +384,8 @@ def test_the_stage_writes_the_page_and_its_figures(tmp_path, ray_cluster):
     stage = finetuned_report.stage_of(str(tmp_path), inputs.trained, inputs.merging[1])
     artifact = stage.complete(lambda: finetuned_report.run(stage, inputs), False)
     names = {part.name for part in artifact.parts}
-    assert running.REPORT in names and "metric_frechet_distance.png" in names and "precision_recall_path.png" in names
-    page = Page((tmp_path / "report" / running.REPORT).read_bytes())
+    assert runs.REPORT in names and "metric_frechet_distance.png" in names and "precision_recall_path.png" in names
+    page = Page((tmp_path / "report" / runs.REPORT).read_bytes())
     assert page.text.count("500 1,797") == len(STEPS)
     without = finetuned_report.stage_of(str(tmp_path), inputs.trained, None)
     assert without.fingerprint != stage.fingerprint

@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import chunking, cluster, exporting, realset, sampling, verification
+from pd_core import chunking, exporting, realset, sampling, verification
 from pd_core.core import artifacts, errors, schemas, seeds
 from pd_core.core import files as core_files
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.engine import resources
+from pd_core.engine import session as engine_session
 from pd_core.generators import normal_latents
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_pipeline import is_ours, kill_once
@@ -506,7 +508,7 @@ def test_a_chunk_that_comes_after_the_deadline_is_not_made(monkeypatch):
         def make(self, opened, chunk):
             raise AssertionError("made")
 
-    monkeypatch.setattr(cluster, "assigned_device", lambda: "cpu")
+    monkeypatch.setattr(resources, "assigned_device", lambda: "cpu")
     numbers = pa.table({"chunk": [3]})
     (late,) = chunking._MakeChunk(cast(Any, Work()), time.time() - 1)(numbers).to_pylist()
     assert (late["chunk"], late["error"], late["pixels"]) == (3, chunking.LATE, None)
@@ -579,7 +581,7 @@ def test_a_mistyped_name_does_not_cost_the_start_of_ray(index, tmp_path, monkeyp
     def session(*_, **__):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(cluster, "session", session)
+    monkeypatch.setattr(engine_session, "session", session)
     assert run(index, tmp_path / "out", *more) == 2
 
 

@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 
 from demo.make_digits import TIMM_MODEL, write_checkpoint, write_digits
-from pd_core import cluster, images
+from pd_core import images
 from pd_core.core import errors, schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import WORKFLOWS, setting_names
+from pd_core.engine import console
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -233,14 +234,14 @@ def test_an_error_is_one_line_that_a_terminal_only_prints(
 
 
 def test_lines_to_the_user_are_only_printed_and_tables_keep_theirs(capsys: pytest.CaptureFixture[str]) -> None:
-    cluster.say(f"first: {STRANGE}\n  second: {SIGNED}")
+    console.say(f"first: {STRANGE}\n  second: {SIGNED}")
     first, second = capsys.readouterr().out.removesuffix("\n").split("\n")
     assert first.isprintable()
     assert second == "  second: https://host/a.png?***"
 
 
 def test_the_name_of_a_bar_is_only_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with cluster.progress(STRANGE, 1, "images") as bar:
+    with console.progress(STRANGE, 1, "images") as bar:
         bar.update(1)
     assert all(c.isprintable() or c in "\r\n" for c in capsys.readouterr().err.replace("\x1b[A", ""))
 

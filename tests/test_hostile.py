@@ -455,9 +455,9 @@ def test_exported_images_lie_in_the_export(tmp_path, ray_cluster):
 
 
 def export(stage: Stage, uri: str, committed: artifacts.Artifact, form: str) -> None:
-    from pd_core import running
+    from pd_core.engine import runs
 
-    with running.failures("export", stage.uri):
+    with runs.failures("export", stage.uri):
         exporting.run(stage, uri, committed, form)
 
 

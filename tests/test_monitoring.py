@@ -15,7 +15,7 @@ import promql_parser
 import pytest
 import yaml
 
-from pd_core import telemetry
+from pd_core.engine import telemetry
 
 FOLDER = Path(__file__).resolve().parents[1] / "infra" / "monitoring"
 README = (FOLDER / "README.md").read_text()

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pd_core import cluster, generators, perturb_workflow, perturbing, realset
+from pd_core import generators, perturb_workflow, perturbing, realset
 from pd_core.core import errors, schemas
 from pd_core.core import files as core_files
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.engine import session
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_generate import timm_features
 from tests.test_pipeline import kill_once
@@ -331,7 +332,7 @@ def test_a_generator_without_latents_is_refused_with_what_would_give_it_some(ind
 def test_an_index_without_a_predictor_is_refused_before_ray_starts(index, modules, tmp_path, capsys, monkeypatch):
     shutil.copytree(index, tmp_path / "index")
     (tmp_path / "index" / "estimator" / core_files.ARTIFACT).unlink()
-    monkeypatch.setattr(cluster, "session", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(session, "session", lambda *_: pytest.fail("Ray was started"))
     assert run(tmp_path / "index", tmp_path / "out", scripted(modules["smooth"])) == 2
     assert "is not finished (estimator/" in capsys.readouterr().err
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pd_core import cluster, estimator, index, realset, search, spaces
+from pd_core import estimator, index, realset, search, spaces
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
+from pd_core.engine import session
 from pd_core.features import ExtractorSpec
 from pd_core.images import Preprocess
 
@@ -271,7 +272,7 @@ def test_a_shard_of_strangers_is_one_line_where_it_is_opened(built, dim, cells, 
     file.write_bytes(index.train_template("ivf_flat", dim, own) if dim else file.read_bytes()[:-1])
     with (
         pytest.raises(UserError, match=rf"^{built}/index: .*{expected}"),
-        search.open_pool(info, cluster.connect(), 1, 1),
+        search.open_pool(info, session.connect(), 1, 1),
     ):
         pass
 

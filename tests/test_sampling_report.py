@@ -23,7 +23,6 @@ from pd_core import (
     piloting,
     realset,
     report,
-    running,
     sampling,
     sampling_page,
     sampling_report,
@@ -33,6 +32,7 @@ from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
+from pd_core.engine import runs
 from pd_core.report import Calibration
 from pd_core.sampling_page import Count, Expected, Pair, Sample, SamplesData, Weight
 from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
@@ -496,7 +496,7 @@ class World:
         listing.commit(parts, {}, {})
         # a relative path, as users type it: it says nothing on another machine or in another directory
         data = DataSettings(source="images").model_dump(mode="json")
-        (self.index / running.RUN).write_text(json.dumps({"settings": {"data": data}}))
+        (self.index / runs.RUN).write_text(json.dumps({"settings": {"data": data}}))
         return table["sample_id"].to_numpy()
 
     def make_recipe(self, generator: GeneratorSettings) -> Recipe:
@@ -767,11 +767,11 @@ def lose_source(world: World) -> None:
 
 
 def lose_record(world: World) -> None:
-    (world.index / running.RUN).unlink()
+    (world.index / runs.RUN).unlink()
 
 
 def age_record(world: World) -> None:
-    (world.index / running.RUN).write_text(json.dumps({"settings": {"data": {"sauce": "images"}}}))
+    (world.index / runs.RUN).write_text(json.dumps({"settings": {"data": {"sauce": "images"}}}))
 
 
 @pytest.mark.parametrize("lose", [lose_source, lose_record, age_record])

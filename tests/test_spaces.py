@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pd_core import cluster, evaluation_report, listing, sources, spaces
+from pd_core import evaluation_report, listing, sources, spaces
 from pd_core.core import artifacts, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings, ExtractionSettings
+from pd_core.engine import tasks
 from pd_core.features import ExtractorSpec
 from pd_core.images import Preprocess
 from pd_core.spaces import Space
@@ -110,7 +111,7 @@ def test_images_that_have_gone_since_are_missed_in_the_same_words(tmp_path, monk
     [chosen] = opened(tmp_path / "set")
     (tmp_path / "set" / "a.png").unlink()
     monkeypatch.setattr(listing, "start", listing._list)  # in this process
-    monkeypatch.setattr(cluster, "get", lambda made: made)
+    monkeypatch.setattr(tasks, "get", lambda made: made)
     tracker = SimpleNamespace(stage=lambda name: contextlib.nullcontext())
     run: Any = SimpleNamespace(tracker=tracker, name_of=str, settings=SimpleNamespace(overwrite=False))
     extraction = spaces.Extraction(ExtractionSettings(), DataSettings())

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pd_core import acceptance, cluster, comparison, metrics, sweeping, tradeoff_report, volume
+from pd_core import acceptance, comparison, metrics, sweeping, tradeoff_report, volume
 from pd_core.core import errors
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import MetricSettings, TradeoffSettings
+from pd_core.engine import resources
 from pd_core.tradeoff import Setting
 from tests import tiny, tiny_generators
 from tests.test_generate import TOY, rows
@@ -79,7 +80,7 @@ def test_a_run_that_was_killed_after_its_curve_still_tells_mlflow_of_each_settin
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """A curve of three settings over a pool of 60 candidates, of which 40 are wanted; without Ray."""
-    monkeypatch.setattr(cluster, "assigned_device", lambda: "cpu")
+    monkeypatch.setattr(resources, "assigned_device", lambda: "cpu")
     settings = (Setting("generator"), Setting("density", "p50", 50.0), Setting("polarity", polarity=-1.0))
     curves = acceptance.uniform(), acceptance.two_level(0.9, 50.0), acceptance.tilted(np.arange(60.0), -1.0, 20)
     weightings = dict(zip([s.name for s in settings], curves, strict=True))

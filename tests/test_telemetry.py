@@ -17,8 +17,8 @@ import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from pd_core import cluster, telemetry
 from pd_core.core import artifacts, errors
+from pd_core.engine import session, telemetry
 from tests import test_curate, test_finetune, test_monitoring, test_perturb, tiny, tiny_generators
 from tests.ray_head import Head, free_ports, running_head
 from tests.test_monitoring import RAYS_OWN
@@ -346,7 +346,7 @@ def test_a_cluster_of_our_own_counts_nothing(ray_cluster):
 
 
 def test_runs_of_which_a_run_consists_count_as_it(ray_cluster):
-    with cluster.session("", "curate") as now, cluster.shared(now), cluster.session("", "build_index"):
+    with session.session("", "curate") as now, session.shared(now), session.session("", "build_index"):
         assert telemetry.workflow() == "curate"
     assert telemetry.workflow() == ""
 

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from pd_core import tracking
 from pd_core.core import errors
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.base import TrackingSettings
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.engine import tracking
 from tests.mlflow_server import MlflowServer
 
 

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import candidates, cluster, generators, verification, verifying
+from pd_core import candidates, generators, verification, verifying
 from pd_core.core import artifacts, errors, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.engine import resources, session
 from tests import toy_generator
 from tests.test_generate import index, rows, run  # noqa: F401
 from workflows import generate
@@ -725,7 +726,7 @@ def test_the_path_of_the_command_may_be_a_relative_one(made, monkeypatch):
 
 
 def test_samples_of_a_gpu_are_refused_where_there_is_none(copy, capsys):
-    if cluster.refreshed(cluster.connect()).gpus:
+    if resources.refreshed(session.connect()).gpus:
         pytest.skip("there is a GPU")
     values = record(copy)
     values["identity"]["device"] = "cuda"

@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # a Ray job runs this file from a copy of the tree, where pd_core is not installed
 
-from pd_core import cli, cluster
+from pd_core import cli
 from pd_core.core import errors
 from pd_core.core.settings import load
 from pd_core.core.settings.base import ENV_PREFIX
 from pd_core.core.settings.index import BuildIndexSettings  # noqa: E402
+from pd_core.engine import session
 
 PROG = "build_index.py"
 DEFAULT_CONFIG = ROOT / "workflows" / "configs" / "default.yaml"
@@ -41,7 +42,7 @@ def prepare_demo() -> list[str]:
     if made.returncode:
         raise errors.RunError("the demo images could not be made, as said above; name your own with --data.source")
     output = Path(str(settings.output)).absolute()
-    if cluster.in_job_copy():
+    if session.in_job_copy():
         print(f"ray: {output} is in the job's temporary copy of this tree and goes with it; to keep it, give --output")
     return [*argv, f"--output={output}"]
 

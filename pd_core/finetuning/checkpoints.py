@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pd_core import cluster
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError
+from pd_core.engine import console
 from pd_core.finetuning import judging
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def drop_after_loss(stage: artifacts.Stage) -> None:
             stage.drop_part(name)
     stage.drop_part(SUMMARY)
     if written:
-        cluster.say(f"training: {artifacts.told_damage(lost)}; going on from before step {min(written)}")
+        console.say(f"training: {artifacts.told_damage(lost)}; going on from before step {min(written)}")
 
 
 def newest(stage: artifacts.Stage) -> int:
@@ -146,7 +146,7 @@ def newest_state(stage: artifacts.Stage) -> str | None:
     for name in sorted(filter(STATE.fullmatch, parts), reverse=True):
         if artifacts.sha256(_state_bytes(stage, name)) == parts[name].sha256:
             return name
-        cluster.say(f"training: {name} is not as it was written; going on from the one before")
+        console.say(f"training: {name} is not as it was written; going on from the one before")
         stage.drop_part(name)
     return None
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd_core import cluster
 from pd_core.core import artifacts, files
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.engine import tasks
 from pd_core.finetuning import Share, checkpoints, models
 
 
@@ -38,7 +38,7 @@ def stage_of(output: str, source: Source) -> artifacts.Stage:
 
 def run(stage: artifacts.Stage, spec: models.ModelSpec, source: Source) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write the generator's files, in a Ray task; returns the parts and totals to commit."""
-    cluster.get(cluster.task(_write).remote(stage, spec, source))
+    tasks.get(tasks.task(_write).remote(stage, spec, source))
     parts = list(stage.finished_parts().values())
     return parts, {"step": source.step, "merged": source.merged, "bytes": sum(part.bytes for part in parts)}
 

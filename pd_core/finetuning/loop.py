@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, evaluating, telemetry
+from pd_core import evaluating
 from pd_core.candidates import picture
 from pd_core.core import artifacts, schemas
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.engine import resources, telemetry
 from pd_core.finetuning import Batch, Share, Trainable, checkpoints, judging, models, parallel, stream, weights
 from pd_core.finetuning.checkpoints import Progress
 from pd_core.scoring import Scorer
@@ -66,7 +67,7 @@ def work(values: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     threads = job.settings.worker_cpus
     torch.set_num_threads(threads)
-    device = str(get_device()) if cluster.assigned_device() == "cuda" else "cpu"
+    device = str(get_device()) if resources.assigned_device() == "cuda" else "cpu"
     share = Share(context.get_world_rank(), context.get_world_size(), device, threads)
     training = Loop(job, share, values["reference"], values["monitor"])
     try:

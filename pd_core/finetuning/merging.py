@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, density, metrics
+from pd_core import density, metrics
 from pd_core.candidates import picture
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.errors import UserError, one_line
+from pd_core.engine import console, resources, tasks
 from pd_core.finetuning import checkpoints, judging
 from pd_core.finetuning.judging import Plan
 from pd_core.halfsamples import Estimate
@@ -253,7 +254,7 @@ def job_of(
 
 
 def run(
-    job: Job, now: cluster.Cluster, reference: Any, actors: int | None = None, gpus: float | None = None
+    job: Job, now: resources.Cluster, reference: Any, actors: int | None = None, gpus: float | None = None
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make what is missing; returns the parts and totals to commit.
 
@@ -274,23 +275,23 @@ def run(
         with _open(job, now, reference, actors, gpus) as judges:
             totals.update(_merge(job, judges))
 
-    cluster.persist("merging", execute, lambda: len(job.stage.finished_parts()))
+    tasks.persist("merging", execute, lambda: len(job.stage.finished_parts()))
     done = job.stage.finished_parts()
     return [done[name] for name in (MERGED, CANDIDATES, SAMPLES)], totals
 
 
 @contextmanager
 def _open(
-    job: Job, now: cluster.Cluster, reference: Any, actors: int | None, gpus: float | None
+    job: Job, now: resources.Cluster, reference: Any, actors: int | None, gpus: float | None
 ) -> Iterator[list[Any]]:
     import ray
 
-    _, most, cpus, per_gpu = cluster.actor_pool(now, actors, job.threads, gpus, job.candidates)
-    count = most if actors else max(1, min(most, cluster.actors_that_fit(now, job.threads, gpus)))
-    actor = ray.remote(_Judge).options(num_cpus=cpus, num_gpus=per_gpu, **cluster.ACTOR_OPTIONS)
+    _, most, cpus, per_gpu = resources.actor_pool(now, actors, job.threads, gpus, job.candidates)
+    count = most if actors else max(1, min(most, resources.actors_that_fit(now, job.threads, gpus)))
+    actor = ray.remote(_Judge).options(num_cpus=cpus, num_gpus=per_gpu, **tasks.ACTOR_OPTIONS)
     judges: list[Any] = [actor.remote(job, reference) for _ in range(count)]
     try:
-        cluster.wait_for(judges, "merging")
+        tasks.wait_for(judges, "merging")
         yield judges
     finally:
         for judge in judges:
@@ -303,9 +304,9 @@ def _merge(job: Job, judges: Sequence[Any]) -> dict[str, Any]:
     _write_candidates(job, search)
     best, single = search.coefficients[search.best], np.eye(len(job.averages))[job.single]
     first, last = judges[0], judges[-1]
-    cluster.get(first.save.remote(best))
+    tasks.get(first.save.remote(best))
     held_out = first.held_out.remote(best), last.held_out.remote(single)
-    totals = cluster.get(first.judge.remote(*held_out))
+    totals = tasks.get(first.judge.remote(*held_out))
     return totals | {
         "metric": job.metric,
         "coefficients": best.tolist(),
@@ -322,7 +323,7 @@ def _search(job: Job, judges: Sequence[Any]) -> Search:
     known = _recorded(job)
     lower = job.metric in judging.LOWER_IS_BETTER
     search = Search(len(job.averages), job.candidates, seeds.stream(job.seed, "finetune/merge-search"), lower)
-    with cluster.progress("merging", job.candidates, "combinations", len(known)) as bar:
+    with console.progress("merging", job.candidates, "combinations", len(known)) as bar:
         while len(proposed := search.propose()):
             first, generation = len(search.values), search.generation
             numbers = range(first, first + len(proposed))
@@ -331,7 +332,7 @@ def _search(job: Job, judges: Sequence[Any]) -> Search:
                 return judges[number % len(judges)].measure.remote(number, generation, rows[number - first])
 
             missing = [number for number in numbers if number not in known]
-            for number, value in cluster.bounded(submit, missing, lambda: len(judges)):
+            for number, value in tasks.bounded(submit, missing, lambda: len(judges)):
                 known[number] = value
                 bar.update()
             search.tell(proposed, [known[number] for number in numbers])
@@ -366,7 +367,7 @@ class _Judge:
 
     def __init__(self, job: Job, reference: metrics.Reference) -> None:
         self.job, self.reference = job, reference
-        self.device = cluster.assigned_device()
+        self.device = resources.assigned_device()
         self.model = job.open_model(self.device, job.threads)
         self.scorer = job.open_scorer(self.device, job.threads)
 

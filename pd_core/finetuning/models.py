@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import cluster, generators, opening
+from pd_core import generators, opening
 from pd_core.acceptance import Weighting
 from pd_core.core import artifacts
 from pd_core.core.settings.finetune import FakeWeightingSettings, TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.engine import resources
 from pd_core.finetuning import Batch, Share, Trainable
 from pd_core.realset import RealSet
 from pd_core.scoring import Scorer
@@ -94,7 +95,7 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
     Raises:
         UserError: it cannot be opened, or cannot be trained.
     """
-    device = cluster.assigned_device()
+    device = resources.assigned_device()
     facts = opening.facts_of(generators.open_generator(spec.generator, device))
     numbers, names = opening.classes_of(spec.generator, facts)
     classes = dict(zip(names, numbers, strict=True))
@@ -112,7 +113,7 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
 
 def probe(spec: ModelSpec, images: int) -> dict[str, float]:
     """Seconds of a step on so many images, and the memory that a process needs for it; in a Ray task."""
-    model = spec.open(Share(0, 1, cluster.assigned_device(), 1))
+    model = spec.open(Share(0, 1, resources.assigned_device(), 1))
     rng = np.random.default_rng(0)
     label = next(iter(spec.classes), None)
     times = []
@@ -129,7 +130,7 @@ def probe(spec: ModelSpec, images: int) -> dict[str, float]:
 def _peak_bytes() -> float:
     import torch
 
-    if cluster.assigned_device() == "cuda":
+    if resources.assigned_device() == "cuda":
         return float(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status").read_text()
     return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024

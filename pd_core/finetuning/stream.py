@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import cluster, decoder, images, sources
+from pd_core import decoder, images, sources
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
+from pd_core.engine import console, resources
+from pd_core.engine import tasks as engine_tasks
 from pd_core.finetuning import Batch, Share
 from pd_core.finetuning.draws import Draws, Window
 from pd_core.finetuning.weights import Drawable
@@ -76,16 +78,16 @@ def check_share(batch_size: int, world: int) -> int:
     return batch_size // world
 
 
-def feed_of(now: cluster.Cluster, world: int) -> Feed:
+def feed_of(now: resources.Cluster, world: int) -> Feed:
     """Tasks for each of `world` workers that train on this cluster at the same time.
 
     now: with what the workers claim in `held_cpus`. Where they have claimed everything the tasks claim nothing: they would
     wait for ever.
     """
     if now.elastic:  # what is there now says little; what is asked for is added
-        return Feed(ELASTIC_TASKS, cluster.DECODE_CPUS)
-    tasks = max(1, int(cluster.computing_cpus(now) / world))
-    return Feed(tasks, cluster.DECODE_CPUS if tasks * world * cluster.DECODE_CPUS <= now.free_cpus else 0.0)
+        return Feed(ELASTIC_TASKS, resources.DECODE_CPUS)
+    tasks = max(1, int(resources.computing_cpus(now) / world))
+    return Feed(tasks, resources.DECODE_CPUS if tasks * world * resources.DECODE_CPUS <= now.free_cpus else 0.0)
 
 
 def batches(
@@ -144,7 +146,7 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Gener
     """Batches of consecutive runs of steps by one execution of Ray Data; its settings are its own, not the process's."""
     import ray.data
 
-    cluster.silence_ray_data()
+    console.silence_ray_data()
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     block_bytes = _steps_together(plan) * plan.step_bytes
@@ -161,7 +163,7 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Gener
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=feed.cpus,
-            memory=cluster.decode_memory(images.limits_of(plan.drawable.pictures.source.settings).memory_bytes),
+            memory=resources.decode_memory(images.limits_of(plan.drawable.pictures.source.settings).memory_bytes),
             compute=ray.data.TaskPoolStrategy(size=min(feed.tasks, len(runs))),
         )
     blocks: Any = iter(made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD_BLOCKS))
@@ -170,7 +172,7 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Gener
             for row in range(block.num_rows):
                 yield _batch(plan, block.slice(row, 1))
     except ray.exceptions.RayError as error:
-        cluster.raise_cause(error)
+        engine_tasks.raise_cause(error)
         raise
     finally:
         blocks.close()

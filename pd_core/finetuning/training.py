@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pd_core import cluster, telemetry, tracking
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError, one_line
+from pd_core.engine import console, tasks, telemetry, tracking
+from pd_core.engine import resources as engine_resources
 from pd_core.finetuning import checkpoints, loop
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ class Workers:
     gpus: float
 
 
-def workers_of(now: cluster.Cluster, count: int, cpus: int, gpus: float | None) -> Workers:
+def workers_of(now: engine_resources.Cluster, count: int, cpus: int, gpus: float | None) -> Workers:
     """What the settings ask for, on this cluster.
 
     Raises:
         UserError: there are not so many GPUs, or several workers are to share one.
     """
-    _, _, claimed, per_gpu = cluster.actor_pool(now, count, cpus, gpus)
+    _, _, claimed, per_gpu = engine_resources.actor_pool(now, count, cpus, gpus)
     if now.local and per_gpu and now.gpus < per_gpu * count:
         raise UserError(
             f"--workers {count}: {per_gpu:g} GPUs each, and this machine has {now.gpus:g}; lower one of them"
@@ -82,7 +83,7 @@ class Monitor:
 
 
 def run(
-    job: loop.Job, now: cluster.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker
+    job: loop.Job, now: engine_resources.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Train; returns the parts and totals to commit.
 
@@ -113,29 +114,31 @@ def run(
                 kept = f"; the last good checkpoint is that of step {good}" if good >= 0 else ""
                 hopeless.append(RunError(f"{error}{kept}"))
 
-    cluster.persist("training", execute, done)
+    tasks.persist("training", execute, done)
     if hopeless:
         raise hopeless[0]
     summary = checkpoints.read_summary(stage)
     assert summary is not None, "the workers end with it"
     if summary["stopped_early"]:
         patience = job.settings.evaluation.patience
-        cluster.say(
+        console.say(
             f"training: stopped at step {summary['steps']} of {total}, {patience} evaluations after the best one"
         )
     if summary["replaced"]:
-        cluster.say(
+        console.say(
             f"training: {summary['replaced']} drawn images could not be read any more, others took their places"
         )
     return list(stage.finished_parts().values()), summary | {"metric": job.settings.evaluation.metric}
 
 
-def _execute(job: loop.Job, now: cluster.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker) -> None:
+def _execute(
+    job: loop.Job, now: engine_resources.Cluster, workers: Workers, reference: Any, tracker: tracking.Tracker
+) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    monitor: Any = ray.remote(Monitor).options(num_cpus=0, max_restarts=cluster.ACTOR_OPTIONS["max_restarts"]).remote()
+    monitor: Any = ray.remote(Monitor).options(num_cpus=0, max_restarts=tasks.ACTOR_OPTIONS["max_restarts"]).remote()
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     with tempfile.TemporaryDirectory() as scratch, _watched(monitor, job, tracker):
         trainer = _trainer_class(now.local)(
@@ -161,7 +164,7 @@ def _execute(job: loop.Job, now: cluster.Cluster, workers: Workers, reference: A
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _failure(error) from None
-    if (told := cluster.get(monitor.failure.remote())) is not None:
+    if (told := tasks.get(monitor.failure.remote())) is not None:
         message, kind = told
         raise {"UserError": UserError, "HopelessError": loop.HopelessError}.get(kind, RunError)(message)
 
@@ -191,7 +194,7 @@ def _failure(error: Exception) -> Exception:
     raised += [e for e in (getattr(error, "controller_failure", None),) if e is not None]
     found: list[BaseException] = [getattr(failure, "_base_exc", failure) for failure in raised]
     for failure in found:
-        if (ours := cluster.cause(failure)) is not None:
+        if (ours := tasks.cause(failure)) is not None:
             return ours
     if any(isinstance(failure, torch.OutOfMemoryError) for failure in found):
         return UserError(
@@ -224,7 +227,7 @@ def _watched(monitor: Any, job: loop.Job, tracker: tracking.Tracker) -> Iterator
     over = threading.Event()
     begun = max(0, checkpoints.newest(job.stage))
     telemetry.STEPS.add(0, stage="training")
-    with cluster.progress("training", job.settings.steps, "steps") as bar:
+    with console.progress("training", job.settings.steps, "steps") as bar:
         watcher = threading.Thread(target=_watch, args=(monitor, begun, tracker, bar, over.wait), daemon=True)
         watcher.start()
         try:
@@ -247,7 +250,7 @@ def _watch(monitor: Any, begun: int, tracker: tracking.Tracker, bar: tqdm[Any], 
             time.sleep(POLL_S)
             continue
         for line in lines:
-            cluster.say(line)
+            console.say(line)
         for step, values in steps:
             if not bar.n:  # starting up and the first evaluation are no steps
                 bar.reset()
@@ -261,7 +264,7 @@ def _watch(monitor: Any, begun: int, tracker: tracking.Tracker, bar: tqdm[Any], 
         if steps:
             tracker.metrics(steps[-1][1], step=steps[-1][0])
         for step, rows in evaluations:
-            cluster.say(f"step {step}: {_told(rows)}")
+            console.say(f"step {step}: {_told(rows)}")
             tracker.metrics({f"evaluation.{row['metric']}": row["value"] for row in rows}, step=step)
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import acceptance, cluster, piloting, running, sources, spaces
+from pd_core import acceptance, piloting, sources, spaces
 from pd_core.acceptance import Weighting
 from pd_core.candidates import EVERYTHING
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import WeightingSettings
+from pd_core.engine import console, resources, runs, tasks
 from pd_core.listing import Listing, read_artifact
 from pd_core.listing import start as start_listing
 from pd_core.realset import RealSet
@@ -61,7 +62,7 @@ class Drawable:
     seed: int
 
 
-def open_pictures(run: running.Run, real: RealSet, data: DataSettings) -> Pictures:
+def open_pictures(run: runs.Run, real: RealSet, data: DataSettings) -> Pictures:
     """Those of `--data.source`, listed under the run's output, or without it those that the index was made from.
 
     Raises:
@@ -78,8 +79,8 @@ def open_pictures(run: running.Run, real: RealSet, data: DataSettings) -> Pictur
     source = sources.open_source(data)
     part_rows = read_artifact(folder, of_index).part_rows  # so that the same source has the same parts
     uri = files.join(run.output, "listing")
-    with run.tracker.stage(run.name_of(uri)) as nested, running.failures("listing", uri):
-        listed, artifact = cluster.get(start_listing(source, run.output, part_rows, run.settings.overwrite))
+    with run.tracker.stage(run.name_of(uri)) as nested, runs.failures("listing", uri):
+        listed, artifact = tasks.get(start_listing(source, run.output, part_rows, run.settings.overwrite))
         run.done(uri, artifact, nested)
     return Pictures(source, listed, own=listed.fingerprint == of_index.fingerprint)
 
@@ -114,7 +115,7 @@ def weightings_of(settings: WeightingSettings, real: RealSet) -> dict[str, Weigh
     densities = artifacts.load_artifact(files.join(real.uri, "densities"))
     assert densities is not None, "open_realset refuses an index without densities"
     names = [part.name for part in densities.parts]
-    by_label = cluster.get(cluster.task(piloting.label_quantiles).remote(real, names))
+    by_label = tasks.get(tasks.task(piloting.label_quantiles).remote(real, names))
     if not by_label:
         raise UserError(
             f"--weighting.per_label: no label of --index {real.uri} has {piloting.FEWEST_OF_LABEL} images; run build_index.py "
@@ -211,13 +212,13 @@ def run(work: Work, real: RealSet, max_bad_fraction: float) -> tuple[list[artifa
             size; all weights are 0.
     """
     listing = work.pictures.listing
-    known = None if work.pictures.own else cluster.task(_known_all).remote(work.real_uri, sorted(work.densities))
+    known = None if work.pictures.own else tasks.task(_known_all).remote(work.real_uri, sorted(work.densities))
     sums: dict[int, np.ndarray] = {}
     done = work.stage.finished_parts()
-    weigh = cluster.task(_weigh_part, cluster.IO_CPUS)
+    weigh = tasks.task(_weigh_part, resources.IO_CPUS)
     submit = lambda number: weigh.remote(work, number, artifacts.part_name(number) in done, known)  # noqa: E731
-    with cluster.progress("weights", listing.rows, "images") as bar:
-        for number, found in cluster.bounded(submit, range(listing.parts), cluster.in_flight):
+    with console.progress("weights", listing.rows, "images") as bar:
+        for number, found in tasks.bounded(submit, range(listing.parts), tasks.in_flight):
             sums[number] = found
             bar.update(listing.rows_of(number))
     finished = work.stage.finished_parts()
@@ -319,7 +320,7 @@ def _check(work: Work, parts: Sequence[artifacts.Part], max_bad_fraction: float,
 def _first(work: Work, parts: Sequence[artifacts.Part], what: str, known: Any) -> str:
     """The first images of a kind that parts have counted, by key and, where that is at fault, label."""
     number = next(i for i, part in enumerate(parts) if part.counts.get(what))
-    return cluster.get(cluster.task(_name_some, cluster.IO_CPUS).remote(work, number, what, known))
+    return tasks.get(tasks.task(_name_some, resources.IO_CPUS).remote(work, number, what, known))
 
 
 def _name_some(work: Work, number: int, what: str, known: _Known | None) -> str:

@@ -25,10 +25,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from pd_core.cluster import say
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError, redact
 from pd_core.core.settings.base import TrackingSettings
+from pd_core.engine.console import say
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 SQLITE = "sqlite:///"

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pd_core import cluster, tracking
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import files as core_files
 from pd_core.core import schemas
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.core.settings.base import WorkflowSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.engine import console, resources, session, tasks, tracking
 
 Made = tuple[Iterable[core_artifacts.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
@@ -50,7 +50,7 @@ class Run:
 
     settings: WorkflowSettings
     output: str
-    now: cluster.Cluster
+    now: resources.Cluster
     tracker: tracking.Tracker
     workflow: str
     stages: Sequence[str]
@@ -78,11 +78,11 @@ class Run:
         if before is None:
             self._unfinish_after(name)
             return make()
-        cluster.say(f"{name}: {core_artifacts.told_damage(stage.damage(before))}; making it anew")
+        console.say(f"{name}: {core_artifacts.told_damage(stage.damage(before))}; making it anew")
         parts, totals = make()
         parts = tuple(parts)
         if not before.holds(parts):
-            cluster.say(f"{name}: what was made anew is not the same to the byte, so later stages are made again too")
+            console.say(f"{name}: what was made anew is not the same to the byte, so later stages are made again too")
             self._unfinish_after(name)
         return parts, totals
 
@@ -111,13 +111,13 @@ class Run:
         with failures("run", self.output):
             self._record(self.watch.seconds, kept)
             for line in summary():
-                cluster.say(line)
+                console.say(line)
         again = "" if self.made else ", every stage was finished already"
-        cluster.say(f"done in {self.watch.seconds:.0f} s{again}: {self.output}")
+        console.say(f"done in {self.watch.seconds:.0f} s{again}: {self.output}")
         if self.tracker.hint:
-            cluster.say(f"tracking: {self.tracker.hint}")
+            console.say(f"tracking: {self.tracker.hint}")
         for name, uri in made.items():
-            cluster.say(f"{name}: {uri}")
+            console.say(f"{name}: {uri}")
 
     @property
     def timings_s(self) -> dict[str, float]:
@@ -152,11 +152,11 @@ def started(
     """
     watch = core_artifacts.Stopwatch()
     core_files.refuse_links(output)
-    if not cluster.is_shared():
-        cluster.say(to_yaml(settings))
+    if not session.is_shared():
+        console.say(to_yaml(settings))
     how = settings.tracking if tracked else settings.tracking.model_copy(update={"enabled": False})
     with (
-        cluster.session(output, workflow) as now,
+        session.session(output, workflow) as now,
         tracking.start(how, output, workflow, {"workflow": workflow}) as tracker,
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
@@ -174,7 +174,7 @@ def checked_output(output: str | None, workflow: str) -> str:
         raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
     if set(output) & set("*?[]"):
         raise UserError(f"--output {output}: must hold none of * ? [ ], which stores take for patterns; rename it")
-    if cluster.in_job_copy() and core_files.is_local(output) and not os.path.isabs(output):
+    if session.in_job_copy() and core_files.is_local(output) and not os.path.isabs(output):
         raise UserError(
             f"--output {output}: would lie in this job's temporary copy of the working directory, which Ray "
             "deletes; give an absolute path or an s3:// prefix"
@@ -205,8 +205,8 @@ class Drawn:
 
 def draw(stage: core_artifacts.Stage, make: Callable[[], Drawn]) -> Made:
     """Make a report in a Ray task, since images are read; returns the parts and totals to commit. make: picklable."""
-    cluster.say("report: drawing")
-    totals = cluster.get(cluster.task(_draw).remote(stage, make))
+    console.say("report: drawing")
+    totals = tasks.get(tasks.task(_draw).remote(stage, make))
     return list(stage.finished_parts().values()), totals
 
 
@@ -226,7 +226,7 @@ def failures(stage: str, uri: str) -> Iterator[None]:
         try:
             yield
         except ray.exceptions.RayError as error:
-            cluster.raise_cause(error)
+            tasks.raise_cause(error)
             cause = getattr(error, "cause", None)
             if core_files.is_failure(cause):
                 raise core_files.explain(cause, uri) from error
