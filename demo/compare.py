@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pd_core import images, realset, report
+from pd_core import images, realset
 from pd_core.core import artifacts, errors, files
 from pd_core.core.errors import UserError
+from pd_core.report import figures
 
 SHOWN = 60  # images of each set
 BINS = 20  # of equally many real images
@@ -50,17 +51,17 @@ def read(folder: Path) -> Samples:
 
 def histogram(sets: list[Samples], real: realset.RealSet) -> bytes:
     """Share of each set in bins of equally many real images; the real set is the flat line."""
-    figure, axes = report.new_figure(False, height_in=3.4)
+    figure, axes = figures.new_figure(False, height_in=3.4)
     edges = np.linspace(0, 100, BINS + 1)
-    axes.stairs(np.full(BINS, 100 / BINS), edges, fill=True, color=report.BAR, alpha=0.55, label="real")
-    for samples, color, style in zip(sets, (report.MARK, report.INK, report.MUTED), ("-", "--", ":"), strict=False):
+    axes.stairs(np.full(BINS, 100 / BINS), edges, fill=True, color=figures.BAR, alpha=0.55, label="real")
+    for samples, color, style in zip(sets, (figures.MARK, figures.INK, figures.MUTED), ("-", "--", ":"), strict=False):
         shares, _ = np.histogram(real.percentile(_by_index(samples)), edges)
         axes.stairs(100 * shares / shares.sum(), edges, color=color, linestyle=style, linewidth=2, label=samples.name)
     axes.set_xlim(0, 100)
     axes.set_xlabel("percentile of the pseudo density among the real images (measured by the index)")
     axes.set_ylabel("share of the images (%)")
     figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
-    return report.to_png(figure)
+    return figures.to_png(figure)
 
 
 def _by_index(samples: Samples) -> np.ndarray:

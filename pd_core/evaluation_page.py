@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core import report
 from pd_core.core.settings.data import INCEPTION
-from pd_core.report import Drawing
+from pd_core.report import figures as report_figures
+from pd_core.report import page
+from pd_core.report.figures import Drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = "osD^vP*X"
-COLORS = (report.MARK, report.INK, "#2f7d5b", "#7a4fa3", "#b08a1e", report.MUTED)
+COLORS = (report_figures.MARK, report_figures.INK, "#2f7d5b", "#7a4fa3", "#b08a1e", report_figures.MUTED)
 METRICS = {  # in order of display: name, and how it reads
     "precision": "precision",
     "recall": "recall",
@@ -124,13 +125,13 @@ def metric_names(extractor: str) -> dict[str, str]:
 
 def plane_png(space: SpaceData, narrow: bool = False) -> bytes:
     """Precision over recall of each set, with 95% intervals."""
-    figure, axes = report.new_figure(narrow, height_in=3.6 if narrow else 4.6, width_in=6.4)
+    figure, axes = report_figures.new_figure(narrow, height_in=3.6 if narrow else 4.6, width_in=6.4)
     for i, measured in enumerate(space.sets):
         style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         draw_point(axes, measured.numbers["recall"], measured.numbers["precision"], measured.name, **style)
     plane_axes(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
-    return report.to_png(figure)
+    return report_figures.to_png(figure)
 
 
 def draw_point(axes: Axes, x: Number, y: Number, label: str | None, color: str, marker: str) -> None:
@@ -152,7 +153,7 @@ def draw_point(axes: Axes, x: Number, y: Number, label: str | None, color: str, 
         marker,
         color=color,
         markersize=7,
-        label=None if label is None else report.drawable(report.visible(label)),
+        label=None if label is None else page.drawable(page.visible(label)),
     )
 
 
@@ -188,7 +189,7 @@ def render(data: EvaluationData) -> bytes:
     """The page as UTF-8 HTML. The same data gives the same bytes."""
     context = {
         "d": data,
-        "figures": report.draw(_drawings(data)),
+        "figures": report_figures.draw(_drawings(data)),
         "metric_names": metric_names,
         "names": [measured.name for measured in data.spaces[0].sets],
         "flattered": [m.name for space in data.spaces for m in space.sets if m.selected_here],
@@ -197,17 +198,17 @@ def render(data: EvaluationData) -> bytes:
         "labels_shown": LABELS_SHOWN,
         "interval": interval,
     }
-    return report.page("evaluation.html.j2", context)
+    return page.page("evaluation.html.j2", context)
 
 
 def interval(number: Number | None) -> str:
     """`0.703 (0.68 … 0.72)`."""
     if number is None:
         return "–"
-    text = report.number(number.value)
+    text = page.number(number.value)
     if number.low is None or number.high is None:
         return text
-    return f"{text} ({report.number(number.low)} … {report.number(number.high)})"
+    return f"{text} ({page.number(number.low)} … {page.number(number.high)})"
 
 
 def label_rows(space: SpaceData) -> list[tuple[str, str, tuple[int, int], Mapping[str, Number]]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, evaluating, evaluation_page, images, listing, report, sources
+from pd_core import decoder, evaluating, evaluation_page, images, listing, sources
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.evaluate import EvaluateSettings
@@ -20,6 +20,7 @@ from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
 from pd_core.evaluation_page import EvaluationData, Measured, Number, SpaceData, Tile
 from pd_core.realset import RealSet
+from pd_core.report import page
 from pd_core.spaces import INDEX, JUDGE, ImageSet, Space, original_of
 
 
@@ -188,11 +189,11 @@ def _bands(table: pa.Table, many: int) -> dict[str, list[int]]:
 
 def _tile(table: pa.Table, row: int, pictures: Mapping[int, bytes]) -> Tile:
     values = {name: table[name][row].as_py() for name in ("sample_id", "key", "realism", "rarity", "label")}
-    lines = ["a copy" if values["realism"] is None else f"realism {report.number(values['realism'])}"]
+    lines = ["a copy" if values["realism"] is None else f"realism {page.number(values['realism'])}"]
     if values["rarity"] is not None:
-        lines.append(f"rarity {report.number(values['rarity'])}")
+        lines.append(f"rarity {page.number(values['rarity'])}")
     if values["label"] is not None:
-        lines.append(f"label {report.shorten(values['label'], 22)}")
+        lines.append(f"label {page.shorten(values['label'], 22)}")
     return Tile(values["key"], pictures.get(values["sample_id"]), lines)
 
 

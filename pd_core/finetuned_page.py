@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import report
 from pd_core.evaluation_page import Number, draw_point, interval, metric_names, plane_axes
-from pd_core.report import Drawing
+from pd_core.report import figures as report_figures
+from pd_core.report import page
+from pd_core.report.figures import Drawing
 
 STATES = {
     "before": "as it came",
@@ -175,38 +176,42 @@ def parted(one: Number, other: Number) -> bool | None:
 
 def metric_png(data: FinetunedData, metric: str, narrow: bool = False) -> bytes:
     """A metric over the steps with 95% intervals; the generator as it came as a band, the best step marked."""
-    figure, axes = report.new_figure(narrow, height_in=2.6 if narrow else 3.0, width_in=4.8)
+    figure, axes = report_figures.new_figure(narrow, height_in=2.6 if narrow else 3.0, width_in=4.8)
     numbers = [evaluated.numbers[metric] for evaluated in data.evaluations]
     steps = [evaluated.step for evaluated in data.evaluations]
     before, after = data.before.numbers[metric], data.after.numbers[metric]
     if before.low is not None and before.high is not None:
-        axes.axhspan(before.low, before.high, color=report.BAR, alpha=0.25, linewidth=0)
-    axes.axhline(before.value, color=report.BAR, linewidth=1.2)
-    axes.plot(steps, [number.value for number in numbers], color=report.INK, linewidth=1.4)
+        axes.axhspan(before.low, before.high, color=report_figures.BAR, alpha=0.25, linewidth=0)
+    axes.axhline(before.value, color=report_figures.BAR, linewidth=1.2)
+    axes.plot(steps, [number.value for number in numbers], color=report_figures.INK, linewidth=1.4)
     for step, number in zip(steps, numbers, strict=True):
-        draw_point(axes, Number(step, None, None), number, None, report.INK, "o")
-    axes.axvline(data.best, color=report.MARK, linewidth=1.0, linestyle=":")
-    draw_point(axes, Number(data.best, None, None), after, None, report.MARK, "o")
+        draw_point(axes, Number(step, None, None), number, None, report_figures.INK, "o")
+    axes.axvline(data.best, color=report_figures.MARK, linewidth=1.0, linestyle=":")
+    draw_point(axes, Number(data.best, None, None), after, None, report_figures.MARK, "o")
     axes.set_xlabel("step")
     axes.set_ylabel(metric_names(data.extractor)[metric])
     axes.margins(0.06)
-    return report.to_png(figure)
+    return report_figures.to_png(figure)
 
 
 def path_png(data: FinetunedData, narrow: bool = False) -> bytes:
     """Precision over recall, from the generator as it came along the steps."""
-    figure, axes = report.new_figure(narrow, height_in=3.6 if narrow else 4.6, width_in=6.4)
+    figure, axes = report_figures.new_figure(narrow, height_in=3.6 if narrow else 4.6, width_in=6.4)
     points = [(e.step, e.numbers["recall"], e.numbers["precision"]) for e in data.evaluations]
     axes.plot(
-        [x.value for _, x, _ in points], [y.value for _, _, y in points], color=report.INK, linewidth=1.2, alpha=0.6
+        [x.value for _, x, _ in points],
+        [y.value for _, _, y in points],
+        color=report_figures.INK,
+        linewidth=1.2,
+        alpha=0.6,
     )
     for step, recall, precision in points:
         if step not in (0, data.best):
-            draw_point(axes, recall, precision, None, report.INK, "o")
+            draw_point(axes, recall, precision, None, report_figures.INK, "o")
     start, end = data.before.numbers, data.after.numbers
-    draw_point(axes, start["recall"], start["precision"], "as it came", report.BAR, "s")
+    draw_point(axes, start["recall"], start["precision"], "as it came", report_figures.BAR, "s")
     if data.best > 0:
-        draw_point(axes, end["recall"], end["precision"], f"best, step {data.best:,}", report.MARK, "D")
+        draw_point(axes, end["recall"], end["precision"], f"best, step {data.best:,}", report_figures.MARK, "D")
     for step, recall, precision in points[1:]:
         axes.annotate(
             f"{step:,}",
@@ -214,25 +219,27 @@ def path_png(data: FinetunedData, narrow: bool = False) -> bytes:
             xytext=(5, 4),
             textcoords="offset points",
             fontsize=7.5,
-            color=report.MUTED,
+            color=report_figures.MUTED,
         )
     plane_axes(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
-    return report.to_png(figure)
+    return report_figures.to_png(figure)
 
 
 def history_png(logged: Logged, narrow: bool = False) -> bytes:
     """What the steps logged (thin) and its mean over windows (line)."""
-    figure, axes = report.new_figure(narrow, height_in=2.4 if narrow else 2.7, width_in=4.8)
+    figure, axes = report_figures.new_figure(narrow, height_in=2.4 if narrow else 2.7, width_in=4.8)
     if len(logged.step) > 2 * SMOOTHING:
-        axes.plot(logged.step, logged.value, color=report.BAR, linewidth=0.6, alpha=0.6)
+        axes.plot(logged.step, logged.value, color=report_figures.BAR, linewidth=0.6, alpha=0.6)
         step, value = smoothed(logged)
     else:
         step, value = logged.step, logged.value
-    axes.plot(step, value, color=report.INK, linewidth=1.4, marker="o" if len(step) == 1 else None, markersize=4)
+    axes.plot(
+        step, value, color=report_figures.INK, linewidth=1.4, marker="o" if len(step) == 1 else None, markersize=4
+    )
     axes.set_xlabel("step")
-    axes.set_ylabel(report.drawable(report.visible(history_name(logged.name))), parse_math=False)
-    return report.to_png(figure)
+    axes.set_ylabel(page.drawable(page.visible(history_name(logged.name))), parse_math=False)
+    return report_figures.to_png(figure)
 
 
 def smoothed(logged: Logged) -> tuple[np.ndarray, np.ndarray]:
@@ -283,7 +290,7 @@ def render(data: FinetunedData) -> bytes:
     """The page as UTF-8 HTML. The same data gives the same bytes."""
     context: dict[str, Any] = {
         "d": data,
-        "figures": report.draw(_drawings(data)),
+        "figures": report_figures.draw(_drawings(data)),
         "metric_names": metric_names(data.extractor),
         "metrics": shown_metrics(data),
         "history": history_shown(data.history),
@@ -295,7 +302,7 @@ def render(data: FinetunedData) -> bytes:
         "total_s": sum(data.timings_s.values()),
         "zip": zip,
     }
-    return report.page("finetuned.html.j2", context)
+    return page.page("finetuned.html.j2", context)
 
 
 def verdict(data: FinetunedData) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pd_core import decoder, finetuned_page, report
+from pd_core import decoder, finetuned_page
 from pd_core.core import artifacts, files
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GeneratorSettings
@@ -21,6 +21,7 @@ from pd_core.engine import runs
 from pd_core.evaluation_page import Number
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import checkpoints, merging
+from pd_core.report import page
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ def weighting_text(settings: FinetuneSettings) -> str:
         return "each real image equally often"
     by_label = ", by label" if weighting.per_label else ""
     if weighting.kind == "two_level":
-        return f"w = {report.number(weighting.weight)} where ρ > {weighting.threshold}, else 1{by_label}"
+        return f"w = {page.number(weighting.weight)} where ρ > {weighting.threshold}, else 1{by_label}"
     if weighting.kind == "quantiles":
-        return f"weights {', '.join(map(report.number, weighting.weights or ()))} of equally large bins of ρ{by_label}"
+        return f"weights {', '.join(map(page.number, weighting.weights or ()))} of equally large bins of ρ{by_label}"
     return f"{weighting.kind}{by_label}"
 
 
@@ -217,7 +218,7 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return report.number(value)
+        return page.number(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return report.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)
+    return page.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import report
-from pd_core.report import Calibration, Drawing
+from pd_core.report import figures as report_figures
+from pd_core.report import page
+from pd_core.report.figures import Drawing
+from pd_core.report.page import Calibration
 
 BINS = 40  # of the histogram of changes
 ORDER = ("down", "before", "up")  # of the images of a sample, from left to right
@@ -141,39 +143,41 @@ class PerturbedData:
 
 def changes_png(data: PerturbedData, narrow: bool = False) -> bytes:
     """Histograms of log(after / before): by the index (filled) and by the predictor (line), a colour for each direction."""
-    figure, axes = report.new_figure(narrow, height_in=2.9 if narrow else 3.5)
+    figure, axes = report_figures.new_figure(narrow, height_in=2.9 if narrow else 3.5)
     edges = _edges(data)
     for moved in data.moved:
-        color = report.MARK if moved.direction == "up" else report.BAR
+        color = report_figures.MARK if moved.direction == "up" else report_figures.BAR
         inside = lambda values: np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]  # noqa: E731
         axes.stairs(
             inside(moved.by_index), edges, fill=True, color=color, alpha=0.45, label=f"{moved.direction}, index"
         )
         axes.stairs(inside(moved.predicted), edges, color=color, linewidth=1.8, label=f"{moved.direction}, predictor")
-    axes.axvline(0.0, color=report.INK, linewidth=1.0, linestyle=":")
+    axes.axvline(0.0, color=report_figures.INK, linewidth=1.0, linestyle=":")
     axes.set_xlim(edges[0], edges[-1])
     axes.set_xlabel("log(ρ after / ρ before)")
     axes.set_ylabel("images")
-    figure.legend(loc="outside upper left", ncols=2 if narrow else 4, frameon=False, fontsize=9, labelcolor=report.INK)
-    return report.to_png(figure)
+    figure.legend(
+        loc="outside upper left", ncols=2 if narrow else 4, frameon=False, fontsize=9, labelcolor=report_figures.INK
+    )
+    return report_figures.to_png(figure)
 
 
 def agreement_png(data: PerturbedData, narrow: bool = False) -> bytes:
     """Change by the predictor against change by the index of each image; those in the right quarters agree in direction."""
-    figure, axes = report.new_figure(narrow, height_in=3.4 if narrow else 4.4, width_in=4.8)
+    figure, axes = report_figures.new_figure(narrow, height_in=3.4 if narrow else 4.4, width_in=4.8)
     low, high = _edges(data)[[0, -1]]
     for moved in data.moved:
-        color = report.MARK if moved.direction == "up" else report.BAR
+        color = report_figures.MARK if moved.direction == "up" else report_figures.BAR
         axes.plot(moved.by_index, moved.predicted, "o", color=color, markersize=3, alpha=0.6, markeredgewidth=0)
-    axes.plot([low, high], [low, high], color=report.MUTED, linewidth=1.0)
+    axes.plot([low, high], [low, high], color=report_figures.MUTED, linewidth=1.0)
     for line in (axes.axvline, axes.axhline):
-        line(0.0, color=report.INK, linewidth=0.8, linestyle=":")
+        line(0.0, color=report_figures.INK, linewidth=0.8, linestyle=":")
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
     axes.set_xlabel("by the index: log(ρ after / ρ before)")
     axes.set_ylabel("by the predictor")
-    return report.to_png(figure)
+    return report_figures.to_png(figure)
 
 
 def _edges(data: PerturbedData) -> np.ndarray:
@@ -205,11 +209,11 @@ def render(data: PerturbedData) -> bytes:
     """The page as UTF-8 HTML. The same data gives the same bytes."""
     context: dict[str, Any] = {
         "d": data,
-        "figures": report.draw(_drawings(data)),
+        "figures": report_figures.draw(_drawings(data)),
         "total_s": sum(data.timings_s.values()),
         "snippet": _snippet(data),
     }
-    return report.page("perturbed.html.j2", context)
+    return page.page("perturbed.html.j2", context)
 
 
 def _snippet(data: PerturbedData) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, perturbed_page, perturbing, piloting, report
+from pd_core import decoder, perturbed_page, perturbing, piloting
 from pd_core.core import artifacts, files
 from pd_core.core.settings.generate import PerturbSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
 from pd_core.perturbed_page import Moved, PerturbedData, Shot, Shown
+from pd_core.report import page
 
 NUMBERS = ("density_predicted", "density_index", "percentile")
 
@@ -105,13 +106,13 @@ def _moved(table: pa.Table, here: np.ndarray, way: str, totals: Mapping[str, Any
     )
 
 
-def _agreement(rows: pa.Table, when: str) -> report.Calibration:
+def _agreement(rows: pa.Table, when: str) -> page.Calibration:
     """Predicted against index-scored log density of the images before, or after."""
     found = piloting.agreement(rows[f"density_index_{when}"].to_numpy(), rows[f"density_predicted_{when}"].to_numpy())
     figures = found.figures
     if figures is None:
-        return report.Calibration(found.true, found.predicted, None, None, 0)
-    return report.Calibration(found.true, found.predicted, figures.r2_log_density, figures.spearman, figures.n)
+        return page.Calibration(found.true, found.predicted, None, None, 0)
+    return page.Calibration(found.true, found.predicted, figures.r2_log_density, figures.spearman, figures.n)
 
 
 def _shown(inputs: Inputs, first: pa.Table) -> list[Shown]:
@@ -153,16 +154,16 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
     real, made = recipe.realset, totals.get("actor_s_per_image")
     given = recipe.generator.model_dump(mode="json", exclude_defaults=True)
     generator = {"kind": recipe.generator.kind} | given | dict(recipe.generator_identity)
-    shorten = lambda value: report.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)  # noqa: E731
+    shorten = lambda value: page.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)  # noqa: E731
     return {
         "Generator": [(name, shorten(value)) for name, value in generator.items()]
         + [("run seed", str(recipe.seed)), ("samples of one batch", f"{recipe.chunk:,}")]
-        + ([] if made is None else [("seconds of one process per image", report.number(made))]),
+        + ([] if made is None else [("seconds of one process per image", page.number(made))]),
         "Real set": [
             ("index", real.uri),
             ("images", f"{real.rows:,}"),
             ("extractor", real.extractor.model),
             ("neighbors k", str(real.k)),
-            ("sharpness n", report.number(real.volume_dim)),
+            ("sharpness n", page.number(real.volume_dim)),
         ],
     }

@@ -12,13 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import decoder, density, fitting, images, report, sources
+from pd_core import decoder, density, fitting, images, sources
+from pd_core.build import page as build_page
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs as engine_runs
 from pd_core.features import reasons_of
 from pd_core.listing import Listing
+from pd_core.report import page as report_page
 
 SAMPLE_ROWS = 1_000_000  # densities that histogram and label quantiles are drawn from
 NEIGHBORS_SHOWN = 8
@@ -61,10 +63,10 @@ def run(stage: artifacts.Stage, output: str, inputs: Inputs) -> engine_runs.Made
 
 def _draw(output: str, inputs: Inputs) -> engine_runs.Drawn:
     data = _gather(output, inputs)
-    return engine_runs.Drawn({**report.figures(data), engine_runs.REPORT: report.render(data)})
+    return engine_runs.Drawn({**build_page.figures(data), engine_runs.REPORT: build_page.render(data)})
 
 
-def _gather(output: str, inputs: Inputs) -> report.ReportData:
+def _gather(output: str, inputs: Inputs) -> build_page.ReportData:
     settings = inputs.settings
     uri = files.join(output, "densities")
     chosen = _choose(uri, inputs)
@@ -73,7 +75,7 @@ def _gather(output: str, inputs: Inputs) -> report.ReportData:
     quantiles = np.asarray(totals["density_quantiles"])
     quarantined = reasons_of(inputs.features.parts)
     extractor = inputs.features.totals["extractor"]
-    return report.ReportData(
+    return build_page.ReportData(
         title="Pseudo density",
         source=str(settings.data.source),
         output=output,
@@ -180,9 +182,9 @@ class _Pictures:
         self.rows: dict[int, dict[str, Any]] = rows | _find_densities(inputs, others)
         self.thumbnails = _thumbnails(inputs, set(self.rows))
 
-    def of(self, row: Mapping[str, Any], distance: float | None = None) -> report.Picture:
+    def of(self, row: Mapping[str, Any], distance: float | None = None) -> report_page.Picture:
         """The picture of a densities row."""
-        return report.Picture(
+        return report_page.Picture(
             key=row["key"],
             label=row["label"],
             density=row["density"],
@@ -192,7 +194,7 @@ class _Pictures:
             distance=distance,
         )
 
-    def neighbors_of(self, row: Mapping[str, Any]) -> list[report.Picture]:
+    def neighbors_of(self, row: Mapping[str, Any]) -> list[report_page.Picture]:
         """Pictures of a row's neighbors with their distances."""
         return [self.of(self.rows[i], distance) for i, distance in row["neighbors"] if i in self.rows]
 
@@ -224,7 +226,7 @@ def _thumbnails(inputs: Inputs, wanted: set[int]) -> dict[int, bytes]:
     return found
 
 
-def _labels(chosen: _Chosen) -> list[report.LabelRow]:
+def _labels(chosen: _Chosen) -> list[report_page.LabelRow]:
     order = pc.sort_indices(chosen.sample, sort_keys=[("label", "ascending")])
     ordered = chosen.sample.take(order)
     ordered = ordered.filter(pc.is_valid(ordered["label"]))
@@ -236,14 +238,14 @@ def _labels(chosen: _Chosen) -> list[report.LabelRow]:
         label = run["values"]
         p10, p50, p90 = np.percentile(densities[end - run["counts"] : end], [10, 50, 90])
         mean = chosen.label_sums[label] / chosen.label_counts[label]
-        rows.append(report.LabelRow(label, chosen.label_counts[label], mean, float(p10), float(p50), float(p90)))
+        rows.append(report_page.LabelRow(label, chosen.label_counts[label], mean, float(p10), float(p50), float(p90)))
     return rows
 
 
-def _index_facts(index: artifacts.Artifact) -> report.IndexFacts:
+def _index_facts(index: artifacts.Artifact) -> build_page.IndexFacts:
     totals = index.totals
     exact = totals["nprobe"] == 0
-    return report.IndexFacts(
+    return build_page.IndexFacts(
         kind=totals["kind"],
         exact=exact,
         shards=totals["shards"],
@@ -257,10 +259,10 @@ def _index_facts(index: artifacts.Artifact) -> report.IndexFacts:
     )
 
 
-def _calibration(output: str, estimator: artifacts.Artifact) -> report.Calibration:
+def _calibration(output: str, estimator: artifacts.Artifact) -> report_page.Calibration:
     heldout = files.read_table(files.join(output, "estimator", fitting.HELDOUT))
     facts = dict(estimator.totals["heldout"])
-    return report.Calibration(
+    return report_page.Calibration(
         log_density=heldout["log_density"].to_numpy(),
         predicted_log_density=heldout["predicted_log_density"].to_numpy(),
         r2=facts.pop("r2_log_density"),

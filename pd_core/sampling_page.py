@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import acceptance, report
-from pd_core.report import Calibration, Drawing
+from pd_core import acceptance
+from pd_core.report import figures as report_figures
+from pd_core.report import page
+from pd_core.report.figures import Drawing
+from pd_core.report.page import Calibration
 
 MAX_WEIGHTS_SHOWN = 60  # rows of the table of weights
 MAX_COUNTS_SHOWN = 50  # labels, and prompts
@@ -237,7 +240,7 @@ def steps(data: SamplesData) -> Steps:
         low = float(positive[0]) / 2 if positive.size else 0.5
     if high / low < 1 + 1e-9:  # all densities equal
         low, high = low * 0.95, low * 1.05
-    log = high / low > report.LOG_AXIS_FACTOR
+    log = high / low > report_figures.LOG_AXIS_FACTOR
     edges = np.clip(edges, low, high)
     edges[[0, -1]] = low, high
     at = np.log(edges) if log else edges
@@ -262,45 +265,54 @@ def _wide_enough(at: np.ndarray) -> np.ndarray:
 def histogram_png(data: SamplesData, narrow: bool = False) -> bytes:
     """Real (filled), generated (dashed) and accepted (line) over ρ, with τ where there is one."""
     shown = steps(data)
-    figure, axes = report.new_figure(narrow, height_in=3.0 if narrow else 3.7)
-    axes.stairs(shown.real, shown.edges, fill=True, color=report.BAR, alpha=0.55, label="real")
-    axes.stairs(shown.generated, shown.edges, color=report.INK, linestyle=(0, (4, 2)), linewidth=1.3, label="generated")
-    axes.stairs(shown.accepted, shown.edges, color=report.MARK, linewidth=2.2, label="accepted")
+    figure, axes = report_figures.new_figure(narrow, height_in=3.0 if narrow else 3.7)
+    axes.stairs(shown.real, shown.edges, fill=True, color=report_figures.BAR, alpha=0.55, label="real")
+    axes.stairs(
+        shown.generated, shown.edges, color=report_figures.INK, linestyle=(0, (4, 2)), linewidth=1.3, label="generated"
+    )
+    axes.stairs(shown.accepted, shown.edges, color=report_figures.MARK, linewidth=2.2, label="accepted")
     axes.set_xscale("log" if shown.log else "linear")
     axes.set_xlim(shown.edges[0], shown.edges[-1])
     axes.set_ylim(0, 1.3 * max(float(values.max()) for values in (shown.real, shown.generated, shown.accepted)))
     axes.set_yticklabels([])
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.set_xlabel("pseudo density ρ (real mean = 1)" if narrow else report.DENSITY_AXIS)
+    axes.set_xlabel("pseudo density ρ (real mean = 1)" if narrow else report_figures.DENSITY_AXIS)
     axes.set_ylabel("relative frequency")
-    report.draw_thresholds(axes, thresholds(data), float(shown.edges[0]), float(shown.edges[-1]))
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=report.INK)
-    return report.to_png(figure)
+    report_figures.draw_thresholds(axes, thresholds(data), float(shown.edges[0]), float(shown.edges[-1]))
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=report_figures.INK)
+    return report_figures.to_png(figure)
 
 
 def acceptance_png(data: SamplesData, narrow: bool = False) -> bytes:
     """Acceptance rate of each stretch of candidates and of all up to there, with the pilot's interval."""
-    figure, axes = report.new_figure(narrow, height_in=2.8 if narrow else 3.0)
+    figure, axes = report_figures.new_figure(narrow, height_in=2.8 if narrow else 3.0)
     candidates, accepted = _stretches(data.parts)
     ends = np.cumsum(candidates)
     expected = data.expected
-    axes.axhspan(100 * expected.low, 100 * expected.high, color=report.BAR, alpha=0.3, linewidth=0, label="pilot, 95%")
-    axes.axhline(100 * expected.rate, color=report.BAR, linewidth=1.2)
+    axes.axhspan(
+        100 * expected.low, 100 * expected.high, color=report_figures.BAR, alpha=0.3, linewidth=0, label="pilot, 95%"
+    )
+    axes.axhline(100 * expected.rate, color=report_figures.BAR, linewidth=1.2)
     edges = np.r_[0, ends]
     axes.stairs(
-        100 * accepted / candidates, edges, baseline=None, color=report.MUTED, linewidth=1.1, label="of each stretch"
+        100 * accepted / candidates,
+        edges,
+        baseline=None,
+        color=report_figures.MUTED,
+        linewidth=1.1,
+        label="of each stretch",
     )
     total = 100 * np.cumsum(accepted) / ends
-    axes.plot(ends, total, color=report.MARK, linewidth=2.2, marker="o", markersize=3.5, label="of all so far")
+    axes.plot(ends, total, color=report_figures.MARK, linewidth=2.2, marker="o", markersize=3.5, label="of all so far")
     axes.set_xlim(0, ends[-1])
     highest = max(100 * expected.high, float((100 * accepted / candidates).max()))
     axes.set_ylim(0, min(1.15 * highest, 104.0))
     axes.set_xlabel("candidates")
     axes.set_ylabel("accepted (%)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=report.INK)
-    return report.to_png(figure)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=report_figures.INK)
+    return report_figures.to_png(figure)
 
 
 def _stretches(parts: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -329,11 +341,11 @@ def _drawings(data: SamplesData) -> dict[str, Drawing]:
     drawings: dict[str, Drawing] = {
         "sample_densities": lambda narrow: histogram_png(data, narrow),
         "acceptance": lambda narrow: acceptance_png(data, narrow),
-        "predictor_on_generated": lambda narrow: report.calibration_png(data.pilot_calibration, narrow),
+        "predictor_on_generated": lambda narrow: report_figures.calibration_png(data.pilot_calibration, narrow),
     }
     accepted = data.accepted_calibration
     if accepted is not None:
-        drawings["predictor_on_accepted"] = lambda narrow: report.calibration_png(accepted, narrow)
+        drawings["predictor_on_accepted"] = lambda narrow: report_figures.calibration_png(accepted, narrow)
     return drawings
 
 
@@ -342,14 +354,14 @@ def _drawings(data: SamplesData) -> dict[str, Drawing]:
 
 def render(data: SamplesData) -> bytes:
     """The page as UTF-8 HTML. The same data gives the same bytes."""
-    return report.page("samples.html.j2", _context(data))
+    return page.page("samples.html.j2", _context(data))
 
 
 def _context(data: SamplesData) -> dict[str, Any]:
     shown = steps(data)
     return {
         "d": data,
-        "figures": report.draw(_drawings(data)),
+        "figures": report_figures.draw(_drawings(data)),
         "total_s": sum(data.timings_s.values()),
         "axis": {"low": float(shown.edges[0]), "high": float(shown.edges[-1]), "log": shown.log},
         "tenths": tenths(data),

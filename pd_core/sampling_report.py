@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import acceptance, decoder, images, listing, piloting, report, sampling, sampling_page, sources, spaces
+from pd_core import acceptance, decoder, images, listing, piloting, sampling, sampling_page, sources, spaces
 from pd_core.candidates import Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
+from pd_core.report import page
 from pd_core.sampling import DENSITY_BINS
 from pd_core.sampling_page import Count, Pair, Sample, SamplesData, Weight
 
@@ -241,15 +242,15 @@ def _parts(inputs: Inputs) -> list[tuple[int, int]]:
     return [*parts[:-1], (inputs.sampled.totals["candidates"] - before, parts[-1][1])]
 
 
-def _calibration(agreement: piloting.Agreement) -> report.Calibration:
+def _calibration(agreement: piloting.Agreement) -> page.Calibration:
     found, left_out = agreement.figures, agreement.left_out
     more = {"left out, since ρ underflows to 0": float(left_out)} if left_out else {}
     if found is None:
-        return report.Calibration(agreement.true, agreement.predicted, None, None, 0, more)
+        return page.Calibration(agreement.true, agreement.predicted, None, None, 0, more)
     tails = [f"{end}_decile_{what}" for end in ("low", "high") for what in ("spearman", "mean_abs_log_error")]
     figures = {name: getattr(found, name) for name in ("r2_density", *tails)}
     r2, spearman = found.r2_log_density, found.spearman
-    return report.Calibration(agreement.true, agreement.predicted, r2, spearman, found.n, figures | more)
+    return page.Calibration(agreement.true, agreement.predicted, r2, spearman, found.n, figures | more)
 
 
 def _weights(recipe: Recipe) -> Iterator[Weight]:
@@ -424,16 +425,16 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
     return {
         "Generator": [(name, _text(value)) for name, value in generator.items()]
         + [("run seed", str(recipe.seed)), ("candidates of one batch", f"{recipe.chunk:,}")]
-        + ([] if made is None else [("seconds of one process per candidate", report.number(made))]),
+        + ([] if made is None else [("seconds of one process per candidate", page.number(made))]),
         "Real set": [
             ("index", real.uri),
             ("images", f"{real.rows:,}"),
             ("extractor", real.extractor.model),
             ("neighbors k", str(real.k)),
-            ("sharpness n", report.number(real.volume_dim)),
+            ("sharpness n", page.number(real.volume_dim)),
         ],
     }
 
 
 def _text(value: Any) -> str:
-    return report.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)
+    return page.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)

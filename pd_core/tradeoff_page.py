@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pd_core import report
 from pd_core.evaluation_page import COLORS, MARKERS, Number, draw_point, interval, metric_names, plane_axes
-from pd_core.report import Drawing
+from pd_core.report import figures as report_figures
+from pd_core.report import page
+from pd_core.report.figures import Drawing
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def curves(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 def plane_png(plane: Plane, narrow: bool = False) -> bytes:
     """Precision over recall: a line for each method and threshold, through the generator itself; 95% intervals."""
-    figure, axes = report.new_figure(narrow, height_in=3.9 if narrow else 5.6, width_in=8.4)
+    figure, axes = report_figures.new_figure(narrow, height_in=3.9 if narrow else 5.6, width_in=8.4)
     by_curve = curves(plane.points)
     origin = by_curve.pop("generator", [])
     for i, (name, points) in enumerate(by_curve.items()):
@@ -105,20 +106,22 @@ def plane_png(plane: Plane, narrow: bool = False) -> bytes:
             if not narrow:
                 _annotate(axes, point)
     for point in origin:
-        draw_point(axes, point.numbers["recall"], point.numbers["precision"], "the generator itself", report.INK, "o")
+        draw_point(
+            axes, point.numbers["recall"], point.numbers["precision"], "the generator itself", report_figures.INK, "o"
+        )
     plane_axes(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
-    return report.to_png(figure)
+    return report_figures.to_png(figure)
 
 
 def _annotate(axes: Any, point: Point) -> None:
     axes.annotate(
-        report.drawable(point.name.rpartition(", ")[2]),
+        page.drawable(point.name.rpartition(", ")[2]),
         (point.numbers["recall"].value, point.numbers["precision"].value),
         xytext=(5, 4),
         textcoords="offset points",
         fontsize=7.5,
-        color=report.MUTED,
+        color=report_figures.MUTED,
         parse_math=False,
     )
 
@@ -139,8 +142,8 @@ def render(data: TradeoffData) -> bytes:
     """The page as UTF-8 HTML. The same data gives the same bytes."""
     context = {
         "d": data,
-        "figures": report.draw(_drawings(data)),
+        "figures": report_figures.draw(_drawings(data)),
         "metric_names": metric_names,
         "interval": interval,
     }
-    return report.page("tradeoff.html.j2", context)
+    return page.page("tradeoff.html.j2", context)

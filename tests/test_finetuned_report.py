@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pd_core import finetuned_page, finetuned_report, images, report
+from pd_core import finetuned_page, finetuned_report, images
 from pd_core.candidates import picture
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings import finetune, load
@@ -21,6 +21,7 @@ from pd_core.engine import runs
 from pd_core.evaluation_page import Number, interval
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import merging
+from pd_core.report import page as report_page
 from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
 
 METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated", "vendi_real")
@@ -125,7 +126,7 @@ def test_every_evaluation_is_in_the_table(page):
     data = example()
     for one in data.evaluations:
         row = " ".join(
-            f"{report.number(n.value)} ({report.number(n.low)} … {report.number(n.high)})"
+            f"{report_page.number(n.value)} ({report_page.number(n.low)} … {report_page.number(n.high)})"
             for name, n in one.numbers.items()
             if name != "vendi_real"
         )

@@ -14,9 +14,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pd_core import density, images, report
+from pd_core import density, images
+from pd_core.build import page as build_page
+from pd_core.build.page import IndexFacts, ReportData
 from pd_core.images import Reason
-from pd_core.report import Calibration, IndexFacts, LabelRow, Picture, ReportData
+from pd_core.report import figures
+from pd_core.report import page as report_page
+from pd_core.report.page import Calibration, LabelRow, Picture
 
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
 LOADING_ATTRIBUTES = ("src", "srcset", "href", "action", "data", "poster", "background", "xlink:href")
@@ -108,7 +112,7 @@ def example(n: int = 2000, **changes) -> ReportData:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(report.render(example()))
+    return Page(build_page.render(example()))
 
 
 # A page without figures: most tests look at text, and a figure takes a third of a second.
@@ -116,7 +120,7 @@ def page() -> Page:
 def no_figures(monkeypatch):
     blank = images.thumbnail(Image.new("RGB", (2, 2)))
     for name in ("histogram_png", "labels_png", "calibration_png"):
-        monkeypatch.setattr(report, name, lambda *_: blank)
+        monkeypatch.setattr(report_page, name, lambda *_: blank)
 
 
 def test_every_tag_is_closed_and_ids_resolve(page):
@@ -145,7 +149,7 @@ def test_every_value_of_every_picture_is_shown(page):
     anchor, near = data.neighbors[0]
     for p in [*data.lowest, *data.highest, anchor, *near]:
         assert f"ρ {p.density:#.4g}" in page.text
-        assert f"p{report.percentile(p.percentile)}" in page.text
+        assert f"p{report_page.percentile(p.percentile)}" in page.text
         assert p.key in page.text
         assert any(p.key in a.get("title", "") and f"{p.mean_knn_distance:#.4g}" in a["title"] for _, a in page.tags)
     assert all(f"{p.distance:#.4g} away" in page.text for p in near)
@@ -184,7 +188,7 @@ def test_numbers_of_the_page_equal_the_data(page):
 
 
 def test_figures_decode_and_are_not_blank(page):
-    drawn = report.figures(example())
+    drawn = build_page.figures(example())
     assert set(drawn) == {"density_histogram.png", "label_densities.png", "predictor_calibration.png"}
     embedded = page.images()
     for name, data in drawn.items():
@@ -197,8 +201,8 @@ def test_figures_decode_and_are_not_blank(page):
 def test_the_histogram_moves_with_its_data():
     data = example(n=300)
     shifted = dataclasses.replace(data, thresholds=[("p50", float(data.quantiles[500]))])
-    assert report.histogram_png(data) == report.histogram_png(data)  # deterministic
-    assert report.histogram_png(data) != report.histogram_png(shifted)
+    assert build_page.histogram_png(data) == build_page.histogram_png(data)  # deterministic
+    assert build_page.histogram_png(data) != build_page.histogram_png(shifted)
 
 
 HOSTILE = [
@@ -242,14 +246,14 @@ def hostile_data(text: str) -> ReportData:
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_are_text_and_nothing_else(text, no_figures):
-    clean = Page(report.render(hostile_data("plain")))
-    dirty = Page(report.render(hostile_data(text)))
+    clean = Page(build_page.render(hostile_data("plain")))
+    dirty = Page(build_page.render(hostile_data(text)))
     assert dirty.open == []
     # the same elements with the same attributes as with harmless names
     assert [(tag, sorted(a)) for tag, a in dirty.tags] == [(tag, sorted(a)) for tag, a in clean.tags]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", dirty.html)
-    assert report.visible(text) in [a.get("title", "").partition(" · label ")[0] for _, a in dirty.tags]
-    assert dirty.text.count(" ".join(report.visible(text).split())) >= 5
+    assert report_page.visible(text) in [a.get("title", "").partition(" · label ")[0] for _, a in dirty.tags]
+    assert dirty.text.count(" ".join(report_page.visible(text).split())) >= 5
 
 
 @pytest.mark.parametrize("text", [HOSTILE[2], HOSTILE[7], HOSTILE[8]])
@@ -257,8 +261,8 @@ def test_hostile_names_are_text_and_nothing_else(text, no_figures):
 def test_figures_bear_hostile_labels(text, narrow):
     data = hostile_data(text)
     # font warnings are errors in this suite (pyproject), so characters that the font lacks would fail here
-    assert report.labels_png(data.labels, narrow).startswith(b"\x89PNG")
-    assert report.histogram_png(data, narrow).startswith(b"\x89PNG")
+    assert build_page.labels_png(data.labels, narrow).startswith(b"\x89PNG")
+    assert build_page.histogram_png(data, narrow).startswith(b"\x89PNG")
 
 
 EMPTY: dict[str, Any] = {
@@ -282,7 +286,7 @@ EMPTY: dict[str, Any] = {
 
 def test_a_run_with_nothing_optional():
     data = example(n=21, **EMPTY)
-    page = Page(report.render(data))
+    page = Page(build_page.render(data))
     assert page.open == []
     for text in (
         "every image could be used",
@@ -294,7 +298,7 @@ def test_a_run_with_nothing_optional():
     ):
         assert text in page.text, text
     assert "None None" not in page.text
-    assert set(report.figures(data)) == {"density_histogram.png"}
+    assert set(build_page.figures(data)) == {"density_histogram.png"}
 
 
 @pytest.mark.parametrize(
@@ -310,26 +314,26 @@ def test_a_run_with_nothing_optional():
 def test_degenerate_densities_are_drawn(values):
     quantiles = density.density_quantiles(values)
     data = example(n=50, density=values, quantiles=quantiles, thresholds=[("p80", float(quantiles[800]))])
-    shown = report.density_axis(values, quantiles)
+    shown = figures.density_axis(values, quantiles)
     assert shown.below == shown.above == 0 or not values.all()  # few images: all are shown, but zeros of a logarithm
     inside = np.count_nonzero((values >= shown.low) & (values <= shown.high))
     assert 0 < shown.low < shown.high
     assert shown.below + inside + shown.above == values.size
-    assert report.histogram_png(data).startswith(b"\x89PNG")
+    assert build_page.histogram_png(data).startswith(b"\x89PNG")
 
 
 def test_heavy_tails_get_a_logarithmic_axis_that_leaves_out_a_thousandth_at_each_end():
     log_rho = np.random.default_rng(0).normal(size=100_001)
     for sharpness, log in [(0.1, False), (3.0, True)]:
         rho = np.exp(sharpness * log_rho)
-        shown = report.density_axis(rho, density.density_quantiles(rho))
+        shown = figures.density_axis(rho, density.density_quantiles(rho))
         assert shown.log == log
         assert (shown.below, shown.above) == (100, 100)  # ranks 0..100 and 99,900..100,000, the ends are inside
 
 
 def test_only_the_labels_of_lowest_and_highest_mean_are_shown(no_figures):
     rows = [LabelRow(f"class{i:03d}", 10 + i, 0.5 + i / 100, 0.4, 0.5, 0.6) for i in range(120)]
-    page = Page(report.render(example(labels=rows[::-1])))
+    page = Page(build_page.render(example(labels=rows[::-1])))
     shown = [i for i in range(120) if f"class{i:03d}" in page.text]
     assert shown == [*range(25), *range(95, 120)]
     assert "Of 120 labels, the 50 of lowest and highest mean are shown; 70 more" in page.text
@@ -339,13 +343,13 @@ def test_predictions_that_are_not_finite_are_counted_and_left_out():
     true = np.linspace(-1, 1, 101)
     predicted = np.where(np.arange(101) < 3, np.nan, true)
     calibration = Calibration(true, predicted, 0.9, 0.9, 101)
-    page = Page(report.render(example(calibration=calibration)))
-    assert report.calibration_png(calibration) in page.images()
+    page = Page(build_page.render(example(calibration=calibration)))
+    assert figures.calibration_png(calibration) in page.images()
     assert "3 lie outside the axes or have no finite prediction" in page.text
 
 
 def test_every_quarantine_reason_says_what_to_do():
-    assert set(report.QUARANTINE_ADVICE) == {reason.value for reason in Reason}
+    assert set(build_page.QUARANTINE_ADVICE) == {reason.value for reason in Reason}
 
 
 @pytest.mark.parametrize(
@@ -364,7 +368,7 @@ def test_the_code_in_the_page_reads_the_densities(tmp_path, name, no_figures):
     rho = np.arange(200) / 100
     for i in range(2):
         pd.DataFrame({"key": [f"{i}"] * 100, "density": rho[i::2]}).to_parquet(folder / f"part-{i}.parquet")
-    page = Page(report.render(example(output=str(tmp_path / name), thresholds=[("p80", 1.195)])))
+    page = Page(build_page.render(example(output=str(tmp_path / name), thresholds=[("p80", 1.195)])))
     (code,) = [chunk for chunk in page.chunks if "read_parquet" in chunk]
     names: dict[str, Any] = {}
     exec(code, names)
@@ -395,7 +399,7 @@ def test_a_page_of_full_grids_of_photographs_stays_below_5_mb(no_figures):
     noise = images.thumbnail(pixels(0, (640, 480)))
     entry = dataclasses.replace(picture(0), thumbnail=noise)
     neighbors = [(entry, [entry] * 8)] * 6
-    page = report.render(example(lowest=[entry] * 32, highest=[entry] * 32, neighbors=neighbors))
+    page = build_page.render(example(lowest=[entry] * 32, highest=[entry] * 32, neighbors=neighbors))
     assert len(page) < 5e6
 
 
@@ -412,7 +416,7 @@ def test_a_page_of_full_grids_of_photographs_stays_below_5_mb(no_figures):
     ],
 )
 def test_percentiles_tell_extremes_apart(value, text):
-    assert report.percentile(value) == text
+    assert report_page.percentile(value) == text
 
 
 @pytest.mark.parametrize(
@@ -420,17 +424,17 @@ def test_percentiles_tell_extremes_apart(value, text):
     [(0.4, "0.40 s"), (59.94, "59.9 s"), (60, "1 min 0 s"), (3599.7, "1 h 0 min"), (8045, "2 h 14 min")],
 )
 def test_durations(value, text):
-    assert report.seconds(value) == text
+    assert report_page.seconds(value) == text
 
 
 @pytest.mark.parametrize("value", [1e-7, 0.01234, 0.617, 1, 1234.5, 5e9])
 def test_significant_digits_round_trip(value):
-    assert float(report.significant(value)) == pytest.approx(value, rel=5e-4)
-    assert not report.significant(value).endswith(".")
+    assert float(report_page.significant(value)) == pytest.approx(value, rel=5e-4)
+    assert not report_page.significant(value).endswith(".")
 
 
 @pytest.mark.parametrize(("text", "chars"), [("short", 10), ("a" * 30 + "/name.png", 20)])
 def test_shortened_names_keep_their_end(text, chars):
-    short = report.shorten(text, chars)
+    short = report_page.shorten(text, chars)
     assert len(short) <= chars
     assert short.endswith(text[-5:])

@@ -16,24 +16,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pd_core import (
-    acceptance,
-    density,
-    images,
-    piloting,
-    realset,
-    report,
-    sampling,
-    sampling_page,
-    sampling_report,
-    sources,
-)
+from pd_core import acceptance, density, images, piloting, realset, sampling, sampling_page, sampling_report, sources
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.engine import runs
-from pd_core.report import Calibration
+from pd_core.report import page as report_page
+from pd_core.report.page import Calibration
 from pd_core.sampling_page import Count, Expected, Pair, Sample, SamplesData, Weight
 from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
 
@@ -110,7 +100,7 @@ def no_figures(monkeypatch):
     for module, name in (
         (sampling_page, "histogram_png"),
         (sampling_page, "acceptance_png"),
-        (report, "calibration_png"),
+        (report_page, "calibration_png"),
     ):
         monkeypatch.setattr(module, name, lambda *_: blank)
 
@@ -164,7 +154,7 @@ def test_every_picture_is_shown_with_its_numbers(page):
     data = example()
     shown = [s for _, band in data.bands for s in band] + [*data.unfiltered, *(p.sample for p in data.pairs)]
     for s in shown:
-        assert f"ρ {s.density:#.4g} p{report.percentile(s.percentile)}" in page.text
+        assert f"ρ {s.density:#.4g} p{report_page.percentile(s.percentile)}" in page.text
         assert any(f"candidate {s.number} · seed {s.seed} · label cat" == a.get("title") for _, a in page.tags)
     assert {s.thumbnail for s in shown} | {data.pairs[0].original} <= set(page.images())
     assert "0.4681 away" in page.text and "0.9123 away" in page.text
@@ -347,7 +337,7 @@ def test_hostile_labels_prompts_and_keys_are_text_and_nothing_else(text, no_figu
     assert [(tag, sorted(a)) for tag, a in dirty.tags] == [(tag, sorted(a)) for tag, a in clean.tags]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", dirty.html)
     titles = [a.get("title", "") for _, a in dirty.tags]
-    seen = report.visible(text)
+    seen = report_page.visible(text)
     assert f"candidate 7001 · seed 900001 · label {seen} · prompt {seen}" in titles  # the attribute, whole
     assert seen in titles  # of the original
     assert dirty.text.count(" ".join(seen.split())) >= 4
