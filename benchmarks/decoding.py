@@ -17,13 +17,15 @@ import pyarrow as pa
 from PIL import Image
 
 from benchmarks import process, table
-from pd_core import decoder, features, images, sources
+from pd_core import features
 from pd_core.core import artifacts
 from pd_core.core.settings.data import DataSettings
+from pd_core.images import child as images_child
+from pd_core.images import decode, resize, sources
 
 BATCH = 64
 TOGETHER = 4  # batches of a task
-PREPROCESS = images.Preprocess(224, 224, "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
+PREPROCESS = resize.Preprocess(224, 224, "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
 TEXT = f"""\
 `features._decode` on files of a local disk, as a task of the stage runs it ({TOGETHER} batches of {BATCH}, resized to 224 px). Ours: the
 files of a batch go to a child process in shared memory, and pixels come back (`decoder.prepared`). In the worker:
@@ -85,13 +87,13 @@ def run(folder: str, turns: int) -> list[dict[str, Any]]:
     (rows,) = sources.list_images(source)
     listing: Any = _Listing(rows)
     spec: Any = SimpleNamespace(preprocess=PREPROCESS)
-    limits, stage = images.limits_of(source.settings), artifacts.Stage(folder, "features", 1, {})
+    limits, stage = decode.limits_of(source.settings), artifacts.Stage(folder, "features", 1, {})
     work = features.Work(source, listing, spec, limits, BATCH, stage, (0,))
-    sides = {"child": decoder.prepared, "worker": in_the_worker}
+    sides = {"child": images_child.prepared, "worker": in_the_worker}
     found: list[dict[str, Any]] = []
     for _ in range(1 + turns):
         for side, prepared in sides.items():
-            with mock.patch.object(decoder, "prepared", prepared):
+            with mock.patch.object(images_child, "prepared", prepared):
                 found.append({"side": side, **_timed(work)})
     return found[len(sides) :]
 
@@ -110,15 +112,15 @@ class _Listing:
 
 
 def in_the_worker(
-    contents: Iterable[bytes | images.BadImage], limits: images.DecodeLimits, preprocess: images.Preprocess
-) -> Iterator[images.Prepared | images.BadImage]:
+    contents: Iterable[bytes | decode.BadImage], limits: decode.DecodeLimits, preprocess: resize.Preprocess
+) -> Iterator[resize.Prepared | decode.BadImage]:
     """`decoder.prepared` without a child."""
     for content in contents:
         try:
-            if isinstance(content, images.BadImage):
+            if isinstance(content, decode.BadImage):
                 raise content
-            yield images.prepare(content, limits, preprocess)
-        except images.BadImage as bad:
+            yield resize.prepare(content, limits, preprocess)
+        except decode.BadImage as bad:
             yield bad
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import datasets, process, table
-from pd_core import features, images, listing, sources
+from pd_core import features
 from pd_core.core import artifacts
 from pd_core.core import files as core_files
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.engine import session, tasks
+from pd_core.images import decode, listing, resize, sources
 
 BATCH = 64
 PART = 256
@@ -103,10 +104,10 @@ def plain_loop(source: str, px: int, checkpoint: str) -> dict[str, float]:
     spec = _at(features.describe(FeatureSettings(model=datasets.MODEL, checkpoint=checkpoint)), px)
     extractor = features.Extractor(spec, threads=THREADS)
     files = sorted(Path(source).rglob("*.png"))
-    limits = images.limits_of(DataSettings())
+    limits = decode.limits_of(DataSettings())
 
     def run(batch: list[Path]) -> np.ndarray:
-        pixels = [images.prepare(path.read_bytes(), limits, spec.preprocess).pixels for path in batch]
+        pixels = [resize.prepare(path.read_bytes(), limits, spec.preprocess).pixels for path in batch]
         return extractor.extract(np.stack(pixels))
 
     run(files[:BATCH])
@@ -131,7 +132,7 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
         opened = sources.open_source(data)
         listed, _ = tasks.get(listing.start(opened, output, PART, overwrite=False))
         featuring = features.stage_of(output, listed, spec, data, settings, "cpu")
-        work = features.Work(opened, listed, spec, images.limits_of(data), BATCH, featuring)
+        work = features.Work(opened, listed, spec, decode.limits_of(data), BATCH, featuring)
         called = time.time()
         with mock.patch.multiple(features, _decode=timed_decode, _ExtractBatch=TimedExtract):
             done = featuring.complete(lambda: features.run(work, now, settings, max_bad_fraction=0.0), overwrite=False)

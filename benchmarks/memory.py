@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import features, images, indexing, listing, search, selfjoin, sources
+from pd_core import features, indexing, search, selfjoin
 from pd_core.core import artifacts, files
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import DensitySettings, FeatureSettings, IndexSettings
 from pd_core.engine import session, tasks
+from pd_core.images import decode, listing, sources
 
 MODEL = "test_efficientnet"  # timm's model for tests, random weights: what it computes is not the question here
 PX = 32
@@ -112,7 +113,7 @@ def images_driver(source: str, checkpoint: str, output: str) -> dict[str, int]:
     """Listing and features; peak memory after each, bytes."""
     data = DataSettings(source=source)
     settings = FeatureSettings(model=MODEL, checkpoint=checkpoint, actors=2)
-    limits = images.limits_of(data)
+    limits = decode.limits_of(data)
     peaks = {}
     with session.session(output) as now:
         peaks["Ray started"] = process.peak_rss_bytes()

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import costs, images, listing, pipeline, planning
+from pd_core import costs, pipeline, planning
 from pd_core.core import artifacts
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
 from pd_core.engine import session, tasks
+from pd_core.images import decode, listing
 
 JOIN_ROWS, JOIN_SHARDS = 100_000, 2
 PX, PART_ROWS = 64, 512
@@ -47,7 +48,7 @@ def small_build() -> dict[str, Any]:
     settings, source = pipeline.prepare(load.load(BuildIndexSettings, arguments, prog="build_index.py"))
     with session.session(str(output)):
         counted = listing.count(source)
-        spec, unit = tasks.get(planning.probe(source, counted["sample"], settings, images.limits_of(settings.data)))
+        spec, unit = tasks.get(planning.probe(source, counted["sample"], settings, decode.limits_of(settings.data)))
     command = [sys.executable, "workflows/build_index.py", *arguments]
     with (process.WORK / "build.log").open("w") as log:
         done = subprocess.run(command, cwd=process.ROOT, stdout=log, stderr=subprocess.STDOUT)

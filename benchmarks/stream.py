@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import datasets, process, table
-from pd_core import images, listing, sources
 from pd_core.core import artifacts, schemas, seeds
 from pd_core.core import files as core_files
 from pd_core.core.settings.data import DataSettings
 from pd_core.engine import resources, session, tasks
 from pd_core.finetuning import Share, stream, weights
+from pd_core.images import decode, listing, resize, sources
 
 BATCH = 64
 PX = 64
@@ -188,15 +188,15 @@ def loader(source: str, work: str, steps: int) -> dict[str, float]:
     whole = pa.concat_tables(tables)
     keys, root = whole["key"].to_pylist(), Path(source)
     settings = drawable.pictures.source.settings
-    limits = images.limits_of(settings)
-    preprocess = images.Preprocess(PX, PX, "bicubic", 1.0, "center", (0.0,) * 3, (1.0,) * 3)
+    limits = decode.limits_of(settings)
+    preprocess = resize.Preprocess(PX, PX, "bicubic", 1.0, "center", (0.0,) * 3, (1.0,) * 3)
 
     class Files(Dataset[torch.Tensor]):
         def __len__(self) -> int:
             return len(keys)
 
         def __getitem__(self, row: int) -> torch.Tensor:
-            pixels = images.resize(images.decode((root / keys[row]).read_bytes(), limits), preprocess)
+            pixels = resize.resize(decode.decode((root / keys[row]).read_bytes(), limits), preprocess)
             image = torch.from_numpy(pixels)
             return image.flip(1) if torch.rand(()) < 0.5 else image
 

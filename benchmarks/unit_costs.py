@@ -75,16 +75,17 @@ def decoding() -> dict[str, float]:
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    from pd_core import images
+    from pd_core.images import decode as images_decode
+    from pd_core.images import resize
 
-    preprocess = images.Preprocess(224, 224, "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
-    limits = images.DecodeLimits(1 << 26, 10**8, (255, 255, 255), 60)
+    preprocess = resize.Preprocess(224, 224, "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
+    limits = images_decode.DecodeLimits(1 << 26, 10**8, (255, 255, 255), 60)
     photos = [_encoded(Image.fromarray(a), "JPEG") for a in load_sample_images().images]
     icon = io.BytesIO(_encoded(Image.fromarray(load_sample_images().images[0]).resize((64, 64)), "PNG")).getvalue()
     costs = {"photo_bytes": float(np.mean([len(p) for p in photos]))}
     for name, contents in (("photo", photos), ("icon", [icon])):
         work = [*contents] * (40 // len(contents))
-        decode = functools.partial(images.prepare, limits=limits, preprocess=preprocess)
+        decode = functools.partial(resize.prepare, limits=limits, preprocess=preprocess)
         costs[f"decode_s.{name}"] = cpu_s(functools.partial(_all, decode, work)) / len(work)
     return costs
 
@@ -107,9 +108,9 @@ def listing() -> dict[str, float]:
     from PIL import Image
 
     from benchmarks import datasets
-    from pd_core import listing as stage
-    from pd_core import sources
     from pd_core.core.settings.data import DataSettings
+    from pd_core.images import listing as stage
+    from pd_core.images import sources
 
     rows, folder = 20_000, process.WORK / "files"
     folder.mkdir(parents=True)

@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pd_core import images, realset
+from pd_core import realset
 from pd_core.core import artifacts, errors, files
 from pd_core.core.errors import UserError
+from pd_core.images import resize
 from pd_core.report import figures
 
 SHOWN = 60  # images of each set
@@ -45,7 +46,7 @@ def read(folder: Path) -> Samples:
     tables = [files.read_table(files.join(uri, part.name)) for part in artifact.parts]
     table = pa.concat_tables(tables)
     shown = table["image"].slice(0, SHOWN).to_pylist()
-    pictures = [images.thumbnail(Image.open(io.BytesIO(image["bytes"]))) for image in shown]
+    pictures = [resize.thumbnail(Image.open(io.BytesIO(image["bytes"]))) for image in shown]
     return Samples(folder.name, artifact, table.drop_columns(["image"]), pictures)
 
 

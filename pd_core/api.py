@@ -24,13 +24,15 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
-from pd_core import decoder, density, knn, metrics, realset, search
+from pd_core import density, knn, metrics, realset, search
 from pd_core import features as features_stage
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError as RunError
 from pd_core.core.errors import UserError as UserError
 from pd_core.engine import resources
-from pd_core.images import BadImage, DecodeLimits, Prepared, Reason
+from pd_core.images import child
+from pd_core.images.decode import BadImage, DecodeLimits, Reason
+from pd_core.images.resize import Prepared
 from pd_core.index import flat_rows
 from pd_core.scoring import Scorer
 
@@ -204,7 +206,7 @@ class Index:
         total = len(images) if isinstance(images, Sized) else None
         keys: deque[str] = deque()
         contents = _contents(images, keys, self._made.limits)
-        decoded = decoder.prepared(contents, self._made.limits, self._real.extractor.preprocess)
+        decoded = child.prepared(contents, self._made.limits, self._real.extractor.preprocess)
         size = self._made.batch_size
         with tqdm(total=total, desc="images", unit=" images", delay=PROGRESS_AFTER_S) as bar:
             while batches := list(itertools.islice(_batches(decoded, size), max(1, BLOCK_IMAGES // size))):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pd_core.core import files, trust
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.core.settings.data import INCEPTION, ExtractorSettings
-from pd_core.images import Preprocess
+from pd_core.images.resize import Preprocess
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from pd_core import chunking, estimator, features, index, indexing, knn, search,
 from pd_core.core import files as core_files
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.engine import resources
-from pd_core.sources import stores
+from pd_core.images.sources import stores
 
 GIB = float(1 << 30)
 PROCESS_BYTES = 400e6  # of a worker that has imported what it needs, before it holds any row

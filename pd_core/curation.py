@@ -25,13 +25,11 @@ from pd_core import (
     evaluation,
     features,
     generation,
-    listing,
     opening,
     pipeline,
     planning,
     realset,
     releasing,
-    sources,
     updating,
 )
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
@@ -43,6 +41,7 @@ from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.engine import console, resources, session, tasks, telemetry, tracking
 from pd_core.engine.runs import RUN, Run, checked_output, failures, started
+from pd_core.images import listing, sources
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, evaluating, evaluation_page, images, listing, sources
+from pd_core import evaluating, evaluation_page
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.evaluate import EvaluateSettings
@@ -19,6 +19,7 @@ from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
 from pd_core.evaluation_page import EvaluationData, Measured, Number, SpaceData, Tile
+from pd_core.images import child, decode, listing, sources
 from pd_core.realset import RealSet
 from pd_core.report import page
 from pd_core.spaces import INDEX, JUDGE, ImageSet, Space, original_of
@@ -206,10 +207,10 @@ def _pictures(chosen: ImageSet, inputs: Inputs, wanted: set[int]) -> tuple[dict[
             folder = listed.uri
         else:
             source, folder = chosen.source, files.join(str(inputs.settings.output), "sets", chosen.name, "listing")
-        limits = images.limits_of(source.settings)
+        limits = decode.limits_of(source.settings)
         with files.explained(chosen.uri):
             for _, rows in listing.rows_of_ids(folder, wanted):
-                found |= decoder.thumbnails_by_id(rows["sample_id"].to_pylist(), sources.read(source, rows), limits)
+                found |= child.thumbnails_by_id(rows["sample_id"].to_pylist(), sources.read(source, rows), limits)
     except (UserError, RunError) as error:
         return found, str(error)
     return found, "" if len(found) == len(wanted) else f"{len(wanted) - len(found)} of {len(wanted)} cannot be read"

@@ -20,14 +20,17 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pd_core import backbones, decoder, images, sources
+from pd_core import backbones
 from pd_core.core import arithmetic, artifacts, files, schemas, trust
 from pd_core.core.errors import RunError, UserError, one_line, printable
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.engine import console, resources, tasks, telemetry
-from pd_core.images import Preprocess, Reason
-from pd_core.listing import Listing
+from pd_core.images import child, resize, sources
+from pd_core.images import decode as images_decode
+from pd_core.images.decode import Reason
+from pd_core.images.listing import Listing
+from pd_core.images.resize import Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -287,9 +290,9 @@ class Recorded:
     decode: _Decoding
 
     @property
-    def limits(self) -> images.DecodeLimits:
+    def limits(self) -> images_decode.DecodeLimits:
         """What decoding an image may take."""
-        return images.limits_of(DataSettings(**asdict(self.decode)))
+        return images_decode.limits_of(DataSettings(**asdict(self.decode)))
 
 
 def recorded(artifact: artifacts.Artifact, where: str) -> Recorded:
@@ -322,7 +325,7 @@ class Work:
     source: sources.Source
     listing: Listing
     spec: ExtractorSpec
-    limits: images.DecodeLimits
+    limits: images_decode.DecodeLimits
     batch_size: int
     features: artifacts.Stage
     missing: tuple[int, ...] = field(default=(), repr=False)  # parts to make, ascending
@@ -518,14 +521,14 @@ def _extracted_schema(dim: int) -> pa.Schema:
 
 def _decode(work: Work, runs: pa.Table) -> Iterator[pa.Table]:
     """Runs of batch numbers (first, stop) to decoded batches; within a part they are read in one go."""
-    decoder.begin()
+    child.begin()
     numbers = [n for run in runs.to_pylist() for n in range(run["first"], run["stop"])]
     places = [(work.missing[n // work.batches_per_part], n % work.batches_per_part) for n in numbers]
     for part in dict.fromkeys(part for part, _ in places):
         inside = [batch for p, batch in places if p == part]
         first, stop = inside[0] * work.batch_size, (inside[-1] + 1) * work.batch_size
         rows = _listed(work.listing, part)[first:stop]
-        decoded = decoder.prepared(sources.read(work.source, rows), work.limits, work.spec.preprocess)
+        decoded = child.prepared(sources.read(work.source, rows), work.limits, work.spec.preprocess)
         for start in range(0, rows.num_rows, work.batch_size):
             yield _decoded_batch(part, first + start, itertools.islice(decoded, work.batch_size))
 
@@ -535,11 +538,11 @@ def _listed(listing: Listing, part: int) -> pa.Table:
     return listing.read(part)
 
 
-def _decoded_batch(part: int, first_row: int, batch: Iterable[images.Prepared | images.BadImage]) -> pa.Table:
+def _decoded_batch(part: int, first_row: int, batch: Iterable[resize.Prepared | images_decode.BadImage]) -> pa.Table:
     good: list[memoryview] = []
     facts: list[dict[str, Any]] = []
     for one in batch:
-        if isinstance(one, images.BadImage):
+        if isinstance(one, images_decode.BadImage):
             facts.append({"reason": one.reason.value, "detail": one.detail})
             continue
         good.append(one.pixels.data)
@@ -597,9 +600,9 @@ class _ExtractBatch:
         return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 
-def not_finite(spec: ExtractorSpec) -> images.BadImage:
+def not_finite(spec: ExtractorSpec) -> images_decode.BadImage:
     """What is said of an image whose feature is not finite."""
-    return images.BadImage(Reason.FEATURE_NOT_FINITE, f"{spec.model} in {spec.precision} gave NaN or infinity")
+    return images_decode.BadImage(Reason.FEATURE_NOT_FINITE, f"{spec.model} in {spec.precision} gave NaN or infinity")
 
 
 def _fixed_size_list(values: np.ndarray) -> pa.FixedSizeListArray:

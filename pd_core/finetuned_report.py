@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pd_core import decoder, finetuned_page
+from pd_core import finetuned_page
 from pd_core.core import artifacts, files
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GeneratorSettings
@@ -21,6 +21,7 @@ from pd_core.engine import runs
 from pd_core.evaluation_page import Number
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import checkpoints, merging
+from pd_core.images import child
 from pd_core.report import page
 
 
@@ -193,7 +194,7 @@ def _samples(training: str, step: int) -> str:
 def _one_seed(rows: Mapping[str, Mapping[str, Any]]) -> Shown:
     first = rows["before"]
     assert {(row["number"], row["seed"]) for row in rows.values()} == {(first["number"], first["seed"])}, rows.keys()
-    pictures = decoder.sample_thumbnails([row["image"] for row in rows.values()], "samples")
+    pictures = child.sample_thumbnails([row["image"] for row in rows.values()], "samples")
     shots = {
         state: Shot(row["density_predicted"], picture)
         for (state, row), picture in zip(rows.items(), pictures, strict=True)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, perturbed_page, perturbing, piloting
+from pd_core import perturbed_page, perturbing, piloting
 from pd_core.core import artifacts, files
 from pd_core.core.settings.generate import PerturbSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
+from pd_core.images import child
 from pd_core.perturbed_page import Moved, PerturbedData, Shot, Shown
 from pd_core.report import page
 
@@ -136,7 +137,7 @@ def _shown(inputs: Inputs, first: pa.Table) -> list[Shown]:
 def _sample(rows: Sequence[Mapping[str, Any]]) -> Shown:
     first = rows[0]
     shown = [first["image_before"], *(row["image"] for row in rows)]
-    before, *after = decoder.sample_thumbnails(shown, "perturbed")
+    before, *after = child.sample_thumbnails(shown, "perturbed")
     shots = {"before": _shot(first, "before", before)}
     shots |= {row["direction"]: _shot(row, "after", picture) for row, picture in zip(rows, after, strict=True)}
     return Shown(first["sample_id"], first["seed"], first["label"], first["prompt"], shots)

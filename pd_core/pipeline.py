@@ -7,25 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import (
-    density,
-    features,
-    fitting,
-    images,
-    indexing,
-    listing,
-    planning,
-    reporting,
-    search,
-    selfjoin,
-    sources,
-    updating,
-)
+from pd_core import density, features, fitting, indexing, planning, reporting, search, selfjoin, updating
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.images import decode, listing, sources
 
 STAGES = ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report")
 
@@ -82,7 +70,7 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
     settings, source = prepare(settings)
     base = None if settings.base is None else updating.open_base(settings.base)
     with started(settings, str(settings.output), "build_index", STAGES, tracked=False) as run:
-        console.say(planning.plan(settings, source, run.now, images.limits_of(settings.data), base))
+        console.say(planning.plan(settings, source, run.now, decode.limits_of(settings.data), base))
 
 
 @dataclass(frozen=True)
@@ -128,7 +116,7 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
     device = resources.device_of(now, gpus)
     featuring = features.stage_of(output, listed, spec, settings.data, settings.features, device)
     extracting = settings.features.model_copy(update={"actor_gpus": gpus})
-    work = features.Work(source, listed, spec, images.limits_of(settings.data), settings.features.batch_size, featuring)
+    work = features.Work(source, listed, spec, decode.limits_of(settings.data), settings.features.batch_size, featuring)
     featured = run.stage(featuring, lambda: features.run(work, now, extracting, settings.data.max_bad_fraction))
     return _Featured(spec, listed, artifact, featured)
 
@@ -156,7 +144,7 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
         )
         extracting = settings.features.model_copy(update={"actor_gpus": gpus})
         work = features.Work(
-            source, changes.added, spec, images.limits_of(settings.data), settings.features.batch_size, fresh
+            source, changes.added, spec, decode.limits_of(settings.data), settings.features.batch_size, fresh
         )
         added = run.stage(fresh, lambda: features.run(work, now, extracting, max_bad_fraction=1.0, some=False))
     stage = updating.features_stage(output, changes, base, added)
@@ -278,7 +266,7 @@ def _finish(
     inputs = reporting.Inputs(
         source,
         featured.listed,
-        images.limits_of(settings.data),
+        decode.limits_of(settings.data),
         settings,
         featured.listing,
         featured_artifact,

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import costs, decoder, features, images, listing, sources, updating
+from pd_core import costs, features, updating
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.engine import resources, tasks
+from pd_core.images import child, decode, listing, resize, sources
 
 PROBE_BATCHES = 3  # the first one warms up
 START_UP_S = 10.0  # of Ray and of the first model, which tells the features' dimension
@@ -36,7 +37,7 @@ class Probe:
     model_bytes: int
 
 
-def probe(source: sources.Source, sample: pa.Table, settings: BuildIndexSettings, limits: images.DecodeLimits) -> Any:
+def probe(source: sources.Source, sample: pa.Table, settings: BuildIndexSettings, limits: decode.DecodeLimits) -> Any:
     """Reference to (ExtractorSpec, Probe), measured in one Ray task with the threads of one extractor."""
     cpus = settings.features.actor_cpus
     memory = resources.decode_memory(limits.memory_bytes)
@@ -44,7 +45,7 @@ def probe(source: sources.Source, sample: pa.Table, settings: BuildIndexSettings
 
 
 def _probe(
-    source: sources.Source, sample: pa.Table, settings: BuildIndexSettings, limits: images.DecodeLimits
+    source: sources.Source, sample: pa.Table, settings: BuildIndexSettings, limits: decode.DecodeLimits
 ) -> tuple[features.ExtractorSpec, Probe]:
     spec = features.describe(settings.features)
     extractor = features.Extractor(spec, "cpu", settings.features.actor_cpus)
@@ -53,8 +54,8 @@ def _probe(
     contents = sources.read(source, sample.slice(0, PROBE_BATCHES * batch))
     for chunk in _batched(contents, batch):
         watch = artifacts.Stopwatch()
-        made = list(decoder.prepared(chunk, limits, spec.preprocess))
-        pixels = [one.pixels for one in made if isinstance(one, images.Prepared)]
+        made = list(child.prepared(chunk, limits, spec.preprocess))
+        pixels = [one.pixels for one in made if isinstance(one, resize.Prepared)]
         tried, bad = tried + len(made), bad + len(made) - len(pixels)
         decoded = watch.seconds
         if pixels:
@@ -87,7 +88,7 @@ def plan(
     settings: BuildIndexSettings,
     source: sources.Source,
     now: resources.Cluster,
-    limits: images.DecodeLimits,
+    limits: decode.DecodeLimits,
     base: updating.Base | None = None,
 ) -> str:
     """The plan as text.

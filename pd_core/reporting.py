@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import decoder, density, fitting, images, sources
+from pd_core import density, fitting
 from pd_core.build import page as build_page
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs as engine_runs
 from pd_core.features import reasons_of
-from pd_core.listing import Listing
+from pd_core.images import child, decode, sources
+from pd_core.images.listing import Listing
 from pd_core.report import page as report_page
 
 SAMPLE_ROWS = 1_000_000  # densities that histogram and label quantiles are drawn from
@@ -34,7 +35,7 @@ class Inputs:
 
     source: sources.Source
     listing: Listing
-    limits: images.DecodeLimits
+    limits: decode.DecodeLimits
     settings: BuildIndexSettings
     listed: artifacts.Artifact
     features: artifacts.Artifact
@@ -222,7 +223,7 @@ def _thumbnails(inputs: Inputs, wanted: set[int]) -> dict[int, bytes]:
         rows = inputs.listing.read(part)
         rows = rows.filter(pc.is_in(rows["sample_id"], value_set=value_set))
         contents = sources.read(inputs.source, rows)
-        found |= decoder.thumbnails_by_id(rows["sample_id"].to_pylist(), contents, inputs.limits)
+        found |= child.thumbnails_by_id(rows["sample_id"].to_pylist(), contents, inputs.limits)
     return found
 
 

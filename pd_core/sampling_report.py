@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import acceptance, decoder, images, listing, piloting, sampling, sampling_page, sources, spaces
+from pd_core import acceptance, piloting, sampling, sampling_page, spaces
 from pd_core.candidates import Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
+from pd_core.images import child, decode, listing, sources
 from pd_core.report import page
 from pd_core.sampling import DENSITY_BINS
 from pd_core.sampling_page import Count, Pair, Sample, SamplesData, Weight
@@ -313,7 +314,7 @@ def _read_rows(uri: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, i
         order = sorted(wanted)
         table = files.read_table(files.join(uri, name), SHOWN).take(pa.array(order, pa.int64()))
         rows = table.to_pylist()
-        pictures = decoder.sample_thumbnails([values.pop("image") for values in rows], files.join(uri, name))
+        pictures = child.sample_thumbnails([values.pop("image") for values in rows], files.join(uri, name))
         for row, values, picture in zip(order, rows, pictures, strict=True):
             found[name, row] = values | {"thumbnail": picture}
     return found
@@ -394,21 +395,21 @@ def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int
 def _read_originals(uri: str, name: str, rows: pa.Table, beside: str | None) -> dict[int, _Original]:
     """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
     source = spaces.source_of(uri, beside)
-    limits = images.limits_of(source.settings)
+    limits = decode.limits_of(source.settings)
     features = files.read_table(files.join(uri, "features", name), ["sample_id", "content_hash"])
     hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
 
-    def unchanged() -> Iterator[bytes | images.BadImage]:
+    def unchanged() -> Iterator[bytes | decode.BadImage]:
         for number, content in zip(rows["sample_id"].to_pylist(), sources.read(source, rows), strict=True):
-            same = isinstance(content, images.BadImage) or hashlib.sha256(content).hexdigest() == hashes.get(number)
-            yield content if same else images.BadImage(images.Reason.UNREADABLE, CHANGED)
+            same = isinstance(content, decode.BadImage) or hashlib.sha256(content).hexdigest() == hashes.get(number)
+            yield content if same else decode.BadImage(decode.Reason.UNREADABLE, CHANGED)
 
     found = {}
-    for row, picture in zip(rows.to_pylist(), decoder.thumbnails(unchanged(), limits), strict=True):
+    for row, picture in zip(rows.to_pylist(), child.thumbnails(unchanged(), limits), strict=True):
         missing = ""
-        if isinstance(picture, images.BadImage):
+        if isinstance(picture, decode.BadImage):
             missing = CHANGED if picture.detail == CHANGED else f"can no longer be read: {picture}"
-        shown = None if isinstance(picture, images.BadImage) else picture
+        shown = None if isinstance(picture, decode.BadImage) else picture
         found[row["sample_id"]] = _Original(row["key"], row["label"], shown, missing)
     return found
 

@@ -14,15 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pd_core import features, images, listing, sources
+from pd_core import features
 from pd_core.core import artifacts, files, seeds, trust
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings, ExtractionSettings, ExtractorSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.engine import resources, runs, tasks
 from pd_core.features import ExtractorSpec
+from pd_core.images import decode, listing, sources
+from pd_core.images.sources.names import unescape
 from pd_core.realset import RealSet
-from pd_core.sources.names import unescape
 
 BY_DENSITY = ("two_level", "quantiles", "match", "perturbed")  # how a set was chosen by its densities
 INDEX = "index"  # name of the space of the index
@@ -277,9 +278,9 @@ class Extraction:
     source: str | None = None
 
     @property
-    def limits(self) -> images.DecodeLimits:
+    def limits(self) -> decode.DecodeLimits:
         """Of decoding."""
-        return images.limits_of(self.data)
+        return decode.limits_of(self.data)
 
 
 def list_set(run: runs.Run, folder: str, source: sources.Source, extraction: Extraction) -> listing.Listing:

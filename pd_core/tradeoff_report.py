@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import decoder, sweeping, tradeoff, tradeoff_page
+from pd_core import sweeping, tradeoff, tradeoff_page
 from pd_core.core import artifacts, schemas
 from pd_core.core import files as core_files
 from pd_core.core.settings.evaluate import TradeoffSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
 from pd_core.evaluation_page import Number, interval
+from pd_core.images import child
 from pd_core.spaces import JUDGE
 from pd_core.tradeoff import Setting, Target
 from pd_core.tradeoff_page import Plane, Point, TradeoffData
@@ -229,6 +230,6 @@ def _thumbnails(uri: str, numbers: Sequence[int]) -> list[bytes]:
         ids = core_files.read_table(core_files.join(uri, part.name), ["sample_id"])["sample_id"].to_pylist()
         if here := [place for place, number in enumerate(ids) if number in wanted]:
             column = core_files.read_table(core_files.join(uri, part.name), ["image"])["image"]
-            pictures = decoder.sample_thumbnails((column[place].as_py() for place in here), uri)
+            pictures = child.sample_thumbnails((column[place].as_py() for place in here), uri)
             found |= zip((ids[place] for place in here), pictures, strict=True)
     return [found[number] for number in numbers if number in found]

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import FiniteFloat
 
-from pd_core import estimator, features, fitting, images, index, indexing, knn, listing, search, selfjoin, sources
+from pd_core import estimator, features, fitting, index, indexing, knn, search, selfjoin
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import files as core_files
 from pd_core.core import schemas, seeds, trust
@@ -35,6 +35,8 @@ from pd_core.core.settings.index import (
 )
 from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.features import load_features
+from pd_core.images import decode as images_decode
+from pd_core.images import listing, sources
 
 ADDED = "added"  # folder of the new images' own listing, features and quarantine
 REMOVED = "removed.parquet"  # in the listing of these, the sample ids of the base that are gone
@@ -415,11 +417,13 @@ def _unreadable(base: Base) -> np.ndarray:
     quarantine = core_artifacts.load_artifact(base.folder("quarantine"))
     found = [np.empty(0, np.int64)]
     for part in () if quarantine is None else quarantine.parts:
-        if images.Reason.UNREADABLE in part.counts:
+        if images_decode.Reason.UNREADABLE in part.counts:
             table = core_files.read_table(
                 core_files.join(base.folder("quarantine"), part.name), ["sample_id", "reason"]
             )
-            found.append(table.filter(pc.equal(table["reason"], images.Reason.UNREADABLE))["sample_id"].to_numpy())
+            found.append(
+                table.filter(pc.equal(table["reason"], images_decode.Reason.UNREADABLE))["sample_id"].to_numpy()
+            )
     return np.concatenate(found)
 
 

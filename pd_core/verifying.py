@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import decoder, images, releasing, sampling, search
+from pd_core import releasing, sampling, search
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
 from pd_core.core import artifacts, schemas, seeds, tables, trust
 from pd_core.core import files as core_files
@@ -29,6 +29,7 @@ from pd_core.core.errors import UserError, one_line, printable
 from pd_core.core.settings.curate import SET_NAME
 from pd_core.core.settings.data import DataSettings
 from pd_core.engine import console, resources, tasks
+from pd_core.images import child, decode
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
 BATCH_ROWS = 64  # with their images, read at once
@@ -566,5 +567,5 @@ def _pixels_hash(image: Mapping[str, Any] | None) -> str | None:
     """Of the picture in a file; its compressed bytes may be others, as another zlib makes them. None: no RGB picture."""
     if image is None or image["bytes"] is None:
         return None
-    pixels = decoder.pixels(image["bytes"], images.limits_of(DataSettings()))
+    pixels = child.pixels(image["bytes"], decode.limits_of(DataSettings()))
     return None if pixels is None else pixels_hash(pixels)

@@ -34,14 +34,16 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from pd_core import estimator, index, knn, realset, releasing, sources, spaces, updating
+from pd_core import estimator, index, knn, realset, releasing, spaces, updating
 from pd_core.core import artifacts, files
 from pd_core.core import locks as core_locks
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings
-from pd_core.images import BadImage, DecodeLimits, Preprocess, prepare
+from pd_core.images import sources
+from pd_core.images.decode import BadImage, DecodeLimits
+from pd_core.images.resize import Preprocess, prepare
 from tests import test_images, test_index, test_sources, tiny
 
 SECONDS, BYTES = 10.0, 1 << 30

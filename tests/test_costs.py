@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import joins, scaling, simulation
-from pd_core import costs, features, images, index, indexing, listing, planning, search, sources
+from pd_core import costs, features, index, indexing, planning, search
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
 from pd_core.engine import resources, tasks
+from pd_core.images import decode, listing, resize, sources
 from tests.synthetic import clustered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,7 +346,7 @@ def test_a_plan_says_what_limits_a_large_run_and_nothing_of_a_small_one():
 def planned(monkeypatch, nodes, elastic, **settings) -> str:
     """The plan of a build of a million images, as a cluster of these nodes would print it."""
     probed = planning.Probe(decode_s=0.003, extract_s=0.25, bad=0, tried=64, flops=1.9e11, model_bytes=1)
-    preprocess = images.Preprocess(224, 224, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
+    preprocess = resize.Preprocess(224, 224, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
     spec = features.ExtractorSpec("vit", None, "", 768, preprocess, "fp32", "")
     up = [{"Alive": True, "Resources": node} for node in nodes]
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
@@ -359,7 +360,7 @@ def planned(monkeypatch, nodes, elastic, **settings) -> str:
     chosen = BuildIndexSettings.model_validate({"output": "s3://bucket/out", "features": settings})
     source: Any = SimpleNamespace(root="s3://bucket/images", kind="images")
     before = resources.Cluster(0.0, 0.0, False, "", elastic=elastic)
-    return planning.plan(chosen, source, before, images.DecodeLimits(1, 1, (0, 0, 0), 1))
+    return planning.plan(chosen, source, before, decode.DecodeLimits(1, 1, (0, 0, 0), 1))
 
 
 NODE = {"CPU": 8.0, "memory": 24e9, "object_store_memory": 8e9}

@@ -11,7 +11,7 @@ from pd_core.core import artifacts, files
 from pd_core.core.errors import CredentialsRefused, UserError
 from pd_core.core.s3 import S3FileSystem
 from pd_core.engine import tasks
-from pd_core.sources import stores
+from pd_core.images.sources import stores
 from tests import tiny
 from tests.s3 import ACCESS_KEY, OTHER_KEY, READER_KEY, expiring_server, write_credentials
 

@@ -19,12 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import decoder, features, images, listing, sources
+from pd_core import features
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.engine import resources, tasks
-from pd_core.images import BadImage, DecodeLimits, Prepared, Preprocess, Reason
+from pd_core.images import child as images_child
+from pd_core.images import decode, listing, resize, sources
+from pd_core.images.decode import BadImage, DecodeLimits, Reason
+from pd_core.images.resize import Prepared, Preprocess
 from tests import tiny
 from tests.test_images import DECLARED, EXPENSIVE, WEBP_9999, jpeg_2000, picture, saved
 
@@ -39,9 +42,9 @@ FILES = [saved(picture(seed=i), kind) for i in range(50) for kind in ("PNG", "JP
 
 @pytest.fixture(autouse=True)
 def no_child_stays() -> Iterator[None]:
-    decoder.end()
+    images_child.end()
     yield
-    decoder.end()
+    images_child.end()
     assert not children()
 
 
@@ -66,7 +69,7 @@ def peak_bytes(process: psutil.Process) -> int:
 def here(data: bytes, limits: DecodeLimits = LIMITS) -> Prepared | BadImage:
     """What images.py makes of it, in this process."""
     try:
-        return images.prepare(data, limits, SMALL)
+        return resize.prepare(data, limits, SMALL)
     except BadImage as bad:
         return bad
 
@@ -93,10 +96,10 @@ def slow(megapixels: float) -> bytes:
 
 @pytest.mark.parametrize("group_images", [1, 7, 64, 1000])
 def test_pixels_facts_and_reasons_are_those_of_images(group_images, monkeypatch):
-    monkeypatch.setattr(decoder, "GROUP_IMAGES", group_images)
+    monkeypatch.setattr(images_child, "GROUP_IMAGES", group_images)
     unread = BadImage(Reason.UNREADABLE, "gone")
     contents: list[bytes | BadImage] = [*FILES[:5], unread, *FILES[5:], unread]
-    found = list(decoder.prepared(contents, LIMITS, SMALL))
+    found = list(images_child.prepared(contents, LIMITS, SMALL))
     assert len(found) == len(contents)
     for content, one in zip(contents, found, strict=True):
         assert_same(one, content if isinstance(content, BadImage) else here(content))
@@ -104,18 +107,18 @@ def test_pixels_facts_and_reasons_are_those_of_images(group_images, monkeypatch)
 
 
 def test_large_files_go_one_by_one(monkeypatch):
-    monkeypatch.setattr(decoder, "GROUP_BYTES", 100)
-    for content, one in zip(FILES[:20], decoder.prepared(FILES[:20], LIMITS, SMALL), strict=True):
+    monkeypatch.setattr(images_child, "GROUP_BYTES", 100)
+    for content, one in zip(FILES[:20], images_child.prepared(FILES[:20], LIMITS, SMALL), strict=True):
         assert_same(one, here(content))
 
 
 def test_nothing_to_decode_starts_nothing():
-    assert list(decoder.prepared([], LIMITS, SMALL)) == []
+    assert list(images_child.prepared([], LIMITS, SMALL)) == []
     assert not children()
 
 
 def test_iterators_between_each_other_do_not_wait_for_each_other():
-    first, second = decoder.prepared(FILES, LIMITS, SMALL), decoder.thumbnails(FILES, LIMITS)
+    first, second = images_child.prepared(FILES, LIMITS, SMALL), images_child.thumbnails(FILES, LIMITS)
     for content, one, thumbnail in zip(FILES, first, second, strict=True):
         assert_same(one, here(content))
         assert isinstance(thumbnail, bytes) == isinstance(one, Prepared)
@@ -123,45 +126,45 @@ def test_iterators_between_each_other_do_not_wait_for_each_other():
 
 
 def test_one_that_is_left_early_leaves_no_work_behind():
-    begun = decoder.prepared([slow(3)] * 3, LIMITS, SMALL)
+    begun = images_child.prepared([slow(3)] * 3, LIMITS, SMALL)
     next(begun)
     (busy,) = children()
     del begun
     assert not is_decoder(busy)
-    assert_same(next(decoder.prepared(FILES, LIMITS, SMALL)), here(FILES[0]))
+    assert_same(next(images_child.prepared(FILES, LIMITS, SMALL)), here(FILES[0]))
 
 
 def test_thumbnails():
     contents = [FILES[0], b"no picture", saved(picture(400, 300), "JPEG")]
-    small, bad, large = decoder.thumbnails(contents, LIMITS)
-    assert small == images.thumbnail(picture())
+    small, bad, large = images_child.thumbnails(contents, LIMITS)
+    assert small == resize.thumbnail(picture())
     assert isinstance(bad, BadImage)
-    assert large == images.thumbnail(images.decode(contents[2], LIMITS))
-    assert decoder.thumbnails_by_id([7, 8, 9], contents, LIMITS) == {7: small, 9: large}
+    assert large == resize.thumbnail(decode.decode(contents[2], LIMITS))
+    assert images_child.thumbnails_by_id([7, 8, 9], contents, LIMITS) == {7: small, 9: large}
 
 
 def test_a_thumbnail_of_noise_fits():
     noise = np.random.default_rng(0).integers(0, 256, (2, 640, 640, 3), np.uint8)
-    for side in (images.THUMBNAIL_PX, 640):
+    for side in (resize.THUMBNAIL_PX, 640):
         image = Image.fromarray(noise[0, :side, :side])
-        assert list(decoder.thumbnails([saved(image, "PNG")], LIMITS)) == [images.thumbnail(image)]
+        assert list(images_child.thumbnails([saved(image, "PNG")], LIMITS)) == [resize.thumbnail(image)]
 
 
 def test_pictures_of_samples():
     image = {"bytes": saved(picture(), "PNG"), "path": "0.png"}
-    assert decoder.sample_thumbnails([image, image], "samples/part-0") == [images.thumbnail(picture())] * 2
+    assert images_child.sample_thumbnails([image, image], "samples/part-0") == [resize.thumbnail(picture())] * 2
     for bad in (None, {"bytes": None}, {"bytes": b"\x89PNG\r\n\x1a\n"}, {"bytes": DECLARED["TIFF tile"][0]}):
         with pytest.raises(UserError, match=r"samples/part-0: holds a picture that cannot be shown \("):
-            decoder.sample_thumbnails([image, bad], "samples/part-0")
+            images_child.sample_thumbnails([image, bad], "samples/part-0")
 
 
 def test_pixels_of_a_png_of_ours():
-    pixels = decoder.pixels(saved(picture(), "PNG"), LIMITS)
+    pixels = images_child.pixels(saved(picture(), "PNG"), LIMITS)
     assert pixels is not None
     np.testing.assert_array_equal(pixels, np.asarray(picture()))
     huge = saved(picture(), "PNG").replace((31).to_bytes(4, "big"), (1 << 30).to_bytes(4, "big"), 1)
     others = [saved(picture().convert("L"), "PNG"), saved(picture(), "JPEG"), saved(picture(), "PNG")[:60], huge, b""]
-    assert [decoder.pixels(data, LIMITS) for data in others] == [None] * 5
+    assert [images_child.pixels(data, LIMITS) for data in others] == [None] * 5
 
 
 # ------------------------------------------------------------------------------------------------- hostile, and dying
@@ -170,7 +173,7 @@ def test_pixels_of_a_png_of_ours():
 def test_declared_bombs_cost_no_memory():
     """Alone each would take up to 2 GB or 14 s."""
     contents = [data for data, _ in DECLARED.values()]
-    for one, (_, expected) in zip(decoder.prepared(contents, EXPENSIVE, SMALL), DECLARED.values(), strict=True):
+    for one, (_, expected) in zip(images_child.prepared(contents, EXPENSIVE, SMALL), DECLARED.values(), strict=True):
         assert isinstance(one, BadImage)
         assert str(one).startswith(expected)
     (child,) = children()
@@ -179,17 +182,17 @@ def test_declared_bombs_cost_no_memory():
 
 @pytest.mark.parametrize("data", [WEBP_9999, jpeg_2000(9999, 9999)], ids=["WebP", "JPEG 2000"])
 def test_a_large_picture_in_a_small_file_stays_within_the_stated_memory(data):
-    (one,) = decoder.prepared([data], EXPENSIVE, SMALL)
+    (one,) = images_child.prepared([data], EXPENSIVE, SMALL)
     assert isinstance(one, Prepared)
     (child,) = children()
     assert 200 << 20 < peak_bytes(child) < EXPENSIVE.memory_bytes
 
 
 def test_one_that_takes_too_long_is_quarantined_and_the_others_are_not(monkeypatch):
-    monkeypatch.setattr(decoder, "WALL_FACTOR", 1000)  # it is the seconds of CPU that end it
+    monkeypatch.setattr(images_child, "WALL_FACTOR", 1000)  # it is the seconds of CPU that end it
     limits = replace(LIMITS, max_cpu_s=1)
     contents = [*FILES[:70], slow(4), *FILES[70:]]  # 1.4 s of CPU a megapixel
-    found = list(decoder.prepared(contents, limits, SMALL))
+    found = list(images_child.prepared(contents, limits, SMALL))
     bad = found.pop(70)
     assert isinstance(bad, BadImage)
     mebibytes = limits.memory_bytes >> 20
@@ -211,50 +214,50 @@ def disturbed(contents: list[bytes], disturb: Callable[[psutil.Process], None]) 
 
     thread = threading.Thread(target=wait_and_disturb)
     thread.start()
-    found = list(decoder.prepared(contents, LIMITS, SMALL))
+    found = list(images_child.prepared(contents, LIMITS, SMALL))
     thread.join()
     for content, one in zip(contents, found, strict=True):
         assert_same(one, here(content))
 
 
 def test_a_killed_child_loses_nothing(monkeypatch):
-    monkeypatch.setattr(decoder, "GROUP_IMAGES", 5)  # others wait in the queue
+    monkeypatch.setattr(images_child, "GROUP_IMAGES", 5)  # others wait in the queue
     disturbed([FILES[0], slow(1), *FILES[1:20]], lambda child: child.kill())
 
 
 def test_a_child_that_hangs_is_replaced(monkeypatch):
-    monkeypatch.setattr(decoder, "WALL_FACTOR", 0.07)  # 4.2 s, twice
+    monkeypatch.setattr(images_child, "WALL_FACTOR", 0.07)  # 4.2 s, twice
     disturbed([FILES[0], slow(0.6), *FILES[1:20]], lambda child: child.suspend())
 
 
 def test_memory_that_runs_out_is_tried_once_more_in_a_new_child():
-    assert list(decoder.prepared(FILES[:1], LIMITS, SMALL))
+    assert list(images_child.prepared(FILES[:1], LIMITS, SMALL))
     (child,) = children()
     limit = 200 << 20
     child.rlimit(psutil.RLIMIT_DATA, (limit, limit))
     large = saved(Image.new("RGB", (8000, 8000), (1, 2, 3)), "PNG")  # 256 MB
     contents = [FILES[0], large, FILES[1]]
     limits = replace(LIMITS, max_pixels=64_000_000)
-    for content, one in zip(contents, decoder.prepared(contents, limits, SMALL), strict=True):
+    for content, one in zip(contents, images_child.prepared(contents, limits, SMALL), strict=True):
         assert_same(one, here(content, limits))
     assert children()[0].pid != child.pid
 
 
 def test_a_child_that_dies_while_nobody_looks_is_replaced():
-    assert list(decoder.prepared(FILES[:1], LIMITS, SMALL))
+    assert list(images_child.prepared(FILES[:1], LIMITS, SMALL))
     children()[0].kill()
-    for content, one in zip(FILES, decoder.prepared(FILES, LIMITS, SMALL), strict=True):
+    for content, one in zip(FILES, images_child.prepared(FILES, LIMITS, SMALL), strict=True):
         assert_same(one, here(content))
 
 
 def test_a_child_that_cannot_start_is_no_images_fault(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RunError, match=r"ended before it began \(exit code 1\)"):
-        list(decoder.prepared(FILES, LIMITS, SMALL))
+        list(images_child.prepared(FILES, LIMITS, SMALL))
 
 
 def test_the_child_has_the_limits_that_are_stated():
-    assert list(decoder.prepared(FILES[:1], LIMITS, SMALL))
+    assert list(images_child.prepared(FILES[:1], LIMITS, SMALL))
     (child,) = children()
     least, most = LIMITS.memory_bytes, LIMITS.memory_bytes + (128 << 20)  # beside what it has before any image
     assert least < child.rlimit(psutil.RLIMIT_DATA)[0] < most
@@ -264,7 +267,7 @@ def test_the_child_has_the_limits_that_are_stated():
 
 def test_room_for_a_huge_picture_is_not_kept():
     png = saved(Image.new("RGB", (10_000, 10_000)), "PNG")
-    pixels = decoder.pixels(png, replace(LIMITS, max_pixels=10**8))
+    pixels = images_child.pixels(png, replace(LIMITS, max_pixels=10**8))
     assert pixels is not None
     assert pixels.shape == (10_000, 10_000, 3)
     assert not children()
@@ -275,7 +278,7 @@ def test_the_child_knows_little(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with open(__file__) as own:
         os.set_inheritable(own.fileno(), True)
-        assert list(decoder.prepared(FILES[:1], LIMITS, SMALL))
+        assert list(images_child.prepared(FILES[:1], LIMITS, SMALL))
         (child,) = children()
         assert "AWS_SECRET_ACCESS_KEY" not in child.environ()
         assert [file.path for file in child.open_files() if file.path.endswith(".py")] == []
@@ -365,7 +368,7 @@ def test_repetitions_take_ever_fewer_batches_together(ray_cluster, inputs, tmp_p
     listed, _ = tasks.get(listing.start(source, str(tmp_path), 8, overwrite=False))
     stage = features.stage_of(str(tmp_path), listed, features.describe(settings), data, settings, "cpu")
     stage.begin(overwrite=False)
-    work = features.Work(source, listed, features.describe(settings), images.limits_of(data), 1, stage)
+    work = features.Work(source, listed, features.describe(settings), decode.limits_of(data), 1, stage)
     together: list[int] = []
 
     def execute(work: features.Work, *_: object) -> None:

@@ -19,7 +19,7 @@ import ray.data
 import scipy.stats
 from PIL import Image
 
-from pd_core import acceptance, density, listing, realset, sources
+from pd_core import acceptance, density, realset
 from pd_core.core import artifacts, seeds
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError
@@ -29,6 +29,7 @@ from pd_core.core.settings.generate import WeightingSettings
 from pd_core.engine import runs, tasks, tracking
 from pd_core.finetuning import Share, draws, stream, weights
 from pd_core.finetuning.draws import Draws
+from pd_core.images import listing, sources
 from tests import tiny
 
 SIZE = (12, 16)

@@ -30,7 +30,7 @@ from pd_core.finetuning.judging import Plan
 from pd_core.finetuning.merging import Search
 from pd_core.generators import normal_latents, to_uint8
 from pd_core.halfsamples import Estimate
-from pd_core.images import Preprocess
+from pd_core.images.resize import Preprocess
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pd_core import finetuned_page, finetuned_report, images
+from pd_core import finetuned_page, finetuned_report
 from pd_core.candidates import picture
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings import finetune, load
@@ -21,6 +21,7 @@ from pd_core.engine import runs
 from pd_core.evaluation_page import Number, interval
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import merging
+from pd_core.images import resize
 from pd_core.report import page as report_page
 from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
 
@@ -48,7 +49,7 @@ def logged(name: str, many: int = 300) -> Logged:
 
 
 def shown(i: int, label: str | None = "cat", states=("before", "best", "merged")) -> Shown:
-    shots = {s: Shot(0.5 + 0.0137 * i + 0.31 * j, images.thumbnail(pixels(10 * i + j))) for j, s in enumerate(states)}
+    shots = {s: Shot(0.5 + 0.0137 * i + 0.31 * j, resize.thumbnail(pixels(10 * i + j))) for j, s in enumerate(states)}
     return Shown(i, 900_000 + i, label, shots)
 
 
@@ -106,7 +107,7 @@ def page() -> Page:
 # most tests look at text, and a figure takes a third of a second
 @pytest.fixture
 def no_figures(monkeypatch):
-    blank = images.thumbnail(pixels(0))
+    blank = resize.thumbnail(pixels(0))
     for name in ("metric_png", "path_png", "history_png"):
         monkeypatch.setattr(finetuned_page, name, lambda *_: blank)
 
@@ -371,7 +372,7 @@ def test_what_is_gathered_is_what_was_written(tmp_path):
     ]
     for i, one in enumerate(data.shown):
         for state, place in (("before", 0), ("best", STEPS.index(200)), ("merged", 9)):
-            assert one.shots[state].thumbnail == images.thumbnail(pixels(100 * place + i))
+            assert one.shots[state].thumbnail == resize.thumbnail(pixels(100 * place + i))
             assert one.shots[state].density == 0.5 + 0.1234 * place + 0.0137 * i
     assert (data.effective_size, data.n_images, data.best, data.asked) == (412.4, 1797, 200, 500)
     facts = dict(data.facts["Weights of the real images"])

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from demo.make_digits import TIMM_MODEL, write_checkpoint, write_digits
-from pd_core import images
 from pd_core.core import errors, schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import WORKFLOWS, setting_names
 from pd_core.engine import console
+from pd_core.images import decode
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -286,7 +286,7 @@ def test_every_column_that_is_written_is_described(table: str) -> None:
 
 def test_every_reason_of_quarantine_is_described() -> None:
     text = (ROOT / "docs" / "artifacts.md").read_text()
-    assert [reason.value for reason in images.Reason if f"`{reason.value}`" not in text] == []
+    assert [reason.value for reason in decode.Reason if f"`{reason.value}`" not in text] == []
 
 
 # --- the papers of the house -----------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from pd_core import images
 from pd_core.core.errors import UserError
-from pd_core.images import BadImage, DecodeLimits, Preprocess, Reason, decode, prepare, resize
+from pd_core.images import decode as images_decode
+from pd_core.images import resize as images_resize
+from pd_core.images.decode import BadImage, DecodeLimits, Reason, decode
+from pd_core.images.resize import Preprocess, prepare, resize
 
 LIMITS = DecodeLimits(max_bytes=2**22, max_pixels=2**20, background=(200, 100, 50), max_cpu_s=60)
 
@@ -280,7 +282,7 @@ def test_too_many_pixels_is_known_from_the_header(kind, monkeypatch):
     def load(self):
         pytest.fail("the pixels were decoded")
 
-    for decoder in images._DECODERS.values():
+    for decoder in images_decode._DECODERS.values():
         monkeypatch.setattr(decoder, "load", load)
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     with pytest.raises(BadImage, match=f"too_many_pixels: {BIG}x{BIG} = {BIG * BIG} pixels, the limit is 1048576"):
@@ -296,7 +298,7 @@ def test_limits_are_inclusive():
 
 
 def test_too_many_bytes_meets_no_parser(monkeypatch):
-    monkeypatch.setattr(images, "_DECODERS", None)
+    monkeypatch.setattr(images_decode, "_DECODERS", None)
     assert reason_of(bytes(LIMITS.max_bytes + 1)) is Reason.TOO_MANY_BYTES
 
 
@@ -389,7 +391,7 @@ def test_what_a_codec_would_take_is_known_before_it_runs(name, monkeypatch):
     def load(self):
         pytest.fail("the pixels were decoded")
 
-    for decoder in images._DECODERS.values():
+    for decoder in images_decode._DECODERS.values():
         monkeypatch.setattr(decoder, "load", load)
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     data, expected = DECLARED[name]
@@ -432,7 +434,7 @@ def test_whatever_a_codec_raises_is_that_images(error, monkeypatch):
     def load(self):
         raise error("of a codec")
 
-    monkeypatch.setattr(images._DECODERS["PNG"], "load", load)
+    monkeypatch.setattr(images_decode._DECODERS["PNG"], "load", load)
     expected = Reason.TOO_EXPENSIVE if error is MemoryError else Reason.CORRUPT
     assert reason_of(saved(picture(), "PNG")) is expected
 
@@ -614,7 +616,7 @@ def timm_pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
 @pytest.mark.parametrize("crop_pct", [1.0, 0.95, 0.9, 0.875, 0.41])
 def test_resize_is_timms_bit_for_bit(crop_mode, target, crop_pct):
     height, width = target
-    for interpolation in images._INTERPOLATION:
+    for interpolation in images_resize._INTERPOLATION:
         preprocess = Preprocess(
             height, width, interpolation, crop_pct, crop_mode, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         )
@@ -700,6 +702,6 @@ def test_prepare_reports_the_upright_source():
 
 
 def test_decode_workers_stay_light():
-    code = "import sys, pd_core.images; print(*{m.split('.')[0] for m in sys.modules})"
+    code = "import sys, pd_core.images.decode; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
     assert not {"torch", "torchvision", "timm", "ray", "pandas", "pyarrow", "mlflow"} & set(loaded)

@@ -17,7 +17,7 @@ from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
 from pd_core.engine import session
 from pd_core.features import ExtractorSpec
-from pd_core.images import Preprocess
+from pd_core.images.resize import Preprocess
 
 DIM, ROWS, K, CELLS = 4, 60, 3, 2
 

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pd_core import density, images
+from pd_core import density
 from pd_core.build import page as build_page
 from pd_core.build.page import IndexFacts, ReportData
-from pd_core.images import Reason
+from pd_core.images import resize
+from pd_core.images.decode import Reason
 from pd_core.report import figures
 from pd_core.report import page as report_page
 from pd_core.report.page import Calibration, LabelRow, Picture
@@ -69,7 +70,7 @@ def picture(i: int, *, key: str | None = None, label: str | None = "cat", distan
         0.5 + i * 0.0137,
         0.01 + i * 0.7,
         20 - i * 0.1,
-        images.thumbnail(pixels(i)),
+        resize.thumbnail(pixels(i)),
         distance,
     )
 
@@ -118,7 +119,7 @@ def page() -> Page:
 # A page without figures: most tests look at text, and a figure takes a third of a second.
 @pytest.fixture
 def no_figures(monkeypatch):
-    blank = images.thumbnail(Image.new("RGB", (2, 2)))
+    blank = resize.thumbnail(Image.new("RGB", (2, 2)))
     for name in ("histogram_png", "labels_png", "calibration_png"):
         monkeypatch.setattr(report_page, name, lambda *_: blank)
 
@@ -382,21 +383,21 @@ def test_the_code_in_the_page_reads_the_densities(tmp_path, name, no_figures):
 
 def test_small_pictures_are_enlarged_by_a_whole_factor_without_smoothing():
     image = pixels(0, (8, 5))
-    enlarged = np.asarray(Image.open(io.BytesIO(images.thumbnail(image, 96))))
+    enlarged = np.asarray(Image.open(io.BytesIO(resize.thumbnail(image, 96))))
     assert np.array_equal(enlarged, np.asarray(image).repeat(12, axis=0).repeat(12, axis=1))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16"])
 @pytest.mark.parametrize(("size", "expected"), [((400, 300), (96, 72)), ((3000, 2), (96, 1)), ((97, 97), (96, 96))])
 def test_large_pictures_keep_their_ratio(mode, size, expected):
-    data = images.thumbnail(Image.new(mode, size), 96)
+    data = resize.thumbnail(Image.new(mode, size), 96)
     assert Image.open(io.BytesIO(data)).size == expected
     assert data.startswith(b"\xff\xd8")
 
 
 def test_a_page_of_full_grids_of_photographs_stays_below_5_mb(no_figures):
     # noise is the worst case of JPEG: photographs take a third
-    noise = images.thumbnail(pixels(0, (640, 480)))
+    noise = resize.thumbnail(pixels(0, (640, 480)))
     entry = dataclasses.replace(picture(0), thumbnail=noise)
     neighbors = [(entry, [entry] * 8)] * 6
     page = build_page.render(example(lowest=[entry] * 32, highest=[entry] * 32, neighbors=neighbors))

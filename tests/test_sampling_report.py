@@ -16,12 +16,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pd_core import acceptance, density, images, piloting, realset, sampling, sampling_page, sampling_report, sources
+from pd_core import acceptance, density, piloting, realset, sampling, sampling_page, sampling_report
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.engine import runs
+from pd_core.images import resize, sources
 from pd_core.report import page as report_page
 from pd_core.report.page import Calibration
 from pd_core.sampling_page import Count, Expected, Pair, Sample, SamplesData, Weight
@@ -32,7 +33,7 @@ from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
 
 def sample(i: int, *, label: str | None = "cat", prompt: str | None = None, probability: float | None = 0.25) -> Sample:
     # values whose first four digits are all different, so that each can be looked for in the page
-    thumbnail = images.thumbnail(pixels(i))
+    thumbnail = resize.thumbnail(pixels(i))
     return Sample(7000 + i, 900_000 + i, 0.5 + i * 0.0137, 0.01 + i * 0.7, probability, label, prompt, thumbnail)
 
 
@@ -41,7 +42,7 @@ def example(**changes: Any) -> SamplesData:
     real = density.pseudo_density(rng.gamma(9.0, 2.0, 5000), 1.0)
     generated, accepted = (rng.multinomial(m, p) for m, p in ((2000, weights(-1)), (600, weights(1))))
     log_rho = rng.normal(size=300)
-    original = images.thumbnail(pixels(99))
+    original = resize.thumbnail(pixels(99))
     values: dict[str, Any] = {
         "title": "Generated images",
         "output": "runs/typical",
@@ -96,7 +97,7 @@ def page() -> Page:
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    blank = images.thumbnail(Image.new("RGB", (2, 2)))
+    blank = resize.thumbnail(Image.new("RGB", (2, 2)))
     for module, name in (
         (sampling_page, "histogram_png"),
         (sampling_page, "acceptance_png"),

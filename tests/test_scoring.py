@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pd_core import images, scoring
+from pd_core import scoring
 from pd_core.core.errors import UserError
-from pd_core.images import Preprocess
+from pd_core.images import resize
+from pd_core.images.resize import Preprocess
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -37,7 +38,7 @@ def test_a_batch_is_resized_as_pillow_resizes_each(size, interpolation, crop_pct
     of the absolute weights of the second (1.5 for bicubic at most), and each rounds once more: less than 2 steps of 255."""
     preprocess = Preprocess(64, 64, interpolation, crop_pct, crop_mode, MEAN, STD)
     batch = np.stack([smooth(size[0], size[1], seed) for seed in range(5)])
-    expected = np.stack([images.resize(Image.fromarray(p), preprocess) for p in batch]).astype(int)
+    expected = np.stack([resize.resize(Image.fromarray(p), preprocess) for p in batch]).astype(int)
     found = scoring.resize_batch(torch.from_numpy(batch), preprocess).permute(0, 2, 3, 1).numpy().astype(int)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 2
@@ -60,7 +61,7 @@ def test_without_rounding_a_batch_is_resized_to_the_same_within_the_rounding(siz
     found = scoring.resize_images(planes / 127.5 - 1, preprocess)
     assert found.dtype == torch.float32 and found.shape == expected.shape
     assert (found - expected).abs().max() <= 1.25 + 1e-3  # float32 sums of values up to 255
-    target = images.resized_size(size[0], size[1], preprocess)
+    target = resize.resized_size(size[0], size[1], preprocess)
     if target != size:
         rounded = scoring._center_crop(scoring._resized(planes, target, interpolation, rounded=True), preprocess)
         assert (rounded - expected).abs().max() <= 2

@@ -26,14 +26,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_core import images, sources
 from pd_core.core import schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.s3 import S3FileSystem
 from pd_core.core.settings.data import DataSettings
-from pd_core.images import BadImage, Reason
-from pd_core.sources import names, stores, webdataset
-from pd_core.sources.source import expand_braces
+from pd_core.images import decode, sources
+from pd_core.images.decode import BadImage, Reason
+from pd_core.images.sources import names, stores, webdataset
+from pd_core.images.sources.base import expand_braces
 from tests.s3 import S3Server
 
 ODD_NAMES = [
@@ -216,7 +216,7 @@ def test_order_does_not_depend_on_creation(tmp_path: Path) -> None:
 
 
 def test_large_listings_come_in_several_tables_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pd_core.sources import files as module
+    from pd_core.images.sources import folders as module
 
     write(tmp_path, {f"{i}.png": b"" for i in range(25)})
     monkeypatch.setattr(module, "TABLE_ROWS", 7)
@@ -288,9 +288,9 @@ def test_what_links_lead_to_is_not_quoted(tmp_path: Path) -> None:
     write(tmp_path, {"token": b"hunter2 is the token"})
     for follow, told in ((False, "starts with b'hunter2"), (True, "20 bytes of no known format")):
         data = {"source": str(tmp_path), "follow_links": follow}
-        limits = images.limits_of(DataSettings.model_validate(data))
+        limits = decode.limits_of(DataSettings.model_validate(data))
         with pytest.raises(BadImage, match=told):
-            images.decode((tmp_path / "token").read_bytes(), limits)
+            decode.decode((tmp_path / "token").read_bytes(), limits)
 
 
 @pytest.mark.timeout(60)
@@ -525,7 +525,7 @@ def image_table(images: Sequence[bytes | None], form: str) -> pa.Table:
 def test_parquet_reads_any_slice_across_batches_row_groups_and_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, batch_rows: int
 ) -> None:
-    from pd_core.sources import parquet
+    from pd_core.images.sources import parquet
 
     monkeypatch.setattr(parquet, "MAX_BATCH_ROWS", batch_rows)
     images = [os.urandom(i % 50) for i in range(100)]
@@ -1100,7 +1100,7 @@ def test_s3_tars(place: Place) -> None:
 
 def test_s3_parquet(place: Place) -> None:
     images = [os.urandom(20_000) for _ in range(300)]
-    table = image_table(images, "struct")
+    table = image_table(decode, "struct")
     place.put("pq/a.parquet", parquet_bytes(table.slice(0, 250), row_group_size=100))
     place.put("pq/b.parquet", parquet_bytes(table.slice(250)))
     source = opened(f"{place.uri}/pq", labels="column:class")

@@ -11,12 +11,13 @@ import pytest
 import ray
 import ray.data
 
-from pd_core import costs, estimator, indexing, pipeline, search, sources, updating
+from pd_core import costs, estimator, indexing, pipeline, search, updating
 from pd_core.core import artifacts, errors
 from pd_core.core import files as core_files
 from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings, EstimatorSettings
+from pd_core.images import sources
 from tests import tiny
 
 EARLIER = 110  # images of the base

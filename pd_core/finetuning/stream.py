@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import decoder, images, sources
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.engine import console, resources
@@ -24,6 +23,7 @@ from pd_core.engine import tasks as engine_tasks
 from pd_core.finetuning import Batch, Share
 from pd_core.finetuning.draws import Draws, Window
 from pd_core.finetuning.weights import Drawable
+from pd_core.images import child, decode, resize, sources
 
 TASK_BYTES = 32 << 20  # pixels that a task hands over at most, unless one step has more
 TASK_IMAGES = (
@@ -56,7 +56,7 @@ class _Plan:
     batch_size: int
     b: int
     mirror: bool
-    preprocess: images.Preprocess
+    preprocess: resize.Preprocess
 
     @property
     def step_bytes(self) -> int:
@@ -116,7 +116,7 @@ def batches(
         RunError: the store does not answer.
     """
     settings, b = drawable.pictures.source.settings, check_share(batch_size, share.world)
-    preprocess = images.Preprocess(*size, "bicubic", 1.0, "center", (0.0,) * 3, (1.0,) * 3)
+    preprocess = resize.Preprocess(*size, "bicubic", 1.0, "center", (0.0,) * 3, (1.0,) * 3)
     plan = _Plan(drawable, share.rank, batch_size, b, mirror, preprocess)
     stop, together = first_step + steps, _steps_together(plan)
     most_replaced, replaced = int(settings.max_bad_fraction * stop * b), 0
@@ -163,7 +163,7 @@ def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Gener
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=feed.cpus,
-            memory=resources.decode_memory(images.limits_of(plan.drawable.pictures.source.settings).memory_bytes),
+            memory=resources.decode_memory(decode.limits_of(plan.drawable.pictures.source.settings).memory_bytes),
             compute=ray.data.TaskPoolStrategy(size=min(feed.tasks, len(runs))),
         )
     blocks: Any = iter(made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD_BLOCKS))
@@ -240,7 +240,7 @@ class _Maker:
         self.draws = Draws(drawable.part_weights, drawable.rows, drawable.seed)
         self.pixels: dict[Place, np.ndarray] = {}
         self.facts: dict[Place, tuple[int, float, str | None]] = {}
-        self.bad: dict[Place, images.BadImage] = {}
+        self.bad: dict[Place, decode.BadImage] = {}
 
     def draw(self, positions: np.ndarray) -> list[_Drawn]:
         """The image of each draw at ascending positions, or the one that stands in for it."""
@@ -294,9 +294,9 @@ class _Maker:
             ]
         )
         columns = (rows[name].to_pylist() for name in ("sample_id", "density", "label"))
-        made = decoder.prepared(sources.read(source, rows), images.limits_of(source.settings), self.plan.preprocess)
+        made = child.prepared(sources.read(source, rows), decode.limits_of(source.settings), self.plan.preprocess)
         for image, facts, one in zip(missing, zip(*columns, strict=True), made, strict=True):
-            if isinstance(one, images.BadImage):
+            if isinstance(one, decode.BadImage):
                 self.bad[image] = one
             else:
                 self.pixels[image], self.facts[image] = one.pixels, facts

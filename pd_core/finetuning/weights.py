@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import acceptance, piloting, sources, spaces
+from pd_core import acceptance, piloting, spaces
 from pd_core.acceptance import Weighting
 from pd_core.candidates import EVERYTHING
 from pd_core.core import artifacts, files, schemas
@@ -22,8 +22,9 @@ from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import WeightingSettings
 from pd_core.engine import console, resources, runs, tasks
-from pd_core.listing import Listing, read_artifact
-from pd_core.listing import start as start_listing
+from pd_core.images import sources
+from pd_core.images.listing import Listing, read_artifact
+from pd_core.images.listing import start as start_listing
 from pd_core.realset import RealSet
 
 KINDS = ("two_level", "quantiles", "none")  # of weightings that need no generated samples

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core.sources import names
-from pd_core.sources.source import TABLE_ROWS, Source, entries, listing_table
+from pd_core.images.sources import names
+from pd_core.images.sources.base import TABLE_ROWS, Source, entries, listing_table
 
 
 def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:

@@ -16,7 +16,7 @@ from fsspec.utils import glob_translate
 from pd_core.core import files, schemas
 from pd_core.core.errors import UserError, printable
 from pd_core.core.settings.data import DataSettings
-from pd_core.sources import names, stores
+from pd_core.images.sources import names, stores
 
 Kind = Literal["directory", "glob", "parquet", "webdataset"]
 

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import sources
 from pd_core.core import artifacts, schemas, tables, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError, one_line
 from pd_core.engine import console, tasks
+from pd_core.images import sources
 
 SAMPLE_ROWS = 512  # of a dry run
 

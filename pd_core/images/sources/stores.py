@@ -26,8 +26,8 @@ import fsspec.asyn
 
 from pd_core.core import files
 from pd_core.core.errors import RunError, UserError, printable
-from pd_core.images import BadImage, Reason
-from pd_core.sources import names
+from pd_core.images.decode import BadImage, Reason
+from pd_core.images.sources import names
 
 RETRY_DELAYS_S = (0.5, 2.0, 8.0)  # on top of the retries inside botocore and s3fs
 GROUP_BYTES = 64 << 20  # fetched from S3 at a time

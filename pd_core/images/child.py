@@ -33,9 +33,10 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import AvifImagePlugin
 
-from pd_core import images
 from pd_core.core.errors import RunError, UserError
-from pd_core.images import BadImage, DecodeLimits, Prepared, Preprocess, Reason
+from pd_core.images import decode, resize
+from pd_core.images.decode import BadImage, DecodeLimits, Reason
+from pd_core.images.resize import Prepared, Preprocess
 
 GROUP_IMAGES = 64  # handed over together: few enough that the worker's next read is never long behind
 GROUP_BYTES = 16 << 20  # of files; one that has more goes alone
@@ -125,7 +126,7 @@ def prepared(
 
 def thumbnails(contents: Iterable[bytes | BadImage], limits: DecodeLimits) -> Iterator[bytes | BadImage]:
     """`images.thumbnail` of each file, in order; a BadImage among them comes out as it is."""
-    room = 8 * images.THUMBNAIL_PX**2  # a file of noise has little over 3 bytes a pixel
+    room = 8 * resize.THUMBNAIL_PX**2  # a file of noise has little over 3 bytes a pixel
     return _answers(contents, _Request(limits, room), lambda _, data: bytes(data))
 
 
@@ -147,7 +148,7 @@ def sample_thumbnails(pictures: Iterable[Mapping[str, Any] | None], where: str) 
 
     contents = ((picture or {}).get("bytes") or b"" for picture in pictures)
     made = []
-    for one in thumbnails(contents, images.limits_of(DataSettings())):
+    for one in thumbnails(contents, decode.limits_of(DataSettings())):
         if isinstance(one, BadImage):
             raise UserError(f"{where}: holds a picture that cannot be shown ({one}); make the table again")
         made.append(one)
@@ -318,7 +319,7 @@ class _Decoder:
         files = [buffer.file for buffer in self.buffers]
         program = f"from pd_core import decoder; decoder.serve({files}, {os.getpid()})"
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        path = os.pathsep.join([str(Path(images.__file__).parent.parent), *(entry for entry in sys.path if entry)])
+        path = os.pathsep.join([str(Path(decode.__file__).parent.parent), *(entry for entry in sys.path if entry)])
         self.ready = False
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", program],
@@ -477,9 +478,9 @@ def _serve_one(memory: mmap.mmap, layout: _Layout, i: int, content: slice, reque
 
 def _make(data: bytes, request: _Request) -> tuple[_Facts, bytes | memoryview]:
     if request.preprocess is None:
-        made = images.make_thumbnail(data, request.limits)
+        made = resize.make_thumbnail(data, request.limits)
         return (len(made), 1, 1, ""), made
-    one = images.prepare(data, request.limits, request.preprocess)
+    one = resize.prepare(data, request.limits, request.preprocess)
     return (one.pixels.size, one.width, one.height, one.content_hash), one.pixels.data.cast("B")
 
 

@@ -21,10 +21,10 @@ from pd_core.core import trust
 from pd_core.core.errors import UserError, one_line, printable
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.tables import bounded_batches, open_parquet
-from pd_core.images import BadImage, Reason
-from pd_core.sources import names, stores
-from pd_core.sources.source import TABLE_ROWS, Source, containers, listing_table
-from pd_core.sources.stores import Entry, Sleep, Span
+from pd_core.images.decode import BadImage, Reason
+from pd_core.images.sources import names, stores
+from pd_core.images.sources.base import TABLE_ROWS, Source, containers, listing_table
+from pd_core.images.sources.stores import Entry, Sleep, Span
 
 Store = stores.Local | stores.S3
 

@@ -18,10 +18,10 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from pd_core.core.errors import UserError, printable
-from pd_core.images import BadImage, Reason
-from pd_core.sources import names, stores, tars
-from pd_core.sources.source import Source, containers, listing_table
-from pd_core.sources.stores import Span
+from pd_core.images.decode import BadImage, Reason
+from pd_core.images.sources import names, stores, tars
+from pd_core.images.sources.base import Source, containers, listing_table
+from pd_core.images.sources.stores import Span
 
 Store = stores.Local | stores.S3
 

@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from pd_core.core import schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings
-from pd_core.images import BadImage
-from pd_core.sources import files, names, parquet, webdataset
-from pd_core.sources.names import check_unique, sample_id, sample_ids
-from pd_core.sources.source import Source, decide_kind, entries, locate, require_some
-from pd_core.sources.stores import HOW_TO_FOLLOW, OUTSIDE, Sleep, Span
+from pd_core.images.decode import BadImage
+from pd_core.images.sources import folders, names, parquet, webdataset
+from pd_core.images.sources.base import Source, decide_kind, entries, locate, require_some
+from pd_core.images.sources.names import check_unique, sample_id, sample_ids
+from pd_core.images.sources.stores import HOW_TO_FOLLOW, OUTSIDE, Sleep, Span
 
 __all__ = [
     "HOW_TO_FOLLOW",
@@ -137,7 +137,7 @@ def list_images(source: Source, skipped: Counter[str] | None = None) -> Iterator
     """
     counts = Counter() if skipped is None else skipped
     modules = {"parquet": parquet.tables, "webdataset": webdataset.tables}
-    tables = modules.get(source.kind, files.tables)(source, counts)
+    tables = modules.get(source.kind, folders.tables)(source, counts)
     return tables if source.only is None else _with(tables, *source.only)
 
 
