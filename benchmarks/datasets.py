@@ -181,12 +181,12 @@ def save_views(path: str, images: str | None, checkpoint: str, rows: int, second
 def _extractor(checkpoint: str, threads: int) -> Any:
     from dataclasses import replace
 
-    from pd_core import features
     from pd_core.core.settings.index import FeatureSettings
+    from pd_core.index import extractor
 
-    spec = features.describe(FeatureSettings(model=MODEL, checkpoint=checkpoint))
+    spec = extractor.describe(FeatureSettings(model=MODEL, checkpoint=checkpoint))
     spec = replace(spec, preprocess=replace(spec.preprocess, height=VIEW_PX, width=VIEW_PX))
-    return features.Extractor(spec, threads=threads).extract
+    return extractor.Extractor(spec, threads=threads).extract
 
 
 def pictures(images: str | None, rows: int, seed: int) -> Iterator[np.ndarray]:

@@ -17,11 +17,11 @@ import pyarrow as pa
 from PIL import Image
 
 from benchmarks import process, table
-from pd_core import features
 from pd_core.core import artifacts
 from pd_core.core.settings.data import DataSettings
 from pd_core.images import child as images_child
 from pd_core.images import decode, resize, sources
+from pd_core.index import features
 
 BATCH = 64
 TOGETHER = 4  # batches of a task

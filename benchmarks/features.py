@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import datasets, process, table
-from pd_core import features
 from pd_core.core import artifacts
 from pd_core.core import files as core_files
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.engine import session, tasks
 from pd_core.images import decode, listing, resize, sources
+from pd_core.index import extractor as index_extractor
+from pd_core.index import features
 
 BATCH = 64
 PART = 256
@@ -95,14 +96,14 @@ def _compare(files: list[Path], px: int, rows: int, repeats: int) -> list[dict[s
 # ---- the sides, each in a process of its own -------------------------------------------------------------------------
 
 
-def _at(spec: features.ExtractorSpec, px: int) -> features.ExtractorSpec:
+def _at(spec: index_extractor.ExtractorSpec, px: int) -> index_extractor.ExtractorSpec:
     return replace(spec, preprocess=replace(spec.preprocess, height=px, width=px))
 
 
 def plain_loop(source: str, px: int, checkpoint: str) -> dict[str, float]:
     """Read, prepare and extract every image, batch by batch."""
-    spec = _at(features.describe(FeatureSettings(model=datasets.MODEL, checkpoint=checkpoint)), px)
-    extractor = features.Extractor(spec, threads=THREADS)
+    spec = _at(index_extractor.describe(FeatureSettings(model=datasets.MODEL, checkpoint=checkpoint)), px)
+    extractor = index_extractor.Extractor(spec, threads=THREADS)
     files = sorted(Path(source).rglob("*.png"))
     limits = decode.limits_of(DataSettings())
 
@@ -128,7 +129,7 @@ def stage(source: str, px: int, checkpoint: str, output: str) -> dict[str, Any]:
     watch = artifacts.Stopwatch()
     with session.session(output) as now:
         ray_s = watch.seconds
-        spec = _at(tasks.get(features.describe_remotely(settings)), px)
+        spec = _at(tasks.get(index_extractor.describe_remotely(settings)), px)
         opened = sources.open_source(data)
         listed, _ = tasks.get(listing.start(opened, output, PART, overwrite=False))
         featuring = features.stage_of(output, listed, spec, data, settings, "cpu")

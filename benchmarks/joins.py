@@ -19,10 +19,14 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pd_core import index, indexing, knn, search, selfjoin
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
+from pd_core.density import densities as density_densities
 from pd_core.engine import resources, session
+from pd_core.index import build as index_build
+from pd_core.index import knn, recall, search
+from pd_core.index import neighbors as index_neighbors
+from pd_core.index import shards as index_shards
 
 K = 20
 THREADS = 2
@@ -56,15 +60,17 @@ def complete(
 ) -> tuple[dict[str, artifacts.Artifact], str]:
     """Index, neighbors and densities of committed features under `output`, by the stages of the workflow; and the index's place."""
     uri = files.join(output, "features")
-    stage, resolved = indexing.stage_of(output, featured, settings.index, settings.density)
-    indexed = stage.complete(lambda: indexing.run(stage, uri, featured, resolved, settings.density), False)
+    stage, resolved = index_build.stage_of(output, featured, settings.index, settings.density)
+    indexed = stage.complete(lambda: index_build.run(stage, uri, featured, resolved, settings.density), False)
     info = search.open_index(stage.uri)
-    near = selfjoin.neighbors_stage(output, info, settings.density)
+    near = index_neighbors.neighbors_stage(output, info, settings.density)
     neighbors = near.complete(
-        lambda: selfjoin.find_neighbors(near, info, uri, featured, settings.density, resolved, now), False
+        lambda: index_neighbors.find_neighbors(near, info, uri, featured, settings.density, resolved, now), False
     )
-    last = selfjoin.stage_of(output, near, settings.density)
-    densities = last.complete(lambda: selfjoin.write_densities(last, near.uri, neighbors, uri, settings.density), False)
+    last = density_densities.stage_of(output, near, settings.density)
+    densities = last.complete(
+        lambda: density_densities.write_densities(last, near.uri, neighbors, uri, settings.density), False
+    )
     return {"index": indexed, "neighbors": neighbors, "densities": densities}, stage.uri
 
 
@@ -96,13 +102,13 @@ def _build_index(work: str, featured: artifacts.Artifact, shards: int) -> artifa
     # every cell may be probed: whether the target is then worth its price is what the benchmark shows
     settings = IndexSettings(kind="ivf_flat", shards=shards, max_scan_fraction=1.0, actor_cpus=THREADS)
     density = DensitySettings(k=K)
-    stage, resolved = indexing.stage_of(index_folder(work, shards), featured, settings, density)
+    stage, resolved = index_build.stage_of(index_folder(work, shards), featured, settings, density)
     stage.begin(overwrite=False)
     trained = Path(index_folder(work, 1), "index", search.QUANTIZER)
     if shards > 1:  # the same quantizer, without training it again
         stage.write_part(search.QUANTIZER, trained.read_bytes(), 0)
     features = files.join(work, "features")
-    return stage.complete(lambda: indexing.run(stage, features, featured, resolved, density), overwrite=False)
+    return stage.complete(lambda: index_build.run(stage, features, featured, resolved, density), overwrite=False)
 
 
 def index_folder(work: str, shards: int) -> str:
@@ -116,7 +122,7 @@ def shard_file(work: str) -> Path:
 
 
 def _auto_is_exact(totals: dict[str, Any]) -> bool:
-    return knn.relative_cost(totals["scan_fraction"], totals["rows"], totals["cells"]) >= 1
+    return recall.relative_cost(totals["scan_fraction"], totals["rows"], totals["cells"]) >= 1
 
 
 def rows_sent(vectors: str, work: str, nprobe: int, shards: list[int]) -> dict[str, float]:
@@ -126,10 +132,10 @@ def rows_sent(vectors: str, work: str, nprobe: int, shards: list[int]) -> dict[s
     quantizer = search.read_quantizer(folder)
     counts = np.array(json.loads(files.read_bytes(files.join(folder, search.CELLS)))["rows_of_cell"])
     centroids = quantizer.reconstruct_n(0, quantizer.ntotal)
-    owners = {count: index.assign_cells(centroids, counts, count) for count in shards}
+    owners = {count: index_shards.assign_cells(centroids, counts, count) for count in shards}
     sent = dict.fromkeys(shards, 0)
     for start in range(0, len(x), 16384):
-        probes = index.coarse_probes(quantizer, np.asarray(x[start : start + 16384]), nprobe, THREADS)
+        probes = index_shards.coarse_probes(quantizer, np.asarray(x[start : start + 16384]), nprobe, THREADS)
         for count, owner in owners.items():
             held = owner[probes]
             sent[count] += sum(int((held == shard).any(axis=1).sum()) for shard in range(count))
@@ -160,9 +166,9 @@ def _answer(found: knn.Found, rows: np.ndarray, keep: int, answers: str) -> None
 def faiss_ivf(vectors: str, work: str, nprobe: int, step: int, answers: str) -> dict[str, float]:
     """(a) IndexIVFFlat.search of every step-th row, k + 1 neighbors; removing the row itself is not timed."""
     queries = _load(vectors, step)
-    ivf = index.faiss.read_index(str(shard_file(work)))
+    ivf = index_shards.faiss.read_index(str(shard_file(work)))
     ivf.nprobe = nprobe
-    index.faiss.omp_set_num_threads(THREADS)
+    index_shards.faiss.omp_set_num_threads(THREADS)
     seconds, (squared, ids) = _timed(lambda q: ivf.search(q, K + 1), queries)
     _answer((np.sqrt(squared), ids), np.arange(len(queries)) * step, 1, answers)
     return {"seconds": seconds, "queries": len(queries)}
@@ -175,9 +181,9 @@ def faiss_batch(
     from faiss.contrib.big_batch_search import big_batch_search
 
     queries = _load(vectors, 1)
-    ivf = index.faiss.read_index(str(shard_file(work)))
+    ivf = index_shards.faiss.read_index(str(shard_file(work)))
     ivf.nprobe = nprobe
-    index.faiss.omp_set_num_threads(threads)
+    index_shards.faiss.omp_set_num_threads(threads)
 
     def run(q: np.ndarray) -> knn.Found:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a line per cell, whatever `verbose` says
@@ -192,10 +198,10 @@ def faiss_exact(vectors: str, work: str, nprobe: int, step: int, answers: str) -
     """(c) IndexFlatL2.search of every step-th row against all rows."""
     x = np.load(vectors)
     queries = np.ascontiguousarray(x[::step])
-    flat = index.faiss.IndexFlatL2(x.shape[1])
+    flat = index_shards.faiss.IndexFlatL2(x.shape[1])
     flat.add(x)
     del x
-    index.faiss.omp_set_num_threads(THREADS)
+    index_shards.faiss.omp_set_num_threads(THREADS)
     seconds, (squared, ids) = _timed(lambda q: flat.search(q, K + 1), queries)
     _answer((np.sqrt(np.maximum(squared, 0)), ids), np.arange(len(queries)) * step, 1, answers)
     return {"seconds": seconds, "queries": len(queries)}
@@ -212,7 +218,7 @@ def ours(vectors: str, work: str, nprobe: int, step: int, answers: str) -> dict[
     def run(q: np.ndarray) -> knn.Found:
         found = []
         for own, row in zip(np.array_split(q, blocks), np.array_split(rows[: len(q)], blocks), strict=True):
-            probes = index.coarse_probes(quantizer, own, nprobe, THREADS)
+            probes = index_shards.coarse_probes(quantizer, own, nprobe, THREADS)
             found.append(knn.merge_topk([searcher.search_cells(own, probes, K + 1)], K, row))
         distances, ids = zip(*found, strict=True)
         return np.concatenate(distances), np.concatenate(ids)
@@ -226,7 +232,7 @@ def ours_exact(vectors: str, work: str, nprobe: int, step: int, answers: str) ->
     """What one search process does where the index is flat: search_all of every step-th row, self removed by id."""
     x = np.load(vectors)
     queries, rows = np.ascontiguousarray(x[::step]), np.arange(0, len(x), step)
-    searcher = knn.ShardSearch(index.flat_rows(np.arange(len(x)), x), THREADS, "cpu")
+    searcher = knn.ShardSearch(index_shards.flat_rows(np.arange(len(x)), x), THREADS, "cpu")
     run = lambda q: knn.merge_topk([searcher.search_all(q, K + 1)], K, rows[: len(q)])  # noqa: E731
     seconds, found = _timed(run, queries)
     _answer(found, rows, 1, answers)
@@ -271,10 +277,11 @@ def _join(
     uri = files.join(work, features)
     featured = artifacts.load_artifact(uri)
     assert featured is not None
-    stage = selfjoin.neighbors_stage(output, info, density)
+    stage = index_neighbors.neighbors_stage(output, info, density)
     watch = artifacts.Stopwatch()
     artifact = stage.complete(
-        lambda: selfjoin.find_neighbors(stage, info, uri, featured, density, IndexSettings(), now), overwrite=False
+        lambda: index_neighbors.find_neighbors(stage, info, uri, featured, density, IndexSettings(), now),
+        overwrite=False,
     )
     return watch.seconds, artifact
 

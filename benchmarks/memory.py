@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import features, indexing, search, selfjoin
 from pd_core.core import artifacts, files
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import DensitySettings, FeatureSettings, IndexSettings
+from pd_core.density import densities as density_densities
 from pd_core.engine import session, tasks
 from pd_core.images import decode, listing, sources
+from pd_core.index import build, extractor, features, neighbors, search
 
 MODEL = "test_efficientnet"  # timm's model for tests, random weights: what it computes is not the question here
 PX = 32
@@ -117,7 +118,7 @@ def images_driver(source: str, checkpoint: str, output: str) -> dict[str, int]:
     peaks = {}
     with session.session(output) as now:
         peaks["Ray started"] = process.peak_rss_bytes()
-        spec = tasks.get(features.describe_remotely(settings))
+        spec = tasks.get(extractor.describe_remotely(settings))
         spec = replace(spec, preprocess=replace(spec.preprocess, height=PX, width=PX))
         opened = sources.open_source(data)
         listed, _ = tasks.get(listing.start(opened, output, settings.whole_part_rows, overwrite=False))
@@ -139,21 +140,20 @@ def vectors_driver(work: str) -> dict[str, int]:
     peaks = {}
     with session.session(work) as now:
         peaks["Ray started"] = process.peak_rss_bytes()
-        index_stage, resolved = indexing.stage_of(work, featured, settings, density_settings)
-        index_stage.complete(
-            lambda: indexing.run(index_stage, uri, featured, resolved, density_settings), overwrite=False
-        )
+        index_stage, resolved = build.stage_of(work, featured, settings, density_settings)
+        index_stage.complete(lambda: build.run(index_stage, uri, featured, resolved, density_settings), overwrite=False)
         peaks["index"] = process.peak_rss_bytes()
         info = search.open_index(index_stage.uri)
-        near_stage = selfjoin.neighbors_stage(work, info, density_settings)
+        near_stage = neighbors.neighbors_stage(work, info, density_settings)
         near = near_stage.complete(
-            lambda: selfjoin.find_neighbors(near_stage, info, uri, featured, density_settings, resolved, now),
+            lambda: neighbors.find_neighbors(near_stage, info, uri, featured, density_settings, resolved, now),
             overwrite=False,
         )
         peaks["neighbors"] = process.peak_rss_bytes()
-        densities = selfjoin.stage_of(work, near_stage, density_settings)
+        densities = density_densities.stage_of(work, near_stage, density_settings)
         done = densities.complete(
-            lambda: selfjoin.write_densities(densities, near_stage.uri, near, uri, density_settings), overwrite=False
+            lambda: density_densities.write_densities(densities, near_stage.uri, near, uri, density_settings),
+            overwrite=False,
         )
         peaks["densities"] = process.peak_rss_bytes()
     assert done.rows == featured.rows

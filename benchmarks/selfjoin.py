@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import datasets, joins, process, table
-from pd_core import knn
+from pd_core.index import recall
 
 TEXT = f"""\
 D = {datasets.DIM}, k = {joins.K}, all rows against all rows, leave-one-out. Every side runs in a process of its own with
@@ -216,7 +216,7 @@ def _answers(data: Data, side: str) -> tuple[np.ndarray, np.ndarray]:
 def _quality(data: Data, side: str) -> dict[str, float]:
     exact_distances, exact_ids = _answers(data, "faiss_exact")
     distances, ids = _answers(data, side)
-    found = knn.recall_and_error(exact_ids, exact_distances, ids, distances)
+    found = recall.recall_and_error(exact_ids, exact_distances, ids, distances)
     return {"recall": found.recall, "mean_distance_error": found.mean_relative_error}
 
 

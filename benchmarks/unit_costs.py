@@ -137,7 +137,7 @@ def parquet() -> dict[str, float]:
 
     from benchmarks import joins
     from pd_core.core import artifacts, files, schemas
-    from pd_core.features import load_features
+    from pd_core.index.features import load_features
 
     rows, k, work = 4096, 20, str(process.WORK / "parquet")
     x = np.random.default_rng(0).standard_normal((rows, DIM), np.float32)
@@ -199,7 +199,7 @@ def search() -> dict[str, float]:
     import torch
 
     from benchmarks import datasets
-    from pd_core import index, knn
+    from pd_core.index import knn, shards
 
     torch.set_num_threads(1)
     a, b = torch.rand(1536, 1536), torch.rand(1536, 1536)
@@ -211,27 +211,27 @@ def search() -> dict[str, float]:
         x = datasets.clusters(
             rows, count=50, latent_dim=16, separation=1.5, dim=dim
         )  # as the benchmark of the self-join
-        flat = knn.ShardSearch(index.flat_rows(np.arange(rows), x), 1, "cpu")
+        flat = knn.ShardSearch(shards.flat_rows(np.arange(rows), x), 1, "cpu")
         few = x[:4000]
         costs[f"pair_exact_s.{dim}"] = cpu_s(functools.partial(flat.search_all, few, k), 2) / (len(few) * rows)
-        centroids = index.train_quantizer(x, cells, 0)
-        quantizer = index.quantizer_of(centroids)
-        own = index.cell_of(quantizer, x)
-        template = index.train_template("ivf_flat", dim, centroids)
-        shard = index.serialize(index.build_shard(template, x, np.arange(rows), own))
+        centroids = shards.train_quantizer(x, cells, 0)
+        quantizer = shards.quantizer_of(centroids)
+        own = shards.cell_of(quantizer, x)
+        template = shards.train_template("ivf_flat", dim, centroids)
+        shard = shards.serialize(shards.build_shard(template, x, np.arange(rows), own))
         held = knn.ShardSearch.open([shard], 1, "cpu")
         taken = []
         for nprobe in (8, 64):
-            probes = index.coarse_probes(quantizer, x, nprobe)
+            probes = shards.coarse_probes(quantizer, x, nprobe)
             pairs = int(np.bincount(own, minlength=cells)[probes].sum())
             taken.append((pairs, cpu_s(functools.partial(held.search_cells, x, probes, k), 1)))
         (few_pairs, few_s), (many_pairs, many_s) = taken
         costs[f"pair_s.{dim}"] = pair = (many_s - few_s) / (many_pairs - few_pairs)
         costs[f"query_s.{dim}"] = (few_s - pair * few_pairs) / rows
     centroids = rng.standard_normal((8192, DIM), np.float32)
-    quantizer, q = index.quantizer_of(centroids), rng.standard_normal((4096, DIM), np.float32)
+    quantizer, q = shards.quantizer_of(centroids), rng.standard_normal((4096, DIM), np.float32)
     for nprobe in (1, 64):
-        coarse = cpu_s(functools.partial(index.coarse_probes, quantizer, q, nprobe), 2)
+        coarse = cpu_s(functools.partial(shards.coarse_probes, quantizer, q, nprobe), 2)
         costs[f"coarse_s.{nprobe}"] = coarse / (len(q) * len(centroids))
     found = np.sort(rng.random((65_536, k + 1), np.float32)), rng.integers(1 << 62, size=(65_536, k + 1))
     costs["merge_s"] = cpu_s(lambda: knn.merge_topk([found, found], k + 1), 2) / len(found[0])
@@ -240,15 +240,15 @@ def search() -> dict[str, float]:
 
 def training() -> dict[str, float]:
     """k-means of the coarse quantizer: products per second of its assignments, and building a shard per row."""
-    from pd_core import index
+    from pd_core.index import shards
 
     cells, iterations = 512, 5
     x = np.random.default_rng(0).standard_normal((64 * cells, DIM), np.float32)
-    seconds = cpu_s(lambda: index.train_quantizer(x, cells, 0, 1, iterations), 1)
-    centroids = index.train_quantizer(x, cells, 0, 1, 1)
-    template = index.train_template("ivf_flat", DIM, centroids)
-    own = index.cell_of(index.quantizer_of(centroids), x)
-    build = cpu_s(lambda: index.serialize(index.build_shard(template, x, np.arange(len(x)), own)), 2)
+    seconds = cpu_s(lambda: shards.train_quantizer(x, cells, 0, 1, iterations), 1)
+    centroids = shards.train_quantizer(x, cells, 0, 1, 1)
+    template = shards.train_template("ivf_flat", DIM, centroids)
+    own = shards.cell_of(shards.quantizer_of(centroids), x)
+    build = cpu_s(lambda: shards.serialize(shards.build_shard(template, x, np.arange(len(x)), own)), 2)
     return {
         "kmeans_flops": 2.0 * iterations * len(x) * cells * DIM / seconds,
         "shard_build_s_per_byte": build / x.nbytes,
@@ -260,7 +260,8 @@ def training() -> dict[str, float]:
 
 def ranks() -> dict[str, float]:
     """The second pass: mean distances, the task that holds one row of the whole set, a rank among 8 million."""
-    from pd_core import density, selfjoin
+    from pd_core import density
+    from pd_core.density import densities
 
     rng = np.random.default_rng(0)
     neighbors = np.sort(rng.random((262_144, 20), np.float32) + 0.5)
@@ -269,7 +270,7 @@ def ranks() -> dict[str, float]:
     d = rng.random((rows, 2)) + 0.5
     summaries = np.split(d, pieces)
     peak, before = [], process.peak_rss_bytes()
-    seconds = cpu_s(lambda: selfjoin._calibrate(1.0, *summaries), 1)
+    seconds = cpu_s(lambda: densities._calibrate(1.0, *summaries), 1)
     peak.append(process.peak_rss_bytes() - before)
     every = np.sort(rng.random(8_000_000))
     asked = rng.random(262_144)
@@ -349,9 +350,8 @@ def _imports() -> None:
 
 
 def _imports_torch() -> None:
-    import torch
-
     import pd_core.knn  # noqa: F401
+    import torch
 
     torch.zeros(1)
 

@@ -113,9 +113,9 @@ def build(images: str | None, checkpoint: str, source: str, work: str, output: s
 
 def compare(images: str | None, checkpoint: str, source: str, work: str, output: str, known: int) -> int:
     """Rows of a sample whose neighbors are not those of brute force."""
-    from pd_core import knn
     from pd_core.core import artifacts, files
-    from pd_core.features import load_features
+    from pd_core.index import knn
+    from pd_core.index.features import load_features
 
     folder = f"{work}/{output}"
     artifact = artifacts.load_artifact(f"{folder}/features")

@@ -24,8 +24,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
-from pd_core import density, knn, metrics, realset, search
-from pd_core import features as features_stage
+from pd_core import density, metrics, realset
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError as RunError
 from pd_core.core.errors import UserError as UserError
@@ -33,7 +32,9 @@ from pd_core.engine import resources
 from pd_core.images import child
 from pd_core.images.decode import BadImage, DecodeLimits, Reason
 from pd_core.images.resize import Prepared
-from pd_core.index import flat_rows
+from pd_core.index import extractor, knn, search
+from pd_core.index import features as index_features
+from pd_core.index.shards import flat_rows
 from pd_core.scoring import Scorer
 
 BLOCK_IMAGES = 4096  # whose features are held and searched together
@@ -101,12 +102,12 @@ class Index:
 
         self._real = real
         record = files.join(real.uri, "features", files.ARTIFACT)
-        self._made = features_stage.recorded(self._artifact("features"), record)
+        self._made = index_features.recorded(self._artifact("features"), record)
         has_gpu = torch.cuda.is_available()
         chosen = device or (self._made.device if has_gpu else "cpu")
         if torch.device(chosen).type not in (("cpu", "cuda") if has_gpu else ("cpu",)):
             raise UserError(f"device = {chosen!r}: torch has no such device here; choose cpu, or leave it out")
-        with features_stage.as_in_the_stage(self._made.threads, chosen):
+        with extractor.as_in_the_stage(self._made.threads, chosen):
             self._scorer = Scorer(real.extractor, real.predictor(), chosen, self._made.threads)
 
     def __repr__(self) -> str:
@@ -195,7 +196,7 @@ class Index:
     def _predicted(self, features: np.ndarray) -> np.ndarray:
         import torch
 
-        with features_stage.as_in_the_stage(self._made.threads, self._device):
+        with extractor.as_in_the_stage(self._made.threads, self._device):
             tensor = torch.from_numpy(features).to(self._scorer.extractor.device)
             return self._scorer.log_density(tensor).cpu().numpy()
 
@@ -221,12 +222,12 @@ class Index:
         good = [one for one in batch if isinstance(one, Prepared)]
         features = np.empty((0, self._real.extractor.feature_dim), np.float32)
         if good:
-            with features_stage.as_in_the_stage(self._made.threads, self._device):
+            with extractor.as_in_the_stage(self._made.threads, self._device):
                 pixels = np.stack([one.pixels for one in good])
                 features = self._scorer.extractor.extract_some(pixels, self._made.batch_size)
         finite = np.array([np.isfinite(row).all() for row in features], bool)
         for place in np.flatnonzero([one is None for one in bad])[~finite].tolist():
-            bad[place] = features_stage.not_finite(self._real.extractor)
+            bad[place] = index_features.not_finite(self._real.extractor)
         for key, one in zip(keys, bad, strict=True) if strict else ():
             if one is not None:
                 raise UserError(f"{key}: {one}; leave it out, or set strict=False for a row that says so")

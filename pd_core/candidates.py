@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pd_core import acceptance, density, generators, search
+from pd_core import acceptance, density, generators
 from pd_core.acceptance import Weighting
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.index import search
 from pd_core.realset import RealSet
 from pd_core.scoring import Scorer
 from pd_core.volume import Volume, floored, log_volume, top_singular_values

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from pd_core import search
 from pd_core.core import artifacts
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.engine import console, resources, telemetry
+from pd_core.index import search
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -18,7 +18,6 @@ from pd_core import (
     piloting,
     realset,
     sampling,
-    search,
     spaces,
     sweeping,
     tradeoff,
@@ -34,6 +33,7 @@ from pd_core.core.settings.generate import TRUNCATION_SETTINGS, GeneratorSetting
 from pd_core.engine import console, tracking
 from pd_core.engine import resources as engine_resources
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.index import search
 from pd_core.realset import RealSet
 from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting

@@ -15,11 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pd_core import chunking, estimator, features, index, indexing, knn, search, selfjoin
+from pd_core import chunking, estimator
 from pd_core.core import files as core_files
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.engine import resources
 from pd_core.images.sources import stores
+from pd_core.index import build as index_build
+from pd_core.index import features, knn, neighbors, search
+from pd_core.index import shards as index_shards
 
 GIB = float(1 << 30)
 PROCESS_BYTES = 400e6  # of a worker that has imported what it needs, before it holds any row
@@ -366,7 +369,7 @@ class Build:
     @property
     def groups(self) -> int:
         """Tasks of one pass over all features in the index stage."""
-        per_group = -(-indexing.GROUP_ROWS // self.settings.features.whole_part_rows)
+        per_group = -(-index_build.GROUP_ROWS // self.settings.features.whole_part_rows)
         return -(-self.parts // per_group)
 
     @property
@@ -401,10 +404,10 @@ def build_of(
     parquet: bool = False,
 ) -> Build:
     """The run of these settings, with kind, shards and cells as the index stage resolves them."""
-    kind = indexing.resolve_kind(settings.index, settings.density.exact, rows)
-    most = max(1, rows // index.ROWS_PER_CELL)
-    cells = None if kind == "flat" else min(settings.index.cells or index.default_cells(rows), most)
-    shards = settings.index.shards or index.default_shards(rows, dim)
+    kind = index_build.resolve_kind(settings.index, settings.density.exact, rows)
+    most = max(1, rows // index_shards.ROWS_PER_CELL)
+    cells = None if kind == "flat" else min(settings.index.cells or index_shards.default_cells(rows), most)
+    shards = settings.index.shards or index_shards.default_shards(rows, dim)
     shards = min(shards, cells or -(-rows // settings.features.whole_part_rows))
     chosen = settings.index.model_copy(update={"kind": kind, "shards": shards, "cells": cells})
     nprobe, scanned, spread = expected_search(rows, cells) if cells else (0, 1.0, 1.0)
@@ -578,7 +581,7 @@ def training_rows(build: Build) -> int:
 def rounds(build: Build, fleet: Fleet) -> int:
     """Passes over all features in which the shards are filled, `indexing.fit_shards` of them in each."""
     shard_bytes = build.rows * build.dim * 4 // build.shards
-    return -(-build.shards // min(build.shards, indexing.fit_shards(fleet.store_bytes, shard_bytes, build.groups)))
+    return -(-build.shards // min(build.shards, index_build.fit_shards(fleet.store_bytes, shard_bytes, build.groups)))
 
 
 def _coarse_s(build: Build, queries: int, unit: UnitCosts) -> float:
@@ -781,7 +784,7 @@ def block_bytes(build: Build, rows: int) -> float:
 def _densities(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     """`selfjoin.write_densities`: summaries of all parts go to one task, its ranks of all rows to every node."""
     k = build.settings.density.k
-    groups = -(-build.parts // selfjoin.GROUP_PARTS)
+    groups = -(-build.parts // neighbors.GROUP_PARTS)
     near = neighbors_bytes(build, unit)
     written = near + build.rows * (32.0 + TEXT_BYTES - HASH_BYTES)
     group_rows = build.rows / groups

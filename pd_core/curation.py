@@ -23,7 +23,6 @@ from pd_core import (
     chunking,
     density,
     evaluation,
-    features,
     generation,
     opening,
     pipeline,
@@ -42,6 +41,7 @@ from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.engine import console, resources, session, tasks, telemetry, tracking
 from pd_core.engine.runs import RUN, Run, checked_output, failures, started
 from pd_core.images import listing, sources
+from pd_core.index import extractor, features
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from
@@ -239,7 +239,7 @@ def _version_of_now(run: Run, settings: CurateSettings, current: Version | None)
     """
     source = sources.open_source(settings.data)
     stating = tasks.task(sources.state).remote(source)
-    spec: features.ExtractorSpec = tasks.get(features.describe_remotely(settings.features))
+    spec: extractor.ExtractorSpec = tasks.get(extractor.describe_remotely(settings.features))
     before = None if current is None else artifacts.begun_identity(files.join(current.uri, "features"))
     gpus = _gpus(run, settings.features.actor_gpus, (before or {}).get("device"))
     featuring = settings.features

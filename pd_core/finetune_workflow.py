@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import acceptance, density, features, finetuned_report, opening, piloting, realset, spaces
+from pd_core import acceptance, density, finetuned_report, opening, piloting, realset, spaces
 from pd_core.acceptance import Weighting
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
@@ -18,6 +18,7 @@ from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.evaluating import measuring_cpus
 from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
+from pd_core.index import features
 from pd_core.realset import RealSet
 
 STAGES = ("weights", "training", "merging", "best", "report")

@@ -14,7 +14,7 @@ from pd_core import estimator
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import EstimatorSettings
 from pd_core.engine import console, resources, tasks
-from pd_core.features import load_features
+from pd_core.index.features import load_features
 
 HELDOUT = "heldout.parquet"
 

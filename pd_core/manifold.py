@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core import halfsamples, knn
-from pd_core.index import flat_rows
+from pd_core import halfsamples
+from pd_core.index import knn
+from pd_core.index.shards import flat_rows
 
 if TYPE_CHECKING:
     import torch

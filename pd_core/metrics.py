@@ -26,7 +26,7 @@ import numpy as np
 from pd_core import halfsamples, manifold, moments
 from pd_core.core.errors import UserError
 from pd_core.halfsamples import Estimate as Estimate
-from pd_core.knn import single_threaded_torch
+from pd_core.index.knn import single_threaded_torch
 from pd_core.manifold import Side
 from pd_core.moments import Float64Array
 from pd_core.moments import Moments as Moments

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import acceptance, chunking, density, generators, perturbation, search
+from pd_core import acceptance, chunking, density, generators, perturbation
 from pd_core.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
 from pd_core.chunking import MAX_CHUNKS, Pool, Progress
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.engine import console, resources, tasks, telemetry
+from pd_core.index import search
 from pd_core.perturbation import NoGradientError, Perturbed
 
 if TYPE_CHECKING:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pd_core import acceptance, chunking, density, estimator, sampling, search
+from pd_core import acceptance, chunking, density, estimator, sampling
 from pd_core.acceptance import Weighting
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError, printable
 from pd_core.core.settings.generate import GenerateSettings, WeightingSettings
 from pd_core.engine import runs, tasks
+from pd_core.index import search
 from pd_core.realset import RealSet
 from pd_core.volume import FLOOR, Volume
 

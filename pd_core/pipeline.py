@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import density, features, fitting, indexing, planning, reporting, search, selfjoin, updating
+from pd_core import density, fitting, planning, reporting, updating
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.density import densities as density_densities
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.images import decode, listing, sources
+from pd_core.index import build, extractor, features, search
+from pd_core.index import neighbors as index_neighbors
 
 STAGES = ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report")
 
@@ -77,7 +80,7 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
 class _Featured:
     """What the stages after features/ start from. base, changes, added: of an update, else None."""
 
-    spec: features.ExtractorSpec
+    spec: extractor.ExtractorSpec
     listed: listing.Listing
     listing: artifacts.Artifact
     features: artifacts.Artifact
@@ -100,10 +103,10 @@ def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base:
 def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> _Featured:
     """Features of every image of the source."""
     output, now = run.output, run.now
-    describing = features.describe_remotely(settings.features)  # loads the model while the source is listed
+    describing = extractor.describe_remotely(settings.features)  # loads the model while the source is listed
     listing_it = listing.start(source, output, settings.features.whole_part_rows, settings.overwrite)
     with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
-        spec: features.ExtractorSpec = tasks.get(describing)
+        spec: extractor.ExtractorSpec = tasks.get(describing)
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
         listed, artifact = tasks.get(listing_it)
         run.done(listed.uri, artifact, nested)
@@ -124,9 +127,9 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
 def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base: updating.Base) -> _Featured:
     """Features of the images that are not in the base as they are now, and those of the others from there."""
     output, now = run.output, run.now
-    describing = features.describe_remotely(settings.features)
+    describing = extractor.describe_remotely(settings.features)
     with failures("features", output):
-        spec: features.ExtractorSpec = tasks.get(describing)
+        spec: extractor.ExtractorSpec = tasks.get(describing)
     gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
     updating.check_same(base, settings, source, spec, resources.device_of(now, gpus))
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
@@ -186,15 +189,15 @@ def _index(
 
 
 def _index_stage(
-    run: Run, settings: BuildIndexSettings, featured: _Featured, kept: indexing.Kept | indexing.KeptShards | None
+    run: Run, settings: BuildIndexSettings, featured: _Featured, kept: build.Kept | build.KeptShards | None
 ) -> artifacts.Artifact:
     base, changes = featured.base, featured.changes
     features_uri = files.join(run.output, "features")
-    stage, resolved = indexing.stage_of(run.output, featured.features, settings.index, settings.density, kept)
+    stage, resolved = build.stage_of(run.output, featured.features, settings.index, settings.density, kept)
 
     def make() -> tuple[Iterable[artifacts.Part], dict[str, Any]]:
-        parts, facts = indexing.run(stage, features_uri, featured.features, resolved, settings.density, kept)
-        if isinstance(kept, indexing.Kept) and base is not None and changes is not None:
+        parts, facts = build.run(stage, features_uri, featured.features, resolved, settings.density, kept)
+        if isinstance(kept, build.Kept) and base is not None and changes is not None:
             facts |= updating.trained_facts(base, changes, featured.added)
         return parts, facts
 
@@ -229,9 +232,9 @@ def _finish(
             now,
         )
     else:
-        neighbors_stage = selfjoin.neighbors_stage(output, info, settings.density)
+        neighbors_stage = index_neighbors.neighbors_stage(output, info, settings.density)
         find = functools.partial(
-            selfjoin.find_neighbors,
+            index_neighbors.find_neighbors,
             neighbors_stage,
             info,
             features_uri,
@@ -241,10 +244,10 @@ def _finish(
             now,
         )
     neighbors = run.stage(neighbors_stage, find)
-    densities_stage = selfjoin.stage_of(output, neighbors_stage, settings.density)
+    densities_stage = density_densities.stage_of(output, neighbors_stage, settings.density)
     densities = run.stage(
         densities_stage,
-        lambda: selfjoin.write_densities(
+        lambda: density_densities.write_densities(
             densities_stage, neighbors_stage.uri, neighbors, features_uri, settings.density
         ),
     )

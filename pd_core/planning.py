@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import costs, features, updating
+from pd_core import costs, updating
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.engine import resources, tasks
 from pd_core.images import child, decode, listing, resize, sources
+from pd_core.index import extractor as index_extractor
 
 PROBE_BATCHES = 3  # the first one warms up
 START_UP_S = 10.0  # of Ray and of the first model, which tells the features' dimension
@@ -46,9 +47,9 @@ def probe(source: sources.Source, sample: pa.Table, settings: BuildIndexSettings
 
 def _probe(
     source: sources.Source, sample: pa.Table, settings: BuildIndexSettings, limits: decode.DecodeLimits
-) -> tuple[features.ExtractorSpec, Probe]:
-    spec = features.describe(settings.features)
-    extractor = features.Extractor(spec, "cpu", settings.features.actor_cpus)
+) -> tuple[index_extractor.ExtractorSpec, Probe]:
+    spec = index_extractor.describe(settings.features)
+    extractor = index_extractor.Extractor(spec, "cpu", settings.features.actor_cpus)
     batch = settings.features.batch_size
     decode_s, extract_s, bad, tried, counted = 0.0, 0.0, 0, 0, 0
     contents = sources.read(source, sample.slice(0, PROBE_BATCHES * batch))
@@ -123,7 +124,7 @@ def foresee(
     settings: BuildIndexSettings, source: sources.Source, now: resources.Cluster, base: updating.Base
 ) -> updating.Foreseen:
     """What an update would find; before that, whether it can be one: the walk through a source may take an hour."""
-    spec: features.ExtractorSpec = tasks.get(features.describe_remotely(settings.features))
+    spec: index_extractor.ExtractorSpec = tasks.get(index_extractor.describe_remotely(settings.features))
     gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
     updating.check_same(base, settings, source, spec, resources.device_of(now, gpus))
     return updating.foresee(source, base)
@@ -139,7 +140,7 @@ def build_of(
     settings: BuildIndexSettings,
     source: sources.Source,
     counted: Mapping[str, Any],
-    spec: features.ExtractorSpec,
+    spec: index_extractor.ExtractorSpec,
     unit: Probe,
     fleet: costs.Fleet,
 ) -> costs.Build:
@@ -191,7 +192,7 @@ def _sizes(
     settings: BuildIndexSettings,
     rows: int,
     size: int,
-    spec: features.ExtractorSpec,
+    spec: index_extractor.ExtractorSpec,
     unit: Probe,
     build: costs.Build,
     phases: Sequence[costs.Phase],

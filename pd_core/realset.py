@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, FiniteFloat
 
-from pd_core import density, estimator, search
+from pd_core import density, estimator
 from pd_core.core import artifacts, files, schemas, trust
 from pd_core.core.errors import UserError
-from pd_core.features import ExtractorSpec
+from pd_core.index import search
+from pd_core.index.extractor import ExtractorSpec
 
 STAGES = ("features", "index", "densities", "estimator")
 Quantiles = Annotated[tuple[trust.NotNegative, ...], Field(min_length=2, max_length=1001)]

@@ -18,9 +18,9 @@ from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs as engine_runs
-from pd_core.features import reasons_of
 from pd_core.images import child, decode, sources
 from pd_core.images.listing import Listing
+from pd_core.index.features import reasons_of
 from pd_core.report import page as report_page
 
 SAMPLE_ROWS = 1_000_000  # densities that histogram and label quantiles are drawn from

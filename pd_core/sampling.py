@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import chunking, search
+from pd_core import chunking
 from pd_core.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
 from pd_core.chunking import LATE, MAX_CHUNKS, Pool, Progress
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError
 from pd_core.engine import console, resources, tasks, telemetry
+from pd_core.index import search
 
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from pd_core import estimator
 from pd_core.core.errors import UserError
-from pd_core.features import Extractor, ExtractorSpec
 from pd_core.images.resize import Preprocess, resized_size
+from pd_core.index.extractor import Extractor, ExtractorSpec
 
 if TYPE_CHECKING:
     import torch

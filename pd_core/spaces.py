@@ -14,15 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pd_core import features
 from pd_core.core import artifacts, files, seeds, trust
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings, ExtractionSettings, ExtractorSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.engine import resources, runs, tasks
-from pd_core.features import ExtractorSpec
 from pd_core.images import decode, listing, sources
 from pd_core.images.sources.names import unescape
+from pd_core.index import extractor as index_extractor
+from pd_core.index import features
+from pd_core.index.extractor import ExtractorSpec
 from pd_core.realset import RealSet
 
 BY_DENSITY = ("two_level", "quantiles", "match", "perturbed")  # how a set was chosen by its densities
@@ -59,7 +60,7 @@ def open_spaces(real: RealSet, judge: ExtractorSettings) -> list[Space]:
         if values["checkpoint"] is not None:
             values["checkpoint"] = files.absolute(values["checkpoint"])
         try:
-            spec = tasks.get(features.describe_remotely(FeatureSettings(**values)))
+            spec = tasks.get(index_extractor.describe_remotely(FeatureSettings(**values)))
         except UserError as error:  # the reader of a model knows it by the settings of the index
             raise UserError(str(error).replace("--features.", "--judge.")) from None
         if spec.identity() == real.extractor.identity():

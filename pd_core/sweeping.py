@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import acceptance, density, evaluating, features, metrics, spaces, tradeoff
+from pd_core import acceptance, density, evaluating, metrics, spaces, tradeoff
 from pd_core.acceptance import Weighting
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.engine import console, resources, tasks
+from pd_core.index import features
 from pd_core.realset import RealSet
 from pd_core.spaces import Features, Space
 from pd_core.tradeoff import Setting

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import FiniteFloat
 
-from pd_core import estimator, features, fitting, index, indexing, knn, search, selfjoin
+from pd_core import estimator, fitting
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import files as core_files
 from pd_core.core import schemas, seeds, trust
@@ -34,9 +34,12 @@ from pd_core.core.settings.index import (
     UpdateSettings,
 )
 from pd_core.engine import console, resources, tasks, telemetry
-from pd_core.features import load_features
 from pd_core.images import decode as images_decode
 from pd_core.images import listing, sources
+from pd_core.index import build, features, knn, neighbors, search
+from pd_core.index import extractor as index_extractor
+from pd_core.index import shards as index_shards
+from pd_core.index.features import load_features
 
 ADDED = "added"  # folder of the new images' own listing, features and quarantine
 REMOVED = "removed.parquet"  # in the listing of these, the sample ids of the base that are gone
@@ -111,7 +114,7 @@ class _UsedFeatures:
 
 @dataclass(frozen=True)
 class _UsedIndex:
-    kind: index.ShardKind
+    kind: index_shards.ShardKind
     rows: trust.Count
     dim: trust.Small
     nprobe: trust.Whole
@@ -160,7 +163,7 @@ class OtherSettings(UserError):
 
 
 def check_same(
-    base: Base, settings: BuildIndexSettings, source: sources.Source, spec: features.ExtractorSpec, device: str
+    base: Base, settings: BuildIndexSettings, source: sources.Source, spec: index_extractor.ExtractorSpec, device: str
 ) -> None:
     """Raises OtherSettings: a setting that decides features or densities, or the extractor, is not what the base was made with."""
     now = settings.model_dump(mode="json")
@@ -614,17 +617,15 @@ def _gather(read: _Sources, wanted: pa.ChunkedArray, removed: np.ndarray) -> pa.
 
 def kept_index(
     base: Base, changes: Changes, output: str, added: core_artifacts.Artifact | None
-) -> indexing.Kept | indexing.KeptShards | None:
+) -> build.Kept | build.KeptShards | None:
     """What the index of an update has from the base: the quantizer, and how many cells are probed; of a flat one the shards, or None."""
     before = base.artifacts["index"]
     if before.totals["kind"] == "flat":
         names = tuple(_added_parts(output, added))
         rows = 0 if added is None else added.rows
-        shards = indexing.KeptShards(
-            base.folder("index"), before.fingerprint, before.parts, changes.removed, names, rows
-        )
+        shards = build.KeptShards(base.folder("index"), before.fingerprint, before.parts, changes.removed, names, rows)
         return shards if shards.worthwhile(before.rows + rows, before.totals["dim"]) else None
-    return indexing.Kept(
+    return build.Kept(
         uri=base.folder("index"),
         fingerprint=before.fingerprint,
         quantizer=next(part for part in before.parts if part.name == search.QUANTIZER),
@@ -692,7 +693,7 @@ def drift(
     """Why the index has to be built anew, its quantizer trained again, and every neighbor searched for; or None."""
     before = base.artifacts["index"]
     if before.totals["kind"] == "flat":
-        kind = indexing.resolve_kind(index_settings, density.exact, rows)
+        kind = build.resolve_kind(index_settings, density.exact, rows)
         if kind != "flat":
             return f"{rows:,} rows are enough for an index with cells, which the base has not"
         growth = _moved(changes, added) / before.totals["rows"]
@@ -739,7 +740,7 @@ def _cell_distance(index_uri: str, uris: Sequence[str]) -> float:
 
 def neighbors_stage(output: str, info: search.IndexInfo, base: Base, settings: DensitySettings) -> core_artifacts.Stage:
     """The neighbors stage under `output`."""
-    identity = selfjoin.neighbors_stage(output, info, settings).identity
+    identity = neighbors.neighbors_stage(output, info, settings).identity
     identity["base"] = base.artifacts["neighbors"].fingerprint
     return core_artifacts.Stage(
         core_files.join(output, "neighbors"), "neighbors", schemas.VERSIONS["neighbors"], identity
@@ -777,7 +778,7 @@ def merge_neighbors(
 
     done = stage.finished_parts()
     pieces = {piece.number: piece for piece in _pieces(changes)}
-    blocks = selfjoin.make_blocks(merged, settings.block_rows)
+    blocks = neighbors.make_blocks(merged, settings.block_rows)
     todo = [missing for block in blocks if (missing := [name for name in block if name not in done])]
     telemetry.PARTS.add(0, stage="neighbors")
     telemetry.SEARCHED.add(0, stage="neighbors")
@@ -831,12 +832,14 @@ def _new_rows(info: search.IndexInfo, output: str, changes: Changes) -> Any:
 
 
 def _shard_of(info: search.IndexInfo, uris: Sequence[str]) -> bytes:
-    sample_id, vectors = indexing.load_group(uris)
+    sample_id, vectors = build.load_group(uris)
     if info.kind == "flat":
-        return index.serialize(index.build_shard(index.train_template("flat", info.dim), vectors, sample_id))
+        return index_shards.serialize(
+            index_shards.build_shard(index_shards.train_template("flat", info.dim), vectors, sample_id)
+        )
     template = core_files.read_bytes(core_files.join(info.uri, search.QUANTIZER))
-    cells = index.cell_of(search.read_quantizer(info.uri), vectors)
-    return index.serialize(index.build_shard(template, vectors, sample_id, cells))
+    cells = index_shards.cell_of(search.read_quantizer(info.uri), vectors)
+    return index_shards.serialize(index_shards.build_shard(template, vectors, sample_id, cells))
 
 
 def _merge_block(
@@ -863,7 +866,7 @@ def _merge_block(
             distances[old], found[old] = knn.merge_topk([(distances[old], found[old]), more], job.k)
         if whole.any():
             distances[whole], found[whole], _ = search.search(pool, vectors[whole], job.k, sample_id[whole])
-        selfjoin.write_neighbors(job.stage, name, sample_id, found, distances)
+        neighbors.write_neighbors(job.stage, name, sample_id, found, distances)
         searched += int(whole.sum())
     return searched
 

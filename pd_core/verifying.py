@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import releasing, sampling, search
+from pd_core import releasing, sampling
 from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
 from pd_core.core import artifacts, schemas, seeds, tables, trust
 from pd_core.core import files as core_files
@@ -30,6 +30,7 @@ from pd_core.core.settings.curate import SET_NAME
 from pd_core.core.settings.data import DataSettings
 from pd_core.engine import console, resources, tasks
 from pd_core.images import child, decode
+from pd_core.index import search
 
 BLOCK_BYTES = 1 << 23  # of a file, read at once
 BATCH_ROWS = 64  # with their images, read at once

@@ -34,7 +34,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from pd_core import estimator, index, knn, realset, releasing, spaces, updating
+from pd_core import estimator, realset, releasing, spaces, updating
 from pd_core.core import artifacts, files
 from pd_core.core import locks as core_locks
 from pd_core.core.errors import RunError, UserError
@@ -44,6 +44,8 @@ from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.images import sources
 from pd_core.images.decode import BadImage, DecodeLimits
 from pd_core.images.resize import Preprocess, prepare
+from pd_core.index import knn
+from pd_core.index import shards as index_shards
 from tests import test_images, test_index, test_sources, tiny
 
 SECONDS, BYTES = 10.0, 1 << 30
@@ -168,7 +170,7 @@ def _completed(stage: artifacts.Stage) -> None:
 def shards(_: Path) -> Files:
     rows, ids = test_index.clustered(600), np.arange(600)
     made = {kind: test_index.filled(kind, rows, ids, 1, cells=4)[0][0] for kind in test_index.KINDS}
-    return made | {"quantizer": index.serialize(index.quantizer_of(rows[:4]))}
+    return made | {"quantizer": index_shards.serialize(index_shards.quantizer_of(rows[:4]))}
 
 
 def predictors(_: Path) -> Files:
@@ -229,7 +231,7 @@ def read_stage(folder: Path) -> None:
 
 
 def read_shard(file: Path) -> None:
-    index.deserialize(file.read_bytes())
+    index_shards.deserialize(file.read_bytes())
     if file.name != "quantizer":
         opened = knn.ShardSearch.open([file.read_bytes()])
         opened.search_all(np.zeros((2, test_index.DIM), np.float32), 3)
@@ -425,7 +427,7 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.set_start_method("forkserver")  # a process that has used no threads yet, so that none is held
-    multiprocessing.set_forkserver_preload(["pd_core.spaces", "pd_core.updating", "pd_core.knn", "torch"])
+    multiprocessing.set_forkserver_preload(["pd_core.spaces", "pd_core.updating", "pd_core.index.knn", "torch"])
     names, found = asked.target or list(TARGETS), 0
     with tempfile.TemporaryDirectory() as made:
         built = asked.index or Path(made) / "out"

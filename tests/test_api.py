@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import pd_core
-from pd_core import density, knn, metrics, realset, search
+from pd_core import density, metrics, realset
 from pd_core.core import errors
+from pd_core.index import knn, search
 from tests import tiny
 from workflows import build_index
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from pd_core import backbones, features
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import INCEPTION
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.evaluation_page import metric_names
+from pd_core.index import backbones, extractor
 from tests import tiny
 
 
@@ -51,7 +51,7 @@ def weights(theirs, tmp_path, monkeypatch):
 
 
 def test_inception_gives_torch_fidelitys_features(theirs, weights):
-    spec = features.describe(FeatureSettings(model=INCEPTION, checkpoint=str(weights)))
+    spec = extractor.describe(FeatureSettings(model=INCEPTION, checkpoint=str(weights)))
     assert (spec.feature_dim, spec.preprocess.height, spec.preprocess.width) == (2048, 299, 299)
     assert spec.library.startswith("torch-fidelity ")
     pixels = np.random.default_rng(1).integers(0, 256, (3, 299, 299, 3), np.uint8)
@@ -60,7 +60,7 @@ def test_inception_gives_torch_fidelitys_features(theirs, weights):
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(pixels).permute(0, 3, 1, 2))[0].numpy()
     assert np.ptp(expected, axis=0).max() > 0.01
-    np.testing.assert_allclose(features.Extractor(spec).extract(pixels), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(extractor.Extractor(spec).extract(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_go_through_inception(weights):

@@ -13,18 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pd_core import (
-    acceptance,
-    chunking,
-    density,
-    estimator,
-    features,
-    generators,
-    piloting,
-    sampling,
-    search,
-    verifying,
-)
+from pd_core import acceptance, chunking, density, estimator, generators, piloting, sampling, verifying
 from pd_core.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
@@ -32,6 +21,7 @@ from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.index import EstimatorSettings, FeatureSettings
 from pd_core.engine import resources
+from pd_core.index import extractor, search
 from pd_core.realset import RealSet
 from pd_core.volume import Volume
 from tests import tiny, tiny_generators, toy_generator
@@ -46,9 +36,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealSet:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("real")
     checkpoint = tiny.write_checkpoint(root / "tiny.safetensors")
-    spec = features.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(checkpoint), image_size=32))
+    spec = extractor.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(checkpoint), image_size=32))
     pixels = np.stack([toy_generator.draw(seed, 0).repeat(2, 0).repeat(2, 1) for seed in range(400)])
-    rows = features.Extractor(spec).extract(pixels)
+    rows = extractor.Extractor(spec).extract(pixels)
     distances = np.sort(np.linalg.norm(rows[:, None] - rows[None], axis=2), axis=1)[:, 1:6]
     log_density = -np.log(density.mean_knn_distance(distances))
     settings = EstimatorSettings(epochs=20, hidden=(32,))

@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from pd_core import search
 from pd_core.core import errors
 from pd_core.core.errors import EXIT_INTERRUPTED, RunError, UserError
 from pd_core.engine import resources, session, tasks
 from pd_core.engine.resources import FEED_CPUS, Cluster
+from pd_core.index import search
 from tests.ray_head import autoscaling_head, running_head
 
 

@@ -13,11 +13,14 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import joins, scaling, simulation
-from pd_core import costs, features, index, indexing, planning, search
+from pd_core import costs, planning
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
 from pd_core.engine import resources, tasks
 from pd_core.images import decode, listing, resize, sources
+from pd_core.index import build as index_build
+from pd_core.index import extractor, features, search
+from pd_core.index import shards as index_shards
 from tests.synthetic import clustered
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,10 +145,10 @@ def test_a_run_is_resolved_as_the_index_stage_resolves_it(tmp_path):
         {},
         {},
     )
-    _, resolved = indexing.stage_of(str(tmp_path), featured, settings.index, settings.density)
+    _, resolved = index_build.stage_of(str(tmp_path), featured, settings.index, settings.density)
     build = costs.build_of(settings, 99_000, 99_000, 4096, 1, 0.0, 0.0, 0.0)
     assert (build.settings.index.kind, build.shards, build.cells) == (resolved.kind, resolved.shards, resolved.cells)
-    assert build.shards == index.default_shards(99_000, 4096) == 2
+    assert build.shards == index_shards.default_shards(99_000, 4096) == 2
 
 
 # ---- the stages themselves -------------------------------------------------------------------------------------------
@@ -224,12 +227,12 @@ def test_a_search_by_cells_moves_as_many_rows_as_shards_are_probed(tmp_path, ray
     )
     featured = commit_features(str(tmp_path), x, 1024)
     uri = files.join(str(tmp_path), "features")
-    stage, resolved = indexing.stage_of(str(tmp_path), featured, settings.index, settings.density)
-    indexed = stage.complete(lambda: indexing.run(stage, uri, featured, resolved, settings.density), False)
+    stage, resolved = index_build.stage_of(str(tmp_path), featured, settings.index, settings.density)
+    indexed = stage.complete(lambda: index_build.run(stage, uri, featured, resolved, settings.density), False)
     info = search.open_index(stage.uri)
     with search.open_pool(info, ray_cluster, 4, 1) as pool:
         _, _, traffic = search.search(pool, x, K)
-    probes = index.coarse_probes(search.read_quantizer(stage.uri), x, info.nprobe)
+    probes = index_shards.coarse_probes(search.read_quantizer(stage.uri), x, info.nprobe)
     owners = np.asarray(info.shard_of_cell)[probes]
     # a query whose cells hold fewer than k rows is sent to everyone once more
     table = json.loads(files.read_bytes(files.join(stage.uri, search.CELLS)))
@@ -247,9 +250,9 @@ def test_a_search_by_cells_moves_as_many_rows_as_shards_are_probed(tmp_path, ray
 def test_decoding_tasks_and_passes_over_the_features_are_those_of_the_stages():
     build, machines = scaling.build(10**9), scaling.fleet(100)
     assert features.batches_together(10**9 // 64, 64, 64 * 3 * 224 * 224, None) == math.ceil(10**9 / 64 / 8192)
-    at_once = indexing.fit_shards(machines.store_bytes, 4 * 768 * 10**9 // build.shards, build.groups)
+    at_once = index_build.fit_shards(machines.store_bytes, 4 * 768 * 10**9 // build.shards, build.groups)
     assert costs.rounds(build, machines) == math.ceil(build.shards / at_once) == 477
-    groups = list(indexing._groups("", _record(1000, 4096)))
+    groups = list(index_build._groups("", _record(1000, 4096)))
     assert costs.build_of(BuildIndexSettings(), 4096 * 1000, 1, 768, 1, 0.0, 0.0, 0.0).groups == len(groups)
 
 
@@ -347,7 +350,7 @@ def planned(monkeypatch, nodes, elastic, **settings) -> str:
     """The plan of a build of a million images, as a cluster of these nodes would print it."""
     probed = planning.Probe(decode_s=0.003, extract_s=0.25, bad=0, tried=64, flops=1.9e11, model_bytes=1)
     preprocess = resize.Preprocess(224, 224, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
-    spec = features.ExtractorSpec("vit", None, "", 768, preprocess, "fp32", "")
+    spec = extractor.ExtractorSpec("vit", None, "", 768, preprocess, "fp32", "")
     up = [{"Alive": True, "Resources": node} for node in nodes]
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
     now = resources.Cluster(total["CPU"], total["GPU"], False, "", 8.0, elastic=elastic)

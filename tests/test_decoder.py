@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import features
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
@@ -28,6 +27,7 @@ from pd_core.images import child as images_child
 from pd_core.images import decode, listing, resize, sources
 from pd_core.images.decode import BadImage, DecodeLimits, Reason
 from pd_core.images.resize import Prepared, Preprocess
+from pd_core.index import extractor, features
 from tests import tiny
 from tests.test_images import DECLARED, EXPENSIVE, WEBP_9999, jpeg_2000, picture, saved
 
@@ -366,9 +366,9 @@ def test_repetitions_take_ever_fewer_batches_together(ray_cluster, inputs, tmp_p
     settings = FeatureSettings(model=tiny.MODEL, checkpoint=checkpoint, batch_size=1, part_rows=8)
     source = sources.open_source(data)
     listed, _ = tasks.get(listing.start(source, str(tmp_path), 8, overwrite=False))
-    stage = features.stage_of(str(tmp_path), listed, features.describe(settings), data, settings, "cpu")
+    stage = features.stage_of(str(tmp_path), listed, extractor.describe(settings), data, settings, "cpu")
     stage.begin(overwrite=False)
-    work = features.Work(source, listed, features.describe(settings), decode.limits_of(data), 1, stage)
+    work = features.Work(source, listed, extractor.describe(settings), decode.limits_of(data), 1, stage)
     together: list[int] = []
 
     def execute(work: features.Work, *_: object) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from demo import gan as demo_gan
 from demo import train_gan
-from pd_core import estimator, features
+from pd_core import estimator
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.finetune import TrainingSettings
@@ -34,6 +34,7 @@ from pd_core.finetuning.gan import VAIN, FakeSampling, Gan, choose, predicted, s
 from pd_core.finetuning.parallel import average_gradients, sum_of
 from pd_core.generators import Conditions, LatentGenerator, normal_latents, open_generator, to_uint8
 from pd_core.generators.pairs import Pair, load_weights, open_pair
+from pd_core.index import extractor
 from pd_core.scoring import Scorer
 from tests import tiny
 from tests.nvidia import StandIn
@@ -360,7 +361,7 @@ def test_without_weights_nothing_is_scored_and_nothing_made_twice() -> None:
 
 def test_densities_of_the_predictor_are_those_of_the_image_as_it_is_saved(tmp_path: Path) -> None:
     checkpoint = str(tiny.write_checkpoint(tmp_path / "tiny.safetensors"))
-    spec = features.describe(FeatureSettings(model=tiny.MODEL, checkpoint=checkpoint))
+    spec = extractor.describe(FeatureSettings(model=tiny.MODEL, checkpoint=checkpoint))
     predictor = estimator.new_predictor(estimator.Architecture(spec.feature_dim, (8,), "log_density"))
     scorer = Scorer(spec, predictor)
     pair = small_pair()

@@ -24,13 +24,13 @@ from safetensors.torch import load, save
 from pd_core import metrics
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
-from pd_core.features import ExtractorSpec
 from pd_core.finetuning import merging
 from pd_core.finetuning.judging import Plan
 from pd_core.finetuning.merging import Search
 from pd_core.generators import normal_latents, to_uint8
 from pd_core.halfsamples import Estimate
 from pd_core.images.resize import Preprocess
+from pd_core.index.extractor import ExtractorSpec
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 

@@ -177,7 +177,7 @@ def test_imports_up_the_list_are_allowed(tmp_path: Path) -> None:
         tmp_path,
         storage="from pd_core.core.errors import x",
         index="import faiss\nfrom pd_core import features, storage",
-        knn="import faiss\nfrom pd_core.index import x",
+        knn="import faiss\nfrom pd_core.index.shards import x",
         report="from pd_core import schemas, storage",
     )
     assert result.returncode == 0, result.stdout
@@ -187,9 +187,9 @@ def test_imports_up_the_list_are_allowed(tmp_path: Path) -> None:
     ("importer", "statement"),
     [
         ("errors", "from pd_core import storage"),
-        ("storage", "from pd_core.features import x"),
+        ("storage", "from pd_core.index.features import x"),
         ("tracking", "import pd_core.report.page"),
-        ("index", "from pd_core.knn import x"),
+        ("index", "from pd_core.index.knn import x"),
         ("features", "from pd_core import index"),
         ("index", "from pd_core import indexing"),
         ("images", "from pd_core import sources"),

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pd_core import index as ix
 from pd_core.core.errors import UserError
+from pd_core.index import shards as ix
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["flat", "ivf_flat", "ivf_sq8", "ivf_pq"]

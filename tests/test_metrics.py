@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from prdc import compute_prdc
 from torch_fidelity import metric_fid, metric_prc
 
-from pd_core import halfsamples, knn, manifold, metrics
-from pd_core import index as ix
+from pd_core import halfsamples, manifold, metrics
 from pd_core.core.errors import UserError
+from pd_core.index import knn
+from pd_core.index import shards as ix
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
 

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import features
 from pd_core.core import artifacts, errors
 from pd_core.core.settings.index import FeatureSettings
+from pd_core.index import extractor, features
 from tests import tiny, toy_generator
 from workflows import build_index, generate
 
@@ -69,8 +69,8 @@ def test_features_are_those_of_timm_itself(undisturbed, inputs):
 
 
 def test_another_input_size_is_part_of_the_extractor(inputs):
-    own = features.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(inputs[1])))
-    smaller = features.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(inputs[1]), image_size=64))
+    own = extractor.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(inputs[1])))
+    smaller = extractor.describe(FeatureSettings(model=tiny.MODEL, checkpoint=str(inputs[1]), image_size=64))
     assert (own.preprocess.height, smaller.preprocess.height, smaller.preprocess.width) == (160, 64, 64)
     assert own.identity() != smaller.identity()
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pd_core import estimator, index, realset, search, spaces
+from pd_core import estimator, realset, spaces
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
 from pd_core.engine import session
-from pd_core.features import ExtractorSpec
 from pd_core.images.resize import Preprocess
+from pd_core.index import search, shards
+from pd_core.index.extractor import ExtractorSpec
 
 DIM, ROWS, K, CELLS = 4, 60, 3, 2
 
@@ -124,10 +125,10 @@ def commit(output: Path, kind: str, totals: dict[str, Any], files: dict[str, byt
 
 def files_of_index() -> dict[str, bytes]:
     features = np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)
-    centroids = index.train_quantizer(features, CELLS, seed=0)
-    template = index.train_template("ivf_flat", DIM, centroids)
-    own = index.cell_of(index.quantizer_of(centroids), features)
-    shard = index.serialize(index.build_shard(template, features, np.arange(ROWS), own))
+    centroids = shards.train_quantizer(features, CELLS, seed=0)
+    template = shards.train_template("ivf_flat", DIM, centroids)
+    own = shards.cell_of(shards.quantizer_of(centroids), features)
+    shard = shards.serialize(shards.build_shard(template, features, np.arange(ROWS), own))
     cells = json.dumps({"shard_of_cell": [0] * CELLS, "rows_of_cell": [1] * CELLS}).encode()
     return {search.QUANTIZER: template, search.CELLS: cells, search.shard_name(0): shard}
 
@@ -269,7 +270,7 @@ def test_a_shard_of_strangers_is_one_line_where_it_is_opened(built, dim, cells, 
     info = search.open_index(str(built / "index"))
     file = built / "index" / search.shard_name(0)
     own = np.zeros((cells, dim), np.float32)
-    file.write_bytes(index.train_template("ivf_flat", dim, own) if dim else file.read_bytes()[:-1])
+    file.write_bytes(shards.train_template("ivf_flat", dim, own) if dim else file.read_bytes()[:-1])
     with (
         pytest.raises(UserError, match=rf"^{built}/index: .*{expected}"),
         search.open_pool(info, session.connect(), 1, 1),

@@ -8,11 +8,15 @@ import faiss
 import numpy as np
 import pytest
 
-from pd_core import density, index, indexing, knn, search, selfjoin
+from pd_core import density
 from pd_core.core import artifacts
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import DensitySettings, IndexSettings
+from pd_core.density import densities as density_densities
+from pd_core.index import build, knn, search
+from pd_core.index import neighbors as index_neighbors
+from pd_core.index import shards as index_shards
 from tests.synthetic import clustered, commit_features
 
 K = 10
@@ -36,18 +40,18 @@ def run(output, features, now, part_rows=256, index_settings=None, density_setti
     index_settings = index_settings or IndexSettings()
     density_settings = density_settings or DensitySettings(k=K)
     stage, featured = commit_features(str(output), features, part_rows)
-    indexing_stage, resolved = indexing.stage_of(str(output), featured, index_settings, density_settings)
+    indexing_stage, resolved = build.stage_of(str(output), featured, index_settings, density_settings)
     indexed = indexing_stage.complete(
-        lambda: indexing.run(indexing_stage, stage.uri, featured, resolved, density_settings), False
+        lambda: build.run(indexing_stage, stage.uri, featured, resolved, density_settings), False
     )
     info = search.open_index(indexing_stage.uri)
-    near = selfjoin.neighbors_stage(str(output), info, density_settings)
+    near = index_neighbors.neighbors_stage(str(output), info, density_settings)
     neighbors = near.complete(
-        lambda: selfjoin.find_neighbors(near, info, stage.uri, featured, density_settings, resolved, now), False
+        lambda: index_neighbors.find_neighbors(near, info, stage.uri, featured, density_settings, resolved, now), False
     )
-    last = selfjoin.stage_of(str(output), near, density_settings)
+    last = density_densities.stage_of(str(output), near, density_settings)
     densities = last.complete(
-        lambda: selfjoin.write_densities(last, near.uri, neighbors, stage.uri, density_settings), False
+        lambda: density_densities.write_densities(last, near.uri, neighbors, stage.uri, density_settings), False
     )
     return {"index": indexed, "neighbors": neighbors, "densities": densities}
 
@@ -141,7 +145,7 @@ def test_same_bytes_with_one_two_or_four_actors(tmp_path, now, kind):
 def test_auto_is_exact_for_few_rows_and_where_cells_do_not_help(tmp_path, now, monkeypatch):
     features = np.random.default_rng(0).normal(size=(1500, 24)).astype(np.float32)  # no clusters: every cell is near
     assert run(tmp_path / "few", features, now)["index"].totals["kind"] == "flat"
-    monkeypatch.setattr(indexing, "FLAT_ROWS", 1000)
+    monkeypatch.setattr(build, "FLAT_ROWS", 1000)
     totals = run(tmp_path / "more", features, now)["index"].totals
     assert totals["kind"] == "ivf_flat" and totals["nprobe"] == 0 and totals["nprobe_at_target"] > 1
     np.testing.assert_array_equal(
@@ -170,7 +174,7 @@ def test_a_flat_index_has_no_shard_without_rows(tmp_path):
     _, featured = commit_features(str(tmp_path), clustered(30), part_rows=15)
     hollow = artifacts.Part("part-00000001.parquet", 0, 1, "")  # every image of it was quarantined
     featured = dataclasses.replace(featured, parts=(featured.parts[0], hollow, featured.parts[1]))
-    _, resolved = indexing.stage_of(str(tmp_path), featured, IndexSettings(kind="flat", shards=3), DensitySettings(k=K))
+    _, resolved = build.stage_of(str(tmp_path), featured, IndexSettings(kind="flat", shards=3), DensitySettings(k=K))
     assert resolved.shards == 2
 
 
@@ -181,7 +185,7 @@ def test_k_must_be_below_the_number_of_images(tmp_path, now):
 
 def test_blocks_cover_every_part_once(tmp_path):
     _, featured = commit_features(str(tmp_path), clustered(1000), 64)
-    blocks = selfjoin.make_blocks(featured, 300)
+    blocks = index_neighbors.make_blocks(featured, 300)
     assert sorted(name for block in blocks for name in block) == [part.name for part in featured.parts]
     assert len(blocks) == 4
 
@@ -201,12 +205,12 @@ def test_changing_the_volume_dimension_repeats_only_the_densities(tmp_path, now)
 def run_again(output, features, now, volume_dim, overwrite):
     settings = DensitySettings(k=K, volume_dim=volume_dim)
     info = search.open_index(str(output / "index"))
-    near = selfjoin.neighbors_stage(str(output), info, settings)
+    near = index_neighbors.neighbors_stage(str(output), info, settings)
     neighbors = near.begin(False)
     assert neighbors is not None
-    last = selfjoin.stage_of(str(output), near, settings)
+    last = density_densities.stage_of(str(output), near, settings)
     uri = str(output / "features")
-    return last.complete(lambda: selfjoin.write_densities(last, near.uri, neighbors, uri, settings), overwrite)
+    return last.complete(lambda: density_densities.write_densities(last, near.uri, neighbors, uri, settings), overwrite)
 
 
 def test_search_finds_neighbors_of_new_images(tmp_path, now):
@@ -231,7 +235,7 @@ def test_cells_file_matches_the_shards(tmp_path, now):
     run(tmp_path, clustered(1200), now, index_settings=settings)
     table = json.loads((tmp_path / "index" / search.CELLS).read_text())
     for shard in range(3):
-        opened = index.deserialize((tmp_path / "index" / search.shard_name(shard)).read_bytes())
+        opened = index_shards.deserialize((tmp_path / "index" / search.shard_name(shard)).read_bytes())
         rows = [faiss.downcast_index(opened).invlists.list_size(cell) for cell in range(20)]
         expected = [
             n if owner == shard else 0 for n, owner in zip(table["rows_of_cell"], table["shard_of_cell"], strict=True)

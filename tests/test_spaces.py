@@ -15,9 +15,9 @@ from pd_core.core import artifacts, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings, ExtractionSettings
 from pd_core.engine import tasks
-from pd_core.features import ExtractorSpec
 from pd_core.images import listing, sources
 from pd_core.images.resize import Preprocess
+from pd_core.index.extractor import ExtractorSpec
 from pd_core.spaces import Space
 from tests import tiny
 

@@ -11,13 +11,15 @@ import pytest
 import ray
 import ray.data
 
-from pd_core import costs, estimator, indexing, pipeline, search, updating
+from pd_core import costs, estimator, pipeline, updating
 from pd_core.core import artifacts, errors
 from pd_core.core import files as core_files
 from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings, EstimatorSettings
 from pd_core.images import sources
+from pd_core.index import build as index_build
+from pd_core.index import search
 from tests import tiny
 
 EARLIER = 110  # images of the base
@@ -126,7 +128,7 @@ def test_images_that_could_not_be_read_are_tried_again_and_are_no_drift(inputs, 
 def test_shards_of_a_flat_index_are_kept_while_they_are_neither_empty_nor_many(shards, removed, added, worthwhile):
     parts = tuple(artifacts.Part(search.shard_name(i), rows, 1, "") for i, rows in enumerate(shards))
     names = tuple(f"part {i}" for i in range(len(added)))
-    kept = indexing.KeptShards("", "", parts, np.arange(removed), names, sum(added))
+    kept = index_build.KeptShards("", "", parts, np.arange(removed), names, sum(added))
     assert kept.count(8) == len(shards) + bool(added)
     assert kept.worthwhile(sum(shards) + sum(added), 8) is worthwhile
 

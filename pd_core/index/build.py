@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import index, knn, search
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.index import DensitySettings, IndexSettings
 from pd_core.engine import console, resources, tasks
-from pd_core.features import load_features
+from pd_core.index import knn, recall, search
+from pd_core.index import shards as index_shards
+from pd_core.index.features import load_features
 
 FLAT_ROWS = 20_000  # below, exact search costs seconds and a quantizer is not worth training
 FEWEST_SHARDS_AT_ONCE = 4  # whose rows are in the object store together; beyond its memory Ray spills to disk
@@ -75,12 +76,12 @@ class KeptShards:
 
     def of_added(self, dim: int) -> int:
         """Shards of the new rows."""
-        return min(index.default_shards(self.added_rows, dim), len(self.added)) if self.added_rows else 0
+        return min(index_shards.default_shards(self.added_rows, dim), len(self.added)) if self.added_rows else 0
 
     def worthwhile(self, rows: int, dim: int) -> bool:
         """Whether the shards would be neither many small ones, after many updates, nor one without rows."""
         smallest = min(part.rows for part in self.shards)
-        return len(self.removed) < smallest and self.count(dim) <= MOST_SMALL_SHARDS + 2 * index.default_shards(
+        return len(self.removed) < smallest and self.count(dim) <= MOST_SMALL_SHARDS + 2 * index_shards.default_shards(
             rows, dim
         )
 
@@ -105,15 +106,15 @@ def stage_of(
     kind = kept.kind if isinstance(kept, Kept) else resolve_kind(settings, density.exact, rows)
     if kind == "ivf_pq" and dim % settings.pq_bytes:
         raise UserError(
-            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {index.nearest_divisor(dim, settings.pq_bytes)}"
+            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {index_shards.nearest_divisor(dim, settings.pq_bytes)}"
         )
-    most_cells = max(1, rows // index.ROWS_PER_CELL)
+    most_cells = max(1, rows // index_shards.ROWS_PER_CELL)
     if isinstance(kept, Kept):
         cells = kept.cells
     else:
-        cells = 0 if kind == "flat" else min(settings.cells or index.default_cells(rows), most_cells)
+        cells = 0 if kind == "flat" else min(settings.cells or index_shards.default_cells(rows), most_cells)
     shards = min(
-        settings.shards or index.default_shards(rows, dim),
+        settings.shards or index_shards.default_shards(rows, dim),
         max(1, cells or sum(part.rows > 0 for part in features.parts)),
     )
     if isinstance(kept, KeptShards):
@@ -123,7 +124,7 @@ def stage_of(
         "features": features.fingerprint,
         "kind": kind,
         "shards": shards,
-        "faiss": index.faiss_version(),
+        "faiss": index_shards.faiss_version(),
     }
     if kind != "flat":
         identity |= {
@@ -254,8 +255,8 @@ def _fill_flat(stage: artifacts.Stage, groups: Sequence[Sequence[str]], settings
 
 def _build_flat(stage: artifacts.Stage, shard: int, group: Sequence[str]) -> None:
     sample_id, features = load_group(group)
-    filled = index.build_shard(index.train_template("flat", features.shape[1]), features, sample_id)
-    stage.write_part(search.shard_name(shard), index.serialize(filled), len(sample_id))
+    filled = index_shards.build_shard(index_shards.train_template("flat", features.shape[1]), features, sample_id)
+    stage.write_part(search.shard_name(shard), index_shards.serialize(filled), len(sample_id))
 
 
 def _extend_flat(stage: artifacts.Stage, kept: KeptShards, dim: int) -> None:
@@ -286,14 +287,14 @@ def _take_shard(stage: artifacts.Stage, uri: str, part: artifacts.Part, removed:
     if not len(removed):
         stage.adopt(uri, part)
         return
-    rows = index.open_rows([files.read_bytes(files.join(uri, part.name))])
+    rows = index_shards.open_rows([files.read_bytes(files.join(uri, part.name))])
     stays = np.flatnonzero(~np.isin(rows.ids, removed))
     if len(stays) == len(rows.ids):
         stage.adopt(uri, part)
         return
-    template = index.train_template("flat", rows.dim)
-    filled = index.build_shard(template, np.ascontiguousarray(rows.at(stays)), rows.ids[stays])
-    stage.write_part(part.name, index.serialize(filled), len(stays))
+    template = index_shards.train_template("flat", rows.dim)
+    filled = index_shards.build_shard(template, np.ascontiguousarray(rows.at(stays)), rows.ids[stays])
+    stage.write_part(part.name, index_shards.serialize(filled), len(stays))
 
 
 def _train(
@@ -309,7 +310,7 @@ def _train(
     sample = _task(_sample)
     picked = [sample.remote(group, settings.seed, min(1.0, wanted / rows)) for group in groups]
     console.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
-    gpu = index.HAS_GPUS and ray.cluster_resources().get("GPU", 0.0) >= 1
+    gpu = index_shards.HAS_GPUS and ray.cluster_resources().get("GPU", 0.0) >= 1
     cpus = 1 if gpu else resources.feasible_cpus(settings.actor_cpus)
     train = _task(_train_template, num_cpus=cpus, num_gpus=int(gpu))
     return train.remote(stage, settings, *picked)
@@ -325,8 +326,8 @@ def _train_template(stage: artifacts.Stage, settings: IndexSettings, *picked: tu
     sample = np.concatenate([features for _, features in picked])
     assert settings.cells is not None and settings.kind != "auto"
     on_gpu = resources.assigned_device() == "cuda"
-    centroids = index.train_quantizer(sample, settings.cells, settings.seed, settings.actor_cpus, gpu=on_gpu)
-    template = index.train_template(
+    centroids = index_shards.train_quantizer(sample, settings.cells, settings.seed, settings.actor_cpus, gpu=on_gpu)
+    template = index_shards.train_template(
         settings.kind,
         sample.shape[1],
         centroids,
@@ -402,13 +403,13 @@ def fit_shards(store_bytes: float, shard_bytes: int, groups: int) -> int:
 
 
 def _deal_cells(template: bytes, counts: np.ndarray, shards: int) -> np.ndarray:
-    return index.assign_cells(index.centroids_of(index.deserialize(template)), counts, shards)
+    return index_shards.assign_cells(index_shards.centroids_of(index_shards.deserialize(template)), counts, shards)
 
 
 def _assign(template: bytes, group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    quantizer = index.quantizer_of(index.centroids_of(index.deserialize(template)))
+    quantizer = index_shards.quantizer_of(index_shards.centroids_of(index_shards.deserialize(template)))
     _, features = load_group(group)
-    cells = index.cell_of(quantizer, features)
+    cells = index_shards.cell_of(quantizer, features)
     return cells, np.bincount(cells, minlength=quantizer.ntotal)
 
 
@@ -423,7 +424,7 @@ def _build_shard(stage: artifacts.Stage, shard: int, template: bytes, *pieces: t
     sample_id, features, cells = (np.concatenate([piece[i] for piece in pieces]) for i in range(3))
     stage.write_part(
         search.shard_name(shard),
-        index.serialize(index.build_shard(template, features, sample_id, cells)),
+        index_shards.serialize(index_shards.build_shard(template, features, sample_id, cells)),
         len(sample_id),
     )
 
@@ -468,18 +469,18 @@ def _choose(
     exact_distances, exact_ids, neighbor_cells = exact
     quantizer = search.read_quantizer(stage.uri)
     cells = quantizer.ntotal
-    ranked = index.coarse_probes(quantizer, queries, cells)
+    ranked = index_shards.coarse_probes(quantizer, queries, cells)
     counts = np.array(search.read_cells(stage.uri).rows_of_cell)
-    curve = knn.recall_curve(knn.neighbor_ranks(neighbor_cells, ranked), cells)
-    nprobe = given or knn.choose_nprobe(curve, settings.target_recall) or cells
-    scanned = knn.scan_fraction(ranked[:, :nprobe], counts)
+    curve = recall.recall_curve(recall.neighbor_ranks(neighbor_cells, ranked), cells)
+    nprobe = given or recall.choose_nprobe(curve, settings.target_recall) or cells
+    scanned = recall.scan_fraction(ranked[:, :nprobe], counts)
     facts: dict[str, Any] = {
         "nprobe": nprobe,
         "scan_fraction": scanned,
         "target_recall": settings.target_recall,
         "calibration_queries": len(queries),
     }
-    if given is None and stage.identity["auto"] and knn.relative_cost(scanned, info.rows, cells) >= 1:
+    if given is None and stage.identity["auto"] and recall.relative_cost(scanned, info.rows, cells) >= 1:
         return facts | {"nprobe": 0, "nprobe_at_target": nprobe}
     if given is None and scanned > settings.max_scan_fraction:
         raise UserError(
@@ -487,7 +488,7 @@ def _choose(
             "use --index.kind auto or flat, or lower --index.target_recall"
         )
     distances, found = _approximate(info, queries, query_ids, ranked[:, :nprobe], k)
-    measured = knn.recall_and_error(exact_ids, exact_distances, found, distances)
+    measured = recall.recall_and_error(exact_ids, exact_distances, found, distances)
     if given is None and measured.recall < settings.target_recall:
         raise UserError(
             f"index: {info.kind} reaches recall {measured.recall:.4f} at nprobe {nprobe}, below --index.target_recall "
@@ -553,4 +554,4 @@ def _exact_in_group(
     order = np.argsort(sample_id)
     at = order[np.searchsorted(sample_id, np.where(found < 0, sample_id[0], found), sorter=order)]
     rows, place = np.unique(at, return_inverse=True)  # most rows are nobody's neighbor
-    return distances, found, index.cell_of(quantizer, features[rows])[place.reshape(at.shape)]
+    return distances, found, index_shards.cell_of(quantizer, features[rows])[place.reshape(at.shape)]

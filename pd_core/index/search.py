@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from pd_core import index, knn
 from pd_core.core import artifacts, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError
 from pd_core.engine import resources, tasks, telemetry
+from pd_core.index import knn
+from pd_core.index import shards as index_shards
 
 QUANTIZER = "quantizer.faiss"
 CELLS = "cells.json"
@@ -92,11 +93,11 @@ def read_cells(uri: str) -> Cells:
     return trust.checked(Cells, core_files.read_json(where), where)
 
 
-def _shard_files(info: IndexInfo, shards: Iterable[int]) -> list[index.Shard]:
+def _shard_files(info: IndexInfo, shards: Iterable[int]) -> list[index_shards.Shard]:
     return [functools.partial(core_files.read_bytes, core_files.join(info.uri, shard_name(shard))) for shard in shards]
 
 
-def _open_shards(info: IndexInfo, files: Sequence[index.Shard], threads: int, device: str) -> knn.ShardSearch:
+def _open_shards(info: IndexInfo, files: Sequence[index_shards.Shard], threads: int, device: str) -> knn.ShardSearch:
     opened = knn.ShardSearch.open(files, threads=threads, device=device)
     if (opened.rows.dim, len(opened.rows.rank_of)) != (info.dim, len(info.shard_of_cell) or 1):
         raise UserError("its shards have other cells or dimensions than its record; build it again")
@@ -290,7 +291,7 @@ def _routes(pool: SearchPool, queries: np.ndarray) -> Iterator[tuple[Any, np.nda
 
 def probes_of(info: IndexInfo, queries: np.ndarray) -> np.ndarray:
     """Cells that each query is compared with, nearest first: int32 [m, nprobe] for float32 [m, D]."""
-    return index.coarse_probes(_quantizer(info), queries, info.nprobe)
+    return index_shards.coarse_probes(_quantizer(info), queries, info.nprobe)
 
 
 _open_quantizers: dict[str, Any] = {}  # one per process: tasks of one run share it
@@ -311,8 +312,8 @@ def _quantizer(info: IndexInfo) -> Any:
 def read_quantizer(uri: str) -> Any:
     """The coarse quantizer of the index stage in a directory. Raises UserError: its file is none that index.py writes."""
     with _named(core_files.join(uri, QUANTIZER)):
-        template = index.deserialize(core_files.read_bytes(core_files.join(uri, QUANTIZER)))
-        return index.quantizer_of(index.centroids_of(template))
+        template = index_shards.deserialize(core_files.read_bytes(core_files.join(uri, QUANTIZER)))
+        return index_shards.quantizer_of(index_shards.centroids_of(template))
 
 
 def _spread(found: tuple[np.ndarray, np.ndarray], rows: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
