@@ -190,13 +190,14 @@ def prepare_gan(cache: str) -> dict[str, str]:
 
 def generated_batch(generator: str, discriminator: str, index: str) -> dict[str, float]:
     """Median seconds of a generated batch and its predicted densities."""
-    from pd_core import realset, scoring
     from pd_core.core.settings.generate import GeneratorSettings
+    from pd_core.density import realset
+    from pd_core.density import scorer as density_scorer
     from pd_core.finetuning import gan
     from pd_core.generators import Conditions, open_generator
 
     real = realset.open_realset(index)
-    scorer = scoring.Scorer(real.extractor, real.predictor(), "cpu", 1)
+    scorer = density_scorer.Scorer(real.extractor, real.predictor(), "cpu", 1)
     opened: Any = open_generator(GeneratorSettings(kind="torchscript", path=generator, latent_shape=(64,)))
     densities, times = gan.predicted(scorer), []
     for batch in range(20):

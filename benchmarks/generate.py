@@ -12,10 +12,12 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import chunking, generation, realset, scoring
+from pd_core import chunking, generation
 from pd_core.core import artifacts, files
 from pd_core.core.settings.base import TrackingSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
+from pd_core.density import realset
+from pd_core.density import scorer as density_scorer
 
 CHUNK = 64
 STEPS = 50
@@ -128,7 +130,7 @@ def bare_loop(index: str, generator: str, chunks: int) -> dict[str, float]:
 
     real = realset.open_realset(index)
     made = generators.open_generator(_generator(generator))
-    scorer = scoring.Scorer(real.extractor, real.predictor())
+    scorer = density_scorer.Scorer(real.extractor, real.predictor())
 
     def run(chunk: int) -> None:
         numbers = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK)

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import generators, opening, perturb_workflow, realset, scoring
+from pd_core import generators, opening, perturb_workflow
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.base import TrackingSettings
 from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
+from pd_core.density import realset
+from pd_core.density import scorer as density_scorer
 
 CHUNK, STEPS, EPSILON = 8, 10, 0.1
 DENOISING_STEPS = 10
@@ -78,7 +80,7 @@ def in_turn(index: str, generator: str, rounds: int) -> dict[str, float]:
     return {f"{side}_s": float(np.median(seconds[1:])) / CHUNK for side, seconds in times.items()}
 
 
-def _bare(generator: Any, scorer: scoring.Scorer, chunk: int) -> None:
+def _bare(generator: Any, scorer: density_scorer.Scorer, chunk: int) -> None:
     import torch
 
     numbers = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK)

@@ -260,12 +260,12 @@ def training() -> dict[str, float]:
 
 def ranks() -> dict[str, float]:
     """The second pass: mean distances, the task that holds one row of the whole set, a rank among 8 million."""
-    from pd_core import density
-    from pd_core.density import densities
+    from pd_core.density import formula
+    from pd_core.density.formula import densities
 
     rng = np.random.default_rng(0)
     neighbors = np.sort(rng.random((262_144, 20), np.float32) + 0.5)
-    mean = cpu_s(lambda: density.mean_knn_distance(neighbors)) / len(neighbors)
+    mean = cpu_s(lambda: formula.mean_knn_distance(neighbors)) / len(neighbors)
     rows, pieces = 4_000_000, 16
     d = rng.random((rows, 2)) + 0.5
     summaries = np.split(d, pieces)
@@ -274,7 +274,7 @@ def ranks() -> dict[str, float]:
     peak.append(process.peak_rss_bytes() - before)
     every = np.sort(rng.random(8_000_000))
     asked = rng.random(262_144)
-    rank = cpu_s(lambda: density.mid_ranks(asked, every)) / len(asked)
+    rank = cpu_s(lambda: formula.mid_ranks(asked, every)) / len(asked)
     # the pieces arrive in shared memory: 16 bytes a row that the process maps, beside what it allocates
     return {
         "mean_distance_s": mean,
@@ -286,15 +286,13 @@ def ranks() -> dict[str, float]:
 
 def fitting() -> dict[str, float]:
     """The density predictor, a row in an epoch, one thread, layers of 512, 256 and 128; the first pass over the parts."""
-    from pd_core import estimator
     from pd_core.core.settings.index import EstimatorSettings
+    from pd_core.density import fit
 
     rows = 16_384
     rng = np.random.default_rng(0)
     warm = rng.standard_normal((512, DIM), np.float32), rng.standard_normal(512)
-    estimator.fit(
-        [lambda: (np.arange(512), *warm)], EstimatorSettings(epochs=1, patience=0), feature_dim=DIM, device="cpu"
-    )
+    fit.fit([lambda: (np.arange(512), *warm)], EstimatorSettings(epochs=1, patience=0), feature_dim=DIM, device="cpu")
     x, y = rng.standard_normal((rows, DIM), np.float32), rng.standard_normal(rows)
     costs: dict[str, float] = {}
     for batch in (256, 4096):
@@ -302,7 +300,7 @@ def fitting() -> dict[str, float]:
         for epochs in (1, 3):
             settings = EstimatorSettings(batch_size=batch, epochs=epochs, patience=0)
             part = lambda: (np.arange(rows), x, y)  # noqa: E731
-            run = lambda s=settings, p=part: estimator.fit([p], s, feature_dim=DIM, device="cpu")  # noqa: E731
+            run = lambda s=settings, p=part: fit.fit([p], s, feature_dim=DIM, device="cpu")  # noqa: E731
             seconds[epochs] = cpu_s(run, 2)
         trained = rows * (1 - EstimatorSettings().holdout_fraction)
         costs[f"epoch_s.{batch}"] = (seconds[3] - seconds[1]) / (2 * trained)

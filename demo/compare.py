@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pd_core import realset
 from pd_core.core import artifacts, errors, files
 from pd_core.core.errors import UserError
+from pd_core.density import realset
 from pd_core.images import resize
 from pd_core.report import figures
 

@@ -24,10 +24,12 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
-from pd_core import density, metrics, realset
+from pd_core import metrics
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError as RunError
 from pd_core.core.errors import UserError as UserError
+from pd_core.density import formula, realset
+from pd_core.density.scorer import Scorer
 from pd_core.engine import resources
 from pd_core.images import child
 from pd_core.images.decode import BadImage, DecodeLimits, Reason
@@ -35,7 +37,6 @@ from pd_core.images.resize import Prepared
 from pd_core.index import extractor, knn, search
 from pd_core.index import features as index_features
 from pd_core.index.shards import flat_rows
-from pd_core.scoring import Scorer
 
 BLOCK_IMAGES = 4096  # whose features are held and searched together
 PROGRESS_AFTER_S = 3.0  # work that is done before shows no bar
@@ -134,7 +135,7 @@ class Index:
         Raises:
             UserError: it is neither, or lies outside the real densities.
         """
-        return density.threshold_inside(text, self._real.density_quantiles, "threshold", self.uri)
+        return formula.threshold_inside(text, self._real.density_quantiles, "threshold", self.uri)
 
     def features(self, images: Any, strict: bool = True) -> np.ndarray:
         """float32 [N, D] of N images.
@@ -172,11 +173,11 @@ class Index:
         own = self._catalogue.own(block.hashes)
         distances, ids = self._open_index.search(block.features, self.k if by == "index" else 1, own)
         log_density = self._real.log_density(distances) if by == "index" else self._predicted(block.features)
-        values = density.density_of(log_density)
+        values = formula.density_of(log_density)
         percentile = self._real.percentile(values)
         inside = own != knn.MISSING_ID
         if by == "index" and inside.any():  # these have a rank
-            percentile[inside] = density.mid_ranks(log_density[inside], self._ranks)
+            percentile[inside] = formula.mid_ranks(log_density[inside], self._ranks)
         columns: dict[str, Any] = {
             "density": values,
             "log_density": log_density,
@@ -416,7 +417,7 @@ def pseudo_density(features: ArrayLike, k: int = 20, volume_dim: float = 1.0) ->
     ids = np.arange(len(rows))
     found = knn.ShardSearch(flat_rows(ids, rows), resources.cores()).search_all(rows, k + 1)
     distances, _ = knn.merge_topk([found], k, ids)
-    return density.pseudo_density(density.mean_knn_distance(distances), volume_dim)
+    return formula.pseudo_density(formula.mean_knn_distance(distances), volume_dim)
 
 
 def precision_recall(real: ArrayLike, generated: ArrayLike, k: int = metrics.K_PRECISION) -> tuple[float, float]:

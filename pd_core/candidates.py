@@ -19,15 +19,17 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pd_core import acceptance, density, generators
-from pd_core.acceptance import Weighting
+from pd_core import generators
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.density import formula
+from pd_core.density import weighting as density_weighting
+from pd_core.density.realset import RealSet
+from pd_core.density.scorer import Scorer
+from pd_core.density.weighting import Weighting
 from pd_core.index import search
-from pd_core.realset import RealSet
-from pd_core.scoring import Scorer
 from pd_core.volume import Volume, floored, log_volume, top_singular_values
 
 if TYPE_CHECKING:
@@ -226,12 +228,12 @@ class Scores:
 def probabilities(recipe: Recipe, drawn: Candidates, deciding: np.ndarray) -> np.ndarray:
     """Acceptance probability of each candidate of a chunk, float64: ω of its label over the supremum of all labels' ω."""
     if drawn.label is None or EVERYTHING in recipe.weightings:
-        return acceptance.acceptance_probability(deciding, recipe.weightings[EVERYTHING])
-    chances, sup = np.empty(len(deciding)), acceptance.supremum(recipe.weightings.values())
+        return density_weighting.acceptance_probability(deciding, recipe.weightings[EVERYTHING])
+    chances, sup = np.empty(len(deciding)), density_weighting.supremum(recipe.weightings.values())
     for place in np.unique(drawn.label):
         rows = drawn.label == place
         weighting = recipe.weightings[recipe.class_names[place]]
-        chances[rows] = acceptance.acceptance_probability(deciding[rows], weighting, sup)
+        chances[rows] = density_weighting.acceptance_probability(deciding[rows], weighting, sup)
     return chances
 
 
@@ -300,7 +302,7 @@ class ChunkMaker:
         if not np.isfinite(log_density).all():
             raise ValueError("predicted densities of generated images are not finite")
         values = self._singular_values(seeds, conditions)
-        scores = Scores(density.density_of(log_density), None if values is None else log_volume(values))
+        scores = Scores(formula.density_of(log_density), None if values is None else log_volume(values))
         accepted = np.flatnonzero(drawn.u < probabilities(self.recipe, drawn, scores.deciding))
         degenerate = 0 if values is None else int(floored(values).sum())
         return replace(
@@ -334,14 +336,14 @@ def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> 
     k = 1 if recipe.score == "predictor" else real.k
     if len(made.rows) == 0:
         assert made.log_density is not None
-        return schemas.samples().empty_table(), Scores(density.density_of(made.log_density), made.log_volume), 0
+        return schemas.samples().empty_table(), Scores(formula.density_of(made.log_density), made.log_volume), 0
     distances, neighbors, _ = search.search(pool, made.features, k)
-    by_index = None if recipe.score == "predictor" else density.density_of(real.log_density(distances))
+    by_index = None if recipe.score == "predictor" else formula.density_of(real.log_density(distances))
     if made.log_density is None:  # the index decides: every candidate is here
         assert by_index is not None and len(made.rows) == recipe.chunk
         scores = Scores(by_index)
     else:
-        scores = Scores(density.density_of(made.log_density), made.log_volume)
+        scores = Scores(formula.density_of(made.log_density), made.log_volume)
     chances = probabilities(recipe, drawn, scores.deciding)
     copies = distances[:, 0] <= recipe.copy_distance
     chosen = drawn.u[made.rows] < chances[made.rows]
@@ -352,7 +354,7 @@ def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> 
         "sample_id": drawn.number[rows],
         "seed": drawn.seed[rows],
         "density": scores.density[rows],
-        "density_predicted": None if made.log_density is None else density.density_of(made.log_density[rows]),
+        "density_predicted": None if made.log_density is None else formula.density_of(made.log_density[rows]),
         "density_index": None if by_index is None else by_index[keep],
         "percentile": real.percentile(scores.density[rows]),
         "log_volume": None if scores.log_volume is None else scores.log_volume[rows],

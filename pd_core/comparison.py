@@ -11,30 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import (
-    acceptance,
-    chunking,
-    opening,
-    piloting,
-    realset,
-    sampling,
-    spaces,
-    sweeping,
-    tradeoff,
-    tradeoff_report,
-)
-from pd_core.acceptance import Weighting
+from pd_core import chunking, opening, piloting, sampling, spaces, sweeping, tradeoff, tradeoff_report
 from pd_core.candidates import Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.evaluate import TradeoffSettings
 from pd_core.core.settings.generate import TRUNCATION_SETTINGS, GeneratorSettings
+from pd_core.density import realset, weighting
+from pd_core.density.realset import RealSet
+from pd_core.density.weighting import Weighting
 from pd_core.engine import console, tracking
 from pd_core.engine import resources as engine_resources
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.index import search
-from pd_core.realset import RealSet
 from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting
 from pd_core.volume import INSTEAD, Volume
@@ -208,7 +198,7 @@ def _plan(
     most = settings.max_candidates or POOL_TIMES * settings.n
     wanted = tradeoff.pool_needed(deciding.values(), settings.n, most)
     chunks = max(-(-settings.n // settings.chunk), min(-(-wanted // settings.chunk), most // settings.chunk))
-    rates = {name: float(acceptance.acceptance_probability(*asked).mean()) for name, asked in deciding.items()}
+    rates = {name: float(weighting.acceptance_probability(*asked).mean()) for name, asked in deciding.items()}
     short = [name for name, rate in rates.items() if rate * chunks * settings.chunk < settings.n]
     lines = [f"pool: {chunks * settings.chunk} candidates for {len(found)} settings of {settings.n} images each"]
     if math.isfinite(pilot.actor_s):

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pd_core import chunking, estimator
+from pd_core import chunking
 from pd_core.core import files as core_files
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.density import fit
 from pd_core.engine import resources
 from pd_core.images.sources import stores
 from pd_core.index import build as index_build
@@ -843,12 +844,12 @@ def _estimator(build: Build, unit: UnitCosts) -> Phase:
     """`fitting._fit`: one task; where the rows do not fit in its window it reads all features again in every epoch."""
     chosen = build.settings.estimator
     trained = build.rows * (1 - chosen.holdout_fraction)
-    passes = 1 if trained <= estimator.WINDOW_ROWS else 1 + build.epochs
+    passes = 1 if trained <= fit.WINDOW_ROWS else 1 + build.epochs
     size = _features_bytes(build, unit)
     large = chosen.batch_size >= 4096
     each = (unit.epoch_large_s if large else unit.epoch_s) * _weights(build.dim, chosen.hidden) / _weights(MEASURED_DIM)
-    window = min(trained, estimator.WINDOW_ROWS) * 4.0 * build.dim
-    heldout = min(build.rows * chosen.holdout_fraction, estimator.HELDOUT_ROWS) * 4.0 * build.dim
+    window = min(trained, fit.WINDOW_ROWS) * 4.0 * build.dim
+    heldout = min(build.rows * chosen.holdout_fraction, fit.HELDOUT_ROWS) * 4.0 * build.dim
     return Phase(
         "estimator",
         "fit the predictor",
@@ -1045,7 +1046,7 @@ def _update_neighbors(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts)
 def _keep(build: Build, unit: UnitCosts) -> Phase:
     """`updating._keep`: one task predicts held-out rows, of as many parts as it takes to meet enough of them."""
     chosen = build.settings.estimator
-    read = min(float(build.rows), estimator.HELDOUT_ROWS / chosen.holdout_fraction)
+    read = min(float(build.rows), fit.HELDOUT_ROWS / chosen.holdout_fraction)
     share = read / build.rows
     forward = (
         unit.epoch_s / 3 * _weights(build.dim, chosen.hidden) / _weights(MEASURED_DIM)

@@ -18,19 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pd_core import (
-    candidates,
-    chunking,
-    density,
-    evaluation,
-    generation,
-    opening,
-    pipeline,
-    planning,
-    realset,
-    releasing,
-    updating,
-)
+from pd_core import candidates, chunking, evaluation, generation, opening, pipeline, planning, releasing, updating
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
@@ -38,6 +26,7 @@ from pd_core.core.settings.curate import CurateSettings, RecipeSettings
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.density import formula, realset
 from pd_core.engine import console, resources, session, tasks, telemetry, tracking
 from pd_core.engine.runs import RUN, Run, checked_output, failures, started
 from pd_core.images import listing, sources
@@ -78,7 +67,7 @@ def prepare(settings: CurateSettings) -> CurateSettings:
         try:
             generation.check(_generate_settings(settings, recipe, files.join(output, INDEX, "x"), output))
             if recipe.kind == "two_level":
-                density.parse_threshold(recipe.threshold)
+                formula.parse_threshold(recipe.threshold)
         except UserError as error:
             text = str(error).replace("--weighting.", "")  # as a recipe has it
             raise UserError(f"recipes: {recipe.name}: {text}") from None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 
-from pd_core import evaluating, evaluation_report, realset, spaces
+from pd_core import evaluating, evaluation_report, spaces
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import EvaluateSettings
+from pd_core.density import realset
+from pd_core.density.realset import RealSet
 from pd_core.engine import console
 from pd_core.engine.runs import REPORT, Run, checked_output, started
 from pd_core.evaluation_page import metric_names
-from pd_core.realset import RealSet
 from pd_core.spaces import Extraction, Features, ImageSet, Space
 
 STAGES = ("metrics", "report")

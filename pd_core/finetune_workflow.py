@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import acceptance, density, finetuned_report, opening, piloting, realset, spaces
-from pd_core.acceptance import Weighting
+from pd_core import finetuned_report, opening, piloting, spaces
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.density import formula, realset
+from pd_core.density import weighting as density_weighting
+from pd_core.density.realset import RealSet
+from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.evaluating import measuring_cpus
 from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
 from pd_core.index import features
-from pd_core.realset import RealSet
 
 STAGES = ("weights", "training", "merging", "best", "report")
 EVALUATION_STREAM = "finetune/evaluation"
@@ -136,8 +138,8 @@ def fake_weighting(settings: FinetuneSettings, real: RealSet) -> Weighting | Non
         threshold, weight = fake.threshold, fake.weight
     if weight == 1:
         return None
-    tau = density.threshold_inside(threshold, real.density_quantiles, "--fake.threshold", "the index")
-    return acceptance.two_level(tau, weight)
+    tau = formula.threshold_inside(threshold, real.density_quantiles, "--fake.threshold", "the index")
+    return density_weighting.two_level(tau, weight)
 
 
 def finetune(settings: FinetuneSettings) -> None:

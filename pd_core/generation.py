@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import chunking, costs, exporting, opening, piloting, planning, realset, sampling, sampling_report
+from pd_core import chunking, costs, exporting, opening, piloting, planning, sampling, sampling_report
 from pd_core.candidates import Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
+from pd_core.density import realset
+from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.index import search
-from pd_core.realset import RealSet
 
 STAGES = ("pilot", "samples", "rejected", "export", "report")
 

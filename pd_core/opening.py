@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pd_core import acceptance, generators
+from pd_core import generators
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.chunking import Pool
 from pd_core.core import files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.density import weighting
+from pd_core.density.realset import RealSet
 from pd_core.engine import resources, tasks
 from pd_core.engine.runs import failures
 from pd_core.generators.python import split
-from pd_core.realset import RealSet
 from pd_core.volume import Volume
 
 
@@ -95,7 +96,7 @@ def recipe_of(
         generator=settings,
         generator_identity=facts["identity"],
         realset=real,
-        weightings={EVERYTHING: acceptance.uniform()},
+        weightings={EVERYTHING: weighting.uniform()},
         score="both",
         seed=seed,
         chunk=chunk,

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import opening, perturbation, perturbed_report, perturbing, realset
+from pd_core import opening, perturbation, perturbed_report, perturbing
 from pd_core.chunking import Pool
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
+from pd_core.density import realset
+from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.index import search
-from pd_core.realset import RealSet
 
 STAGES = ("perturbed", "report")
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import acceptance, chunking, density, generators, perturbation
+from pd_core import chunking, generators, perturbation
 from pd_core.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
 from pd_core.chunking import MAX_CHUNKS, Pool, Progress
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
+from pd_core.density import formula, weighting
 from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.index import search
 from pd_core.perturbation import NoGradientError, Perturbed
@@ -229,7 +230,7 @@ def _rows(job: Job, pool: search.SearchPool, chunk: int, made: Mapping[str, Any]
     apart = np.linalg.norm((features[after, sample] - features[0, sample]).astype(np.float64), axis=1)
     sign = np.array([SIGNS[name] for name in ways])[way]
     number = drawn.number[sample]
-    rho = density.density_of
+    rho = formula.density_of
     names = [ways[w] for w in way]
     columns = {
         "sample_id": number,
@@ -319,7 +320,7 @@ def totals_of(uri: str, names: list[str]) -> dict[str, Any]:
         before, after = densities_of(table.filter(pa.array(here)))
         (of_index, predicted), left_out = log_changes(before, after)
         told = (before[1] > 0) | (after[1] > 0)
-        low, high = acceptance.rate_interval(confirmed[here].astype(float), 0.0, 1.0)
+        low, high = weighting.rate_interval(confirmed[here].astype(float), 0.0, 1.0)
         totals[way] = {
             "rows": int(here.sum()),
             "confirmed": int(confirmed[here].sum()),

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pd_core import acceptance, chunking, density, estimator, sampling
-from pd_core.acceptance import Weighting
+from pd_core import chunking, sampling
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError, printable
 from pd_core.core.settings.generate import GenerateSettings, WeightingSettings
+from pd_core.density import fit, formula, predictor
+from pd_core.density import weighting as density_weighting
+from pd_core.density.realset import RealSet
+from pd_core.density.weighting import Weighting
 from pd_core.engine import runs, tasks
 from pd_core.index import search
-from pd_core.realset import RealSet
 from pd_core.volume import FLOOR, Volume
 
 PART_CHUNKS = 8  # of the pilot
@@ -43,7 +45,7 @@ class Agreement:
 
     true: np.ndarray
     predicted: np.ndarray
-    figures: estimator.Calibration | None
+    figures: predictor.Calibration | None
 
     @property
     def left_out(self) -> int:
@@ -56,7 +58,7 @@ def agreement(by_index: np.ndarray, predicted: np.ndarray) -> Agreement:
     with np.errstate(divide="ignore"):
         true, guessed = np.log(by_index), np.log(predicted)
     finite = np.isfinite(true) & np.isfinite(guessed)
-    return Agreement(true, guessed, estimator.calibration(true[finite], guessed[finite]) if finite.any() else None)
+    return Agreement(true, guessed, fit.calibration(true[finite], guessed[finite]) if finite.any() else None)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def label_quantiles(real: RealSet, parts: Mapping[str, Any] | list[str]) -> dict
         for label in {label for label in labels if label is not None}:
             found.setdefault(label, []).append(values[labels == label])
     joined = {label: np.concatenate(values) for label, values in found.items()}
-    return {label: density.density_quantiles(v) for label, v in joined.items() if len(v) >= FEWEST_OF_LABEL}
+    return {label: formula.density_quantiles(v) for label, v in joined.items() if len(v) >= FEWEST_OF_LABEL}
 
 
 def check_settings(settings: WeightingSettings, labels: str) -> None:
@@ -163,7 +165,7 @@ def check_settings(settings: WeightingSettings, labels: str) -> None:
         UserError: a weight is missing, the threshold cannot be read, or weights per label of samples without labels.
     """
     if settings.kind == "two_level":
-        density.parse_threshold(settings.threshold)
+        formula.parse_threshold(settings.threshold)
         if settings.weight is None:
             raise UserError(
                 "--weighting.weight: not set; above 1 asks for typical images, below 1 for varied ones "
@@ -172,7 +174,7 @@ def check_settings(settings: WeightingSettings, labels: str) -> None:
     if settings.kind == "quantiles":
         if not settings.weights:
             raise UserError("--weighting.weights: not set; kind quantiles needs a weight for each bin, e.g. [1,1,2,4]")
-        acceptance.Weighting(tuple(map(float, range(1, len(settings.weights)))), tuple(settings.weights))
+        density_weighting.Weighting(tuple(map(float, range(1, len(settings.weights)))), tuple(settings.weights))
     if settings.kind == "polarity" and settings.polarity is None:
         raise UserError(
             "--weighting.polarity: not set; below 0 asks for the generator's modes, above 0 for its anti-modes, e.g. -0.5"
@@ -199,17 +201,17 @@ def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: 
         UserError: the threshold lies outside the real densities.
     """
     if settings.kind == "none":
-        return acceptance.uniform()
+        return density_weighting.uniform()
     if settings.exponent is not None:
-        return acceptance.tilted(generated, settings.exponent, settings.bins)
+        return density_weighting.tilted(generated, settings.exponent, settings.bins)
     if settings.kind == "match":
-        return acceptance.match(quantiles, generated, settings.bins, settings.max_weight)
+        return density_weighting.match(quantiles, generated, settings.bins, settings.max_weight)
     if settings.kind == "quantiles":
         assert settings.weights, "check_settings refuses none"
-        return acceptance.by_quantile(quantiles, settings.weights)
+        return density_weighting.by_quantile(quantiles, settings.weights)
     assert settings.weight is not None, "check_settings refuses none"
-    threshold = density.threshold_inside(settings.threshold, quantiles, "--weighting.threshold", where)
-    return acceptance.two_level(threshold, settings.weight)
+    threshold = formula.threshold_inside(settings.threshold, quantiles, "--weighting.threshold", where)
+    return density_weighting.two_level(threshold, settings.weight)
 
 
 def weightings_of(
@@ -258,7 +260,7 @@ class Expectation:
 
     def candidates_surely(self, n: int) -> float:
         """`acceptance.candidates_surely` of these."""
-        return acceptance.candidates_surely(n, self.rate, self.low)
+        return density_weighting.candidates_surely(n, self.rate, self.low)
 
     def chunks_per_part(self, n: int, part_rows: int, chunk: int, png_bytes: float) -> int:
         """Chunks of one part: what is lost at most when a run is ended, and how often it looks at its limits.
@@ -282,12 +284,12 @@ def expect(settings: GenerateSettings, weightings: Mapping[str, Weighting], pilo
     """
     deciding = pilot.deciding(settings.score)
     fitted = settings.weighting.kind == "match"
-    sup = acceptance.supremum(weightings.values())
+    sup = density_weighting.supremum(weightings.values())
     chances = np.empty(pilot.rows)
     for label, weighting in weightings.items():
         rows = np.full(pilot.rows, True) if label == EVERYTHING else np.asarray(pilot.label == label)
-        seen_from = acceptance.unseen(weighting, deciding[rows]) if fitted else weighting
-        chances[rows] = acceptance.acceptance_probability(deciding[rows], seen_from, sup)
+        seen_from = density_weighting.unseen(weighting, deciding[rows]) if fitted else weighting
+        chances[rows] = density_weighting.acceptance_probability(deciding[rows], seen_from, sup)
     if settings.drop_copies:
         chances = chances * ~pilot.copies
     rate = float(chances.mean())
@@ -298,11 +300,11 @@ def expect(settings: GenerateSettings, weightings: Mapping[str, Weighting], pilo
         )
     lowest = 0.0 if settings.drop_copies else min(min(w.weights) for w in weightings.values()) / sup
     bins = sum(weighting.bins for weighting in weightings.values()) if fitted else 0
-    low, high = acceptance.rate_interval(chances, lowest, 1.0, bins)
+    low, high = density_weighting.rate_interval(chances, lowest, 1.0, bins)
     above = None
     if settings.weighting.kind == "two_level" and len(weightings) == 1:
         (weighting,) = weightings.values()
-        above = float(acceptance.bin_shares(deciding, weighting)[1])
+        above = float(density_weighting.bin_shares(deciding, weighting)[1])
     return Expectation(rate, low, high, above)
 
 
@@ -449,13 +451,13 @@ def _of_volumes(settings: GenerateSettings, pilot: Pilot) -> list[str]:
     v, exponent = pilot.log_volume, settings.weighting.exponent
     if v is None or exponent is None:
         return []
-    weighting = acceptance.tilted(v, exponent, settings.weighting.bins)
+    weighting = density_weighting.tilted(v, exponent, settings.weighting.bins)
     ends = f"{v.min():.4g} ... {v.max():.4g}"
     lines = [f"volumes:    exp({exponent:g} v) in {weighting.bins} steps, log-volumes v of the pilot in {ends}"]
     if exponent and weighting.edges:
         side, edge = ("above", weighting.edges[-1]) if exponent > 0 else ("up to", weighting.edges[0])
-        exact, steps = acceptance.exponential(v, exponent), acceptance.weight_of(v, weighting)
-        size, capped = (acceptance.effective_size(w) for w in (exact, steps))
+        exact, steps = density_weighting.exponential(v, exponent), density_weighting.weight_of(v, weighting)
+        size, capped = (density_weighting.effective_size(w) for w in (exact, steps))
         lines.append(
             f"cap:        all v {side} {edge:.4g} have the weight {max(weighting.weights):.3g} (1 is the generator's mean); "
             f"effective sample size of the pilot {capped:.1f} of {pilot.rows}, without steps and cap {size:.1f}"

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import density, fitting, planning, reporting, updating
+from pd_core import planning, reporting, updating
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
-from pd_core.density import densities as density_densities
+from pd_core.density import fitting, formula
+from pd_core.density.formula import densities as density_densities
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.images import decode, listing, sources
@@ -39,7 +40,7 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     """
     output = checked_output(settings.output, "build_index")
     for text in settings.report.thresholds:
-        density.parse_threshold(text)
+        formula.parse_threshold(text)
     checkpoint = settings.features.checkpoint
     featuring = settings.features.model_copy(
         update={"checkpoint": None if checkpoint is None else files.absolute(checkpoint)}

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import density, fitting
 from pd_core.build import page as build_page
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.density import fitting, formula
 from pd_core.engine import runs as engine_runs
 from pd_core.images import child, decode, sources
 from pd_core.images.listing import Listing
@@ -89,7 +89,7 @@ def _gather(output: str, inputs: Inputs) -> build_page.ReportData:
         floored_rows=totals["floored_rows"],
         density=chosen.sample["density"].to_numpy(),
         quantiles=quantiles,
-        thresholds=[(text, density.parse_threshold(text).density(quantiles)) for text in settings.report.thresholds],
+        thresholds=[(text, formula.parse_threshold(text).density(quantiles)) for text in settings.report.thresholds],
         index=_index_facts(inputs.index),
         lowest=[pictures.of(row) for row in chosen.lowest],
         highest=[pictures.of(row) for row in chosen.highest],

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import acceptance
+from pd_core.density import weighting as density_weighting
 from pd_core.report import figures as report_figures
 from pd_core.report import page
 from pd_core.report.figures import Drawing
@@ -196,7 +196,7 @@ class SamplesData:
     def measured_interval(self) -> tuple[float, float]:
         """Where the measured rate should lie with 95%, by the pilot: that of the true rate, and the run's own error."""
         expected = self.expected
-        return acceptance.measured_interval(expected.rate, expected.low, expected.high, self.candidates)
+        return density_weighting.measured_interval(expected.rate, expected.low, expected.high, self.candidates)
 
     @property
     def as_expected(self) -> bool:

@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import acceptance, piloting, sampling, sampling_page, spaces
+from pd_core import piloting, sampling, sampling_page, spaces
 from pd_core.candidates import Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs
 from pd_core.images import child, decode, listing, sources
 from pd_core.report import page
@@ -255,7 +256,7 @@ def _calibration(agreement: piloting.Agreement) -> page.Calibration:
 
 
 def _weights(recipe: Recipe) -> Iterator[Weight]:
-    sup = acceptance.supremum(recipe.weightings.values())
+    sup = density_weighting.supremum(recipe.weightings.values())
     for label, weighting in recipe.weightings.items():
         ends = [None, *weighting.edges, None]
         for low, high, weight in zip(ends, ends[1:], weighting.weights, strict=False):

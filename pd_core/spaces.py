@@ -18,13 +18,13 @@ from pd_core.core import artifacts, files, seeds, trust
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings, ExtractionSettings, ExtractorSettings
 from pd_core.core.settings.index import FeatureSettings
+from pd_core.density.realset import RealSet
 from pd_core.engine import resources, runs, tasks
 from pd_core.images import decode, listing, sources
 from pd_core.images.sources.names import unescape
 from pd_core.index import extractor as index_extractor
 from pd_core.index import features
 from pd_core.index.extractor import ExtractorSpec
-from pd_core.realset import RealSet
 
 BY_DENSITY = ("two_level", "quantiles", "match", "perturbed")  # how a set was chosen by its densities
 INDEX = "index"  # name of the space of the index

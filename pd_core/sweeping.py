@@ -10,13 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import acceptance, density, evaluating, metrics, spaces, tradeoff
-from pd_core.acceptance import Weighting
+from pd_core import evaluating, metrics, spaces, tradeoff
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.settings.evaluate import MetricSettings
+from pd_core.density import formula
+from pd_core.density import weighting as density_weighting
+from pd_core.density.realset import RealSet
+from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, tasks
 from pd_core.index import features
-from pd_core.realset import RealSet
 from pd_core.spaces import Features, Space
 from pd_core.tradeoff import Setting
 
@@ -182,12 +184,12 @@ def weighting_of(setting: Setting, real: RealSet, log_volume: np.ndarray | None,
     """
     if setting.method == "polarity":
         assert log_volume is not None and setting.polarity is not None, setting
-        return acceptance.tilted(log_volume, setting.polarity, bins)
+        return density_weighting.tilted(log_volume, setting.polarity, bins)
     if setting.method == "generator":
-        return acceptance.uniform()
+        return density_weighting.uniform()
     assert setting.threshold is not None and setting.weight is not None, setting
-    threshold = density.threshold_inside(setting.threshold, real.density_quantiles, "--thresholds", "the index")
-    return acceptance.two_level(threshold, setting.weight)
+    threshold = formula.threshold_inside(setting.threshold, real.density_quantiles, "--thresholds", "the index")
+    return density_weighting.two_level(threshold, setting.weight)
 
 
 @dataclass(frozen=True)
@@ -216,12 +218,12 @@ def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
             "the pool of a run with polarities has volumes"
         )
         deciding = pool.log_volume
-        exact = acceptance.effective_size(acceptance.exponential(deciding, setting.polarity))
+        exact = density_weighting.effective_size(density_weighting.exponential(deciding, setting.polarity))
     u = seeds.uniform(pool.number, seeds.stream(job.seed, "acceptance"))  # candidates_of draws it so
     rows = tradeoff.accepted(deciding, u, weighting)
     taken = rows[: job.n]
     looked_at = int(pool.number[taken[-1]]) + 1 if len(rows) >= job.n else many
-    effective = acceptance.effective_size(acceptance.weight_of(deciding, weighting))
+    effective = density_weighting.effective_size(density_weighting.weight_of(deciding, weighting))
     return Draw(taken, looked_at, len(rows) / many, effective, exact)
 
 

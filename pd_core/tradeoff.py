@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pd_core import acceptance
-from pd_core.acceptance import Weighting
 from pd_core.core.errors import UserError
+from pd_core.density import weighting as density_weighting
+from pd_core.density.weighting import Weighting
 
 Method = Literal["generator", "density", "polarity", "truncation"]
 
@@ -76,7 +76,7 @@ def accepted(deciding: ArrayLike, u: ArrayLike, weighting: Weighting) -> NDArray
 
     deciding: ρ of each candidate, or its log-volume for Polarity Sampling, [M]. u: its own uniform number, [M]. Returns int64 [m].
     """
-    return np.flatnonzero(np.asarray(u) < acceptance.acceptance_probability(deciding, weighting))
+    return np.flatnonzero(np.asarray(u) < density_weighting.acceptance_probability(deciding, weighting))
 
 
 def pool_needed(weightings: Iterable[tuple[ArrayLike, Weighting]], n: int, most: int) -> int:
@@ -86,9 +86,9 @@ def pool_needed(weightings: Iterable[tuple[ArrayLike, Weighting]], n: int, most:
     """
     needed: float = n
     for deciding, weighting in weightings:
-        chances = acceptance.acceptance_probability(deciding, weighting)
-        low, _ = acceptance.rate_interval(chances, min(weighting.weights) / max(weighting.weights), 1.0)
-        needed = max(needed, acceptance.candidates_surely(n, float(chances.mean()), low))
+        chances = density_weighting.acceptance_probability(deciding, weighting)
+        low, _ = density_weighting.rate_interval(chances, min(weighting.weights) / max(weighting.weights), 1.0)
+        needed = max(needed, density_weighting.candidates_surely(n, float(chances.mean()), low))
     return most if needed >= most else math.ceil(needed)
 
 

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import FiniteFloat
 
-from pd_core import estimator, fitting
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import files as core_files
 from pd_core.core import schemas, seeds, trust
@@ -33,6 +32,8 @@ from pd_core.core.settings.index import (
     IndexSettings,
     UpdateSettings,
 )
+from pd_core.density import fit, fitting
+from pd_core.density import predictor as density_predictor
 from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.images import decode as images_decode
 from pd_core.images import listing, sources
@@ -944,7 +945,7 @@ def keep_or_fit(
 def _spread(densities: core_artifacts.Artifact, settings: EstimatorSettings) -> list[str]:
     """Parts that hold about `estimator.HELDOUT_ROWS` held-out rows, evenly from all: the listing has an order, new images are last."""
     names = [part.name for part in densities.parts if part.rows]
-    wanted = len(names) * estimator.HELDOUT_ROWS / max(1.0, densities.rows * settings.holdout_fraction)
+    wanted = len(names) * fit.HELDOUT_ROWS / max(1.0, densities.rows * settings.holdout_fraction)
     if wanted >= len(names):
         return names
     return [names[i] for i in np.unique(np.linspace(0, len(names) - 1, max(2, round(wanted))).round().astype(int))]
@@ -962,24 +963,24 @@ def _keep(
     """Write the base's predictor with its target moved by `shift`, the change of log c; None where it does not hold any more."""
     files = {
         name: core_files.read_bytes(core_files.join(folder, name))
-        for name in (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
+        for name in (density_predictor.WEIGHTS_FILE, density_predictor.DESCRIPTION_FILE)
     }
-    predictor = estimator.from_bytes(files).rescaled(shift)
+    predictor = density_predictor.from_bytes(files).rescaled(shift)
     true, predicted = [], []
     for name in names:
         sample_id, vectors, log_density = fitting.load_part(*uris, name)
-        held = estimator.held_out(sample_id, settings)
+        held = fit.held_out(sample_id, settings)
         if held.any():
             true.append(log_density[held])
             predicted.append(predictor.predict(vectors[held]).log_density)
     if not true:
         return None
-    measured = estimator.calibration(np.concatenate(true), np.concatenate(predicted))
+    measured = fit.calibration(np.concatenate(true), np.concatenate(predicted))
     if measured.r2_log_density is None or measured.r2_log_density < least:
         return None
-    stage.write_part(estimator.WEIGHTS_FILE, estimator.weights_bytes(predictor), 0)
-    stage.write_part(estimator.DESCRIPTION_FILE, files[estimator.DESCRIPTION_FILE], 0)
-    shown = slice(estimator.CALIBRATION_ROWS)
+    stage.write_part(density_predictor.WEIGHTS_FILE, density_predictor.weights_bytes(predictor), 0)
+    stage.write_part(density_predictor.DESCRIPTION_FILE, files[density_predictor.DESCRIPTION_FILE], 0)
+    shown = slice(fit.CALIBRATION_ROWS)
     table = {"log_density": np.concatenate(true)[shown], "predicted_log_density": np.concatenate(predicted)[shown]}
     stage.write_table(fitting.HELDOUT, pa.table(table))
     return dataclasses.asdict(measured)

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import generators, realset, verifying
+from pd_core import generators, verifying
 from pd_core.candidates import Recipe, prompts_hash
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError, one_line, printable
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.density import realset
 from pd_core.engine import console, resources, session, tasks
 from pd_core.engine.runs import failures
 from pd_core.index import search

@@ -34,13 +34,14 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from pd_core import estimator, realset, releasing, spaces, updating
+from pd_core import releasing, spaces, updating
 from pd_core.core import artifacts, files
 from pd_core.core import locks as core_locks
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.density import fit, predictor, realset
 from pd_core.images import sources
 from pd_core.images.decode import BadImage, DecodeLimits
 from pd_core.images.resize import Preprocess, prepare
@@ -174,9 +175,9 @@ def shards(_: Path) -> Files:
 
 
 def predictors(_: Path) -> Files:
-    made = estimator.new_predictor(estimator.Architecture(8, (4,), "log_density"))
-    measured = estimator.FitMetrics(estimator.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
-    return estimator.to_bytes(made, measured)
+    made = predictor.new_predictor(predictor.Architecture(8, (4,), "log_density"))
+    measured = predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
+    return predictor.to_bytes(made, measured)
 
 
 def locks(_: Path) -> Files:
@@ -254,7 +255,7 @@ TARGETS = {
     "records": Target(records, each(realset.open_realset, spaces.source_of, updating.open_base), of_file=False),
     "stage": Target(stages, read_stage, of_file=False),
     "faiss": Target(shards, read_shard),
-    "predictor": Target(predictors, lambda folder: estimator.load(folder), of_file=False),
+    "predictor": Target(predictors, lambda folder: predictor.load(folder), of_file=False),
     "lock": Target(locks, lambda folder: core_locks.acquire(str(folder), 60.0), of_file=False),
     "settings": Target(settings_files, lambda f: load.load(BuildIndexSettings, ["--config", str(f)], "x")),
     "release": Target(release_files, each(*RELEASES), of_file=False),

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import pd_core
-from pd_core import density, metrics, realset
+from pd_core import metrics
 from pd_core.core import errors
+from pd_core.density import formula, realset
 from pd_core.index import knn, search
 from tests import tiny
 from workflows import build_index
@@ -129,7 +130,7 @@ def test_by_predictor_is_the_predictor_of_the_index(opened, built, folder):
     with knn.single_threaded_torch(), torch.inference_mode():
         predicted = realset.open_realset(str(built)).predictor()(torch.from_numpy(opened.features(given)))
     np.testing.assert_array_equal(scored["log_density"].to_numpy(), predicted.double().numpy())
-    np.testing.assert_array_equal(scored["density"].to_numpy(), density.density_of(predicted.double().numpy()))
+    np.testing.assert_array_equal(scored["density"].to_numpy(), formula.density_of(predicted.double().numpy()))
     by_index = opened.score(given)
     assert scored["nearest_key"].equals(by_index["nearest_key"])
     assert scored["nearest_distance"].equals(by_index["nearest_distance"])

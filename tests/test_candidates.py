@@ -13,16 +13,18 @@ import pytest
 import torch
 from scipy import stats
 
-from pd_core import acceptance, chunking, density, estimator, generators, piloting, sampling, verifying
+from pd_core import chunking, generators, piloting, sampling, verifying
 from pd_core.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.index import EstimatorSettings, FeatureSettings
+from pd_core.density import fit, formula, predictor
+from pd_core.density import weighting as density_weighting
+from pd_core.density.realset import RealSet
 from pd_core.engine import resources
 from pd_core.index import extractor, search
-from pd_core.realset import RealSet
 from pd_core.volume import Volume
 from tests import tiny, tiny_generators, toy_generator
 
@@ -40,13 +42,11 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealSet:
     pixels = np.stack([toy_generator.draw(seed, 0).repeat(2, 0).repeat(2, 1) for seed in range(400)])
     rows = extractor.Extractor(spec).extract(pixels)
     distances = np.sort(np.linalg.norm(rows[:, None] - rows[None], axis=2), axis=1)[:, 1:6]
-    log_density = -np.log(density.mean_knn_distance(distances))
+    log_density = -np.log(formula.mean_knn_distance(distances))
     settings = EstimatorSettings(epochs=20, hidden=(32,))
-    fitted = estimator.fit(
-        [lambda: (np.arange(400), rows, log_density)], settings, feature_dim=rows.shape[1], device="cpu"
-    )
+    fitted = fit.fit([lambda: (np.arange(400), rows, log_density)], settings, feature_dim=rows.shape[1], device="cpu")
     (root / "estimator").mkdir()
-    for name, data in estimator.to_bytes(fitted.predictor, fitted.metrics).items():
+    for name, data in predictor.to_bytes(fitted.predictor, fitted.metrics).items():
         (root / "estimator" / name).write_bytes(data)
     return RealSet(
         uri=str(root),
@@ -57,13 +57,15 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealSet:
         volume_dim=1.0,
         log_normalizer=0.0,
         distance_floor=0.0,
-        density_quantiles=density.density_quantiles(np.exp(log_density)),
+        density_quantiles=formula.density_quantiles(np.exp(log_density)),
         nearest_quantiles=np.linspace(0, 1, 1001),
         fingerprints={},
     )
 
 
-def recipe_of(real: RealSet, settings: GeneratorSettings, weighting: acceptance.Weighting, **more: Any) -> Recipe:
+def recipe_of(
+    real: RealSet, settings: GeneratorSettings, weighting: density_weighting.Weighting, **more: Any
+) -> Recipe:
     values: dict[str, Any] = {
         "generator": settings,
         "generator_identity": generators.open_generator(settings).identity(),
@@ -94,7 +96,7 @@ def test_a_chunk_is_the_same_whoever_makes_it_and_after_whatever(
 ) -> None:
     if family == "ddpm":  # draws noise in every step
         toy = GeneratorSettings(path=tiny_generators.save_ddpm(tmp_path / "ddpm"), steps=2)
-    recipe = recipe_of(real, toy, acceptance.uniform(), chunk=5)
+    recipe = recipe_of(real, toy, density_weighting.uniform(), chunk=5)
     one = ChunkMaker(recipe, "cpu")
     forwards = {number: one.make(number) for number in (0, 1, 2, 3)}
     backwards = {number: one.make(number) for number in (3, 0, 2)}
@@ -111,10 +113,10 @@ def test_a_chunk_is_the_same_whoever_makes_it_and_after_whatever(
 @pytest.fixture(scope="module")
 def everyone(real: RealSet, toy: GeneratorSettings) -> np.ndarray:
     """Densities of CHUNKS chunks of candidates, nobody rejected."""
-    maker = ChunkMaker(recipe_of(real, toy, acceptance.uniform()), "cpu")
+    maker = ChunkMaker(recipe_of(real, toy, density_weighting.uniform()), "cpu")
     made = [maker.make(number) for number in range(CHUNKS)]
     assert all(len(batch.rows) == CHUNK and batch.log_density is not None for batch in made)
-    return density.density_of(np.concatenate([batch.log_density for batch in made if batch.log_density is not None]))
+    return formula.density_of(np.concatenate([batch.log_density for batch in made if batch.log_density is not None]))
 
 
 @pytest.mark.parametrize("weight", [0.01, 0.1, 10.0, 100.0])
@@ -127,7 +129,7 @@ def test_the_engine_accepts_in_proportion_to_the_weights(
     1 / max(w, 1).
     """
     tau = float(np.quantile(everyone, 0.4))
-    maker = ChunkMaker(recipe_of(real, toy, acceptance.two_level(tau, weight)), "cpu")
+    maker = ChunkMaker(recipe_of(real, toy, density_weighting.two_level(tau, weight)), "cpu")
     accepted = np.zeros(CHUNK * CHUNKS, bool)
     for number in range(CHUNKS):
         accepted[number * CHUNK + maker.make(number).rows] = True
@@ -174,10 +176,12 @@ def test_polarity_draws_the_tilted_distribution_from_a_generator(
     χ² over 8 bins of the accepted, some 1,000. The pilot of 2,000 in 40 steps errs by exp's spread within a step over sqrt(50):
     2%, in the outermost one 6%, where the counts err by 9% and more.
     """
-    recipe = recipe_of(real, bars, acceptance.uniform(), chunk=250, volume=Volume(4, 16))
+    recipe = recipe_of(real, bars, density_weighting.uniform(), chunk=250, volume=Volume(4, 16))
     pilot, everyone = volumes_of(replace(recipe, seed=1), 8)
     assert everyone.all()
-    v, accepted = volumes_of(replace(recipe, weightings={EVERYTHING: acceptance.tilted(pilot, polarity, 40)}), 24)
+    v, accepted = volumes_of(
+        replace(recipe, weightings={EVERYTHING: density_weighting.tilted(pilot, polarity, 40)}), 24
+    )
     seeds = np.concatenate([candidates_of(recipe, chunk).seed for chunk in range(24)])
     latents = generators.normal_latents(seeds.tolist(), (4,)).numpy()
     np.testing.assert_allclose(v, tiny_generators.Bars.log_volume(latents), atol=1e-4)
@@ -190,7 +194,7 @@ def test_polarity_draws_the_tilted_distribution_from_a_generator(
 
 
 def test_a_recipe_that_decides_by_volumes_is_read_from_its_record_again(real: RealSet, bars: GeneratorSettings) -> None:
-    recipe = recipe_of(real, bars, acceptance.uniform(), volume=Volume(4, 16))
+    recipe = recipe_of(real, bars, density_weighting.uniform(), volume=Volume(4, 16))
     again = Recipe.from_identity(json.loads(json.dumps(recipe.identity())), bars, real, ())
     assert again == recipe
     assert recipe.identity() != replace(recipe, volume=Volume(3, 16)).identity()
@@ -200,7 +204,7 @@ def test_a_generator_without_latents_has_no_volumes(real: RealSet, toy: Generato
     with pytest.raises(
         UserError, match=r"--generator.path .*toy.* not a function of latents .* need a LatentGenerator"
     ):
-        ChunkMaker(recipe_of(real, toy, acceptance.uniform(), volume=Volume(4)), "cpu")
+        ChunkMaker(recipe_of(real, toy, density_weighting.uniform(), volume=Volume(4)), "cpu")
 
 
 def nearest(rows: np.ndarray) -> Any:
@@ -242,15 +246,15 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
         search, "search", nearest(np.random.default_rng(0).normal(size=(9, real.extractor.feature_dim)))
     )
     real = replace(real, distance_floor=1e-6)
-    recipe = recipe_of(real, bars, acceptance.uniform(), score="both", volume=volume)
+    recipe = recipe_of(real, bars, density_weighting.uniform(), score="both", volume=volume)
     stage = made_part(replace(recipe, seed=1), tmp_path / "before", 2, "pilot").samples
     pilot = piloting.read(stage, stage.commit(stage.finished_parts().values(), {}, {}))
     if volume is None:
         assert pilot.log_volume is None and pilot.axis == "densities"
-        weighting = acceptance.two_level(float(np.median(pilot.predicted)), 5)
+        weighting = density_weighting.two_level(float(np.median(pilot.predicted)), 5)
     else:
         assert pilot.log_volume is not None and pilot.degenerate == 0
-        weighting = acceptance.tilted(pilot.log_volume, -1.0, 8)
+        weighting = density_weighting.tilted(pilot.log_volume, -1.0, 8)
     job = made_part(replace(recipe, weightings={EVERYTHING: weighting}), tmp_path, 3, "samples")
     assert job.rejected is not None
     tables = [files.read_table(files.join(s.uri, artifacts.part_name(0))) for s in (job.samples, job.rejected)]
@@ -268,7 +272,7 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
             deciding = table["log_volume"].to_numpy()
             latents = generators.normal_latents(table["seed"].to_pylist(), (4,)).numpy()
             np.testing.assert_allclose(deciding, tiny_generators.Bars.log_volume(latents), atol=1e-4)
-        np.testing.assert_array_equal(chance, acceptance.acceptance_probability(deciding, weighting))
+        np.testing.assert_array_equal(chance, density_weighting.acceptance_probability(deciding, weighting))
     again, _, _ = finish(job.recipe, cast(Any, None), 1, ChunkMaker(job.recipe, "cpu").make(1))
     assert set(again["sample_id"].to_pylist()) <= set(tables[0]["sample_id"].to_pylist())
     assert set(verifying.compare_rows(again, tables[0]).values()) == {None}

@@ -18,10 +18,11 @@ import pytest
 import torch
 from scipy import stats
 
-from pd_core import estimator
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import EstimatorSettings
 from pd_core.core.settings.load import PRESETS
+from pd_core.density import fit
+from pd_core.density import predictor as density_predictor
 
 DIM = 8
 
@@ -40,7 +41,7 @@ def _rows(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.permutation(n * 7)[:n].astype(np.int64), features, log_density
 
 
-def _parts(rows: tuple[np.ndarray, ...], n_parts: int, loads: Counter[int] | None = None) -> list[estimator.LoadPart]:
+def _parts(rows: tuple[np.ndarray, ...], n_parts: int, loads: Counter[int] | None = None) -> list[fit.LoadPart]:
     cuts = np.array_split(np.arange(len(rows[0])), n_parts)
 
     def load(part: int) -> Any:
@@ -51,12 +52,12 @@ def _parts(rows: tuple[np.ndarray, ...], n_parts: int, loads: Counter[int] | Non
     return [lambda part=part: load(part) for part in range(n_parts)]  # type: ignore[misc]
 
 
-def _fit(rows: tuple[np.ndarray, ...], n_parts: int = 3, **changes: Any) -> estimator.FitResult:
-    window_rows = changes.pop("window_rows", estimator.WINDOW_ROWS)
-    return estimator.fit(_parts(rows, n_parts), _settings(**changes), feature_dim=DIM, window_rows=window_rows)
+def _fit(rows: tuple[np.ndarray, ...], n_parts: int = 3, **changes: Any) -> density_predictor.FitResult:
+    window_rows = changes.pop("window_rows", fit.WINDOW_ROWS)
+    return fit.fit(_parts(rows, n_parts), _settings(**changes), feature_dim=DIM, window_rows=window_rows)
 
 
-def _weights(result: estimator.FitResult) -> dict[str, bytes]:
+def _weights(result: density_predictor.FitResult) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in result.predictor.state_dict().items()}
 
 
@@ -112,7 +113,7 @@ def test_paper_settings_give_the_network_of_the_paper() -> None:
     features = rng.standard_normal((200, 768)).astype(np.float32)
     rows = np.arange(200), features, features[:, 0].astype(np.float64)
     settings = EstimatorSettings(**{**PRESETS["paper"]["estimator"], "epochs": 1})
-    predictor = estimator.fit(_parts(rows, 2), settings, feature_dim=768).predictor
+    predictor = fit.fit(_parts(rows, 2), settings, feature_dim=768).predictor
     linear = [layer for layer in predictor.layers if isinstance(layer, torch.nn.Linear)]
     assert [linear[0].in_features, *(layer.out_features for layer in linear)] == [768, 512, 256, 128, 1]
     assert [type(layer).__name__ for layer in predictor.layers] == ["Linear", "ReLU"] * 3 + ["Linear"]
@@ -122,7 +123,7 @@ def test_paper_settings_give_the_network_of_the_paper() -> None:
 
 
 def test_initial_weights_are_distributed_as_torch_initialises_a_linear_layer() -> None:
-    ours = estimator.new_predictor(estimator.Architecture(400, (300,), "density"), seed=1).layers[0]
+    ours = density_predictor.new_predictor(density_predictor.Architecture(400, (300,), "density"), seed=1).layers[0]
     torchs = torch.nn.Linear(400, 300)
     for name in ("weight", "bias"):
         a, b = (getattr(layer, name).detach().flatten().numpy() for layer in (ours, torchs))
@@ -154,7 +155,7 @@ def test_heldout_rows_do_not_influence_the_weights() -> None:
 def test_split_has_the_asked_size(split: str, fraction: float) -> None:
     rows = np.arange(20_000, dtype=np.int64) - 10_000, np.zeros((20_000, DIM), np.float32), np.zeros(20_000)
     settings = _settings(split=split, holdout_fraction=fraction)
-    n = estimator._scan(_parts(rows, 3), settings, DIM, 10**6).n_heldout
+    n = fit._scan(_parts(rows, 3), settings, DIM, 10**6).n_heldout
     # Binomial: five standard deviations.
     assert abs(n - 20_000 * fraction) < 5 * math.sqrt(20_000 * fraction * (1 - fraction))
 
@@ -163,24 +164,24 @@ def test_hash_split_depends_on_the_id_alone() -> None:
     ids = np.array([0, 1, -1, 2**63 - 1, 12345], dtype=np.int64)
     rows = (np.tile(ids, 10), np.zeros((50, DIM), np.float32), np.zeros(50))
     for part, seed in ((0, 0), (3, 9)):
-        position = estimator._split_position(ids, part, _settings(seed=seed))
+        position = fit._split_position(ids, part, _settings(seed=seed))
         assert ((position < 0.2) == _is_heldout((ids, *rows[1:]))).all()
 
 
 def test_random_split_follows_the_seed() -> None:
     ids = np.arange(1000, dtype=np.int64)
-    a, b, c = (estimator._split_position(ids, 0, _settings(split="random", seed=seed)) for seed in (1, 1, 2))
+    a, b, c = (fit._split_position(ids, 0, _settings(split="random", seed=seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert (a != c).any()
 
 
 def test_heldout_draw_is_bounded_and_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimator, "HELDOUT_ROWS", 100)
+    monkeypatch.setattr(fit, "HELDOUT_ROWS", 100)
     rng = np.random.default_rng(0)
     position = rng.random(5000)
-    draw = estimator._HeldoutDraw(1)
+    draw = fit._HeldoutDraw(1)
     for block in np.array_split(np.arange(5000), 37):
-        draw.add(estimator._Rows(block[:, None].astype(np.float32), position[block]), position[block])
+        draw.add(fit._Rows(block[:, None].astype(np.float32), position[block]), position[block])
         assert sum(map(len, draw._position)) <= 150
     drawn = draw.rows()
     order = np.argsort(position)[:100]
@@ -196,7 +197,7 @@ def test_parts_that_fit_are_loaded_once_and_others_once_per_epoch() -> None:
     rows = _rows(1000)
     for window_rows, expected in ((1000, 1), (250, 1 + 3)):  # 3 epochs after the pass for statistics
         loads: Counter[int] = Counter()
-        estimator.fit(_parts(rows, 10, loads), _settings(), feature_dim=DIM, window_rows=window_rows)
+        fit.fit(_parts(rows, 10, loads), _settings(), feature_dim=DIM, window_rows=window_rows)
         assert loads == dict.fromkeys(range(10), expected)
 
 
@@ -216,7 +217,7 @@ def test_every_training_row_is_used_once_per_epoch(window_rows: int) -> None:
 
 def test_windows_hold_whole_parts_within_the_limit_in_a_new_order_each_epoch() -> None:
     rows = np.arange(2000), np.arange(2000, dtype=np.float32)[:, None].repeat(DIM, 1), np.zeros(2000)
-    data = estimator._scan(_parts(rows, 20), _settings(), DIM, window_rows=300)
+    data = fit._scan(_parts(rows, 20), _settings(), DIM, window_rows=300)
     epochs = [[w.features[:, 0] for w in data.windows(np.random.default_rng([0, epoch]))] for epoch in (1, 2)]
     train = np.flatnonzero(~_is_heldout(rows))
     for windows in epochs:
@@ -258,21 +259,21 @@ def test_same_settings_same_bytes(window_rows: int) -> None:
 def test_threads_are_restored_after_an_error() -> None:
     before = torch.get_num_threads()
 
-    def fail(loss: estimator.EpochLoss) -> None:
+    def fail(loss: density_predictor.EpochLoss) -> None:
         assert torch.get_num_threads() == before + 1
         raise KeyError("from on_epoch")
 
     with pytest.raises(KeyError):
-        estimator.fit(_parts(_rows(100), 1), _settings(threads=before + 1), feature_dim=DIM, on_epoch=fail)
+        fit.fit(_parts(_rows(100), 1), _settings(threads=before + 1), feature_dim=DIM, on_epoch=fail)
     assert torch.get_num_threads() == before
 
 
 def test_early_stopping_keeps_the_best_weights() -> None:
     sample_id, features, _ = _rows(400)
     noise = np.random.default_rng(5).standard_normal(400)  # nothing to learn: the held-out loss rises as it overfits
-    seen: list[estimator.EpochLoss] = []
+    seen: list[density_predictor.EpochLoss] = []
     settings = _settings(hidden=(128,), epochs=200, patience=4, learning_rate=3e-3)
-    result = estimator.fit(
+    result = fit.fit(
         _parts((sample_id, features, noise), 2), settings, feature_dim=DIM, on_epoch=seen.append, device="cpu"
     )
     losses = [loss.heldout_loss for loss in result.metrics.losses]
@@ -314,7 +315,7 @@ def test_malformed_parts_are_refused(fault: str) -> None:
     else:
         log_density[3] = -np.inf
     with pytest.raises(ValueError, match="part 0"):
-        estimator.fit([lambda: (sample_id, features, log_density)], _settings(), feature_dim=DIM)
+        fit.fit([lambda: (sample_id, features, log_density)], _settings(), feature_dim=DIM)
 
 
 # --- using it ----------------------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def test_gradient_agrees_with_finite_differences(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["log_density", "density"])
 def test_predict_agrees_with_forward(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimator, "_PREDICT_ROWS", 100)
+    monkeypatch.setattr(density_predictor, "_PREDICT_ROWS", 100)
     rows = _rows(750)
     predictor = _fit(rows, target=target).predictor
     features = rows[1]
@@ -358,7 +359,7 @@ def test_a_network_that_predicts_a_negative_density_gives_finite_logs() -> None:
 
 
 def test_features_of_another_extractor_are_refused() -> None:
-    predictor = estimator.new_predictor(estimator.Architecture(DIM, (4,), "density"))
+    predictor = density_predictor.new_predictor(density_predictor.Architecture(DIM, (4,), "density"))
     with pytest.raises(ValueError, match=r"features must be \[N, 8\]"):
         predictor.predict(np.zeros((2, 9), np.float32))
 
@@ -370,7 +371,7 @@ def test_calibration_by_hand() -> None:
     rng = np.random.default_rng(0)
     true = rng.standard_normal(1000)
     predicted = true + 0.3 * rng.standard_normal(1000)
-    result = estimator.calibration(true, predicted)
+    result = fit.calibration(true, predicted)
     assert result.r2_log_density == pytest.approx(
         1 - np.sum((true - predicted) ** 2) / np.sum((true - true.mean()) ** 2)
     )
@@ -385,13 +386,13 @@ def test_calibration_by_hand() -> None:
 
 def test_calibration_of_a_perfect_and_of_a_constant_predictor() -> None:
     true = np.linspace(-1, 1, 50)
-    perfect = estimator.calibration(true, true.copy())
+    perfect = fit.calibration(true, true.copy())
     assert perfect.r2_log_density == perfect.r2_density == 1.0
     assert perfect.spearman == pytest.approx(1.0)
-    constant = estimator.calibration(true, np.zeros(50))
+    constant = fit.calibration(true, np.zeros(50))
     assert constant.spearman is None and constant.r2_log_density == pytest.approx(0.0)
-    assert estimator.calibration(np.zeros(5), true[:5]).r2_log_density is None
-    assert estimator.calibration(true, true + 900.0).r2_density is None  # beyond float64: undefined, not inf
+    assert fit.calibration(np.zeros(5), true[:5]).r2_log_density is None
+    assert fit.calibration(true, true + 900.0).r2_density is None  # beyond float64: undefined, not inf
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
@@ -401,11 +402,11 @@ def test_calibration_of_a_perfect_and_of_a_constant_predictor() -> None:
 def test_saved_and_loaded_to_the_bit(target: str, tmp_path: Path) -> None:
     rows = _rows(500)
     result = _fit(rows, target=target)
-    files = estimator.to_bytes(result.predictor, result.metrics)
-    assert files == estimator.to_bytes(result.predictor, result.metrics)
+    files = density_predictor.to_bytes(result.predictor, result.metrics)
+    assert files == density_predictor.to_bytes(result.predictor, result.metrics)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    for predictor in (estimator.from_bytes(files), estimator.load(str(tmp_path))):
+    for predictor in (density_predictor.from_bytes(files), density_predictor.load(str(tmp_path))):
         assert predictor.architecture == result.predictor.architecture
         before, after = (p.predict(rows[1]).log_density for p in (result.predictor, predictor))
         np.testing.assert_array_equal(before, after)
@@ -419,9 +420,9 @@ def test_saved_and_loaded_to_the_bit(target: str, tmp_path: Path) -> None:
     "fault", ["missing", "version", "truncated weights", "not json", "other shape", "no field", "target"]
 )
 def test_damaged_files_are_refused(fault: str) -> None:
-    predictor = estimator.new_predictor(estimator.Architecture(DIM, (4,), "density"))
-    metrics = estimator.FitMetrics(estimator.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
-    files = estimator.to_bytes(predictor, metrics)
+    predictor = density_predictor.new_predictor(density_predictor.Architecture(DIM, (4,), "density"))
+    metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
+    files = density_predictor.to_bytes(predictor, metrics)
     description = json.loads(files["predictor.json"])
     if fault == "missing":
         del files["predictor.safetensors"]
@@ -440,16 +441,16 @@ def test_damaged_files_are_refused(fault: str) -> None:
             description["architecture"]["target"] = "rank"
         files["predictor.json"] = json.dumps(description).encode()
     with pytest.raises(UserError) as error:
-        estimator.from_bytes(files)
+        density_predictor.from_bytes(files)
     assert "\n" not in str(error.value)
 
 
-FEW = estimator.Architecture(DIM, (4, 3), "density")
+FEW = density_predictor.Architecture(DIM, (4, 3), "density")
 
 
-def saved(architecture: estimator.Architecture = FEW) -> dict[str, bytes]:
-    metrics = estimator.FitMetrics(estimator.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
-    return estimator.to_bytes(estimator.new_predictor(architecture), metrics)
+def saved(architecture: density_predictor.Architecture = FEW) -> dict[str, bytes]:
+    metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
+    return density_predictor.to_bytes(density_predictor.new_predictor(architecture), metrics)
 
 
 @pytest.mark.parametrize("section", ["", "architecture", "tensors"])
@@ -488,26 +489,26 @@ def test_whatever_a_description_says_nothing_is_made_of_it(section: str) -> None
                 continue
             changed = files | {"predictor.json": json.dumps(description).encode()}
             with pytest.raises(UserError, match=r"^density predictor: [^\n]*$"):
-                estimator.from_bytes(changed)
+                density_predictor.from_bytes(changed)
     assert tracemalloc.get_traced_memory()[1] < 1 << 24
     tracemalloc.stop()
 
 
 def test_widths_that_agree_with_each_other_are_held_to_the_tensors_before_anything_is_made() -> None:
-    wide = estimator.Architecture(DIM, (10**9, 10**9), "density")
+    wide = density_predictor.Architecture(DIM, (10**9, 10**9), "density")
     description = json.loads(saved()["predictor.json"])
     widths = [DIM, *wide.hidden, 1]
     description["architecture"]["hidden"], description["layer_widths"] = list(wide.hidden), widths
     for number, (n_in, n_out) in enumerate(pairwise(widths)):
         description["tensors"] |= {f"layers.{2 * number}.weight": [n_out, n_in], f"layers.{2 * number}.bias": [n_out]}
     with pytest.raises(UserError, match=r"of other layers than predictor\.json says"):
-        estimator.from_bytes(saved() | {"predictor.json": json.dumps(description).encode()})
+        density_predictor.from_bytes(saved() | {"predictor.json": json.dumps(description).encode()})
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"[" * 200_000, b"\xff", b'{"format_version": 1}'])
 def test_a_description_that_is_none_is_one_line(text: bytes) -> None:
     with pytest.raises(UserError, match=r"^density predictor: predictor.json: [^\n]*$"):
-        estimator.from_bytes(saved() | {"predictor.json": text})
+        density_predictor.from_bytes(saved() | {"predictor.json": text})
 
 
 @pytest.mark.parametrize(
@@ -527,7 +528,7 @@ def test_weights_that_no_fit_leaves_are_refused(name: str, change: Any, expected
     tensors = load(saved()["predictor.safetensors"])
     tensors[name] = change(tensors[name]).contiguous()
     with pytest.raises(UserError, match=expected):
-        estimator.from_bytes(saved() | {"predictor.safetensors": save(tensors)})
+        density_predictor.from_bytes(saved() | {"predictor.safetensors": save(tensors)})
 
 
 def test_weights_of_any_bytes_are_a_predictor_or_one_line() -> None:
@@ -540,13 +541,13 @@ def test_weights_of_any_bytes_are_a_predictor_or_one_line() -> None:
         else:
             harmed[at : at + number % 4] = rng.bytes(number % 4)
         with contextlib.suppress(UserError):
-            estimator.from_bytes(files | {"predictor.safetensors": bytes(harmed)})
+            density_predictor.from_bytes(files | {"predictor.safetensors": bytes(harmed)})
 
 
 def test_it_loads_and_predicts_without_ray(tmp_path: Path) -> None:
-    predictor = estimator.new_predictor(estimator.Architecture(DIM, (4,), "log_density"), seed=3)
-    metrics = estimator.FitMetrics(estimator.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
-    for name, content in estimator.to_bytes(predictor, metrics).items():
+    predictor = density_predictor.new_predictor(density_predictor.Architecture(DIM, (4,), "log_density"), seed=3)
+    metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
+    for name, content in density_predictor.to_bytes(predictor, metrics).items():
         (tmp_path / name).write_bytes(content)
     script = (
         "import sys; sys.modules['ray'] = sys.modules['faiss'] = None\n"

@@ -19,13 +19,14 @@ import ray.data
 import scipy.stats
 from PIL import Image
 
-from pd_core import acceptance, density, realset
 from pd_core.core import artifacts, seeds
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import WeightingSettings
+from pd_core.density import formula, realset
+from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs, tasks, tracking
 from pd_core.finetuning import Share, draws, stream, weights
 from pd_core.finetuning.draws import Draws
@@ -260,7 +261,7 @@ def test_weights_are_those_of_every_density(built, real, ray_cluster, tmp_path):
         0,
     )
     assert totals["weight"] == weight.sum() == sum(totals["part_weights"])
-    assert totals["effective_sample_size"] == pytest.approx(acceptance.effective_size(weight), rel=1e-12)
+    assert totals["effective_sample_size"] == pytest.approx(density_weighting.effective_size(weight), rel=1e-12)
     assert totals["share_above"] == pytest.approx(weight[weight > 1].sum() / weight.sum(), rel=1e-12)
     opened = weights.opened(work, artifact, seed=0)
     cuts = np.cumsum([part.rows for part in artifact.parts])[:-1]
@@ -290,7 +291,7 @@ def test_weights_by_label(built, real, ray_cluster, tmp_path):
     labels, rho = np.array(known["label"].to_pylist()), known["density"].to_numpy()
     expected = np.empty(len(rho))
     for label in "abc":
-        tau = density.density_quantiles(rho[labels == label])[500]
+        tau = formula.density_quantiles(rho[labels == label])[500]
         expected[labels == label] = np.where(rho[labels == label] > tau, 0.5, 1.0)
     np.testing.assert_array_equal(table_of(work, artifact)["weight"].to_numpy(), expected)
     assert artifact.totals["share_above"] == pytest.approx(25 * 0.5 / (25 * 0.5 + 25))
@@ -518,7 +519,7 @@ def index_of(source, uri, part_rows):
             columns = {"sample_id": found, "density": rho, "width": sides, "height": sides}
             parts.append(stage.write_table(artifacts.part_name(number), pa.table(columns)))
         stage.commit(parts, {}, {})
-    quantiles = density.density_quantiles(np.linspace(0.5, 1.5, 100))
+    quantiles = formula.density_quantiles(np.linspace(0.5, 1.5, 100))
     fingerprints = {"features": "f", "densities": "d"}
     return SimpleNamespace(uri=str(uri), rows=listed.rows, density_quantiles=quantiles, fingerprints=fingerprints)
 

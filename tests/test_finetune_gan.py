@@ -23,19 +23,19 @@ from torch.nn import functional as F
 
 from demo import gan as demo_gan
 from demo import train_gan
-from pd_core import estimator
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.index import FeatureSettings
+from pd_core.density import predictor as density_predictor
+from pd_core.density.scorer import Scorer
 from pd_core.finetuning import Batch, Share, parallel
 from pd_core.finetuning.gan import VAIN, FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
 from pd_core.finetuning.parallel import average_gradients, sum_of
 from pd_core.generators import Conditions, LatentGenerator, normal_latents, open_generator, to_uint8
 from pd_core.generators.pairs import Pair, load_weights, open_pair
 from pd_core.index import extractor
-from pd_core.scoring import Scorer
 from tests import tiny
 from tests.nvidia import StandIn
 
@@ -362,7 +362,7 @@ def test_without_weights_nothing_is_scored_and_nothing_made_twice() -> None:
 def test_densities_of_the_predictor_are_those_of_the_image_as_it_is_saved(tmp_path: Path) -> None:
     checkpoint = str(tiny.write_checkpoint(tmp_path / "tiny.safetensors"))
     spec = extractor.describe(FeatureSettings(model=tiny.MODEL, checkpoint=checkpoint))
-    predictor = estimator.new_predictor(estimator.Architecture(spec.feature_dim, (8,), "log_density"))
+    predictor = density_predictor.new_predictor(density_predictor.Architecture(spec.feature_dim, (8,), "log_density"))
     scorer = Scorer(spec, predictor)
     pair = small_pair()
     middle = float(np.median(predicted(scorer)(pair.live.generate(list(range(20)), Conditions()))))

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import chunking, exporting, realset, sampling, verification
+from pd_core import chunking, exporting, sampling, verification
 from pd_core.core import artifacts, errors, schemas, seeds
 from pd_core.core import files as core_files
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.density import realset
 from pd_core.engine import resources
 from pd_core.engine import session as engine_session
 from pd_core.generators import normal_latents
@@ -125,7 +126,7 @@ def test_images_are_those_of_the_generator(undisturbed):
 
 def test_densities_are_those_of_the_index_and_of_the_predictor(undisturbed, index):
     """Brute force in float64 from the stored pictures: features by timm itself, k nearest real features, stored c."""
-    from pd_core import estimator
+    from pd_core.density import predictor
 
     table, real = rows(undisturbed), np.array(rows(index, "features")["feature"].to_pylist(), np.float64)
     features = timm_features(index, [row["bytes"] for row in table["image"].to_pylist()])
@@ -138,7 +139,7 @@ def test_densities_are_those_of_the_index_and_of_the_predictor(undisturbed, inde
     np.testing.assert_allclose(table["nearest_real_distance"].to_numpy(), distances.min(axis=1), rtol=5e-2, atol=1e-2)
     nearest = rows(index, "features")["sample_id"].to_numpy()[distances.argmin(axis=1)]
     assert np.mean(nearest == table["nearest_real_id"].to_numpy()) > 0.95
-    predicted = estimator.load(index / "estimator").predict(features.astype(np.float32)).density
+    predicted = predictor.load(index / "estimator").predict(features.astype(np.float32)).density
     np.testing.assert_allclose(table["density_predicted"].to_numpy(), predicted, rtol=5e-2)
     np.testing.assert_array_equal(table["density"].to_numpy(), table["density_predicted"].to_numpy())
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pd_core import generators, perturb_workflow, perturbing, realset
+from pd_core import generators, perturb_workflow, perturbing
 from pd_core.core import errors, schemas
 from pd_core.core import files as core_files
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.density import realset
 from pd_core.engine import session
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_generate import timm_features
@@ -133,13 +134,13 @@ def test_the_images_before_are_those_that_generate_makes_of_these_seeds(undistur
 def test_densities_are_those_of_the_saved_pictures(undisturbed, index):
     """Brute force in float64 from the pictures: features by timm itself, k nearest real features, stored c. Tolerances as
     for generate: torch's resize of batches against Pillow's, pixels within one step, features within 1e-2."""
-    from pd_core import estimator
+    from pd_core.density import predictor as density_predictor
 
     table = rows(undisturbed)
     parts = pq.ParquetDataset(sorted(str(f) for f in (index / "features").glob("*.parquet"))).read(["feature"])
     real = np.array(parts["feature"].to_pylist(), np.float64)
     info = json.loads((index / "densities" / "artifact.json").read_text())["totals"]
-    predictor = estimator.load(index / "estimator")
+    predictor = density_predictor.load(index / "estimator")
     features = {}
     for when, column in (("before", "image_before"), ("after", "image")):
         found = timm_features(index, [cell["bytes"] for cell in table[column].to_pylist()])

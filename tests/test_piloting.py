@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pd_core import acceptance, chunking, piloting
+from pd_core import chunking, piloting
 from pd_core.candidates import EVERYTHING, Candidates, probabilities
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.density import weighting as density_weighting
 
 QUANTILES = stats.expon.ppf(np.clip(np.linspace(0, 1, 1001), 0, 1 - 1e-5))  # of a real set with ρ ~ Exp(1)
 REAL: Any = SimpleNamespace(density_quantiles=QUANTILES)
@@ -96,7 +97,9 @@ def test_weights_that_all_labels_share_are_accepted_as_if_alone(given):
     )
     for place, name in enumerate(NAMES):
         own = label == place
-        np.testing.assert_array_equal(found[own], acceptance.acceptance_probability(densities[own], weightings[name]))
+        np.testing.assert_array_equal(
+            found[own], density_weighting.acceptance_probability(densities[own], weightings[name])
+        )
 
 
 def test_the_rate_of_a_pilot_with_labels_is_that_of_the_run():
@@ -117,7 +120,7 @@ def test_the_rate_of_match_is_told_for_new_candidates_though_the_pilot_made_the_
     for _ in range(100):
         weightings, expected = forecast(settings, pilot_of(rng.exponential(size=256)))
         weighting = weightings[EVERYTHING]
-        rate = acceptance.acceptance_rate(np.full(20, 1 / 20), weighting)
+        rate = density_weighting.acceptance_rate(np.full(20, 1 / 20), weighting)
         hits += expected.low <= rate <= expected.high
     assert hits >= 88  # of 95 expected
 
@@ -198,7 +201,9 @@ def test_the_advised_weights_work(most, weighting):
         weightings, expected = forecast(advised, pilot)
         part = expected.chunks_per_part(1000, advised.part_rows, advised.chunk, pilot.png_bytes) * advised.chunk
         densities = rng.exponential(size=most // part * part)
-        accepted = rng.random(densities.size) < acceptance.acceptance_probability(densities, weightings[EVERYTHING])
+        accepted = rng.random(densities.size) < density_weighting.acceptance_probability(
+            densities, weightings[EVERYTHING]
+        )
         worked += int(accepted.sum() >= 1000)
     assert refused > 100
     assert worked / refused >= 0.94
@@ -249,7 +254,7 @@ def test_the_candidates_that_surely_suffice():
         found = rng.binomial(m, rate, 4000)
         enough = []
         for c, many in zip(*np.unique(found, return_counts=True), strict=True):
-            low, high = acceptance.rate_interval(np.repeat([0.0, 1.0], [m - c, c]), 0.0, 1.0)
+            low, high = density_weighting.rate_interval(np.repeat([0.0, 1.0], [m - c, c]), 0.0, 1.0)
             candidates = piloting.Expectation(c / m, low, high, None).candidates_surely(n)
             enough += (rng.binomial(math.ceil(candidates), rate, many) >= n).tolist()
         assert 0.96 < np.mean(enough) < 0.995, (rate, m, n)
@@ -258,7 +263,7 @@ def test_the_candidates_that_surely_suffice():
 @pytest.mark.parametrize(("rate", "low", "n"), [(0.3, 0.25, 100), (0.02, 0.01, 50), (0.9, 0.9, 10), (1.0, 1.0, 7)])
 def test_the_candidates_that_surely_suffice_are_where_the_low_end_of_what_a_run_measures_is_n(rate, low, n):
     candidates = piloting.Expectation(rate, low, 1.0, None).candidates_surely(n)
-    assert acceptance.measured_interval(rate, low, 1.0, candidates)[0] * candidates == pytest.approx(n)
+    assert density_weighting.measured_interval(rate, low, 1.0, candidates)[0] * candidates == pytest.approx(n)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -372,7 +377,7 @@ def test_log_volumes_decide_and_densities_do_not(kind, exponent):
     rng = np.random.default_rng(9)
     pilot = pilot_of_volumes(rng, 4000)
     weightings, expected = forecast(settings_of(weighting=given), pilot)
-    assert weightings == {EVERYTHING: acceptance.tilted(pilot.log_volume, exponent, 20)}
+    assert weightings == {EVERYTHING: density_weighting.tilted(pilot.log_volume, exponent, 20)}
     shuffled = replace(pilot, predicted=pilot.predicted[::-1], by_index=pilot.by_index[::-1])
     assert forecast(settings_of(weighting=given), shuffled) == (weightings, expected)
 
@@ -387,7 +392,7 @@ def test_the_rate_of_volumes_is_told_for_new_candidates_though_the_pilot_made_th
         )
         weighting = weightings[EVERYTHING]
         shares = np.diff(stats.norm.cdf([-np.inf, *weighting.edges, np.inf], loc=-3))
-        hits += expected.low <= acceptance.acceptance_rate(shares, weighting) <= expected.high
+        hits += expected.low <= density_weighting.acceptance_rate(shares, weighting) <= expected.high
     assert hits >= 180  # of 190 expected
 
 

@@ -91,9 +91,9 @@ def test_the_report_and_the_run_record_are_there(undisturbed):
 
 
 def test_the_predictor_loads_without_ray(undisturbed):
-    from pd_core import estimator
+    from pd_core.density import predictor as density_predictor
 
-    predictor = estimator.load(undisturbed / "estimator")
+    predictor = density_predictor.load(undisturbed / "estimator")
     features = np.array(rows(undisturbed, "features")["feature"].to_pylist(), np.float32)
     assert np.isfinite(predictor.predict(features).density).all()
 

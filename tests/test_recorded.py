@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pd_core import estimator, realset, spaces
+from pd_core import spaces
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
+from pd_core.density import fit, realset
+from pd_core.density import predictor as density_predictor
 from pd_core.engine import session
 from pd_core.images.resize import Preprocess
 from pd_core.index import search, shards
@@ -279,10 +281,10 @@ def test_a_shard_of_strangers_is_one_line_where_it_is_opened(built, dim, cells, 
 
 
 def test_a_predictor_is_of_the_features_of_its_index(built):
-    metrics = estimator.FitMetrics(estimator.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
+    metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
     for dim in (DIM, DIM + 1):
-        predictor = estimator.new_predictor(estimator.Architecture(dim, (2,), "density"))
-        for name, data in estimator.to_bytes(predictor, metrics).items():
+        predictor = density_predictor.new_predictor(density_predictor.Architecture(dim, (2,), "density"))
+        for name, data in density_predictor.to_bytes(predictor, metrics).items():
             (built / "estimator" / name).write_bytes(data)
         real = realset.open_realset(str(built))
         if dim == DIM:

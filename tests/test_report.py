@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pd_core import density
 from pd_core.build import page as build_page
 from pd_core.build.page import IndexFacts, ReportData
+from pd_core.density import formula
 from pd_core.images import resize
 from pd_core.images.decode import Reason
 from pd_core.report import figures
@@ -77,8 +77,8 @@ def picture(i: int, *, key: str | None = None, label: str | None = "cat", distan
 
 def example(n: int = 2000, **changes) -> ReportData:
     distances = np.random.default_rng(0).gamma(9.0, 2.0, n)
-    rho = density.pseudo_density(distances, 1.0)
-    quantiles = density.density_quantiles(rho)
+    rho = formula.pseudo_density(distances, 1.0)
+    quantiles = formula.density_quantiles(rho)
     log_rho = np.log(rho)[:400]
     data = ReportData(
         title="Pseudo density of cats",
@@ -89,7 +89,7 @@ def example(n: int = 2000, **changes) -> ReportData:
         n_quarantined=7,
         k=20,
         volume_dim=1.0,
-        log_normalizer=density.log_normalizer(distances, 1.0),
+        log_normalizer=formula.log_normalizer(distances, 1.0),
         floored_rows=0,
         density=rho,
         quantiles=quantiles,
@@ -313,7 +313,7 @@ def test_a_run_with_nothing_optional():
     ],
 )
 def test_degenerate_densities_are_drawn(values):
-    quantiles = density.density_quantiles(values)
+    quantiles = formula.density_quantiles(values)
     data = example(n=50, density=values, quantiles=quantiles, thresholds=[("p80", float(quantiles[800]))])
     shown = figures.density_axis(values, quantiles)
     assert shown.below == shown.above == 0 or not values.all()  # few images: all are shown, but zeros of a logarithm
@@ -327,7 +327,7 @@ def test_heavy_tails_get_a_logarithmic_axis_that_leaves_out_a_thousandth_at_each
     log_rho = np.random.default_rng(0).normal(size=100_001)
     for sharpness, log in [(0.1, False), (3.0, True)]:
         rho = np.exp(sharpness * log_rho)
-        shown = figures.density_axis(rho, density.density_quantiles(rho))
+        shown = figures.density_axis(rho, formula.density_quantiles(rho))
         assert shown.log == log
         assert (shown.below, shown.above) == (100, 100)  # ranks 0..100 and 99,900..100,000, the ends are inside
 

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pd_core import acceptance, density, piloting, realset, sampling, sampling_page, sampling_report
+from pd_core import piloting, sampling, sampling_page, sampling_report
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
+from pd_core.density import formula, realset
+from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs
 from pd_core.images import resize, sources
 from pd_core.report import page as report_page
@@ -39,7 +41,7 @@ def sample(i: int, *, label: str | None = "cat", prompt: str | None = None, prob
 
 def example(**changes: Any) -> SamplesData:
     rng = np.random.default_rng(0)
-    real = density.pseudo_density(rng.gamma(9.0, 2.0, 5000), 1.0)
+    real = formula.pseudo_density(rng.gamma(9.0, 2.0, 5000), 1.0)
     generated, accepted = (rng.multinomial(m, p) for m, p in ((2000, weights(-1)), (600, weights(1))))
     log_rho = rng.normal(size=300)
     original = resize.thumbnail(pixels(99))
@@ -56,7 +58,7 @@ def example(**changes: Any) -> SamplesData:
         "expected": Expected(0.3111, 0.2822, 0.3433, 0.2345, 256, 3),
         "inverse_sum": 1961.4,
         "inverse_square_sum": 15_900.0,
-        "quantiles": density.density_quantiles(real),
+        "quantiles": formula.density_quantiles(real),
         "generated": generated,
         "accepted": accepted,
         "accepted_by_index": accepted[::-1],
@@ -207,11 +209,11 @@ def test_the_three_lines_tell_apart_in_grey():
 
 
 QUANTILES = {
-    "narrow": density.density_quantiles(np.random.default_rng(0).normal(1, 0.1, 9999).clip(0.1)),
-    "heavy": density.density_quantiles(np.exp(np.random.default_rng(0).normal(0, 3, 9999))),
-    "ties": density.density_quantiles(np.r_[np.full(600, 0.5), np.linspace(0.5, 2, 400)]),
+    "narrow": formula.density_quantiles(np.random.default_rng(0).normal(1, 0.1, 9999).clip(0.1)),
+    "heavy": formula.density_quantiles(np.exp(np.random.default_rng(0).normal(0, 3, 9999))),
+    "ties": formula.density_quantiles(np.r_[np.full(600, 0.5), np.linspace(0.5, 2, 400)]),
     "equal": np.ones(1001),
-    "underflow": density.density_quantiles(np.r_[np.zeros(900), np.full(100, 10.0)]),
+    "underflow": formula.density_quantiles(np.r_[np.zeros(900), np.full(100, 10.0)]),
 }
 
 
@@ -236,7 +238,7 @@ def test_drawn_areas_are_one_and_the_bins_keep_their_shares(quantiles, span):
 def test_the_line_of_the_real_set_is_its_density():
     """Against the histogram of the real densities themselves, over the drawn edges; bins hold 2% each but at the ends."""
     real = np.random.default_rng(3).gamma(8, 1 / 8, 100_000)
-    shown = sampling_page.steps(example(quantiles=density.density_quantiles(real), span=(0.5, 1.5)))
+    shown = sampling_page.steps(example(quantiles=formula.density_quantiles(real), span=(0.5, 1.5)))
     counts, _ = np.histogram(real, shown.edges)
     # beyond the axis: a thousandth at each end, which the outermost bins hold
     np.testing.assert_allclose(shown.real * np.diff(shown.edges), counts / real.size, atol=1.1e-3)
@@ -456,7 +458,7 @@ class World:
             (self.images / f"{i:04d}.png").write_bytes(png(colour(10_000 + i)))
         self.real_ids = self.build_index()
         real = np.exp(rng.normal(0, 0.3, REAL))
-        self.quantiles = density.density_quantiles(real / real.mean())
+        self.quantiles = formula.density_quantiles(real / real.mean())
         given = {"index": str(self.index), "output": str(self.output), "n": 10, "images": 11, "score": "both"}
         weighting = WeightingSettings(threshold="p60", weight=10)
         generator = GeneratorSettings(kind="python", path="module:make")
@@ -500,12 +502,12 @@ class World:
             density_quantiles=self.quantiles,
         )
         real.percentile = lambda values: realset.RealSet.percentile(real, values)
-        tau = density.parse_threshold("p60").density(self.quantiles)
+        tau = formula.parse_threshold("p60").density(self.quantiles)
         return Recipe(
             generator=generator,
             generator_identity={"toy": 1},
             realset=real,
-            weightings={EVERYTHING: acceptance.two_level(tau, 10)},
+            weightings={EVERYTHING: density_weighting.two_level(tau, 10)},
             score=self.settings.score,
             seed=3,
             chunk=50,
@@ -524,7 +526,9 @@ class World:
         by_index = np.exp(rng.normal(-0.1, 0.4, m))
         predicted = by_index * np.exp(rng.normal(0, 0.1, m))
         deciding = by_index if self.settings.score == "index" and decide else predicted
-        chances = acceptance.acceptance_probability(deciding, self.recipe.weightings[""]) if decide else np.ones(m)
+        chances = (
+            density_weighting.acceptance_probability(deciding, self.recipe.weightings[""]) if decide else np.ones(m)
+        )
         distance = rng.uniform(0.05, 3, m).astype(np.float32)
         columns = {
             "sample_id": numbers,

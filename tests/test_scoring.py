@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pd_core import scoring
 from pd_core.core.errors import UserError
+from pd_core.density import scorer
 from pd_core.images import resize
 from pd_core.images.resize import Preprocess
 
@@ -39,7 +39,7 @@ def test_a_batch_is_resized_as_pillow_resizes_each(size, interpolation, crop_pct
     preprocess = Preprocess(64, 64, interpolation, crop_pct, crop_mode, MEAN, STD)
     batch = np.stack([smooth(size[0], size[1], seed) for seed in range(5)])
     expected = np.stack([resize.resize(Image.fromarray(p), preprocess) for p in batch]).astype(int)
-    found = scoring.resize_batch(torch.from_numpy(batch), preprocess).permute(0, 2, 3, 1).numpy().astype(int)
+    found = scorer.resize_batch(torch.from_numpy(batch), preprocess).permute(0, 2, 3, 1).numpy().astype(int)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 2
     assert (found != expected).mean() < 0.05
@@ -56,14 +56,14 @@ def test_without_rounding_a_batch_is_resized_to_the_same_within_the_rounding(siz
     the same in another arithmetic, and may take a half to the other side: one step, which grows by 1.5 and is rounded: 2."""
     preprocess = Preprocess(64, 64, interpolation, crop_pct, crop_mode, MEAN, STD)
     batch = torch.from_numpy(np.stack([smooth(size[0], size[1], seed) for seed in range(5)]))
-    expected = scoring.resize_batch(batch, preprocess).float()
+    expected = scorer.resize_batch(batch, preprocess).float()
     planes = batch.permute(0, 3, 1, 2).float()
-    found = scoring.resize_images(planes / 127.5 - 1, preprocess)
+    found = scorer.resize_images(planes / 127.5 - 1, preprocess)
     assert found.dtype == torch.float32 and found.shape == expected.shape
     assert (found - expected).abs().max() <= 1.25 + 1e-3  # float32 sums of values up to 255
     target = resize.resized_size(size[0], size[1], preprocess)
     if target != size:
-        rounded = scoring._center_crop(scoring._resized(planes, target, interpolation, rounded=True), preprocess)
+        rounded = scorer._center_crop(scorer._resized(planes, target, interpolation, rounded=True), preprocess)
         assert (rounded - expected).abs().max() <= 2
         assert (rounded != expected).float().mean() < 0.05
 
@@ -74,7 +74,7 @@ def test_gradients_of_a_resized_image_are_its_differences():
     generator = torch.Generator().manual_seed(0)
     image = (torch.rand(1, 3, 8, 8, generator=generator) - 0.5).requires_grad_()
     weights = torch.randn(1, 3, 12, 12, generator=generator)
-    value = lambda x: (scoring.resize_images(x, preprocess) * weights).sum()  # noqa: E731
+    value = lambda x: (scorer.resize_images(x, preprocess) * weights).sum()  # noqa: E731
     (gradient,) = torch.autograd.grad(value(image), image)
     for place in [(0, 0, 0, 0), (0, 1, 3, 4), (0, 2, 7, 2)]:
         step = torch.zeros_like(image)
@@ -90,7 +90,7 @@ def test_what_is_clamped_in_the_saved_image_has_no_gradient_and_grey_counts_in_a
     image[..., 0] = 1.5
     image[..., 1] = -1.5
     image.requires_grad_()
-    resized = scoring.resize_images(image, preprocess)
+    resized = scorer.resize_images(image, preprocess)
     assert resized.shape == (1, 3, 8, 8)
     assert resized[0, :, 0, 0].tolist() == [255.0] * 3 and resized[0, :, 0, 1].tolist() == [0.0] * 3
     (gradient,) = torch.autograd.grad(resized.sum(), image)
@@ -100,10 +100,10 @@ def test_what_is_clamped_in_the_saved_image_has_no_gradient_and_grey_counts_in_a
 def test_an_image_of_the_right_size_is_left_alone():
     preprocess = Preprocess(32, 32, "bicubic", 1.0, "center", MEAN, STD)
     batch = torch.from_numpy(np.stack([smooth(32, 32, seed) for seed in range(3)]))
-    torch.testing.assert_close(scoring.resize_batch(batch, preprocess).permute(0, 2, 3, 1), batch, rtol=0, atol=0)
+    torch.testing.assert_close(scorer.resize_batch(batch, preprocess).permute(0, 2, 3, 1), batch, rtol=0, atol=0)
 
 
 def test_an_interpolation_without_a_batched_form_is_refused():
     preprocess = Preprocess(32, 32, "lanczos", 1.0, "center", MEAN, STD)
     with pytest.raises(UserError, match="lanczos"):
-        scoring.resize_batch(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), preprocess)
+        scorer.resize_batch(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), preprocess)

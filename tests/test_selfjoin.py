@@ -8,12 +8,12 @@ import faiss
 import numpy as np
 import pytest
 
-from pd_core import density
 from pd_core.core import artifacts
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import DensitySettings, IndexSettings
-from pd_core.density import densities as density_densities
+from pd_core.density import formula
+from pd_core.density.formula import densities as density_densities
 from pd_core.index import build, knn, search
 from pd_core.index import neighbors as index_neighbors
 from pd_core.index import shards as index_shards
@@ -75,7 +75,7 @@ def test_exact_densities_agree_with_float64_brute_force(tmp_path, now):
     mean = column(tmp_path, "mean_knn_distance")
     np.testing.assert_allclose(mean, expected.mean(axis=1), rtol=1e-5)
     np.testing.assert_allclose(
-        column(tmp_path, "density"), density.pseudo_density(expected.mean(axis=1), 1.0), rtol=1e-5
+        column(tmp_path, "density"), formula.pseudo_density(expected.mean(axis=1), 1.0), rtol=1e-5
     )
     assert made["densities"].totals["floored_rows"] == 31
     assert abs(column(tmp_path, "density").mean() - 1) < 1e-9
@@ -198,7 +198,7 @@ def test_changing_the_volume_dimension_repeats_only_the_densities(tmp_path, now)
         run_again(tmp_path, features, now, volume_dim=2.0, overwrite=False)
     run_again(tmp_path, features, now, volume_dim=2.0, overwrite=True)
     assert before == {f.name: f.stat().st_mtime_ns for f in (tmp_path / "neighbors").glob("*.parquet")}
-    expected = density.pseudo_density(column(tmp_path, "mean_knn_distance"), 2.0)
+    expected = formula.pseudo_density(column(tmp_path, "mean_knn_distance"), 2.0)
     np.testing.assert_allclose(column(tmp_path, "density"), expected, rtol=1e-12)
 
 

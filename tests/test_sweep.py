@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pd_core import acceptance, comparison, metrics, sweeping, tradeoff_report, volume
+from pd_core import comparison, metrics, sweeping, tradeoff_report, volume
 from pd_core.core import errors
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import MetricSettings, TradeoffSettings
+from pd_core.density import weighting
 from pd_core.engine import resources
 from pd_core.tradeoff import Setting
 from tests import tiny, tiny_generators
@@ -82,7 +83,7 @@ def job(tmp_path, monkeypatch):
     """A curve of three settings over a pool of 60 candidates, of which 40 are wanted; without Ray."""
     monkeypatch.setattr(resources, "assigned_device", lambda: "cpu")
     settings = (Setting("generator"), Setting("density", "p50", 50.0), Setting("polarity", polarity=-1.0))
-    curves = acceptance.uniform(), acceptance.two_level(0.9, 50.0), acceptance.tilted(np.arange(60.0), -1.0, 20)
+    curves = weighting.uniform(), weighting.two_level(0.9, 50.0), weighting.tilted(np.arange(60.0), -1.0, 20)
     weightings = dict(zip([s.name for s in settings], curves, strict=True))
     metric_settings = MetricSettings(k_precision=2, k_coverage=4)
     stage = sweeping.stage_of(str(tmp_path), settings, weightings, {}, metric_settings, "index", 0, 40, None)
@@ -118,7 +119,7 @@ def test_the_exact_weights_of_polarity_are_worth_less_than_its_steps(job):
     rng = np.random.default_rng(0)
     v = rng.normal(size=200_000)
     polarity = job.settings[2]
-    steps = replace(job, weightings={polarity.name: acceptance.tilted(v[:256], -1.0, 20)})
+    steps = replace(job, weightings={polarity.name: weighting.tilted(v[:256], -1.0, 20)})
     found = sweeping.draw(polarity, pool_of(v, rng), steps)
     assert found.exact == pytest.approx(np.exp(-1) * len(v), rel=0.08)
     assert found.exact is not None and found.exact < found.effective

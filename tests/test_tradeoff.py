@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import KDTree
 
-from pd_core import acceptance, density, metrics, tradeoff, tradeoff_page
+from pd_core import metrics, tradeoff, tradeoff_page
 from pd_core.core import schemas
 from pd_core.core.errors import UserError
+from pd_core.density import formula
+from pd_core.density import weighting as density_weighting
 from pd_core.evaluation_page import Number
 from pd_core.tradeoff import Setting, Target
 from pd_core.tradeoff_page import Plane, Point, TradeoffData
@@ -40,7 +42,7 @@ def test_rows_accepted_from_a_pool_follow_the_target_distribution(weight):
     """docs/method.md, section 12: accepted samples follow q(x) ∝ ω(ρ(x)) p_G(x); ρ uniform on ten values; χ²."""
     rng = np.random.default_rng(0)
     density, u = rng.integers(1, 11, 200_000).astype(float), rng.random(200_000)
-    rows = tradeoff.accepted(density, u, acceptance.two_level(7.5, weight))
+    rows = tradeoff.accepted(density, u, density_weighting.two_level(7.5, weight))
     counts = np.bincount(density[rows].astype(int), minlength=11)[1:]
     q = np.where(np.arange(1, 11) > 7.5, weight, 1.0)
     assert stats.chisquare(counts, counts.sum() * q / q.sum()).pvalue > 1e-3
@@ -55,14 +57,14 @@ def test_fidelity_is_traded_for_diversity_with_intervals_apart():
     real, pool = (rng.normal(size=(rows, 8)).astype(np.float32) for rows in (1500, 14_000))
     tree = KDTree(real)
     to_real = tree.query(real, 21)[0][:, 1:].mean(axis=1)
-    normalizer = density.log_normalizer(to_real, 1.0)
+    normalizer = formula.log_normalizer(to_real, 1.0)
     of_real, of_pool = (
-        density.density_of(density.log_pseudo_density(d, 1.0, normalizer))
+        formula.density_of(formula.log_pseudo_density(d, 1.0, normalizer))
         for d in (to_real, tree.query(pool, 20)[0].mean(axis=1))
     )
     reference, u, found = metrics.prepare(real, np.arange(1500)), rng.random(14_000), {}
     for quantile, weight in ((0.8, 100), (0.5, 1), (0.2, 0.01)):
-        weighting = acceptance.two_level(float(np.quantile(of_real, quantile)), weight)
+        weighting = density_weighting.two_level(float(np.quantile(of_real, quantile)), weight)
         rows = tradeoff.accepted(of_pool, u, weighting)[:600]
         assert len(rows) == 600
         found[weight] = metrics.evaluate(reference, pool[rows], rows + 10_000).estimates
@@ -86,13 +88,15 @@ def test_fidelity_is_traded_for_diversity_with_intervals_apart():
 def test_pool_is_enough_in_97_of_100_runs_though_a_pilot_told_the_rates(above, weight):
     """Pilot and pool drawn anew 2,000 times: the pilot's error at 256 candidates is much larger than the pool's own."""
     n, pilot, most = 2000, 256, 10**9
-    weighting = acceptance.two_level(1.0, weight)
+    weighting = density_weighting.two_level(1.0, weight)
     rng = np.random.default_rng(0)
     rate = above + (1 - above) / weight if weight > 1 else above * weight + 1 - above
     sizes = []
     for _ in range(2000):
         densities = np.where(rng.random(pilot) < above, 2.0, 0.5)
-        sizes.append(tradeoff.pool_needed([(densities, weighting), ([1.0], acceptance.two_level(1.0, 1))], n, most))
+        sizes.append(
+            tradeoff.pool_needed([(densities, weighting), ([1.0], density_weighting.two_level(1.0, 1))], n, most)
+        )
     enough = rng.binomial(sizes, rate) >= n
     assert enough.mean() >= 0.955  # 0.975 by the normal approximation
     assert np.median(sizes) <= n / rate * 1.7

@@ -11,12 +11,13 @@ import pytest
 import ray
 import ray.data
 
-from pd_core import costs, estimator, pipeline, updating
+from pd_core import costs, pipeline, updating
 from pd_core.core import artifacts, errors
 from pd_core.core import files as core_files
 from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings, EstimatorSettings
+from pd_core.density import predictor
 from pd_core.images import sources
 from pd_core.index import build as index_build
 from pd_core.index import search
@@ -177,7 +178,7 @@ def test_an_update_of_an_unchanged_source_takes_everything_over(source, inputs, 
     # parts are links, not copies
     for part in ("features/part-00000000.parquet", f"index/{search.shard_name(0)}"):
         assert (output / part).samefile(base / part)
-    ours, theirs = (estimator.load(at / "estimator") for at in (output, base))
+    ours, theirs = (predictor.load(at / "estimator") for at in (output, base))
     assert all((a == b).all() for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 

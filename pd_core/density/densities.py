@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import density
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import DensitySettings
+from pd_core.density import formula
 from pd_core.engine import console, tasks, telemetry
 from pd_core.index.neighbors import GROUP_PARTS
 
@@ -63,24 +63,24 @@ def _distances(neighbors_uri: str, name: str, k: int) -> tuple[pa.Table, np.ndar
 def _summary(neighbors_uri: str, names: Sequence[str], k: int) -> np.ndarray:
     """Mean distance to the k neighbors and distance to the nearest of every row of some parts, float64 [n, 2]."""
     tables = [_distances(neighbors_uri, name, k)[1] for name in names]
-    return np.concatenate([np.stack([density.mean_knn_distance(d), d[:, 0]], axis=1) for d in tables])
+    return np.concatenate([np.stack([formula.mean_knn_distance(d), d[:, 0]], axis=1) for d in tables])
 
 
 def _calibrate(volume_dim: float, *summaries: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
     """What the whole set decides: floor, c, quantiles; and all log densities, ascending, for the ranks."""
     distances, nearest = np.concatenate(summaries).T
     distances = np.sort(distances)  # sums then have the same bits whatever the order of the parts
-    floor = density.distance_floor(distances)
-    floored, touched = density.apply_distance_floor(distances, floor)
-    c = density.log_normalizer(floored, volume_dim)
-    log_density = np.sort(density.log_pseudo_density(floored, volume_dim, c))
+    floor = formula.distance_floor(distances)
+    floored, touched = formula.apply_distance_floor(distances, floor)
+    c = formula.log_normalizer(floored, volume_dim)
+    log_density = np.sort(formula.log_pseudo_density(floored, volume_dim, c))
     totals = {
         "rows": len(distances),
         "log_normalizer": c,
         "distance_floor": floor,
         "floored_rows": touched,
-        "density_quantiles": density.density_quantiles(density.density_of(log_density)).tolist(),
-        "nearest_distance_quantiles": density.permille_quantiles(nearest, "nearest distance").tolist(),
+        "density_quantiles": formula.density_quantiles(formula.density_of(log_density)).tolist(),
+        "nearest_distance_quantiles": formula.permille_quantiles(nearest, "nearest distance").tolist(),
     }
     return totals, log_density
 
@@ -95,11 +95,11 @@ def _write_group(
     ranks: np.ndarray,
 ) -> None:
     tables = [_distances(neighbors_uri, name, settings.k) for name in names]
-    means = [density.mean_knn_distance(distances) for _, distances in tables]
-    floored, _ = density.apply_distance_floor(np.concatenate(means), totals["distance_floor"])
-    every = density.log_pseudo_density(floored, settings.volume_dim, totals["log_normalizer"])
+    means = [formula.mean_knn_distance(distances) for _, distances in tables]
+    floored, _ = formula.apply_distance_floor(np.concatenate(means), totals["distance_floor"])
+    every = formula.log_pseudo_density(floored, settings.volume_dim, totals["log_normalizer"])
     cuts = np.cumsum([len(mean) for mean in means])[:-1]
-    percentiles = np.split(density.mid_ranks(every, ranks), cuts)
+    percentiles = np.split(formula.mid_ranks(every, ranks), cuts)
     log_densities = np.split(every, cuts)
     rows = zip(names, tables, means, log_densities, percentiles, strict=True)
     for name, (neighbors, _), mean, log_density, percentile in rows:
@@ -110,7 +110,7 @@ def _write_group(
             **{column: neighbors[column] for column in neighbors.column_names},
             "mean_knn_distance": pa.array(mean),
             "log_density": pa.array(log_density),
-            "density": pa.array(density.density_of(log_density)),
+            "density": pa.array(formula.density_of(log_density)),
             "percentile": pa.array(percentile),
         }
         metadata = described.schema.field(schemas.METADATA).type if schemas.METADATA in described.column_names else None

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pd_core import acceptance
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.finetune import TrainingSettings
-from pd_core.density import density_of
+from pd_core.density import weighting as density_weighting
+from pd_core.density.formula import density_of
+from pd_core.density.scorer import Scorer
 from pd_core.finetuning import Batch, Share
 from pd_core.finetuning.averaging import decay_at, warm_up
 from pd_core.finetuning.parallel import average, average_gradients, images_of, own_random_state, sum_of
 from pd_core.generators import Generator, LatentGenerator, to_uint8
 from pd_core.generators.pairs import Pair, check_passes, conditions_of
-from pd_core.scoring import Scorer
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ def _search(
     """`choose` by rejection; latents and images of draws without an accepted candidate are not set."""
     import torch
 
-    count, weighting = len(positions), acceptance.two_level(fake.threshold, fake.weight)
+    count, weighting = len(positions), density_weighting.two_level(fake.threshold, fake.weight)
     pending, done, candidates, above = np.arange(count), 0, 0, 0
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
     while len(pending) and done < fake.max_candidates and not (len(pending) == count and done >= VAIN):
@@ -146,7 +146,7 @@ def _search(
         if not bool(torch.isfinite(images).all()):
             return Choice(*kept, Tally(broken=1))
         density = fake.densities(to_uint8(images))
-        accepted = core_seeds.uniform(seeds, u_stream) < acceptance.acceptance_probability(density, weighting)
+        accepted = core_seeds.uniform(seeds, u_stream) < density_weighting.acceptance_probability(density, weighting)
         accepted = accepted.reshape(-1, each)
         found, first = accepted.any(axis=1), accepted.argmax(axis=1)
         looked_at = np.where(found, first + 1, each)

@@ -17,10 +17,10 @@ from pd_core.candidates import picture
 from pd_core.core import artifacts, schemas
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.density.scorer import Scorer
 from pd_core.engine import resources, telemetry
 from pd_core.finetuning import Batch, Share, Trainable, checkpoints, judging, models, parallel, stream, weights
 from pd_core.finetuning.checkpoints import Progress
-from pd_core.scoring import Scorer
 
 if TYPE_CHECKING:
     import torch

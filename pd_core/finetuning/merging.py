@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import density, metrics
+from pd_core import metrics
 from pd_core.candidates import picture
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.errors import UserError, one_line
+from pd_core.density import formula
 from pd_core.engine import console, resources, tasks
 from pd_core.finetuning import checkpoints, judging
 from pd_core.finetuning.judging import Plan
@@ -438,7 +439,7 @@ class _Judge:
         columns: dict[str, list[Any]] = {"density_predicted": [], "image": []}
         for chunk in range(-(-shown.num_rows // plan.chunk)):
             images = judging.generate(plan, sampler, chunk, self.device).to(self.scorer.extractor.device)
-            predicted = density.density_of(self.scorer.log_density(self.scorer.features(images)).cpu().numpy())
+            predicted = formula.density_of(self.scorer.log_density(self.scorer.features(images)).cpu().numpy())
             columns["density_predicted"] += predicted.tolist()
             columns["image"] += [
                 picture(pixels, f"{number:012d}")

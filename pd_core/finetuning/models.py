@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from pd_core import generators, opening
-from pd_core.acceptance import Weighting
 from pd_core.core import artifacts
 from pd_core.core.settings.finetune import FakeWeightingSettings, TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.density.realset import RealSet
+from pd_core.density.scorer import Scorer
+from pd_core.density.weighting import Weighting
 from pd_core.engine import resources
 from pd_core.finetuning import Batch, Share, Trainable
-from pd_core.realset import RealSet
-from pd_core.scoring import Scorer
 
 PROBED_STEPS = 3  # of which the first is not timed
 

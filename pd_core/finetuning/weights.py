@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import acceptance, piloting, spaces
-from pd_core.acceptance import Weighting
+from pd_core import piloting, spaces
 from pd_core.candidates import EVERYTHING
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import WeightingSettings
+from pd_core.density import weighting as density_weighting
+from pd_core.density.realset import RealSet
+from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, runs, tasks
 from pd_core.images import sources
 from pd_core.images.listing import Listing, read_artifact
 from pd_core.images.listing import start as start_listing
-from pd_core.realset import RealSet
 
 KINDS = ("two_level", "quantiles", "none")  # of weightings that need no generated samples
 NAMED = 3  # images that a message names
@@ -131,11 +132,11 @@ def weightings_of(settings: WeightingSettings, real: RealSet) -> dict[str, Weigh
 def weights_of(density: np.ndarray, labels: np.ndarray, weightings: Mapping[str, Weighting]) -> np.ndarray:
     """ω of images, float64 [n]; NaN where their label has no weighting. labels: texts or None, object [n]."""
     if EVERYTHING in weightings:
-        return acceptance.weight_of(density, weightings[EVERYTHING])
+        return density_weighting.weight_of(density, weightings[EVERYTHING])
     found = np.full(len(density), np.nan)
     for label, weighting in weightings.items():
         own = labels == label
-        found[own] = acceptance.weight_of(density[own], weighting)
+        found[own] = density_weighting.weight_of(density[own], weighting)
     return found
 
 

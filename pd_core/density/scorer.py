@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from pd_core import estimator
 from pd_core.core.errors import UserError
+from pd_core.density import predictor as density_predictor
 from pd_core.images.resize import Preprocess, resized_size
 from pd_core.index.extractor import Extractor, ExtractorSpec
 
@@ -31,7 +31,11 @@ class Scorer:
     """
 
     def __init__(
-        self, spec: ExtractorSpec, predictor: estimator.DensityPredictor | None, device: str = "cpu", threads: int = 1
+        self,
+        spec: ExtractorSpec,
+        predictor: density_predictor.DensityPredictor | None,
+        device: str = "cpu",
+        threads: int = 1,
     ) -> None:
         self.extractor = Extractor(spec, device, threads)
         self.predictor = predictor if predictor is None else predictor.to(self.extractor.device)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import estimator
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import EstimatorSettings
+from pd_core.density import fit, predictor
 from pd_core.engine import console, resources, tasks
 from pd_core.index.features import load_features
 
@@ -66,11 +66,11 @@ def _fit(
     feature_dim: int,
     settings: EstimatorSettings,
 ) -> dict[str, Any]:
-    def loader(name: str) -> estimator.LoadPart:
+    def loader(name: str) -> fit.LoadPart:
         return lambda: load_part(features_uri, densities_uri, name)
 
-    result = estimator.fit([loader(name) for name in names], settings, feature_dim=feature_dim, device="cpu")
-    for name, data in estimator.to_bytes(result.predictor, result.metrics).items():
+    result = fit.fit([loader(name) for name in names], settings, feature_dim=feature_dim, device="cpu")
+    for name, data in predictor.to_bytes(result.predictor, result.metrics).items():
         stage.write_part(name, data, 0)
     heldout = {
         "log_density": result.heldout_log_density,

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, FiniteFloat
 
-from pd_core import density, estimator
 from pd_core.core import artifacts, files, schemas, trust
 from pd_core.core.errors import UserError
+from pd_core.density import formula
+from pd_core.density import predictor as density_predictor
 from pd_core.index import search
 from pd_core.index.extractor import ExtractorSpec
 
@@ -66,9 +67,9 @@ class RealSet:
 
     def log_density(self, neighbor_distances: np.ndarray) -> np.ndarray:
         """Log pseudo density of any images, float64 [m], from their distances to the k nearest real ones [m, k]."""
-        mean = density.mean_knn_distance(neighbor_distances)
-        floored, _ = density.apply_distance_floor(mean, self.distance_floor)
-        return density.log_pseudo_density(floored, self.volume_dim, self.log_normalizer)
+        mean = formula.mean_knn_distance(neighbor_distances)
+        floored, _ = formula.apply_distance_floor(mean, self.distance_floor)
+        return formula.log_pseudo_density(floored, self.volume_dim, self.log_normalizer)
 
     def percentile(self, values: np.ndarray) -> np.ndarray:
         """Percentile of densities [m] among the real set's, in [0, 100], by interpolation between its quantiles."""
@@ -82,12 +83,12 @@ class RealSet:
         apart = self.nearest_quantiles[self.nearest_quantiles > self.distance_floor]
         return float(np.quantile(apart, quantile)) if len(apart) else 0.0
 
-    def predictor(self) -> estimator.DensityPredictor:
+    def predictor(self) -> density_predictor.DensityPredictor:
         """f, loaded."""
-        names = (estimator.WEIGHTS_FILE, estimator.DESCRIPTION_FILE)
+        names = (density_predictor.WEIGHTS_FILE, density_predictor.DESCRIPTION_FILE)
         folder = files.join(self.uri, "estimator")
         places = {name: files.join(folder, name) for name in names}
-        found = estimator.from_bytes(
+        found = density_predictor.from_bytes(
             {name: files.read_file(place, place, trust.WEIGHTS_BYTES) for name, place in places.items()}
         )
         if found.architecture.feature_dim != self.extractor.feature_dim:
