@@ -194,7 +194,8 @@ def generated_batch(generator: str, discriminator: str, index: str) -> dict[str,
     from pd_core.density import realset
     from pd_core.density import scorer as density_scorer
     from pd_core.finetuning import gan
-    from pd_core.generators import Conditions, open_generator
+    from pd_core.generators.open import open_generator
+    from pd_core.generators.protocol import Conditions
 
     real = realset.open_realset(index)
     scorer = density_scorer.Scorer(real.extractor, real.predictor(), "cpu", 1)

@@ -125,18 +125,18 @@ def bare_loop(index: str, generator: str, chunks: int) -> dict[str, float]:
     """Chunks of images and their predicted densities, one after the other."""
     import torch
 
-    from pd_core import generators
     from pd_core.core import seeds as core_seeds
+    from pd_core.generators import open, protocol
 
     real = realset.open_realset(index)
-    made = generators.open_generator(_generator(generator))
+    made = open.open_generator(_generator(generator))
     scorer = density_scorer.Scorer(real.extractor, real.predictor())
 
     def run(chunk: int) -> None:
         numbers = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK)
         with torch.no_grad():
             images = made.generate(
-                core_seeds.integers(numbers, core_seeds.stream(0, "image")).tolist(), generators.Conditions()
+                core_seeds.integers(numbers, core_seeds.stream(0, "image")).tolist(), protocol.Conditions()
             )
             scorer.log_density(scorer.features(images))
 

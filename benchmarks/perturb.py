@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import generators, opening, perturb_workflow
+from pd_core import opening, perturb_workflow
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.base import TrackingSettings
 from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
 from pd_core.density import realset
 from pd_core.density import scorer as density_scorer
+from pd_core.generators import open, protocol
 
 CHUNK, STEPS, EPSILON = 8, 10, 0.1
 DENOISING_STEPS = 10
@@ -68,7 +69,7 @@ def _settings(index: str, generator: str, output: str, n: int) -> PerturbSetting
 def in_turn(index: str, generator: str, rounds: int) -> dict[str, float]:
     """Median seconds a sample of the bare loop and of ours, in turn on other chunks after one of each that is not timed."""
     settings, real = _settings(index, generator, "unused", rounds * CHUNK + CHUNK), realset.open_realset(index)
-    opened = generators.open_generator(settings.generator)
+    opened = open.open_generator(settings.generator)
     job = perturb_workflow.job_of(settings, real, opening.facts_of(opened), "cpu", "unused")
     maker = job.open("cpu")
     times: dict[str, list[float]] = {"bare": [], "ours": []}
@@ -87,7 +88,7 @@ def _bare(generator: Any, scorer: density_scorer.Scorer, chunk: int) -> None:
     latents = generator.latents(seeds.integers(numbers, seeds.stream(0, "image")).tolist())
     delta = torch.zeros_like(latents, requires_grad=True)
     for _ in range(STEPS):
-        value = scorer.score(generator.decode(latents + delta, generators.Conditions()))
+        value = scorer.score(generator.decode(latents + delta, protocol.Conditions()))
         (gradient,) = torch.autograd.grad(value.sum(), delta)
         with torch.no_grad():
             delta = (delta + EPSILON / 4 * gradient.sign()).clamp(-EPSILON, EPSILON)

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pd_core import generators
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import UserError
@@ -29,6 +28,7 @@ from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.scorer import Scorer
 from pd_core.density.weighting import Weighting
+from pd_core.generators import open, protocol
 from pd_core.index import search
 from pd_core.volume import Volume, floored, log_volume, top_singular_values
 
@@ -199,9 +199,9 @@ def candidates_of(recipe: Recipe, chunk: int) -> Candidates:
     )
 
 
-def conditions_of(recipe: Recipe, drawn: Candidates) -> generators.Conditions:
+def conditions_of(recipe: Recipe, drawn: Candidates) -> protocol.Conditions:
     """What the generator is asked to show."""
-    return generators.Conditions(
+    return protocol.Conditions(
         labels=None if drawn.label is None else tuple(recipe.classes[i] for i in drawn.label),
         prompts=None if drawn.prompt is None else tuple(recipe.prompts[i] for i in drawn.prompt),
     )
@@ -264,14 +264,14 @@ class ChunkMaker:
 
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe = recipe
-        self.generator = generators.open_generator(recipe.generator, device, recipe.threads)
+        self.generator = open.open_generator(recipe.generator, device, recipe.threads)
         if artifacts.canonical(self.generator.identity()) != artifacts.canonical(recipe.generator_identity):
             raise UserError(
                 f"--generator.path {recipe.generator.path}: differs from what the run began with; make the same files "
                 "visible on every node and leave them as they are while it runs"
             )
         self.name = f"--generator.path {recipe.generator.path}"
-        if recipe.volume is not None and not isinstance(self.generator, generators.LatentGenerator):
+        if recipe.volume is not None and not isinstance(self.generator, protocol.LatentGenerator):
             raise UserError(
                 f"{self.name}: its images are not a function of latents that gradients pass (docs/generators.md); Polarity and "
                 "MaGNET need a LatentGenerator, such as diffusion with --generator.scheduler DDIMScheduler --generator.eta 0"
@@ -292,7 +292,7 @@ class ChunkMaker:
         device = self.scorer.extractor.device
         with torch.no_grad():  # not inference_mode: a scheduler may keep a tensor that a later gradient has to pass
             seeds, conditions = drawn.seed.tolist(), conditions_of(self.recipe, drawn)
-            images = generators.generate_checked(self.generator, seeds, conditions, self.name, device).to(device)
+            images = protocol.generate_checked(self.generator, seeds, conditions, self.name, device).to(device)
             features = self.scorer.features(images)
             if not bool(torch.isfinite(features).all()):
                 raise ValueError("features of generated images are not finite")
@@ -309,13 +309,13 @@ class ChunkMaker:
             _batch(accepted, images, features, log_density), log_volume=scores.log_volume, degenerate=degenerate
         )
 
-    def _singular_values(self, seeds: Sequence[int], conditions: generators.Conditions) -> np.ndarray | None:
+    def _singular_values(self, seeds: Sequence[int], conditions: protocol.Conditions) -> np.ndarray | None:
         """Of the Jacobian at each sample, float64 [chunk, rank]; None where volumes were not asked for."""
         if self.recipe.volume is None:
             return None
-        assert isinstance(self.generator, generators.LatentGenerator)
+        assert isinstance(self.generator, protocol.LatentGenerator)
         decode = functools.partial(self.generator.decode, conditions=conditions)
-        with generators.own_randomness(self.name, self.scorer.extractor.device):
+        with protocol.own_randomness(self.name, self.scorer.extractor.device):
             latents = self.generator.latents(seeds)
             return top_singular_values(decode, latents, seeds, self.recipe.volume, self.name)
 

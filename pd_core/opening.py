@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pd_core import generators
 from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.chunking import Pool
 from pd_core.core import files
@@ -15,6 +14,7 @@ from pd_core.density import weighting
 from pd_core.density.realset import RealSet
 from pd_core.engine import resources, tasks
 from pd_core.engine.runs import failures
+from pd_core.generators import open, protocol
 from pd_core.generators.python import split
 from pd_core.volume import Volume
 
@@ -25,7 +25,7 @@ def resolved(generator: GeneratorSettings) -> GeneratorSettings:
     Raises:
         UserError: no path, or one that is not there.
     """
-    generators.check_path(generator)
+    open.check_path(generator)
     assert generator.path is not None, "check_path refuses none"
     paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
     local = {name: files.absolute(value) for name, value in paths.items() if _is_file(value)}
@@ -50,16 +50,16 @@ def describe(settings: GeneratorSettings, now: resources.Cluster, pool: Pool) ->
 
 
 def _describe(settings: GeneratorSettings) -> dict[str, Any]:
-    return facts_of(generators.open_generator(settings, resources.assigned_device()))
+    return facts_of(open.open_generator(settings, resources.assigned_device()))
 
 
-def facts_of(generator: generators.Generator) -> dict[str, Any]:
+def facts_of(generator: protocol.Generator) -> dict[str, Any]:
     """Identity and abilities of a generator."""
     return {
         "identity": generator.identity(),
         "num_classes": generator.num_classes,
         "takes_prompts": generator.takes_prompts,
-        "latents": isinstance(generator, generators.LatentGenerator),
+        "latents": isinstance(generator, protocol.LatentGenerator),
         "adapter": type(generator).__name__,
     }
 
@@ -147,4 +147,4 @@ def prompts_of(settings: GeneratorSettings, facts: Mapping[str, Any]) -> tuple[s
         return ()
     if not facts["takes_prompts"]:
         raise UserError(f"--generator.prompts {path}: the generator takes no text; leave it out")
-    return generators.read_prompts(path)
+    return protocol.read_prompts(path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pd_core.core.settings.generate import PERTURB_EPSILON, PERTURB_STEPS
-from pd_core.generators import generators_of
+from pd_core.generators.noise import generators_of
 
 if TYPE_CHECKING:
     import torch

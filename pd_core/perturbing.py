@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import chunking, generators, perturbation
+from pd_core import chunking, perturbation
 from pd_core.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
 from pd_core.chunking import MAX_CHUNKS, Pool, Progress
 from pd_core.core import artifacts, files, schemas
@@ -22,6 +22,7 @@ from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.density import formula, weighting
 from pd_core.engine import console, resources, tasks, telemetry
+from pd_core.generators import protocol
 from pd_core.index import search
 from pd_core.perturbation import NoGradientError, Perturbed
 
@@ -156,7 +157,7 @@ def perturb_chunk(job: Job, maker: ChunkMaker, chunk: int, steps: int) -> list[P
     drawn = candidates_of(recipe, chunk)
     name, device = f"--generator.path {recipe.generator.path}", maker.scorer.extractor.device
     generator, conditions = maker.generator, conditions_of(recipe, drawn)
-    assert isinstance(generator, generators.LatentGenerator), "refused before the run"
+    assert isinstance(generator, protocol.LatentGenerator), "refused before the run"
 
     def score(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images = generator.decode(latents, conditions).to(device)
@@ -167,7 +168,7 @@ def perturb_chunk(job: Job, maker: ChunkMaker, chunk: int, steps: int) -> list[P
         if move.random_start
         else None
     )
-    with generators.own_randomness(name, device):
+    with protocol.own_randomness(name, device):
         latents = generator.latents(drawn.seed.tolist())
         try:
             made = [
@@ -193,7 +194,7 @@ def _made_values(maker: ChunkMaker, made: list[Perturbed], kept: int) -> dict[st
     import torch
 
     images = [made[0].before_images, *(one.images for one in made)]
-    pixels = [generators.to_uint8(image) for image in images]
+    pixels = [protocol.to_uint8(image) for image in images]
     features = [maker.scorer.features(block) for block in pixels]
     predicted = [maker.scorer.log_density(block) for block in features]
     if not all(bool(torch.isfinite(block).all()) for block in (*features, *predicted)):

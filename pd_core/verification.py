@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import generators, verifying
+from pd_core import verifying
 from pd_core.candidates import Recipe, prompts_hash
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
@@ -17,6 +17,7 @@ from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.density import realset
 from pd_core.engine import console, resources, session, tasks
 from pd_core.engine.runs import failures
+from pd_core.generators import open, protocol
 from pd_core.index import search
 
 CODE: Mapping[str, tuple[str, ...]] = {  # settings that decide which code runs when a generator of a kind is opened
@@ -227,7 +228,7 @@ def recipe_of(
     real = realset.open_for(named, checkpoint, "--index")
     if dict(real.fingerprints) != identity.get("realset"):
         raise UserError(f"--index {named}: is not as it was when the samples were made; nothing to compare with")
-    prompts = generators.read_prompts(generator.prompts) if generator.prompts else ()
+    prompts = protocol.read_prompts(generator.prompts) if generator.prompts else ()
     if prompts_hash(prompts) != identity.get("prompts"):
         raise UserError(f"--generator.prompts {generator.prompts}: has changed since the samples were made")
     return Recipe.from_identity(identity, generator, real, prompts, where)
@@ -248,7 +249,7 @@ def _permitted(uri: str, stored: GeneratorSettings, told: GeneratorSettings) -> 
         UserError: it does not.
     """
     names, allow_pickle = CODE[stored.kind], told.allow_pickle and told.kind == stored.kind
-    of_hub = not names and generators.HUB_ID.fullmatch(str(stored.path)) is not None
+    of_hub = not names and open.HUB_ID.fullmatch(str(stored.path)) is not None
     if allow_pickle or of_hub:
         names = tuple(dict.fromkeys(("path", *names)))
     theirs, ours = _naming(stored, names), _naming(told, names)

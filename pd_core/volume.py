@@ -20,7 +20,7 @@ import numpy as np
 from pd_core.core import seeds as core_seeds
 from pd_core.core import trust
 from pd_core.core.errors import UserError, one_line
-from pd_core.generators import generators_of, normal
+from pd_core.generators.noise import generators_of, normal
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pd_core import chunking, generators, piloting, sampling, verifying
+from pd_core import chunking, piloting, sampling, verifying
 from pd_core.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
@@ -24,6 +24,7 @@ from pd_core.density import fit, formula, predictor
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.engine import resources
+from pd_core.generators import noise, open
 from pd_core.index import extractor, search
 from pd_core.volume import Volume
 from tests import tiny, tiny_generators, toy_generator
@@ -68,7 +69,7 @@ def recipe_of(
 ) -> Recipe:
     values: dict[str, Any] = {
         "generator": settings,
-        "generator_identity": generators.open_generator(settings).identity(),
+        "generator_identity": open.open_generator(settings).identity(),
         "realset": real,
         "weightings": {EVERYTHING: weighting},
         "score": "predictor",
@@ -183,7 +184,7 @@ def test_polarity_draws_the_tilted_distribution_from_a_generator(
         replace(recipe, weightings={EVERYTHING: density_weighting.tilted(pilot, polarity, 40)}), 24
     )
     seeds = np.concatenate([candidates_of(recipe, chunk).seed for chunk in range(24)])
-    latents = generators.normal_latents(seeds.tolist(), (4,)).numpy()
+    latents = noise.normal_latents(seeds.tolist(), (4,)).numpy()
     np.testing.assert_allclose(v, tiny_generators.Bars.log_volume(latents), atol=1e-4)
     if polarity == 0:
         assert accepted.all()
@@ -270,7 +271,7 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
             deciding = table["density"].to_numpy()
         else:
             deciding = table["log_volume"].to_numpy()
-            latents = generators.normal_latents(table["seed"].to_pylist(), (4,)).numpy()
+            latents = noise.normal_latents(table["seed"].to_pylist(), (4,)).numpy()
             np.testing.assert_allclose(deciding, tiny_generators.Bars.log_volume(latents), atol=1e-4)
         np.testing.assert_array_equal(chance, density_weighting.acceptance_probability(deciding, weighting))
     again, _, _ = finish(job.recipe, cast(Any, None), 1, ChunkMaker(job.recipe, "cpu").make(1))

@@ -16,7 +16,8 @@ from demo import gan, train_ddpm, train_gan, training
 from demo.train_gan import Recipe
 from pd_core.core.errors import EXIT_BAD_INPUT, EXIT_DONE
 from pd_core.core.settings.generate import GeneratorSettings
-from pd_core.generators import Conditions, LatentGenerator, generate_checked, open_generator
+from pd_core.generators.open import open_generator
+from pd_core.generators.protocol import Conditions, LatentGenerator, generate_checked
 
 TINY = Recipe(steps=3, batch_size=4, channels=(8, 16), latent_dim=6, augment=train_gan.AUGMENTATIONS, r1_interval=2)
 

@@ -15,7 +15,8 @@ from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.finetuning import Batch, Share, averaging, diffusion, parallel
-from pd_core.generators import Conditions, open_generator
+from pd_core.generators.open import open_generator
+from pd_core.generators.protocol import Conditions
 from tests import tiny_generators
 
 ALONE = Share(0, 1, "cpu", 1)

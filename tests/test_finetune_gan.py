@@ -33,8 +33,10 @@ from pd_core.density.scorer import Scorer
 from pd_core.finetuning import Batch, Share, parallel
 from pd_core.finetuning.gan import VAIN, FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
 from pd_core.finetuning.parallel import average_gradients, sum_of
-from pd_core.generators import Conditions, LatentGenerator, normal_latents, open_generator, to_uint8
+from pd_core.generators.noise import normal_latents
+from pd_core.generators.open import open_generator
 from pd_core.generators.pairs import Pair, load_weights, open_pair
+from pd_core.generators.protocol import Conditions, LatentGenerator, to_uint8
 from pd_core.index import extractor
 from tests import tiny
 from tests.nvidia import StandIn

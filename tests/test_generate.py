@@ -26,7 +26,7 @@ from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.density import realset
 from pd_core.engine import resources
 from pd_core.engine import session as engine_session
-from pd_core.generators import normal_latents
+from pd_core.generators.noise import normal_latents
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_pipeline import is_ours, kill_once
 from workflows import build_index, generate

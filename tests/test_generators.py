@@ -19,13 +19,17 @@ import torch
 from pydantic import ValidationError
 from scipy import stats
 
-from pd_core import generators
 from pd_core.core import files
 from pd_core.core.errors import UserError
 from pd_core.core.s3 import S3FileSystem
 from pd_core.core.settings import load as settings_load
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
-from pd_core.generators import (
+from pd_core.generators import noise, open, protocol
+from pd_core.generators.denoising import DeterministicDiffusion, Network
+from pd_core.generators.diffusers import CalledPipeline
+from pd_core.generators.noise import generators_of, normal_latents
+from pd_core.generators.open import open_generator
+from pd_core.generators.protocol import (
     Conditions,
     Generator,
     LatentGenerator,
@@ -33,13 +37,8 @@ from pd_core.generators import (
     checked,
     files_hash,
     generate_checked,
-    generators_of,
-    normal_latents,
-    open_generator,
     to_uint8,
 )
-from pd_core.generators.denoising import DeterministicDiffusion, Network
-from pd_core.generators.diffusers import CalledPipeline
 from pd_core.generators.python import split
 from tests import tiny_generators as tiny
 from tests.nvidia import StandIn
@@ -175,10 +174,10 @@ def test_draws_of_many_seeds_are_standard_normal_and_independent():
 
 
 def test_another_layout_of_torchs_state_is_noticed(monkeypatch):
-    from pd_core import generators
+    from pd_core.generators import noise
 
-    generators._twister_state.cache_clear()
-    monkeypatch.setattr(generators, "WORDS_AT", slice(32, 32 + 8 * 624))
+    noise._twister_state.cache_clear()
+    monkeypatch.setattr(noise, "WORDS_AT", slice(32, 32 + 8 * 624))
     with pytest.raises(RuntimeError, match="in a way that pd_core does not know"):
         generators_of([1])
     monkeypatch.undo()
@@ -585,7 +584,7 @@ def test_code_that_transformers_would_load_is_not_run(tmp_path):
 
 
 def test_diffusers_is_told_to_run_no_code_of_others():
-    code = "from pd_core.generators import diffusers as ours; from diffusers.utils import constants as theirs; print(theirs.{})"
+    code = "from pd_core.generators.protocol import diffusers as ours; from diffusers.utils import constants as theirs; print(theirs.{})"
     command = [sys.executable, "-c", code.format("DIFFUSERS_DISABLE_REMOTE_CODE")]
     environment = {**os.environ, "DIFFUSERS_DISABLE_REMOTE_CODE": "0"}
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "True\n"
@@ -620,7 +619,7 @@ def test_a_generator_without_an_end_is_refused_unread(nvidia, tmp_path, kind):
     with pytest.raises(UserError, match="is no regular file"):
         files_hash(str(tmp_path / "more"))
     with pytest.raises(UserError, match=r"^--generator.prompts .*is no regular file"):
-        generators.read_prompts(str(tmp_path / "more" / "x.py"))
+        protocol.read_prompts(str(tmp_path / "more" / "x.py"))
 
 
 def test_names_in_a_store_do_not_lead_out_of_the_copy(tmp_path, monkeypatch):
@@ -956,9 +955,7 @@ def test_a_path_is_split_at_its_last_colon(path, expected):
 
 
 def test_splitting_a_path_needs_no_torch():
-    code = (
-        "import sys; from pd_core.generators.python import split; split('g.py:make'); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from pd_core.generators.protocol.python import split; split('g.py:make'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -1121,7 +1118,7 @@ def test_stylegan_in_half_precision_is_described_anywhere_and_runs_on_gpus(nvidi
             run()
 
 
-@pytest.mark.parametrize("read", [generators.read_prompts, generators.read_file])
+@pytest.mark.parametrize("read", [protocol.read_prompts, protocol.read_file])
 def test_a_store_that_refuses_is_one_line(s3_environment, monkeypatch, read):
     """Without credentials botocore's own error comes through, which is no OSError."""
 
@@ -1140,24 +1137,22 @@ def test_a_store_that_refuses_is_one_line(s3_environment, monkeypatch, read):
 def test_truncated_latents_are_a_truncated_normal_and_change_only_what_lies_beyond(bound):
     """Kolmogorov–Smirnov against scipy's truncnorm, 20,000 entries; those of normal_latents within the bound are kept."""
     seeds = list(range(200))
-    plain, cut = generators.normal_latents(seeds, (100,)), generators.truncated_latents(seeds, (100,), bound)
+    plain, cut = noise.normal_latents(seeds, (100,)), noise.truncated_latents(seeds, (100,), bound)
     inside = plain.abs() <= bound
     assert torch.equal(cut[inside], plain[inside]) and bool((cut.abs() <= bound).all())
     assert stats.kstest(cut.flatten().numpy(), stats.truncnorm(-bound, bound).cdf).pvalue > 1e-3
-    assert torch.equal(generators.truncated_latents([7], (100,), bound)[0], cut[7])
+    assert torch.equal(noise.truncated_latents([7], (100,), bound)[0], cut[7])
 
 
 def test_the_bound_of_latents_is_the_generators(tmp_path):
     path = tiny.save_bars(tmp_path / "bars.pt")
     plain, cut = (
-        generators.open_generator(
-            GeneratorSettings(kind="torchscript", path=path, latent_shape=(4,), latent_bound=bound)
-        )
+        open.open_generator(GeneratorSettings(kind="torchscript", path=path, latent_shape=(4,), latent_bound=bound))
         for bound in (None, 0.5)
     )
-    assert isinstance(cut, generators.LatentGenerator)
+    assert isinstance(cut, protocol.LatentGenerator)
     assert bool((cut.latents([1, 2, 3]).abs() <= 0.5).all()) and plain.identity() != cut.identity()
-    images = cut.generate([1, 2, 3], generators.Conditions()).float() / 127.5 - 1
+    images = cut.generate([1, 2, 3], protocol.Conditions()).float() / 127.5 - 1
     expected = torch.exp(tiny.RATE * cut.latents([1, 2, 3])) / 4 - 1
     torch.testing.assert_close(images[:, 0, ::4, 0], expected, atol=1 / 127, rtol=0)
     with pytest.raises(ValueError, match=r"latent_bound has no meaning for generator.kind 'diffusers'"):

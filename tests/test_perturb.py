@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pd_core import generators, perturb_workflow, perturbing
+from pd_core import perturb_workflow, perturbing
 from pd_core.core import errors, schemas
 from pd_core.core import files as core_files
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.density import realset
 from pd_core.engine import session
+from pd_core.generators import open, protocol
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_generate import timm_features
 from tests.test_pipeline import kill_once
@@ -122,10 +123,10 @@ def test_the_images_before_are_those_that_generate_makes_of_these_seeds(undistur
     """In chunks of the same size, so to the bit."""
     table = rows(undisturbed)
     settings = GeneratorSettings(kind="torchscript", path=str(modules["smooth"]), latent_shape=(DIM,))
-    generator = generators.open_generator(settings)
+    generator = open.open_generator(settings)
     for start in (0, CHUNK):
         seeds = core_seeds.integers(np.arange(start, start + CHUNK), core_seeds.stream(0, "image")).tolist()
-        expected = generator.generate(seeds, generators.Conditions()).numpy()
+        expected = generator.generate(seeds, protocol.Conditions()).numpy()
         for i in range(CHUNK):
             for row in (2 * (start + i), 2 * (start + i) + 1):
                 np.testing.assert_array_equal(pixels(table["image_before"][row].as_py()), expected[i])

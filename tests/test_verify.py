@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import candidates, generators, verification, verifying
+from pd_core import candidates, verification, verifying
 from pd_core.core import artifacts, errors, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.engine import resources, session
+from pd_core.generators import open
 from tests import toy_generator
 from tests.test_generate import index, rows, run  # noqa: F401
 from workflows import generate
@@ -578,7 +579,7 @@ def test_an_identity_that_json_writes_in_another_form_is_the_same(copy, tmp_path
         "    return Odd(3, True, (), 'raise', None, 0.0)\n"
     )
     settings = GeneratorSettings(kind="python", path=f"{tmp_path / 'odd.py'}:make")
-    live = generators.open_generator(settings).identity()
+    live = open.open_generator(settings).identity()
     recorded = json.loads(json.dumps(live))
     assert recorded != live
     recipe = replace(samples_of(copy)[0].recipe, generator=settings)

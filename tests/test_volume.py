@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pd_core import generators, volume
+from pd_core import volume
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.generators import noise, open, protocol
 from pd_core.volume import Volume
 from tests import tiny_generators
 
@@ -110,7 +111,7 @@ def test_rotations_change_nothing(rotated: str) -> None:
 def test_of_a_convolutional_generator(size: int | None) -> None:
     """24 latents, 4 blocks of 8: V spans all, and what is left is the rounding of float32 products, some 1e-7 of σ_1 each."""
     gan = conv_gan()
-    z = generators.normal_latents(SEEDS, (24,))
+    z = noise.normal_latents(SEEDS, (24,))
     expected = whole(lambda x: volume.averaged(gan(x), size), z)[:, :8]
     found = volume.top_singular_values(gan, z, SEEDS, Volume(8, size))
     np.testing.assert_allclose(found, expected, atol=3e-6 * float(expected.max()), rtol=0)
@@ -121,7 +122,7 @@ def test_of_a_wide_generator_whose_latents_the_probes_do_not_span() -> None:
     each block (what is missing falls as a Chebyshev polynomial of the blocks, Musco & Musco 2015, theorem 1)."""
     gan = conv_gan(256)
     seeds = list(range(8))
-    z = generators.normal_latents(seeds, (256,))
+    z = noise.normal_latents(seeds, (256,))
     expected = whole(gan, z)[:, :8]
     missing = []
     for iterations in (1, 3, 6):
@@ -138,9 +139,9 @@ def test_of_a_wide_generator_whose_latents_the_probes_do_not_span() -> None:
 def test_of_diffusion_through_its_checkpoints(tmp_path: Path) -> None:
     """DDIM in 2 steps at 16 px: 768 latents to 12 values. 3 blocks of 4 J^T Q span the rows of J: exact but for rounding."""
     settings = GeneratorSettings(path=tiny_generators.save_ddim(tmp_path / "ddim"), steps=2)
-    generator = generators.open_generator(settings)
-    assert isinstance(generator, generators.LatentGenerator)
-    decode = lambda z: generator.decode(z, generators.Conditions())  # noqa: E731
+    generator = open.open_generator(settings)
+    assert isinstance(generator, protocol.LatentGenerator)
+    decode = lambda z: generator.decode(z, protocol.Conditions())  # noqa: E731
     z = generator.latents([5, 6])
     expected = whole(lambda x: volume.averaged(decode(x), 2), z)[:, :4]
     found = volume.top_singular_values(decode, z, [5, 6], Volume(4, 2))
@@ -152,10 +153,10 @@ def test_of_torchscript_it_is_that_of_the_module(tmp_path: Path) -> None:
     gan = conv_gan()
     torch.jit.save(torch.jit.script(gan), tmp_path / "gan.pt")
     settings = GeneratorSettings(kind="torchscript", path=str(tmp_path / "gan.pt"), latent_shape=(24,))
-    generator = generators.open_generator(settings)
-    assert isinstance(generator, generators.LatentGenerator)
+    generator = open.open_generator(settings)
+    assert isinstance(generator, protocol.LatentGenerator)
     z = generator.latents(SEEDS)
-    decode = lambda z: generator.decode(z, generators.Conditions())  # noqa: E731
+    decode = lambda z: generator.decode(z, protocol.Conditions())  # noqa: E731
     first = volume.log_volumes(decode, z, SEEDS, Volume(8))
     np.testing.assert_allclose(first, volume.log_volumes(gan, z, SEEDS, Volume(8)), rtol=1e-6)
     for _ in range(3):  # TorchScript compiles anew after its first calls
@@ -168,7 +169,7 @@ def test_of_torchscript_it_is_that_of_the_module(tmp_path: Path) -> None:
 def test_a_samples_volume_does_not_depend_on_its_batch() -> None:
     """Up to the rounding of float32 sums in another batch; a probe of another seed would move it by far more."""
     gan = conv_gan(256)
-    z = generators.normal_latents(SEEDS, (256,))
+    z = noise.normal_latents(SEEDS, (256,))
     together = volume.log_volumes(gan, z, SEEDS, Volume(8))
     alone = [volume.log_volumes(gan, z[i : i + 1], SEEDS[i : i + 1], Volume(8))[0] for i in range(4)]
     np.testing.assert_allclose(together, alone, atol=8 * 3e-6)
@@ -180,9 +181,9 @@ def test_a_samples_volume_does_not_depend_on_its_batch() -> None:
 
 
 def test_no_global_state_is_read_or_moved() -> None:
-    gan, z = conv_gan(), generators.normal_latents(SEEDS, (24,))
+    gan, z = conv_gan(), noise.normal_latents(SEEDS, (24,))
     before = torch.are_deterministic_algorithms_enabled()
-    with generators.own_randomness("volumes", "cpu"):
+    with protocol.own_randomness("volumes", "cpu"):
         first = volume.log_volumes(gan, z, SEEDS, Volume(4, iterations=1))
     torch.manual_seed(99)
     np.testing.assert_array_equal(volume.log_volumes(gan, z, SEEDS, Volume(4, iterations=1)), first)

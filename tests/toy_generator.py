@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.generators import Conditions
+    from pd_core.generators.protocol import Conditions
 
 
 class Toy:
@@ -30,7 +30,7 @@ class Toy:
     def generate(self, seeds: Sequence[int], conditions: Conditions) -> torch.Tensor:
         import torch
 
-        from pd_core.generators import to_uint8
+        from pd_core.generators.protocol import to_uint8
 
         time.sleep(self.pause_s)
         if self.fail == "always":

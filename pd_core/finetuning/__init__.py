@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.generators import Generator
+    from pd_core.generators.protocol import Generator
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pd_core import evaluating, metrics, spaces
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.density.scorer import Scorer
-from pd_core.generators import Conditions, Generator, generate_checked
+from pd_core.generators.protocol import Conditions, Generator, generate_checked
 from pd_core.halfsamples import Estimate
 from pd_core.index.extractor import ExtractorSpec
 from pd_core.spaces import Features

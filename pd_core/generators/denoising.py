@@ -14,15 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pd_core.core.errors import UserError, one_line
-from pd_core.generators import (
-    Conditions,
-    check_conditions,
-    generators_of,
-    normal,
-    normal_latents,
-    own_randomness,
-    to_uint8,
-)
+from pd_core.generators.noise import generators_of, normal, normal_latents
+from pd_core.generators.protocol import Conditions, check_conditions, own_randomness, to_uint8
 
 if TYPE_CHECKING:
     import torch

@@ -20,14 +20,6 @@ from typing import TYPE_CHECKING, Any
 from pd_core.core import files as core_files
 from pd_core.core import trust
 from pd_core.core.errors import UserError, one_line
-from pd_core.generators import (
-    Conditions,
-    Generator,
-    check_conditions,
-    files_hash,
-    generators_of,
-    to_uint8,
-)
 from pd_core.generators.denoising import (
     DeterministicDiffusion,
     Diffusion,
@@ -37,6 +29,8 @@ from pd_core.generators.denoising import (
     encoded,
     unet_network,
 )
+from pd_core.generators.noise import generators_of
+from pd_core.generators.protocol import Conditions, Generator, check_conditions, files_hash, to_uint8
 
 if TYPE_CHECKING:
     import torch

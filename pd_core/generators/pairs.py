@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pd_core.core import files
 from pd_core.core.errors import UserError, one_line
-from pd_core.generators import Conditions, Generator, LatentGenerator, check_path
+from pd_core.generators.open import check_path
+from pd_core.generators.protocol import Conditions, Generator, LatentGenerator
 
 if TYPE_CHECKING:
     import torch
@@ -103,14 +104,14 @@ def open_pair(
 def _open(settings: GeneratorSettings, discriminator: str | None, device: str) -> Pair:
     """By the adapter of its kind; imported when it is needed."""
     if settings.kind == "torchscript":
-        from pd_core.generators import torchscript
+        from pd_core.generators.protocol import torchscript
 
         return torchscript.open_pair(settings, discriminator, device)
     if settings.kind == "stylegan":
-        from pd_core.generators import stylegan
+        from pd_core.generators.protocol import stylegan
 
         return stylegan.open_pair(settings, device)
-    from pd_core.generators import python
+    from pd_core.generators.protocol import python
 
     return python.open_pair(settings, device)
 

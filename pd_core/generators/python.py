@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError, one_line
-from pd_core.generators import Conditions, Generator, LatentGenerator, files_hash
 from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, save_weights, weights_hash
+from pd_core.generators.protocol import Conditions, Generator, LatentGenerator, files_hash
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -23,15 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError, one_line
-from pd_core.generators import (
-    Conditions,
-    check_conditions,
-    files_hash,
-    normal_latents,
-    read_file,
-    to_uint8,
-)
+from pd_core.generators.noise import normal_latents
 from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, weights_hash
+from pd_core.generators.protocol import Conditions, check_conditions, files_hash, read_file, to_uint8
 
 if TYPE_CHECKING:
     import torch

@@ -18,14 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from pd_core.core import artifacts, files, trust
 from pd_core.core.errors import UserError, one_line
-from pd_core.generators import (
-    Conditions,
-    check_conditions,
-    normal_latents,
-    to_uint8,
-    truncated_latents,
-)
+from pd_core.generators.noise import normal_latents, truncated_latents
 from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, weights_hash
+from pd_core.generators.protocol import Conditions, check_conditions, to_uint8
 
 if TYPE_CHECKING:
     import torch
