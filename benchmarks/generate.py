@@ -12,12 +12,13 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import chunking, generation
 from pd_core.core import artifacts, files
 from pd_core.core.settings.base import TrackingSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.density import realset
 from pd_core.density import scorer as density_scorer
+from pd_core.generate import chunks as generate_chunks
+from pd_core.generate import workflow
 
 CHUNK = 64
 STEPS = 50
@@ -153,8 +154,8 @@ def ours(index: str, generator: str, output: str, n: int, actors: int) -> dict[s
     log.mkdir(parents=True)
     os.environ[LOG_FOLDER] = str(log)  # before Ray starts: its workers inherit it
     started = time.time()
-    with mock.patch.object(chunking, "_MakeChunk", TimedMakeChunk):
-        generation.generate(_settings(index, output, n, actors, _generator(generator)))
+    with mock.patch.object(generate_chunks, "_MakeChunk", TimedMakeChunk):
+        workflow.generate(_settings(index, output, n, actors, _generator(generator)))
     folder = Path(output, "samples")
     totals = json.loads((folder / files.ARTIFACT).read_text())
     commits = {p.name: p.stat().st_mtime for p in sorted((folder / files.RECORDS).iterdir())}
@@ -185,7 +186,7 @@ def _outside(log: Path, begin: float, end: float) -> float:
     return 1 - inside / total if total else float("nan")
 
 
-class TimedMakeChunk(chunking._MakeChunk):
+class TimedMakeChunk(generate_chunks._MakeChunk):
     """chunking._MakeChunk, logged."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -214,7 +215,7 @@ class TimedMakeChunk(chunking._MakeChunk):
 def cheap(index: str, output: str, n: int) -> dict[str, Any]:
     """The workflow with a generator of coloured rectangles."""
     settings = GeneratorSettings(kind="python", path="benchmarks.generate:rectangles")
-    generation.generate(_settings(index, output, n, 2, settings))
+    workflow.generate(_settings(index, output, n, 2, settings))
     return {}
 
 

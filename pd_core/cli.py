@@ -81,13 +81,13 @@ def _build_index(settings: BuildIndexSettings) -> None:
 
 
 def _generate(settings: GenerateSettings) -> None:
-    from pd_core import generation, verification
+    from pd_core.generate import verification, workflow
 
     if settings.verify is not None:
         told = (settings.generator, settings.verify_seed, settings.index, settings.checkpoint)
         verification.verify(settings.verify, settings.rows, *told)
     else:
-        (generation.plan_generate if settings.dry_run else generation.generate)(settings)
+        (workflow.plan_generate if settings.dry_run else workflow.generate)(settings)
 
 
 def _perturb(settings: PerturbSettings) -> None:
@@ -115,7 +115,8 @@ def _finetune(settings: FinetuneSettings) -> None:
 
 
 def _curate(settings: CurateSettings) -> int:
-    from pd_core import curation, verification
+    from pd_core import curation
+    from pd_core.generate import verification
 
     if settings.verify is not None:
         verification.verify_release(settings.verify)

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import chunking, opening, piloting, sampling, spaces, sweeping, tradeoff, tradeoff_report
-from pd_core.candidates import Recipe
+from pd_core import spaces, sweeping, tradeoff, tradeoff_report
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings
@@ -24,10 +23,14 @@ from pd_core.density.weighting import Weighting
 from pd_core.engine import console, tracking
 from pd_core.engine import resources as engine_resources
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.generate import chunks as generate_chunks
+from pd_core.generate import pilot as generate_pilot
+from pd_core.generate import sampling, setup
+from pd_core.generate.candidates import Recipe
+from pd_core.generate.volume import INSTEAD, Volume
 from pd_core.index import search
 from pd_core.spaces import Extraction, Features, ImageSet
 from pd_core.tradeoff import Setting
-from pd_core.volume import INSTEAD, Volume
 
 PILOT = "pool-pilot"  # its folder: by `pilot` an output of generate.py is known
 STAGES = ("curve", "report")
@@ -55,7 +58,7 @@ def prepare(settings: TradeoffSettings) -> tuple[TradeoffSettings, RealSet, list
     output = checked_output(settings.output, "tradeoff")
     if not settings.index:
         raise UserError("--index: not set; name the --output of build_index.py")
-    generator = opening.resolved(settings.generator)
+    generator = setup.resolved(settings.generator)
     if settings.target is not None:
         tradeoff.parse_target(settings.target)
     real = realset.open_for(settings.index, settings.checkpoint, "--index")
@@ -163,7 +166,7 @@ class Planned:
 
     recipe: Recipe
     weightings: Mapping[str, Weighting]
-    pool: chunking.Pool
+    pool: generate_chunks.Pool
     candidates: int
     open_index: Callable[[], search.SearchPool]
     text: str
@@ -175,7 +178,7 @@ def _plan(
     with failures("pilot", run.output):
         begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, PILOT))
     gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
-    pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
+    pool = generate_chunks.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = _recipe(run, settings, real, pool, settings.generator)
     if any(setting.method == "polarity" for setting in found):
         recipe = replace(recipe, volume=Volume(settings.rank, settings.output_size))
@@ -187,7 +190,7 @@ def _plan(
         return resources.enter_context(opened)
 
     piloted = replace(recipe, seed=seeds.stream(settings.seed, "pilot"))
-    pilot = piloting.make(run, piloted, pool, open_index, settings.pilot, PILOT)
+    pilot = generate_pilot.make(run, piloted, pool, open_index, settings.pilot, PILOT)
     weightings = {
         s.name: sweeping.weighting_of(s, real, pilot.log_volume, settings.bins)
         for s in found
@@ -208,7 +211,7 @@ def _plan(
     return Planned(recipe, weightings, pool, chunks * settings.chunk, open_index, "\n".join(lines))
 
 
-def _deciding(setting: Setting, pilot: piloting.Pilot, densities: np.ndarray) -> np.ndarray:
+def _deciding(setting: Setting, pilot: generate_pilot.Pilot, densities: np.ndarray) -> np.ndarray:
     if setting.method != "polarity":
         return densities
     assert pilot.log_volume is not None, "a pilot of a run with polarities has volumes"
@@ -216,15 +219,15 @@ def _deciding(setting: Setting, pilot: piloting.Pilot, densities: np.ndarray) ->
 
 
 def _recipe(
-    run: Run, settings: TradeoffSettings, real: RealSet, pool: chunking.Pool, generator: GeneratorSettings
+    run: Run, settings: TradeoffSettings, real: RealSet, pool: generate_chunks.Pool, generator: GeneratorSettings
 ) -> Recipe:
-    facts = opening.describe(generator, run.now, pool)
+    facts = setup.describe(generator, run.now, pool)
     if polarities_of(settings) and not facts["latents"]:
         raise UserError(
             f"--generator.path {generator.path}: offers no latents, which Polarity Sampling needs (docs/generators.md); give "
             "--polarities '[]' to leave it out"
         )
-    return opening.recipe_of(
+    return setup.recipe_of(
         generator,
         facts,
         real,

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pd_core import chunking
 from pd_core.core import files as core_files
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.density import fit
 from pd_core.engine import resources
+from pd_core.generate import chunks as generate_chunks
 from pd_core.images.sources import stores
 from pd_core.index import build as index_build
 from pd_core.index import features, knn, neighbors, search
@@ -1100,7 +1100,7 @@ class Sampling:
 
 def generate(sampling: Sampling, dim: int, fleet: Fleet, unit: UnitCosts = MEASURED) -> list[Phase]:
     """The samples of `sampling.run`: executions of at most `chunking.MAX_CHUNKS` chunks, each of which starts its actors anew."""
-    executions = -(-sampling.chunks // chunking.MAX_CHUNKS)
+    executions = -(-sampling.chunks // generate_chunks.MAX_CHUNKS)
     parts = -(-sampling.chunks // sampling.chunks_per_part)
     written = sampling.n * (sampling.png_bytes + SAMPLE_BYTES)
     return [

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pd_core import candidates, chunking, evaluation, generation, opening, pipeline, planning, releasing, updating
+from pd_core import evaluation, pipeline, planning, releasing, updating
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
@@ -29,6 +29,7 @@ from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.density import formula, realset
 from pd_core.engine import console, resources, session, tasks, telemetry, tracking
 from pd_core.engine.runs import RUN, Run, checked_output, failures, started
+from pd_core.generate import candidates, chunks, setup, workflow
 from pd_core.images import listing, sources
 from pd_core.index import extractor, features
 
@@ -57,7 +58,7 @@ def prepare(settings: CurateSettings) -> CurateSettings:
     settings = settings.model_copy(
         update={
             "output": output,
-            "generator": opening.resolved(settings.generator),
+            "generator": setup.resolved(settings.generator),
             "tracking": settings.tracking.model_copy(update={"uri": uri, "enabled": uri is not None}),
         }
     )
@@ -65,7 +66,7 @@ def prepare(settings: CurateSettings) -> CurateSettings:
     settings = settings.model_copy(update={"features": checked.features})
     for recipe in settings.recipes:
         try:
-            generation.check(_generate_settings(settings, recipe, files.join(output, INDEX, "x"), output))
+            workflow.check(_generate_settings(settings, recipe, files.join(output, INDEX, "x"), output))
             if recipe.kind == "two_level":
                 formula.parse_threshold(recipe.threshold)
         except UserError as error:
@@ -408,8 +409,8 @@ def _as_before(run: Run, settings: CurateSettings) -> CurateSettings:
 def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dict[str, Any]]:
     """Of each recipe, everything that decides its samples; JSON-able."""
     how, generator = settings.generation, settings.generator
-    facts = opening.describe(generator, run.now, chunking.Pool(how.actors, how.actor_cpus, how.actor_gpus))
-    prompts = opening.prompts_of(generator, facts)
+    facts = setup.describe(generator, run.now, chunks.Pool(how.actors, how.actor_cpus, how.actor_gpus))
+    prompts = setup.prompts_of(generator, facts)
     every = {
         "index": dict(realset.open_for(index.uri, settings.features.checkpoint, "--index").fingerprints),
         "generator": facts["identity"],
@@ -436,7 +437,7 @@ def _sets(
         if _claim(folder) is None:
             _mark(folder, {})
         asked = _generate_settings(settings, recipe, index.uri, folder)
-        generation.generate(asked)
+        workflow.generate(asked)
         lease.check()
         outputs.append(str(asked.output))
         uri = files.join(outputs[-1], "samples")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import finetuned_report, opening, piloting, spaces
+from pd_core import finetuned_report, spaces
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.finetune import FinetuneSettings
@@ -21,6 +21,7 @@ from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.evaluating import measuring_cpus
 from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
+from pd_core.generate import pilot, setup
 from pd_core.index import features
 
 STAGES = ("weights", "training", "merging", "best", "report")
@@ -37,7 +38,7 @@ def prepare(settings: FinetuneSettings) -> tuple[FinetuneSettings, RealSet]:
     output = checked_output(settings.output, "finetune")
     if not settings.index:
         raise UserError("--index: not set; name the --output of build_index.py")
-    generator = opening.resolved(settings.generator)
+    generator = setup.resolved(settings.generator)
     weights.check_settings(settings.weighting, "labels")
     _check_numbers(settings)
     _check_kind(settings)
@@ -53,7 +54,7 @@ def prepare(settings: FinetuneSettings) -> tuple[FinetuneSettings, RealSet]:
         }
     )
     if not settings.weighting.per_label:
-        piloting.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
+        pilot.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
     fake_weighting(settings, real)
     return settings, real
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import opening, perturbation, perturbed_report, perturbing
-from pd_core.chunking import Pool
+from pd_core import perturbation, perturbed_report, perturbing
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
@@ -17,6 +16,8 @@ from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.generate import setup
+from pd_core.generate.chunks import Pool
 from pd_core.index import search
 
 STAGES = ("perturbed", "report")
@@ -39,7 +40,7 @@ def prepare(settings: PerturbSettings) -> tuple[PerturbSettings, RealSet]:
             "output": output,
             "index": real.uri,
             "checkpoint": settings.checkpoint and files.absolute(settings.checkpoint),
-            "generator": opening.resolved(settings.generator),
+            "generator": setup.resolved(settings.generator),
         }
     )
     return settings, real
@@ -84,7 +85,7 @@ def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
         begun = None if settings.overwrite else artifacts.begun_identity(stage_uri)
     gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = Pool(settings.actors, settings.actor_cpus, gpus)
-    facts = opening.describe(settings.generator, run.now, pool)
+    facts = setup.describe(settings.generator, run.now, pool)
     _check_latents(settings.generator, facts)
     job = job_of(settings, real, facts, engine_resources.device_of(run.now, gpus), stage_uri)
     return Planned(job, pool, _text(job))
@@ -93,7 +94,7 @@ def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
 def job_of(settings: PerturbSettings, real: RealSet, facts: Mapping[str, Any], device: str, uri: str) -> perturbing.Job:
     """The stage at `uri`; facts: of the generator, from `opening.describe`."""
     assert settings.n is not None
-    recipe = opening.recipe_of(
+    recipe = setup.recipe_of(
         settings.generator,
         facts,
         real,

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import perturbed_page, perturbing, piloting
+from pd_core import perturbed_page, perturbing
 from pd_core.core import artifacts, files
 from pd_core.core.settings.generate import PerturbSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
+from pd_core.generate import pilot
 from pd_core.images import child
 from pd_core.perturbed_page import Moved, PerturbedData, Shot, Shown
 from pd_core.report import page
@@ -109,7 +110,7 @@ def _moved(table: pa.Table, here: np.ndarray, way: str, totals: Mapping[str, Any
 
 def _agreement(rows: pa.Table, when: str) -> page.Calibration:
     """Predicted against index-scored log density of the images before, or after."""
-    found = piloting.agreement(rows[f"density_index_{when}"].to_numpy(), rows[f"density_predicted_{when}"].to_numpy())
+    found = pilot.agreement(rows[f"density_index_{when}"].to_numpy(), rows[f"density_predicted_{when}"].to_numpy())
     figures = found.figures
     if figures is None:
         return page.Calibration(found.true, found.predicted, None, None, 0)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import chunking, perturbation
-from pd_core.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
-from pd_core.chunking import MAX_CHUNKS, Pool, Progress
+from pd_core import perturbation
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.density import formula, weighting
 from pd_core.engine import console, resources, tasks, telemetry
+from pd_core.generate import chunks as generate_chunks
+from pd_core.generate.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
+from pd_core.generate.chunks import MAX_CHUNKS, Pool, Progress
 from pd_core.generators import protocol
 from pd_core.index import search
 from pd_core.perturbation import NoGradientError, Perturbed
@@ -107,11 +108,11 @@ class Job:
 
     def finish(self, pool: search.SearchPool, chunk: int, made: Mapping[str, Any]) -> dict[str, Any]:
         """Index-scored densities before and after, nearest real images, PNG encoding."""
-        return {"rows": chunking.to_stream(_rows(self, pool, chunk, made)), "not_finite": made["not_finite"]}
+        return {"rows": generate_chunks.to_stream(_rows(self, pool, chunk, made)), "not_finite": made["not_finite"]}
 
     def write(self, part: int, finished: pa.Table) -> int:
         """Commit the rows of a part."""
-        table = chunking.from_streams(finished["rows"]).replace_schema_metadata(schemas.perturbed().metadata)
+        table = generate_chunks.from_streams(finished["rows"]).replace_schema_metadata(schemas.perturbed().metadata)
         counts = {"not_finite": sum(finished["not_finite"].to_pylist())}
         self.stage.write_table(artifacts.part_name(part), table, counts)
         return table.num_rows
@@ -278,19 +279,21 @@ def run(
     rows = job.n * len(job.move.directions)
 
     def execute() -> None:
-        state.rows = {number: part.rows for number, part in chunking.by_number(job.stage.finished_parts()).items()}
+        state.rows = {
+            number: part.rows for number, part in generate_chunks.by_number(job.stage.finished_parts()).items()
+        }
         state.failed = {}
         together = max(1, MAX_CHUNKS // job.chunks_per_part)
         missing = [number for number in range(job.parts) if number not in state.rows]
         with console.progress("perturbed", rows, "images", sum(state.rows.values())) as bar:
             while missing and not state.hopeless:
                 wanted, missing = missing[:together], missing[together:]
-                chunking.execute(job, wanted, now, pool, index, state, rows, bar, lambda: False)
+                generate_chunks.execute(job, wanted, now, pool, index, state, rows, bar, lambda: False)
 
     tasks.persist("perturbed", execute, lambda: len(state.rows))
     if state.failed:
         seeds = lambda chunk: candidates_of(job.recipe, chunk).seed  # noqa: E731
-        raise RunError(chunking.failed_line(job, state.failed, seeds, job.recipe.seed))
+        raise RunError(generate_chunks.failed_line(job, state.failed, seeds, job.recipe.seed))
     parts = list(job.stage.finished_parts().values())
     assert sum(part.rows for part in parts) == rows, (len(parts), rows)
     totals = tasks.get(

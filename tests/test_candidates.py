@@ -13,8 +13,6 @@ import pytest
 import torch
 from scipy import stats
 
-from pd_core import chunking, piloting, sampling, verifying
-from pd_core.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import UserError
@@ -24,9 +22,13 @@ from pd_core.density import fit, formula, predictor
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.engine import resources
+from pd_core.generate import chunks as generate_chunks
+from pd_core.generate import pilot as generate_pilot
+from pd_core.generate import sampling, verify
+from pd_core.generate.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
+from pd_core.generate.volume import Volume
 from pd_core.generators import noise, open
 from pd_core.index import extractor, search
-from pd_core.volume import Volume
 from tests import tiny, tiny_generators, toy_generator
 
 CHUNK = 50
@@ -225,10 +227,10 @@ def made_part(recipe: Recipe, root: Path, chunks: int, kind: str) -> sampling.Jo
     job = sampling.Job(recipe, stages[0], stages[1] if kind == "samples" else None, chunks, 1)
     for stage in stages:
         stage.begin(overwrite=False)
-    actor = chunking._MakeChunk(job, None)
+    actor = generate_chunks._MakeChunk(job, None)
     made = [actor(pa.table({"chunk": [number]})) for number in range(chunks)]
-    finished = [chunking._finish_chunk(job, cast(Any, None), one) for one in made]
-    (record,) = chunking._write_part(job, pa.concat_tables(finished)).to_pylist()
+    finished = [generate_chunks._finish_chunk(job, cast(Any, None), one) for one in made]
+    (record,) = generate_chunks._write_part(job, pa.concat_tables(finished)).to_pylist()
     assert record["error"] is None, record
     return job
 
@@ -249,7 +251,7 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
     real = replace(real, distance_floor=1e-6)
     recipe = recipe_of(real, bars, density_weighting.uniform(), score="both", volume=volume)
     stage = made_part(replace(recipe, seed=1), tmp_path / "before", 2, "pilot").samples
-    pilot = piloting.read(stage, stage.commit(stage.finished_parts().values(), {}, {}))
+    pilot = generate_pilot.read(stage, stage.commit(stage.finished_parts().values(), {}, {}))
     if volume is None:
         assert pilot.log_volume is None and pilot.axis == "densities"
         weighting = density_weighting.two_level(float(np.median(pilot.predicted)), 5)
@@ -276,4 +278,4 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
         np.testing.assert_array_equal(chance, density_weighting.acceptance_probability(deciding, weighting))
     again, _, _ = finish(job.recipe, cast(Any, None), 1, ChunkMaker(job.recipe, "cpu").make(1))
     assert set(again["sample_id"].to_pylist()) <= set(tables[0]["sample_id"].to_pylist())
-    assert set(verifying.compare_rows(again, tables[0]).values()) == {None}
+    assert set(verify.compare_rows(again, tables[0]).values()) == {None}

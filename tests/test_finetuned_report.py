@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 
 from pd_core import finetuned_page, finetuned_report
-from pd_core.candidates import picture
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings import finetune, load
 from pd_core.core.settings.finetune import FinetuneSettings
@@ -21,6 +20,7 @@ from pd_core.engine import runs
 from pd_core.evaluation_page import Number, interval
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import merging
+from pd_core.generate.candidates import picture
 from pd_core.images import resize
 from pd_core.report import page as report_page
 from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import chunking, exporting, sampling, verification
 from pd_core.core import artifacts, errors, schemas, seeds
 from pd_core.core import files as core_files
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.density import realset
 from pd_core.engine import resources
 from pd_core.engine import session as engine_session
+from pd_core.generate import chunks as generate_chunks
+from pd_core.generate import export, sampling, verification
 from pd_core.generators.noise import normal_latents
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_pipeline import is_ours, kill_once
@@ -359,7 +360,7 @@ def test_export_keeps_no_picture_of_an_earlier_set(index, tmp_path):
 
 def test_no_label_leads_out_of_the_export():
     labels = ["..", ".", "a/b", "a%2Fb", "a", ".hidden", "%2E.", "é"]
-    folders = [exporting._folder(label) for label in labels]
+    folders = [export._folder(label) for label in labels]
     assert len(set(folders)) == len(labels)
     assert not any("/" in folder or folder.startswith(".") for folder in folders)
 
@@ -511,9 +512,9 @@ def test_a_chunk_that_comes_after_the_deadline_is_not_made(monkeypatch):
 
     monkeypatch.setattr(resources, "assigned_device", lambda: "cpu")
     numbers = pa.table({"chunk": [3]})
-    (late,) = chunking._MakeChunk(cast(Any, Work()), time.time() - 1)(numbers).to_pylist()
-    assert (late["chunk"], late["error"], late["pixels"]) == (3, chunking.LATE, None)
-    (made,) = chunking._MakeChunk(cast(Any, Work()), time.time() + 1000)(numbers).to_pylist()
+    (late,) = generate_chunks._MakeChunk(cast(Any, Work()), time.time() - 1)(numbers).to_pylist()
+    assert (late["chunk"], late["error"], late["pixels"]) == (3, generate_chunks.LATE, None)
+    (made,) = generate_chunks._MakeChunk(cast(Any, Work()), time.time() + 1000)(numbers).to_pylist()
     assert made["error"] == "AssertionError: made"
 
 

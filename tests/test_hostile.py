@@ -25,12 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import exporting, spaces, updating
+from pd_core import spaces, updating
 from pd_core.core import artifacts, files, schemas, tables
 from pd_core.core.artifacts import Stage
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.density import realset
+from pd_core.generate import export as generate_export
 from pd_core.images import listing, sources
 from pd_core.images.decode import BadImage
 from pd_core.index import features
@@ -450,7 +451,7 @@ def test_exported_images_lie_in_the_export(tmp_path, ray_cluster):
     part = samples.write_table(artifacts.part_name(0), pa.Table.from_pylist([row], schemas.samples()))
     committed = samples.commit([part], {}, {})
     for form in ("png", "webdataset"):
-        stage = exporting.stage_of(str(tmp_path / "out"), samples, form)
+        stage = generate_export.stage_of(str(tmp_path / "out"), samples, form)
         stage.begin(overwrite=True)
         with pytest.raises((UserError, RunError), match="names the file"):
             export(stage, samples.uri, committed, form)
@@ -461,7 +462,7 @@ def export(stage: Stage, uri: str, committed: artifacts.Artifact, form: str) -> 
     from pd_core.engine import runs
 
     with runs.failures("export", stage.uri):
-        exporting.run(stage, uri, committed, form)
+        generate_export.run(stage, uri, committed, form)
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------

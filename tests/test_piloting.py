@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pd_core import chunking, piloting
-from pd_core.candidates import EVERYTHING, Candidates, probabilities
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.density import weighting as density_weighting
+from pd_core.generate import chunks as generate_chunks
+from pd_core.generate import pilot as generate_pilot
+from pd_core.generate.candidates import EVERYTHING, Candidates, probabilities
 
 QUANTILES = stats.expon.ppf(np.clip(np.linspace(0, 1, 1001), 0, 1 - 1e-5))  # of a real set with ρ ~ Exp(1)
 REAL: Any = SimpleNamespace(density_quantiles=QUANTILES)
@@ -24,7 +25,7 @@ REAL: Any = SimpleNamespace(density_quantiles=QUANTILES)
 
 def pilot_of(densities, label=None, copies=None, actor_s=0.01):
     m = len(densities)
-    return piloting.Pilot(
+    return generate_pilot.Pilot(
         label=label,
         predicted=densities,
         by_index=densities * np.exp(np.random.default_rng(0).normal(0, 0.1, m)),
@@ -40,8 +41,8 @@ def settings_of(n=1000, most=None, weighting=None, **more):
 
 
 def forecast(settings, pilot, by_label=None):
-    weightings = piloting.weightings_of(settings.weighting, REAL, by_label or {}, pilot, settings.score)
-    return weightings, piloting.expect(settings, weightings, pilot)
+    weightings = generate_pilot.weightings_of(settings.weighting, REAL, by_label or {}, pilot, settings.score)
+    return weightings, generate_pilot.expect(settings, weightings, pilot)
 
 
 def drawn_of(label):
@@ -142,7 +143,7 @@ def refusal(settings, pilot, by_label=None):
     """The advised settings, or the expectation where nothing is refused."""
     _, expected = forecast(settings, pilot, by_label)
     try:
-        piloting.check_affordable(settings, REAL, by_label or {}, pilot, expected)
+        generate_pilot.check_affordable(settings, REAL, by_label or {}, pilot, expected)
     except UserError as error:
         return str(error)
     return expected
@@ -166,7 +167,7 @@ def test_what_only_the_low_end_does_not_fit_is_a_warning_in_the_plan():
         settings = settings_of(1000, most)
         weightings, expected = forecast(settings, pilot)
         assert refusal(settings, pilot) == expected
-        text = piloting.plan(settings, expected, pilot, 1, weightings, 0.1)
+        text = generate_pilot.plan(settings, expected, pilot, 1, weightings, 0.1)
         assert ("may not be enough" in text) == warned, text
 
 
@@ -255,14 +256,14 @@ def test_the_candidates_that_surely_suffice():
         enough = []
         for c, many in zip(*np.unique(found, return_counts=True), strict=True):
             low, high = density_weighting.rate_interval(np.repeat([0.0, 1.0], [m - c, c]), 0.0, 1.0)
-            candidates = piloting.Expectation(c / m, low, high, None).candidates_surely(n)
+            candidates = generate_pilot.Expectation(c / m, low, high, None).candidates_surely(n)
             enough += (rng.binomial(math.ceil(candidates), rate, many) >= n).tolist()
         assert 0.96 < np.mean(enough) < 0.995, (rate, m, n)
 
 
 @pytest.mark.parametrize(("rate", "low", "n"), [(0.3, 0.25, 100), (0.02, 0.01, 50), (0.9, 0.9, 10), (1.0, 1.0, 7)])
 def test_the_candidates_that_surely_suffice_are_where_the_low_end_of_what_a_run_measures_is_n(rate, low, n):
-    candidates = piloting.Expectation(rate, low, 1.0, None).candidates_surely(n)
+    candidates = generate_pilot.Expectation(rate, low, 1.0, None).candidates_surely(n)
     assert density_weighting.measured_interval(rate, low, 1.0, candidates)[0] * candidates == pytest.approx(n)
 
 
@@ -274,19 +275,19 @@ def test_the_candidates_that_surely_suffice_are_where_the_low_end_of_what_a_run_
 @pytest.mark.parametrize("chunk", [1, 64, 10_000])
 @pytest.mark.parametrize("png_bytes", [1e3, 5e6])
 def test_a_part_is_bounded_by_rows_bytes_and_work(rate, n, chunk, png_bytes):
-    expected = piloting.Expectation(rate, rate / 2, 2 * rate, None)
+    expected = generate_pilot.Expectation(rate, rate / 2, 2 * rate, None)
     chunks = expected.chunks_per_part(n, 1000, chunk, png_bytes)
-    assert 1 <= chunks <= chunking.MAX_CHUNKS
+    assert 1 <= chunks <= generate_chunks.MAX_CHUNKS
     if chunks > 1:
         candidates = chunks * chunk
-        assert candidates <= max(piloting.PART_CANDIDATES, n / rate / piloting.MOST_PARTS)
+        assert candidates <= max(generate_pilot.PART_CANDIDATES, n / rate / generate_pilot.MOST_PARTS)
         rows = candidates * rate  # up to the rounding to whole chunks
-        assert rows <= 1000 + chunk * rate and rows * png_bytes <= piloting.PART_BYTES + chunk * rate * png_bytes
+        assert rows <= 1000 + chunk * rate and rows * png_bytes <= generate_pilot.PART_BYTES + chunk * rate * png_bytes
 
 
 def test_a_rare_acceptance_makes_no_part_of_a_million():
-    assert piloting.Expectation(0.001, 0.0005, 0.002, None).chunks_per_part(20_000, 1000, 64, 1e3) * 64 == 19_968
-    assert piloting.Expectation(0.001, 0.0005, 0.002, None).chunks_per_part(1000, 1000, 64, 1e3) * 64 == 4096
+    assert generate_pilot.Expectation(0.001, 0.0005, 0.002, None).chunks_per_part(20_000, 1000, 64, 1e3) * 64 == 19_968
+    assert generate_pilot.Expectation(0.001, 0.0005, 0.002, None).chunks_per_part(1000, 1000, 64, 1e3) * 64 == 4096
 
 
 def test_the_machines_speed_does_not_decide_the_parts():
@@ -300,14 +301,14 @@ def test_the_machines_speed_does_not_decide_the_parts():
 def lines_of(pilot, actors=1, copy_distance=0.25, **more):
     settings = settings_of(100, **more)
     weightings, expected = forecast(settings, pilot)
-    text = piloting.plan(settings, expected, pilot, actors, weightings, copy_distance)
+    text = generate_pilot.plan(settings, expected, pilot, actors, weightings, copy_distance)
     return {line.partition(":")[0]: line.partition(":")[2].strip() for line in text.splitlines()}, expected
 
 
 def warnings_of(pilot):
     settings = settings_of(100)
     weightings, expected = forecast(settings, pilot)
-    text = piloting.plan(settings, expected, pilot, 1, weightings, 0.1)
+    text = generate_pilot.plan(settings, expected, pilot, 1, weightings, 0.1)
     return [line for line in text.splitlines() if line.startswith("warning:")]
 
 
@@ -333,7 +334,7 @@ def far_off(many, m=256):
     """Candidates of which the index gives the first `many` a density of 0, and on the rest the predictor is worthless."""
     rng = np.random.default_rng(8)
     by_index = np.where(np.arange(m) < many, 0.0, rng.lognormal(0, 0.3, m))
-    return piloting.Pilot(None, rng.lognormal(0, 1.0, m), by_index, np.zeros(m, bool), 0.01, 1500.0)
+    return generate_pilot.Pilot(None, rng.lognormal(0, 1.0, m), by_index, np.zeros(m, bool), 0.01, 1500.0)
 
 
 @pytest.mark.filterwarnings("error")
@@ -401,7 +402,7 @@ def test_the_plan_tells_the_cap_and_the_effective_sample_size():
     pilot = replace(pilot_of(np.ones(200)), log_volume=np.repeat([0.0, math.log(3)], 100), degenerate=7)
     settings = settings_of(weighting={"kind": "magnet"})
     weightings, expected = forecast(settings, pilot)
-    text = piloting.plan(settings, expected, pilot, 1, weightings, 0.1)
+    text = generate_pilot.plan(settings, expected, pilot, 1, weightings, 0.1)
     assert "exp(1 v) in 2 steps, log-volumes v of the pilot in 0 ... 1.099" in text
     assert "all v above 0 have the weight 1.5 (1 is the generator's mean)" in text
     assert "effective sample size of the pilot 160.0 of 200, without steps and cap 160.0" in text
@@ -412,8 +413,8 @@ def test_the_plan_tells_the_cap_and_the_effective_sample_size():
 
 def test_polarity_wants_its_number_and_no_decision_by_the_index():
     with pytest.raises(UserError, match=r"--weighting.polarity: not set"):
-        piloting.check_settings(WeightingSettings(kind="polarity"), "none")
-    piloting.check_settings(WeightingSettings(kind="magnet"), "none")
+        generate_pilot.check_settings(WeightingSettings(kind="polarity"), "none")
+    generate_pilot.check_settings(WeightingSettings(kind="magnet"), "none")
     for kind in ("--weighting.kind=magnet", "--weighting.kind=polarity"):
         with pytest.raises(UserError, match=r"score index.* has no meaning for weighting.kind") as raised:
             load.load(GenerateSettings, [kind, "--score=index"], "test")

@@ -16,18 +16,19 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pd_core import piloting, sampling, sampling_page, sampling_report
-from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.density import formula, realset
 from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs
+from pd_core.generate import page as generate_page
+from pd_core.generate import pilot, report, sampling
+from pd_core.generate.candidates import EVERYTHING, Recipe
+from pd_core.generate.page import Count, Expected, Pair, Sample, SamplesData, Weight
 from pd_core.images import resize, sources
 from pd_core.report import page as report_page
 from pd_core.report.page import Calibration
-from pd_core.sampling_page import Count, Expected, Pair, Sample, SamplesData, Weight
 from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
 
 # --- the page, from constructed data -----------------------------------------------------------------------------------
@@ -94,15 +95,15 @@ def weights(slope: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(sampling_page.render(example()))
+    return Page(generate_page.render(example()))
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
     blank = resize.thumbnail(Image.new("RGB", (2, 2)))
     for module, name in (
-        (sampling_page, "histogram_png"),
-        (sampling_page, "acceptance_png"),
+        (generate_page, "histogram_png"),
+        (generate_page, "acceptance_png"),
         (report_page, "calibration_png"),
     ):
         monkeypatch.setattr(module, name, lambda *_: blank)
@@ -189,7 +190,7 @@ def test_shares_in_tenths_are_those_of_the_bins_and_add_up_to_one(page):
 
 
 def test_figures_decode_and_are_not_blank(page):
-    drawn = sampling_page.figures(example())
+    drawn = generate_page.figures(example())
     names = ("sample_densities", "acceptance", "predictor_on_generated", "predictor_on_accepted")
     assert set(drawn) == {f"{name}.png" for name in names}
     assert set(drawn.values()) <= set(page.images())
@@ -201,10 +202,10 @@ def test_figures_decode_and_are_not_blank(page):
 def test_the_three_lines_tell_apart_in_grey():
     """Drawn over the same bins they differ: each of the three moves the picture."""
     data = example()
-    pictures = {sampling_page.histogram_png(data)}
+    pictures = {generate_page.histogram_png(data)}
     for name in ("generated", "accepted"):
         moved = dataclasses.replace(data, **{name: getattr(data, name)[::-1], "accepted_by_index": None})
-        pictures.add(sampling_page.histogram_png(moved))
+        pictures.add(generate_page.histogram_png(moved))
     assert len(pictures) == 3
 
 
@@ -221,7 +222,7 @@ QUANTILES = {
 @pytest.mark.parametrize("span", [(1.0, 1.0), (0.05, 40.0), (0.0, 1e9)])
 def test_drawn_areas_are_one_and_the_bins_keep_their_shares(quantiles, span):
     data = example(quantiles=quantiles, span=span)
-    shown = sampling_page.steps(data)
+    shown = generate_page.steps(data)
     at = np.log(shown.edges) if shown.log else shown.edges
     assert (np.diff(at) > 0).all() and np.isfinite(at).all()
     for heights, counts in ((shown.real, None), (shown.generated, data.generated), (shown.accepted, data.accepted)):
@@ -232,13 +233,13 @@ def test_drawn_areas_are_one_and_the_bins_keep_their_shares(quantiles, span):
             for edge, share in zip(shown.edges[1:-1], drawn, strict=False):
                 below = int(np.flatnonzero(edges == edge)[0])
                 assert share == pytest.approx(counts[:below].sum() / counts.sum())
-    assert sampling_page.histogram_png(data).startswith(b"\x89PNG")
+    assert generate_page.histogram_png(data).startswith(b"\x89PNG")
 
 
 def test_the_line_of_the_real_set_is_its_density():
     """Against the histogram of the real densities themselves, over the drawn edges; bins hold 2% each but at the ends."""
     real = np.random.default_rng(3).gamma(8, 1 / 8, 100_000)
-    shown = sampling_page.steps(example(quantiles=formula.density_quantiles(real), span=(0.5, 1.5)))
+    shown = generate_page.steps(example(quantiles=formula.density_quantiles(real), span=(0.5, 1.5)))
     counts, _ = np.histogram(real, shown.edges)
     # beyond the axis: a thousandth at each end, which the outermost bins hold
     np.testing.assert_allclose(shown.real * np.diff(shown.edges), counts / real.size, atol=1.1e-3)
@@ -247,8 +248,8 @@ def test_the_line_of_the_real_set_is_its_density():
 def test_stretches_keep_every_candidate():
     rng = np.random.default_rng(0)
     parts = [(int(c), int(c) // 3) for c in rng.integers(10, 99, 1234)]
-    candidates, accepted = sampling_page._stretches(parts)
-    assert len(candidates) <= sampling_page.MAX_STEPS_DRAWN
+    candidates, accepted = generate_page._stretches(parts)
+    assert len(candidates) <= generate_page.MAX_STEPS_DRAWN
     assert (candidates.sum(), accepted.sum()) == tuple(np.sum(parts, axis=0))
 
 
@@ -263,7 +264,7 @@ def test_the_effective_sample_size(a, expected):
 
 
 def test_a_rate_outside_of_what_the_pilot_said_is_marked(no_figures):
-    page = Page(sampling_page.render(example(expected=Expected(0.5, 0.4, 0.6, None, 256, 0))))
+    page = Page(generate_page.render(example(expected=Expected(0.5, 0.4, 0.6, None, 256, 0))))
     assert "acceptance rate 30.8% outside of what the pilot said: 39.8% … 60.2%" in page.text
     assert "Pr(ρ > τ) =" not in page.text
     assert any(a.get("class") == "card warn" for _, a in page.tags)
@@ -315,7 +316,7 @@ def test_a_run_that_chance_alone_can_put_outside_of_the_pilots_interval_is_not_m
 )
 def test_every_kind_of_weighting_is_explained(settings, steps, texts, no_figures):
     data = example(weighting=WeightingSettings(**settings).model_dump(), weights=steps)
-    page = Page(sampling_page.render(data))
+    page = Page(generate_page.render(data))
     assert page.open == []
     for text in texts:
         assert text in page.text, text
@@ -328,13 +329,13 @@ def test_the_page_says_where_tied_real_images_left_fewer_bins(given, labels, no_
     made = [Weight(label, None, None, 1.0, 1.0) for label in labels for _ in range(3)]
     for steps, fewer in ((made, False), (made[1:], True)):
         settings = WeightingSettings(**given, per_label=per_label).model_dump()
-        text = Page(sampling_page.render(example(weighting=settings, weights=steps))).text
+        text = Page(generate_page.render(example(weighting=settings, weights=steps))).text
         assert ("real images have one and the same density the bins that they fill are one" in text) == fewer
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_labels_prompts_and_keys_are_text_and_nothing_else(text, no_figures):
-    dirty, clean = (Page(sampling_page.render(hostile(t))) for t in (text, "plain"))
+    dirty, clean = (Page(generate_page.render(hostile(t))) for t in (text, "plain"))
     assert dirty.open == []
     # the same elements with the same attributes as with harmless names
     assert [(tag, sorted(a)) for tag, a in dirty.tags] == [(tag, sorted(a)) for tag, a in clean.tags]
@@ -385,12 +386,12 @@ def test_a_run_with_nothing_optional(no_figures):
         plan="",
         facts={},
     )
-    page = Page(sampling_page.render(data))
+    page = Page(generate_page.render(data))
     assert page.open == []
     assert "accepted, by the index" not in page.text and "Labels and prompts" not in page.text
     assert "predictor against index n/a" in page.text
     assert "None" not in page.text.replace("partitioning=None", "")
-    assert set(sampling_page.figures(data)) == {"sample_densities.png", "acceptance.png", "predictor_on_generated.png"}
+    assert set(generate_page.figures(data)) == {"sample_densities.png", "acceptance.png", "predictor_on_generated.png"}
 
 
 def test_only_the_labels_of_most_and_fewest_images_are_shown(no_figures):
@@ -402,7 +403,7 @@ def test_only_the_labels_of_most_and_fewest_images_are_shown(no_figures):
         n=n, candidates=n, parts=[(n, n)], accepted=bins, generated=bins, accepted_by_index=None, labels=counts,
         choices={"label": 123, "prompt": 0},
     )  # fmt: skip
-    page = Page(sampling_page.render(data))
+    page = Page(generate_page.render(data))
     shown = [i for i in range(120) if f"class{i:03d}" in page.text]
     assert shown == [*range(25), *range(95, 120)]
     assert "3 of them have no accepted image" in page.text and "70 more lie between them" in page.text
@@ -554,7 +555,7 @@ class World:
     def write_pilot(self) -> None:
         stage = artifacts.Stage(f"{self.output}/pilot", "pilot", 1, {})
         parts = [stage.write_table(artifacts.part_name(i), self.pilot_table.slice(20 * i, 20)) for i in range(2)]
-        self.pilot = piloting.read(stage, stage.commit(parts, {}, {}))
+        self.pilot = pilot.read(stage, stage.commit(parts, {}, {}))
 
     def write_samples(self, rng: np.random.Generator) -> pa.Table:
         """Parts as the sampler leaves them: accepted rows only, the last part cut to its last row; part 1 is empty."""
@@ -587,13 +588,11 @@ class World:
         return samples
 
     @property
-    def inputs(self) -> sampling_report.Inputs:
+    def inputs(self) -> report.Inputs:
         n = self.samples.num_rows
         job = sampling.Job(self.recipe, self.stage, None, 2, n)
-        expected = piloting.Expectation(0.3, 0.2, 0.4, 0.25)
-        return sampling_report.Inputs(
-            job, self.sampled, self.pilot, expected, "the plan", self.settings, {"pilot": 1.0}
-        )
+        expected = pilot.Expectation(0.3, 0.2, 0.4, 0.25)
+        return report.Inputs(job, self.sampled, self.pilot, expected, "the plan", self.settings, {"pilot": 1.0})
 
     def column(self, name: str) -> np.ndarray:
         return self.samples[name].to_numpy(zero_copy_only=False)
@@ -606,7 +605,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gathered(world):
-    return sampling_report.gather(world.inputs)
+    return report.gather(world.inputs)
 
 
 def test_counts_are_those_of_the_rows(world, gathered):
@@ -637,11 +636,11 @@ def test_each_row_of_images_lies_in_its_range_of_the_accepted(world, gathered):
     rho, numbers = world.column("density"), world.column("sample_id")
     a = world.column("acceptance_probability")
     bands = dict(gathered.bands)
-    assert list(bands) == list(sampling_report.BANDS)
+    assert list(bands) == list(report.BANDS)
     assert [len(band) for band in bands.values()] == [3, 2, 2, 2, 2]  # 11 images
     shown = [s for band in bands.values() for s in band]
     assert len({s.number for s in shown}) == 11
-    for name, (low, high) in sampling_report.BANDS.items():
+    for name, (low, high) in report.BANDS.items():
         # ranks are rounded to whole rows: one row of slack
         ranks = [np.sum(rho < s.density) for s in bands[name]]
         assert all(low / 100 * len(rho) - 2 <= rank <= high / 100 * len(rho) + 1 for rank in ranks), name
@@ -686,17 +685,17 @@ def test_densities_that_underflow_are_left_out_of_the_figures_and_said_to_be(zer
     true[: zeros // 2], predicted[zeros // 2 : zeros] = 0.0, 0.0
     if zeros == 50:
         true[:] = 0.0
-    made = sampling_report._calibration(piloting.agreement(true, predicted))
+    made = report._calibration(pilot.agreement(true, predicted))
     assert made.n_holdout == 50 - zeros and made.log_density.size == 50
     assert (made.r2 is None) == (made.spearman is None) == (zeros == 50)
-    text = Page(sampling_page.render(example(pilot_calibration=made))).text
+    text = Page(generate_page.render(example(pilot_calibration=made))).text
     assert (f"left out, since ρ underflows to 0 {zeros}" in text) == (zeros > 0)
 
 
 def test_copies_stand_beside_their_originals(world, gathered):
     """The nearest flagged ones, each with the picture of its own nearest real image, read from where it was indexed."""
     distance, flagged = world.column("nearest_real_distance"), world.column("likely_copy")
-    many = min(sampling_report.PAIRS_SHOWN, int(flagged.sum()))
+    many = min(report.PAIRS_SHOWN, int(flagged.sum()))
     assert many > 2 and gathered.originals_note == ""
     order = np.argsort(distance, kind="stable")[:many]
     assert [p.sample.number for p in gathered.pairs] == world.column("sample_id")[order].tolist()
@@ -709,7 +708,7 @@ def test_copies_stand_beside_their_originals(world, gathered):
 
 
 def test_the_page_of_what_was_gathered(world, gathered):
-    page = Page(sampling_page.render(gathered))
+    page = Page(generate_page.render(gathered))
     assert page.open == []
     assert f"accepted images {world.samples.num_rows}" in page.text
     assert "the plan" in page.text and "tiny" in page.text
@@ -724,9 +723,9 @@ def test_images_are_read_of_the_shown_parts_only_and_never_with_the_rest(world, 
         return read(uri, columns, without)
 
     monkeypatch.setattr(files, "read_table", noted)
-    sampling_report.gather(world.inputs)
+    report.gather(world.inputs)
     samples = [(uri, columns) for uri, columns in asked if "/samples/" in uri]
-    assert [columns for uri, columns in samples if "image" not in columns] == [sampling_report.LIGHT] * (PARTS - 1)
+    assert [columns for uri, columns in samples if "image" not in columns] == [report.LIGHT] * (PARTS - 1)
     assert len([1 for _, columns in samples if "image" in columns]) <= 2 * (PARTS - 1)  # for the rows and for the pairs
 
 
@@ -739,11 +738,11 @@ def fresh(tmp_path):
 
 
 def test_an_original_that_is_gone_changed_or_broken_is_replaced_by_a_word(fresh, no_figures):
-    before = sampling_report.gather(fresh.inputs).pairs
+    before = report.gather(fresh.inputs).pairs
     keys = list(dict.fromkeys(p.key for p in before))
     (fresh.images / keys[0]).unlink()
     (fresh.images / keys[1]).write_bytes(png((1, 2, 3)))
-    data = sampling_report.gather(fresh.inputs)
+    data = report.gather(fresh.inputs)
     for p in data.pairs:
         if p.key in keys[:2]:
             assert p.original is None
@@ -751,7 +750,7 @@ def test_an_original_that_is_gone_changed_or_broken_is_replaced_by_a_word(fresh,
         else:
             assert p.original is not None and not p.missing
     assert data.originals_note == ""
-    page = Page(sampling_page.render(data))
+    page = Page(generate_page.render(data))
     assert "can no longer be read" in page.text and "has changed since it was indexed" in page.text
 
 
@@ -772,29 +771,29 @@ def age_record(world: World) -> None:
 @pytest.mark.parametrize("lose", [lose_source, lose_record, age_record])
 def test_a_source_that_cannot_be_read_leaves_the_report_standing(fresh, lose, no_figures):
     lose(fresh)
-    data = sampling_report.gather(fresh.inputs)
+    data = report.gather(fresh.inputs)
     assert data.originals_note
     assert data.pairs and all(p.original is None and p.missing for p in data.pairs)
     assert any(p.key is not None for p in data.pairs)
-    assert "The originals could not be read:" in Page(sampling_page.render(data)).text
+    assert "The originals could not be read:" in Page(generate_page.render(data)).text
 
 
 def test_a_listing_that_is_gone_names_no_originals(fresh):
     (fresh.index / "listing" / files.ARTIFACT).unlink()
-    data = sampling_report.gather(fresh.inputs)
+    data = report.gather(fresh.inputs)
     assert {p.missing for p in data.pairs} == {"the index no longer names it"}
 
 
 @pytest.mark.parametrize("score", ["predictor", "index"])
 def test_other_scores(tmp_path, score, no_figures):
     world = World(tmp_path, score=score, drop_copies=True, images=3)
-    data = sampling_report.gather(world.inputs)
+    data = report.gather(world.inputs)
     assert data.accepted_by_index is None and data.accepted_calibration is None
-    assert not any(p.likely_copy for p in data.pairs) and len(data.pairs) == sampling_report.NEAREST_SHOWN
+    assert not any(p.likely_copy for p in data.pairs) and len(data.pairs) == report.NEAREST_SHOWN
     column = "density_index" if score == "index" else "density_predicted"
     for s in data.unfiltered:
         assert s.density == world.pilot_table[column][s.number].as_py()
-    page = Page(sampling_page.render(data))
+    page = Page(generate_page.render(data))
     assert "None is flagged; the nearest 4 of all images" in page.text
     assert "Likely copies were left out" in page.text
     assert [len(band) for _, band in data.bands] == [1] * 5
@@ -806,9 +805,9 @@ def test_one_accepted_image_makes_a_report(tmp_path, no_figures):
     part = world.stage.write_table(artifacts.part_name(0), first, {"candidates": 100, "copies": 0})
     totals = world.sampled.totals | {"rows": 1, "candidates": first["sample_id"][0].as_py() + 1, "copies": 0}
     world.samples, world.sampled = first, world.stage.commit([part], totals, {})
-    data = sampling_report.gather(world.inputs)
+    data = report.gather(world.inputs)
     assert [len(band) for _, band in data.bands] == [1]
-    assert Page(sampling_page.render(data)).open == []
+    assert Page(generate_page.render(data)).open == []
 
 
 # --- how to load the data ----------------------------------------------------------------------------------------------
@@ -821,7 +820,7 @@ def snippet(page: Page, word: str) -> str:
 
 def test_the_pandas_code_in_the_page_reads_the_samples_and_undoes_the_weighting(world, gathered, no_figures):
     names: dict[str, Any] = {}
-    exec(snippet(Page(sampling_page.render(gathered)), "import pandas"), names)
+    exec(snippet(Page(generate_page.render(gathered)), "import pandas"), names)
     rho, a = world.column("density"), world.column("acceptance_probability")
     assert list(names["samples"].columns) == schemas.samples().names  # nothing made of `w=10` in the path
     assert names["samples"]["sample_id"].tolist() == world.column("sample_id").tolist()
@@ -831,7 +830,7 @@ def test_the_pandas_code_in_the_page_reads_the_samples_and_undoes_the_weighting(
 
 def test_the_ray_code_in_the_page_reads_the_samples(world, gathered, no_figures, ray_cluster):
     names: dict[str, Any] = {}
-    exec(snippet(Page(sampling_page.render(gathered)), "import ray"), names)
+    exec(snippet(Page(generate_page.render(gathered)), "import ray"), names)
     assert names["samples"].count() == world.samples.num_rows
     assert set(names["samples"].columns()) == set(schemas.samples().names)
     assert names["pictures"][0].startswith(b"\x89PNG")
@@ -841,6 +840,6 @@ def test_the_datasets_code_in_the_page_reads_the_samples(world, gathered, no_fig
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     names: dict[str, Any] = {}
-    exec(snippet(Page(sampling_page.render(gathered)), "load_dataset"), names)
+    exec(snippet(Page(generate_page.render(gathered)), "load_dataset"), names)
     assert names["samples"]["sample_id"] == world.column("sample_id").tolist()
     assert names["image"].getpixel((0, 0)) == colour(int(world.column("sample_id")[0]))

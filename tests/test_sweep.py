@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pd_core import comparison, metrics, sweeping, tradeoff_report, volume
+from pd_core import comparison, metrics, sweeping, tradeoff_report
 from pd_core.core import errors
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import MetricSettings, TradeoffSettings
 from pd_core.density import weighting
 from pd_core.engine import resources
+from pd_core.generate import volume
 from pd_core.tradeoff import Setting
 from tests import tiny, tiny_generators
 from tests.test_generate import TOY, rows

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pd_core import candidates, verification, verifying
 from pd_core.core import artifacts, errors, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.engine import resources, session
+from pd_core.generate import candidates, verification
+from pd_core.generate import verify as generate_verify
 from pd_core.generators import open
 from tests import toy_generator
 from tests.test_generate import index, rows, run  # noqa: F401
@@ -124,15 +125,15 @@ def another(name: str, value: object) -> object:
 
 def test_untouched_samples_pass_and_each_call_takes_other_rows(made, capsys, monkeypatch):
     taken: list[list[int]] = []
-    check = verifying.check_rows
+    check = generate_verify.check_rows
 
     def checking(samples, pool, now, chosen):
         taken.append(sorted(chosen.tolist()))
         if len(taken) == 1:
             return check(samples, pool, now, chosen)
-        return verifying.Findings(rows=dict.fromkeys(chosen.tolist()))
+        return generate_verify.Findings(rows=dict.fromkeys(chosen.tolist()))
 
-    monkeypatch.setattr(verifying, "check_rows", checking)
+    monkeypatch.setattr(generate_verify, "check_rows", checking)
     assert verify(made / "out", N) == 0  # every row: every column is equal to the last bit
     said = capsys.readouterr()
     last = said.out.splitlines()[-1]
@@ -174,9 +175,9 @@ def test_every_column_of_a_row_is_compared(made, name):
     """Rows against themselves, one value moved as little as the column allows."""
     table = rows(made / "out")
     assert table[name].null_count == 0, "a column without values would compare nothing"
-    assert set(verifying.compare_rows(table, table).values()) == {None}
+    assert set(generate_verify.compare_rows(table, table).values()) == {None}
     value = table[name][3].as_py()
-    found = verifying.compare_rows(changed(table, name, 3, another(name, value)), table)
+    found = generate_verify.compare_rows(changed(table, name, 3, another(name, value)), table)
     (number,) = [n for n, difference in found.items() if difference]
     assert number == table["sample_id"][3].as_py()
     assert (found[number] or "").endswith(f" {another(name, value)}, expected {value}")
@@ -197,7 +198,7 @@ def test_other_pictures_are_found(made):
         (changed(table, "image", 0, None), "stored hash"),
     ]
     for stored, expected in cases:
-        found = [text for text in verifying.compare_rows(stored, table).values() if text]
+        found = [text for text in generate_verify.compare_rows(stored, table).values() if text]
         assert len(found) == 1 and expected in found[0], (found, expected)
 
 
@@ -211,7 +212,7 @@ def test_other_pictures_are_found(made):
     ],
 )
 def test_a_chunk_holds_what_is_accepted_of_it_and_nothing_else(table, expected):
-    assert verifying.compare_accepted(table, [1, 5, 7]) == expected
+    assert generate_verify.compare_accepted(table, [1, 5, 7]) == expected
 
 
 def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, capsys):
@@ -243,7 +244,7 @@ def test_forged_doubled_and_removed_rows_are_found_though_the_record_fits(copy, 
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 
-def samples_of(output: Path) -> tuple[verifying.Samples, artifacts.Artifact]:
+def samples_of(output: Path) -> tuple[generate_verify.Samples, artifacts.Artifact]:
     artifact = artifacts.load_artifact(str(output / "samples"))
     assert artifact is not None
     recipe = verification.recipe_of(str(output), artifact, told(output))
@@ -283,10 +284,10 @@ def move_row(part: Path) -> None:
 def test_a_part_that_differs_from_its_record_is_named_with_what_differs(copy, harm, expected):
     samples, artifact = samples_of(copy)
     part = next(p for p in artifact.parts if p.rows > 1)
-    draw = verifying.Draw(4, 0)
-    assert verifying.check_part(samples, part, draw).differences == []
+    draw = generate_verify.Draw(4, 0)
+    assert generate_verify.check_part(samples, part, draw).differences == []
     harm(copy / "samples" / part.name)
-    found = verifying.check_part(samples, part, draw).differences
+    found = generate_verify.check_part(samples, part, draw).differences
     assert all(any(text.startswith(start) for text in found) for start in expected), found
 
 
@@ -330,14 +331,14 @@ def test_a_store_that_refuses_is_no_finding(copy, monkeypatch):
     lost = break_pictures(copy / "samples" / part.name)
     group = {lost[0] // samples.recipe.chunk: lost[:1]}
     pool = maker = cast(Any, None)  # nothing is made again where there is nothing to compare with
-    (text,) = verifying.compare_group(samples, pool, maker, group).rows.values()
+    (text,) = generate_verify.compare_group(samples, pool, maker, group).rows.values()
     assert text is not None and text.startswith("its file cannot be read: ")
     for error in (PermissionError(13, "denied"), ConnectionError("lost"), OSError(5, "SlowDown")):
         monkeypatch.setattr(files, "open_file", lambda uri, error=error: Refusing(error))
         with pytest.raises(type(error)):
-            verifying.compare_group(samples, pool, maker, group)
+            generate_verify.compare_group(samples, pool, maker, group)
         with pytest.raises(type(error)):
-            verifying.check_part(samples, part, verifying.Draw(4, 0))
+            generate_verify.check_part(samples, part, generate_verify.Draw(4, 0))
 
 
 def test_the_last_row_cannot_be_taken_away(copy):
@@ -346,7 +347,7 @@ def test_the_last_row_cannot_be_taken_away(copy):
     pq.write_table(table.slice(0, table.num_rows - 1), last)
     commit(copy, record(copy))
     samples, artifact = samples_of(copy)
-    found = verifying.check_part(samples, artifact.parts[-1], verifying.Draw(4, 0)).differences
+    found = generate_verify.check_part(samples, artifact.parts[-1], generate_verify.Draw(4, 0)).differences
     assert any("the last of all" in text for text in found)
 
 
@@ -378,12 +379,12 @@ def test_missing_and_surplus_parts_are_named_and_the_other_rows_are_made_again(c
 )
 def test_a_record_that_contradicts_itself_is_told(copy, change, expected):
     values = record(copy)
-    assert verifying.record_differences(samples_of(copy)[1]) == []
+    assert generate_verify.record_differences(samples_of(copy)[1]) == []
     change(values)
     (copy / "samples" / "artifact.json").write_text(json.dumps(values))
     artifact = artifacts.load_artifact(str(copy / "samples"))
     assert artifact is not None
-    found = verifying.record_differences(artifact)
+    found = generate_verify.record_differences(artifact)
     assert any(expected in text for text in found), found
 
 
@@ -392,7 +393,7 @@ def test_what_a_part_counts_is_what_it_holds(copy):
     part = artifact.parts[0]
     copies = part.counts["copies"]
     wrong = replace(part, counts=part.counts | {"copies": copies + 1, "candidates": 1})
-    found = verifying.check_part(samples, wrong, verifying.Draw(4, 0)).differences
+    found = generate_verify.check_part(samples, wrong, generate_verify.Draw(4, 0)).differences
     size = samples.chunks_per_part * samples.recipe.chunk
     assert found == [f"copies {copies}, committed {copies + 1}", f"candidates {size}, committed 1"]
 
@@ -407,7 +408,7 @@ def found_in(output: Path) -> dict[str, list[str]]:
         stage: artifacts.load_artifact(str(output / stage)) for stage in ("rejected", "pilot", "export", "report")
     }
     there = {stage: found for stage, found in beside.items() if found is not None}
-    found, _ = verifying.check_parts(samples, artifact, there, verifying.Draw(1, 0))
+    found, _ = generate_verify.check_parts(samples, artifact, there, generate_verify.Draw(1, 0))
     return found
 
 
@@ -478,7 +479,7 @@ def test_the_list_of_exported_pictures_is_that_of_the_samples_though_the_record_
     part = artifacts.Part(listing.name, 1, 1, "")
     for text in ("[1]\n", "{}\n", "png\n"):
         listing.write_text(text)
-        (found,) = verifying.picture_differences(samples_of(copy)[0], part)
+        (found,) = generate_verify.picture_differences(samples_of(copy)[0], part)
         assert found.startswith("is no list of pictures")
 
 
@@ -522,12 +523,12 @@ def test_a_record_beside_that_contradicts_itself_or_the_samples_is_told(made, st
     assert samples is not None and beside is not None
     rejected = artifacts.load_artifact(str(output / "rejected"))
     assert rejected is not None
-    assert not any(verifying.beside_differences(samples, {"rejected": rejected, stage: beside}).values())
+    assert not any(generate_verify.beside_differences(samples, {"rejected": rejected, stage: beside}).values())
     values = asdict(beside) | {"parts": list(beside.parts)}
     change(values)
-    told_of = verifying.beside_differences(samples, {"rejected": rejected, stage: artifacts.Artifact(**values)})
+    told_of = generate_verify.beside_differences(samples, {"rejected": rejected, stage: artifacts.Artifact(**values)})
     assert any(expected in text for text in told_of[f"{stage}/artifact.json"])
-    assert verifying.beside_differences(samples, {})["rejected/artifact.json"] == [
+    assert generate_verify.beside_differences(samples, {})["rejected/artifact.json"] == [
         "is missing, though --keep-rejected was set"
     ]
 
@@ -535,7 +536,7 @@ def test_a_record_beside_that_contradicts_itself_or_the_samples_is_told(made, st
 def test_rows_are_chosen_by_ids_alone_over_all_parts(made):
     """The k smallest hashes, found part by part, are those of the whole table; no other column is read."""
     samples, artifact = samples_of(made / "out")
-    _, chosen = verifying.check_parts(samples, artifact, {}, verifying.Draw(7, 5))
+    _, chosen = generate_verify.check_parts(samples, artifact, {}, generate_verify.Draw(7, 5))
     numbers = rows(made / "out")["sample_id"].to_numpy()
     keys = core_seeds.uniform(numbers, core_seeds.stream(5, "verify"))
     np.testing.assert_array_equal(chosen, numbers[np.argsort(keys)][:7])

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pd_core import volume
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.generate import volume
+from pd_core.generate.volume import Volume
 from pd_core.generators import noise, open, protocol
-from pd_core.volume import Volume
 from tests import tiny_generators
 
 Decode = Callable[[torch.Tensor], torch.Tensor]

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from pd_core import evaluating
-from pd_core.candidates import picture
 from pd_core.core import artifacts, schemas
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.core.settings.finetune import FinetuneSettings
@@ -21,6 +20,7 @@ from pd_core.density.scorer import Scorer
 from pd_core.engine import resources, telemetry
 from pd_core.finetuning import Batch, Share, Trainable, checkpoints, judging, models, parallel, stream, weights
 from pd_core.finetuning.checkpoints import Progress
+from pd_core.generate.candidates import picture
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import opening
 from pd_core.core import artifacts
 from pd_core.core.settings.finetune import FakeWeightingSettings, TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
@@ -18,6 +17,7 @@ from pd_core.density.scorer import Scorer
 from pd_core.density.weighting import Weighting
 from pd_core.engine import resources
 from pd_core.finetuning import Batch, Share, Trainable
+from pd_core.generate import setup
 from pd_core.generators import open as generators_open
 from pd_core.generators import protocol
 
@@ -98,8 +98,8 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         UserError: it cannot be opened, or cannot be trained.
     """
     device = resources.assigned_device()
-    facts = opening.facts_of(generators_open.open_generator(spec.generator, device))
-    numbers, names = opening.classes_of(spec.generator, facts)
+    facts = setup.facts_of(generators_open.open_generator(spec.generator, device))
+    numbers, names = setup.classes_of(spec.generator, facts)
     classes = dict(zip(names, numbers, strict=True))
     model = replace(spec, classes=classes).open(Share(0, 1, device, 1))
     discriminator = None if spec.discriminator is None else protocol.files_hash(spec.discriminator)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import piloting, spaces
-from pd_core.candidates import EVERYTHING
+from pd_core import spaces
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
@@ -24,6 +23,8 @@ from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, runs, tasks
+from pd_core.generate import pilot
+from pd_core.generate.candidates import EVERYTHING
 from pd_core.images import sources
 from pd_core.images.listing import Listing, read_artifact
 from pd_core.images.listing import start as start_listing
@@ -101,7 +102,7 @@ def check_settings(settings: WeightingSettings, labels: str) -> None:
             f"--weighting.kind {settings.kind}: weighs what a generator makes, not real images; fine-tuning takes "
             f"{', '.join(KINDS)}"
         )
-    piloting.check_settings(settings, labels)
+    pilot.check_settings(settings, labels)
 
 
 def weightings_of(settings: WeightingSettings, real: RealSet) -> dict[str, Weighting]:
@@ -113,18 +114,18 @@ def weightings_of(settings: WeightingSettings, real: RealSet) -> dict[str, Weigh
     check_settings(settings, "labels")
     nothing = np.empty(0)
     if not settings.per_label:
-        return {EVERYTHING: piloting.weighting_of(settings, real.density_quantiles, nothing, "the index")}
+        return {EVERYTHING: pilot.weighting_of(settings, real.density_quantiles, nothing, "the index")}
     densities = artifacts.load_artifact(files.join(real.uri, "densities"))
     assert densities is not None, "open_realset refuses an index without densities"
     names = [part.name for part in densities.parts]
-    by_label = tasks.get(tasks.task(piloting.label_quantiles).remote(real, names))
+    by_label = tasks.get(tasks.task(pilot.label_quantiles).remote(real, names))
     if not by_label:
         raise UserError(
-            f"--weighting.per_label: no label of --index {real.uri} has {piloting.FEWEST_OF_LABEL} images; run build_index.py "
+            f"--weighting.per_label: no label of --index {real.uri} has {pilot.FEWEST_OF_LABEL} images; run build_index.py "
             "with --data.labels, or leave it out"
         )
     return {
-        label: piloting.weighting_of(settings, quantiles, nothing, f"label {label!r}")
+        label: pilot.weighting_of(settings, quantiles, nothing, f"label {label!r}")
         for label, quantiles in sorted(by_label.items())
     }
 
@@ -314,7 +315,7 @@ def _check(work: Work, parts: Sequence[artifacts.Part], max_bad_fraction: float,
     if many := _count(parts, "unknown_label"):
         raise UserError(
             f"--weighting.per_label: {many} of {rows} images have no label, or one of which the index holds fewer than "
-            f"{piloting.FEWEST_OF_LABEL} images (first: {_first(work, parts, 'unknown_label', known)}); leave it out, or set "
+            f"{pilot.FEWEST_OF_LABEL} images (first: {_first(work, parts, 'unknown_label', known)}); leave it out, or set "
             "--data.labels"
         )
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pd_core.candidates import EVERYTHING, Recipe
-from pd_core.chunking import Pool
 from pd_core.core import files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
@@ -14,9 +12,11 @@ from pd_core.density import weighting
 from pd_core.density.realset import RealSet
 from pd_core.engine import resources, tasks
 from pd_core.engine.runs import failures
+from pd_core.generate.candidates import EVERYTHING, Recipe
+from pd_core.generate.chunks import Pool
+from pd_core.generate.volume import Volume
 from pd_core.generators import open, protocol
 from pd_core.generators.python import split
-from pd_core.volume import Volume
 
 
 def resolved(generator: GeneratorSettings) -> GeneratorSettings:

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import chunking
-from pd_core.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
-from pd_core.chunking import LATE, MAX_CHUNKS, Pool, Progress
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError
 from pd_core.engine import console, resources, tasks, telemetry
+from pd_core.generate import chunks as generate_chunks
+from pd_core.generate.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
+from pd_core.generate.chunks import LATE, MAX_CHUNKS, Pool, Progress
 from pd_core.index import search
 
 DENSITY_BINS = 50  # bins of equally many real images in which all candidates are counted
@@ -122,12 +122,12 @@ class Job:
         """Nearest real images, index-scored densities where they are asked for, and PNG encoding."""
         batch = _read_made(made, self.recipe.realset.extractor.feature_dim)
         table, scores, copies = finish(self.recipe, pool, chunk, batch)
-        values = {"accepted": chunking.to_stream(table), "copies": copies, "degenerate": batch.degenerate}
+        values = {"accepted": generate_chunks.to_stream(table), "copies": copies, "degenerate": batch.degenerate}
         return values | {"density": scores.density, "log_volume": scores.log_volume}
 
     def write(self, part: int, finished: pa.Table) -> int:
         """What was accepted of the part's chunks, and beside it what was not."""
-        table = chunking.from_streams(finished["accepted"]).replace_schema_metadata(schemas.samples().metadata)
+        table = generate_chunks.from_streams(finished["accepted"]).replace_schema_metadata(schemas.samples().metadata)
         scores = _scores(self.recipe, finished)
         counts = {"candidates": len(scores.density), "copies": int(pc.sum(finished["copies"]).as_py())}
         if self.recipe.volume is not None:
@@ -149,10 +149,10 @@ class Job:
 
     def done(self) -> dict[int, artifacts.Part]:
         """Finished parts by number; where rejected rows are kept, both files are there."""
-        done = chunking.by_number(self.samples.finished_parts())
+        done = generate_chunks.by_number(self.samples.finished_parts())
         if self.rejected is None:
             return done
-        beside = chunking.by_number(self.rejected.finished_parts())
+        beside = generate_chunks.by_number(self.rejected.finished_parts())
         return {number: part for number, part in done.items() if number in beside}
 
     def prefix(self, rows: Mapping[int, int]) -> int | None:
@@ -240,7 +240,7 @@ def run(
     tasks.persist("samples", execute, lambda: len(state.rows))
     if state.failed:
         raise RunError(
-            chunking.failed_line(
+            generate_chunks.failed_line(
                 job, state.failed, lambda chunk: candidates_of(job.recipe, chunk).seed, job.recipe.seed
             )
         )
@@ -284,7 +284,7 @@ def _execute(
     unit = "accepted" if job.samples.kind == "samples" else "candidates"
     enough = lambda: job.prefix(state.rows | dict.fromkeys(state.failed, 0)) is not None  # noqa: E731
     with console.progress(job.samples.kind, job.n, unit, accepted) as bar:
-        chunking.execute(job, wanted, now, pool, index, state, job.n, bar, enough, deadline)
+        generate_chunks.execute(job, wanted, now, pool, index, state, job.n, bar, enough, deadline)
 
 
 def _trim(job: Job, last: int) -> dict[str, int]:

@@ -28,9 +28,9 @@ from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.scorer import Scorer
 from pd_core.density.weighting import Weighting
+from pd_core.generate.volume import Volume, floored, log_volume, top_singular_values
 from pd_core.generators import open, protocol
 from pd_core.index import search
-from pd_core.volume import Volume, floored, log_volume, top_singular_values
 
 if TYPE_CHECKING:
     import torch

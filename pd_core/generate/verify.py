@@ -21,14 +21,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import releasing, sampling
-from pd_core.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
+from pd_core import releasing
 from pd_core.core import artifacts, schemas, seeds, tables, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError, one_line, printable
 from pd_core.core.settings.curate import SET_NAME
 from pd_core.core.settings.data import DataSettings
 from pd_core.engine import console, resources, tasks
+from pd_core.generate import sampling
+from pd_core.generate.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
 from pd_core.images import child, decode
 from pd_core.index import search
 

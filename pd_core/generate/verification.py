@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import verifying
-from pd_core.candidates import Recipe, prompts_hash
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError, one_line, printable
@@ -17,6 +15,8 @@ from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.density import realset
 from pd_core.engine import console, resources, session, tasks
 from pd_core.engine.runs import failures
+from pd_core.generate import verify as generate_verify
+from pd_core.generate.candidates import Recipe, prompts_hash
 from pd_core.generators import open, protocol
 from pd_core.index import search
 
@@ -69,13 +69,13 @@ def verify(
             )
         _say_versions(artifact)
         samples = samples_of(uri, artifact, recipe)
-        parts, chosen = verifying.check_parts(samples, artifact, committed, verifying.Draw(rows, seed))
+        parts, chosen = generate_verify.check_parts(samples, artifact, committed, generate_verify.Draw(rows, seed))
         _say_some([f"{name}: {text}" for name, texts in parts.items() for text in texts])  # whatever comes of the rows
         console.say(f"verify: {len(chosen)} of {artifact.rows} rows are made again, chosen by seed {seed}")
-        found = verifying.Findings(parts)
+        found = generate_verify.Findings(parts)
         if len(chosen):
             with search.open_pool(recipe.realset.index, now, None, 1, True, "scoring") as pool:
-                found.add(verifying.check_rows(samples, pool, now, chosen))
+                found.add(generate_verify.check_rows(samples, pool, now, chosen))
     _say_findings(found, {"samples": artifact, **committed})
 
 
@@ -96,12 +96,12 @@ def verify_release(uri: str) -> None:
         raise UserError(f"--verify {uri}: no finished release there; name a folder of releases/")
     if artifact.schema_version != schemas.VERSIONS["release"]:
         raise UserError(f"--verify {uri}: made by another version of pd_core; verify with that one")
-    if wrong := verifying.release_differences(artifact):  # its names may lead anywhere
+    if wrong := generate_verify.release_differences(artifact):  # its names may lead anywhere
         _say_some([f"{core_files.ARTIFACT}: {text}" for text in wrong])
         raise RunError(f"verify: {uri}/{core_files.ARTIFACT} is not as it was committed; see above")
     sets = artifact.totals["rows"]
     with session.session(uri, "verify"), failures("verify", uri):
-        found = verifying.surplus(uri, artifact, ("", *sets)) | _file_differences(uri, artifact)
+        found = generate_verify.surplus(uri, artifact, ("", *sets)) | _file_differences(uri, artifact)
     _say_some([f"{name}: {text}" for name, texts in sorted(found.items()) for text in texts])
     if found:
         raise RunError(f"verify: files not as committed: {len(found)}; see above")
@@ -110,7 +110,7 @@ def verify_release(uri: str) -> None:
 
 
 def _file_differences(uri: str, artifact: artifacts.Artifact) -> dict[str, list[str]]:
-    task = tasks.task(verifying.file_differences, resources.IO_CPUS)
+    task = tasks.task(generate_verify.file_differences, resources.IO_CPUS)
     found = {}
     with console.progress("verify parts", len(artifact.parts), "parts") as bar:
         submit = lambda part: task.remote(core_files.join(uri, part.name), part)  # noqa: E731
@@ -155,11 +155,11 @@ def _record_of(uri: str) -> str:
     return core_files.join(uri, "samples", core_files.ARTIFACT)
 
 
-def samples_of(uri: str, artifact: artifacts.Artifact, recipe: Recipe) -> verifying.Samples:
+def samples_of(uri: str, artifact: artifacts.Artifact, recipe: Recipe) -> generate_verify.Samples:
     """The samples of an output whose commit record and recipe these are. Raises UserError: the record counts what cannot be."""
     where = _record_of(uri)
     trust.checked(_Counted, artifact.identity | artifact.totals, where, whole=False)
-    return verifying.Samples(
+    return generate_verify.Samples(
         uri=core_files.join(uri, "samples"),
         recipe=recipe,
         chunks_per_part=artifact.identity["chunks_per_part"],
@@ -179,7 +179,7 @@ def _say_versions(artifact: artifacts.Artifact) -> None:
         )
 
 
-def _say_findings(found: verifying.Findings, committed: Mapping[str, artifacts.Artifact]) -> None:
+def _say_findings(found: generate_verify.Findings, committed: Mapping[str, artifacts.Artifact]) -> None:
     """Each difference of rows and the sum of all, those of files being said. Raises RunError where there is any."""
     wrong = {number: text for number, text in sorted(found.rows.items()) if text is not None}
     _say_some([f"chunk {chunk}: {text}" for chunk, texts in sorted(found.chunks.items()) for text in texts])

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import chunking, costs, exporting, opening, piloting, planning, sampling, sampling_report
-from pd_core.candidates import Recipe
+from pd_core import costs, planning
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
@@ -20,6 +19,9 @@ from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.generate import chunks, export, report, sampling, setup
+from pd_core.generate import pilot as generate_pilot
+from pd_core.generate.candidates import Recipe
 from pd_core.index import search
 
 STAGES = ("pilot", "samples", "rejected", "export", "report")
@@ -44,7 +46,7 @@ def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
         }
     )
     if settings.weighting.kind == "two_level" and not settings.weighting.per_label:
-        piloting.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
+        generate_pilot.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
     return settings, real
 
 
@@ -59,8 +61,8 @@ def check(settings: GenerateSettings) -> tuple[str, GeneratorSettings]:
         raise UserError("--index: not set; name the --output of build_index.py")
     if settings.n is None:
         raise UserError("--n: not set; how many accepted images are wanted")
-    generator = opening.resolved(settings.generator)
-    piloting.check_settings(settings.weighting, generator.labels)
+    generator = setup.resolved(settings.generator)
+    generate_pilot.check_settings(settings.weighting, generator.labels)
     return output, generator
 
 
@@ -95,9 +97,9 @@ class Planned:
     """What the pilot decided."""
 
     job: sampling.Job
-    pool: chunking.Pool
-    pilot: piloting.Pilot
-    expected: piloting.Expectation
+    pool: chunks.Pool
+    pilot: generate_pilot.Pilot
+    expected: generate_pilot.Expectation
     open_index: Callable[[], search.SearchPool]
     text: str
 
@@ -112,7 +114,7 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
             job.rejected.begin(settings.overwrite)
 
     def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
-        exporting.remove_other(run.output, job.samples)
+        export.remove_other(run.output, job.samples)
         if job.rejected is None:
             artifacts.remove(files.join(run.output, "rejected"))
         parts, totals = sampling.run(
@@ -125,13 +127,11 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
     sampled = run.stage(job.samples, make)
     resources.close()  # the search actors' memory is wanted no more
     if settings.export != "none":
-        exported = exporting.stage_of(run.output, job.samples, settings.export)
-        run.stage(exported, lambda: exporting.run(exported, job.samples.uri, sampled, settings.export))
-    reporting = sampling_report.stage_of(run.output, job.samples, settings)
-    facts = sampling_report.Inputs(
-        job, sampled, planned.pilot, planned.expected, planned.text, settings, dict(run.timings_s)
-    )
-    run.stage(reporting, lambda: sampling_report.run(reporting, facts))
+        exported = export.stage_of(run.output, job.samples, settings.export)
+        run.stage(exported, lambda: export.run(exported, job.samples.uri, sampled, settings.export))
+    reporting = report.stage_of(run.output, job.samples, settings)
+    facts = report.Inputs(job, sampled, planned.pilot, planned.expected, planned.text, settings, dict(run.timings_s))
+    run.stage(reporting, lambda: report.run(reporting, facts))
 
 
 def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> Planned:
@@ -140,17 +140,17 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     with failures("pilot", run.output):
         begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, "pilot"))
     gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
-    pool = chunking.Pool(settings.actors, settings.actor_cpus, gpus)
-    recipe = opening.recipe_of(
+    pool = chunks.Pool(settings.actors, settings.actor_cpus, gpus)
+    recipe = setup.recipe_of(
         settings.generator,
-        opening.describe(settings.generator, run.now, pool),
+        setup.describe(settings.generator, run.now, pool),
         real,
         seed=seeds.stream(settings.seed, "pilot"),
         chunk=settings.chunk,
         threads=settings.actor_cpus,
         device=engine_resources.device_of(run.now, gpus),
         copies_quantile=settings.copies_quantile,
-        volume=piloting.volume_of(settings.weighting),
+        volume=generate_pilot.volume_of(settings.weighting),
     )
     by_label = _label_quantiles(settings, real, recipe.class_names)
 
@@ -160,10 +160,10 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
         opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, True, "scoring")
         return resources.enter_context(opened)
 
-    pilot = piloting.make(run, recipe, pool, open_index, settings.pilot)
-    weightings = piloting.weightings_of(settings.weighting, real, by_label, pilot, settings.score)
-    expected = piloting.expect(settings, weightings, pilot)
-    piloting.check_affordable(settings, real, by_label, pilot, expected)
+    pilot = generate_pilot.make(run, recipe, pool, open_index, settings.pilot)
+    weightings = generate_pilot.weightings_of(settings.weighting, real, by_label, pilot, settings.score)
+    expected = generate_pilot.expect(settings, weightings, pilot)
+    generate_pilot.check_affordable(settings, real, by_label, pilot, expected)
     recipe = replace(
         recipe,
         weightings=weightings,
@@ -175,7 +175,7 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
     _, most, _, _ = engine_resources.actor_pool(run.now, pool.actors, pool.actor_cpus, pool.actor_gpus)
     fit = engine_resources.actors_that_fit(run.now, pool.actor_cpus, pool.actor_gpus)
     actors = max(1, min(most, fit))  # what the autoscaler may add is not there yet
-    text = piloting.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
+    text = generate_pilot.plan(settings, expected, pilot, actors, weightings, recipe.copy_distance)
     text = "\n".join([text, *_limits(run, settings, job, expected, pilot, most)])
     return Planned(job, pool, pilot, expected, open_index, text)
 
@@ -184,8 +184,8 @@ def _limits(
     run: Run,
     settings: GenerateSettings,
     job: sampling.Job,
-    expected: piloting.Expectation,
-    pilot: piloting.Pilot,
+    expected: generate_pilot.Expectation,
+    pilot: generate_pilot.Pilot,
     replicas: int,
 ) -> list[str]:
     """What limits a run that is large."""
@@ -213,7 +213,7 @@ def _job(
     output: str,
     settings: GenerateSettings,
     recipe: Recipe,
-    expected: piloting.Expectation,
+    expected: generate_pilot.Expectation,
     png_bytes: float,
 ) -> sampling.Job:
     assert settings.n is not None
@@ -233,10 +233,10 @@ def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str
         return {}
     densities = artifacts.load_artifact(files.join(real.uri, "densities"))
     assert densities is not None
-    found = tasks.get(tasks.task(piloting.label_quantiles).remote(real, [part.name for part in densities.parts]))
+    found = tasks.get(tasks.task(generate_pilot.label_quantiles).remote(real, [part.name for part in densities.parts]))
     if absent := [name for name in names if name not in found]:
         raise UserError(
-            f"--weighting.per_label: the index holds fewer than {piloting.FEWEST_OF_LABEL} images of label {absent[0]!r} "
+            f"--weighting.per_label: the index holds fewer than {generate_pilot.FEWEST_OF_LABEL} images of label {absent[0]!r} "
             f"(its labels: {', '.join(sorted(found)[:10]) or 'none'}); set --generator.label_names to the index's labels"
         )
     return {name: found[name] for name in dict.fromkeys(names)}

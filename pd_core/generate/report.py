@@ -13,18 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import piloting, sampling, sampling_page, spaces
-from pd_core.candidates import Recipe
+from pd_core import spaces
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs
+from pd_core.generate import page as generate_page
+from pd_core.generate import pilot as generate_pilot
+from pd_core.generate import sampling
+from pd_core.generate.candidates import Recipe
+from pd_core.generate.page import Count, Pair, Sample, SamplesData, Weight
+from pd_core.generate.sampling import DENSITY_BINS
 from pd_core.images import child, decode, listing, sources
 from pd_core.report import page
-from pd_core.sampling import DENSITY_BINS
-from pd_core.sampling_page import Count, Pair, Sample, SamplesData, Weight
 
 SAMPLE_ROWS = 1_000_000  # accepted rows that the shown ones are chosen from
 CALIBRATION_ROWS = 20_000  # accepted rows that the predictor is held against the index on
@@ -66,8 +69,8 @@ class Inputs:
 
     job: sampling.Job
     sampled: artifacts.Artifact
-    pilot: piloting.Pilot
-    expected: piloting.Expectation
+    pilot: generate_pilot.Pilot
+    expected: generate_pilot.Expectation
     plan_text: str
     settings: GenerateSettings
     timings_s: Mapping[str, float]
@@ -90,7 +93,7 @@ def _draw(inputs: Inputs) -> runs.Drawn:
         "effective_sample_size": data.effective_sample_size,
         "predictor_spearman": data.pilot_calibration.spearman,
     }
-    return runs.Drawn({**sampling_page.figures(data), runs.REPORT: sampling_page.render(data)}, totals=totals)
+    return runs.Drawn({**generate_page.figures(data), runs.REPORT: generate_page.render(data)}, totals=totals)
 
 
 def gather(inputs: Inputs) -> SamplesData:
@@ -111,7 +114,7 @@ def gather(inputs: Inputs) -> SamplesData:
         score=settings.score,
         weighting=settings.weighting.model_dump(),
         weights=list(_weights(recipe)),
-        expected=sampling_page.Expected(
+        expected=generate_page.Expected(
             expected.rate, expected.low, expected.high, expected.above, pilot.rows, int(pilot.copies.sum())
         ),
         inverse_sum=seen.inverse_sum,
@@ -124,7 +127,7 @@ def gather(inputs: Inputs) -> SamplesData:
         bands=_bands(inputs, shown),
         unfiltered=_unfiltered(inputs),
         pilot_calibration=_calibration(pilot.calibration()),
-        accepted_calibration=_calibration(piloting.agreement(*seen.both)) if settings.score == "both" else None,
+        accepted_calibration=_calibration(generate_pilot.agreement(*seen.both)) if settings.score == "both" else None,
         parts=_parts(inputs),
         copies=totals["copies"],
         copy_distance=recipe.copy_distance,
@@ -244,7 +247,7 @@ def _parts(inputs: Inputs) -> list[tuple[int, int]]:
     return [*parts[:-1], (inputs.sampled.totals["candidates"] - before, parts[-1][1])]
 
 
-def _calibration(agreement: piloting.Agreement) -> page.Calibration:
+def _calibration(agreement: generate_pilot.Agreement) -> page.Calibration:
     found, left_out = agreement.figures, agreement.left_out
     more = {"left out, since ρ underflows to 0": float(left_out)} if left_out else {}
     if found is None:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pd_core import chunking, sampling
-from pd_core.candidates import EVERYTHING, Recipe
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError, printable
 from pd_core.core.settings.generate import GenerateSettings, WeightingSettings
@@ -20,8 +18,11 @@ from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import runs, tasks
+from pd_core.generate import chunks as generate_chunks
+from pd_core.generate import sampling
+from pd_core.generate.candidates import EVERYTHING, Recipe
+from pd_core.generate.volume import FLOOR, Volume
 from pd_core.index import search
-from pd_core.volume import FLOOR, Volume
 
 PART_CHUNKS = 8  # of the pilot
 LABEL_ROWS = 1_000_000  # real densities that the quantiles of labels are taken from
@@ -106,7 +107,7 @@ class Pilot:
 def make(
     run: runs.Run,
     recipe: Recipe,
-    pool: chunking.Pool,
+    pool: generate_chunks.Pool,
     open_index: Callable[[], search.SearchPool],
     candidates: int,
     folder: str = "pilot",
@@ -272,7 +273,7 @@ class Expectation:
         """
         rows = max(1.0, min(part_rows, n // SMALLEST_PARTS, PART_BYTES // max(1.0, png_bytes)))
         most = max(PART_CANDIDATES, n / self.rate / MOST_PARTS)
-        chunks = min(round(rows / (self.rate * chunk)), int(most // chunk), chunking.MAX_CHUNKS)
+        chunks = min(round(rows / (self.rate * chunk)), int(most // chunk), generate_chunks.MAX_CHUNKS)
         return max(1, chunks)
 
 
