@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import process, table
-from pd_core import perturb_workflow
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.base import TrackingSettings
 from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
@@ -17,6 +16,7 @@ from pd_core.density import realset
 from pd_core.density import scorer as density_scorer
 from pd_core.generate import setup
 from pd_core.generators import open, protocol
+from pd_core.perturb import workflow as perturb_workflow
 
 CHUNK, STEPS, EPSILON = 8, 10, 0.1
 DENOISING_STEPS = 10

@@ -91,7 +91,7 @@ def _generate(settings: GenerateSettings) -> None:
 
 
 def _perturb(settings: PerturbSettings) -> None:
-    from pd_core import perturb_workflow
+    from pd_core.perturb import workflow as perturb_workflow
 
     (perturb_workflow.plan_perturb if settings.dry_run else perturb_workflow.perturb)(settings)
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pd_core import perturb_workflow, perturbing
 from pd_core.core import errors, schemas
 from pd_core.core import files as core_files
 from pd_core.core import seeds as core_seeds
@@ -22,6 +21,7 @@ from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.density import realset
 from pd_core.engine import session
 from pd_core.generators import open, protocol
+from pd_core.perturb import stage, workflow
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_generate import timm_features
 from tests.test_pipeline import kill_once
@@ -358,7 +358,7 @@ def written(folder, **densities):
     rows = table.num_rows
     others = {"direction": ["up"] * rows, "confirmed": [True] * rows, "likely_copy": [False] * rows}
     for field in schemas.perturbed():
-        if field.name not in table.column_names and field.name in perturbing.LIGHT:
+        if field.name not in table.column_names and field.name in stage.LIGHT:
             values = others[field.name] if field.name in others else [0] * rows
             table = table.append_column(field.name, pa.array(values).cast(field.type))
     pq.write_table(table, folder / "part.parquet")
@@ -372,10 +372,10 @@ def test_a_density_that_underflows_has_no_logarithm_and_is_left_out_of_both_side
     predicted = {"predicted_before": [1.0, 1.0, 2.0, 0.0, 0.0, 0.0], "predicted_after": [e**2, 1.0, 0.0, 1.0, 0.0, 0.0]}
     part = written(tmp_path, **of_index, **predicted)
     table = pq.read_table(tmp_path / part)
-    changes, left_out = perturbing.log_changes(*perturbing.densities_of(table))
+    changes, left_out = stage.log_changes(*stage.densities_of(table))
     np.testing.assert_allclose(changes, [[1.0], [2.0]])
     assert left_out == 5
-    own = perturbing.totals_of(str(tmp_path), [part])["up"]
+    own = stage.totals_of(str(tmp_path), [part])["up"]
     assert (own["mean_log_ratio_index"], own["mean_log_ratio_predicted"]) == pytest.approx((1, 2))
     assert own["confirmed_share"] == 1 and own["predicted_share"] == pytest.approx(2 / 6)  # rows 0 and 3, of all rows
 
@@ -383,10 +383,10 @@ def test_a_density_that_underflows_has_no_logarithm_and_is_left_out_of_both_side
 def test_shares_and_means_of_a_predictor_that_always_underflows_are_null_and_not_nan(tmp_path):
     nothing = {"predicted_before": [0.0, 0.0], "predicted_after": [0.0, 0.0]}
     part = written(tmp_path, index_before=[1.0, 1.0], index_after=[2.0, 2.0], **nothing)
-    totals = perturbing.totals_of(str(tmp_path), [part])
+    totals = stage.totals_of(str(tmp_path), [part])
     assert totals["up"]["predicted_share"] is None and totals["up"]["mean_log_ratio_predicted"] is None
     json.dumps(totals, allow_nan=False)
-    assert "the predictor says nothing" in perturb_workflow._summary(totals["up"])
+    assert "the predictor says nothing" in workflow._summary(totals["up"])
 
 
 def test_pictures_open_in_datasets(undisturbed, tmp_path):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pd_core import perturbation
-from pd_core.perturbation import NoGradientError, perturb
+from pd_core.perturb import algorithm
+from pd_core.perturb.algorithm import NoGradientError, perturb
 
 
 def latents(rows: int = 4, dim: int = 6, seed: int = 0) -> torch.Tensor:
@@ -154,5 +154,5 @@ def test_what_makes_no_sense_is_refused(wrong):
 
 @given(st.floats(1e-6, 1e3))
 def test_the_bound_in_float32_is_the_largest_that_does_not_exceed(epsilon):
-    bound = perturbation._at_most(epsilon)
+    bound = algorithm._at_most(epsilon)
     assert bound <= epsilon < float(np.nextafter(np.float32(bound), np.float32(np.inf)))

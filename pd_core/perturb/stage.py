@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import perturbation
 from pd_core.core import artifacts, files, schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
@@ -25,7 +24,8 @@ from pd_core.generate.candidates import ChunkMaker, Recipe, candidates_of, condi
 from pd_core.generate.chunks import MAX_CHUNKS, Pool, Progress
 from pd_core.generators import protocol
 from pd_core.index import search
-from pd_core.perturbation import NoGradientError, Perturbed
+from pd_core.perturb import algorithm
+from pd_core.perturb.algorithm import NoGradientError, Perturbed
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +173,7 @@ def perturb_chunk(job: Job, maker: ChunkMaker, chunk: int, steps: int) -> list[P
         latents = generator.latents(drawn.seed.tolist())
         try:
             made = [
-                perturbation.perturb(score, latents, SIGNS[way], move.epsilon, move.step_size, steps, start)
+                algorithm.perturb(score, latents, SIGNS[way], move.epsilon, move.step_size, steps, start)
                 for way in move.directions
             ]
         except NoGradientError:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import perturbed_page, perturbing
 from pd_core.core import artifacts, files
 from pd_core.core.settings.generate import PerturbSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
 from pd_core.generate import pilot
 from pd_core.images import child
-from pd_core.perturbed_page import Moved, PerturbedData, Shot, Shown
+from pd_core.perturb import page as perturb_page
+from pd_core.perturb import stage as perturb_stage
+from pd_core.perturb.page import Moved, PerturbedData, Shot, Shown
 from pd_core.report import page
 
 NUMBERS = ("density_predicted", "density_index", "percentile")
@@ -28,7 +29,7 @@ NUMBERS = ("density_predicted", "density_index", "percentile")
 class Inputs:
     """What the stage reads; picklable. job, perturbed: the stage before and its commit record. timings_s: so far."""
 
-    job: perturbing.Job
+    job: perturb_stage.Job
     perturbed: artifacts.Artifact
     settings: PerturbSettings
     timings_s: Mapping[str, float]
@@ -47,7 +48,7 @@ def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
 
 def _draw(inputs: Inputs) -> runs.Drawn:
     data = gather(inputs)
-    return runs.Drawn({**perturbed_page.figures(data), runs.REPORT: perturbed_page.render(data)})
+    return runs.Drawn({**perturb_page.figures(data), runs.REPORT: perturb_page.render(data)})
 
 
 def gather(inputs: Inputs) -> PerturbedData:
@@ -84,14 +85,14 @@ def _light(inputs: Inputs) -> pa.Table:
     """Every row without its images, and the part that it lies in."""
     tables = []
     for part in inputs.perturbed.parts:
-        table = files.read_table(files.join(inputs.job.stage.uri, part.name), perturbing.LIGHT)
+        table = files.read_table(files.join(inputs.job.stage.uri, part.name), perturb_stage.LIGHT)
         tables.append(table.append_column("part", pa.array([part.name] * table.num_rows)))
     return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
 def _moved(table: pa.Table, here: np.ndarray, way: str, totals: Mapping[str, Any]) -> Moved:
     rows = table.filter(pa.array(here))
-    (by_index, predicted), left_out = perturbing.log_changes(*perturbing.densities_of(rows))
+    (by_index, predicted), left_out = perturb_stage.log_changes(*perturb_stage.densities_of(rows))
     return Moved(
         direction=way,
         rows=totals["rows"],

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import perturbation, perturbed_report, perturbing
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
@@ -19,6 +18,8 @@ from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.generate import setup
 from pd_core.generate.chunks import Pool
 from pd_core.index import search
+from pd_core.perturb import algorithm, report
+from pd_core.perturb import stage as perturb_stage
 
 STAGES = ("perturbed", "report")
 
@@ -74,7 +75,7 @@ def plan_perturb(settings: PerturbSettings) -> None:
 class Planned:
     """What is to be made, and by whom."""
 
-    job: perturbing.Job
+    job: perturb_stage.Job
     pool: Pool
     text: str
 
@@ -91,7 +92,9 @@ def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
     return Planned(job, pool, _text(job))
 
 
-def job_of(settings: PerturbSettings, real: RealSet, facts: Mapping[str, Any], device: str, uri: str) -> perturbing.Job:
+def job_of(
+    settings: PerturbSettings, real: RealSet, facts: Mapping[str, Any], device: str, uri: str
+) -> perturb_stage.Job:
     """The stage at `uri`; facts: of the generator, from `opening.describe`."""
     assert settings.n is not None
     recipe = setup.recipe_of(
@@ -104,11 +107,11 @@ def job_of(settings: PerturbSettings, real: RealSet, facts: Mapping[str, Any], d
         device=device,
         copies_quantile=settings.copies_quantile,
     )
-    step_size = settings.step_size or perturbation.default_step_size(settings.epsilon)
-    move = perturbing.Move(settings.directions, settings.epsilon, step_size, settings.steps, settings.random_start)
+    step_size = settings.step_size or algorithm.default_step_size(settings.epsilon)
+    move = perturb_stage.Move(settings.directions, settings.epsilon, step_size, settings.steps, settings.random_start)
     per_part = -(-settings.part_rows // (settings.chunk * len(move.directions)))
-    stage = perturbing.stage_of(uri, recipe, move, per_part, settings.n)
-    return perturbing.Job(recipe, move, stage, per_part, settings.n)
+    stage = perturb_stage.stage_of(uri, recipe, move, per_part, settings.n)
+    return perturb_stage.Job(recipe, move, stage, per_part, settings.n)
 
 
 def _check_latents(settings: GeneratorSettings, facts: Mapping[str, Any]) -> None:
@@ -138,16 +141,16 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
             pool = search.open_pool(
                 job.recipe.realset.index, now, searching.actors, searching.actor_cpus, True, "perturbed"
             )
-            parts, totals = perturbing.run(job, run.now, planned.pool, resources.enter_context(pool))
+            parts, totals = perturb_stage.run(job, run.now, planned.pool, resources.enter_context(pool))
         extractor = job.recipe.realset.extractor.identity()
         return parts, totals | {"settings": settings.model_dump(mode="json"), "extractor": extractor}
 
     perturbed = run.stage(job.stage, make)
     for way in job.move.directions:
         console.say(f"{way}: {_summary(perturbed.totals[way])}")
-    stage = perturbed_report.stage_of(run.output, job.stage, settings.images)
-    inputs = perturbed_report.Inputs(job, perturbed, settings, dict(run.timings_s))
-    run.stage(stage, lambda: perturbed_report.run(stage, inputs))
+    stage = report.stage_of(run.output, job.stage, settings.images)
+    inputs = report.Inputs(job, perturbed, settings, dict(run.timings_s))
+    run.stage(stage, lambda: report.run(stage, inputs))
 
 
 def _summary(totals: Mapping[str, Any]) -> str:
@@ -162,7 +165,7 @@ def _summary(totals: Mapping[str, Any]) -> str:
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _text(job: perturbing.Job) -> str:
+def _text(job: perturb_stage.Job) -> str:
     ways, move = job.move.directions, job.move
     surplus = job.chunks * job.recipe.chunk - job.n
     cut = f"; {surplus} more are made to fill the last and cut" if surplus else ""
@@ -174,13 +177,13 @@ def _text(job: perturbing.Job) -> str:
     )
 
 
-def _probe(planned: Planned, now: engine_resources.Cluster) -> perturbing.Probe:
+def _probe(planned: Planned, now: engine_resources.Cluster) -> perturb_stage.Probe:
     pool = planned.pool
     _, _, cpus, gpus = engine_resources.actor_pool(now, pool.actors, pool.actor_cpus, pool.actor_gpus)
-    return tasks.get(tasks.task(perturbing.probe, cpus, gpus).remote(planned.job))
+    return tasks.get(tasks.task(perturb_stage.probe, cpus, gpus).remote(planned.job))
 
 
-def _cost(planned: Planned, found: perturbing.Probe, now: engine_resources.Cluster) -> str:
+def _cost(planned: Planned, found: perturb_stage.Probe, now: engine_resources.Cluster) -> str:
     job, pool = planned.job, planned.pool
     passes = len(job.move.directions) * (job.move.steps + 1 / 3 + job.move.random_start / 3)
     chunk_s = found.step_s * passes

@@ -1,0 +1,1 @@
+"""The command perturb: latents are moved so that their images become more common or more unique."""
