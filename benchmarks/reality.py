@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import datasets, joins, process, table
-from pd_core import costs, pipeline, planning
+from pd_core.build import costs, plan, workflow
 from pd_core.core import artifacts
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
@@ -45,10 +45,10 @@ def small_build() -> dict[str, Any]:
         *(f"--features.model={datasets.MODEL}", f"--features.checkpoint={datasets.checkpoint()}"),
         *(f"--features.image_size={PX}", f"--features.part_rows={PART_ROWS}"),
     ]
-    settings, source = pipeline.prepare(load.load(BuildIndexSettings, arguments, prog="build_index.py"))
+    settings, source = workflow.prepare(load.load(BuildIndexSettings, arguments, prog="build_index.py"))
     with session.session(str(output)):
         counted = listing.count(source)
-        spec, unit = tasks.get(planning.probe(source, counted["sample"], settings, decode.limits_of(settings.data)))
+        spec, unit = tasks.get(plan.probe(source, counted["sample"], settings, decode.limits_of(settings.data)))
     command = [sys.executable, "workflows/build_index.py", *arguments]
     with (process.WORK / "build.log").open("w") as log:
         done = subprocess.run(command, cwd=process.ROOT, stdout=log, stderr=subprocess.STDOUT)

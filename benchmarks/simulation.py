@@ -1,4 +1,4 @@
-"""Plays a run phase by phase on a cluster of nodes that fail: what the closed forms of pd_core/costs.py leave out.
+"""Plays a run phase by phase on a cluster of nodes that fail: what the closed forms of pd_core/build/costs.py leave out.
 
 Nodes are lost at a rate, one by one, and are there again after a while. What a lost node was doing is done again: a task
 from its start, by whoever is free. Two kinds of phases:
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_core import costs
+from pd_core.build import costs
 from pd_core.engine import tasks
 
 ATTEMPTS = tasks.TASK_OPTIONS["max_retries"] + 1  # of a task, before a run ends

@@ -75,9 +75,9 @@ def _help() -> str:
 
 
 def _build_index(settings: BuildIndexSettings) -> None:
-    from pd_core import pipeline
+    from pd_core.build import workflow as build_workflow
 
-    (pipeline.plan_build_index if settings.dry_run else pipeline.build_index)(settings)
+    (build_workflow.plan_build_index if settings.dry_run else build_workflow.build_index)(settings)
 
 
 def _generate(settings: GenerateSettings) -> None:

@@ -18,7 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pd_core import evaluation, pipeline, planning, releasing, updating
+from pd_core import evaluation, releasing
+from pd_core.build import plan, update
+from pd_core.build import workflow as build_workflow
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
@@ -62,7 +64,7 @@ def prepare(settings: CurateSettings) -> CurateSettings:
             "tracking": settings.tracking.model_copy(update={"uri": uri, "enabled": uri is not None}),
         }
     )
-    checked, _ = pipeline.prepare(_build_settings(settings, files.join(output, INDEX, "x"), None))
+    checked, _ = build_workflow.prepare(_build_settings(settings, files.join(output, INDEX, "x"), None))
     settings = settings.model_copy(update={"features": checked.features})
     for recipe in settings.recipes:
         try:
@@ -144,11 +146,11 @@ def _index(run: Run, settings: CurateSettings, lease: locks.Lease) -> Version:
         return version
     begun = _claim(version.uri)
     base = None if begun is None else begun["base"]
-    if base is not None and (damage := _damage(base, updating.STAGES)):
+    if base is not None and (damage := _damage(base, update.STAGES)):
         console.say(f"index: the base of {version.uri} cannot be had: {damage}; what follows from it is made anew")
         base = None
     if base is None and (begun is None or begun["base"]) and current is not None and current.uri != version.uri:
-        if damage := _damage(current.uri, updating.STAGES):
+        if damage := _damage(current.uri, update.STAGES):
             console.say(f"index: {damage}; building anew")
         else:
             base = current.uri
@@ -157,11 +159,11 @@ def _index(run: Run, settings: CurateSettings, lease: locks.Lease) -> Version:
     extracting = settings.features.model_copy(update={"actor_gpus": now.gpus})
     build = _build_settings(settings.model_copy(update={"features": extracting}), version.uri, base)
     try:
-        pipeline.build_index(build)
-    except updating.OtherSettings as error:
+        build_workflow.build_index(build)
+    except update.OtherSettings as error:
         console.say(f"index: {error}; building anew")
         _mark(version.uri, {"base": None})
-        pipeline.build_index(build.model_copy(update={"base": None}))
+        build_workflow.build_index(build.model_copy(update={"base": None}))
     _make_current(root, version, lease)
     return version
 
@@ -174,10 +176,10 @@ def _is_of(version: Version, state: sources.State) -> bool:
     """
     if not files.exists(files.join(version.uri, RUN)):
         return False
-    if damage := _damage(version.uri, pipeline.STAGES):
+    if damage := _damage(version.uri, build_workflow.STAGES):
         base = (files.read_record(files.join(version.uri, BEGUN)) or {}).get("base")
-        needed = _damage(version.uri, updating.STAGES) is not None
-        mends = needed or base is None or _damage(base, updating.STAGES) is None
+        needed = _damage(version.uri, update.STAGES) is not None
+        mends = needed or base is None or _damage(base, update.STAGES) is None
         console.say(f"index: {damage}{'' if mends else f'; left so, since {base} is not there any more'}")
         if mends:
             return False
@@ -194,7 +196,7 @@ def _damage(uri: str, stages: Sequence[str]) -> str | None:
     record = files.read_record(files.join(uri, RUN))
     if record is None:
         return f"{uri} is not there any more"
-    for folder in (files.join(uri, stage) for stage in pipeline.folders_of(record, stages)):
+    for folder in (files.join(uri, stage) for stage in build_workflow.folders_of(record, stages)):
         artifact = artifacts.load_artifact(folder)
         if artifact is None or artifact.schema_version != schemas.VERSIONS[artifact.kind]:
             return f"{folder} is not finished any more, or of another pd_core"
@@ -518,11 +520,11 @@ def plan_curate(settings: CurateSettings) -> None:
 
 def _plan_of_changed(run: Run, settings: CurateSettings, current: Version) -> str:
     """The line of a source or settings that are not those of the current version."""
-    if damage := _damage(current.uri, updating.STAGES):
+    if damage := _damage(current.uri, update.STAGES):
         return f"plan: index: built anew, since {damage}"
     build = _build_settings(settings, files.join(run.output, INDEX, "x"), current.uri)
     try:
-        found = planning.foresee(build, sources.open_source(settings.data), run.now, updating.open_base(current.uri))
-    except updating.OtherSettings as error:
+        found = plan.foresee(build, sources.open_source(settings.data), run.now, update.open_base(current.uri))
+    except update.OtherSettings as error:
         return f"plan: index: built anew: {error}"
     return f"plan: index: an update of {current.uri}: {found}"

@@ -34,7 +34,8 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from pd_core import releasing, spaces, updating
+from pd_core import releasing, spaces
+from pd_core.build import update
 from pd_core.core import artifacts, files
 from pd_core.core import locks as core_locks
 from pd_core.core.errors import RunError, UserError
@@ -252,7 +253,7 @@ TARGETS = {
     "decode": Target(image_files, lambda file: prepare(file.read_bytes(), LIMITS, Preprocess.paper())),
     "tar": Target(tars, read_source, mended=_tar),
     "parquet": Target(parquets, read_source),
-    "records": Target(records, each(realset.open_realset, spaces.source_of, updating.open_base), of_file=False),
+    "records": Target(records, each(realset.open_realset, spaces.source_of, update.open_base), of_file=False),
     "stage": Target(stages, read_stage, of_file=False),
     "faiss": Target(shards, read_shard),
     "predictor": Target(predictors, lambda folder: predictor.load(folder), of_file=False),
@@ -428,7 +429,7 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.set_start_method("forkserver")  # a process that has used no threads yet, so that none is held
-    multiprocessing.set_forkserver_preload(["pd_core.spaces", "pd_core.updating", "pd_core.index.knn", "torch"])
+    multiprocessing.set_forkserver_preload(["pd_core.spaces", "pd_core.build.update", "pd_core.index.knn", "torch"])
     names, found = asked.target or list(TARGETS), 0
     with tempfile.TemporaryDirectory() as made:
         built = asked.index or Path(made) / "out"

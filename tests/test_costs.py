@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import joins, scaling, simulation
-from pd_core import costs, planning
+from pd_core.build import costs, plan
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
 from pd_core.engine import resources, tasks
@@ -339,16 +339,16 @@ def test_unit_costs_are_those_that_were_measured():
 
 def test_a_plan_says_what_limits_a_large_run_and_nothing_of_a_small_one():
     machines = scaling.fleet(10)
-    assert planning.limit_lines(costs.build_index(scaling.build(2000), machines), machines) == []
-    (line,) = planning.limit_lines(costs.build_index(scaling.build(10**6), machines), machines)
+    assert plan.limit_lines(costs.build_index(scaling.build(2000), machines), machines) == []
+    (line,) = plan.limit_lines(costs.build_index(scaling.build(10**6), machines), machines)
     assert line.startswith("limit:     estimator: fit the predictor: one process") and "--estimator.epochs" in line
-    (line,) = planning.limit_lines(costs.build_index(scaling.build(10**9), machines), machines)
+    (line,) = plan.limit_lines(costs.build_index(scaling.build(10**9), machines), machines)
     assert "memory" in line and "GiB on a node that has" in line
 
 
 def planned(monkeypatch, nodes, elastic, **settings) -> str:
     """The plan of a build of a million images, as a cluster of these nodes would print it."""
-    probed = planning.Probe(decode_s=0.003, extract_s=0.25, bad=0, tried=64, flops=1.9e11, model_bytes=1)
+    probed = plan.Probe(decode_s=0.003, extract_s=0.25, bad=0, tried=64, flops=1.9e11, model_bytes=1)
     preprocess = resize.Preprocess(224, 224, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
     spec = extractor.ExtractorSpec("vit", None, "", 768, preprocess, "fp32", "")
     up = [{"Alive": True, "Resources": node} for node in nodes]
@@ -357,13 +357,13 @@ def planned(monkeypatch, nodes, elastic, **settings) -> str:
     counted = {"rows": 10**6, "bytes": 44 * 10**9, "files": 10**6, "sample": None}
     monkeypatch.setattr("ray.nodes", lambda: up)
     monkeypatch.setattr(listing, "count", lambda source: counted)
-    monkeypatch.setattr(planning, "probe", lambda *args: None)
+    monkeypatch.setattr(plan, "probe", lambda *args: None)
     monkeypatch.setattr(tasks, "get", lambda reference: (spec, probed))
     monkeypatch.setattr(resources, "refreshed", lambda before: now)
     chosen = BuildIndexSettings.model_validate({"output": "s3://bucket/out", "features": settings})
     source: Any = SimpleNamespace(root="s3://bucket/images", kind="images")
     before = resources.Cluster(0.0, 0.0, False, "", elastic=elastic)
-    return planning.plan(chosen, source, before, decode.DecodeLimits(1, 1, (0, 0, 0), 1))
+    return plan.plan(chosen, source, before, decode.DecodeLimits(1, 1, (0, 0, 0), 1))
 
 
 NODE = {"CPU": 8.0, "memory": 24e9, "object_store_memory": 8e9}
@@ -404,9 +404,9 @@ def test_a_plan_does_not_pass_off_seconds_of_cpus_as_those_of_gpus(monkeypatch):
 def test_generating_a_million_is_limited_by_its_actors():
     sampled = costs.Sampling(10**6, 0.1, 64, 64, 0.5, 40_000.0, 64, 3e9, 3)
     machines = scaling.fleet(10)
-    (line,) = planning.of_samples(sampled, 768, machines)
+    (line,) = plan.of_samples(sampled, 768, machines)
     assert line.startswith("limit:      samples: generate and score: few tasks") and "--actors" in line
-    assert planning.of_samples(replace(sampled, actor_s=math.nan), 768, machines) == []
+    assert plan.of_samples(replace(sampled, actor_s=math.nan), 768, machines) == []
     (phase,) = costs.generate(sampled, 768, machines)
     assert phase.core_s == 10**7 * 0.5 and phase.tasks == 156_250
     assert costs.seconds(phase, machines) > 10**7 * 0.5 / 64

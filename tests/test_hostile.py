@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import spaces, updating
+from pd_core import spaces
+from pd_core.build import update
 from pd_core.core import artifacts, files, schemas, tables
 from pd_core.core.artifacts import Stage
 from pd_core.core.errors import RunError, UserError
@@ -411,7 +412,7 @@ def test_a_base_that_names_a_file_outside_is_refused_before_anything_is_written(
     with pytest.raises(
         UserError, match=r"index/artifact\.json: .*(no run of pd_core has written|no record of pd_core)"
     ):
-        updating.open_base(str(base))
+        update.open_base(str(base))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -642,7 +643,7 @@ def test_no_leaf_of_a_record_leads_anywhere(built, tmp_path):
 def opens(uri: str) -> bool:
     """Whether all that reads the records of an index takes them, without reading its tables; else each refused in one line."""
     whole = True
-    for read in (realset.open_realset, updating.open_base, spaces.source_of):
+    for read in (realset.open_realset, update.open_base, spaces.source_of):
         try:
             read(uri)
         except (UserError, RunError) as error:

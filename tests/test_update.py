@@ -11,7 +11,7 @@ import pytest
 import ray
 import ray.data
 
-from pd_core import costs, pipeline, updating
+from pd_core.build import costs, update, workflow
 from pd_core.core import artifacts, errors
 from pd_core.core import files as core_files
 from pd_core.core.settings import load
@@ -28,7 +28,7 @@ EARLIER = 110  # images of the base
 
 def built(source: Path, checkpoint: Path, output: Path, *more: str) -> int:
     argv = tiny.arguments(source, checkpoint, output, "--no-tracking.enabled", *more)
-    return errors.exit_code(lambda: pipeline.build_index(load.load(BuildIndexSettings, argv, prog="build_index.py")))
+    return errors.exit_code(lambda: workflow.build_index(load.load(BuildIndexSettings, argv, prog="build_index.py")))
 
 
 def rows(output: Path, stage: str) -> pa.Table:
@@ -102,7 +102,7 @@ def test_images_that_could_not_be_read_are_tried_again_and_are_no_drift(inputs, 
     base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
     assert built(source, inputs[1], base) == 0
     listed = sources.open_source(DataSettings(source=str(source), labels="parent"))
-    assert str(updating.foresee(listed, updating.open_base(str(base)))) == (
+    assert str(update.foresee(listed, update.open_base(str(base)))) == (
         "0 new images, 0 changed, 0 gone, 3 to be tried again, 30 as they were"
     )
     for target, same in ((output, base), (tmp_path / "again", output)):
@@ -137,9 +137,9 @@ def test_shards_of_a_flat_index_are_kept_while_they_are_neither_empty_nor_many(s
 def test_the_predictor_is_judged_on_rows_from_the_whole_listing():
     parts = [artifacts.Part(artifacts.part_name(i), 10_000, 1, "") for i in range(100)]
     artifact = artifacts.Artifact("densities", 1, "", {}, tuple(parts), {}, {}, {})
-    chosen = updating._spread(artifact, EstimatorSettings(holdout_fraction=0.2))
+    chosen = update._spread(artifact, EstimatorSettings(holdout_fraction=0.2))
     assert len(chosen) == 33 and {parts[0].name, parts[-1].name} <= set(chosen)
-    assert len(updating._spread(artifact, EstimatorSettings(holdout_fraction=0.01))) == 100
+    assert len(update._spread(artifact, EstimatorSettings(holdout_fraction=0.01))) == 100
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_a_plan_tells_what_an_update_would_find(built_base, inputs, tmp_path, ra
     def planned(*more: str) -> int:
         argv = tiny.arguments(images, inputs[1], tmp_path / "out", f"--base={base}", *more)
         return errors.exit_code(
-            lambda: pipeline.plan_build_index(load.load(BuildIndexSettings, argv, prog="build_index.py"))
+            lambda: workflow.plan_build_index(load.load(BuildIndexSettings, argv, prog="build_index.py"))
         )
 
     assert planned() == 0

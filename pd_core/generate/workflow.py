@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import costs, planning
+from pd_core.build import costs, plan
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
@@ -191,7 +191,7 @@ def _limits(
     """What limits a run that is large."""
     assert settings.n is not None
     real = job.recipe.realset
-    chosen, fleet = settings.search, planning.fleet_of(run.now, run.output)
+    chosen, fleet = settings.search, plan.fleet_of(run.now, run.output)
     searchers, *_ = engine_resources.search_actors(
         run.now, chosen.actors, chosen.actor_cpus, real.index.shards, search.BESIDE_SHARE
     )
@@ -206,7 +206,7 @@ def _limits(
         index_bytes=4.0 * real.rows * real.index.dim,
         searchers=searchers,
     )
-    return planning.of_samples(sampled, real.index.dim, fleet)
+    return plan.of_samples(sampled, real.index.dim, fleet)
 
 
 def _job(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pd_core import planning, reporting, updating
+from pd_core.build import plan, report, update
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
@@ -62,7 +62,7 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
 def build_index(settings: BuildIndexSettings) -> None:
     """Images to committed features, index, densities, predictor and report under `settings.output`."""
     settings, source = prepare(settings)
-    base = None if settings.base is None else updating.open_base(settings.base)
+    base = None if settings.base is None else update.open_base(settings.base)
     output = str(settings.output)
     with started(settings, output, "build_index", STAGES) as run:
         _build(run, settings, source, base)
@@ -72,9 +72,9 @@ def build_index(settings: BuildIndexSettings) -> None:
 def plan_build_index(settings: BuildIndexSettings) -> None:
     """Print the resolved settings and the plan; write nothing."""
     settings, source = prepare(settings)
-    base = None if settings.base is None else updating.open_base(settings.base)
+    base = None if settings.base is None else update.open_base(settings.base)
     with started(settings, str(settings.output), "build_index", STAGES, tracked=False) as run:
-        console.say(planning.plan(settings, source, run.now, decode.limits_of(settings.data), base))
+        console.say(plan.plan(settings, source, run.now, decode.limits_of(settings.data), base))
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class _Featured:
     listed: listing.Listing
     listing: artifacts.Artifact
     features: artifacts.Artifact
-    base: updating.Base | None = None
-    changes: updating.Changes | None = None
+    base: update.Base | None = None
+    changes: update.Changes | None = None
     added: artifacts.Artifact | None = None
 
 
-def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base: updating.Base | None) -> None:
+def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base: update.Base | None) -> None:
     featured = _extract(run, settings, source) if base is None else _update(run, settings, source, base)
     if bad := features.reasons_of(featured.features.parts):
         where = files.join(run.output, "quarantine")
@@ -125,16 +125,16 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
     return _Featured(spec, listed, artifact, featured)
 
 
-def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base: updating.Base) -> _Featured:
+def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base: update.Base) -> _Featured:
     """Features of the images that are not in the base as they are now, and those of the others from there."""
     output, now = run.output, run.now
     describing = extractor.describe_remotely(settings.features)
     with failures("features", output):
         spec: extractor.ExtractorSpec = tasks.get(describing)
     gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
-    updating.check_same(base, settings, source, spec, resources.device_of(now, gpus))
+    update.check_same(base, settings, source, spec, resources.device_of(now, gpus))
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
-        comparing = updating.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
+        comparing = update.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
         changes, artifact = tasks.get(comparing)
         run.done(changes.listed.uri, artifact, nested)
         nested.dataset("images", source.root, artifact.fingerprint, "source", {"rows": artifact.rows})
@@ -142,7 +142,7 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
     console.say(f"update: {new:,} new images, {len(changes.removed):,} gone or changed, of {artifact.rows:,}")
     added: artifacts.Artifact | None = None
     if changes.added is not None:
-        uri = files.join(output, updating.ADDED)
+        uri = files.join(output, update.ADDED)
         fresh = features.stage_of(
             uri, changes.added, spec, settings.data, settings.features, resources.device_of(now, gpus)
         )
@@ -151,9 +151,9 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
             source, changes.added, spec, decode.limits_of(settings.data), settings.features.batch_size, fresh
         )
         added = run.stage(fresh, lambda: features.run(work, now, extracting, max_bad_fraction=1.0, some=False))
-    stage = updating.features_stage(output, changes, base, added)
+    stage = update.features_stage(output, changes, base, added)
     merged = run.stage(
-        stage, lambda: updating.merge_features(stage, changes, base, output, settings.data.max_bad_fraction)
+        stage, lambda: update.merge_features(stage, changes, base, output, settings.data.max_bad_fraction)
     )
     return _Featured(spec, changes.listed, artifact, merged, base, changes, added)
 
@@ -165,7 +165,7 @@ def _index(
     base, changes, output = featured.base, featured.changes, run.output
     reason = None
     if base is not None and changes is not None:
-        reason = updating.drift(
+        reason = update.drift(
             base,
             changes,
             featured.added,
@@ -180,9 +180,9 @@ def _index(
             reason = reason or "so it was decided before"
     kept = None
     if base is not None and changes is not None and not reason:
-        kept = updating.kept_index(base, changes, output, featured.added)
+        kept = update.kept_index(base, changes, output, featured.added)
     indexed = _index_stage(run, settings, featured, kept)
-    if kept is not None and (reason := updating.short_of_recall(indexed)):
+    if kept is not None and (reason := update.short_of_recall(indexed)):
         indexed = _index_stage(run, settings, featured, None)
     if reason:
         console.say(f"update: the index is built anew and all neighbors are searched for: {reason}")
@@ -199,7 +199,7 @@ def _index_stage(
     def make() -> tuple[Iterable[artifacts.Part], dict[str, Any]]:
         parts, facts = build.run(stage, features_uri, featured.features, resolved, settings.density, kept)
         if isinstance(kept, build.Kept) and base is not None and changes is not None:
-            facts |= updating.trained_facts(base, changes, featured.added)
+            facts |= update.trained_facts(base, changes, featured.added)
         return parts, facts
 
     return run.stage(stage, make, replace=base is not None)
@@ -219,9 +219,9 @@ def _finish(
     features_uri, featured_artifact = files.join(output, "features"), featured.features
     if base is not None and kept:
         assert featured.changes is not None
-        neighbors_stage = updating.neighbors_stage(output, info, base, settings.density)
+        neighbors_stage = update.neighbors_stage(output, info, base, settings.density)
         find = functools.partial(
-            updating.merge_neighbors,
+            update.merge_neighbors,
             neighbors_stage,
             info,
             base,
@@ -255,9 +255,9 @@ def _finish(
 
     dim = featured.spec.feature_dim
     if base is not None:
-        fitting_stage = updating.estimator_stage(output, densities_stage, settings.estimator, base)
+        fitting_stage = update.estimator_stage(output, densities_stage, settings.estimator, base)
         fit = functools.partial(
-            updating.keep_or_fit, fitting_stage, base, output, densities, dim, settings.estimator, settings.update
+            update.keep_or_fit, fitting_stage, base, output, densities, dim, settings.estimator, settings.update
         )
     else:
         fitting_stage = fitting.stage_of(output, densities_stage, settings.estimator)
@@ -266,8 +266,8 @@ def _finish(
         )
     fitted = run.stage(fitting_stage, fit)
 
-    reporting_stage = reporting.stage_of(output, densities_stage, fitting_stage, settings)
-    inputs = reporting.Inputs(
+    reporting_stage = report.stage_of(output, densities_stage, fitting_stage, settings)
+    inputs = report.Inputs(
         source,
         featured.listed,
         decode.limits_of(settings.data),
@@ -279,4 +279,4 @@ def _finish(
         fitted,
         run.timings_s,
     )
-    run.stage(reporting_stage, lambda: reporting.run(reporting_stage, output, inputs))
+    run.stage(reporting_stage, lambda: report.run(reporting_stage, output, inputs))

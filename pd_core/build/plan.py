@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import costs, updating
+from pd_core.build import costs, update as build_update
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
@@ -90,7 +90,7 @@ def plan(
     source: sources.Source,
     now: resources.Cluster,
     limits: decode.DecodeLimits,
-    base: updating.Base | None = None,
+    base: build_update.Base | None = None,
 ) -> str:
     """The plan as text.
 
@@ -121,13 +121,13 @@ def plan(
 
 
 def foresee(
-    settings: BuildIndexSettings, source: sources.Source, now: resources.Cluster, base: updating.Base
-) -> updating.Foreseen:
+    settings: BuildIndexSettings, source: sources.Source, now: resources.Cluster, base: build_update.Base
+) -> build_update.Foreseen:
     """What an update would find; before that, whether it can be one: the walk through a source may take an hour."""
     spec: index_extractor.ExtractorSpec = tasks.get(index_extractor.describe_remotely(settings.features))
     gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
-    updating.check_same(base, settings, source, spec, resources.device_of(now, gpus))
-    return updating.foresee(source, base)
+    build_update.check_same(base, settings, source, spec, resources.device_of(now, gpus))
+    return build_update.foresee(source, base)
 
 
 def on_gpus(settings: BuildIndexSettings, fleet: costs.Fleet) -> bool:
@@ -246,7 +246,7 @@ def _times(
     return lines
 
 
-def _update(unit: Probe, build: costs.Build, found: updating.Foreseen, fleet: costs.Fleet, base: str) -> list[str]:
+def _update(unit: Probe, build: costs.Build, found: build_update.Foreseen, fleet: costs.Fleet, base: str) -> list[str]:
     phases = costs.update_index(build, max(1, found.to_extract), fleet, costs.MEASURED.on(unit.flops))
     stages = ", ".join(f"{stage} {_time(spent)}" for stage, spent in costs.by_stage(phases, fleet).items())
     lost = found.gone + found.changed
