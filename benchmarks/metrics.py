@@ -112,7 +112,7 @@ def _load(vectors: str, real: int) -> tuple[np.ndarray, np.ndarray]:
 
 def ours(vectors: str, real: int) -> dict[str, float]:
     """metrics.precision_recall."""
-    from pd_core import metrics
+    from pd_core.evaluate import metrics
 
     a, b = _load(vectors, real)
     metrics.precision_recall(a[:WARM_UP], b[:WARM_UP], K, THREADS, "cpu")
@@ -123,7 +123,7 @@ def ours(vectors: str, real: int) -> dict[str, float]:
 
 def everything(vectors: str, real: int) -> dict[str, Any]:
     """metrics.prepare and metrics.evaluate."""
-    from pd_core import metrics
+    from pd_core.evaluate import metrics
 
     a, b = _load(vectors, real)
     metrics.precision_recall(a[:WARM_UP], b[:WARM_UP], K, THREADS, "cpu")

@@ -16,8 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder: its modules are benchmarks.X
 
-from pd_core import sweeping
 from pd_core.core import artifacts, files  # noqa: E402
+from pd_core.evaluate.tradeoff import curve as tradeoff_curve
 
 COLUMNS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
 
@@ -31,7 +31,9 @@ def main() -> None:
     for run in arguments.runs:
         name, _, folder = run.partition("=")
         if (curve := artifacts.load_artifact(files.join(folder, "curve"))) is not None:
-            _tradeoff(name, folder, sweeping.read_curve(files.join(folder, "curve"), curve.parts), arguments.output)
+            _tradeoff(
+                name, folder, tradeoff_curve.read_curve(files.join(folder, "curve"), curve.parts), arguments.output
+            )
         elif (perturbed := artifacts.load_artifact(files.join(folder, "perturbed"))) is not None:
             _perturbed(name, perturbed.totals)
         else:

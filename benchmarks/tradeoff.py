@@ -63,8 +63,8 @@ def measure(quick: bool) -> table.Section:
 
 def curve(index: str, generator: str, work: str, n: int) -> dict[str, Any]:
     """The sweep: seconds, and precision and recall of every setting."""
-    from pd_core import sweeping
     from pd_core.core import artifacts
+    from pd_core.evaluate.tradeoff import curve as tradeoff_curve
     from workflows import tradeoff
 
     output, start = f"{work}/curve", time.perf_counter()
@@ -78,7 +78,7 @@ def curve(index: str, generator: str, work: str, n: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     artifact = artifacts.load_artifact(f"{output}/curve")
     assert artifact is not None
-    rows = sweeping.read_curve(f"{output}/curve", artifact.parts)
+    rows = tradeoff_curve.read_curve(f"{output}/curve", artifact.parts)
     points = {row["setting"]: {m: row[m] for m in ("precision", "recall")} for row in rows}
     return {"seconds": seconds, "settings": len(rows), "points": points}
 

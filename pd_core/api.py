@@ -24,13 +24,13 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
-from pd_core import metrics
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError as RunError
 from pd_core.core.errors import UserError as UserError
 from pd_core.density import formula, realset
 from pd_core.density.scorer import Scorer
 from pd_core.engine import resources
+from pd_core.evaluate import metrics
 from pd_core.images import child
 from pd_core.images.decode import BadImage, DecodeLimits, Reason
 from pd_core.images.resize import Prepared

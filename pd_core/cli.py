@@ -97,15 +97,15 @@ def _perturb(settings: PerturbSettings) -> None:
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
-    from pd_core import evaluation
+    from pd_core.evaluate import workflow as evaluate_workflow
 
-    (evaluation.plan_evaluate if settings.dry_run else evaluation.evaluate)(settings)
+    (evaluate_workflow.plan_evaluate if settings.dry_run else evaluate_workflow.evaluate)(settings)
 
 
 def _tradeoff(settings: TradeoffSettings) -> None:
-    from pd_core import comparison
+    from pd_core.evaluate.tradeoff import workflow as tradeoff_workflow
 
-    (comparison.plan_tradeoff if settings.dry_run else comparison.compare)(settings)
+    (tradeoff_workflow.plan_tradeoff if settings.dry_run else tradeoff_workflow.compare)(settings)
 
 
 def _finetune(settings: FinetuneSettings) -> None:

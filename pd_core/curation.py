@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pd_core import evaluation, releasing
+from pd_core import releasing
 from pd_core.build import plan, update
 from pd_core.build import workflow as build_workflow
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
@@ -31,6 +31,7 @@ from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.density import formula, realset
 from pd_core.engine import console, resources, session, tasks, telemetry, tracking
 from pd_core.engine.runs import RUN, Run, checked_output, failures, started
+from pd_core.evaluate import workflow as evaluate_workflow
 from pd_core.generate import candidates, chunks, setup, workflow
 from pd_core.images import listing, sources
 from pd_core.index import extractor, features
@@ -450,7 +451,7 @@ def _sets(
     folder = _named(root, releasing.digest(measured))
     if _claim(folder) is None:
         _mark(folder, {})
-    evaluation.evaluate(_evaluate_settings(settings, index.uri, outputs, folder))
+    evaluate_workflow.evaluate(_evaluate_settings(settings, index.uri, outputs, folder))
     lease.check()
     metrics = files.join(folder, EVALUATION, "metrics")
     artifact = artifacts.load_artifact(metrics)

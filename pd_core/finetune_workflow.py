@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import finetuned_report, spaces
+from pd_core import finetuned_report
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.finetune import FinetuneSettings
@@ -19,7 +19,8 @@ from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
-from pd_core.evaluating import measuring_cpus
+from pd_core.evaluate import spaces
+from pd_core.evaluate.measure import measuring_cpus
 from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
 from pd_core.generate import pilot, setup
 from pd_core.index import features

@@ -18,7 +18,7 @@ from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
-from pd_core.evaluation_page import Number
+from pd_core.evaluate.page import Number
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import checkpoints, merging
 from pd_core.images import child

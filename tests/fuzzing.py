@@ -34,7 +34,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from pd_core import releasing, spaces
+from pd_core import releasing
 from pd_core.build import update
 from pd_core.core import artifacts, files
 from pd_core.core import locks as core_locks
@@ -43,6 +43,7 @@ from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.density import fit, predictor, realset
+from pd_core.evaluate import spaces
 from pd_core.images import sources
 from pd_core.images.decode import BadImage, DecodeLimits
 from pd_core.images.resize import Preprocess, prepare
@@ -429,7 +430,9 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.set_start_method("forkserver")  # a process that has used no threads yet, so that none is held
-    multiprocessing.set_forkserver_preload(["pd_core.spaces", "pd_core.build.update", "pd_core.index.knn", "torch"])
+    multiprocessing.set_forkserver_preload(
+        ["pd_core.evaluate.spaces", "pd_core.build.update", "pd_core.index.knn", "torch"]
+    )
     names, found = asked.target or list(TARGETS), 0
     with tempfile.TemporaryDirectory() as made:
         built = asked.index or Path(made) / "out"

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import pd_core
-from pd_core import metrics
 from pd_core.core import errors
 from pd_core.density import formula, realset
+from pd_core.evaluate import metrics
 from pd_core.index import knn, search
 from tests import tiny
 from workflows import build_index

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import evaluating, metrics
 from pd_core.core import errors, schemas
 from pd_core.core.settings.evaluate import MetricSettings
-from pd_core.spaces import Rows
+from pd_core.evaluate import measure as evaluate_measure
+from pd_core.evaluate import metrics
+from pd_core.evaluate.spaces import Rows
 from tests import test_spaces, tiny
 from tests.test_generate import run as run_generate
 from workflows import evaluate
@@ -264,10 +265,10 @@ def test_a_feature_without_a_direction_is_named_by_its_set_and_its_image(side):
     good, bad = Rows(ids, keys, keys, features), Rows(ids, keys, keys, features.copy())
     bad.features[[7, 30]] = 0
     settings, where = MetricSettings(), "--real (space index)"
-    real = evaluating.reference_of(good, settings, 1, "cpu", where)
+    real = evaluate_measure.reference_of(good, settings, 1, "cpu", where)
     measure = {
-        "real": lambda: evaluating.reference_of(bad, settings, 1, "cpu", where),
-        "generated": lambda: evaluating.measured(real, bad, "typical", 1, "cpu"),
+        "real": lambda: evaluate_measure.reference_of(bad, settings, 1, "cpu", where),
+        "generated": lambda: evaluate_measure.measured(real, bad, "typical", 1, "cpu"),
     }
     with pytest.raises(errors.UserError) as raised:
         measure[side]()

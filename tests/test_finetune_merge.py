@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load, save
 
-from pd_core import metrics
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
+from pd_core.evaluate import metrics
+from pd_core.evaluate.halfsamples import Estimate
 from pd_core.finetuning import merging
 from pd_core.finetuning.judging import Plan
 from pd_core.finetuning.merging import Search
 from pd_core.generators.noise import normal_latents
 from pd_core.generators.protocol import to_uint8
-from pd_core.halfsamples import Estimate
 from pd_core.images.resize import Preprocess
 from pd_core.index.extractor import ExtractorSpec
 

@@ -17,7 +17,7 @@ from pd_core.core.settings import finetune, load
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.engine import runs
-from pd_core.evaluation_page import Number, interval
+from pd_core.evaluate.page import Number, interval
 from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.finetuning import merging
 from pd_core.generate.candidates import picture

@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pd_core import spaces
 from pd_core.build import update
 from pd_core.core import artifacts, files, schemas, tables
 from pd_core.core.artifacts import Stage
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.density import realset
+from pd_core.evaluate import spaces
 from pd_core.generate import export as generate_export
 from pd_core.images import listing, sources
 from pd_core.images.decode import BadImage

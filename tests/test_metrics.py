@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from prdc import compute_prdc
 from torch_fidelity import metric_fid, metric_prc
 
-from pd_core import halfsamples, manifold, metrics
 from pd_core.core.errors import UserError
+from pd_core.evaluate import halfsamples, manifold, metrics
 from pd_core.index import knn
 from pd_core.index import shards as ix
 

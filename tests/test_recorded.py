@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pd_core import spaces
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
 from pd_core.density import fit, realset
 from pd_core.density import predictor as density_predictor
 from pd_core.engine import session
+from pd_core.evaluate import spaces
 from pd_core.images.resize import Preprocess
 from pd_core.index import search, shards
 from pd_core.index.extractor import ExtractorSpec

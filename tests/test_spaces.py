@@ -10,15 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pd_core import evaluation_report, spaces
 from pd_core.core import artifacts, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings, ExtractionSettings
 from pd_core.engine import tasks
+from pd_core.evaluate import report, spaces
+from pd_core.evaluate.spaces import Space
 from pd_core.images import listing, sources
 from pd_core.images.resize import Preprocess
 from pd_core.index.extractor import ExtractorSpec
-from pd_core.spaces import Space
 from tests import tiny
 
 PREPROCESS = Preprocess(8, 8, "bicubic", 1.0, "squash", (0.5,) * 3, (0.5,) * 3)
@@ -161,7 +161,7 @@ def test_selection_is_known_by_its_extractor(tmp_path, kind, recorded, features,
 def test_images_perturbed_both_ways_are_two_sets_without_their_originals(tmp_path):
     commit_both_ways(tmp_path / "moved", 5)
     found = opened(tmp_path / "moved")
-    assert [(chosen.name, evaluation_report.asked(chosen.made)) for chosen in found] == [
+    assert [(chosen.name, report.asked(chosen.made)) for chosen in found] == [
         ("moved-down", "perturbed down, epsilon 0.1"),
         ("moved-up", "perturbed up, epsilon 0.1"),
     ]

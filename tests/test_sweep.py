@@ -13,14 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pd_core import comparison, metrics, sweeping, tradeoff_report
 from pd_core.core import errors
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import MetricSettings, TradeoffSettings
 from pd_core.density import weighting
 from pd_core.engine import resources
+from pd_core.evaluate import metrics
+from pd_core.evaluate.tradeoff import curve as tradeoff_curve
+from pd_core.evaluate.tradeoff import report, workflow
+from pd_core.evaluate.tradeoff.points import Setting
 from pd_core.generate import volume
-from pd_core.tradeoff import Setting
 from tests import tiny, tiny_generators
 from tests.test_generate import TOY, rows
 from tests.test_generate import run as run_generate
@@ -87,15 +89,15 @@ def job(tmp_path, monkeypatch):
     curves = weighting.uniform(), weighting.two_level(0.9, 50.0), weighting.tilted(np.arange(60.0), -1.0, 20)
     weightings = dict(zip([s.name for s in settings], curves, strict=True))
     metric_settings = MetricSettings(k_precision=2, k_coverage=4)
-    stage = sweeping.stage_of(str(tmp_path), settings, weightings, {}, metric_settings, "index", 0, 40, None)
+    stage = tradeoff_curve.stage_of(str(tmp_path), settings, weightings, {}, metric_settings, "index", 0, 40, None)
     where: Any = SimpleNamespace(name="index", extractor="of a test")
-    return sweeping.Job(stage, settings, (where,), {}, {}, {}, weightings, metric_settings, "index", 0, 40, None)
+    return tradeoff_curve.Job(stage, settings, (where,), {}, {}, {}, weightings, metric_settings, "index", 0, 40, None)
 
 
 def pool_of(log_volume, rng):
     many = len(log_volume)
     features = rng.normal(size=(many, 4)).astype(np.float32)
-    return sweeping.Pool(np.arange(many), np.arange(many), rng.random(many), log_volume, features)
+    return tradeoff_curve.Pool(np.arange(many), np.arange(many), rng.random(many), log_volume, features)
 
 
 def test_each_row_names_what_its_numbers_hang_on(job):
@@ -104,10 +106,10 @@ def test_each_row_names_what_its_numbers_hang_on(job):
     reference = metrics.prepare(rng.normal(size=(55, 4)).astype(np.float32), np.arange(55), 2, 4)
     pool = pool_of(np.arange(60.0), rng)
     for i in range(3):
-        sweeping._measure_part(job, 0, i, reference, pool, 1)
-    found = sweeping.read_curve(job.curve.uri, list(job.curve.finished_parts().values()))
+        tradeoff_curve._measure_part(job, 0, i, reference, pool, 1)
+    found = tradeoff_curve.read_curve(job.curve.uri, list(job.curve.finished_parts().values()))
     assert [row["precision"] is not None for row in found] == [True, False, False]
-    written = list(csv.DictReader(tradeoff_report.table(found).decode().splitlines()))
+    written = list(csv.DictReader(report.table(found).decode().splitlines()))
     for row in (*found, *written):
         named = [str(row[name]) for name in ("extractor", "n_real", "k_precision", "k_coverage")]
         assert named == ["of a test", "55", "2", "4"]
@@ -121,10 +123,10 @@ def test_the_exact_weights_of_polarity_are_worth_less_than_its_steps(job):
     v = rng.normal(size=200_000)
     polarity = job.settings[2]
     steps = replace(job, weightings={polarity.name: weighting.tilted(v[:256], -1.0, 20)})
-    found = sweeping.draw(polarity, pool_of(v, rng), steps)
+    found = tradeoff_curve.draw(polarity, pool_of(v, rng), steps)
     assert found.exact == pytest.approx(np.exp(-1) * len(v), rel=0.08)
     assert found.exact is not None and found.exact < found.effective
-    assert sweeping.draw(job.settings[1], pool_of(v, rng), job).exact is None
+    assert tradeoff_curve.draw(job.settings[1], pool_of(v, rng), job).exact is None
 
 
 def curve(output):
@@ -300,7 +302,7 @@ def test_volumes_that_cannot_be_measured_are_refused_by_the_options_of_this_work
 )
 def test_a_refusal_of_volumes_names_no_option_that_this_workflow_lacks(decode):
     own = {f"--{name}" for name in TradeoffSettings.model_fields}
-    with pytest.raises(UserError) as raised, comparison._own_words():
+    with pytest.raises(UserError) as raised, workflow._own_words():
         volume.log_volumes(decode, torch.randn(2, 8), [1, 2], volume.Volume(3, 4))
     named = set(re.findall(r"--[a-z_.]+", str(raised.value)))
     assert "--polarities" in named and named <= own

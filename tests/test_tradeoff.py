@@ -7,18 +7,20 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import KDTree
 
-from pd_core import metrics, tradeoff, tradeoff_page
 from pd_core.core import schemas
 from pd_core.core.errors import UserError
 from pd_core.density import formula
 from pd_core.density import weighting as density_weighting
-from pd_core.evaluation_page import Number
-from pd_core.tradeoff import Setting, Target
-from pd_core.tradeoff_page import Plane, Point, TradeoffData
+from pd_core.evaluate import metrics
+from pd_core.evaluate.page import Number
+from pd_core.evaluate.tradeoff import page as tradeoff_page
+from pd_core.evaluate.tradeoff import points as tradeoff_points
+from pd_core.evaluate.tradeoff.page import Plane, Point, TradeoffData
+from pd_core.evaluate.tradeoff.points import Setting, Target
 
 
 def test_what_changes_nothing_comes_once_as_the_generator():
-    found = tradeoff.sweep(["p20", "p80"], [100, 1, 0.01], [0, 1, -1], [0.5])
+    found = tradeoff_points.sweep(["p20", "p80"], [100, 1, 0.01], [0, 1, -1], [0.5])
     assert [s.name for s in found] == [
         "generator",
         "p20, w = 0.01",
@@ -34,7 +36,7 @@ def test_what_changes_nothing_comes_once_as_the_generator():
 
 
 def test_a_setting_that_is_given_twice_comes_once():
-    assert len(tradeoff.sweep(["p20", "p20"], [5, 5], [], [])) == 2
+    assert len(tradeoff_points.sweep(["p20", "p20"], [5, 5], [], [])) == 2
 
 
 @pytest.mark.parametrize("weight", [0.01, 0.1, 10.0, 100.0])
@@ -42,7 +44,7 @@ def test_rows_accepted_from_a_pool_follow_the_target_distribution(weight):
     """docs/method.md, section 12: accepted samples follow q(x) ∝ ω(ρ(x)) p_G(x); ρ uniform on ten values; χ²."""
     rng = np.random.default_rng(0)
     density, u = rng.integers(1, 11, 200_000).astype(float), rng.random(200_000)
-    rows = tradeoff.accepted(density, u, density_weighting.two_level(7.5, weight))
+    rows = tradeoff_points.accepted(density, u, density_weighting.two_level(7.5, weight))
     counts = np.bincount(density[rows].astype(int), minlength=11)[1:]
     q = np.where(np.arange(1, 11) > 7.5, weight, 1.0)
     assert stats.chisquare(counts, counts.sum() * q / q.sum()).pvalue > 1e-3
@@ -65,7 +67,7 @@ def test_fidelity_is_traded_for_diversity_with_intervals_apart():
     reference, u, found = metrics.prepare(real, np.arange(1500)), rng.random(14_000), {}
     for quantile, weight in ((0.8, 100), (0.5, 1), (0.2, 0.01)):
         weighting = density_weighting.two_level(float(np.quantile(of_real, quantile)), weight)
-        rows = tradeoff.accepted(of_pool, u, weighting)[:600]
+        rows = tradeoff_points.accepted(of_pool, u, weighting)[:600]
         assert len(rows) == 600
         found[weight] = metrics.evaluate(reference, pool[rows], rows + 10_000).estimates
 
@@ -95,23 +97,23 @@ def test_pool_is_enough_in_97_of_100_runs_though_a_pilot_told_the_rates(above, w
     for _ in range(2000):
         densities = np.where(rng.random(pilot) < above, 2.0, 0.5)
         sizes.append(
-            tradeoff.pool_needed([(densities, weighting), ([1.0], density_weighting.two_level(1.0, 1))], n, most)
+            tradeoff_points.pool_needed([(densities, weighting), ([1.0], density_weighting.two_level(1.0, 1))], n, most)
         )
     enough = rng.binomial(sizes, rate) >= n
     assert enough.mean() >= 0.955  # 0.975 by the normal approximation
     assert np.median(sizes) <= n / rate * 1.7
-    assert tradeoff.pool_needed([([0.5, 2.0], weighting)], n, 2001) == 2001
+    assert tradeoff_points.pool_needed([([0.5, 2.0], weighting)], n, 2001) == 2001
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=20))
 def test_frontier_is_what_no_point_dominates(points):
     a, b = (np.array(c, dtype=float) for c in zip(*points, strict=True))
     expected = [not any((x >= p and y >= q and (x > p or y > q)) for x, y in points) for p, q in points]
-    assert tradeoff.frontier(a, b).tolist() == expected
+    assert tradeoff_points.frontier(a, b).tolist() == expected
 
 
 def test_a_point_that_was_not_measured_is_on_no_frontier_and_dominates_none():
-    assert tradeoff.frontier([1.0, np.nan, 0.5], [0.2, np.nan, 0.1]).tolist() == [True, False, False]
+    assert tradeoff_points.frontier([1.0, np.nan, 0.5], [0.2, np.nan, 0.1]).tolist() == [True, False, False]
 
 
 def test_target_takes_the_best_counterpart_among_those_that_reach_it():
@@ -122,19 +124,19 @@ def test_target_takes_the_best_counterpart_among_those_that_reach_it():
         {"precision": 0.75, "recall": 0.65},
         {"precision": 0.5, "recall": 0.8},
     ]
-    assert tradeoff.pick(Target("recall", 0.6), measured) == 3
-    assert tradeoff.pick(Target("precision", 0.6), measured) == 3
-    assert tradeoff.pick(Target("recall", 0.81), measured) is None
+    assert tradeoff_points.pick(Target("recall", 0.6), measured) == 3
+    assert tradeoff_points.pick(Target("precision", 0.6), measured) == 3
+    assert tradeoff_points.pick(Target("recall", 0.81), measured) is None
 
 
 @pytest.mark.parametrize("text", ["recall", "recall=", "recall=x", "fid=3", "recall=nan", "recall=0", "recall=-1"])
 def test_target_that_cannot_be_read_is_refused(text):
     with pytest.raises(UserError, match=r"--target .*expected|no number"):
-        tradeoff.parse_target(text)
+        tradeoff_points.parse_target(text)
 
 
 def test_target_is_read():
-    assert tradeoff.parse_target("recall=0.6") == Target("recall", 0.6)
+    assert tradeoff_points.parse_target("recall=0.6") == Target("recall", 0.6)
     assert Setting("density", threshold="p80", weight=0.05).name == "p80, w = 0.05"
 
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core import evaluating, metrics, spaces
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.density.scorer import Scorer
+from pd_core.evaluate import measure as evaluate_measure
+from pd_core.evaluate import metrics, spaces
+from pd_core.evaluate.halfsamples import Estimate
+from pd_core.evaluate.spaces import Features
 from pd_core.generators.protocol import Conditions, Generator, generate_checked
-from pd_core.halfsamples import Estimate
 from pd_core.index.extractor import ExtractorSpec
-from pd_core.spaces import Features
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def features(plan: Plan, sampler: Generator, scorer: Scorer, chunks: Iterable[in
 def prepare(real: Features, n_real: int, settings: MetricSettings, threads: int) -> metrics.Reference:
     """The real side of every evaluation of a run, once; in a Ray task."""
     rows = spaces.read_rows(real, n_real)
-    return evaluating.reference_of(rows, settings, threads, "cpu", "--index")
+    return evaluate_measure.reference_of(rows, settings, threads, "cpu", "--index")
 
 
 def measure(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import evaluating
 from pd_core.core import artifacts, schemas
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.density.scorer import Scorer
 from pd_core.engine import resources, telemetry
+from pd_core.evaluate import measure
 from pd_core.finetuning import Batch, Share, Trainable, checkpoints, judging, models, parallel, stream, weights
 from pd_core.finetuning.checkpoints import Progress
 from pd_core.generate.candidates import picture
@@ -25,7 +25,7 @@ from pd_core.generate.candidates import picture
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.metrics import Reference
+    from pd_core.evaluate.metrics import Reference
 
 REPORT_S = 0.5  # between two messages to the driver
 
@@ -281,7 +281,7 @@ class Loop:
                 "value": estimate.value,
                 "low": estimate.low,
                 "high": estimate.high,
-                "k": evaluating.neighbors_of(name, self.settings.evaluation.metrics),
+                "k": measure.neighbors_of(name, self.settings.evaluation.metrics),
                 "n_real": real.rows,
                 "n_generated": self.job.plan.n,
             }

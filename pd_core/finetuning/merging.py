@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import metrics
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.errors import UserError, one_line
 from pd_core.density import formula
 from pd_core.engine import console, resources, tasks
+from pd_core.evaluate import metrics
+from pd_core.evaluate.halfsamples import Estimate
 from pd_core.finetuning import checkpoints, judging
 from pd_core.finetuning.judging import Plan
 from pd_core.generate.candidates import picture
-from pd_core.halfsamples import Estimate
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import spaces
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
@@ -23,6 +22,7 @@ from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, runs, tasks
+from pd_core.evaluate import spaces
 from pd_core.generate import pilot
 from pd_core.generate.candidates import EVERYTHING
 from pd_core.images import sources

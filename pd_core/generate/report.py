@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import spaces
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs
+from pd_core.evaluate import spaces
 from pd_core.generate import page as generate_page
 from pd_core.generate import pilot as generate_pilot
 from pd_core.generate import sampling

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-from pd_core import evaluating, evaluation_report, spaces
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import EvaluateSettings
@@ -12,8 +11,9 @@ from pd_core.density import realset
 from pd_core.density.realset import RealSet
 from pd_core.engine import console
 from pd_core.engine.runs import REPORT, Run, checked_output, started
-from pd_core.evaluation_page import metric_names
-from pd_core.spaces import Extraction, Features, ImageSet, Space
+from pd_core.evaluate import measure, report, spaces
+from pd_core.evaluate.page import metric_names
+from pd_core.evaluate.spaces import Extraction, Features, ImageSet, Space
 
 STAGES = ("metrics", "report")
 
@@ -67,25 +67,23 @@ def plan_evaluate(settings: EvaluateSettings) -> None:
     )
 
 
-def _evaluate(run: Run, settings: EvaluateSettings, real: RealSet, sets: list[ImageSet]) -> evaluating.Job:
+def _evaluate(run: Run, settings: EvaluateSettings, real: RealSet, sets: list[ImageSet]) -> measure.Job:
     measured_in = spaces.open_spaces(real, settings.judge)
     extraction = Extraction(settings.extraction, settings.data, settings.source)
     of_real = spaces.features_of_real(run, real, measured_in, extraction)
     k = settings.metrics.k_precision
     of_sets = [spaces.features_of_set(run, chosen, measured_in, extraction, k) for chosen in sets]
     comparisons = [
-        evaluating.Comparison(
-            chosen.name, space, of_real[space.name], found[space.name], chosen.selected_in(space, real)
-        )
+        measure.Comparison(chosen.name, space, of_real[space.name], found[space.name], chosen.selected_in(space, real))
         for space in measured_in
         for chosen, found in zip(sets, of_sets, strict=True)
     ]
     n = rows_of_each(settings.n, [min(found.values(), key=lambda f: f.rows) for found in of_sets], sets)
-    job = evaluating.job_of(run.output, comparisons, settings.metrics, n, settings.n_real, settings.per_label)
-    measured = run.stage(job.metrics, lambda: evaluating.run(job, run.now))
-    reporting = evaluation_report.stage_of(run.output, job.metrics, settings)
-    inputs = evaluation_report.Inputs(job, measured, sets, measured_in, real, settings, dict(run.timings_s))
-    run.stage(reporting, lambda: evaluation_report.run(reporting, inputs), replace=True)
+    job = measure.job_of(run.output, comparisons, settings.metrics, n, settings.n_real, settings.per_label)
+    measured = run.stage(job.metrics, lambda: measure.run(job, run.now))
+    reporting = report.stage_of(run.output, job.metrics, settings)
+    inputs = report.Inputs(job, measured, sets, measured_in, real, settings, dict(run.timings_s))
+    run.stage(reporting, lambda: report.run(reporting, inputs), replace=True)
     return job
 
 
@@ -103,7 +101,7 @@ def rows_of_each(asked: int | None, found: list[Features], sets: list[ImageSet])
     return asked or found[smallest].rows
 
 
-def summary(job: evaluating.Job) -> list[str]:
+def summary(job: measure.Job) -> list[str]:
     """A line for each set and space, for the console."""
     artifact = artifacts.load_artifact(job.metrics.uri)
     assert artifact is not None, "the stage is committed"

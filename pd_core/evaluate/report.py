@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import evaluating, evaluation_page
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.evaluate import EvaluateSettings
@@ -19,10 +18,12 @@ from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.density.realset import RealSet
 from pd_core.engine import runs
-from pd_core.evaluation_page import EvaluationData, Measured, Number, SpaceData, Tile
+from pd_core.evaluate import measure
+from pd_core.evaluate import page as evaluate_page
+from pd_core.evaluate.page import EvaluationData, Measured, Number, SpaceData, Tile
+from pd_core.evaluate.spaces import INDEX, JUDGE, ImageSet, Space, original_of
 from pd_core.images import child, decode, listing, sources
 from pd_core.report import page
-from pd_core.spaces import INDEX, JUDGE, ImageSet, Space, original_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Inputs:
         sets: those measured, in their order. spaces: those they were measured in. real: the real set.
     """
 
-    job: evaluating.Job
+    job: measure.Job
     measured: artifacts.Artifact
     sets: Sequence[ImageSet]
     spaces: Sequence[Space]
@@ -56,13 +57,13 @@ def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
 
 def _draw(inputs: Inputs) -> runs.Drawn:
     data = gather(inputs)
-    return runs.Drawn({**evaluation_page.figures(data), runs.REPORT: evaluation_page.render(data)})
+    return runs.Drawn({**evaluate_page.figures(data), runs.REPORT: evaluate_page.render(data)})
 
 
 def gather(inputs: Inputs) -> EvaluationData:
     """All that the page shows."""
     settings, job = inputs.settings, inputs.job
-    rows = evaluating.read_metrics(job.metrics.uri, inputs.measured.parts)
+    rows = measure.read_metrics(job.metrics.uri, inputs.measured.parts)
     scores = {
         (c.set, c.space.name): files.read_table(files.join(job.scores.uri, artifacts.part_name(i)))
         for i, c in enumerate(job.comparisons)

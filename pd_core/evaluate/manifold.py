@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pd_core import halfsamples
+from pd_core.evaluate import halfsamples
 from pd_core.index import knn
 from pd_core.index.shards import flat_rows
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pd_core import metrics, spaces
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.engine import console, resources, tasks
-from pd_core.spaces import Features, Rows, Space
+from pd_core.evaluate import metrics, spaces
+from pd_core.evaluate.spaces import Features, Rows, Space
 
 MEASURING_CPUS = 8  # of one task at most: its matrix products gain little from more
 

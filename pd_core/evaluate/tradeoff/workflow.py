@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import spaces, sweeping, tradeoff, tradeoff_report
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings
@@ -23,14 +22,17 @@ from pd_core.density.weighting import Weighting
 from pd_core.engine import console, tracking
 from pd_core.engine import resources as engine_resources
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.evaluate import spaces
+from pd_core.evaluate.spaces import Extraction, Features, ImageSet
+from pd_core.evaluate.tradeoff import curve, report
+from pd_core.evaluate.tradeoff import points as tradeoff_points
+from pd_core.evaluate.tradeoff.points import Setting
 from pd_core.generate import chunks as generate_chunks
 from pd_core.generate import pilot as generate_pilot
 from pd_core.generate import sampling, setup
 from pd_core.generate.candidates import Recipe
 from pd_core.generate.volume import INSTEAD, Volume
 from pd_core.index import search
-from pd_core.spaces import Extraction, Features, ImageSet
-from pd_core.tradeoff import Setting
 
 PILOT = "pool-pilot"  # its folder: by `pilot` an output of generate.py is known
 STAGES = ("curve", "report")
@@ -60,12 +62,14 @@ def prepare(settings: TradeoffSettings) -> tuple[TradeoffSettings, RealSet, list
         raise UserError("--index: not set; name the --output of build_index.py")
     generator = setup.resolved(settings.generator)
     if settings.target is not None:
-        tradeoff.parse_target(settings.target)
+        tradeoff_points.parse_target(settings.target)
     real = realset.open_for(settings.index, settings.checkpoint, "--index")
-    found = tradeoff.sweep(settings.thresholds, settings.weights, polarities_of(settings), truncations_of(settings))
+    found = tradeoff_points.sweep(
+        settings.thresholds, settings.weights, polarities_of(settings), truncations_of(settings)
+    )
     for setting in found:
         if setting.method == "density":
-            sweeping.weighting_of(setting, real, None, settings.bins)
+            curve.weighting_of(setting, real, None, settings.bins)
     least = max(settings.metrics.k_precision, settings.metrics.k_coverage) + 1
     for name, rows in (("--n", settings.n), ("--n-real", min(settings.n_real or real.rows, real.rows))):
         if rows < least:
@@ -117,18 +121,18 @@ def compare(settings: TradeoffSettings) -> None:
                 if s.truncation is not None
             }
         job, measured = _measure(run, settings, real, found, planned.weightings, pool, truncated)
-        rows = sweeping.read_curve(job.curve.uri, measured.parts)
-        reporting = tradeoff_report.stage_of(output, job.curve, settings)
+        rows = curve.read_curve(job.curve.uri, measured.parts)
+        reporting = report.stage_of(output, job.curve, settings)
         images: dict[float | None, str] = {psi: stage.uri for psi, stage in truncated.items()}
         images[None] = pool.uri
         n_real = min(settings.n_real or real.rows, real.rows)
-        inputs = tradeoff_report.Inputs(job, measured, images, candidates, n_real, settings, dict(run.timings_s))
-        run.stage(reporting, lambda: tradeoff_report.run(reporting, inputs), replace=True)
+        inputs = report.Inputs(job, measured, images, candidates, n_real, settings, dict(run.timings_s))
+        run.stage(reporting, lambda: report.run(reporting, inputs), replace=True)
         if (
             run.made
         ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
             _track(run.tracker, rows)
-        table, page = (files.join(output, "report", name) for name in (tradeoff_report.TABLE, REPORT))
+        table, page = (files.join(output, "report", name) for name in (report.TABLE, REPORT))
         run.finish(("report",), {"table": table, "report": page}, functools.partial(summary, rows))
         if settings.target is not None:
             say_choice(settings.target, rows)
@@ -192,14 +196,12 @@ def _plan(
     piloted = replace(recipe, seed=seeds.stream(settings.seed, "pilot"))
     pilot = generate_pilot.make(run, piloted, pool, open_index, settings.pilot, PILOT)
     weightings = {
-        s.name: sweeping.weighting_of(s, real, pilot.log_volume, settings.bins)
-        for s in found
-        if s.method != "truncation"
+        s.name: curve.weighting_of(s, real, pilot.log_volume, settings.bins) for s in found if s.method != "truncation"
     }
     densities = pilot.densities(settings.score)
     deciding = {s.name: (_deciding(s, pilot, densities), weightings[s.name]) for s in found if s.name in weightings}
     most = settings.max_candidates or POOL_TIMES * settings.n
-    wanted = tradeoff.pool_needed(deciding.values(), settings.n, most)
+    wanted = tradeoff_points.pool_needed(deciding.values(), settings.n, most)
     chunks = max(-(-settings.n // settings.chunk), min(-(-wanted // settings.chunk), most // settings.chunk))
     rates = {name: float(weighting.acceptance_probability(*asked).mean()) for name, asked in deciding.items()}
     short = [name for name, rate in rates.items() if rate * chunks * settings.chunk < settings.n]
@@ -274,13 +276,13 @@ def _measure(
     weightings: Mapping[str, Weighting],
     pool: artifacts.Stage,
     truncated: Mapping[float, artifacts.Stage],
-) -> tuple[sweeping.Job, artifacts.Artifact]:
+) -> tuple[curve.Job, artifacts.Artifact]:
     measured_in = spaces.open_spaces(real, settings.judge)
     extraction = Extraction(settings.extraction, DataSettings(source=None), settings.source)
     of_real = spaces.features_of_real(run, real, measured_in, extraction)
 
     def features_of(name: str, stage: artifacts.Stage) -> dict[str, Features]:
-        chosen = ImageSet(name, stage.uri, spaces.table_source(stage.uri, sweeping.SCORED), None)
+        chosen = ImageSet(name, stage.uri, spaces.table_source(stage.uri, curve.SCORED), None)
         return spaces.features_of_set(run, chosen, measured_in, extraction)
 
     of_pool = features_of("pool", pool)
@@ -295,7 +297,7 @@ def _measure(
         "truncated": {f"{space} {psi:g}": featured.fingerprint for (space, psi), featured in of_truncated.items()},
         "densities": real.fingerprints["densities"],
     }
-    stage = sweeping.stage_of(
+    stage = curve.stage_of(
         run.output,
         found,
         weightings,
@@ -306,7 +308,7 @@ def _measure(
         settings.n,
         settings.n_real,
     )
-    job = sweeping.Job(
+    job = curve.Job(
         curve=stage,
         settings=tuple(found),
         spaces=tuple(measured_in),
@@ -320,7 +322,7 @@ def _measure(
         n=settings.n,
         n_real=settings.n_real,
     )
-    return job, run.stage(stage, lambda: sweeping.run(job, run.now))
+    return job, run.stage(stage, lambda: curve.run(job, run.now))
 
 
 def _track(tracker: tracking.Tracker, rows: list[dict[str, Any]]) -> None:
@@ -349,13 +351,13 @@ def say_choice(target: str, rows: list[dict[str, Any]]) -> None:
     Raises:
         UserError: none does; with the frontier.
     """
-    wanted = tradeoff.parse_target(target)
+    wanted = tradeoff_points.parse_target(target)
     space = rows[-1]["space"]
     own = [row for row in rows if row["space"] == space]
-    if tradeoff_report.best(wanted, own) is None:
-        lines = "; ".join(tradeoff_report.frontier_lines(wanted, own))
+    if report.best(wanted, own) is None:
+        lines = "; ".join(report.frontier_lines(wanted, own))
         raise UserError(
             f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target"
         )
-    for line in tradeoff_report.choice(wanted, own):
+    for line in report.choice(wanted, own):
         console.say(f"target: {line}")

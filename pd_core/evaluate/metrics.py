@@ -23,13 +23,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_core import halfsamples, manifold, moments
 from pd_core.core.errors import UserError
-from pd_core.halfsamples import Estimate as Estimate
+from pd_core.evaluate import halfsamples, manifold, moments
+from pd_core.evaluate.halfsamples import Estimate as Estimate
+from pd_core.evaluate.manifold import Side
+from pd_core.evaluate.moments import Float64Array
+from pd_core.evaluate.moments import Moments as Moments
 from pd_core.index.knn import single_threaded_torch
-from pd_core.manifold import Side
-from pd_core.moments import Float64Array
-from pd_core.moments import Moments as Moments
 
 K_PRECISION, K_COVERAGE = 3, 5
 METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated", "vendi_real")

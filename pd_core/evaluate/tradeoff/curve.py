@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import evaluating, metrics, spaces, tradeoff
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.density import formula
@@ -18,9 +17,11 @@ from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, tasks
+from pd_core.evaluate import measure, metrics, spaces
+from pd_core.evaluate.spaces import Features, Space
+from pd_core.evaluate.tradeoff import points
+from pd_core.evaluate.tradeoff.points import Setting
 from pd_core.index import features
-from pd_core.spaces import Features, Space
-from pd_core.tradeoff import Setting
 
 SCORED = ("sample_id", "density_predicted", "density_index", "log_volume")
 
@@ -86,8 +87,8 @@ def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[st
     Raises:
         UserError: the real set, or n, is too small for k.
     """
-    cpus = evaluating.measuring_cpus(now)
-    task = evaluating.measuring_task(_measure_part, now, cpus)
+    cpus = measure.measuring_cpus(now)
+    task = measure.measuring_task(_measure_part, now, cpus)
     done = job.curve.finished_parts()
     many = len(job.settings)
     with console.progress("curve", many * len(job.spaces), "settings", len(done)) as bar:
@@ -96,13 +97,13 @@ def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[st
             if not missing:
                 continue
             # read once, and kept where the tasks run
-            reference = evaluating.measuring_task(_reference, now, cpus).remote(job, number, cpus)
+            reference = measure.measuring_task(_reference, now, cpus).remote(job, number, cpus)
             pool = tasks.task(read_pool, resources.IO_CPUS).remote(job, number)
 
             def submit(i: int, number: int = number, reference: Any = reference, pool: Any = pool) -> Any:
                 return task.remote(job, number, i, reference, pool, cpus)
 
-            for _ in tasks.bounded(submit, missing, lambda: evaluating.in_flight(now, cpus)):
+            for _ in tasks.bounded(submit, missing, lambda: measure.in_flight(now, cpus)):
                 bar.update()
     done = job.curve.finished_parts()
     parts = [done[artifacts.part_name(i)] for i in range(many * len(job.spaces))]
@@ -116,7 +117,7 @@ def read_curve(uri: str, parts: Sequence[artifacts.Part]) -> list[dict[str, Any]
     for space in {row["space"] for row in rows}:
         own = [row for row in rows if row["space"] == space]
         coordinates = [[np.nan if row[m] is None else row[m] for row in own] for m in ("precision", "recall")]
-        for row, best in zip(own, tradeoff.frontier(*coordinates).tolist(), strict=True):
+        for row, best in zip(own, points.frontier(*coordinates).tolist(), strict=True):
             row["frontier"] = best
     return rows
 
@@ -220,7 +221,7 @@ def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
         deciding = pool.log_volume
         exact = density_weighting.effective_size(density_weighting.exponential(deciding, setting.polarity))
     u = seeds.uniform(pool.number, seeds.stream(job.seed, "acceptance"))  # candidates_of draws it so
-    rows = tradeoff.accepted(deciding, u, weighting)
+    rows = points.accepted(deciding, u, weighting)
     taken = rows[: job.n]
     looked_at = int(pool.number[taken[-1]]) + 1 if len(rows) >= job.n else many
     effective = density_weighting.effective_size(density_weighting.weight_of(deciding, weighting))
@@ -233,7 +234,7 @@ def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
 def _reference(job: Job, space: int, threads: int) -> metrics.Reference:
     name = job.spaces[space].name
     real = spaces.read_rows(job.real[name], job.n_real)
-    return evaluating.reference_of(real, job.metrics, threads, resources.assigned_device(), f"--index (space {name})")
+    return measure.reference_of(real, job.metrics, threads, resources.assigned_device(), f"--index (space {name})")
 
 
 def _measure_part(job: Job, space: int, i: int, reference: metrics.Reference, pool: Pool, threads: int) -> None:
@@ -264,7 +265,7 @@ def _measure_part(job: Job, space: int, i: int, reference: metrics.Reference, po
         "exact_effective_size": found.exact,
     }
     if len(taken.ids) == job.n:  # a smaller set has other precision and recall for its size alone: it is left out
-        measured = evaluating.measured(reference, taken, setting.name, threads, resources.assigned_device())
+        measured = measure.measured(reference, taken, setting.name, threads, resources.assigned_device())
         for name in schemas.CURVE_METRICS:
             estimate = measured.estimates[name]
             row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pd_core.evaluation_page import COLORS, MARKERS, Number, draw_point, interval, metric_names, plane_axes
+from pd_core.evaluate.page import COLORS, MARKERS, Number, draw_point, interval, metric_names, plane_axes
 from pd_core.report import figures as report_figures
 from pd_core.report import page
 from pd_core.report.figures import Drawing

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pd_core.halfsamples import GROUPS
+from pd_core.evaluate.halfsamples import GROUPS
 
 if TYPE_CHECKING:
     import torch

@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import sweeping, tradeoff, tradeoff_page
 from pd_core.core import artifacts, schemas
 from pd_core.core import files as core_files
 from pd_core.core.settings.evaluate import TradeoffSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
-from pd_core.evaluation_page import Number, interval
+from pd_core.evaluate.page import Number, interval
+from pd_core.evaluate.spaces import JUDGE
+from pd_core.evaluate.tradeoff import curve as tradeoff_curve
+from pd_core.evaluate.tradeoff import page, points
+from pd_core.evaluate.tradeoff.page import Plane, Point, TradeoffData
+from pd_core.evaluate.tradeoff.points import Setting, Target
 from pd_core.images import child
-from pd_core.spaces import JUDGE
-from pd_core.tradeoff import Setting, Target
-from pd_core.tradeoff_page import Plane, Point, TradeoffData
 
 TABLE = "tradeoff.csv"
 
@@ -38,7 +39,7 @@ class Inputs:
         candidates: of the pool. n_real: real images that were measured against.
     """
 
-    job: sweeping.Job
+    job: tradeoff_curve.Job
     curve: artifacts.Artifact
     images: Mapping[float | None, str]
     candidates: int
@@ -59,9 +60,9 @@ def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
 
 
 def _draw(inputs: Inputs) -> runs.Drawn:
-    rows = sweeping.read_curve(inputs.job.curve.uri, inputs.curve.parts)
+    rows = tradeoff_curve.read_curve(inputs.job.curve.uri, inputs.curve.parts)
     data = gather(inputs, rows)
-    files = {**tradeoff_page.figures(data), TABLE: table(rows), runs.REPORT: tradeoff_page.render(data)}
+    files = {**page.figures(data), TABLE: table(rows), runs.REPORT: page.render(data)}
     return runs.Drawn(files, rows={TABLE: len(rows)})
 
 
@@ -98,7 +99,7 @@ def gather(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> TradeoffData:
             for space in job.spaces
         ],
         target=settings.target,
-        picked=[] if settings.target is None else choice(tradeoff.parse_target(settings.target), rows),
+        picked=[] if settings.target is None else choice(points.parse_target(settings.target), rows),
         images=_images(inputs),
         timings_s=inputs.timings_s,
         versions=inputs.curve.versions,
@@ -178,14 +179,14 @@ def _not_told_apart(target: Target, found: Mapping[str, Any], rows: Sequence[Map
 
 def best(target: Target, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The row that `tradeoff.pick` takes."""
-    place = tradeoff.pick(target, [{} if row["precision"] is None else dict(row) for row in rows])
+    place = points.pick(target, [{} if row["precision"] is None else dict(row) for row in rows])
     return None if place is None else rows[place]
 
 
 def frontier_lines(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Settings that no other beats in both the target's metric and its counterpart, best first."""
     values = [[np.nan if row[m] is None else row[m] for row in rows] for m in (target.metric, target.sought)]
-    on = [row for row, keep in zip(rows, tradeoff.frontier(*values).tolist(), strict=True) if keep]
+    on = [row for row, keep in zip(rows, points.frontier(*values).tolist(), strict=True) if keep]
     on.sort(key=lambda row: -row[target.metric])
     return [
         f"{row['setting']} ({target.metric} {row[target.metric]:.3g}, {target.sought} {row[target.sought]:.3g})"
@@ -199,13 +200,13 @@ def frontier_lines(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[st
 def _images(inputs: Inputs) -> list[tuple[str, list[bytes]]]:
     """The first images of the generator, and of the extreme settings of each curve."""
     job = inputs.job
-    pool = sweeping.read_pool(job, 0, light=True)
+    pool = tradeoff_curve.read_pool(job, 0, light=True)
     shown = []
     for setting in shown_settings(job.settings):
         if setting.method == "truncation":
             numbers = list(range(inputs.settings.images))
         else:
-            rows = sweeping.draw(setting, pool, job).rows[: inputs.settings.images]
+            rows = tradeoff_curve.draw(setting, pool, job).rows[: inputs.settings.images]
             numbers = pool.number[rows].tolist()
         shown.append((setting.name, _thumbnails(inputs.images[setting.truncation], numbers)))
     return [(name, thumbnails) for name, thumbnails in shown if thumbnails]
