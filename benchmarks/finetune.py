@@ -193,7 +193,7 @@ def generated_batch(generator: str, discriminator: str, index: str) -> dict[str,
     from pd_core.core.settings.generate import GeneratorSettings
     from pd_core.density import realset
     from pd_core.density import scorer as density_scorer
-    from pd_core.finetuning import gan
+    from pd_core.finetune.models import gan
     from pd_core.generators.open import open_generator
     from pd_core.generators.protocol import Conditions
 

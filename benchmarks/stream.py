@@ -14,7 +14,8 @@ from pd_core.core import artifacts, schemas, seeds
 from pd_core.core import files as core_files
 from pd_core.core.settings.data import DataSettings
 from pd_core.engine import resources, session, tasks
-from pd_core.finetuning import Share, stream, weights
+from pd_core.finetune import stream, weights
+from pd_core.finetune.protocol import Share
 from pd_core.images import decode, listing, resize, sources
 
 BATCH = 64

@@ -109,7 +109,7 @@ def _tradeoff(settings: TradeoffSettings) -> None:
 
 
 def _finetune(settings: FinetuneSettings) -> None:
-    from pd_core import finetune_workflow
+    from pd_core.finetune import workflow as finetune_workflow
 
     (finetune_workflow.plan_finetune if settings.dry_run else finetune_workflow.finetune)(settings)
 

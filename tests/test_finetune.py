@@ -21,7 +21,7 @@ from pd_core.core import artifacts as core_artifacts
 from pd_core.core import errors, files
 from pd_core.core.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from pd_core.engine import resources
-from pd_core.finetuning import checkpoints
+from pd_core.finetune import checkpoints
 from tests import tiny, tiny_generators
 from workflows import evaluate, finetune, generate
 

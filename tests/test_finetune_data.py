@@ -28,8 +28,9 @@ from pd_core.core.settings.generate import WeightingSettings
 from pd_core.density import formula, realset
 from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs, tasks, tracking
-from pd_core.finetuning import Share, draws, stream, weights
-from pd_core.finetuning.draws import Draws
+from pd_core.finetune import draws, stream, weights
+from pd_core.finetune.draws import Draws
+from pd_core.finetune.protocol import Share
 from pd_core.images import listing, sources
 from tests import tiny
 

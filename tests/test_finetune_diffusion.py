@@ -14,7 +14,9 @@ import torch
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
-from pd_core.finetuning import Batch, Share, averaging, diffusion, parallel
+from pd_core.finetune import averaging, parallel
+from pd_core.finetune.models import diffusion
+from pd_core.finetune.protocol import Batch, Share
 from pd_core.generators.open import open_generator
 from pd_core.generators.protocol import Conditions
 from tests import tiny_generators

@@ -30,9 +30,10 @@ from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.density import predictor as density_predictor
 from pd_core.density.scorer import Scorer
-from pd_core.finetuning import Batch, Share, parallel
-from pd_core.finetuning.gan import VAIN, FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
-from pd_core.finetuning.parallel import average_gradients, sum_of
+from pd_core.finetune import parallel
+from pd_core.finetune.models.gan import VAIN, FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
+from pd_core.finetune.parallel import average_gradients, sum_of
+from pd_core.finetune.protocol import Batch, Share
 from pd_core.generators.noise import normal_latents
 from pd_core.generators.open import open_generator
 from pd_core.generators.pairs import Pair, load_weights, open_pair

@@ -25,9 +25,9 @@ from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.evaluate import metrics
 from pd_core.evaluate.halfsamples import Estimate
-from pd_core.finetuning import merging
-from pd_core.finetuning.judging import Plan
-from pd_core.finetuning.merging import Search
+from pd_core.finetune import merge as finetune_merge
+from pd_core.finetune.judge import Plan
+from pd_core.finetune.merge import Search
 from pd_core.generators.noise import normal_latents
 from pd_core.generators.protocol import to_uint8
 from pd_core.images.resize import Preprocess
@@ -89,7 +89,7 @@ def test_candidates_without_a_value_are_never_best_and_breed_nothing():
     search = searched(lambda row: None if row.min() < 0 else float(row[0]) - 5, lower=False)
     assert search.values[search.best] == -4.0
     assert None in search.values
-    assert all(search.values[place] is not None for place in search._order()[: merging.PARENTS])
+    assert all(search.values[place] is not None for place in search._order()[: finetune_merge.PARENTS])
 
 
 def test_the_search_is_a_function_of_its_seed_and_of_what_it_was_told():
@@ -102,7 +102,7 @@ def test_the_search_is_a_function_of_its_seed_and_of_what_it_was_told():
         first = len(resumed.values)
         resumed.tell(proposed, one.values[first : first + len(proposed)])
     first = len(resumed.values)
-    assert np.array_equal(resumed.propose(), one.coefficients[first : first + merging.GENERATION])
+    assert np.array_equal(resumed.propose(), one.coefficients[first : first + finetune_merge.GENERATION])
 
 
 # ---- combining -------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def weights_of(seed, dtype=torch.float32):
 def test_a_combination_is_that_of_numpy_in_float64(dtype):
     averages = [weights_of(seed, dtype) for seed in range(5)]
     alpha = [0.7, -0.4, 0.5, 0.3, -0.1]
-    found = merging.combine((average for average in averages), alpha, single=2)
+    found = finetune_merge.combine((average for average in averages), alpha, single=2)
     for name in ("conv", "bias"):
         stacked = np.stack([average[name].double().numpy() for average in averages])
         expected = torch.from_numpy(np.tensordot(alpha, stacked, 1))
@@ -136,7 +136,7 @@ def test_a_combination_is_that_of_numpy_in_float64(dtype):
 def test_sums_are_not_rounded_on_the_way():
     large, small = {"w": torch.tensor([2.0**24])}, {"w": torch.tensor([1.0])}
     # in float32 2**24 + 1 is 2**24, and taking 2**24 away again leaves nothing
-    assert merging.combine([large, small, large], [1, 1, -1], 0)["w"].item() == 1.0
+    assert finetune_merge.combine([large, small, large], [1, 1, -1], 0)["w"].item() == 1.0
 
 
 def test_one_alone_comes_out_to_the_bit_whatever_the_others_hold():
@@ -144,7 +144,7 @@ def test_one_alone_comes_out_to_the_bit_whatever_the_others_hold():
         weights_of(1),
         {n: torch.full_like(t, float("nan")) for n, t in weights_of(2).items() if n == "conv"},
     )
-    found = merging.combine([weights_of(2) | broken, alone], [0, 1], 1)
+    found = finetune_merge.combine([weights_of(2) | broken, alone], [0, 1], 1)
     assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
@@ -159,7 +159,7 @@ def test_one_alone_comes_out_to_the_bit_whatever_the_others_hold():
 )
 def test_weights_that_do_not_fit_are_refused(other):
     with pytest.raises(ValueError, match="weights 1 have other names"):
-        merging.combine([weights_of(0), other], [0.5, 0.5], 0)
+        finetune_merge.combine([weights_of(0), other], [0.5, 0.5], 0)
 
 
 # ---- the stage, with a generator of two parameters -------------------------------------------------------------------
@@ -266,7 +266,7 @@ def job_of(folder: Path, trained: artifacts.Artifact, **changes):
     }
     opened = functools.partial(open_model, folder)
     plan = changes.pop("plan", PLAN)
-    return merging.job_of(
+    return finetune_merge.job_of(
         str(folder), str(folder / "training"), trained, opened, open_scorer, plan, **(values | changes)
     )
 
@@ -275,7 +275,7 @@ def merge(folder: Path, now, reference, actors=1, shifts=SHIFTS):
     folder.mkdir(exist_ok=True)
     trained = artifacts.load_artifact(str(folder / "training")) or write_training(folder, shifts)
     job = job_of(folder, trained)
-    return job, job.stage.complete(lambda: merging.run(job, now, reference, actors), False)
+    return job, job.stage.complete(lambda: finetune_merge.run(job, now, reference, actors), False)
 
 
 def tables(artifact):
@@ -294,7 +294,7 @@ def test_the_combination_beats_the_best_single_step_and_says_so(merged, referenc
     alpha = np.array(totals["coefficients"])
     shift = alpha @ np.array(SHIFTS)
     assert np.abs(shift).max() < min(np.abs(one).max() for one in SHIFTS) / 3
-    weights = load(files.read_bytes(files.join(job.stage.uri, merging.MERGED)))
+    weights = load(files.read_bytes(files.join(job.stage.uri, finetune_merge.MERGED)))
     np.testing.assert_allclose(weights["shift"].numpy(), shift, atol=1e-6)  # float32 of numbers below 1
     assert weights["updates"].item() == 200  # a counter is the best step's
     assert totals["beats"] is True
@@ -310,8 +310,10 @@ def test_the_combination_beats_the_best_single_step_and_says_so(merged, referenc
 
 def test_every_candidate_is_in_the_table_and_the_best_of_them_is_taken(merged):
     job, artifact = merged
-    assert [part.name for part in artifact.parts] == sorted([merging.MERGED, merging.CANDIDATES, merging.SAMPLES])
-    table = files.read_table(files.join(job.stage.uri, merging.CANDIDATES))
+    assert [part.name for part in artifact.parts] == sorted(
+        [finetune_merge.MERGED, finetune_merge.CANDIDATES, finetune_merge.SAMPLES]
+    )
+    table = files.read_table(files.join(job.stage.uri, finetune_merge.CANDIDATES))
     assert table.schema == schemas.candidates()
     assert table["number"].to_pylist() == list(range(CANDIDATES))
     values = table["value"].to_pylist()
@@ -323,10 +325,10 @@ def test_every_candidate_is_in_the_table_and_the_best_of_them_is_taken(merged):
 
 def test_images_of_the_combination_come_from_the_seeds_that_training_shows(merged):
     job, _ = merged
-    rows = files.read_table(files.join(job.stage.uri, merging.SAMPLES)).to_pylist()
+    rows = files.read_table(files.join(job.stage.uri, finetune_merge.SAMPLES)).to_pylist()
     assert [row["number"] for row in rows] == list(range(5))
     assert [row["seed"] for row in rows] == PLAN.seeds(np.arange(5))
-    weights = load(files.read_bytes(files.join(job.stage.uri, merging.MERGED)))
+    weights = load(files.read_bytes(files.join(job.stage.uri, finetune_merge.MERGED)))
     expected = Shifted(weights["shift"]).generate([row["seed"] for row in rows], None)
     for row, pixels in zip(rows, expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))), pixels.numpy())
@@ -368,8 +370,8 @@ def test_images_that_are_not_finite_cost_a_candidate_but_not_the_run(ray_cluster
     far = metrics.prepare(features_at((-0.5, -0.5), list(range(200))), np.arange(200), device="cpu")
     shifts = ((-0.45, -0.5), (-0.5, -0.45), (-0.48, -0.48), (0.1, 0.1))
     job, artifact = merge(tmp_path / "far", ray_cluster, far, shifts=shifts)
-    values = files.read_table(files.join(job.stage.uri, merging.CANDIDATES))["value"].to_pylist()
-    rows = files.read_table(files.join(job.stage.uri, merging.CANDIDATES))["coefficients"].to_pylist()
+    values = files.read_table(files.join(job.stage.uri, finetune_merge.CANDIDATES))["value"].to_pylist()
+    rows = files.read_table(files.join(job.stage.uri, finetune_merge.CANDIDATES))["coefficients"].to_pylist()
     outside = [float(np.array(row) @ np.array(shifts).sum(1)) < -1 for row in rows]
     assert [value is None for value in values] == outside
     assert any(outside)
@@ -422,4 +424,4 @@ def test_what_decides_the_result_is_in_the_fingerprint(tmp_path):
 )
 def test_it_beats_only_where_the_interval_leaves_out_zero(low, high, metric, expected):
     middle = 0.0 if low is None else (low + high) / 2
-    assert merging.beats(Estimate(middle, low, high), metric) is expected
+    assert finetune_merge.beats(Estimate(middle, low, high), metric) is expected

@@ -11,15 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pd_core import finetuned_page, finetuned_report
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings import finetune, load
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.engine import runs
 from pd_core.evaluate.page import Number, interval
-from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
-from pd_core.finetuning import merging
+from pd_core.finetune import merge as finetune_merge
+from pd_core.finetune import page as finetune_page
+from pd_core.finetune import report
+from pd_core.finetune.page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.generate.candidates import picture
 from pd_core.images import resize
 from pd_core.report import page as report_page
@@ -101,7 +102,7 @@ def example(**changes: Any) -> FinetunedData:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(finetuned_page.render(example()))
+    return Page(finetune_page.render(example()))
 
 
 # most tests look at text, and a figure takes a third of a second
@@ -109,7 +110,7 @@ def page() -> Page:
 def no_figures(monkeypatch):
     blank = resize.thumbnail(pixels(0))
     for name in ("metric_png", "path_png", "history_png"):
-        monkeypatch.setattr(finetuned_page, name, lambda *_: blank)
+        monkeypatch.setattr(finetune_page, name, lambda *_: blank)
 
 
 def test_every_tag_is_closed_ids_resolve_and_nothing_is_loaded(page):
@@ -166,13 +167,13 @@ def test_numbers_of_the_page_equal_the_data(page):
 
 
 def test_the_same_data_gives_the_same_bytes_and_figures_move_with_it(page):
-    assert finetuned_page.render(example()).decode() == page.html
+    assert finetune_page.render(example()).decode() == page.html
     data, small = example(), example(best=100)
-    draw = finetuned_page.metric_png
+    draw = finetune_page.metric_png
     assert draw(data, "recall") != draw(small, "recall") != draw(small, "precision")
-    assert finetuned_page.path_png(data) != finetuned_page.path_png(small)
-    assert finetuned_page.path_png(data) != finetuned_page.path_png(data, narrow=True)
-    assert set(finetuned_page.figures(data)) == {
+    assert finetune_page.path_png(data) != finetune_page.path_png(small)
+    assert finetune_page.path_png(data) != finetune_page.path_png(data, narrow=True)
+    assert set(finetune_page.figures(data)) == {
         *(f"metric_{metric}.png" for metric in METRICS[:-1]),
         "precision_recall_path.png",
         "history_0.png",
@@ -182,13 +183,13 @@ def test_the_same_data_gives_the_same_bytes_and_figures_move_with_it(page):
 
 def test_smoothing_keeps_the_mean_and_the_order():
     one = logged("loss", 40 * 7)
-    step, value = finetuned_page.smoothed(one)
-    assert len(step) == finetuned_page.SMOOTHING and (np.diff(step) > 0).all()
+    step, value = finetune_page.smoothed(one)
+    assert len(step) == finetune_page.SMOOTHING and (np.diff(step) > 0).all()
     assert value.mean() == pytest.approx(one.value.mean())  # windows are equally large here
 
 
 def test_history_is_in_order_of_display_with_unknown_names_last():
-    names = [one.name for one in finetuned_page.history_shown([logged(n, 3) for n in ("zeta", "g_loss", "a", "loss")])]
+    names = [one.name for one in finetune_page.history_shown([logged(n, 3) for n in ("zeta", "g_loss", "a", "loss")])]
     assert names == ["loss", "g_loss", "a", "zeta"]
 
 
@@ -205,7 +206,7 @@ def test_history_is_in_order_of_display_with_unknown_names_last():
     ],
 )
 def test_what_is_missing_leaves_no_trace(changes, gone, no_figures):
-    whole, less = Page(finetuned_page.render(example())), Page(finetuned_page.render(example(**changes)))
+    whole, less = Page(finetune_page.render(example())), Page(finetune_page.render(example(**changes)))
     assert gone in whole.text and gone not in less.text
     ids = {attributes["id"] for _, attributes in less.tags if "id" in attributes}
     assert {a["href"].removeprefix("#") for tag, a in less.tags if tag == "a"} <= ids
@@ -214,14 +215,14 @@ def test_what_is_missing_leaves_no_trace(changes, gone, no_figures):
 
 def test_a_run_without_a_better_step_says_so_and_shows_its_images_once(no_figures):
     data = example(best=0, merged=None, shown=[shown(0, states=("before", "last"))])
-    text = Page(finetuned_page.render(data)).text
+    text = Page(finetune_page.render(data)).text
     assert "No evaluated step has a better Fréchet distance than the generator as it came" in text
 
 
 def test_verdicts_follow_the_intervals():
     def run(before: Number, after: Number) -> str:
         both = [dataclasses.replace(evaluated(step), numbers={"recall": n}) for step, n in ((0, before), (100, after))]
-        return finetuned_page.verdict(example(metric="recall", best=100, evaluations=both, shown=[]))
+        return finetune_page.verdict(example(metric="recall", best=100, evaluations=both, shown=[]))
 
     base = Number(0.5, 0.4, 0.6)
     assert run(base, Number(0.8, 0.7, 0.9)).endswith("The intervals part.")
@@ -230,13 +231,13 @@ def test_verdicts_follow_the_intervals():
 
 
 def test_the_merge_is_judged_in_one_sentence():
-    line = finetuned_page.merge_verdict(example(), combination())
+    line = finetune_page.merge_verdict(example(), combination())
     assert "beats the best single step (200) on held-out seeds" in line and line.endswith(
         "best/ holds the combination."
     )
     assert "difference -0.0917 (-0.1411 … -0.0423)" in line
     worse = combination(beats=False, difference=Number(-0.01, -0.04, 0.02))
-    line = finetuned_page.merge_verdict(example(), worse)
+    line = finetune_page.merge_verdict(example(), worse)
     assert "does not beat" in line and line.endswith("best/ holds step 200.")
 
 
@@ -275,14 +276,14 @@ def hostile_data(text: str) -> FinetunedData:
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_are_text_and_nothing_else(text, no_figures):
-    clean, dirty = (Page(finetuned_page.render(hostile_data(t))) for t in ("plain", text))
+    clean, dirty = (Page(finetune_page.render(hostile_data(t))) for t in ("plain", text))
     assert dirty.open == []
     assert [(tag, sorted(a)) for tag, a in dirty.tags] == [(tag, sorted(a)) for tag, a in clean.tags]
 
 
 @pytest.mark.parametrize("text", [HOSTILE[2], HOSTILE[7], HOSTILE[8], "$x"])
 def test_figures_bear_hostile_names(text):
-    assert finetuned_page.history_png(logged(text, 5)).startswith(b"\x89PNG")
+    assert finetune_page.history_png(logged(text, 5)).startswith(b"\x89PNG")
 
 
 # --- gathered from stages that were really written ---------------------------------------------------------------------
@@ -325,7 +326,7 @@ def write_training(output: Path, best: int = 200) -> artifacts.Artifact:
 def write_merging(output: Path) -> artifacts.Artifact:
     stage = artifacts.Stage(str(output / "merging"), "merging", schemas.VERSIONS["merging"], {"seed": 1})
     stage.begin(False)
-    write_samples(stage, merging.SAMPLES, 9)
+    write_samples(stage, finetune_merge.SAMPLES, 9)
     one = combination()
     totals: dict[str, Any] = {
         "merged": {name: dataclasses.asdict(n) for name, n in one.merged.items()},
@@ -348,18 +349,18 @@ def settings_of(output: Path, **changes: Any) -> FinetuneSettings:
     return FinetuneSettings(**(values | changes))
 
 
-def inputs_of(output: Path, merge: bool = True, best: int = 200, **changes: Any) -> finetuned_report.Inputs:
+def inputs_of(output: Path, merge: bool = True, best: int = 200, **changes: Any) -> report.Inputs:
     trained = write_training(output, best)
     merged = (str(output / "merging"), write_merging(output)) if merge else None
     settings = settings_of(output, **changes)
     result = settings.generator.model_copy(update={"path": str(output / "best")})
-    return finetuned_report.Inputs(
+    return report.Inputs(
         str(output / "training"), trained, merged, settings, result, "efficientnet_lite0", {"training": 61.0}
     )
 
 
 def test_what_is_gathered_is_what_was_written(tmp_path):
-    data = finetuned_report.gather(inputs_of(tmp_path))
+    data = report.gather(inputs_of(tmp_path))
     assert list(data.evaluations) == [evaluated(step) for step in STEPS]
     assert {one.name: one.value.tolist() for one in data.history} == {
         name: [1 / step for step in range(1, 301)] for name in ("loss", "acceptance")
@@ -383,13 +384,13 @@ def test_what_is_gathered_is_what_was_written(tmp_path):
 def test_the_stage_writes_the_page_and_its_figures(tmp_path, ray_cluster):
     inputs = inputs_of(tmp_path)
     assert inputs.merging is not None
-    stage = finetuned_report.stage_of(str(tmp_path), inputs.trained, inputs.merging[1])
-    artifact = stage.complete(lambda: finetuned_report.run(stage, inputs), False)
+    stage = report.stage_of(str(tmp_path), inputs.trained, inputs.merging[1])
+    artifact = stage.complete(lambda: report.run(stage, inputs), False)
     names = {part.name for part in artifact.parts}
     assert runs.REPORT in names and "metric_frechet_distance.png" in names and "precision_recall_path.png" in names
     page = Page((tmp_path / "report" / runs.REPORT).read_bytes())
     assert page.text.count("500 1,797") == len(STEPS)
-    without = finetuned_report.stage_of(str(tmp_path), inputs.trained, None)
+    without = report.stage_of(str(tmp_path), inputs.trained, None)
     assert without.fingerprint != stage.fingerprint
 
 
@@ -397,7 +398,7 @@ def test_the_stage_writes_the_page_and_its_figures(tmp_path, ray_cluster):
     ("merge", "best", "states"), [(False, 200, ["before", "best"]), (True, 0, ["before", "last", "merged"])]
 )
 def test_states_that_do_not_exist_are_not_read(tmp_path, merge, best, states):
-    data = finetuned_report.gather(inputs_of(tmp_path, merge=merge, best=best))
+    data = report.gather(inputs_of(tmp_path, merge=merge, best=best))
     assert [list(one.shots) for one in data.shown] == [states] * 4
 
 
@@ -408,7 +409,7 @@ def test_images_of_other_seeds_are_a_defect(tmp_path):
     other = table.set_column(1, table.schema.field("seed"), pa.array(np.arange(4)))
     stage.write_table("samples-00000200.parquet", other)
     with pytest.raises(AssertionError):
-        finetuned_report.gather(inputs)
+        report.gather(inputs)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ def test_images_of_other_seeds_are_a_defect(tmp_path):
 )
 def test_the_command_of_the_page_opens_the_result(tmp_path, generator):
     inputs = inputs_of(tmp_path / "my runs", merge=False, generator=GeneratorSettings(**generator), checkpoint="w.pt")
-    words = shlex.split(finetuned_report.command(inputs))
+    words = shlex.split(report.command(inputs))
     assert words[:2] == ["pd-core", "generate"]
     settings = load.load(GenerateSettings, words[2:], prog="generate.py")
     assert settings.generator == inputs.result
@@ -442,4 +443,4 @@ def test_the_command_of_the_page_opens_the_result(tmp_path, generator):
 )
 def test_weightings_read_as_they_were_asked_for(tmp_path, weighting, text):
     settings = settings_of(tmp_path, weighting=WeightingSettings(**weighting))
-    assert finetuned_report.weighting_text(settings) == text
+    assert report.weighting_text(settings) == text

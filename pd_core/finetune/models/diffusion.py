@@ -19,7 +19,8 @@ from pd_core.core import seeds as core_seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
-from pd_core.finetuning import Batch, Share, averaging, parallel
+from pd_core.finetune import averaging, parallel
+from pd_core.finetune.protocol import Batch, Share
 from pd_core.generators.noise import generators_of, normal
 from pd_core.generators.protocol import Generator, diffusers
 

@@ -10,7 +10,9 @@ from typing import Any
 from pd_core.core import artifacts, files
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.engine import tasks
-from pd_core.finetuning import Share, checkpoints, models
+from pd_core.finetune import checkpoints
+from pd_core.finetune.models import opened
+from pd_core.finetune.protocol import Share
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ def stage_of(output: str, source: Source) -> artifacts.Stage:
     return artifacts.Stage(files.join(output, "best"), "best", 1, identity)
 
 
-def run(stage: artifacts.Stage, spec: models.ModelSpec, source: Source) -> tuple[list[artifacts.Part], dict[str, Any]]:
+def run(stage: artifacts.Stage, spec: opened.ModelSpec, source: Source) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write the generator's files, in a Ray task; returns the parts and totals to commit."""
     tasks.get(tasks.task(_write).remote(stage, spec, source))
     parts = list(stage.finished_parts().values())
     return parts, {"step": source.step, "merged": source.merged, "bytes": sum(part.bytes for part in parts)}
 
 
-def _write(stage: artifacts.Stage, spec: models.ModelSpec, source: Source) -> None:
+def _write(stage: artifacts.Stage, spec: opened.ModelSpec, source: Source) -> None:
     model = spec.open(Share(0, 1, "cpu", 1))
     weights = checkpoints.read_weights(files.join(source.uri, source.part))
     if source.companions is not None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from pd_core import finetuned_report
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.finetune import FinetuneSettings
@@ -21,7 +20,10 @@ from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.evaluate import spaces
 from pd_core.evaluate.measure import measuring_cpus
-from pd_core.finetuning import checkpoints, exporting, judging, loop, merging, models, stream, training, weights
+from pd_core.finetune import best as finetune_best
+from pd_core.finetune import checkpoints, judge, loop, report, stream, training, weights
+from pd_core.finetune import merge as finetune_merge
+from pd_core.finetune.models import opened
 from pd_core.generate import pilot, setup
 from pd_core.index import features
 
@@ -153,7 +155,7 @@ def finetune(settings: FinetuneSettings) -> None:
         console.say(planned.text)
         inputs = _finetune(run, planned)
         page = files.join(output, "report", REPORT)
-        run.finish(("report",), {"images of it": finetuned_report.command(inputs), "report": page})
+        run.finish(("report",), {"images of it": report.command(inputs), "report": page})
 
 
 def plan_finetune(settings: FinetuneSettings) -> None:
@@ -165,7 +167,7 @@ def plan_finetune(settings: FinetuneSettings) -> None:
         console.say(planned.text)
         with failures("training", output):
             found = _on_worker(
-                models.probe, planned.workers, planned.spec, settings.training.batch_size // settings.workers
+                opened.probe, planned.workers, planned.spec, settings.training.batch_size // settings.workers
             )
         console.say(
             f"time: {found['step_s']:.3g} s a step, {settings.steps * found['step_s']:.0f} s in all, beside evaluations and "
@@ -185,7 +187,7 @@ class Planned:
 
     settings: FinetuneSettings
     real: RealSet
-    spec: models.ModelSpec
+    spec: opened.ModelSpec
     facts: Mapping[str, Any]
     workers: training.Workers
     device: str
@@ -197,7 +199,7 @@ def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
         begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, "training"))
     gpus = resources.gpus_to_ask(run.now, settings.worker_gpus, (begun or {}).get("device"))
     workers = training.workers_of(run.now, settings.workers, settings.worker_cpus, gpus)
-    spec = models.ModelSpec(
+    spec = opened.ModelSpec(
         generator=settings.generator,
         discriminator=settings.discriminator,
         training=settings.training,
@@ -208,7 +210,7 @@ def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
         seed=settings.seed,
     )
     with failures("generator", str(settings.generator.path)):
-        facts = _on_worker(models.describe, workers, spec)
+        facts = _on_worker(opened.describe, workers, spec)
     spec = replace(spec, classes=facts["classes"])
     device = resources.device_of(run.now, gpus)
     text = (
@@ -233,7 +235,7 @@ def _on_worker(function: Any, workers: training.Workers, *arguments: Any) -> Any
     return tasks.get(tasks.task(function, workers.cpus, workers.gpus).remote(*arguments))
 
 
-def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
+def _finetune(run: Run, planned: Planned) -> report.Inputs:
     settings, real, spec = planned.settings, planned.real, planned.spec
     drawable = _weights(run, planned)
     featured = spaces.features_of(*_finished_features(real))
@@ -253,25 +255,25 @@ def _finetune(run: Run, planned: Planned) -> finetuned_report.Inputs:
         console.say(_told_merge(merged, step))
     companions = checkpoints.companions_name(step)
     beside = files.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
-    source = exporting.Source(
+    source = finetune_best.Source(
         job.stage.uri, checkpoints.average_name(step), beside, trained.fingerprint, step, merged=False
     )
     if merged is not None and merged.totals["beats"]:
         uri = files.join(run.output, "merging")
-        source = exporting.Source(uri, merging.MERGED, beside, merged.fingerprint, step, merged=True)
-    best = exporting.stage_of(run.output, source)
-    run.stage(best, lambda: exporting.run(best, spec, source), replace=True)
-    inputs = finetuned_report.Inputs(
+        source = finetune_best.Source(uri, finetune_merge.MERGED, beside, merged.fingerprint, step, merged=True)
+    best = finetune_best.stage_of(run.output, source)
+    run.stage(best, lambda: finetune_best.run(best, spec, source), replace=True)
+    inputs = report.Inputs(
         training=job.stage.uri,
         trained=trained,
         merging=None if merged is None else (files.join(run.output, "merging"), merged),
         settings=settings,
-        result=exporting.result_of(settings.generator, best.uri),
+        result=finetune_best.result_of(settings.generator, best.uri),
         extractor=real.extractor.model,
         timings_s=dict(run.timings_s),
     )
-    reporting = finetuned_report.stage_of(run.output, trained, merged)
-    run.stage(reporting, lambda: finetuned_report.run(reporting, inputs), replace=True)
+    reporting = report.stage_of(run.output, trained, merged)
+    run.stage(reporting, lambda: report.run(reporting, inputs), replace=True)
     return inputs
 
 
@@ -307,7 +309,7 @@ def _told_weights(run: Run) -> dict[str, Any]:
 def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
     settings, real, spec = planned.settings, planned.real, planned.spec
     judged = settings.evaluation
-    plan = judging.Plan(
+    plan = judge.Plan(
         spec=real.extractor,
         seed=settings.seed,
         stream=EVALUATION_STREAM,
@@ -353,7 +355,7 @@ def _finished_features(real: RealSet) -> tuple[str, artifacts.Artifact]:
 def _reference(run: Run, settings: FinetuneSettings, featured: spaces.Features) -> Any:
     """Reference to the real side of all evaluations, in Ray's object store."""
     cpus = measuring_cpus(run.now)
-    task = tasks.task(judging.prepare, cpus)
+    task = tasks.task(judge.prepare, cpus)
     reference = task.remote(featured, settings.evaluation.n_real, settings.evaluation.metrics, cpus)
     tasks.get(reference)  # too few real images are told before anything is trained
     return reference
@@ -363,12 +365,12 @@ def _merge(
     run: Run, planned: Planned, job: loop.Job, trained: artifacts.Artifact, featured: spaces.Features
 ) -> artifacts.Artifact:
     settings = planned.settings
-    merge = merging.job_of(
+    merge = finetune_merge.job_of(
         run.output,
         job.stage.uri,
         trained,
-        models.Opener(planned.spec),
-        models.ScorerOpener(planned.real),
+        opened.Opener(planned.spec),
+        opened.ScorerOpener(planned.real),
         job.plan,
         metric=settings.evaluation.metric,
         candidates=settings.merge_candidates,
@@ -379,6 +381,6 @@ def _merge(
 
     def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
         reference = _reference(run, settings, featured)
-        return merging.run(merge, run.now, reference, settings.workers, planned.workers.gpus or None)
+        return finetune_merge.run(merge, run.now, reference, settings.workers, planned.workers.gpus or None)
 
     return run.stage(merge.stage, make)

@@ -25,7 +25,7 @@ import pyarrow as pa
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError
 from pd_core.engine import console
-from pd_core.finetuning import judging
+from pd_core.finetune import judge as finetune_judge
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,9 @@ class Progress:
 
     def judge(self, metric: str, patience: int) -> None:
         """Take the evaluation of this step into account, which was added last."""
-        if self.step == 0 or judging.better(metric, self.value(self.step, metric), self.value(self.best, metric)):
+        if self.step == 0 or finetune_judge.better(
+            metric, self.value(self.step, metric), self.value(self.best, metric)
+        ):
             self.best, self.waited = self.step, 0
         else:
             self.waited += 1

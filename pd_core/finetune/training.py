@@ -14,7 +14,7 @@ from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.engine import console, tasks, telemetry, tracking
 from pd_core.engine import resources as engine_resources
-from pd_core.finetuning import checkpoints, loop
+from pd_core.finetune import checkpoints, loop
 
 if TYPE_CHECKING:
     from tqdm import tqdm

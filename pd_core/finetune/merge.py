@@ -26,8 +26,9 @@ from pd_core.density import formula
 from pd_core.engine import console, resources, tasks
 from pd_core.evaluate import metrics
 from pd_core.evaluate.halfsamples import Estimate
-from pd_core.finetuning import checkpoints, judging
-from pd_core.finetuning.judging import Plan
+from pd_core.finetune import checkpoints
+from pd_core.finetune import judge as finetune_judge
+from pd_core.finetune.judge import Plan
 from pd_core.generate.candidates import picture
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def _merge(job: Job, judges: Sequence[Any]) -> dict[str, Any]:
 def _search(job: Job, judges: Sequence[Any]) -> Search:
     """The search with all its candidates told: those of the records, and the others measured now."""
     known = _recorded(job)
-    lower = job.metric in judging.LOWER_IS_BETTER
+    lower = job.metric in finetune_judge.LOWER_IS_BETTER
     search = Search(len(job.averages), job.candidates, seeds.stream(job.seed, "finetune/merge-search"), lower)
     with console.progress("merging", job.candidates, "combinations", len(known)) as bar:
         while len(proposed := search.propose()):
@@ -389,14 +390,14 @@ class _Judge:
 
     def _value(self, coefficients: np.ndarray) -> float | None:
         found = self._features(coefficients, SEARCH_STREAM)
-        value = judging.measure(self.reference, [found], self.job.threads, self.device)[self.job.metric].value
+        value = finetune_judge.measure(self.reference, [found], self.job.threads, self.device)[self.job.metric].value
         return float(value) if math.isfinite(value) else None
 
     def _features(self, coefficients: np.ndarray, stream: str) -> np.ndarray:
         """Float32 [n, D] of a combination's images from the seeds of a stream."""
         plan = replace(self.job.plan, stream=stream)
         sampler = self.model.sampler(self.job.weights(coefficients))
-        found = judging.features(plan, sampler, self.scorer, range(plan.chunks))
+        found = finetune_judge.features(plan, sampler, self.scorer, range(plan.chunks))
         return np.concatenate([found[chunk] for chunk in range(plan.chunks)])
 
     def held_out(self, coefficients: np.ndarray) -> np.ndarray:
@@ -438,7 +439,7 @@ class _Judge:
         shown = files.read_table(files.join(self.job.training, name), ["number", "seed", "label"])
         columns: dict[str, list[Any]] = {"density_predicted": [], "image": []}
         for chunk in range(-(-shown.num_rows // plan.chunk)):
-            images = judging.generate(plan, sampler, chunk, self.device).to(self.scorer.extractor.device)
+            images = finetune_judge.generate(plan, sampler, chunk, self.device).to(self.scorer.extractor.device)
             predicted = formula.density_of(self.scorer.log_density(self.scorer.features(images)).cpu().numpy())
             columns["density_predicted"] += predicted.tolist()
             columns["image"] += [
@@ -460,4 +461,4 @@ def beats(difference: Estimate, metric: str) -> bool:
     """Whether an interval of a difference lies on the good side of 0; without interval there is nothing to go by."""
     if difference.low is None or difference.high is None:
         return False
-    return bool(difference.high < 0 if metric in judging.LOWER_IS_BETTER else difference.low > 0)
+    return bool(difference.high < 0 if metric in finetune_judge.LOWER_IS_BETTER else difference.low > 0)

@@ -16,7 +16,7 @@ from pd_core.density.realset import RealSet
 from pd_core.density.scorer import Scorer
 from pd_core.density.weighting import Weighting
 from pd_core.engine import resources
-from pd_core.finetuning import Batch, Share, Trainable
+from pd_core.finetune.protocol import Batch, Share, Trainable
 from pd_core.generate import setup
 from pd_core.generators import open as generators_open
 from pd_core.generators import protocol
@@ -51,10 +51,10 @@ class ModelSpec:
     def open(self, share: Share) -> Trainable:
         """The model on a worker. Raises UserError where it cannot be trained."""
         if self.generator.kind == "diffusers":
-            from pd_core.finetuning.diffusion import DiffusionModel
+            from pd_core.finetune.models.diffusion import DiffusionModel
 
             return DiffusionModel(self.generator, self.training, share, self.seed, self.classes)
-        from pd_core.finetuning.gan import FakeSampling, Gan, predicted
+        from pd_core.finetune.models.gan import FakeSampling, Gan, predicted
         from pd_core.generators.pairs import open_pair
 
         pair = open_pair(self.generator, self.discriminator, share.device, share.threads)

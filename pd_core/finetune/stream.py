@@ -20,9 +20,9 @@ from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.engine import console, resources
 from pd_core.engine import tasks as engine_tasks
-from pd_core.finetuning import Batch, Share
-from pd_core.finetuning.draws import Draws, Window
-from pd_core.finetuning.weights import Drawable
+from pd_core.finetune.draws import Draws, Window
+from pd_core.finetune.protocol import Batch, Share
+from pd_core.finetune.weights import Drawable
 from pd_core.images import child, decode, resize, sources
 
 TASK_BYTES = 32 << 20  # pixels that a task hands over at most, unless one step has more

@@ -12,15 +12,15 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from pd_core import finetuned_page
 from pd_core.core import artifacts, files
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
 from pd_core.evaluate.page import Number
-from pd_core.finetuned_page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
-from pd_core.finetuning import checkpoints, merging
+from pd_core.finetune import checkpoints, merge
+from pd_core.finetune import page as finetune_page
+from pd_core.finetune.page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
 from pd_core.images import child
 from pd_core.report import page
 
@@ -59,7 +59,7 @@ def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
 
 def _draw(inputs: Inputs) -> runs.Drawn:
     data = gather(inputs)
-    return runs.Drawn({**finetuned_page.figures(data), runs.REPORT: finetuned_page.render(data)})
+    return runs.Drawn({**finetune_page.figures(data), runs.REPORT: finetune_page.render(data)})
 
 
 def gather(inputs: Inputs) -> FinetunedData:
@@ -180,7 +180,7 @@ def _shown(inputs: Inputs) -> list[Shown]:
     elif last > 0:
         places["last"] = _samples(inputs.training, last)
     if inputs.merging is not None:
-        places["merged"] = files.join(inputs.merging[0], merging.SAMPLES)
+        places["merged"] = files.join(inputs.merging[0], merge.SAMPLES)
     states = {state: files.read_table(uri).sort_by("number").to_pylist() for state, uri in places.items()}
     return [
         _one_seed(dict(zip(states, rows, strict=True))) for rows in zip(*states.values(), strict=True)

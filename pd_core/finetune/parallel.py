@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pd_core.core import seeds
-from pd_core.finetuning import Share
+from pd_core.finetune.protocol import Share
 
 if TYPE_CHECKING:
     import torch

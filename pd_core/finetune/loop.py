@@ -18,8 +18,10 @@ from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.density.scorer import Scorer
 from pd_core.engine import resources, telemetry
 from pd_core.evaluate import measure
-from pd_core.finetuning import Batch, Share, Trainable, checkpoints, judging, models, parallel, stream, weights
-from pd_core.finetuning.checkpoints import Progress
+from pd_core.finetune import checkpoints, judge, parallel, stream, weights
+from pd_core.finetune.checkpoints import Progress
+from pd_core.finetune.models import opened
+from pd_core.finetune.protocol import Batch, Share, Trainable
 from pd_core.generate.candidates import picture
 
 if TYPE_CHECKING:
@@ -42,10 +44,10 @@ class Job:
         settings: of the workflow.
     """
 
-    model: models.ModelSpec
+    model: opened.ModelSpec
     data: weights.Drawable
     feed: stream.Feed
-    plan: judging.Plan
+    plan: judge.Plan
     stage: artifacts.Stage
     settings: FinetuneSettings
 
@@ -231,8 +233,8 @@ class Loop:
             sampler = self.model.sampler(weights)
             try:
                 for chunk in range(share.rank, plan.chunks, share.world):
-                    images = judging.generate(plan, sampler, chunk, share.device)
-                    own[chunk] = judging.features_of(self.scorer, images)
+                    images = judge.generate(plan, sampler, chunk, share.device)
+                    own[chunk] = judge.features_of(self.scorer, images)
                     if chunk == 0:
                         self._keep(images, own[chunk])
             except UserError:
@@ -271,7 +273,7 @@ class Loop:
         """Rows of schemas.evaluations() of the features of all images, by chunk."""
         real = self._real()
         try:
-            estimates = judging.measure(real, found, self.share.threads, self.share.device)
+            estimates = judge.measure(real, found, self.share.threads, self.share.device)
         except ValueError as error:  # features that are not finite, or without a direction
             raise self._unmeasurable(error) from None
         return [

@@ -24,9 +24,9 @@ from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.density import weighting as density_weighting
 from pd_core.density.formula import density_of
 from pd_core.density.scorer import Scorer
-from pd_core.finetuning import Batch, Share
-from pd_core.finetuning.averaging import decay_at, warm_up
-from pd_core.finetuning.parallel import average, average_gradients, images_of, own_random_state, sum_of
+from pd_core.finetune.averaging import decay_at, warm_up
+from pd_core.finetune.parallel import average, average_gradients, images_of, own_random_state, sum_of
+from pd_core.finetune.protocol import Batch, Share
 from pd_core.generators.pairs import Pair, check_passes, conditions_of
 from pd_core.generators.protocol import Generator, LatentGenerator, to_uint8
 
