@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pd_core import releasing
 from pd_core.core import artifacts, files
+from pd_core.curate import releases
 
 # By which a row is known; those that a table has. Its other columns may be wrong, which is a part that differs.
 ROW = ("sample_id", "key", "direction", "set", "space", "label", "metric", "setting", "step", "name", "number")
@@ -44,7 +44,7 @@ AS_TEXT = ("release.json", "README.md")
 POINTERS = {"latest.json": ("moved", "lock_token"), "index/current.json": ("digest",)}  # and what may differ in them
 
 # Of versions and releases of curate: when they were made, and a hash of what from.
-_NAME = re.compile(rf"(\d{{8}}T\d{{6}}Z|\d{{4}}-\d{{2}}-\d{{2}})-[0-9a-f]{{{releasing.HASH_LETTERS}}}")
+_NAME = re.compile(rf"(\d{{8}}T\d{{6}}Z|\d{{4}}-\d{{2}}-\d{{2}})-[0-9a-f]{{{releases.HASH_LETTERS}}}")
 
 
 @dataclass(frozen=True)

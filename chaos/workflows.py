@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd_core import releasing
 from pd_core.core import errors
+from pd_core.curate import releases
 from pd_core.engine.runs import RUN
 from tests import tiny, tiny_generators, toy_generator
 
@@ -76,7 +76,7 @@ WORKFLOWS: dict[str, Callable[[Inputs], Settings]] = {  # by the name of its fil
 # fmt: on
 
 
-LAST = {"curate": releasing.LATEST}  # the file that is written last, where that is not run.json
+LAST = {"curate": releases.LATEST}  # the file that is written last, where that is not run.json
 DONE = {
     "curate": (errors.EXIT_DONE, errors.EXIT_NOTHING_NEW)
 }  # exit codes of a run that has nothing more to do, where not 0 alone

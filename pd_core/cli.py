@@ -115,15 +115,15 @@ def _finetune(settings: FinetuneSettings) -> None:
 
 
 def _curate(settings: CurateSettings) -> int:
-    from pd_core import curation
+    from pd_core.curate import workflow as curate_workflow
     from pd_core.generate import verification
 
     if settings.verify is not None:
         verification.verify_release(settings.verify)
     elif settings.dry_run:
-        curation.plan_curate(settings)
+        curate_workflow.plan_curate(settings)
     else:
-        return curation.curate(settings)
+        return curate_workflow.curate(settings)
     return errors.EXIT_DONE
 
 

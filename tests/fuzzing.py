@@ -34,7 +34,6 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from pd_core import releasing
 from pd_core.build import update
 from pd_core.core import artifacts, files
 from pd_core.core import locks as core_locks
@@ -42,6 +41,7 @@ from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.curate import releases
 from pd_core.density import fit, predictor, realset
 from pd_core.evaluate import spaces
 from pd_core.images import sources
@@ -249,7 +249,7 @@ class Target(NamedTuple):
     mended: Callable[[bytes], bytes] = bytes
 
 
-RELEASES = (releasing.lock_token, releasing.open_latest, releasing.open_before_latest, releasing.settle)
+RELEASES = (releases.lock_token, releases.open_latest, releases.open_before_latest, releases.settle)
 TARGETS = {
     "decode": Target(image_files, lambda file: prepare(file.read_bytes(), LIMITS, Preprocess.paper())),
     "tar": Target(tars, read_source, mended=_tar),

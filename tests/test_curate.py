@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pd_core import releasing
 from pd_core.core import artifacts, errors, files, locks, schemas
 from pd_core.core.settings.curate import GateSettings
+from pd_core.curate import releases as curate_releases
 from pd_core.engine import session
 from tests import tiny, toy_generator
 from tests.test_update import write
@@ -311,10 +311,10 @@ def test_what_another_run_left_of_a_version_does_not_block_the_schedule(source, 
 
 
 def test_a_pointer_is_not_moved_by_an_overtaken_holder(tmp_path):
-    releasing.point(str(tmp_path), "a", 7, [], None)
+    curate_releases.point(str(tmp_path), "a", 7, [], None)
     with pytest.raises(errors.RunError, match="was moved by run 7 of the lock, this is 6"):
-        releasing.point(str(tmp_path), "b", 6, [], None)
-    assert releasing.latest(str(tmp_path)) == "a" and releasing.lock_token(str(tmp_path)) == 7
+        curate_releases.point(str(tmp_path), "b", 6, [], None)
+    assert curate_releases.latest(str(tmp_path)) == "a" and curate_releases.lock_token(str(tmp_path)) == 7
 
 
 def test_a_pointer_follows_the_release_that_a_person_has_written(tmp_path):
@@ -323,13 +323,13 @@ def test_a_pointer_follows_the_release_that_a_person_has_written(tmp_path):
         (tmp_path / "releases" / name / "release.json").write_text(
             json.dumps({"last": f"before {name}", "verdicts": []})
         )
-    releasing.point(str(tmp_path), "b", 7, [], None)
-    there = releasing.pointer(str(tmp_path))
-    releasing.settle(str(tmp_path))
-    assert releasing.pointer(str(tmp_path)) == there
+    curate_releases.point(str(tmp_path), "b", 7, [], None)
+    there = curate_releases.pointer(str(tmp_path))
+    curate_releases.settle(str(tmp_path))
+    assert curate_releases.pointer(str(tmp_path)) == there
     (tmp_path / "latest.json").write_text(json.dumps(there | {"release": "a", "held": ["b"]}))
-    releasing.settle(str(tmp_path))
-    now = releasing.pointer(str(tmp_path))
+    curate_releases.settle(str(tmp_path))
+    now = curate_releases.pointer(str(tmp_path))
     assert (now["uri"], now["last"], now["held"], now["lock_token"]) == ("releases/a", "before a", ["b"], 7)
 
 
@@ -356,7 +356,7 @@ def test_a_name_in_held_that_is_no_release_is_told(tmp_path, capsys):
     (tmp_path / "releases" / "2026-11-27-0123456789ab").mkdir(parents=True)
     pointer = {"release": "2026-11-26-ba9876543210", "held": ["2026-11-25-0123456789ab", "2026-11-27-0123456789"]}
     (tmp_path / "latest.json").write_text(json.dumps(pointer))
-    releasing.say_unknown_held(str(tmp_path))
+    curate_releases.say_unknown_held(str(tmp_path))
     (line,) = capsys.readouterr().out.splitlines()
     assert "`held` names 2026-11-27-0123456789, which is no release here" in line
 
@@ -479,16 +479,16 @@ def numbers(**values: float) -> dict[str, dict[str, float]]:
     ],
 )
 def test_gates(gate, now, last, holds):
-    (verdict,) = releasing.judge([GateSettings(**gate)], numbers(**now), numbers(**last) if last else {})
+    (verdict,) = curate_releases.judge([GateSettings(**gate)], numbers(**now), numbers(**last) if last else {})
     assert verdict.holds is holds
     assert verdict.describe().startswith(f"a: {gate['metric']} ")
 
 
 def test_a_gate_is_for_its_recipe_or_for_each():
     values = {"a": {"n": 1.0}, "b": {"n": 9.0}}
-    both = releasing.judge([GateSettings(metric="n", min=5)], values, {})
+    both = curate_releases.judge([GateSettings(metric="n", min=5)], values, {})
     assert [(v.recipe, v.holds) for v in both] == [("a", False), ("b", True)]
-    assert [v.recipe for v in releasing.judge([GateSettings(metric="n", min=5, recipe="b")], values, {})] == ["b"]
+    assert [v.recipe for v in curate_releases.judge([GateSettings(metric="n", min=5, recipe="b")], values, {})] == ["b"]
 
 
 @pytest.mark.slow

@@ -30,12 +30,12 @@ from compose_spec import PyCompose
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pd_core import releasing
 from pd_core.core import artifacts, errors
 from pd_core.core.settings import load as settings_load
 from pd_core.core.settings.base import WorkflowSettings
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import WORKFLOWS
+from pd_core.curate import releases
 
 ROOT = Path(__file__).resolve().parents[1]
 INFRA = ROOT / "infra"
@@ -814,7 +814,7 @@ def test_of_a_release_no_more_may_be_deleted_than_curate_deletes(tmp_path: Path)
     """A release as `releasing` lays it out is damaged and mended: what goes meanwhile may go, all else may not."""
     (output,) = {str(settings["output"]) for settings in scheduled_settings()}
     release = artifacts.Stage(str(tmp_path / "releases" / "2026-11-29-0123456789ab"), "release", 1, {"sets": 1})
-    names = ("typical/part-00000000.parquet", releasing.METRICS, releasing.RECORD, releasing.CARD)
+    names = ("typical/part-00000000.parquet", releases.METRICS, releases.RECORD, releases.CARD)
 
     def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
         done = release.finished_parts()
@@ -831,7 +831,7 @@ def test_of_a_release_no_more_may_be_deleted_than_curate_deletes(tmp_path: Path)
             assert allowed(action, f"{output}/{name}") == (name in deleted and action == "s3:DeleteObject"), name
         assert allowed("s3:PutObject", f"{output}/{name}") and allowed("s3:GetObject", f"{output}/{name}")
     for other in (
-        f"{releasing.LATEST}",
+        f"{releases.LATEST}",
         "index/20261129T010203Z-0123456789ab/features/part-00000000.parquet",
         "lock/1.json",
     ):

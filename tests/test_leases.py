@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from pd_core import releasing
 from pd_core.core import files, locks
 from pd_core.core.errors import RunError, UserError
+from pd_core.curate import releases
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -251,6 +251,6 @@ def test_a_run_whose_lock_is_spoilt_says_why_it_stops(tmp_path):
 def test_the_number_of_a_lock_in_latest_json_is_one(tmp_path, token):
     (tmp_path / "latest.json").write_text(f'{{"release": "x", "lock_token": {token}}}')
     with pytest.raises(UserError, match=r"latest\.json: `lock_token` is no number of a lock"):
-        releasing.lock_token(str(tmp_path))
+        releases.lock_token(str(tmp_path))
     (tmp_path / "latest.json").write_text('{"release": "x", "lock_token": 41}')
-    assert releasing.lock_token(str(tmp_path)) == 41
+    assert releases.lock_token(str(tmp_path)) == 41

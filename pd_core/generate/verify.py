@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core import releasing
 from pd_core.core import artifacts, schemas, seeds, tables, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError, one_line, printable
 from pd_core.core.settings.curate import SET_NAME
 from pd_core.core.settings.data import DataSettings
+from pd_core.curate import releases
 from pd_core.engine import console, resources, tasks
 from pd_core.generate import sampling
 from pd_core.generate.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
@@ -191,7 +191,7 @@ def release_differences(artifact: artifacts.Artifact) -> list[str]:
     sets = artifact.totals.get("rows")
     if not isinstance(sets, dict) or not sets or not all(SET_NAME.fullmatch(name) for name in sets):
         return [*found, "its totals name no sets"]
-    fixed = {releasing.METRICS, releasing.RECORD, releasing.CARD}
+    fixed = {releases.METRICS, releases.RECORD, releases.CARD}
     names = [str(part.name) for part in artifact.parts]
     found += [f"names no {name}" for name in sorted(fixed - set(names))]
     for name in set(names) - fixed:

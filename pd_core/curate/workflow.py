@@ -18,7 +18,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from pd_core import releasing
 from pd_core.build import plan, update
 from pd_core.build import workflow as build_workflow
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
@@ -28,6 +27,7 @@ from pd_core.core.settings.curate import CurateSettings, RecipeSettings
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.curate import releases
 from pd_core.density import formula, realset
 from pd_core.engine import console, resources, session, tasks, telemetry, tracking
 from pd_core.engine.runs import RUN, Run, checked_output, failures, started
@@ -38,7 +38,7 @@ from pd_core.index import extractor, features
 
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from
-_VERSION = re.compile(rf"\d{{8}}T\d{{6}}Z-[0-9a-f]{{{releasing.HASH_LETTERS}}}")
+_VERSION = re.compile(rf"\d{{8}}T\d{{6}}Z-[0-9a-f]{{{releases.HASH_LETTERS}}}")
 CURRENT = "current.json"  # in INDEX: the version that was finished last
 EVALUATION = "evaluation"
 OUTCOMES = {errors.EXIT_DONE: "released", errors.EXIT_NOTHING_NEW: "nothing_new", errors.EXIT_HELD_BACK: "held_back"}
@@ -83,14 +83,14 @@ def curate(settings: CurateSettings) -> int:
     settings = prepare(settings)
     output = str(settings.output)
     with files.explained(output):
-        above = releasing.lock_token(output)
+        above = releases.lock_token(output)
     lock = locks.hold(files.join(output, LOCK), settings.lock.lease_s, above)
     with lock as lease, started(settings, output, "curate", ()) as run, session.shared(run.now):
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
-            releasing.settle(output)
-            releasing.say_unknown_held(output)
+            releases.settle(output)
+            releases.say_unknown_held(output)
             index = _index(run, settings, lease)
             lease.check()
             code = _release(run, settings, index, lease)
@@ -248,7 +248,7 @@ def _version_of_now(run: Run, settings: CurateSettings, current: Version | None)
         "density": settings.density.model_dump(mode="json"),
         "estimator": settings.estimator.model_dump(mode="json"),
     }
-    digest = releasing.digest(decides)
+    digest = releases.digest(decides)
     return Version(_named(files.join(run.output, INDEX), digest), digest), _Now(state, gpus)
 
 
@@ -321,16 +321,16 @@ def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Le
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"extraction": {"actors", "actor_gpus"}}),
         "gates": [gate.model_dump(mode="json") for gate in settings.gates],
     }
-    name = releasing.name_of(run.output, identity)
-    there = releasing.open_release(run.output, name)
-    released = name == releasing.latest(run.output)
+    name = releases.name_of(run.output, identity)
+    there = releases.open_release(run.output, name)
+    released = name == releases.latest(run.output)
     if released and there is not None:
         console.say(f"nothing new since {there.uri}")
         return errors.EXIT_NOTHING_NEW
-    last = releasing.open_before_latest(run.output) if released else releasing.open_latest(run.output)
+    last = releases.open_before_latest(run.output) if released else releases.open_latest(run.output)
     if there is None:
         _make_release(run, settings, index, identity, last, lease, mending=released)
-        there = releasing.open_release(run.output, name)
+        there = releases.open_release(run.output, name)
         assert there is not None, "it is committed"
     if released:
         console.say(f"mended, and nothing new since: {there.uri}")
@@ -339,9 +339,9 @@ def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Le
 
 
 def _judge(
-    settings: CurateSettings, numbers: releasing.Numbers, last: releasing.Release | None
-) -> list[releasing.Verdict]:
-    return releasing.judge(settings.gates, numbers, {} if last is None else last.record["numbers"])
+    settings: CurateSettings, numbers: releases.Numbers, last: releases.Release | None
+) -> list[releases.Verdict]:
+    return releases.judge(settings.gates, numbers, {} if last is None else last.record["numbers"])
 
 
 def _make_release(
@@ -349,13 +349,13 @@ def _make_release(
     settings: CurateSettings,
     index: Version,
     identity: dict[str, Any],
-    last: releasing.Release | None,
+    last: releases.Release | None,
     lease: locks.Lease,
     mending: bool,
 ) -> None:
     """Make what the recipes ask for, measure it, and write the release. mending: one that was made before and is not whole."""
     sets, measured = _sets(run, settings, index, identity, lease)
-    numbers = releasing.numbers_of(sets, measured)
+    numbers = releases.numbers_of(sets, measured)
     verdicts = _judge(settings, numbers, last)
     record = {
         "inputs": identity,
@@ -365,22 +365,22 @@ def _make_release(
         "settings": settings.model_dump(mode="json"),
         "versions": artifacts.package_versions(),
         "numbers": numbers,
-        "verdicts": releasing.as_json(verdicts),
+        "verdicts": releases.as_json(verdicts),
         "gates_hold": all(verdict.holds for verdict in verdicts),
     }
-    stage = releasing.stage_of(run.output, identity)
-    run.stage(stage, lambda: releasing.run(stage, sets, measured, record, last, mending))
+    stage = releases.stage_of(run.output, identity)
+    run.stage(stage, lambda: releases.run(stage, sets, measured, record, last, mending))
 
 
 def _promote(
     run: Run,
     settings: CurateSettings,
-    release: releasing.Release,
-    last: releasing.Release | None,
+    release: releases.Release,
+    last: releases.Release | None,
     lease: locks.Lease,
 ) -> int:
     """Move the pointer to a release, unless a gate or a person is against it; returns the exit code."""
-    numbers: releasing.Numbers = release.record["numbers"]
+    numbers: releases.Numbers = release.record["numbers"]
     verdicts = _judge(settings, numbers, last)
     for recipe, values in numbers.items():
         run.tracker.metrics({f"{recipe}.{metric}": value for metric, value in values.items()})
@@ -391,19 +391,19 @@ def _promote(
             f"held back: {release.uri} was not made the latest release, {len(failed)} of {len(verdicts)} gates fail"
         )
         return errors.EXIT_HELD_BACK
-    if releasing.is_held_by_hand(run.output, release.name):
-        console.say(f"held back: {release.uri}, which {releasing.LATEST} names in `held`")
+    if releases.is_held_by_hand(run.output, release.name):
+        console.say(f"held back: {release.uri}, which {releases.LATEST} names in `held`")
         return errors.EXIT_HELD_BACK
     lease.confirm()
-    releasing.point(run.output, release.name, lease.token, verdicts, last)
+    releases.point(run.output, release.name, lease.token, verdicts, last)
     console.say(f"released: {release.uri}")
     return errors.EXIT_DONE
 
 
 def _as_before(run: Run, settings: CurateSettings) -> CurateSettings:
     """The settings with GPUs of a generator, see `_gpus`."""
-    name = releasing.latest(run.output)
-    record = {} if name is None else releasing.record_of(run.output, name) or {}
+    name = releases.latest(run.output)
+    record = {} if name is None else releases.record_of(run.output, name) or {}
     before = next((made["device"] for made in record.get("inputs", {}).get("sets", {}).values()), None)
     gpus = _gpus(run, settings.generation.actor_gpus, before)
     return settings.model_copy(update={"generation": settings.generation.model_copy(update={"actor_gpus": gpus})})
@@ -431,12 +431,12 @@ def _sets(
     index: Version,
     identity: dict[str, Any],
     lease: locks.Lease,
-) -> tuple[list[releasing.Set], pa.Table]:
+) -> tuple[list[releases.Set], pa.Table]:
     """The samples of every recipe, and the rows of their evaluation; each in a folder by what decides it."""
     root = files.join(run.output, CANDIDATES)
     sets, outputs = [], []
     for recipe in settings.recipes:
-        folder = _named(root, releasing.digest(identity["sets"][recipe.name]))
+        folder = _named(root, releases.digest(identity["sets"][recipe.name]))
         if _claim(folder) is None:
             _mark(folder, {})
         asked = _generate_settings(settings, recipe, index.uri, folder)
@@ -446,9 +446,9 @@ def _sets(
         uri = files.join(outputs[-1], "samples")
         artifact = artifacts.load_artifact(uri)
         assert artifact is not None, "generate has committed it"
-        sets.append(releasing.Set(recipe.name, uri, artifact))
+        sets.append(releases.Set(recipe.name, uri, artifact))
     measured = {name: identity[name] for name in ("sets", "evaluation")}
-    folder = _named(root, releasing.digest(measured))
+    folder = _named(root, releases.digest(measured))
     if _claim(folder) is None:
         _mark(folder, {})
     evaluate_workflow.evaluate(_evaluate_settings(settings, index.uri, outputs, folder))
@@ -494,7 +494,7 @@ def plan_curate(settings: CurateSettings) -> None:
     ):
         current = _current(files.join(output, INDEX))
         version, now = _version_of_now(run, settings, current)
-        last = releasing.latest(output)
+        last = releases.latest(output)
         if current is None:
             counted = listing.count(sources.open_source(settings.data))
             console.say(
@@ -512,11 +512,9 @@ def plan_curate(settings: CurateSettings) -> None:
             bounds = gate.model_dump(include={"min", "max", "max_increase", "max_decrease"}, exclude_none=True)
             said = ", ".join(f"{name} {bound:g}" for name, bound in bounds.items())
             console.say(f"plan: gate: {gate.metric} of {gate.recipe or 'every set'}: {said}")
-        gone = (
-            "" if last is None or releasing.record_of(output, last) else ", which is not there any more, or not whole"
-        )
+        gone = "" if last is None or releases.record_of(output, last) else ", which is not there any more, or not whole"
         console.say(f"plan: latest release: {last or 'none, so that changes from it are not judged'}{gone}")
-        releasing.say_unknown_held(output)
+        releases.say_unknown_held(output)
 
 
 def _plan_of_changed(run: Run, settings: CurateSettings, current: Version) -> str:
