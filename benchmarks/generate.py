@@ -127,10 +127,11 @@ def bare_loop(index: str, generator: str, chunks: int) -> dict[str, float]:
     import torch
 
     from pd_core.core import seeds as core_seeds
-    from pd_core.generators import open, protocol
+    from pd_core.generators import protocol
+    from pd_core.generators.open import open_generator
 
     real = realset.open_realset(index)
-    made = open.open_generator(_generator(generator))
+    made = open_generator(_generator(generator))
     scorer = density_scorer.Scorer(real.extractor, real.predictor())
 
     def run(chunk: int) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
-from pd_core.density.formula import densities as density_densities
+from pd_core.density import densities as density_densities
 from pd_core.engine import resources, session
 from pd_core.index import build as index_build
 from pd_core.index import knn, recall, search

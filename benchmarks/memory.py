@@ -10,7 +10,7 @@ from benchmarks import datasets, joins, process, table
 from pd_core.core import artifacts, files
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import DensitySettings, FeatureSettings, IndexSettings
-from pd_core.density.formula import densities as density_densities
+from pd_core.density import densities as density_densities
 from pd_core.engine import session, tasks
 from pd_core.images import decode, listing, sources
 from pd_core.index import build, extractor, features, neighbors, search

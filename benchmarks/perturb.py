@@ -15,7 +15,8 @@ from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
 from pd_core.density import realset
 from pd_core.density import scorer as density_scorer
 from pd_core.generate import setup
-from pd_core.generators import open, protocol
+from pd_core.generators import protocol
+from pd_core.generators.open import open_generator
 from pd_core.perturb import workflow as perturb_workflow
 
 CHUNK, STEPS, EPSILON = 8, 10, 0.1
@@ -70,7 +71,7 @@ def _settings(index: str, generator: str, output: str, n: int) -> PerturbSetting
 def in_turn(index: str, generator: str, rounds: int) -> dict[str, float]:
     """Median seconds a sample of the bare loop and of ours, in turn on other chunks after one of each that is not timed."""
     settings, real = _settings(index, generator, "unused", rounds * CHUNK + CHUNK), realset.open_realset(index)
-    opened = open.open_generator(settings.generator)
+    opened = open_generator(settings.generator)
     job = perturb_workflow.job_of(settings, real, setup.facts_of(opened), "cpu", "unused")
     maker = job.open("cpu")
     times: dict[str, list[float]] = {"bare": [], "ours": []}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder: its modules are benchmarks.X
 
 from pd_core.core import artifacts, files  # noqa: E402
-from pd_core.evaluate.tradeoff import curve as tradeoff_curve
+from pd_core.evaluate.tradeoff import curve as tradeoff_curve  # noqa: E402
 
 COLUMNS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated")
 

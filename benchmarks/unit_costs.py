@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks import process, table  # noqa: E402
 from pd_core.engine import resources, session  # noqa: E402
-from pd_core.engine import tasks as engine_tasks
+from pd_core.engine import tasks as engine_tasks  # noqa: E402
 
 NAMES = ("models", "decoding", "listing", "parquet", "records", "search", "training", "ranks", "fitting", "tasks")
 OUTPUT = ROOT / "docs" / "unit_costs.json"
@@ -260,8 +260,7 @@ def training() -> dict[str, float]:
 
 def ranks() -> dict[str, float]:
     """The second pass: mean distances, the task that holds one row of the whole set, a rank among 8 million."""
-    from pd_core.density import formula
-    from pd_core.density.formula import densities
+    from pd_core.density import densities, formula
 
     rng = np.random.default_rng(0)
     neighbors = np.sort(rng.random((262_144, 20), np.float32) + 0.5)

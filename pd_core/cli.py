@@ -115,11 +115,11 @@ def _finetune(settings: FinetuneSettings) -> None:
 
 
 def _curate(settings: CurateSettings) -> int:
+    from pd_core.curate import verify
     from pd_core.curate import workflow as curate_workflow
-    from pd_core.generate import verification
 
     if settings.verify is not None:
-        verification.verify_release(settings.verify)
+        verify.verify_release(settings.verify)
     elif settings.dry_run:
         curate_workflow.plan_curate(settings)
     else:

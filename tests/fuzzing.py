@@ -42,8 +42,7 @@ from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.curate import releases
-from pd_core.density import fit, predictor, realset
-from pd_core.evaluate import spaces
+from pd_core.density import fit, originals, predictor, realset
 from pd_core.images import sources
 from pd_core.images.decode import BadImage, DecodeLimits
 from pd_core.images.resize import Preprocess, prepare
@@ -254,7 +253,7 @@ TARGETS = {
     "decode": Target(image_files, lambda file: prepare(file.read_bytes(), LIMITS, Preprocess.paper())),
     "tar": Target(tars, read_source, mended=_tar),
     "parquet": Target(parquets, read_source),
-    "records": Target(records, each(realset.open_realset, spaces.source_of, update.open_base), of_file=False),
+    "records": Target(records, each(realset.open_realset, originals.source_of, update.open_base), of_file=False),
     "stage": Target(stages, read_stage, of_file=False),
     "faiss": Target(shards, read_shard),
     "predictor": Target(predictors, lambda folder: predictor.load(folder), of_file=False),

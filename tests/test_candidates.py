@@ -27,7 +27,8 @@ from pd_core.generate import pilot as generate_pilot
 from pd_core.generate import sampling, verify
 from pd_core.generate.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
 from pd_core.generate.volume import Volume
-from pd_core.generators import noise, open
+from pd_core.generators import noise
+from pd_core.generators.open import open_generator
 from pd_core.index import extractor, search
 from tests import tiny, tiny_generators, toy_generator
 
@@ -71,7 +72,7 @@ def recipe_of(
 ) -> Recipe:
     values: dict[str, Any] = {
         "generator": settings,
-        "generator_identity": open.open_generator(settings).identity(),
+        "generator_identity": open_generator(settings).identity(),
         "realset": real,
         "weightings": {EVERYTHING: weighting},
         "score": "predictor",
@@ -229,7 +230,7 @@ def made_part(recipe: Recipe, root: Path, chunks: int, kind: str) -> sampling.Jo
         stage.begin(overwrite=False)
     actor = generate_chunks._MakeChunk(job, None)
     made = [actor(pa.table({"chunk": [number]})) for number in range(chunks)]
-    finished = [generate_chunks._finish_chunk(job, cast(Any, None), one) for one in made]
+    finished = [generate_chunks._finish_chunk(job, cast("Any", None), one) for one in made]
     (record,) = generate_chunks._write_part(job, pa.concat_tables(finished)).to_pylist()
     assert record["error"] is None, record
     return job
@@ -276,6 +277,6 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
             latents = noise.normal_latents(table["seed"].to_pylist(), (4,)).numpy()
             np.testing.assert_allclose(deciding, tiny_generators.Bars.log_volume(latents), atol=1e-4)
         np.testing.assert_array_equal(chance, density_weighting.acceptance_probability(deciding, weighting))
-    again, _, _ = finish(job.recipe, cast(Any, None), 1, ChunkMaker(job.recipe, "cpu").make(1))
+    again, _, _ = finish(job.recipe, cast("Any", None), 1, ChunkMaker(job.recipe, "cpu").make(1))
     assert set(again["sample_id"].to_pylist()) <= set(tables[0]["sample_id"].to_pylist())
     assert set(verify.compare_rows(again, tables[0]).values()) == {None}

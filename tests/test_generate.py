@@ -512,9 +512,9 @@ def test_a_chunk_that_comes_after_the_deadline_is_not_made(monkeypatch):
 
     monkeypatch.setattr(resources, "assigned_device", lambda: "cpu")
     numbers = pa.table({"chunk": [3]})
-    (late,) = generate_chunks._MakeChunk(cast(Any, Work()), time.time() - 1)(numbers).to_pylist()
+    (late,) = generate_chunks._MakeChunk(cast("Any", Work()), time.time() - 1)(numbers).to_pylist()
     assert (late["chunk"], late["error"], late["pixels"]) == (3, generate_chunks.LATE, None)
-    (made,) = generate_chunks._MakeChunk(cast(Any, Work()), time.time() + 1000)(numbers).to_pylist()
+    (made,) = generate_chunks._MakeChunk(cast("Any", Work()), time.time() + 1000)(numbers).to_pylist()
     assert made["error"] == "AssertionError: made"
 
 

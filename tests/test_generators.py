@@ -24,7 +24,7 @@ from pd_core.core.errors import UserError
 from pd_core.core.s3 import S3FileSystem
 from pd_core.core.settings import load as settings_load
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
-from pd_core.generators import noise, open, protocol
+from pd_core.generators import noise, protocol
 from pd_core.generators.denoising import DeterministicDiffusion, Network
 from pd_core.generators.diffusers import CalledPipeline
 from pd_core.generators.noise import generators_of, normal_latents
@@ -1147,7 +1147,7 @@ def test_truncated_latents_are_a_truncated_normal_and_change_only_what_lies_beyo
 def test_the_bound_of_latents_is_the_generators(tmp_path):
     path = tiny.save_bars(tmp_path / "bars.pt")
     plain, cut = (
-        open.open_generator(GeneratorSettings(kind="torchscript", path=path, latent_shape=(4,), latent_bound=bound))
+        open_generator(GeneratorSettings(kind="torchscript", path=path, latent_shape=(4,), latent_bound=bound))
         for bound in (None, 0.5)
     )
     assert isinstance(cut, protocol.LatentGenerator)

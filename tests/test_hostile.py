@@ -30,7 +30,7 @@ from pd_core.core import artifacts, files, schemas, tables
 from pd_core.core.artifacts import Stage
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
-from pd_core.density import realset
+from pd_core.density import originals, realset
 from pd_core.evaluate import spaces
 from pd_core.generate import export as generate_export
 from pd_core.images import listing, sources
@@ -643,7 +643,7 @@ def test_no_leaf_of_a_record_leads_anywhere(built, tmp_path):
 def opens(uri: str) -> bool:
     """Whether all that reads the records of an index takes them, without reading its tables; else each refused in one line."""
     whole = True
-    for read in (realset.open_realset, update.open_base, spaces.source_of):
+    for read in (realset.open_realset, update.open_base, originals.source_of):
         try:
             read(uri)
         except (UserError, RunError) as error:

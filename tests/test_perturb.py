@@ -20,7 +20,8 @@ from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.density import realset
 from pd_core.engine import session
-from pd_core.generators import open, protocol
+from pd_core.generators import protocol
+from pd_core.generators.open import open_generator
 from pd_core.perturb import stage, workflow
 from tests import tiny, tiny_generators, toy_generator
 from tests.test_generate import timm_features
@@ -123,7 +124,7 @@ def test_the_images_before_are_those_that_generate_makes_of_these_seeds(undistur
     """In chunks of the same size, so to the bit."""
     table = rows(undisturbed)
     settings = GeneratorSettings(kind="torchscript", path=str(modules["smooth"]), latent_shape=(DIM,))
-    generator = open.open_generator(settings)
+    generator = open_generator(settings)
     for start in (0, CHUNK):
         seeds = core_seeds.integers(np.arange(start, start + CHUNK), core_seeds.stream(0, "image")).tolist()
         expected = generator.generate(seeds, protocol.Conditions()).numpy()

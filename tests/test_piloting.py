@@ -94,7 +94,7 @@ def test_weights_that_all_labels_share_are_accepted_as_if_alone(given):
     settings = settings_of(weighting={"per_label": True, **given})
     weightings, _ = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
     found = probabilities(
-        cast(Any, SimpleNamespace(weightings=weightings, class_names=NAMES)), drawn_of(label), densities
+        cast("Any", SimpleNamespace(weightings=weightings, class_names=NAMES)), drawn_of(label), densities
     )
     for place, name in enumerate(NAMES):
         own = label == place

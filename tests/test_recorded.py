@@ -14,10 +14,9 @@ import pytest
 from pd_core.core import artifacts, schemas, trust
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
-from pd_core.density import fit, realset
+from pd_core.density import fit, originals, realset
 from pd_core.density import predictor as density_predictor
 from pd_core.engine import session
-from pd_core.evaluate import spaces
 from pd_core.images.resize import Preprocess
 from pd_core.index import search, shards
 from pd_core.index.extractor import ExtractorSpec
@@ -347,13 +346,13 @@ def listed(output: Path, root: object, **more: object) -> str:
 
 
 def test_a_recorded_source_is_where_its_record_lies_or_the_command_says(tmp_path):
-    assert spaces.source_of(listed(tmp_path / "a", str(tmp_path))).root == str(tmp_path)
+    assert originals.source_of(listed(tmp_path / "a", str(tmp_path))).root == str(tmp_path)
     elsewhere = listed(tmp_path / "b", "s3://images/train")
     with pytest.raises(UserError, match=r"listing/artifact.json: .*\(s3://images\) .* add --source s3://images/train"):
-        spaces.source_of(elsewhere)
+        originals.source_of(elsewhere)
     with pytest.raises(UserError, match=r"add --data\.source s3://images/train"):
-        spaces.source_of(elsewhere, option="--data.source")
-    assert spaces.source_of(elsewhere, "s3://images/train/*.jpg").root == "s3://images/train"
+        originals.source_of(elsewhere, option="--data.source")
+    assert originals.source_of(elsewhere, "s3://images/train/*.jpg").root == "s3://images/train"
 
 
 @pytest.mark.parametrize(
@@ -371,7 +370,7 @@ def test_a_recorded_source_is_where_its_record_lies_or_the_command_says(tmp_path
 def test_a_source_that_none_is_is_one_line(tmp_path, source):
     output = listed(tmp_path / "a", **{"root": str(tmp_path), **source})
     with pytest.raises(UserError, match=rf"^{output}/listing/artifact.json: [^\n]*$"):
-        spaces.source_of(output)
+        originals.source_of(output)
 
 
 @pytest.mark.parametrize(
@@ -381,4 +380,4 @@ def test_settings_of_a_source_that_none_are_are_one_line(tmp_path, run):
     output = listed(tmp_path / "a", str(tmp_path))
     Path(output, "run.json").write_text(run)
     with pytest.raises(UserError, match=rf"^{output}/run.json: [^\n]*$"):
-        spaces.source_of(output)
+        originals.source_of(output)

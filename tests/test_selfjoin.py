@@ -12,8 +12,8 @@ from pd_core.core import artifacts
 from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import DensitySettings, IndexSettings
+from pd_core.density import densities as density_densities
 from pd_core.density import formula
-from pd_core.density.formula import densities as density_densities
 from pd_core.index import build, knn, search
 from pd_core.index import neighbors as index_neighbors
 from pd_core.index import shards as index_shards

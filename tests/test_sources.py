@@ -1100,7 +1100,7 @@ def test_s3_tars(place: Place) -> None:
 
 def test_s3_parquet(place: Place) -> None:
     images = [os.urandom(20_000) for _ in range(300)]
-    table = image_table(decode, "struct")
+    table = image_table(images, "struct")
     place.put("pq/a.parquet", parquet_bytes(table.slice(0, 250), row_group_size=100))
     place.put("pq/b.parquet", parquet_bytes(table.slice(250)))
     source = opened(f"{place.uri}/pq", labels="column:class")

@@ -20,7 +20,7 @@ from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.engine import resources, session
 from pd_core.generate import candidates, verification
 from pd_core.generate import verify as generate_verify
-from pd_core.generators import open
+from pd_core.generators.open import open_generator
 from tests import toy_generator
 from tests.test_generate import index, rows, run  # noqa: F401
 from workflows import generate
@@ -330,7 +330,7 @@ def test_a_store_that_refuses_is_no_finding(copy, monkeypatch):
     part = next(p for p in artifact.parts if p.rows)
     lost = break_pictures(copy / "samples" / part.name)
     group = {lost[0] // samples.recipe.chunk: lost[:1]}
-    pool = maker = cast(Any, None)  # nothing is made again where there is nothing to compare with
+    pool = maker = cast("Any", None)  # nothing is made again where there is nothing to compare with
     (text,) = generate_verify.compare_group(samples, pool, maker, group).rows.values()
     assert text is not None and text.startswith("its file cannot be read: ")
     for error in (PermissionError(13, "denied"), ConnectionError("lost"), OSError(5, "SlowDown")):
@@ -580,7 +580,7 @@ def test_an_identity_that_json_writes_in_another_form_is_the_same(copy, tmp_path
         "    return Odd(3, True, (), 'raise', None, 0.0)\n"
     )
     settings = GeneratorSettings(kind="python", path=f"{tmp_path / 'odd.py'}:make")
-    live = open.open_generator(settings).identity()
+    live = open_generator(settings).identity()
     recorded = json.loads(json.dumps(live))
     assert recorded != live
     recipe = replace(samples_of(copy)[0].recipe, generator=settings)

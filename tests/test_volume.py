@@ -14,7 +14,8 @@ from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.generate import volume
 from pd_core.generate.volume import Volume
-from pd_core.generators import noise, open, protocol
+from pd_core.generators import noise, protocol
+from pd_core.generators.open import open_generator
 from tests import tiny_generators
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
@@ -139,7 +140,7 @@ def test_of_a_wide_generator_whose_latents_the_probes_do_not_span() -> None:
 def test_of_diffusion_through_its_checkpoints(tmp_path: Path) -> None:
     """DDIM in 2 steps at 16 px: 768 latents to 12 values. 3 blocks of 4 J^T Q span the rows of J: exact but for rounding."""
     settings = GeneratorSettings(path=tiny_generators.save_ddim(tmp_path / "ddim"), steps=2)
-    generator = open.open_generator(settings)
+    generator = open_generator(settings)
     assert isinstance(generator, protocol.LatentGenerator)
     decode = lambda z: generator.decode(z, protocol.Conditions())  # noqa: E731
     z = generator.latents([5, 6])
@@ -153,7 +154,7 @@ def test_of_torchscript_it_is_that_of_the_module(tmp_path: Path) -> None:
     gan = conv_gan()
     torch.jit.save(torch.jit.script(gan), tmp_path / "gan.pt")
     settings = GeneratorSettings(kind="torchscript", path=str(tmp_path / "gan.pt"), latent_shape=(24,))
-    generator = open.open_generator(settings)
+    generator = open_generator(settings)
     assert isinstance(generator, protocol.LatentGenerator)
     z = generator.latents(SEEDS)
     decode = lambda z: generator.decode(z, protocol.Conditions())  # noqa: E731

@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # a Ray job runs this file from a copy of the tree, where pd_core is not installed
 
-from pd_core import cli
-from pd_core.core import errors
-from pd_core.core.settings import load
-from pd_core.core.settings.base import ENV_PREFIX
+from pd_core import cli  # noqa: E402
+from pd_core.core import errors  # noqa: E402
+from pd_core.core.settings import load  # noqa: E402
+from pd_core.core.settings.base import ENV_PREFIX  # noqa: E402
 from pd_core.core.settings.index import BuildIndexSettings  # noqa: E402
-from pd_core.engine import session
+from pd_core.engine import session  # noqa: E402
 
 PROG = "build_index.py"
 DEFAULT_CONFIG = ROOT / "workflows" / "configs" / "default.yaml"

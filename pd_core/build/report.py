@@ -16,7 +16,7 @@ from pd_core.build import page as build_page
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import to_yaml
-from pd_core.density import fitting, formula
+from pd_core.density import estimator as density_estimator, formula
 from pd_core.engine import runs as engine_runs
 from pd_core.images import child, decode, sources
 from pd_core.images.listing import Listing
@@ -261,7 +261,7 @@ def _index_facts(index: artifacts.Artifact) -> build_page.IndexFacts:
 
 
 def _calibration(output: str, estimator: artifacts.Artifact) -> report_page.Calibration:
-    heldout = files.read_table(files.join(output, "estimator", fitting.HELDOUT))
+    heldout = files.read_table(files.join(output, "estimator", density_estimator.HELDOUT))
     facts = dict(estimator.totals["heldout"])
     return report_page.Calibration(
         log_density=heldout["log_density"].to_numpy(),

@@ -32,7 +32,7 @@ from pd_core.core.settings.index import (
     IndexSettings,
     UpdateSettings,
 )
-from pd_core.density import fit, fitting
+from pd_core.density import fit, estimator
 from pd_core.density import predictor as density_predictor
 from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.images import decode as images_decode
@@ -898,7 +898,7 @@ def estimator_stage(
     output: str, densities: core_artifacts.Stage, settings: EstimatorSettings, base: Base
 ) -> core_artifacts.Stage:
     """The estimator stage under `output`."""
-    stage = fitting.stage_of(output, densities, settings)
+    stage = estimator.stage_of(output, densities, settings)
     identity = stage.identity | {"base": base.artifacts["estimator"].fingerprint}
     return dataclasses.replace(stage, identity=identity)
 
@@ -923,7 +923,7 @@ def keep_or_fit(
         console.say(
             "estimator: fitted anew, since the base's was made with other settings or cannot be judged on held-out images"
         )
-        return fitting.run(stage, uris[0], uris[1], densities, feature_dim, settings)
+        return estimator.run(stage, uris[0], uris[1], densities, feature_dim, settings)
     shift = densities.totals["log_normalizer"] - base.artifacts["densities"].totals["log_normalizer"]
     names = _spread(densities, settings)
     keep = tasks.task(_keep, resources.feasible_cpus(settings.threads))
@@ -933,7 +933,7 @@ def keep_or_fit(
         console.say(
             f"estimator: the base's predictor has lost more than {update.max_r2_drop:g} of its R²; fitting anew"
         )
-        return fitting.run(stage, uris[0], uris[1], densities, feature_dim, settings)
+        return estimator.run(stage, uris[0], uris[1], densities, feature_dim, settings)
     console.say(
         f"estimator: kept from the base; R² of log density {heldout['r2_log_density']:.3f}, {fitted_r2:.3f} when fitted"
     )
@@ -968,7 +968,7 @@ def _keep(
     predictor = density_predictor.from_bytes(files).rescaled(shift)
     true, predicted = [], []
     for name in names:
-        sample_id, vectors, log_density = fitting.load_part(*uris, name)
+        sample_id, vectors, log_density = estimator.load_part(*uris, name)
         held = fit.held_out(sample_id, settings)
         if held.any():
             true.append(log_density[held])
@@ -982,5 +982,5 @@ def _keep(
     stage.write_part(density_predictor.DESCRIPTION_FILE, files[density_predictor.DESCRIPTION_FILE], 0)
     shown = slice(fit.CALIBRATION_ROWS)
     table = {"log_density": np.concatenate(true)[shown], "predicted_log_density": np.concatenate(predicted)[shown]}
-    stage.write_table(fitting.HELDOUT, pa.table(table))
+    stage.write_table(estimator.HELDOUT, pa.table(table))
     return dataclasses.asdict(measured)

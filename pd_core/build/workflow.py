@@ -11,8 +11,8 @@ from pd_core.build import plan, report, update
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
-from pd_core.density import fitting, formula
-from pd_core.density.formula import densities as density_densities
+from pd_core.density import estimator, formula
+from pd_core.density import densities as density_densities
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.images import decode, listing, sources
@@ -260,9 +260,9 @@ def _finish(
             update.keep_or_fit, fitting_stage, base, output, densities, dim, settings.estimator, settings.update
         )
     else:
-        fitting_stage = fitting.stage_of(output, densities_stage, settings.estimator)
+        fitting_stage = estimator.stage_of(output, densities_stage, settings.estimator)
         fit = functools.partial(
-            fitting.run, fitting_stage, features_uri, densities_stage.uri, densities, dim, settings.estimator
+            estimator.run, fitting_stage, features_uri, densities_stage.uri, densities, dim, settings.estimator
         )
     fitted = run.stage(fitting_stage, fit)
 

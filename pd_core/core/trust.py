@@ -135,7 +135,7 @@ def checked(kind: type[Kind], values: object, where: str, whole: bool = True) ->
         UserError: one is missing, of another type or out of bounds; names the first.
     """
     try:
-        made: Kind = _adapter(cast(Any, kind)).validate_python(values, extra="forbid" if whole else None)
+        made: Kind = _adapter(cast("Any", kind)).validate_python(values, extra="forbid" if whole else None)
     except (ValidationError, RecursionError) as error:
         raise UserError(f"{where}: {_first(error)}; it is damaged or no record of pd_core, make it again") from None
     return made

@@ -14,11 +14,6 @@ from numpy.typing import NDArray
 from pd_core.core import seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.density.formula import density_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from pd_core.core.settings.index import EstimatorSettings
 from pd_core.density.predictor import (
     _PREDICT_ROWS,
     Architecture,
@@ -29,6 +24,11 @@ from pd_core.density.predictor import (
     FitResult,
     new_predictor,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from pd_core.core.settings.index import EstimatorSettings
 
 WINDOW_ROWS = 131_072  # rows in memory at once while fitting: 0.4 GB of float32 features at D = 768
 HELDOUT_ROWS = 65_536  # held-out rows kept in memory; R2 and Spearman are then good to about 1/sqrt(65536) = 0.004

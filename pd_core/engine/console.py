@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-pass
 from pd_core.core.errors import printable, shown
 
 if TYPE_CHECKING:

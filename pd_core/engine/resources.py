@@ -8,13 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-pass
 from pd_core.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 from pd_core.engine.console import say
 
 # A task that mostly waits for storage or for actors claims little, so that it never keeps a computing actor off a core.

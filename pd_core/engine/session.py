@@ -12,13 +12,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_core.core.errors import RunError, UserError
 from pd_core.engine import telemetry
-
-if TYPE_CHECKING:
-    pass
 from pd_core.engine.console import say
 from pd_core.engine.resources import (
     START_ATTEMPTS,

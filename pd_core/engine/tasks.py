@@ -7,14 +7,11 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pd_core.core import files
 from pd_core.core.errors import CredentialsRefused, RunError, UserError, one_line
 from pd_core.engine import telemetry
-
-if TYPE_CHECKING:
-    pass
 from pd_core.engine.console import say
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -16,12 +16,13 @@ from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.density.originals import original_of
 from pd_core.density.realset import RealSet
 from pd_core.engine import runs
 from pd_core.evaluate import measure
 from pd_core.evaluate import page as evaluate_page
 from pd_core.evaluate.page import EvaluationData, Measured, Number, SpaceData, Tile
-from pd_core.evaluate.spaces import INDEX, JUDGE, ImageSet, Space, original_of
+from pd_core.evaluate.spaces import INDEX, JUDGE, ImageSet, Space
 from pd_core.images import child, decode, listing, sources
 from pd_core.report import page
 

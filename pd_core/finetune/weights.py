@@ -18,11 +18,11 @@ from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import WeightingSettings
+from pd_core.density import originals
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, runs, tasks
-from pd_core.evaluate import spaces
 from pd_core.generate import pilot
 from pd_core.generate.candidates import EVERYTHING
 from pd_core.images import sources
@@ -76,7 +76,7 @@ def open_pictures(run: runs.Run, real: RealSet, data: DataSettings) -> Pictures:
         of_index = artifacts.load_artifact(folder)
     assert of_index is not None, "the features of an index are made from its listing"
     if data.source is None:
-        source, listed = spaces.unchanged_original_of(real.uri, option="--data.source")
+        source, listed = originals.unchanged_original_of(real.uri, option="--data.source")
         settings = source.settings.model_copy(update={"max_bad_fraction": data.max_bad_fraction})  # of this run
         return Pictures(replace(source, settings=settings), listed, own=True)
     source = sources.open_source(data)

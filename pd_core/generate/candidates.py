@@ -29,7 +29,8 @@ from pd_core.density.realset import RealSet
 from pd_core.density.scorer import Scorer
 from pd_core.density.weighting import Weighting
 from pd_core.generate.volume import Volume, floored, log_volume, top_singular_values
-from pd_core.generators import open, protocol
+from pd_core.generators import protocol
+from pd_core.generators.open import open_generator
 from pd_core.index import search
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ class ChunkMaker:
 
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.recipe = recipe
-        self.generator = open.open_generator(recipe.generator, device, recipe.threads)
+        self.generator = open_generator(recipe.generator, device, recipe.threads)
         if artifacts.canonical(self.generator.identity()) != artifacts.canonical(recipe.generator_identity):
             raise UserError(
                 f"--generator.path {recipe.generator.path}: differs from what the run began with; make the same files "

@@ -17,9 +17,9 @@ from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
+from pd_core.density import originals as density_originals
 from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs
-from pd_core.evaluate import spaces
 from pd_core.generate import page as generate_page
 from pd_core.generate import pilot as generate_pilot
 from pd_core.generate import sampling
@@ -398,7 +398,7 @@ def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int
 
 def _read_originals(uri: str, name: str, rows: pa.Table, beside: str | None) -> dict[int, _Original]:
     """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
-    source = spaces.source_of(uri, beside)
+    source = density_originals.source_of(uri, beside)
     limits = decode.limits_of(source.settings)
     features = files.read_table(files.join(uri, "features", name), ["sample_id", "content_hash"])
     hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))

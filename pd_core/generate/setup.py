@@ -15,7 +15,8 @@ from pd_core.engine.runs import failures
 from pd_core.generate.candidates import EVERYTHING, Recipe
 from pd_core.generate.chunks import Pool
 from pd_core.generate.volume import Volume
-from pd_core.generators import open, protocol
+from pd_core.generators import protocol
+from pd_core.generators.open import check_path, open_generator
 from pd_core.generators.python import split
 
 
@@ -25,7 +26,7 @@ def resolved(generator: GeneratorSettings) -> GeneratorSettings:
     Raises:
         UserError: no path, or one that is not there.
     """
-    open.check_path(generator)
+    check_path(generator)
     assert generator.path is not None, "check_path refuses none"
     paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
     local = {name: files.absolute(value) for name, value in paths.items() if _is_file(value)}
@@ -50,7 +51,7 @@ def describe(settings: GeneratorSettings, now: resources.Cluster, pool: Pool) ->
 
 
 def _describe(settings: GeneratorSettings) -> dict[str, Any]:
-    return facts_of(open.open_generator(settings, resources.assigned_device()))
+    return facts_of(open_generator(settings, resources.assigned_device()))
 
 
 def facts_of(generator: protocol.Generator) -> dict[str, Any]:

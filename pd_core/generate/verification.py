@@ -13,11 +13,12 @@ from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError, one_line, printable
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.density import realset
-from pd_core.engine import console, resources, session, tasks
+from pd_core.engine import console, session
 from pd_core.engine.runs import failures
 from pd_core.generate import verify as generate_verify
 from pd_core.generate.candidates import Recipe, prompts_hash
-from pd_core.generators import open, protocol
+from pd_core.generators import protocol
+from pd_core.generators.open import HUB_ID
 from pd_core.index import search
 
 CODE: Mapping[str, tuple[str, ...]] = {  # settings that decide which code runs when a generator of a kind is opened
@@ -56,7 +57,7 @@ def verify(
     """
     uri, seed = core_files.absolute(uri), secrets.randbits(31) if seed is None else seed
     with failures("verify", uri):
-        committed = {stage: one for stage in STAGES if (one := _commit_of(core_files.join(uri, stage))) is not None}
+        committed = {stage: one for stage in STAGES if (one := commit_of(core_files.join(uri, stage))) is not None}
     artifact = committed.pop("samples", None)
     if artifact is None or artifact.kind != "samples":
         raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
@@ -70,7 +71,7 @@ def verify(
         _say_versions(artifact)
         samples = samples_of(uri, artifact, recipe)
         parts, chosen = generate_verify.check_parts(samples, artifact, committed, generate_verify.Draw(rows, seed))
-        _say_some([f"{name}: {text}" for name, texts in parts.items() for text in texts])  # whatever comes of the rows
+        say_some([f"{name}: {text}" for name, texts in parts.items() for text in texts])  # whatever comes of the rows
         console.say(f"verify: {len(chosen)} of {artifact.rows} rows are made again, chosen by seed {seed}")
         found = generate_verify.Findings(parts)
         if len(chosen):
@@ -79,49 +80,8 @@ def verify(
     _say_findings(found, {"samples": artifact, **committed})
 
 
-def verify_release(uri: str) -> None:
-    """Hold every file of a release to its commit record, and that to itself.
-
-    Args:
-        uri: a folder of `releases/`.
-
-    Raises:
-        UserError: no release is there.
-        RunError: something differs.
-    """
-    uri = core_files.absolute(uri)
-    with failures("verify", uri):
-        artifact = _commit_of(uri)
-    if artifact is None or artifact.kind != "release":
-        raise UserError(f"--verify {uri}: no finished release there; name a folder of releases/")
-    if artifact.schema_version != schemas.VERSIONS["release"]:
-        raise UserError(f"--verify {uri}: made by another version of pd_core; verify with that one")
-    if wrong := generate_verify.release_differences(artifact):  # its names may lead anywhere
-        _say_some([f"{core_files.ARTIFACT}: {text}" for text in wrong])
-        raise RunError(f"verify: {uri}/{core_files.ARTIFACT} is not as it was committed; see above")
-    sets = artifact.totals["rows"]
-    with session.session(uri, "verify"), failures("verify", uri):
-        found = generate_verify.surplus(uri, artifact, ("", *sets)) | _file_differences(uri, artifact)
-    _say_some([f"{name}: {text}" for name, texts in sorted(found.items()) for text in texts])
-    if found:
-        raise RunError(f"verify: files not as committed: {len(found)}; see above")
-    rows = ", ".join(f"{rows} of {name}" for name, rows in sets.items())
-    console.say(f"verify: all {len(artifact.parts)} files are as committed; rows: {rows}")
-
-
-def _file_differences(uri: str, artifact: artifacts.Artifact) -> dict[str, list[str]]:
-    task = tasks.task(generate_verify.file_differences, resources.IO_CPUS)
-    found = {}
-    with console.progress("verify parts", len(artifact.parts), "parts") as bar:
-        submit = lambda part: task.remote(core_files.join(uri, part.name), part)  # noqa: E731
-        for part, differences in tasks.bounded(submit, artifact.parts, tasks.in_flight):
-            bar.update()
-            if differences:
-                found[part.name] = differences
-    return found
-
-
-def _commit_of(uri: str) -> artifacts.Artifact | None:
+def commit_of(uri: str) -> artifacts.Artifact | None:
+    """The commit record of an output; None where nothing was committed. Raises RunError if it is no such record."""
     name = f"{uri.rpartition('/')[2]}/{core_files.ARTIFACT}"
     try:
         found = artifacts.load_artifact(uri)
@@ -182,8 +142,8 @@ def _say_versions(artifact: artifacts.Artifact) -> None:
 def _say_findings(found: generate_verify.Findings, committed: Mapping[str, artifacts.Artifact]) -> None:
     """Each difference of rows and the sum of all, those of files being said. Raises RunError where there is any."""
     wrong = {number: text for number, text in sorted(found.rows.items()) if text is not None}
-    _say_some([f"chunk {chunk}: {text}" for chunk, texts in sorted(found.chunks.items()) for text in texts])
-    _say_some([f"sample {number}: {text}" for number, text in wrong.items()])
+    say_some([f"chunk {chunk}: {text}" for chunk, texts in sorted(found.chunks.items()) for text in texts])
+    say_some([f"sample {number}: {text}" for number, text in wrong.items()])
     failed = []
     if found.parts:
         failed.append(f"files not as committed: {len(found.parts)}")
@@ -202,7 +162,8 @@ def _say_findings(found: generate_verify.Findings, committed: Mapping[str, artif
     )
 
 
-def _say_some(lines: Sequence[str]) -> None:
+def say_some(lines: Sequence[str]) -> None:
+    """Say the first of many lines, and how many more there are."""
     for line in lines[:SHOWN]:
         console.say(printable(line))
     if len(lines) > SHOWN:
@@ -249,7 +210,7 @@ def _permitted(uri: str, stored: GeneratorSettings, told: GeneratorSettings) -> 
         UserError: it does not.
     """
     names, allow_pickle = CODE[stored.kind], told.allow_pickle and told.kind == stored.kind
-    of_hub = not names and open.HUB_ID.fullmatch(str(stored.path)) is not None
+    of_hub = not names and HUB_ID.fullmatch(str(stored.path)) is not None
     if allow_pickle or of_hub:
         names = tuple(dict.fromkeys(("path", *names)))
     theirs, ours = _naming(stored, names), _naming(told, names)

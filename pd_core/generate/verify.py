@@ -23,10 +23,8 @@ import pyarrow.compute as pc
 
 from pd_core.core import artifacts, schemas, seeds, tables, trust
 from pd_core.core import files as core_files
-from pd_core.core.errors import UserError, one_line, printable
-from pd_core.core.settings.curate import SET_NAME
+from pd_core.core.errors import UserError, one_line
 from pd_core.core.settings.data import DataSettings
-from pd_core.curate import releases
 from pd_core.engine import console, resources, tasks
 from pd_core.generate import sampling
 from pd_core.generate.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
@@ -122,7 +120,7 @@ class Findings:
 
 def record_differences(artifact: artifacts.Artifact) -> list[str]:
     """What in the commit record of a samples stage contradicts itself."""
-    found = [*_own_differences(artifact), *_sums(artifact)]
+    found = [*own_differences(artifact), *_sums(artifact)]
     wanted = artifact.identity["n"]
     if not artifact.rows == artifact.totals["rows"] == wanted:
         found.append(f"its parts hold {artifact.rows} rows, its totals {artifact.totals['rows']}, --n was {wanted}")
@@ -134,7 +132,8 @@ def record_differences(artifact: artifacts.Artifact) -> list[str]:
     return found
 
 
-def _own_differences(artifact: artifacts.Artifact) -> list[str]:
+def own_differences(artifact: artifacts.Artifact) -> list[str]:
+    """What in a commit record contradicts itself, whatever its kind."""
     identity = {"kind": artifact.kind, "schema_version": artifact.schema_version, **artifact.identity}
     if artifacts.fingerprint(identity) != artifact.fingerprint:
         return ["its fingerprint is not that of its identity"]
@@ -167,7 +166,7 @@ def beside_differences(samples: artifacts.Artifact, beside: Mapping[str, artifac
     """What in the commit records of an output's other stages, by name, contradicts themselves or that of the samples."""
     found = {}
     for stage, artifact in beside.items():
-        texts = _own_differences(artifact)
+        texts = own_differences(artifact)
         theirs = samples.identity if stage == "rejected" else {"samples": samples.fingerprint}
         if artifact.kind != stage:
             texts.append(f"is the record of {artifact.kind}")
@@ -182,25 +181,6 @@ def beside_differences(samples: artifacts.Artifact, beside: Mapping[str, artifac
         found[f"{stage}/{core_files.ARTIFACT}"] = texts
     if samples.identity.get("keep_rejected") and "rejected" not in beside:
         found[f"rejected/{core_files.ARTIFACT}"] = ["is missing, though --keep-rejected was set"]
-    return found
-
-
-def release_differences(artifact: artifacts.Artifact) -> list[str]:
-    """What in the commit record of a release contradicts itself; where nothing does, its names lead nowhere but into its folder."""
-    found = _own_differences(artifact)
-    sets = artifact.totals.get("rows")
-    if not isinstance(sets, dict) or not sets or not all(SET_NAME.fullmatch(name) for name in sets):
-        return [*found, "its totals name no sets"]
-    fixed = {releases.METRICS, releases.RECORD, releases.CARD}
-    names = [str(part.name) for part in artifact.parts]
-    found += [f"names no {name}" for name in sorted(fixed - set(names))]
-    for name in set(names) - fixed:
-        folder, _, file = name.rpartition("/")
-        if folder not in sets or artifacts.part_number(file) is None:
-            found.append(f"{printable(name)} is no name of a part")
-    held = {name: sum(p.rows for p in artifact.parts if p.name.startswith(f"{name}/")) for name in sets}
-    if held != sets:
-        found.append(f"its parts hold {held} rows, its totals {sets}")
     return found
 
 

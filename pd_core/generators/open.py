@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from pd_core.core import files
 from pd_core.core.errors import UserError
+from pd_core.generators.protocol import Generator
 
 if TYPE_CHECKING:
     from pd_core.core.settings.generate import GeneratorSettings
-from pd_core.generators.protocol import Generator
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -49,19 +49,19 @@ def open_generator(settings: GeneratorSettings, device: str = "cpu", threads: in
 def _opener(kind: str) -> Callable[[GeneratorSettings, str], Generator]:
     """The adapter of a kind; imported when it is needed."""
     if kind == "diffusers":
-        from pd_core.generators.protocol import diffusers
+        from pd_core.generators import diffusers
 
         return diffusers.open_pipeline
     if kind == "stylegan":
-        from pd_core.generators.protocol import stylegan
+        from pd_core.generators import stylegan
 
         return stylegan.open_pickle
     if kind == "torchscript":
-        from pd_core.generators.protocol import torchscript
+        from pd_core.generators import torchscript
 
         return torchscript.open_module
     if kind == "python":
-        from pd_core.generators.protocol import python
+        from pd_core.generators import python
 
         return python.open_factory
     raise UserError(f"--generator.kind {kind}: unknown; use diffusers, stylegan, torchscript or python")

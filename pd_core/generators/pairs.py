@@ -104,14 +104,14 @@ def open_pair(
 def _open(settings: GeneratorSettings, discriminator: str | None, device: str) -> Pair:
     """By the adapter of its kind; imported when it is needed."""
     if settings.kind == "torchscript":
-        from pd_core.generators.protocol import torchscript
+        from pd_core.generators import torchscript
 
         return torchscript.open_pair(settings, discriminator, device)
     if settings.kind == "stylegan":
-        from pd_core.generators.protocol import stylegan
+        from pd_core.generators import stylegan
 
         return stylegan.open_pair(settings, device)
-    from pd_core.generators.protocol import python
+    from pd_core.generators import python
 
     return python.open_pair(settings, device)
 

@@ -252,7 +252,7 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
     except BadImage:
         raise
     except Exception as error:  # hostile bytes make Pillow raise nearly anything; see the fuzz test
-        raise _bad_image(error, data, container, image) from error
+        raise bad_image(error, data, container, image) from error
 
 
 def _silence_pillow() -> None:
@@ -311,7 +311,7 @@ _SAYS_TRUNCATED = re.compile(r"truncated|EOF|end of file|not enough image data|E
 _SAYS_UNSUPPORTED = re.compile(r"unsupported|unknown pixel mode|decoder .* not available|not installed", re.IGNORECASE)
 
 
-def _bad_image(error: Exception, data: bytes, container: str, image: ImageFile.ImageFile | None = None) -> BadImage:
+def bad_image(error: Exception, data: bytes, container: str, image: ImageFile.ImageFile | None = None) -> BadImage:
     """What an exception while an image was decoded says of the image; whatever it is, it is that image's."""
     if isinstance(error, MemoryError):
         return BadImage(Reason.TOO_EXPENSIVE, f"{container}: not enough memory")

@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import (
@@ -14,12 +14,8 @@ from PIL import (
     ImageOps,
 )
 
-pass
 from pd_core.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-from pd_core.images.decode import BadImage, DecodeLimits, Reason, _bad_image, decode
+from pd_core.images.decode import BadImage, DecodeLimits, Reason, bad_image, decode
 
 # ------------------------------------------------------------------------------------------------------------- resize
 _INTERPOLATION = {
@@ -165,7 +161,7 @@ def prepare(data: bytes, limits: DecodeLimits, preprocess: Preprocess) -> Prepar
     except BadImage:
         raise
     except Exception as error:
-        raise _bad_image(error, data, "resize") from error
+        raise bad_image(error, data, "resize") from error
     return Prepared(pixels, image.width, image.height, hashlib.sha256(data).hexdigest())
 
 
@@ -178,7 +174,7 @@ def make_thumbnail(data: bytes, limits: DecodeLimits) -> bytes:
     try:
         return thumbnail(image)
     except Exception as error:
-        raise _bad_image(error, data, "thumbnail") from error
+        raise bad_image(error, data, "thumbnail") from error
 
 
 def thumbnail(image: Image.Image, size_px: int = THUMBNAIL_PX) -> bytes:

@@ -8,13 +8,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as version_of
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-pass
 from pd_core.core import artifacts, files, schemas, trust
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
@@ -24,9 +23,6 @@ from pd_core.images import child, resize, sources
 from pd_core.images import decode as images_decode
 from pd_core.images.decode import Reason
 from pd_core.images.listing import Listing
-
-if TYPE_CHECKING:
-    pass
 from pd_core.index.extractor import Extractor, ExtractorSpec
 
 MAX_TASKS = 8192  # read tasks of one execution: the driver's plan stays this small for any number of images

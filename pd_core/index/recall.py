@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
 from pd_core.index.knn import MISSING_ID
 
 # --- recall and its calibration ----------------------------------------------------------------------------------------

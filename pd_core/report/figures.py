@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pd_core.report.page import Calibration, _finite_pairs, calibration_range, drawable, significant, visible
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from pd_core.build.page import ReportData
-from pd_core.report.page import Calibration, _finite_pairs, calibration_range, drawable, significant, visible
 
 DENSITY_AXIS = "pseudo density ρ (mean of the real set = 1)"
 DISTANCE_AXIS = "mean distance to k nearest neighbors (Euclidean)"
@@ -99,18 +99,6 @@ def draw_thresholds(axes: Axes, thresholds: Sequence[tuple[str, float]], low: fl
             parse_math=False,
             bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.0},
         )
-
-
-def _draw_distance_axis(figure: Figure, axes: Axes, data: ReportData, narrow: bool) -> None:
-    # ρ = exp(c - n log d), so d = exp((c - log ρ) / n): a second reading of the same positions.
-    low, high = axes.get_xlim()
-    ticks = [tick for tick in axes.get_xticks() if tick > 0 and low <= tick <= high]
-    distances = np.exp((data.log_normalizer - np.log(ticks)) / data.volume_dim)
-    upper = axes.secondary_xaxis("top")
-    upper.set_xticks(ticks, [f"{distance:.3g}" for distance in distances])
-    upper.minorticks_off()
-    upper.set_xlabel("mean k-NN distance (Euclidean)" if narrow else DISTANCE_AXIS)
-    style_axes(upper)
 
 
 def new_figure(narrow: bool, height_in: float, width_in: float = _WIDE_IN) -> tuple[Figure, Axes]:

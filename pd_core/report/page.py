@@ -7,12 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
 # --- what the page is made from ----------------------------------------------------------------------------------------
@@ -161,7 +158,9 @@ def page(template: str, context: Mapping[str, Any]) -> bytes:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
-        loader=FunctionLoader(lambda name: resources.files("pd_core").joinpath("templates", name).read_text("utf-8")),
+        loader=FunctionLoader(
+            lambda name: resources.files("pd_core.report").joinpath("templates", name).read_text("utf-8")
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -339,7 +339,7 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
     try:
         resolved = Resolved(_cli_settings_source=cli(args=list(argv)))
         values = {name: getattr(resolved, name) for name in settings_class.model_fields}
-        return cast(Settings, settings_class.model_construct(**values))
+        return cast("Settings", settings_class.model_construct(**values))
     except SettingsError as error:
         raise UserError(f"settings: {_told_unparsed(error)}") from None
     except ValidationError as error:
@@ -385,7 +385,7 @@ def made(settings_class: type[Settings], **values: Any) -> Settings:
     except ValidationError as error:
         raise UserError(f"settings: {_explain(error)}") from None
     return cast(
-        Settings, settings_class.model_construct(**{n: getattr(resolved, n) for n in settings_class.model_fields})
+        "Settings", settings_class.model_construct(**{n: getattr(resolved, n) for n in settings_class.model_fields})
     )
 
 

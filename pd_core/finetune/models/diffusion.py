@@ -21,8 +21,9 @@ from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.finetune import averaging, parallel
 from pd_core.finetune.protocol import Batch, Share
+from pd_core.generators import diffusers
 from pd_core.generators.noise import generators_of, normal
-from pd_core.generators.protocol import Generator, diffusers
+from pd_core.generators.protocol import Generator
 
 if TYPE_CHECKING:
     import torch
