@@ -158,16 +158,18 @@ def test_checkpoint_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch,
 
 # --- import directions ------------------------------------------------------------------------------------------------
 
-ROOMS = "errors storage config schemas cluster tracking sources images features "
-ROOMS += "index knn indexing density estimator report"
+ROOMS = "core engine report images index density build generators generate perturb evaluate finetune curate".split()
 
 
 def _lint_imports(folder: Path, **sources: str) -> subprocess.CompletedProcess[str]:
-    """lint-imports with the project's own contracts over a package of the same rooms that holds `sources`."""
+    """lint-imports with the project's own contracts over a package of the same rooms; `index__knn` is index/knn.py."""
     shutil.copy(ROOT / "pyproject.toml", folder)
-    (folder / "pd_core").mkdir()
-    for room in {"__init__", *ROOMS.split(), *sources}:
-        (folder / "pd_core" / f"{room}.py").write_text(sources.get(room, ""))
+    files = {f"{room}/__init__": "" for room in ROOMS} | {"__init__": "", "api": "", "cli": ""}
+    files |= dict.fromkeys(("density/formula", "density/weighting", "index/knn", "index/shards"), "")
+    for name, source in (files | {key.replace("__", "/"): source for key, source in sources.items()}).items():
+        path = folder / "pd_core" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
 
@@ -175,10 +177,13 @@ def _lint_imports(folder: Path, **sources: str) -> subprocess.CompletedProcess[s
 def test_imports_up_the_list_are_allowed(tmp_path: Path) -> None:
     result = _lint_imports(
         tmp_path,
-        storage="from pd_core.core.errors import x",
-        index="import faiss\nfrom pd_core import features, storage",
-        knn="import faiss\nfrom pd_core.index.shards import x",
-        report="from pd_core import schemas, storage",
+        core__files="from pd_core.core import errors",
+        core__errors="",
+        index__shards="import faiss\nfrom pd_core.core import files",
+        index__knn="import faiss\nfrom pd_core.index import shards",
+        density__formula="from pd_core.core import errors",
+        evaluate__measure="from pd_core.generate import pilot",
+        generate__pilot="",
     )
     assert result.returncode == 0, result.stdout
 
@@ -186,29 +191,40 @@ def test_imports_up_the_list_are_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("importer", "statement"),
     [
-        ("errors", "from pd_core import storage"),
-        ("storage", "from pd_core.index.features import x"),
-        ("tracking", "import pd_core.report.page"),
-        ("index", "from pd_core.index.knn import x"),
-        ("features", "from pd_core import index"),
-        ("index", "from pd_core import indexing"),
-        ("images", "from pd_core import sources"),
-        ("density", "from pd_core import knn"),
-        ("density", "from pd_core import images"),
-        ("report", "from pd_core import estimator"),
-        ("features", "def late():\n    from pd_core import index"),
-        ("features", "import faiss"),
-        ("estimator", "def late():\n    import faiss"),
+        ("core__files", "from pd_core.index import knn"),
+        ("engine__tracking", "import pd_core.report"),
+        ("report__page", "import pd_core.images"),
+        ("images__decode", "from pd_core.index import knn"),
+        ("index__build", "from pd_core.density import formula"),
+        ("build__plan", "import pd_core.generate"),
+        ("generate__verify", "import pd_core.curate"),
+        ("generators__open", "def late():\n    import pd_core.evaluate"),
+        ("density__formula", "import pd_core.images"),
+        ("density__weighting", "from pd_core.index import knn"),
+        ("index__build", "import faiss"),
+        ("density__fit", "def late():\n    import faiss"),
+        ("core__files", "import pd_core.api"),
     ],
 )
 def test_a_planted_wrong_import_is_caught(tmp_path: Path, importer: str, statement: str) -> None:
     result = _lint_imports(tmp_path, **{importer: statement})
-    imported = "faiss" if "faiss" in statement else r"pd_core\.\w+"
+    named = importer.replace("__", r"\.")
+    imported = "faiss" if "faiss" in statement else r"pd_core\.[\w.]+"
     assert result.returncode != 0
-    assert re.search(rf"pd_core\.{importer} -> {imported} ", result.stdout), result.stdout
+    assert re.search(rf"pd_core\.{named} -> {imported} ", result.stdout), result.stdout
 
 
-def test_a_new_module_must_be_given_its_place(tmp_path: Path) -> None:
+def test_a_circle_inside_a_room_is_caught(tmp_path: Path) -> None:
+    result = _lint_imports(
+        tmp_path,
+        generators__pairs="from pd_core.generators import open",
+        generators__open="def late():\n    from pd_core.generators import pairs",
+    )
+    assert result.returncode != 0
+    assert "No cycles are allowed in pd_core.generators" in result.stdout
+
+
+def test_a_new_room_must_be_given_its_place(tmp_path: Path) -> None:
     result = _lint_imports(tmp_path, helpers="")
     assert result.returncode != 0
     assert "helpers" in result.stdout

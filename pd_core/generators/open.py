@@ -12,6 +12,7 @@ from pd_core.generators.protocol import Generator
 
 if TYPE_CHECKING:
     from pd_core.core.settings.generate import GeneratorSettings
+    from pd_core.generators.pairs import Pair
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -65,3 +66,50 @@ def _opener(kind: str) -> Callable[[GeneratorSettings, str], Generator]:
 
         return python.open_factory
     raise UserError(f"--generator.kind {kind}: unknown; use diffusers, stylegan, torchscript or python")
+
+
+def open_pair(
+    settings: GeneratorSettings, discriminator: str | None = None, device: str = "cpu", threads: int = 1
+) -> Pair:
+    """The generator of the settings with its discriminator, on a device; the same in every process.
+
+    Args:
+        settings: of the generator.
+        discriminator: torchscript: its file, local or s3://. The other formats hold it beside the generator.
+        device: "cpu", "cuda", "cuda:1".
+        threads: of CPU arithmetic.
+
+    Raises:
+        UserError: what `open_generator` refuses, a format without discriminators, or a pair of which one is missing.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    check_path(settings)
+    if settings.kind == "diffusers":
+        raise UserError(
+            "--generator.kind diffusers: is no GAN; use stylegan, torchscript or python, or train it as diffusion"
+        )
+    if discriminator is not None and settings.kind != "torchscript":
+        raise UserError(
+            f"--discriminator {discriminator}: a generator of kind {settings.kind} brings its own; leave it out"
+        )
+    # whatever a factory draws as first weights: from here, so that no two workers differ
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(0)
+        return _pair_of(settings, discriminator, device)
+
+
+def _pair_of(settings: GeneratorSettings, discriminator: str | None, device: str) -> Pair:
+    """By the adapter of its kind; imported when it is needed."""
+    if settings.kind == "torchscript":
+        from pd_core.generators import torchscript
+
+        return torchscript.open_pair(settings, discriminator, device)
+    if settings.kind == "stylegan":
+        from pd_core.generators import stylegan
+
+        return stylegan.open_pair(settings, device)
+    from pd_core.generators import python
+
+    return python.open_pair(settings, device)

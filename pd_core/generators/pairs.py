@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pd_core.core import files
 from pd_core.core.errors import UserError, one_line
-from pd_core.generators.open import check_path
 from pd_core.generators.protocol import Conditions, Generator, LatentGenerator
 
 if TYPE_CHECKING:
     import torch
 
-    from pd_core.core.settings.generate import GeneratorSettings
 
 Weights = Mapping[str, "torch.Tensor"]
 
@@ -67,53 +65,6 @@ class Pair:
                 f"{self.name}: gives {shape} for {count} images; it must give one logit for each, [{count}] or [{count}, 1]"
             )
         return found.reshape(count).float()
-
-
-def open_pair(
-    settings: GeneratorSettings, discriminator: str | None = None, device: str = "cpu", threads: int = 1
-) -> Pair:
-    """The generator of the settings with its discriminator, on a device; the same in every process.
-
-    Args:
-        settings: of the generator.
-        discriminator: torchscript: its file, local or s3://. The other formats hold it beside the generator.
-        device: "cpu", "cuda", "cuda:1".
-        threads: of CPU arithmetic.
-
-    Raises:
-        UserError: what `open_generator` refuses, a format without discriminators, or a pair of which one is missing.
-    """
-    import torch
-
-    torch.set_num_threads(threads)
-    check_path(settings)
-    if settings.kind == "diffusers":
-        raise UserError(
-            "--generator.kind diffusers: is no GAN; use stylegan, torchscript or python, or train it as diffusion"
-        )
-    if discriminator is not None and settings.kind != "torchscript":
-        raise UserError(
-            f"--discriminator {discriminator}: a generator of kind {settings.kind} brings its own; leave it out"
-        )
-    # whatever a factory draws as first weights: from here, so that no two workers differ
-    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(0)
-        return _open(settings, discriminator, device)
-
-
-def _open(settings: GeneratorSettings, discriminator: str | None, device: str) -> Pair:
-    """By the adapter of its kind; imported when it is needed."""
-    if settings.kind == "torchscript":
-        from pd_core.generators import torchscript
-
-        return torchscript.open_pair(settings, discriminator, device)
-    if settings.kind == "stylegan":
-        from pd_core.generators import stylegan
-
-        return stylegan.open_pair(settings, device)
-    from pd_core.generators import python
-
-    return python.open_pair(settings, device)
 
 
 def conditions_of(labels: Iterable[int] | None) -> Conditions:

@@ -55,7 +55,7 @@ class ModelSpec:
 
             return DiffusionModel(self.generator, self.training, share, self.seed, self.classes)
         from pd_core.finetune.models.gan import FakeSampling, Gan, predicted
-        from pd_core.generators.pairs import open_pair
+        from pd_core.generators.open import open_pair
 
         pair = open_pair(self.generator, self.discriminator, share.device, share.threads)
         fake = None
