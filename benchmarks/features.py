@@ -31,7 +31,7 @@ LOG_FOLDER = "BENCHMARK_LOG_FOLDER"  # environment of Ray's workers
 
 TEXT = f"""\
 Ours: `features.run` on a Ray of its own, files to committed Parquet (parts of {PART}), {ACTORS} model replicas of 1 thread.
-Plain loop: one process reads, decodes, resizes and runs the same model (`images.prepare`, `features.Extractor`; torch with
+Plain loop: one process reads, decodes, resizes and runs the same model (`resize.prepare`, `extractor.Extractor`; torch with
 {THREADS} threads, channels_last), model loading and a first batch left out, nothing written. Same PNG files (3,786 emoji of
 64 px, repeated by hard links where more images are given), batches of {BATCH}, EfficientNet-lite0 in fp32. In turn, each run
 in a new process. Steady rate: images per second from when every replica has done a batch to the last commit. Images that

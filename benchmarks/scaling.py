@@ -185,12 +185,12 @@ def phases_table(phases: Sequence[costs.Phase], machines: costs.Fleet) -> str:
 
 FORMULAS = {
     "listing: walk and sort": ("`listing._list`", "N·list_s + 2·files/1000 requests; 96 B a row, of packed images 40"),
-    "index: train the quantizer": ("`indexing._train_template`", "20·(64·cells)·cells·D FLOP on `--index.actor_cpus` threads, cells = 4·√N; 8·D·64·cells B"),
-    "index: deal rows to shards": ("`indexing._fill_cells`", "⌈S / max(4, min(64, object store/2 in shards, 10⁵/G))⌉ passes over all features, G = N/65,536"),
-    "neighbors: search": ("`selfjoin._join_block`", "block tasks: N·cells·coarse_s + N·A·merge_s on A + 1 threads; each process N·(4·D + 8)/A B"),
-    "densities: normalizer and ranks": ("`selfjoin._calibrate`", "N·calibrate_s; 61.6 B a row, and 8 B a row on every node after it"),
-    "estimator: fit the predictor": ("`fitting._fit`", "epochs·(0.8·N·epoch_s + all features read again + 2·parts requests)"),
-    "report: draw": ("`reporting._gather`", "11 requests a part, one after the other"),
+    "index: train the quantizer": ("`build._train_template`", "20·(64·cells)·cells·D FLOP on `--index.actor_cpus` threads, cells = 4·√N; 8·D·64·cells B"),
+    "index: deal rows to shards": ("`build._fill_cells`", "⌈S / max(4, min(64, object store/2 in shards, 10⁵/G))⌉ passes over all features, G = N/65,536"),
+    "neighbors: search": ("`neighbors._join_block`", "block tasks: N·cells·coarse_s + N·A·merge_s on A + 1 threads; each process N·(4·D + 8)/A B"),
+    "densities: normalizer and ranks": ("`densities._calibrate`", "N·calibrate_s; 61.6 B a row, and 8 B a row on every node after it"),
+    "estimator: fit the predictor": ("`estimator._fit`", "epochs·(0.8·N·epoch_s + all features read again + 2·parts requests)"),
+    "report: draw": ("`report._gather`", "11 requests a part, one after the other"),
 }  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def serial() -> str:
     rows = [[title, *FORMULAS[title], *cells] for title, cells in found.items()]
     driver = [size(costs.driver_bytes(build(count))) for count in SIZES.values()]
     rows.append(
-        ["driver", "`storage.Artifact`", "4 tables, 605 B a part and table; artifact.json 171 B a part", *driver]
+        ["driver", "`artifacts.Artifact`", "4 tables, 605 B a part and table; artifact.json 171 B a part", *driver]
     )
     return table(["what", "where", "formula", *SIZES], rows)
 

@@ -6,7 +6,7 @@ from its start, by whoever is free. Two kinds of phases:
 * Independent tasks. A free slot takes the next one. The tail is there (the last tasks run alone), and so is what a long
   task in one process costs: it begins again each time its node is lost, up to `costs.TASK_ATTEMPTS` times.
 * The self-join. Every block of queries needs an answer of every search process, and only so many blocks are under way
-  (`selfjoin.find_neighbors`). A lost process opens its shards again and answers once more what it had not answered.
+  (`neighbors.find_neighbors`). A lost process opens its shards again and answers once more what it had not answered.
 
 Rates are shared: a task takes as long as the slowest resource gives its share to it, by `costs.limits`.
 Deterministic: the same seed gives the same losses.

@@ -69,7 +69,7 @@ def models() -> dict[str, float]:
 
 
 def decoding() -> dict[str, float]:
-    """Two photographs of 640 x 427 px as JPEG and a 64 px PNG, each to 224 px, as `images.prepare` does it."""
+    """Two photographs of 640 x 427 px as JPEG and a 64 px PNG, each to 224 px, as `resize.prepare` does it."""
     import io
 
     from PIL import Image

@@ -447,7 +447,7 @@ def search_bytes(build: Build, actors: int, queries: int) -> float:
 
 
 def build_index(build: Build, fleet: Fleet, unit: UnitCosts = MEASURED) -> list[Phase]:
-    """The phases of `pipeline.build_index`, in their order."""
+    """The phases of `workflow.build_index`, in their order."""
     phases = [_listing(build, unit), _features(build, fleet, unit)]
     phases += _flat(build, unit) if not build.cells else _cells(build, fleet, unit)
     phases += [*_neighbors(build, fleet, unit), *_densities(build, fleet, unit)]
@@ -543,7 +543,7 @@ def _record_s(fleet: Fleet, unit: UnitCosts) -> float:
 
 
 def _flat(build: Build, unit: UnitCosts) -> list[Phase]:
-    """`indexing._fill_flat`: every shard is built from whole parts."""
+    """`build._fill_flat`: every shard is built from whole parts."""
     size = _features_bytes(build, unit)
     vectors = build.rows * build.vector_bytes
     return [
@@ -580,7 +580,7 @@ def training_rows(build: Build) -> int:
 
 
 def rounds(build: Build, fleet: Fleet) -> int:
-    """Passes over all features in which the shards are filled, `indexing.fit_shards` of them in each."""
+    """Passes over all features in which the shards are filled, `build.fit_shards` of them in each."""
     shard_bytes = build.rows * build.dim * 4 // build.shards
     return -(-build.shards // min(build.shards, index_build.fit_shards(fleet.store_bytes, shard_bytes, build.groups)))
 
@@ -591,7 +591,7 @@ def _coarse_s(build: Build, queries: int, unit: UnitCosts) -> float:
 
 
 def _cells(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
-    """`indexing.run` with cells: sample, train, assign, deal, build, calibrate; each pass reads all features again."""
+    """`build.run` with cells: sample, train, assign, deal, build, calibrate; each pass reads all features again."""
     chosen, groups, dim = build.settings.index, build.groups, build.dim
     size, vectors = _features_bytes(build, unit), build.rows * build.vector_bytes
     raw = 4.0 * build.rows * dim
@@ -702,7 +702,7 @@ def search_core_s(build: Build, actors: int, unit: UnitCosts = MEASURED, queries
 
 
 def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
-    """`selfjoin.find_neighbors`: actors hold all shards, tasks send them blocks of queries and merge what they answer."""
+    """`neighbors.find_neighbors`: actors hold all shards, tasks send them blocks of queries and merge what they answer."""
     density = build.settings.density
     actors, threads = searchers(build, fleet)
     blocks = -(-build.rows // density.block_rows)
@@ -783,7 +783,7 @@ def block_bytes(build: Build, rows: int) -> float:
 
 
 def _densities(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
-    """`selfjoin.write_densities`: summaries of all parts go to one task, its ranks of all rows to every node."""
+    """`densities.write_densities`: summaries of all parts go to one task, its ranks of all rows to every node."""
     k = build.settings.density.k
     groups = -(-build.parts // neighbors.GROUP_PARTS)
     near = neighbors_bytes(build, unit)
@@ -841,7 +841,7 @@ def _densities(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
 
 
 def _estimator(build: Build, unit: UnitCosts) -> Phase:
-    """`fitting._fit`: one task; where the rows do not fit in its window it reads all features again in every epoch."""
+    """`estimator._fit`: one task; where the rows do not fit in its window it reads all features again in every epoch."""
     chosen = build.settings.estimator
     trained = build.rows * (1 - chosen.holdout_fraction)
     passes = 1 if trained <= fit.WINDOW_ROWS else 1 + build.epochs
@@ -873,7 +873,7 @@ def _weights(dim: int, hidden: Sequence[int] = (512, 256, 128)) -> int:
 
 
 def _report(build: Build, unit: UnitCosts) -> Phase:
-    """`reporting._draw`: one task goes over the densities of all parts, at worst twice, and over the listing."""
+    """`report._draw`: one task goes over the densities of all parts, at worst twice, and over the listing."""
     light = build.rows * (8 + KEY_BYTES + 24)
     return Phase(
         "report",
@@ -913,7 +913,7 @@ FEWER_NEW = "fewer new rows at once: an update in steps compares no pair twice"
 
 
 def update_index(build: Build, new: int, fleet: Fleet, unit: UnitCosts = MEASURED) -> list[Phase]:
-    """The phases of `pipeline.build_index` with a base, where `new` of `build.rows` images are new and none has gone.
+    """The phases of `workflow.build_index` with a base, where `new` of `build.rows` images are new and none has gone.
 
     What is saved is extraction, the training of the quantizer, the pairs of old rows with each other and the fit. All else goes
     over all rows again: listing, the shards of an index with cells and their calibration, the other rows' neighbors, densities and report. Where
@@ -938,7 +938,7 @@ def update_index(build: Build, new: int, fleet: Fleet, unit: UnitCosts = MEASURE
 
 
 def _comparison(walk: Phase, build: Build, unit: UnitCosts) -> Phase:
-    """`updating._compare`: the listing's walk, and the base's listing read twice in the same task."""
+    """`update._compare`: the listing's walk, and the base's listing read twice in the same task."""
     before = 2 * build.rows * unit.listing_bytes
     return replace(
         walk,
@@ -950,7 +950,7 @@ def _comparison(walk: Phase, build: Build, unit: UnitCosts) -> Phase:
 
 
 def _take_over(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
-    """`updating.merge_features`: a task per part; the store copies what is as it was, the others are written again."""
+    """`update.merge_features`: a task per part; the store copies what is as it was, the others are written again."""
     size = _features_bytes(fresh, unit)
     return Phase(
         "features",
@@ -969,7 +969,7 @@ def _take_over(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> Pha
 
 
 def _drift(build: Build, fresh: Build, unit: UnitCosts) -> Phase:
-    """`updating.drift`: one task compares all new rows with all centroids, after one that does so with a few of the base."""
+    """`update.drift`: one task compares all new rows with all centroids, after one that does so with a few of the base."""
     size = _features_bytes(fresh, unit)
     part_rows = min(fresh.rows, build.settings.features.whole_part_rows)
     return Phase(
@@ -986,7 +986,7 @@ def _drift(build: Build, fresh: Build, unit: UnitCosts) -> Phase:
 
 
 def _update_neighbors(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
-    """`updating.merge_neighbors`: every task has the new rows in memory as a shard and compares a block of old ones with it.
+    """`update.merge_neighbors`: every task has the new rows in memory as a shard and compares a block of old ones with it.
 
     New rows, and old ones that lost a neighbor, are searched for by processes that hold the whole index, beside the tasks.
     """
@@ -1044,7 +1044,7 @@ def _update_neighbors(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts)
 
 
 def _keep(build: Build, unit: UnitCosts) -> Phase:
-    """`updating._keep`: one task predicts held-out rows, of as many parts as it takes to meet enough of them."""
+    """`update._keep`: one task predicts held-out rows, of as many parts as it takes to meet enough of them."""
     chosen = build.settings.estimator
     read = min(float(build.rows), fit.HELDOUT_ROWS / chosen.holdout_fraction)
     share = read / build.rows
@@ -1099,7 +1099,7 @@ class Sampling:
 
 
 def generate(sampling: Sampling, dim: int, fleet: Fleet, unit: UnitCosts = MEASURED) -> list[Phase]:
-    """The samples of `sampling.run`: executions of at most `chunking.MAX_CHUNKS` chunks, each of which starts its actors anew."""
+    """The samples of `sampling.run`: executions of at most `chunks.MAX_CHUNKS` chunks, each of which starts its actors anew."""
     executions = -(-sampling.chunks // generate_chunks.MAX_CHUNKS)
     parts = -(-sampling.chunks // sampling.chunks_per_part)
     written = sampling.n * (sampling.png_bytes + SAMPLE_BYTES)

@@ -943,7 +943,7 @@ def keep_or_fit(
 
 
 def _spread(densities: core_artifacts.Artifact, settings: EstimatorSettings) -> list[str]:
-    """Parts that hold about `estimator.HELDOUT_ROWS` held-out rows, evenly from all: the listing has an order, new images are last."""
+    """Parts that hold about `fit.HELDOUT_ROWS` held-out rows, evenly from all: the listing has an order, new images are last."""
     names = [part.name for part in densities.parts if part.rows]
     wanted = len(names) * fit.HELDOUT_ROWS / max(1.0, densities.rows * settings.holdout_fraction)
     if wanted >= len(names):

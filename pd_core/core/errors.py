@@ -22,7 +22,7 @@ class CredentialsRefused(PermissionError):
     """An object store refuses the credentials, also those that were read anew.
 
     Not a UserError, so that what handles errors of storage handles this one too, and names the setting concerned;
-    `storage.explain` makes the line of it.
+    `files.explain` makes the line of it.
 
     Args:
         text: the store's error code and what it says.
@@ -84,7 +84,7 @@ def exit_code(program: Callable[[], int | None]) -> int:
     """Run a workflow; what went wrong becomes one line on standard error and an exit code. A program may return its own code.
 
     An exception that is neither kind of error is a defect of this program and keeps its traceback. SIGTERM, by which
-    schedulers end a job, is as Ctrl-C (`cluster.connect` sees to it that Ray leaves it so).
+    schedulers end a job, is as Ctrl-C (`session.connect` sees to it that Ray leaves it so).
     """
     try:
         with _terminated_as_interrupted():

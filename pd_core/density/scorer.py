@@ -70,7 +70,7 @@ class Scorer:
 
 
 def resize_batch(pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """What `images.resize` does to one image, for a batch on its device: uint8 [B, H, W, 3] to uint8 [B, 3, h, w].
+    """What `resize.resize` does to one image, for a batch on its device: uint8 [B, H, W, 3] to uint8 [B, 3, h, w].
 
     Antialiased as Pillow does it, and within two steps of 255 of it (both round between their two passes).
 
@@ -146,7 +146,7 @@ def _mode(preprocess: Preprocess) -> str:
 
 
 def _center_crop(planes: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """The centre of [B, 3, H, W]; what is missing is filled with the mean colour, as `images.resize` does."""
+    """The centre of [B, 3, H, W]; what is missing is filled with the mean colour, as `resize.resize` does."""
     batch, channels, height, width = planes.shape
     more_height, more_width = max(0, preprocess.height - height), max(0, preprocess.width - width)
     if more_height or more_width:

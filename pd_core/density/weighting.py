@@ -86,7 +86,7 @@ def two_level(threshold: float, weight: float) -> Weighting:
 def by_quantile(real_quantiles: ArrayLike, weights: Sequence[float]) -> Weighting:
     """One weight for each of len(weights) bins that hold equally many real images, lowest densities first.
 
-    real_quantiles: `density.density_quantiles` of the real set. Real images of one and the same density cannot be parted:
+    real_quantiles: `formula.density_quantiles` of the real set. Real images of one and the same density cannot be parted:
     where they fill several bins they have the weight of the lowest, and the weights of bins that are left without a real
     image are not used, nor is sup ω taken over them. The weighting then has fewer bins than there are weights.
     Raises UserError: no weight that is used is above 0.
@@ -105,7 +105,7 @@ def by_quantile(real_quantiles: ArrayLike, weights: Sequence[float]) -> Weightin
 def match(real_quantiles: ArrayLike, generated_density: ArrayLike, bins: int, most: float) -> Weighting:
     """ω ∝ min(p_real / p_G, C) over `bins` bins of equally many real images: the accepted have the real set's densities.
 
-    real_quantiles: `density.density_quantiles` of the real set. Real images of one and the same density cannot be parted:
+    real_quantiles: `formula.density_quantiles` of the real set. Real images of one and the same density cannot be parted:
     bins that they fill are one, and so is what is left of a bin above them with the next, unless it is half a bin. p_real of
     these is the share of the real set that the quantiles tell, of the others 1/B.
     generated_density: [M], densities of samples of the generator (a pilot), c_j of them in bin j of B.

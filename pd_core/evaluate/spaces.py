@@ -49,7 +49,7 @@ def open_spaces(real: RealSet, judge: ExtractorSettings) -> list[Space]:
     """The index's space, and that of the second extractor where the settings name one; its weights are read in a Ray task.
 
     Raises:
-        UserError: as `features.describe`, of --judge; or it is the index's own.
+        UserError: as `extractor.describe`, of --judge; or it is the index's own.
     """
     found = [Space(INDEX, real.extractor)]
     if judge.model != "none":

@@ -153,7 +153,7 @@ def _execute(
             scaling_config=ScalingConfig(
                 num_workers=workers.count, use_gpu=bool(workers.gpus), resources_per_worker=resources
             ),
-            # our checkpoints are parts of the stage; whoever dies, `cluster.persist` begins anew at the last of them
+            # our checkpoints are parts of the stage; whoever dies, `tasks.persist` begins anew at the last of them
             run_config=RunConfig(
                 name=job.stage.fingerprint[:16],
                 storage_path=scratch,

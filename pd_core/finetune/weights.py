@@ -95,7 +95,7 @@ def check_settings(settings: WeightingSettings, labels: str) -> None:
     """Refuse what needs no real set to be refused. labels: `data.labels`, or another word where labels are there anyway.
 
     Raises:
-        UserError: as `piloting.check_settings`, or a weighting of generated samples.
+        UserError: as `pilot.check_settings`, or a weighting of generated samples.
     """
     if settings.kind not in KINDS:
         raise UserError(
@@ -109,7 +109,7 @@ def weightings_of(settings: WeightingSettings, real: RealSet) -> dict[str, Weigh
     """ω for all real images, under EVERYTHING, or with `per_label` for each label of the index that has enough of them.
 
     Raises:
-        UserError: as `check_settings` and `piloting.weighting_of`; no label has enough images.
+        UserError: as `check_settings` and `pilot.weighting_of`; no label has enough images.
     """
     check_settings(settings, "labels")
     nothing = np.empty(0)

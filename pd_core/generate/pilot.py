@@ -260,7 +260,7 @@ class Expectation:
         return math.ceil(n / self.rate)
 
     def candidates_surely(self, n: int) -> float:
-        """`acceptance.candidates_surely` of these."""
+        """`weighting.candidates_surely` of these."""
         return density_weighting.candidates_surely(n, self.rate, self.low)
 
     def chunks_per_part(self, n: int, part_rows: int, chunk: int, png_bytes: float) -> int:

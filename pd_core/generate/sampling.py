@@ -81,7 +81,7 @@ def _read_made(row: Mapping[str, Any], dim: int) -> Batch:
 
 @dataclass(frozen=True)
 class Job:
-    """A stage of samples: what is drawn, and where it goes; picklable, a `chunking.Work`.
+    """A stage of samples: what is drawn, and where it goes; picklable, a `chunks.Work`.
 
     Attributes:
         recipe: what is drawn.

@@ -234,7 +234,7 @@ def _beside(uri: str, stored: GeneratorSettings, told: GeneratorSettings, name: 
 
 
 def _naming(generator: GeneratorSettings, names: Sequence[str]) -> dict[str, str]:
-    """`kind` and these settings as a command names them, local paths absolute as `opening.resolved` makes them."""
+    """`kind` and these settings as a command names them, local paths absolute as `setup.resolved` makes them."""
     texts = {"kind": str(generator.kind)}
     for name in names:
         value = getattr(generator, name)

@@ -112,7 +112,7 @@ class _Layout:
 def prepared(
     contents: Iterable[bytes | BadImage], limits: DecodeLimits, preprocess: Preprocess
 ) -> Iterator[Prepared | BadImage]:
-    """`images.prepare` of each file, in order; a BadImage among them comes out as it is."""
+    """`resize.prepare` of each file, in order; a BadImage among them comes out as it is."""
     height, width = preprocess.height, preprocess.width
 
     def made(facts: _Facts, data: bytearray) -> Prepared:
@@ -125,7 +125,7 @@ def prepared(
 
 
 def thumbnails(contents: Iterable[bytes | BadImage], limits: DecodeLimits) -> Iterator[bytes | BadImage]:
-    """`images.thumbnail` of each file, in order; a BadImage among them comes out as it is."""
+    """`resize.thumbnail` of each file, in order; a BadImage among them comes out as it is."""
     room = 8 * resize.THUMBNAIL_PX**2  # a file of noise has little over 3 bytes a pixel
     return _answers(contents, _Request(limits, room), lambda _, data: bytes(data))
 
@@ -139,7 +139,7 @@ def thumbnails_by_id(
 
 
 def sample_thumbnails(pictures: Iterable[Mapping[str, Any] | None], where: str) -> list[bytes]:
-    """`images.thumbnail` of pictures as tables of samples hold them (`schemas.IMAGE`).
+    """`resize.thumbnail` of pictures as tables of samples hold them (`schemas.IMAGE`).
 
     Raises:
         UserError: one is no picture. The table at the URI `where` was damaged, or others made it.

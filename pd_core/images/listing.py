@@ -57,7 +57,7 @@ class Listing:
 def start(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> Any:
     """Reference to (Listing, Artifact): one Ray task lists the source into committed parts, unless it is listed already.
 
-    `cluster.get` of it raises UserError: two images of one key, nothing to read, or a listing of another source in the way.
+    `tasks.get` of it raises UserError: two images of one key, nothing to read, or a listing of another source in the way.
     """
     return tasks.task(_list).remote(source, output, part_rows, overwrite)
 

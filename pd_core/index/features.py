@@ -171,7 +171,7 @@ def run(
 
     Raises:
         UserError: more images than that are unusable.
-        RunError: parts are still missing after as many executions as `cluster.ROUND_DELAYS_S`.
+        RunError: parts are still missing after as many executions as `tasks.ROUND_DELAYS_S`.
     """
     watch = artifacts.Stopwatch()
     max_bad = int(max_bad_fraction * work.listing.rows)

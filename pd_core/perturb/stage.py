@@ -37,7 +37,7 @@ PROBE_STEPS = 2
 
 @dataclass(frozen=True)
 class Move:
-    """Settings of Algorithm 1; see `perturbation.perturb`. directions: of each sample, in the order of its rows."""
+    """Settings of Algorithm 1; see `algorithm.perturb`. directions: of each sample, in the order of its rows."""
 
     directions: tuple[str, ...]
     epsilon: float
@@ -48,7 +48,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Job:
-    """A stage of perturbed samples: what is drawn and moved, and where it goes; picklable, a `chunking.Work`.
+    """A stage of perturbed samples: what is drawn and moved, and where it goes; picklable, a `chunks.Work`.
 
     Attributes:
         recipe: what is drawn. move: what is done with it.

@@ -95,7 +95,7 @@ def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
 def job_of(
     settings: PerturbSettings, real: RealSet, facts: Mapping[str, Any], device: str, uri: str
 ) -> perturb_stage.Job:
-    """The stage at `uri`; facts: of the generator, from `opening.describe`."""
+    """The stage at `uri`; facts: of the generator, from `setup.describe`."""
     assert settings.n is not None
     recipe = setup.recipe_of(
         settings.generator,

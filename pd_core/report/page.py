@@ -56,7 +56,7 @@ class Calibration:
         log_density: float64 [M], measured with the index; M may be a sample of the held-out rows (5,000 draw well).
         predicted_log_density: float64 [M].
         n_holdout: rows that r2, spearman and `more` are computed on.
-        more: further figures. Names of `estimator.Calibration` get a description, others are shown as they are.
+        more: further figures. Names of `predictor.Calibration` get a description, others are shown as they are.
     """
 
     log_density: np.ndarray

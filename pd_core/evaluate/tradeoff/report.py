@@ -178,7 +178,7 @@ def _not_told_apart(target: Target, found: Mapping[str, Any], rows: Sequence[Map
 
 
 def best(target: Target, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row that `tradeoff.pick` takes."""
+    """The row that `points.pick` takes."""
     place = points.pick(target, [{} if row["precision"] is None else dict(row) for row in rows])
     return None if place is None else rows[place]
 

@@ -89,7 +89,7 @@ class ScorerOpener:
 
 
 def describe(spec: ModelSpec) -> dict[str, Any]:
-    """Facts of the generator (`opening.facts_of`) and of training it; in a Ray task, before anything is trained.
+    """Facts of the generator (`setup.facts_of`) and of training it; in a Ray task, before anything is trained.
 
     Beside those: class number of each label; size of its images (height, width), px; parameters that are trained; whether
     an average came with it; hash of the discriminator's file.

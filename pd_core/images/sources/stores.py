@@ -92,7 +92,7 @@ def open_store(root: str, follow_links: bool = False, named: Collection[str] = (
 
 @contextmanager
 def explained(store: Local | S3, name: str = "") -> Iterator[None]:
-    """Turn storage errors into the one-line UserError or RunError of `storage.explain`."""
+    """Turn storage errors into the one-line UserError or RunError of `files.explain`."""
     try:
         yield
     except store.errors as error:
