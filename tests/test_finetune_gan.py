@@ -35,8 +35,7 @@ from pd_core.finetune.models.gan import VAIN, FakeSampling, Gan, choose, predict
 from pd_core.finetune.parallel import average_gradients, sum_of
 from pd_core.finetune.protocol import Batch, Share
 from pd_core.generators.noise import normal_latents
-from pd_core.generators.open import open_generator
-from pd_core.generators.open import open_pair
+from pd_core.generators.open import open_generator, open_pair
 from pd_core.generators.pairs import Pair, load_weights
 from pd_core.generators.protocol import Conditions, LatentGenerator, to_uint8
 from pd_core.index import extractor

@@ -14,15 +14,15 @@ PACKAGE = ROOT / "pd_core"
 # A call by the end of its dotted name, and the files that may have it. Everything else goes through these files' own functions.
 DOORS = {
     # Parquet, and Arrow's other formats: extension types, metadata without bounds
-    "parquet.ParquetFile": {"tables.py"},
+    "parquet.ParquetFile": {"core/tables.py"},
     "parquet.read_table": set(),
     "parquet.read_metadata": set(),
     "parquet.read_schema": set(),
     "parquet.ParquetDataset": set(),
     "dataset.dataset": set(),
     "ipc.open_file": set(),
-    "ipc.open_stream": {"chunking.py"},  # what one task of ours hands to another
-    "ipc.read_schema": {"tables.py"},
+    "ipc.open_stream": {"generate/chunks.py"},  # what one task of ours hands to another
+    "ipc.read_schema": {"core/tables.py"},
     "data.read_parquet": set(),
     "data.read_images": set(),
     "data.read_binary_files": set(),
@@ -30,74 +30,80 @@ DOORS = {
     "pandas.read_parquet": set(),
     # FAISS files open other files
     "faiss.read_index": set(),
-    "faiss.deserialize_index": {"index.py"},
+    "faiss.deserialize_index": {"index/shards.py"},
     "faiss.read_VectorTransform": set(),
     # pictures
     "Image.open": set(),
     # pickles, and whatever runs code
     "pickle.load": {"generators/stylegan.py"},
     "pickle.loads": set(),
-    "torch.load": {"backbones.py", "finetuning/checkpoints.py"},  # weights_only, see below
+    "torch.load": {"index/backbones.py", "finetune/checkpoints.py"},  # weights_only, see below
     "safetensors.torch.load": {
-        "backbones.py",
-        "estimator.py",
-        "finetuning/checkpoints.py",
-        "finetuning/merging.py",
+        "index/backbones.py",
+        "density/predictor.py",
+        "finetune/checkpoints.py",
+        "finetune/merge.py",
         "generators/pairs.py",
     },
     "jit.load": {"generators/torchscript.py"},
     "numpy.load": set(),
-    "numpy.fromfile": {"index.py"},  # of a file whose layout was looked at
+    "numpy.fromfile": {"index/shards.py"},  # of a file whose layout was looked at
     "numpy.memmap": set(),
     "runpy.run_path": set(),
     "yaml.load": set(),
-    "yaml.safe_load": {"config.py"},
+    "yaml.safe_load": {"core/settings/load.py"},
     "eval": set(),
     "exec": {"generators/python.py"},  # a factory that the command names
     "exec_module": set(),
     "import_module": {"generators/python.py"},
-    "tarfile.open": {"exporting.py"},  # writes
+    "tarfile.open": {"generate/export.py"},  # writes
     "extractall": set(),
     "unpack_archive": set(),
     # files by name
     "fsspec.open": set(),
     "url_to_fs": set(),
     "fsspec.filesystem": set(),
-    "open": {"generators/stylegan.py", "storage.py"},  # which write
-    "os.open": {"storage.py", "sources/stores.py"},
-    "os.link": {"storage.py"},
+    "open": {"generators/stylegan.py", "core/files.py"},  # which write
+    "os.open": {"core/files.py", "images/sources/stores.py"},
+    "os.link": {"core/files.py"},
     "os.symlink": set(),
-    "os.unlink": {"storage.py"},
+    "os.unlink": {"core/files.py"},
     "os.remove": set(),
-    "os.rename": {"storage.py"},
-    "os.replace": {"storage.py"},
-    "os.makedirs": {"storage.py"},
-    "os.mkdir": {"storage.py"},
+    "os.rename": {"core/files.py"},
+    "os.replace": {"core/files.py"},
+    "os.makedirs": {"core/files.py"},
+    "os.mkdir": {"core/files.py"},
     "shutil.rmtree": set(),
     "shutil.copy": set(),
     "shutil.move": set(),
-    "fs.rm": {"storage.py"},
-    "fs.rm_file": {"storage.py"},
+    "fs.rm": {"core/files.py"},
+    "fs.rm_file": {"core/files.py"},
     "fs.get": {"generators/diffusers.py"},  # a pipeline on a store, whose names were looked at
-    "fs.open": {"storage.py"},
-    "fs.cat_file": {"storage.py"},
-    "os.fdopen": {"sources/stores.py", "storage.py"},
+    "fs.open": {"core/files.py"},
+    "fs.cat_file": {"core/files.py"},
+    "os.fdopen": {"images/sources/stores.py", "core/files.py"},
     # pathlib's: of /proc and the package itself, of folders that were just written, of what a command names
-    ".read_bytes": {"estimator.py", "finetuning/exporting.py", "generators/python.py"},
-    ".read_text": {"cluster.py", "decoder.py", "finetuning/models.py", "report.py", "tables.py"},
-    ".write_bytes": {"tracking.py"},
-    ".write_text": {"decoder.py", "finetuning/models.py"},
+    ".read_bytes": {"density/predictor.py", "finetune/best.py", "generators/python.py"},
+    ".read_text": {
+        "core/tables.py",
+        "engine/resources.py",
+        "finetune/models/opened.py",
+        "images/child.py",
+        "report/page.py",
+    },
+    ".write_bytes": {"engine/tracking.py"},
+    ".write_text": {"images/child.py", "finetune/models/opened.py"},
     ".unlink": set(),
     ".rmdir": set(),
-    "Part": {"storage.py"},  # of a record that was read: checked with the record
-    "Artifact": {"storage.py"},
+    "Part": {"core/artifacts.py"},  # of a record that was read: checked with the record
+    "Artifact": {"core/artifacts.py"},
     # other programs and other machines
     "subprocess.run": set(),
-    "subprocess.Popen": {"decoder.py"},  # itself again
+    "subprocess.Popen": {"images/child.py"},  # itself again
     "os.system": set(),
     "urlopen": set(),
     "requests.get": set(),
-    "socket.create_connection": {"cluster.py"},
+    "socket.create_connection": {"engine/session.py"},
 }
 
 
@@ -120,7 +126,7 @@ def is_door(called: str, door: str) -> bool:
     """`self.fs.rm` is `fs.rm`; `file.open` is not the builtin `open`, `safetensors.torch.load` not torch's own."""
     if called.startswith("safetensors."):
         return door == called
-    if called.startswith(("storage.", "pd_core.core.artifacts.")):  # the door itself, not one of pathlib's
+    if called.startswith(("pd_core.core.files.", "pd_core.core.artifacts.")):  # the door itself, not one of pathlib's
         return False
     if door.startswith("."):
         return called.endswith(door) and not called.startswith("os.")
