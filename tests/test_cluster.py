@@ -264,9 +264,9 @@ def test_ray_itself_tells_who_scales(tmp_path, grows):
     options = {"cpu": {"CPU": 8, "max": 2}}
     head = autoscaling_head(tmp_path, options) if grows else running_head(tmp_path, "--num-cpus=2")
     code = (
-        "import time; from pd_core import cluster; cluster.connect()\n"
-        "while (told := cluster._scales()) is None: time.sleep(0.5)\n"
-        'print(f"told: {told}, {cluster._describe(local=False).elastic}", flush=True)'
+        "import time; from pd_core.engine import resources, session; session.connect()\n"
+        "while (told := resources._scales()) is None: time.sleep(0.5)\n"
+        'print(f"told: {told}, {resources._describe(local=False).elastic}", flush=True)'
     )
     with head as up:
         found = subprocess.run(
@@ -296,12 +296,13 @@ def test_an_address_where_nobody_listens_is_told(monkeypatch, address):
 RUN = """
 import sys, time
 import ray
-from pd_core import cluster, errors, leases
+from pd_core.core import errors, locks
+from pd_core.engine import session, tasks
 
 def program():
-    with leases.hold(sys.argv[1], 900), cluster.session("/nowhere"):
+    with locks.hold(sys.argv[1], 900), session.session("/nowhere"):
         print("it is up", flush=True)
-        cluster.get(cluster.task(time.sleep).remote(60))
+        tasks.get(tasks.task(time.sleep).remote(60))
 
 raise SystemExit(errors.exit_code(program))
 """
@@ -336,11 +337,12 @@ def test_a_handler_of_sigterm_outlives_the_start_and_the_end_of_ray():
     code = """
 import os
 import signal
-from pd_core import cluster, errors
+from pd_core.core import errors
+from pd_core.engine import session
 
 def program():
     ours = signal.getsignal(signal.SIGTERM)
-    with cluster.session("/nowhere"):
+    with session.session("/nowhere"):
         assert signal.getsignal(signal.SIGTERM) is ours
     assert signal.getsignal(signal.SIGTERM) is ours
     signal.raise_signal(signal.SIGTERM)
@@ -353,10 +355,10 @@ raise SystemExit(errors.exit_code(program))
 
 TWO_RAYS = """
 import os, psutil
-from pd_core import cluster
+from pd_core.engine import session
 
 for _ in range(2):
-    with cluster.session("/nowhere") as now:
+    with session.session("/nowhere") as now:
         family = psutil.Process().children(recursive=True)
         told = {process.environ().get("RAY_AUTH_TOKEN") for process in family} - {None}
         print("token", *told, now.address, flush=True)

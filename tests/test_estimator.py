@@ -551,10 +551,10 @@ def test_it_loads_and_predicts_without_ray(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     script = (
         "import sys; sys.modules['ray'] = sys.modules['faiss'] = None\n"
-        "from pd_core import estimator\n"
+        "from pd_core.density import predictor\n"
         "assert 'torch' not in sys.modules, 'torch must be imported late'\n"
         "import numpy as np\n"
-        f"p = estimator.load({str(tmp_path)!r}).predict(np.ones((2, {DIM}), np.float32))\n"
+        f"p = predictor.load({str(tmp_path)!r}).predict(np.ones((2, {DIM}), np.float32))\n"
         "print(repr(float(p.log_density[0])))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -584,7 +584,7 @@ def test_code_that_transformers_would_load_is_not_run(tmp_path):
 
 
 def test_diffusers_is_told_to_run_no_code_of_others():
-    code = "from pd_core.generators.protocol import diffusers as ours; from diffusers.utils import constants as theirs; print(theirs.{})"
+    code = "from pd_core.generators import diffusers as ours; from diffusers.utils import constants as theirs; print(theirs.{})"
     command = [sys.executable, "-c", code.format("DIFFUSERS_DISABLE_REMOTE_CODE")]
     environment = {**os.environ, "DIFFUSERS_DISABLE_REMOTE_CODE": "0"}
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "True\n"
@@ -955,7 +955,7 @@ def test_a_path_is_split_at_its_last_colon(path, expected):
 
 
 def test_splitting_a_path_needs_no_torch():
-    code = "import sys; from pd_core.generators.protocol.python import split; split('g.py:make'); assert 'torch' not in sys.modules"
+    code = "import sys; from pd_core.generators.python import split; split('g.py:make'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -702,6 +702,6 @@ def test_prepare_reports_the_upright_source():
 
 
 def test_decode_workers_stay_light():
-    code = "import sys, pd_core.images.decode; print(*{m.split('.')[0] for m in sys.modules})"
+    code = "import sys, pd_core.images.decode, pd_core.images.resize; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
     assert not {"torch", "torchvision", "timm", "ray", "pandas", "pyarrow", "mlflow"} & set(loaded)

@@ -214,8 +214,8 @@ HARMED = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from pd_core import index
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
+from pd_core.index import shards
 
 data = Path(sys.argv[1]).read_bytes()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -235,7 +235,7 @@ for number in range(int(sys.argv[2])):
     else:
         harmed[at : at + 4] = bytes(rng.choice([b"ilod", b"IxHN", b"sprs", b"full", b"IwFl"]))
     try:
-        rows = index.open_rows([bytes(harmed)])
+        rows = shards.open_rows([bytes(harmed)])
         rows.at(np.arange(len(rows.ids)))
     except UserError:
         refused += 1

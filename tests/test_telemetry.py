@@ -35,22 +35,22 @@ VALUES = {
     "outcome": test_monitoring.VALUES["outcome"],
 }
 RETRIED = """
-from pd_core import cluster
-from pd_core.errors import RunError
-cluster.ROUND_DELAYS_S = (0.0, 0.0, 0.0)
+from pd_core.core.errors import RunError
+from pd_core.engine import session, tasks
+tasks.ROUND_DELAYS_S = (0.0, 0.0, 0.0)
 rounds = iter((RunError("first"), RunError("second"), None))
 def execute():
     if (error := next(rounds)) is not None:
         raise error
-with cluster.session("", "retried"):
-    cluster.persist("anything", execute, lambda: 0)
+with session.session("", "retried"):
+    tasks.persist("anything", execute, lambda: 0)
 """
 
 
 DIES = """
 import os, ray
-from pd_core import cluster
-with cluster.session(""):
+from pd_core.engine import session
+with session.session(""):
     try:
         ray.get(ray.remote(num_cpus=0.1, max_retries=0)(lambda: os._exit(1)).remote())
     except ray.exceptions.WorkerCrashedError:

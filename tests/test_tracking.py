@@ -211,7 +211,7 @@ def test_wrong_arguments_raise(out):
 def test_runs_of_a_dead_process_are_superseded(out):
     """A process killed in the middle of a stage; the same command again; a run of another output stays as it is."""
     body = (
-        "import os, signal; from pd_core import tracking; from pd_core.core.settings.load import TrackingSettings\n"
+        "import os, signal; from pd_core.engine import tracking; from pd_core.core.settings.base import TrackingSettings\n"
         "settings = TrackingSettings(experiment='densities')\n"
         f"with tracking.start(settings, {str(out)!r}, 'dead', {{}}) as tracker, tracker.stage('features'):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
@@ -352,7 +352,7 @@ def test_credentials_reach_neither_lines_nor_store(out, capsys, monkeypatch):
 )
 def test_without_tracking_mlflow_is_not_imported(settings, output, expected):
     body = (
-        "import sys; from pd_core import tracking; from pd_core.core.settings.load import TrackingSettings\n"
+        "import sys; from pd_core.engine import tracking; from pd_core.core.settings.base import TrackingSettings\n"
         f"with tracking.start(TrackingSettings({settings}), {output!r}, 'r', {{}}) as tracker:\n"
         "    tracker.params({'a': 1}); tracker.metrics({'a': 1}); tracker.artifact_bytes('a', b'')\n"
         "    with tracker.stage('s') as stage: stage.dataset('d', 's3://b', '1', 'source', None)\n"

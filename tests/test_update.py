@@ -219,34 +219,34 @@ def test_an_index_with_cells_keeps_its_quantizer_and_stays_within_its_error(sour
 # Tasks and actors that the driver starts, and the phase of the model that stands for each.
 DRAW, TRAIN = "index: draw the training sample", "index: train the quantizer"
 STARTED = {
-    "listing._list": "listing: walk and sort",
-    "features._ExtractBatch": "features: decode and extract",
-    "indexing._sample": "index: calibrate: exact neighbors of a sample",  # and, with another seed, DRAW
-    "indexing._train_template": TRAIN,
-    "indexing._assign": "index: assign rows to cells",
-    "indexing._deal": "index: deal rows to shards",
-    "indexing._build_shard": "index: build shards",
-    "indexing._exact_in_group": "index: calibrate: exact neighbors of a sample",
-    "indexing._choose": "index: calibrate: search the shards",  # a task that starts the others
-    "search._Searcher": "neighbors: open the shards",
-    "selfjoin._join_block": "neighbors: search",
-    "selfjoin._summary": "densities: mean distances",
-    "selfjoin._calibrate": "densities: normalizer and ranks",
-    "selfjoin._write_group": "densities: write",
-    "fitting._fit": "estimator: fit the predictor",
-    "running._draw": "report: draw",
-    "updating._compare": "listing: walk and compare",
-    "updating._merge_part": "features: take over what is unchanged",
-    "updating._cell_distance": "index: look whether the quantizer holds",
-    "updating._shard_of": "neighbors: make a shard of the new rows",
-    "updating._merge_block": "neighbors: old rows with new ones, new rows with all",
-    "updating._keep": "estimator: look whether the predictor holds",
+    "images.listing._list": "listing: walk and sort",
+    "index.features._ExtractBatch": "features: decode and extract",
+    "index.build._sample": "index: calibrate: exact neighbors of a sample",  # and, with another seed, DRAW
+    "index.build._train_template": TRAIN,
+    "index.build._assign": "index: assign rows to cells",
+    "index.build._deal": "index: deal rows to shards",
+    "index.build._build_shard": "index: build shards",
+    "index.build._exact_in_group": "index: calibrate: exact neighbors of a sample",
+    "index.build._choose": "index: calibrate: search the shards",  # a task that starts the others
+    "index.search._Searcher": "neighbors: open the shards",
+    "index.neighbors._join_block": "neighbors: search",
+    "density.densities._summary": "densities: mean distances",
+    "density.densities._calibrate": "densities: normalizer and ranks",
+    "density.densities._write_group": "densities: write",
+    "density.estimator._fit": "estimator: fit the predictor",
+    "engine.runs._draw": "report: draw",
+    "build.update._compare": "listing: walk and compare",
+    "build.update._merge_part": "features: take over what is unchanged",
+    "build.update._cell_distance": "index: look whether the quantizer holds",
+    "build.update._shard_of": "neighbors: make a shard of the new rows",
+    "build.update._merge_block": "neighbors: old rows with new ones, new rows with all",
+    "build.update._keep": "estimator: look whether the predictor holds",
 }
 SMALL = {
-    "features.describe",
-    "indexing._deal_cells",
-    "features._write_part",
-    "features._decode",
+    "index.extractor.describe",
+    "index.build._deal_cells",
+    "index.features._write_part",
+    "index.features._decode",
 }  # of the driver's or no time
 
 

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pd_core.core.errors import RunError, UserError
@@ -61,7 +62,7 @@ def connect() -> Cluster:
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:
         # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
-        package = {"py_modules": [os.path.dirname(__file__)], "excludes": ["**/__pycache__"]}
+        package = {"py_modules": [str(Path(__file__).resolve().parents[1])], "excludes": ["**/__pycache__"]}
         _check_that_somebody_listens(address)
         try:
             ray.init(address=address, runtime_env=None if JOB_VARIABLE in os.environ else package, **quiet)

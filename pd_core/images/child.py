@@ -317,9 +317,9 @@ class _Decoder:
     def start(self) -> None:
         """Start the child. It gets the two buffers and no other file of this process, and none of its credentials."""
         files = [buffer.file for buffer in self.buffers]
-        program = f"from pd_core import decoder; decoder.serve({files}, {os.getpid()})"
+        program = f"from pd_core.images import child; child.serve({files}, {os.getpid()})"
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        path = os.pathsep.join([str(Path(decode.__file__).parent.parent), *(entry for entry in sys.path if entry)])
+        path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *(entry for entry in sys.path if entry)])
         self.ready = False
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", program],
