@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import datasets, joins, process, table
-from pd_core.build import costs, plan, workflow
+from benchmarks import costs, datasets, joins, process, table
+from pd_core.build import probe as build_probe
+from pd_core.build import workflow
 from pd_core.core import artifacts
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
@@ -48,7 +49,7 @@ def small_build() -> dict[str, Any]:
     settings, source = workflow.prepare(load.load(BuildIndexSettings, arguments, prog="build_index.py"))
     with session.session(str(output)):
         counted = listing.count(source)
-        spec, unit = tasks.get(plan.probe(source, counted["sample"], settings, decode.limits_of(settings.data)))
+        spec, unit = tasks.get(build_probe.probe(source, counted["sample"], settings, decode.limits_of(settings.data)))
     command = [sys.executable, "workflows/build_index.py", *arguments]
     with (process.WORK / "build.log").open("w") as log:
         done = subprocess.run(command, cwd=process.ROOT, stdout=log, stderr=subprocess.STDOUT)

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/scaling.md: what runs cost that nobody has paid for, by pd_core/build/costs.py and a simulation.
+"""Writes the tables of docs/scaling.md: what runs cost that nobody has paid for, by benchmarks/costs.py and a simulation.
 
 python benchmarks/scaling.py              # writes the tables between the marks in docs/scaling.md; seconds
 python benchmarks/scaling.py --check      # exit code 1 where the page is not what the code gives
@@ -21,8 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder: its modules are benchmarks.X
 
-from benchmarks import reality, simulation  # noqa: E402
-from pd_core.build import costs  # noqa: E402
+from benchmarks import costs, reality, simulation  # noqa: E402
 from pd_core.core.settings.index import BuildIndexSettings  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"

@@ -1,10 +1,10 @@
-"""Plays a run phase by phase on a cluster of nodes that fail: what the closed forms of pd_core/build/costs.py leave out.
+"""Plays a run phase by phase on a cluster of nodes that fail: what the closed forms of benchmarks/costs.py leave out.
 
 Nodes are lost at a rate, one by one, and are there again after a while. What a lost node was doing is done again: a task
 from its start, by whoever is free. Two kinds of phases:
 
 * Independent tasks. A free slot takes the next one. The tail is there (the last tasks run alone), and so is what a long
-  task in one process costs: it begins again each time its node is lost, up to `costs.TASK_ATTEMPTS` times.
+  task in one process costs: it begins again each time its node is lost, up to `ATTEMPTS` times.
 * The self-join. Every block of queries needs an answer of every search process, and only so many blocks are under way
   (`neighbors.find_neighbors`). A lost process opens its shards again and answers once more what it had not answered.
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_core.build import costs
+from benchmarks import costs
 from pd_core.engine import tasks
 
 ATTEMPTS = tasks.TASK_OPTIONS["max_retries"] + 1  # of a task, before a run ends

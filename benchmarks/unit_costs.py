@@ -1,4 +1,4 @@
-"""Measures what one unit of each kind of work costs, for the model of pd_core/build/costs.py; writes docs/unit_costs.json.
+"""Measures what one unit of each kind of work costs, for the model of benchmarks/costs.py; writes docs/unit_costs.json.
 
     python benchmarks/unit_costs.py                # about two minutes on 2 cores
     python benchmarks/unit_costs.py --only search

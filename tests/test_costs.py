@@ -2,24 +2,20 @@
 
 import json
 import math
-import re
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from benchmarks import joins, scaling, simulation
-from pd_core.build import costs, plan
+from benchmarks import costs, joins, scaling, simulation
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import BuildIndexSettings, DensitySettings, IndexSettings
-from pd_core.engine import resources, tasks
-from pd_core.images import decode, listing, resize, sources
+from pd_core.engine import resources
+from pd_core.images import sources
 from pd_core.index import build as index_build
-from pd_core.index import extractor, features, search
+from pd_core.index import features, search
 from pd_core.index import shards as index_shards
 from tests.synthetic import clustered
 
@@ -316,7 +312,7 @@ def test_a_self_join_waits_for_every_node():
     assert work_s + lost * (1 - hidden) * 0.88 <= np.mean(took) <= work_s + lost * 1.12
 
 
-# ---- the page and the plan -------------------------------------------------------------------------------------------
+# ---- the page ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_page_is_what_the_code_gives():
@@ -337,76 +333,9 @@ def test_unit_costs_are_those_that_were_measured():
     assert pytest.approx(found["flops"], rel=0.15) == costs.CORE_FLOPS
 
 
-def test_a_plan_says_what_limits_a_large_run_and_nothing_of_a_small_one():
-    machines = scaling.fleet(10)
-    assert plan.limit_lines(costs.build_index(scaling.build(2000), machines), machines) == []
-    (line,) = plan.limit_lines(costs.build_index(scaling.build(10**6), machines), machines)
-    assert line.startswith("limit:     estimator: fit the predictor: one process") and "--estimator.epochs" in line
-    (line,) = plan.limit_lines(costs.build_index(scaling.build(10**9), machines), machines)
-    assert "memory" in line and "GiB on a node that has" in line
-
-
-def planned(monkeypatch, nodes, elastic, **settings) -> str:
-    """The plan of a build of a million images, as a cluster of these nodes would print it."""
-    probed = plan.Probe(decode_s=0.003, extract_s=0.25, bad=0, tried=64, flops=1.9e11, model_bytes=1)
-    preprocess = resize.Preprocess(224, 224, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
-    spec = extractor.ExtractorSpec("vit", None, "", 768, preprocess, "fp32", "")
-    up = [{"Alive": True, "Resources": node} for node in nodes]
-    total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-    now = resources.Cluster(total["CPU"], total["GPU"], False, "", 8.0, elastic=elastic)
-    counted = {"rows": 10**6, "bytes": 44 * 10**9, "files": 10**6, "sample": None}
-    monkeypatch.setattr("ray.nodes", lambda: up)
-    monkeypatch.setattr(listing, "count", lambda source: counted)
-    monkeypatch.setattr(plan, "probe", lambda *args: None)
-    monkeypatch.setattr(tasks, "get", lambda reference: (spec, probed))
-    monkeypatch.setattr(resources, "refreshed", lambda before: now)
-    chosen = BuildIndexSettings.model_validate({"output": "s3://bucket/out", "features": settings})
-    source: Any = SimpleNamespace(root="s3://bucket/images", kind="images")
-    before = resources.Cluster(0.0, 0.0, False, "", elastic=elastic)
-    return plan.plan(chosen, source, before, decode.DecodeLimits(1, 1, (0, 0, 0), 1))
-
-
-NODE = {"CPU": 8.0, "memory": 24e9, "object_store_memory": 8e9}
-
-
-def test_a_plan_on_a_cluster_that_grows_says_for_which_nodes_it_is(monkeypatch):
-    text = planned(monkeypatch, [{"memory": 8e9}], elastic=True)  # the head alone
-    assert (
-        "1 node of 8 CPUs" in text and "fleet:     times are for one node of 8 CPUs and 32.0 GiB, an assumption" in text
-    )
-    assert "on 1 cores" not in text and "1 node of 1 CPUs" not in text
-    text = planned(monkeypatch, [{"memory": 8e9}, NODE, NODE], elastic=True)
-    assert "fleet:     times are for the 2 nodes of 8 CPUs that the cluster has now" in text
-    assert "20 such nodes would take about" in text
-    # decoding and model of a million images are 70.3 core-hours; what the others add is below a sixth of that
-    (hours,) = re.findall(r"compute ([\d.]+) core-hours", text)
-    assert 10**6 * 0.253 / 3600 < float(hours) < 10**6 * 0.253 / 3600 * 1.16
-    assert "fleet:" not in planned(monkeypatch, [NODE, NODE], elastic=False)
-
-
-def features_s(text: str) -> str:
-    return re.findall(r"features (\d+ \w+|[\d.]+ h)", text)[0]
-
-
-def test_a_plan_does_not_pass_off_seconds_of_cpus_as_those_of_gpus(monkeypatch):
-    on_cpus = planned(monkeypatch, [NODE], elastic=True)
-    assert "250.0 ms model" in on_cpus and "runs on GPUs" not in on_cpus
-    coming = planned(monkeypatch, [NODE], elastic=True, actor_gpus=1.0)
-    there = planned(monkeypatch, [NODE | {"GPU": 1.0}], elastic=True)
-    for text in (coming, there):
-        assert "ms model" not in text and "the model runs on GPUs, which are not probed" in text
-    assert features_s(coming) == features_s(there) != features_s(on_cpus)
-    # GPUs that are not to be used change nothing
-    unused = planned(monkeypatch, [NODE | {"GPU": 1.0}], elastic=True, actor_gpus=0.0)
-    assert features_s(unused) == features_s(on_cpus) and "250.0 ms model" in unused
-
-
 def test_generating_a_million_is_limited_by_its_actors():
     sampled = costs.Sampling(10**6, 0.1, 64, 64, 0.5, 40_000.0, 64, 3e9, 3)
     machines = scaling.fleet(10)
-    (line,) = plan.of_samples(sampled, 768, machines)
-    assert line.startswith("limit:      samples: generate and score: few tasks") and "--actors" in line
-    assert plan.of_samples(replace(sampled, actor_s=math.nan), 768, machines) == []
     (phase,) = costs.generate(sampled, 768, machines)
     assert phase.core_s == 10**7 * 0.5 and phase.tasks == 156_250
-    assert costs.seconds(phase, machines) > 10**7 * 0.5 / 64
+    assert costs.seconds(phase, machines) > 10**7 * 0.5 / 64 and costs.limit_of(phase, machines) == costs.FEW

@@ -11,7 +11,8 @@ import pytest
 import ray
 import ray.data
 
-from pd_core.build import costs, update, workflow
+from benchmarks import costs
+from pd_core.build import update, workflow
 from pd_core.core import artifacts, errors
 from pd_core.core import files as core_files
 from pd_core.core.settings import load

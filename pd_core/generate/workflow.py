@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from pd_core.build import costs, plan
+from pd_core.build import plan
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
@@ -25,6 +26,10 @@ from pd_core.generate.candidates import Recipe
 from pd_core.index import search
 
 STAGES = ("pilot", "samples", "rejected", "export", "report")
+PIXEL_BYTES_OF_PNG = 8.0  # in memory, of float32 pixels, over those of the photograph's PNG
+LEVER = (
+    "--actors larger (an autoscaling cluster starts 64 at most without it), with more nodes; GPUs with --actor_gpus 1"
+)
 
 
 def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
@@ -188,25 +193,20 @@ def _limits(
     pilot: generate_pilot.Pilot,
     replicas: int,
 ) -> list[str]:
-    """What limits a run that is large."""
+    """What limits a run that is large; nothing where the pilot's seconds are lost."""
     assert settings.n is not None
-    real = job.recipe.realset
-    chosen, fleet = settings.search, plan.fleet_of(run.now, run.output)
+    if math.isnan(pilot.actor_s):
+        return []
+    real, fleet, chosen = job.recipe.realset, plan.fleet_of(run.now), settings.search
     searchers, *_ = engine_resources.search_actors(
         run.now, chosen.actors, chosen.actor_cpus, real.index.shards, search.BESIDE_SHARE
     )
-    sampled = costs.Sampling(
-        n=settings.n,
-        rate=expected.rate,
-        chunk=settings.chunk,
-        chunks_per_part=job.chunks_per_part,
-        actor_s=pilot.actor_s,
-        png_bytes=pilot.png_bytes,
-        replicas=replicas,
-        index_bytes=4.0 * real.rows * real.index.dim,
-        searchers=searchers,
-    )
-    return plan.of_samples(sampled, real.index.dim, fleet)
+    # the index lies in memory beside the generators, in as many pieces as there are processes that search it
+    held = 4.0 * real.rows * real.index.dim / min(fleet.nodes, searchers)
+    together = math.ceil(min(replicas, fleet.cores) / fleet.nodes)
+    each = held / together + settings.chunk * PIXEL_BYTES_OF_PNG * pilot.png_bytes
+    step = plan.Step("samples", expected.candidates(settings.n) * pilot.actor_s, replicas, each, LEVER)
+    return [line.replace("limit:", "limit: ") for line in plan.limit_lines([step], fleet)]
 
 
 def _job(

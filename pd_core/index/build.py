@@ -86,6 +86,26 @@ class KeptShards:
         )
 
 
+def resolve(
+    settings: IndexSettings, exact: bool, rows: int, dim: int, parts: int, kept: Kept | None = None
+) -> IndexSettings:
+    """The settings with kind, shards and cells as the index of so many features [rows, dim] has them.
+
+    Raises:
+        UserError: the kind does not fit the features.
+    """
+    kind = kept.kind if kept else resolve_kind(settings, exact, rows)
+    if kind == "ivf_pq" and dim % settings.pq_bytes:
+        raise UserError(
+            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {index_shards.nearest_divisor(dim, settings.pq_bytes)}"
+        )
+    most_cells = max(1, rows // index_shards.ROWS_PER_CELL)
+    cells = 0 if kind == "flat" else min(settings.cells or index_shards.default_cells(rows), most_cells)
+    cells = kept.cells if kept else cells
+    shards = min(settings.shards or index_shards.default_shards(rows, dim), max(1, cells or parts))
+    return settings.model_copy(update={"kind": kind, "shards": shards, "cells": cells or None})
+
+
 def stage_of(
     output: str,
     features: artifacts.Artifact,
@@ -103,23 +123,11 @@ def stage_of(
         raise UserError(
             f"--density.k {density.k}: needs more than k images, found {rows} good ones; lower k or add images"
         )
-    kind = kept.kind if isinstance(kept, Kept) else resolve_kind(settings, density.exact, rows)
-    if kind == "ivf_pq" and dim % settings.pq_bytes:
-        raise UserError(
-            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {index_shards.nearest_divisor(dim, settings.pq_bytes)}"
-        )
-    most_cells = max(1, rows // index_shards.ROWS_PER_CELL)
-    if isinstance(kept, Kept):
-        cells = kept.cells
-    else:
-        cells = 0 if kind == "flat" else min(settings.cells or index_shards.default_cells(rows), most_cells)
-    shards = min(
-        settings.shards or index_shards.default_shards(rows, dim),
-        max(1, cells or sum(part.rows > 0 for part in features.parts)),
-    )
+    parts = sum(part.rows > 0 for part in features.parts)
+    resolved = resolve(settings, density.exact, rows, dim, parts, kept if isinstance(kept, Kept) else None)
     if isinstance(kept, KeptShards):
-        shards = kept.count(dim)
-    resolved = settings.model_copy(update={"kind": kind, "shards": shards, "cells": cells or None})
+        resolved = resolved.model_copy(update={"shards": kept.count(dim)})
+    kind, shards, cells = resolved.kind, resolved.shards, resolved.cells
     identity: dict[str, Any] = {
         "features": features.fingerprint,
         "kind": kind,

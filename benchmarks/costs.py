@@ -1,8 +1,8 @@
 """What a run costs: seconds, bytes, requests, network and memory of every phase, in closed forms of its size.
 
 A stage of a workflow is a sequence of phases, a phase a number of equal tasks. Each formula follows the code that it names;
-what one unit of work takes was measured (`MEASURED`, by benchmarks/unit_costs.py and docs/benchmarks.json). `--dry-run` prints
-what these functions say of a run, and docs/scaling.md what they say of runs that nobody has paid for yet.
+what one unit of work takes was measured (`MEASURED`, by benchmarks/unit_costs.py and docs/benchmarks.json). docs/scaling.md
+prints what these functions say of runs that nobody has paid for yet; `--dry-run` has a few shorter formulas of its own.
 
 Pure functions: nothing here looks at a cluster, a file or a clock.
 """
@@ -23,7 +23,6 @@ from pd_core.generate import chunks as generate_chunks
 from pd_core.images.sources import stores
 from pd_core.index import build as index_build
 from pd_core.index import features, knn, neighbors, search
-from pd_core.index import shards as index_shards
 
 GIB = float(1 << 30)
 PROCESS_BYTES = 400e6  # of a worker that has imported what it needs, before it holds any row
@@ -405,12 +404,9 @@ def build_of(
     parquet: bool = False,
 ) -> Build:
     """The run of these settings, with kind, shards and cells as the index stage resolves them."""
-    kind = index_build.resolve_kind(settings.index, settings.density.exact, rows)
-    most = max(1, rows // index_shards.ROWS_PER_CELL)
-    cells = None if kind == "flat" else min(settings.index.cells or index_shards.default_cells(rows), most)
-    shards = settings.index.shards or index_shards.default_shards(rows, dim)
-    shards = min(shards, cells or -(-rows // settings.features.whole_part_rows))
-    chosen = settings.index.model_copy(update={"kind": kind, "shards": shards, "cells": cells})
+    parts = -(-rows // settings.features.whole_part_rows)
+    chosen = index_build.resolve(settings.index, settings.density.exact, rows, dim, parts)
+    cells = chosen.cells
     nprobe, scanned, spread = expected_search(rows, cells) if cells else (0, 1.0, 1.0)
     resolved = settings.model_copy(update={"index": chosen})
     epochs = settings.estimator.epochs  # at most: patience ends most fits earlier
