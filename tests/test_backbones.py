@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import INCEPTION
 from pd_core.core.settings.index import FeatureSettings
-from pd_core.evaluate.page import metric_names
+from pd_core.evaluate.report import metric_names
 from pd_core.index import backbones, extractor
 from tests import tiny
 

@@ -16,7 +16,7 @@ from pd_core.core.settings import finetune, load
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.engine import runs
-from pd_core.evaluate.page import Number, interval
+from pd_core.evaluate.report import Number, interval
 from pd_core.finetune import merge as finetune_merge
 from pd_core.finetune import page as finetune_page
 from pd_core.finetune import report

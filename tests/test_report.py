@@ -7,6 +7,7 @@ import dataclasses
 import io
 import re
 from html.parser import HTMLParser
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,16 @@ def test_every_tag_is_closed_and_ids_resolve(page):
     anchors = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert anchors
     assert {anchor.removeprefix("#") for anchor in anchors} <= set(ids)
+
+
+def test_every_table_with_columns_scrolls_inside_its_card_on_every_page():
+    texts = [file.read_text("utf-8") for file in resources.files("pd_core.report").joinpath("templates").iterdir()]
+    before = [found for text in texts for found in re.findall(r"(.{0,25})<table(?! class=.facts)", text)]
+    assert len(before) > 10
+    assert [start for start in before if not re.search(r'<div class="scroll( tall)?">$', start)] == []
+    style = next(text for text in texts if "<style>" in text)
+    assert re.search(r"^\.scroll \{ overflow: auto; max-width: 100%;", style, re.MULTILINE)
+    assert ".scroll :is(th, td) { overflow-wrap: break-word; }" in style  # a narrow column keeps its words whole
 
 
 def test_the_page_loads_and_runs_nothing(page):

@@ -1,5 +1,9 @@
 """The trade-off's pure part: settings, draws from a pool, frontier, choice."""
 
+import dataclasses
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,10 +16,8 @@ from pd_core.core.errors import UserError
 from pd_core.density import formula
 from pd_core.density import weighting as density_weighting
 from pd_core.evaluate import metrics
-from pd_core.evaluate.page import Number
-from pd_core.evaluate.tradeoff import page as tradeoff_page
 from pd_core.evaluate.tradeoff import points as tradeoff_points
-from pd_core.evaluate.tradeoff.page import Plane, Point, TradeoffData
+from pd_core.evaluate.tradeoff import report
 from pd_core.evaluate.tradeoff.points import Setting, Target
 
 
@@ -140,12 +142,72 @@ def test_target_is_read():
     assert Setting("density", threshold="p80", weight=0.05).name == "p80, w = 0.05"
 
 
+# --- the page -----------------------------------------------------------------------------------------------------------
+
+
+def row(setting: Setting, precision: float | None, recall: float | None, **more: Any) -> dict[str, Any]:
+    numbers = dict.fromkeys(schemas.CURVE_METRICS, 0.5) | {"precision": precision, "recall": recall}
+    ends = {
+        f"{name}{end}": None if value is None else value + step
+        for name, value in numbers.items()
+        for end, step in (("_low", -0.02), ("_high", 0.02))
+    }
+    of = {"setting": setting.name, "curve": setting.curve, **dataclasses.asdict(setting)}
+    counts = {"candidates": 400, "acceptance_rate": 0.1, "effective_sample_size": 90.0, "exact_effective_size": None}
+    return {"space": "index", **of, **numbers, **ends, **counts, "frontier": False, **more}
+
+
+def page_of(rows: list[dict[str, Any]]) -> str:
+    plane = {"name": "index", "extractor": "of a test", "is_judge": False, "rows": rows}
+    texts = {"title": "t", "index": "i", "output": "o", "created": "now", "score": "index", "settings_yaml": ""}
+    counts = {"n": 40, "n_real": 55, "pool": 800, "k_precision": 3, "k_coverage": 5}
+    data = {**texts, **counts, "planes": [plane], "picked": [], "images": [], "timings_s": {}, "versions": {}}
+    return report.files(data)["index.html"].decode()
+
+
 @pytest.mark.parametrize("exact", [None, 12.0])
 def test_the_page_says_what_the_steps_of_polarity_cost_where_there_are_any(exact):
-    numbers = {name: Number(0.5, 0.4, 0.6) for name in (*schemas.CURVE_METRICS, "vendi_real")}
-    point = Point("polarity -1", "polarity", -1.0, numbers, 400, 0.1, 90.0, exact, True)
-    plane = Plane("index", "of a test", False, [point])
-    data = TradeoffData("t", "i", "o", "now", 40, 55, 800, "index", 3, 5, [plane], None, [], [])
-    page = tradeoff_page.render(data).decode()
+    page = page_of([row(Setting("polarity", polarity=-1.0), 0.5, 0.5, exact_effective_size=exact)])
     assert ("90 (12)" in page) == ("in brackets" in page) == (exact is not None)
     assert "All settings but truncations" in page
+
+
+def test_a_setting_that_was_not_measured_has_dashes_and_no_point():
+    missing = row(Setting("density", threshold="p90", weight=50.0), None, None)
+    page = page_of([row(Setting("generator"), 0.5, 0.5), missing])
+    cells = page.partition("p90, w = 50</th>")[2].partition("</tr>")[0]
+    assert cells.count("–") == len(schemas.CURVE_METRICS)
+    page_of([missing])  # nothing was measured at all: an empty figure
+
+
+def crowded(step: float) -> list[dict[str, Any]]:
+    """Twenty settings along a falling line, `step` from each to the next, and as many right below them."""
+    found = [row(Setting("generator"), 0.5, 0.5)]
+    for i in range(20):
+        place = (0.7 - step * i, 0.4 + step * i)
+        found.append(row(Setting("density", threshold="p20", weight=1.5 + i), *place, frontier=True))
+        found.append(row(Setting("density", threshold="p80", weight=1.5 + i), place[0] - step, place[1]))
+    return found
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("step", [0.015, 0.002, 0.0])
+def test_names_in_the_figure_meet_neither_each_other_nor_a_point_nor_the_legend(step, narrow):
+    figure = report.plane_figure(crowded(step), narrow)
+    figure.draw_without_rendering()
+    axes, legend = figure.axes[0], figure.legends[0].get_window_extent()
+    names = [text for text in axes.texts if text.get_text()]
+    boxes = [name.get_window_extent() for name in names]
+    assert boxes and all(name.get_text().startswith("w = ") for name in names)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations([*boxes, legend], 2))
+    points = axes.transData.transform([(r["recall"], r["precision"]) for r in crowded(step)])
+    assert not any(box.contains(*point) for box in boxes for point in points)
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+
+
+def test_only_settings_on_the_frontier_are_named_in_the_figure():
+    figure = report.plane_figure(crowded(0.015), False)
+    named = {text.get_text() for text in figure.axes[0].texts}
+    assert len(named) == 20
+    lower = [one | {"frontier": False} for one in crowded(0.015)]
+    assert not report.plane_figure(lower, False).axes[0].texts

@@ -1,4 +1,7 @@
-"""The report stage of evaluate: gather what its page shows from metrics/, scores/ and the images of the sets."""
+"""The report of evaluate: what its page shows of metrics/, scores/ and the images of the sets, gathered and drawn.
+
+The kit for metrics with their intervals is here too, which the pages of tradeoff and of finetune draw with.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import datetime
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError
+from pd_core.core.settings.data import INCEPTION
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
@@ -20,11 +24,77 @@ from pd_core.density.originals import original_of
 from pd_core.density.realset import RealSet
 from pd_core.engine import runs
 from pd_core.evaluate import measure
-from pd_core.evaluate import page as evaluate_page
-from pd_core.evaluate.page import EvaluationData, Measured, Number, SpaceData, Tile
 from pd_core.evaluate.spaces import INDEX, JUDGE, ImageSet, Space
 from pd_core.images import child, decode, listing, sources
-from pd_core.report import page
+from pd_core.report import figures, page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = "osD^vP*X"
+COLORS = (figures.MARK, figures.INK, "#2f7d5b", "#7a4fa3", "#b08a1e", figures.MUTED)
+METRICS = {  # in order of display: name, and how it reads
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "frechet_distance": "Fréchet distance",
+    "vendi_generated": "Vendi score",
+    "vendi_real": "Vendi score of the real set",
+}
+LABELS_SHOWN = 60
+_Tile = tuple[str, bytes | None, list[str]]  # key, thumbnail, what is said under it
+
+
+# ---- metrics with their intervals --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number:
+    """A metric's value with its 95% interval; low, high None where there are too few images for one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def metric_names(extractor: str) -> dict[str, str]:
+    """How each metric reads in the space of an extractor: only the Inception of Heusel et al. (2017) gives an FID."""
+    return {**METRICS, "frechet_distance": "FID"} if extractor == INCEPTION else METRICS
+
+
+def interval(number: Number | None) -> str:
+    """`0.703 (0.68 … 0.72)`."""
+    if number is None:
+        return "–"
+    text = page.number(number.value)
+    if number.low is None or number.high is None:
+        return text
+    return f"{text} ({page.number(number.low)} … {page.number(number.high)})"
+
+
+def draw_point(axes: Axes, x: Number, y: Number, label: str | None, color: str, marker: str) -> None:
+    """A point with the intervals of both coordinates."""
+    at = ([x.value], [y.value])
+    axes.errorbar(*at, xerr=_errors(x), yerr=_errors(y), fmt="none", ecolor=color, elinewidth=0.8, alpha=0.45)
+    shown = None if label is None else page.drawable(page.visible(label))
+    axes.plot(*at, marker, color=color, markersize=7, label=shown)
+
+
+def _errors(number: Number) -> np.ndarray | None:
+    if number.low is None or number.high is None:
+        return None
+    return np.array([[max(0.0, number.value - number.low)], [max(0.0, number.high - number.value)]])
+
+
+def plane_axes(axes: Axes) -> None:
+    """Names of a precision-recall plane."""
+    axes.set_xlabel("recall (varied)")
+    axes.set_ylabel("precision (faithful)")
+    axes.margins(0.08)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,83 +128,93 @@ def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
 
 def _draw(inputs: Inputs) -> runs.Drawn:
     data = gather(inputs)
-    return runs.Drawn({**evaluate_page.figures(data), runs.REPORT: evaluate_page.render(data)})
+    drawings = {f"precision_recall_{space['name']}": functools.partial(plane_png, space) for space in data["spaces"]}
+    names = {"d": data, "metric_names": metric_names, "labels_shown": LABELS_SHOWN}
+    return runs.Drawn(figures.page_files("evaluation.html.j2", names, drawings))
 
 
-def gather(inputs: Inputs) -> EvaluationData:
-    """All that the page shows."""
+def plane_png(space: Mapping[str, Any], narrow: bool) -> bytes:
+    """Precision over recall of each set, with 95% intervals."""
+    figure, axes = figures.new_figure(narrow, height_in=3.6 if narrow else 4.6, width_in=6.4)
+    for i, measured in enumerate(space["sets"]):
+        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        draw_point(axes, measured["numbers"]["recall"], measured["numbers"]["precision"], measured["name"], **style)
+    plane_axes(axes)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    return figures.to_png(figure)
+
+
+def gather(inputs: Inputs) -> dict[str, Any]:
+    """All that the page shows, as its template names it."""
     settings, job = inputs.settings, inputs.job
     rows = measure.read_metrics(job.metrics.uri, inputs.measured.parts)
     scores = {
         (c.set, c.space.name): files.read_table(files.join(job.scores.uri, artifacts.part_name(i)))
         for i, c in enumerate(job.comparisons)
     }
-    tiles, note = _images(inputs, scores)
-    return EvaluationData(
-        title="Generated against real images",
-        real=inputs.real.uri,
-        output=str(settings.output),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        k_precision=settings.metrics.k_precision,
-        k_coverage=settings.metrics.k_coverage,
-        n=job.n,
-        sizes={c.set: c.generated.rows for c in job.comparisons},
-        spaces=[_space(space, inputs, rows, scores) for space in inputs.spaces],
-        rows=tiles,
-        pictures_note=note,
-        timings_s=inputs.timings_s,
-        versions=inputs.measured.versions,
-        settings_yaml=to_yaml(settings),
-    )
+    images, note = _images(inputs, scores)
+    return {
+        "title": "Generated against real images",
+        "real": inputs.real.uri,
+        "output": str(settings.output),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "k_precision": settings.metrics.k_precision,
+        "k_coverage": settings.metrics.k_coverage,
+        "n": job.n,
+        "sizes": {c.set: c.generated.rows for c in job.comparisons},
+        "spaces": [_space(space, inputs, rows, scores) for space in inputs.spaces],
+        "images": images,
+        "images_note": note,
+        "timings_s": inputs.timings_s,
+        "versions": inputs.measured.versions,
+        "settings_yaml": to_yaml(settings),
+    }
 
 
 def _space(
-    space: Space,
-    inputs: Inputs,
-    rows: Sequence[Mapping[str, Any]],
-    scores: Mapping[tuple[str, str], pa.Table],
-) -> SpaceData:
-    own = [row for row in rows if row["space"] == space.name]
-    preprocess = space.spec.preprocess
-    return SpaceData(
-        name=space.name,
-        extractor=space.extractor,
-        detail=f"{space.spec.feature_dim} features of images at {preprocess.height}x{preprocess.width} px, "
-        f"{space.spec.precision}, weights {space.spec.weights_sha256[:12]}, {space.spec.library}.",
-        is_judge=space.name == JUDGE,
-        sets=[
-            _measured(
-                chosen, space, inputs, [r for r in own if r["set"] == chosen.name], scores[chosen.name, space.name]
+    space: Space, inputs: Inputs, rows: Sequence[Mapping[str, Any]], scores: Mapping[tuple[str, str], pa.Table]
+) -> dict[str, Any]:
+    """One space: its extractor and preprocessing in words, the sets measured in it, and the first labels of these."""
+    numbers: dict[tuple[str | None, str], dict[str, Number]] = {}
+    sizes: dict[tuple[str | None, str], tuple[int, int]] = {}
+    for row in rows:
+        if row["space"] == space.name:
+            numbers.setdefault((row["label"], row["set"]), {})[row["metric"]] = Number(
+                row["value"], row["low"], row["high"]
             )
+            sizes[row["label"], row["set"]] = row["n_real"], row["n_generated"]
+    labels = sorted({label for label, _ in numbers if label is not None})[:LABELS_SHOWN]
+    by_label = [(label, chosen.name) for label in labels for chosen in inputs.sets if (label, chosen.name) in numbers]
+    preprocess = space.spec.preprocess
+    return {
+        "name": space.name,
+        "extractor": space.extractor,
+        "detail": f"{space.spec.feature_dim} features of images at {preprocess.height}x{preprocess.width} px, "
+        f"{space.spec.precision}, weights {space.spec.weights_sha256[:12]}, {space.spec.library}.",
+        "is_judge": space.name == JUDGE,
+        "sets": [
+            _facts(chosen, space, inputs, scores[chosen.name, space.name], sizes[None, chosen.name])
+            | {"numbers": numbers[None, chosen.name]}
             for chosen in inputs.sets
         ],
-    )
+        "labels": [(*of, sizes[of], numbers[of]) for of in by_label],
+    }
 
 
-def _measured(
-    chosen: ImageSet, space: Space, inputs: Inputs, rows: Sequence[Mapping[str, Any]], scores: pa.Table
-) -> Measured:
-    by_label: dict[str | None, dict[str, Number]] = {}
-    for row in rows:
-        by_label.setdefault(row["label"], {})[row["metric"]] = Number(row["value"], row["low"], row["high"])
+def _facts(chosen: ImageSet, space: Space, inputs: Inputs, scores: pa.Table, sizes: tuple[int, int]) -> dict[str, Any]:
+    """What is said of one set in one space beside its metrics; copies: None where the nearest image may not be known."""
     nearest = scores["nearest_real_distance"].to_numpy()
     quantile = (chosen.made or {}).get("copies_quantile", GenerateSettings.model_fields["copies_quantile"].default)
-    near = inputs.real.copy_distance(quantile)
-    everything = space.name == INDEX and rows[0]["n_real"] == inputs.real.rows  # else the nearest may not be there
-    return Measured(
-        name=chosen.name,
-        uri=chosen.uri,
-        asked=asked(chosen.made),
-        selected_here=chosen.selected_in(space, inputs.real),
-        n_real=rows[0]["n_real"],
-        n_generated=rows[0]["n_generated"],
-        numbers=by_label.pop(None),
-        labels={label: numbers for label, numbers in by_label.items() if label is not None},
-        label_sizes={row["label"]: (row["n_real"], row["n_generated"]) for row in rows if row["label"] is not None},
-        nearest=tuple(np.quantile(nearest, [0.01, 0.5, 0.99]).tolist()),
-        outside=float(1 - np.mean(scores["in_real_manifold"].to_numpy(zero_copy_only=False))),
-        copies=float(np.mean(nearest <= near)) if everything else None,
-    )
+    everything = space.name == INDEX and sizes[0] == inputs.real.rows
+    return {
+        "name": chosen.name,
+        "asked": asked(chosen.made),
+        "selected_here": chosen.selected_in(space, inputs.real),
+        "sizes": sizes,
+        "nearest": np.quantile(nearest, [0.01, 0.5, 0.99]).tolist(),
+        "outside": float(1 - np.mean(scores["in_real_manifold"].to_numpy(zero_copy_only=False))),
+        "copies": float(np.mean(nearest <= inputs.real.copy_distance(quantile))) if everything else None,
+    }
 
 
 def asked(made: Mapping[str, Any] | None) -> str:
@@ -159,7 +239,7 @@ def asked(made: Mapping[str, Any] | None) -> str:
 
 def _images(
     inputs: Inputs, scores: Mapping[tuple[str, str], pa.Table]
-) -> tuple[list[tuple[str, list[tuple[str, list[Tile]]]]], str]:
+) -> tuple[list[tuple[str, list[tuple[str, list[_Tile]]]]], str]:
     """For each set images of highest and lowest realism and of highest rarity, in the last space; and what is missing."""
     space, found, notes = inputs.spaces[-1], [], []
     for chosen in inputs.sets:
@@ -190,14 +270,14 @@ def _bands(table: pa.Table, many: int) -> dict[str, list[int]]:
     return {name: rows for name, rows in bands.items() if rows}
 
 
-def _tile(table: pa.Table, row: int, pictures: Mapping[int, bytes]) -> Tile:
+def _tile(table: pa.Table, row: int, pictures: Mapping[int, bytes]) -> _Tile:
     values = {name: table[name][row].as_py() for name in ("sample_id", "key", "realism", "rarity", "label")}
     lines = ["a copy" if values["realism"] is None else f"realism {page.number(values['realism'])}"]
     if values["rarity"] is not None:
         lines.append(f"rarity {page.number(values['rarity'])}")
     if values["label"] is not None:
         lines.append(f"label {page.shorten(values['label'], 22)}")
-    return Tile(values["key"], pictures.get(values["sample_id"]), lines)
+    return (values["key"], pictures.get(values["sample_id"]), lines)
 
 
 def _pictures(chosen: ImageSet, inputs: Inputs, wanted: set[int]) -> tuple[dict[int, bytes], str]:

@@ -12,7 +12,7 @@ from pd_core.density.realset import RealSet
 from pd_core.engine import console
 from pd_core.engine.runs import REPORT, Run, checked_output, started
 from pd_core.evaluate import measure, report, spaces
-from pd_core.evaluate.page import metric_names
+from pd_core.evaluate.report import metric_names
 from pd_core.evaluate.spaces import Extraction, Features, ImageSet, Space
 
 STAGES = ("metrics", "report")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core.evaluate.page import Number, draw_point, interval, metric_names, plane_axes
+from pd_core.evaluate.report import Number, draw_point, interval, metric_names, plane_axes
 from pd_core.report import figures as report_figures
 from pd_core.report import page
 from pd_core.report.figures import Drawing

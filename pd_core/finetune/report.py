@@ -17,7 +17,7 @@ from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
-from pd_core.evaluate.page import Number
+from pd_core.evaluate.report import Number
 from pd_core.finetune import checkpoints, merge
 from pd_core.finetune import page as finetune_page
 from pd_core.finetune.page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pd_core.report.page import Calibration, _finite_pairs, calibration_range, drawable, significant, visible
+from pd_core.engine.runs import REPORT
+from pd_core.report.page import Calibration, _finite_pairs, calibration_range, drawable, page, significant, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,10 @@ LOG_AXIS_FACTOR = 20.0
 # The page turns these into their dark counterparts with a CSS filter, which keeps hues: one rendering serves both.
 INK, MUTED, LINE, PAPER, BAR, MARK = "#1c2430", "#5d6878", "#dfe4ea", "#ffffff", "#7d9cc6", "#b4451f"
 _WIDE_IN, _NARROW_IN = 9.6, 3.7  # for a desk and for a phone, where the wide one's text would be too small to read
+_NAME_OFFSETS_PT = [
+    (r * x, r * y) for r in (5, 10, 16) for x, y in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1))
+]
+_MARKER_PT = 8
 _DPI = 200  # shown at 100 px per inch: sharp on screens of twice the usual density
 Drawing = Callable[[bool], bytes]  # narrow or not, to a PNG
 
@@ -101,6 +106,38 @@ def draw_thresholds(axes: Axes, thresholds: Sequence[tuple[str, float]], low: fl
         )
 
 
+def name_points(axes: Axes, names: Sequence[tuple[str, float, float, str]], points: np.ndarray) -> None:
+    """Write each (name, x, y, color) beside its place; one that would cover another name or a point there is left out.
+
+    points: float64 [P, 2], x and y of every marker in the figure. Call it when all else is drawn: places are in pixels.
+    """
+    from matplotlib.transforms import Bbox
+
+    axes.get_figure(root=True).draw_without_rendering()  # type: ignore[union-attr]  # settles where the axes lie
+    half = _MARKER_PT / 72 * _DPI / 2
+    taken = [Bbox([place - half, place + half]) for place in axes.transData.transform(points)]
+    for name, x, y, color in names:
+        for offset in _NAME_OFFSETS_PT:
+            written = axes.annotate(
+                drawable(visible(name)),
+                (x, y),
+                xytext=offset,
+                textcoords="offset points",
+                ha={1: "left", 0: "center", -1: "right"}[np.sign(offset[0])],
+                va="bottom" if offset[1] > 0 else "top",
+                fontsize=7.5,
+                color=color,
+                parse_math=False,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
+                in_layout=False,
+            )
+            box = written.get_window_extent()
+            if axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            written.remove()
+
+
 def new_figure(narrow: bool, height_in: float, width_in: float = _WIDE_IN) -> tuple[Figure, Axes]:
     """An empty figure in the style of the page, for a phone (narrow) or wider; `to_png` turns it into bytes."""
     # Figure without pyplot: pyplot keeps global state and is not safe to use from threads.
@@ -142,3 +179,10 @@ def to_png(figure: Figure) -> bytes:
 def draw(drawings: Mapping[str, Drawing]) -> dict[str, dict[str, bytes]]:
     """Each figure wide and narrow, as the template's `figure` macro shows it."""
     return {name: {"wide": drawing(False), "narrow": drawing(True)} for name, drawing in drawings.items()}
+
+
+def page_files(template: str, context: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> dict[str, bytes]:
+    """Files of a report by name: the page of a template, with its figures, and each figure by itself, for MLflow."""
+    drawn = draw(drawings)
+    pictures = {f"{name}.png": sizes["wide"] for name, sizes in drawn.items()}
+    return {**pictures, REPORT: page(template, {**context, "figures": drawn})}

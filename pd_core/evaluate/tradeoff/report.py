@@ -1,4 +1,4 @@
-"""The report stage of tradeoff: the curve as a page with figures, the table as CSV, the choice for a target."""
+"""The report of tradeoff: the curve as a page with figures, the table as CSV, the choice for a target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,13 +18,17 @@ from pd_core.core import files as core_files
 from pd_core.core.settings.evaluate import TradeoffSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
-from pd_core.evaluate.page import Number, interval
+from pd_core.evaluate.report import COLORS, MARKERS, Number, draw_point, interval, metric_names, plane_axes
 from pd_core.evaluate.spaces import JUDGE
 from pd_core.evaluate.tradeoff import curve as tradeoff_curve
-from pd_core.evaluate.tradeoff import page, points
-from pd_core.evaluate.tradeoff.page import Plane, Point, TradeoffData
+from pd_core.evaluate.tradeoff import points
 from pd_core.evaluate.tradeoff.points import Setting, Target
 from pd_core.images import child
+from pd_core.report import figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TABLE = "tradeoff.csv"
 
@@ -61,9 +65,59 @@ def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
 
 def _draw(inputs: Inputs) -> runs.Drawn:
     rows = tradeoff_curve.read_curve(inputs.job.curve.uri, inputs.curve.parts)
-    data = gather(inputs, rows)
-    files = {**page.figures(data), TABLE: table(rows), runs.REPORT: page.render(data)}
-    return runs.Drawn(files, rows={TABLE: len(rows)})
+    return runs.Drawn({**files(gather(inputs, rows)), TABLE: table(rows)}, rows={TABLE: len(rows)})
+
+
+def files(data: Mapping[str, Any]) -> dict[str, bytes]:
+    """The page and its figures by file name. The same data gives the same bytes."""
+    drawings = {f"tradeoff_{plane['name']}": functools.partial(_plane_png, plane["rows"]) for plane in data["planes"]}
+    names = {"d": data, "metric_names": metric_names, "numbers_of": numbers_of}
+    return figures.page_files("tradeoff.html.j2", names, drawings)
+
+
+def _plane_png(rows: Sequence[Mapping[str, Any]], narrow: bool) -> bytes:
+    return figures.to_png(plane_figure(rows, narrow))
+
+
+def plane_figure(rows: Sequence[Mapping[str, Any]], narrow: bool) -> Figure:
+    """Precision over recall: a line for each method and threshold, through the generator itself; 95% intervals.
+
+    Only settings on the frontier are named: these are the choice, and all names together would not be read.
+    """
+    figure, axes = figures.new_figure(narrow, height_in=3.9 if narrow else 5.6, width_in=8.4)
+    measured = [row for row in rows if row["precision"] is not None]
+    origin = [row for row in measured if row["curve"] == "generator"]
+    named = []
+    for i, curve in enumerate(dict.fromkeys(row["curve"] for row in measured if row["curve"] != "generator")):
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        own = [row for row in measured if row["curve"] == curve]
+        line = sorted([*origin, *own], key=_place)
+        axes.plot([r["recall"] for r in line], [r["precision"] for r in line], color=color, linewidth=1.4, alpha=0.7)
+        for j, row in enumerate(own):
+            _draw_row(axes, row, curve if j == 0 else None, color, marker)
+            if row["frontier"]:
+                named.append((row["setting"].rpartition(", ")[2], row["recall"], row["precision"], color))
+    for row in origin:
+        _draw_row(axes, row, "the generator itself", figures.INK, "o")
+    plane_axes(axes)
+    if measured:
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=1 if narrow else 3)
+        figures.name_points(axes, named, np.array([(row["recall"], row["precision"]) for row in measured]))
+    return figure
+
+
+def _draw_row(axes: Axes, row: Mapping[str, Any], label: str | None, color: str, marker: str) -> None:
+    numbers = numbers_of(row)
+    draw_point(axes, numbers["recall"], numbers["precision"], label, color, marker)
+
+
+def _place(row: Mapping[str, Any]) -> float:
+    """Along the curve: log w, polarity, or ψ; that of truncation ends in the generator itself, which is at 0."""
+    if row["weight"] is not None:
+        return math.log(row["weight"])
+    if row["truncation"] is not None:
+        return row["truncation"] - 1e6
+    return row["polarity"] or 0.0
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -75,59 +129,35 @@ def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return sink.getvalue().encode()
 
 
-def gather(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> TradeoffData:
-    """All that the page shows."""
+def gather(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All that the page shows, as its template names it."""
     settings, job = inputs.settings, inputs.job
-    return TradeoffData(
-        title="Fidelity against diversity",
-        index=str(settings.index),
-        output=str(settings.output),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        n=job.n,
-        n_real=inputs.n_real,
-        pool=inputs.candidates,
-        score=settings.score,
-        k_precision=settings.metrics.k_precision,
-        k_coverage=settings.metrics.k_coverage,
-        planes=[
-            Plane(
-                space.name,
-                space.extractor,
-                space.name == JUDGE,
-                [_point(row) for row in rows if row["space"] == space.name],
-            )
+    return {
+        "title": "Fidelity against diversity",
+        "index": str(settings.index),
+        "output": str(settings.output),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "n": job.n,
+        "n_real": inputs.n_real,
+        "pool": inputs.candidates,
+        "score": settings.score,
+        "k_precision": settings.metrics.k_precision,
+        "k_coverage": settings.metrics.k_coverage,
+        "planes": [
+            {
+                "name": space.name,
+                "extractor": space.extractor,
+                "is_judge": space.name == JUDGE,
+                "rows": [row for row in rows if row["space"] == space.name],
+            }
             for space in job.spaces
         ],
-        target=settings.target,
-        picked=[] if settings.target is None else choice(points.parse_target(settings.target), rows),
-        images=_images(inputs),
-        timings_s=inputs.timings_s,
-        versions=inputs.curve.versions,
-        settings_yaml=to_yaml(settings),
-    )
-
-
-def _point(row: Mapping[str, Any]) -> Point:
-    return Point(
-        row["setting"],
-        row["curve"],
-        _place(row),
-        numbers_of(row),
-        row["candidates"],
-        row["acceptance_rate"],
-        row["effective_sample_size"],
-        row["exact_effective_size"],
-        row["frontier"],
-    )
-
-
-def _place(row: Mapping[str, Any]) -> float:
-    """Along the curve: log w, polarity, or ψ; that of truncation ends in the generator itself."""
-    if row["weight"] is not None:
-        return math.log(row["weight"])
-    if row["truncation"] is not None:
-        return row["truncation"] - 1e6
-    return row["polarity"] or 0.0
+        "picked": [] if settings.target is None else choice(points.parse_target(settings.target), rows),
+        "images": _images(inputs),
+        "timings_s": inputs.timings_s,
+        "versions": inputs.curve.versions,
+        "settings_yaml": to_yaml(settings),
+    }
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Number]:
