@@ -290,14 +290,14 @@ def test_the_child_knows_little(monkeypatch):
 
 WORKER = """
 import sys
-from pd_core import decoder
+from pd_core.images import child
 from tests.test_decoder import FILES, LIMITS, SMALL, slow
-list(decoder.prepared(FILES, LIMITS, SMALL))
+list(child.prepared(FILES, LIMITS, SMALL))
 print("idle", flush=True)
 if sys.argv[1] == "idle":
     sys.stdin.read()
 else:
-    list(decoder.prepared([slow(4)], LIMITS, SMALL))
+    list(child.prepared([slow(4)], LIMITS, SMALL))
 """
 
 

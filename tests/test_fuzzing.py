@@ -13,7 +13,7 @@ from tests import fuzzing, tiny
 PLANTED = """
 import itertools, multiprocessing, os, pickle, socket, subprocess, sys, time
 from pathlib import Path
-from pd_core.errors import UserError
+from pd_core.core.errors import UserError
 from tests import fuzzing
 
 HERE = Path(sys.argv[1])

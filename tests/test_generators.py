@@ -955,7 +955,9 @@ def test_a_path_is_split_at_its_last_colon(path, expected):
 
 
 def test_splitting_a_path_needs_no_torch():
-    code = "import sys; from pd_core.generators.python import split; split('g.py:make'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from pd_core.generators.python import split; split('g.py:make'); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -160,7 +160,21 @@ def test_checkpoint_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch,
 
 # --- import directions ------------------------------------------------------------------------------------------------
 
-ROOMS = "core engine report images index density build generators generate perturb evaluate finetune curate".split()
+ROOMS = [
+    "core",
+    "engine",
+    "report",
+    "images",
+    "index",
+    "density",
+    "build",
+    "generators",
+    "generate",
+    "perturb",
+    "evaluate",
+    "finetune",
+    "curate",
+]
 
 
 def _lint_imports(folder: Path, **sources: str) -> subprocess.CompletedProcess[str]:

@@ -449,7 +449,7 @@ def test_tiles_and_threads_change_nothing(monkeypatch, tile, threads):
 PEAK = """
 import resource, sys
 import numpy as np
-from pd_core import halfsamples, manifold, metrics
+from pd_core.evaluate import halfsamples, manifold, metrics
 make = lambda rows, seed: np.random.default_rng(seed).standard_normal((rows, 16), np.float32)
 def reference(features):
     ids = np.arange(len(features))

@@ -1,15 +1,31 @@
 """The report of build_index: one self-contained HTML page, and its figures."""
 
 from __future__ import annotations
-import base64
-import io
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from typing import TYPE_CHECKING, Any
+
 import numpy as np
-from pd_core.report.figures import BAR, DENSITY_AXIS, DISTANCE_AXIS, style_axes, Drawing, INK, LOG_AXIS_FACTOR, MARK, MUTED, calibration_png, density_axis, draw, draw_thresholds, new_figure, to_png
+
+from pd_core.report.figures import (
+    BAR,
+    DENSITY_AXIS,
+    DISTANCE_AXIS,
+    INK,
+    LOG_AXIS_FACTOR,
+    MARK,
+    MUTED,
+    Drawing,
+    calibration_png,
+    density_axis,
+    draw,
+    draw_thresholds,
+    new_figure,
+    style_axes,
+    to_png,
+)
 from pd_core.report.page import Calibration, LabelRow, Picture, drawable, page, shorten, visible
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from pd_core.build import page as build_page
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.core.settings.load import to_yaml
-from pd_core.density import estimator as density_estimator, formula
+from pd_core.density import estimator as density_estimator
+from pd_core.density import formula
 from pd_core.engine import runs as engine_runs
 from pd_core.images import child, decode, sources
 from pd_core.images.listing import Listing

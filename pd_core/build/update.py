@@ -32,7 +32,7 @@ from pd_core.core.settings.index import (
     IndexSettings,
     UpdateSettings,
 )
-from pd_core.density import fit, estimator
+from pd_core.density import estimator, fit
 from pd_core.density import predictor as density_predictor
 from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.images import decode as images_decode

@@ -11,8 +11,8 @@ from pd_core.build import plan, report, update
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
-from pd_core.density import estimator, formula
 from pd_core.density import densities as density_densities
+from pd_core.density import estimator, formula
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
 from pd_core.images import decode, listing, sources
