@@ -55,7 +55,7 @@ def children() -> list[psutil.Process]:
 
 def is_decoder(process: psutil.Process) -> bool:
     try:
-        return "decoder.serve(" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        return "child.serve(" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
