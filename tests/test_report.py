@@ -122,7 +122,7 @@ def page() -> Page:
 def no_figures(monkeypatch):
     blank = resize.thumbnail(Image.new("RGB", (2, 2)))
     for name in ("histogram_png", "labels_png", "calibration_png"):
-        monkeypatch.setattr(report_page, name, lambda *_: blank)
+        monkeypatch.setattr(build_page, name, lambda *_: blank)
 
 
 def test_every_tag_is_closed_and_ids_resolve(page):

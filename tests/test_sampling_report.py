@@ -27,6 +27,7 @@ from pd_core.generate import pilot, report, sampling
 from pd_core.generate.candidates import EVERYTHING, Recipe
 from pd_core.generate.page import Count, Expected, Pair, Sample, SamplesData, Weight
 from pd_core.images import resize, sources
+from pd_core.report import figures as report_figures
 from pd_core.report import page as report_page
 from pd_core.report.page import Calibration
 from tests.test_report import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
@@ -104,7 +105,7 @@ def no_figures(monkeypatch):
     for module, name in (
         (generate_page, "histogram_png"),
         (generate_page, "acceptance_png"),
-        (report_page, "calibration_png"),
+        (report_figures, "calibration_png"),
     ):
         monkeypatch.setattr(module, name, lambda *_: blank)
 
