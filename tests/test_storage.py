@@ -309,3 +309,11 @@ def test_a_part_that_another_run_drops_meanwhile_is_not_there(tmp_path, monkeypa
 
     monkeypatch.setattr(files, "read_record", read_after_the_drop)
     assert made.finished_parts() == {"state-2.pt": kept}
+
+
+def test_a_record_that_is_being_written_is_not_there_yet(tmp_path):
+    stage = Stage(str(tmp_path), "densities", 1, {})
+    stage.write_part("part-00000000.parquet", b"rows", 1)
+    record = tmp_path / "_parts" / "part-00000000.parquet.json"
+    record.with_name(f"{record.name}.{'0f' * 16}.tmp").write_bytes(record.read_bytes())
+    assert list(stage.finished_parts()) == ["part-00000000.parquet"]

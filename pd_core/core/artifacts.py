@@ -312,7 +312,8 @@ class Stage:
         return damaged_parts(self.uri, self._records())
 
     def _records(self) -> list[Part]:
-        names = sorted(sizes(join(self.uri, RECORDS)))
+        # one that another process is writing now is not there yet
+        names = sorted(name for name in sizes(join(self.uri, RECORDS)) if not _TEMPORARY.search(name))
         if not names:
             return []
         with ThreadPoolExecutor(READERS) as readers:
