@@ -343,12 +343,13 @@ def tasks() -> dict[str, float]:
 
 
 def _imports() -> None:
-    import pd_core.indexing  # noqa: F401
+    import pd_core.index.build  # noqa: F401
 
 
 def _imports_torch() -> None:
-    import pd_core.knn  # noqa: F401
     import torch
+
+    import pd_core.index.knn  # noqa: F401
 
     torch.zeros(1)
 
