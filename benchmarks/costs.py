@@ -17,12 +17,12 @@ from typing import Any
 
 from pd_core.core import files as core_files
 from pd_core.core.settings.index import BuildIndexSettings
-from pd_core.density import fit
+from pd_core.density import densities, fit
 from pd_core.engine import resources
 from pd_core.generate import chunks as generate_chunks
 from pd_core.images.sources import stores
 from pd_core.index import build as index_build
-from pd_core.index import features, knn, neighbors, search
+from pd_core.index import features, knn, search
 
 GIB = float(1 << 30)
 PROCESS_BYTES = 400e6  # of a worker that has imported what it needs, before it holds any row
@@ -781,7 +781,7 @@ def block_bytes(build: Build, rows: int) -> float:
 def _densities(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
     """`densities.write_densities`: summaries of all parts go to one task, its ranks of all rows to every node."""
     k = build.settings.density.k
-    groups = -(-build.parts // neighbors.GROUP_PARTS)
+    groups = -(-build.parts // densities.GROUP_PARTS)
     near = neighbors_bytes(build, unit)
     written = near + build.rows * (32.0 + TEXT_BYTES - HASH_BYTES)
     group_rows = build.rows / groups

@@ -12,7 +12,8 @@ from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import DensitySettings
 from pd_core.density import formula
 from pd_core.engine import console, tasks, telemetry
-from pd_core.index.neighbors import GROUP_PARTS
+
+GROUP_PARTS = 64  # parts that one task handles
 
 
 def stage_of(output: str, neighbors: artifacts.Stage, settings: DensitySettings) -> artifacts.Stage:
@@ -21,7 +22,6 @@ def stage_of(output: str, neighbors: artifacts.Stage, settings: DensitySettings)
     return artifacts.Stage(files.join(output, "densities"), "densities", schemas.VERSIONS["densities"], identity)
 
 
-# ---- second pass -----------------------------------------------------------------------------------------------------
 def write_densities(
     stage: artifacts.Stage,
     neighbors_uri: str,

@@ -15,8 +15,6 @@ from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.index import search
 from pd_core.index.features import load_features
 
-GROUP_PARTS = 64  # parts that one task of the second pass handles
-
 
 def neighbors_stage(output: str, info: search.IndexInfo, settings: DensitySettings) -> artifacts.Stage:
     """First pass: neighbors."""
@@ -26,7 +24,6 @@ def neighbors_stage(output: str, info: search.IndexInfo, settings: DensitySettin
     return artifacts.Stage(files.join(output, "neighbors"), "neighbors", schemas.VERSIONS["neighbors"], identity)
 
 
-# ---- first pass ------------------------------------------------------------------------------------------------------
 def find_neighbors(
     stage: artifacts.Stage,
     info: search.IndexInfo,
