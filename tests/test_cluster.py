@@ -402,3 +402,12 @@ def test_each_ray_of_our_own_asks_for_a_token_that_is_kept_nowhere(tmp_path):
         assert process.stdout.readlines()[-1] == "after of another cluster disabled\n"
     assert process.returncode == 0 and len(set(tokens)) == 2
     assert not list(tmp_path.rglob("*token*"))
+
+
+@pytest.mark.parametrize("module", ["console", "resources", "session", "tracking"])
+def test_no_package_tells_its_makers_about_a_run_whichever_part_is_used(module):
+    names = ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+    code = f"import os; from pd_core.engine import {module}; print(*(os.environ.get(name) for name in {names}))"
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["0", "true", "1"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,9 +13,6 @@ from pd_core.core.errors import CredentialsRefused, RunError, UserError, one_lin
 from pd_core.engine import telemetry
 from pd_core.engine.console import say
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Infrastructure is retried, with a cap; a mistake in data or settings raises UserError, which Ray does not retry.
 TASK_OPTIONS: dict[str, Any] = {"max_retries": 5, "retry_exceptions": False}
 ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": 20, "max_task_retries": 5}
