@@ -37,6 +37,7 @@ INPUT_SCALE_FLOOR = 0.01
 MIN_TRAIN_ROWS = 10
 MIN_HELDOUT_ROWS = 4
 LoadPart = Callable[[], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]]
+"""Loads one part: sample_id int64 [n], feature float32 [n, D], log_density float64 [n]; the same rows at every call."""
 
 
 def calibration(log_density: NDArray[np.float64], predicted_log_density: NDArray[np.float64]) -> Calibration:

@@ -28,7 +28,6 @@ _PREDICT_ROWS = 65_536
 # A network that predicts rho itself can go below zero. Its logarithm is taken from here up; real densities are around 1
 # and the resolution of such a network is some 1e-2, so nothing it can tell apart lies below.
 _SMALLEST_PREDICTED_DENSITY = 1e-6
-"""Loads one part: sample_id int64 [n], feature float32 [n, D], log_density float64 [n]; the same rows at every call."""
 
 
 # --- the predictor -----------------------------------------------------------------------------------------------------
@@ -180,7 +179,6 @@ class Calibration:
     high_decile_mean_abs_log_error: float
 
 
-# --- fitting -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class EpochLoss:
     """Losses of one epoch (from 1): mean squared error in units of the standardised target.

@@ -9,15 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from PIL import (
-    Image,
-    ImageOps,
-)
+from PIL import Image, ImageOps
 
 from pd_core.core.errors import UserError
 from pd_core.images.decode import BadImage, DecodeLimits, Reason, bad_image, decode
 
-# ------------------------------------------------------------------------------------------------------------- resize
 _INTERPOLATION = {
     "nearest": Image.Resampling.NEAREST,
     "box": Image.Resampling.BOX,
