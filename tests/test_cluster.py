@@ -211,7 +211,7 @@ def ray_of(monkeypatch, nodes, status):
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address=""))
     written = None if status is None else json.dumps(status).encode()
     monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: written)
-    return resources._describe(local=False)
+    return resources.describe(local=False)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_ray_itself_tells_who_scales(tmp_path, grows):
     code = (
         "import time; from pd_core.engine import resources, session; session.connect()\n"
         "while (told := resources._scales()) is None: time.sleep(0.5)\n"
-        'print(f"told: {told}, {resources._describe(local=False).elastic}", flush=True)'
+        'print(f"told: {told}, {resources.describe(local=False).elastic}", flush=True)'
     )
     with head as up:
         found = subprocess.run(

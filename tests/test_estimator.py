@@ -335,7 +335,7 @@ def test_gradient_agrees_with_finite_differences(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["log_density", "density"])
 def test_predict_agrees_with_forward(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(density_predictor, "_PREDICT_ROWS", 100)
+    monkeypatch.setattr(density_predictor, "PREDICT_ROWS", 100)
     rows = _rows(750)
     predictor = _fit(rows, target=target).predictor
     features = rows[1]

@@ -15,7 +15,7 @@ from pd_core.core import seeds
 from pd_core.core.errors import RunError, UserError
 from pd_core.density.formula import density_of
 from pd_core.density.predictor import (
-    _PREDICT_ROWS,
+    PREDICT_ROWS,
     Architecture,
     Calibration,
     DensityPredictor,
@@ -197,7 +197,7 @@ def _heldout_loss(predictor: DensityPredictor, heldout: _Rows) -> float:
     features, target = _tensors(predictor, heldout)
     total = 0.0
     with torch.inference_mode():
-        for x, y in zip(features.split(_PREDICT_ROWS), target.split(_PREDICT_ROWS), strict=True):
+        for x, y in zip(features.split(PREDICT_ROWS), target.split(PREDICT_ROWS), strict=True):
             total += float((predictor.standardized_score(x.to(device)) - y.to(device)).double().square().sum())
     return total / len(target)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "predictor.safetensors"
 DESCRIPTION_FILE = "predictor.json"
-_PREDICT_ROWS = 65_536
+PREDICT_ROWS = 65_536
 # A network that predicts rho itself can go below zero. Its logarithm is taken from here up; real densities are around 1
 # and the resolution of such a network is some 1e-2, so nothing it can tell apart lies below.
 _SMALLEST_PREDICTED_DENSITY = 1e-6
@@ -98,8 +98,8 @@ class DensityPredictor:
         rows = len(features)
         log_density = np.empty(rows, dtype=np.float64)
         with torch.inference_mode():
-            for start in range(0, rows, _PREDICT_ROWS):
-                block = features[start : start + _PREDICT_ROWS]
+            for start in range(0, rows, PREDICT_ROWS):
+                block = features[start : start + PREDICT_ROWS]
                 # torch.tensor copies, so read-only arrays (Arrow's) are fine.
                 tensor = block if isinstance(block, torch.Tensor) else torch.tensor(block)
                 score = self.score(tensor.to(self.feature_mean.device)).double()

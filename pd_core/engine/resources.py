@@ -43,7 +43,7 @@ class Cluster:
         return max(0.0, self.cpus - self.held_cpus)
 
 
-def _describe(local: bool, was_elastic: bool = False) -> Cluster:
+def describe(local: bool, was_elastic: bool = False) -> Cluster:
     """The cluster as it is now.
 
     was_elastic: what is known from before, for when Ray does not tell.
@@ -104,7 +104,7 @@ def _largest(nodes: Sequence[Mapping[str, float]]) -> float:
 
 def refreshed(cluster: Cluster) -> Cluster:
     """The cluster as it is now: it may have grown since the run began."""
-    return _describe(cluster.local, cluster.elastic)
+    return describe(cluster.local, cluster.elastic)
 
 
 def cores() -> int:

@@ -23,8 +23,8 @@ from pd_core.engine.resources import (
     WORKER_BYTES,
     WORKERS_PER_CORE,
     Cluster,
-    _describe,
     cores,
+    describe,
     refreshed,
 )
 
@@ -57,7 +57,7 @@ def connect() -> Cluster:
     import ray
 
     if ray.is_initialized():
-        return _describe(local=False)
+        return describe(local=False)
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:
@@ -70,7 +70,7 @@ def connect() -> Cluster:
             raise RunError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
             ) from None
-        return _describe(local=False)
+        return describe(local=False)
     # Nobody scrapes the metrics of such a cluster, and their exporter leaves a thread behind (one per session) that can
     # crash a process that is done: seen as a segmentation fault in its exit.
     os.environ.setdefault(telemetry.SWITCH, "0")
@@ -87,7 +87,7 @@ def connect() -> Cluster:
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
                 raise
             say("ray: the machine is busy and did not start a cluster within 30 s; trying again")
-    return _describe(local=True)
+    return describe(local=True)
 
 
 def _check_that_somebody_listens(address: str) -> None:

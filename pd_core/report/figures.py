@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pd_core.engine.runs import REPORT
-from pd_core.report.page import Calibration, _finite_pairs, calibration_range, drawable, page, significant, visible
+from pd_core.report.page import Calibration, calibration_range, drawable, finite_pairs, page, significant, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def density_axis(density: np.ndarray, quantiles: np.ndarray) -> DensityAxis:
 
 def calibration_png(calibration: Calibration, narrow: bool = False) -> bytes:
     """Predicted against measured log ρ of held-out images, with the line on which a perfect predictor would lie."""
-    true, predicted = _finite_pairs(calibration)
+    true, predicted = finite_pairs(calibration)
     figure, axes = new_figure(narrow, height_in=3.4 if narrow else 4.4, width_in=4.8)
     low, high = calibration_range(calibration)
     if true.size > 1500:

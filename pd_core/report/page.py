@@ -78,7 +78,7 @@ _CALIBRATION_TEXT: Mapping[str, str] = {
 
 def calibration_range(calibration: Calibration) -> tuple[float, float]:
     """Range of both axes: 0.1% to 99.9% of measured and of predicted log ρ, with a margin."""
-    true, predicted = _finite_pairs(calibration)
+    true, predicted = finite_pairs(calibration)
     if true.size == 0:
         return -1.0, 1.0
     ends = np.quantile(np.stack([true, predicted]), [0.001, 0.999], axis=1)
@@ -87,7 +87,8 @@ def calibration_range(calibration: Calibration) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _finite_pairs(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
+def finite_pairs(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted log densities, without those where one has none."""
     true, predicted = calibration.log_density, calibration.predicted_log_density
     assert true.shape == predicted.shape, (true.shape, predicted.shape)
     finite = np.isfinite(true) & np.isfinite(predicted)  # a network that regresses ρ itself may predict ρ <= 0
@@ -203,7 +204,7 @@ def calibration_rows(calibration: Calibration) -> list[tuple[str, float | None]]
 
 def hidden_points(calibration: Calibration) -> int:
     """Points that the drawing leaves out: beyond its axes, or not finite."""
-    true, predicted = _finite_pairs(calibration)
+    true, predicted = finite_pairs(calibration)
     low, high = calibration_range(calibration)
     inside = (true >= low) & (true <= high) & (predicted >= low) & (predicted <= high)
     return calibration.log_density.size - int(np.count_nonzero(inside))
