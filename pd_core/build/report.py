@@ -19,8 +19,7 @@ from pd_core.core.settings.load import to_yaml
 from pd_core.density import estimator as density_estimator
 from pd_core.density import formula
 from pd_core.engine import runs as engine_runs
-from pd_core.images import child, decode, sources
-from pd_core.images.listing import Listing
+from pd_core.images import listing, sources, thumbnails
 from pd_core.index.features import reasons_of
 from pd_core.report import page as report_page
 
@@ -35,8 +34,7 @@ class Inputs:
     """What the stage reads; picklable."""
 
     source: sources.Source
-    listing: Listing
-    limits: decode.DecodeLimits
+    listing: listing.Listing
     settings: BuildIndexSettings
     listed: artifacts.Artifact
     features: artifacts.Artifact
@@ -216,15 +214,9 @@ def _find_densities(inputs: Inputs, wanted: Iterable[int]) -> dict[int, dict[str
 
 
 def _thumbnails(inputs: Inputs, wanted: set[int]) -> dict[int, bytes]:
-    value_set = pa.array(sorted(wanted), pa.int64())
     found: dict[int, bytes] = {}
-    for part in range(inputs.listing.parts):
-        if len(found) == len(wanted):
-            break
-        rows = inputs.listing.read(part)
-        rows = rows.filter(pc.is_in(rows["sample_id"], value_set=value_set))
-        contents = sources.read(inputs.source, rows)
-        found |= child.thumbnails_by_id(rows["sample_id"].to_pylist(), contents, inputs.limits)
+    for _, rows in listing.rows_of_ids(inputs.listing.uri, wanted):
+        found |= thumbnails.readable(thumbnails.of_originals(inputs.source, rows))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,13 +25,14 @@ from pd_core.generate import sampling
 from pd_core.generate.candidates import Recipe
 from pd_core.generate.page import Count, Pair, Sample, SamplesData, Weight
 from pd_core.generate.sampling import DENSITY_BINS
-from pd_core.images import child, decode, listing, sources
+from pd_core.images import listing, thumbnails
+from pd_core.images.decode import BadImage
 from pd_core.report import page
 
 SAMPLE_ROWS = 1_000_000  # accepted rows that the shown ones are chosen from
 CALIBRATION_ROWS = 20_000  # accepted rows that the predictor is held against the index on
 PAIRS_SHOWN = 12
-CHANGED = "has changed since it was indexed"
+Original = tuple[str | None, str | None, bytes | None, str]  # key, label, thumbnail, why there is none
 NEAREST_SHOWN = 4  # pairs where no sample is a likely copy
 BANDS = {
     "p0–p5": (0, 5),
@@ -318,7 +318,7 @@ def _read_rows(uri: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, i
         order = sorted(wanted)
         table = files.read_table(files.join(uri, name), SHOWN).take(pa.array(order, pa.int64()))
         rows = table.to_pylist()
-        pictures = child.sample_thumbnails([values.pop("image") for values in rows], files.join(uri, name))
+        pictures = thumbnails.of_samples([values.pop("image") for values in rows], files.join(uri, name))
         for row, values, picture in zip(order, rows, pictures, strict=True):
             found[name, row] = values | {"thumbnail": picture}
     return found
@@ -354,39 +354,30 @@ def _pairs(inputs: Inputs, seen: _Seen) -> tuple[list[Pair], str]:
     pictures = _read_rows(inputs.job.samples.uri, [(row["part"], row["row"]) for row in rows])
     wanted = {row["nearest_real_id"] for row in rows}
     originals, note = _originals(inputs.job.recipe.realset.uri, wanted, inputs.settings.source)
-    gone = _Original(None, None, None, "the index no longer names it")
     pairs = []
     for row in rows:
-        original = originals.get(row["nearest_real_id"], gone)
+        original = originals.get(row["nearest_real_id"], (None, None, None, "the index no longer names it"))
         sample = _sample(pictures[row["part"], row["row"]], inputs, True)
-        facts = (original.key, original.label, original.thumbnail, original.missing)
-        pairs.append(Pair(sample, row["nearest_real_distance"], row["likely_copy"], *facts))
+        pairs.append(Pair(sample, row["nearest_real_distance"], row["likely_copy"], *original))
     return pairs, note
 
 
-@dataclass(frozen=True)
-class _Original:
-    """A real image: its thumbnail, or why there is none."""
-
-    key: str | None
-    label: str | None
-    thumbnail: bytes | None
-    missing: str = ""
-
-
-def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int, _Original], str]:
+def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int, Original], str]:
     """Real images by id, from the source that build_index read; and why that cannot be read, or an empty text.
 
     The report is made all the same where a source has moved: what is missing is said in its place.
     """
-    found: dict[int, _Original] = {}
+    found: dict[int, Original] = {}
     try:
         for name, rows in listing.rows_of_ids(files.join(uri, "listing"), wanted):
-            for row in rows.select(["sample_id", "key", "label"]).to_pylist():
-                found[row["sample_id"]] = _Original(
-                    row["key"], row["label"], None, "the source cannot be read any more"
-                )
-            found |= _read_originals(uri, name, rows, beside)
+            named = rows.select(["sample_id", "key", "label"]).to_pylist()
+            for row in named:
+                found[row["sample_id"]] = row["key"], row["label"], None, "the source cannot be read any more"
+            source = density_originals.source_of(uri, beside)
+            features = files.read_table(files.join(uri, "features", name), ["sample_id", "content_hash"])
+            hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
+            made = thumbnails.of_originals(source, rows, hashes)
+            found |= {row["sample_id"]: (row["key"], row["label"], *_seen(made[row["sample_id"]])) for row in named}
     except (UserError, RunError) as error:
         return found, str(error)
     except Exception as error:
@@ -396,26 +387,12 @@ def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int
     return found, ""
 
 
-def _read_originals(uri: str, name: str, rows: pa.Table, beside: str | None) -> dict[int, _Original]:
-    """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
-    source = density_originals.source_of(uri, beside)
-    limits = decode.limits_of(source.settings)
-    features = files.read_table(files.join(uri, "features", name), ["sample_id", "content_hash"])
-    hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
-
-    def unchanged() -> Iterator[bytes | decode.BadImage]:
-        for number, content in zip(rows["sample_id"].to_pylist(), sources.read(source, rows), strict=True):
-            same = isinstance(content, decode.BadImage) or hashlib.sha256(content).hexdigest() == hashes.get(number)
-            yield content if same else decode.BadImage(decode.Reason.UNREADABLE, CHANGED)
-
-    found = {}
-    for row, picture in zip(rows.to_pylist(), child.thumbnails(unchanged(), limits), strict=True):
-        missing = ""
-        if isinstance(picture, decode.BadImage):
-            missing = CHANGED if picture.detail == CHANGED else f"can no longer be read: {picture}"
-        shown = None if isinstance(picture, decode.BadImage) else picture
-        found[row["sample_id"]] = _Original(row["key"], row["label"], shown, missing)
-    return found
+def _seen(picture: bytes | BadImage) -> tuple[bytes | None, str]:
+    """The thumbnail of an original, or why there is none."""
+    if not isinstance(picture, BadImage):
+        return picture, ""
+    changed = picture.detail == thumbnails.CHANGED
+    return None, thumbnails.CHANGED if changed else f"can no longer be read: {picture}"
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------
