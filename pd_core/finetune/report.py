@@ -441,7 +441,9 @@ def history_shown(history: Sequence[Logged]) -> list[Logged]:
 
 
 def _drawings(data: FinetunedData) -> dict[str, figures.Drawing]:
-    drawings = {f"metric_{name}": functools.partial(metric_png, data, name) for name in shown_metrics(data)}
+    drawings: dict[str, figures.Drawing] = {
+        f"metric_{name}": functools.partial(metric_png, data, name) for name in shown_metrics(data)
+    }
     drawings["precision_recall_path"] = functools.partial(path_png, data)
     return drawings | {
         f"history_{i}": functools.partial(history_png, one) for i, one in enumerate(history_shown(data.history))
