@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import signal
@@ -24,7 +25,7 @@ from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.engine import resources, tasks
 from pd_core.images import child as images_child
-from pd_core.images import decode, listing, resize, sources
+from pd_core.images import decode, listing, resize, sources, thumbnails
 from pd_core.images.decode import BadImage, DecodeLimits, Reason
 from pd_core.images.resize import Prepared, Preprocess
 from pd_core.index import extractor, features
@@ -140,7 +141,25 @@ def test_thumbnails():
     assert small == resize.thumbnail(picture())
     assert isinstance(bad, BadImage)
     assert large == resize.thumbnail(decode.decode(contents[2], LIMITS))
-    assert images_child.thumbnails_by_id([7, 8, 9], contents, LIMITS) == {7: small, 9: large}
+
+
+def test_originals_are_shown_where_they_are_as_they_were(tmp_path):
+    contents = {"0.png": FILES[0], "1.png": b"no picture", "2.jpg": saved(picture(400, 300), "JPEG")}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    source = sources.open_source(DataSettings(source=str(tmp_path)))
+    (rows,) = sources.list_images(source)
+    ids = dict(zip(rows["key"].to_pylist(), rows["sample_id"].to_pylist(), strict=True))
+    made = thumbnails.of_originals(source, rows)
+    assert made[ids["0.png"]] == resize.thumbnail(picture())
+    assert isinstance(bad := made[ids["1.png"]], BadImage) and bad.detail != thumbnails.CHANGED
+    assert set(thumbnails.readable(made)) == {ids["0.png"], ids["2.jpg"]}
+    hashes = {ids[name]: hashlib.sha256(contents[name]).hexdigest() for name in contents}
+    assert thumbnails.readable(thumbnails.of_originals(source, rows, hashes)) == thumbnails.readable(made)
+    (tmp_path / "2.jpg").write_bytes(saved(picture(300, 400), "JPEG"))
+    changed = thumbnails.of_originals(source, rows, hashes)
+    assert isinstance(bad := changed[ids["2.jpg"]], BadImage) and bad.detail == thumbnails.CHANGED
+    assert changed[ids["0.png"]] == made[ids["0.png"]]
 
 
 def test_a_thumbnail_of_noise_fits():
@@ -152,10 +171,10 @@ def test_a_thumbnail_of_noise_fits():
 
 def test_pictures_of_samples():
     image = {"bytes": saved(picture(), "PNG"), "path": "0.png"}
-    assert images_child.sample_thumbnails([image, image], "samples/part-0") == [resize.thumbnail(picture())] * 2
+    assert thumbnails.of_samples([image, image], "samples/part-0") == [resize.thumbnail(picture())] * 2
     for bad in (None, {"bytes": None}, {"bytes": b"\x89PNG\r\n\x1a\n"}, {"bytes": DECLARED["TIFF tile"][0]}):
         with pytest.raises(UserError, match=r"samples/part-0: holds a picture that cannot be shown \("):
-            images_child.sample_thumbnails([image, bad], "samples/part-0")
+            thumbnails.of_samples([image, bad], "samples/part-0")
 
 
 def test_pixels_of_a_png_of_ours():

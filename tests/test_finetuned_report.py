@@ -18,9 +18,8 @@ from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, 
 from pd_core.engine import runs
 from pd_core.evaluate.report import Number, interval
 from pd_core.finetune import merge as finetune_merge
-from pd_core.finetune import page as finetune_page
 from pd_core.finetune import report
-from pd_core.finetune.page import Evaluated, FinetunedData, Logged, Merged, Shot, Shown
+from pd_core.finetune.report import Evaluated, FinetunedData, Logged, Shot, Shown
 from pd_core.generate.candidates import picture
 from pd_core.images import resize
 from pd_core.report import page as report_page
@@ -54,7 +53,7 @@ def shown(i: int, label: str | None = "cat", states=("before", "best", "merged")
     return Shown(i, 900_000 + i, label, shots)
 
 
-def combination(**changes: Any) -> Merged:
+def combination(**changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "steps": STEPS,
         "coefficients": (-0.1213, 0.2347, 0.5151, 0.3715),
@@ -66,7 +65,7 @@ def combination(**changes: Any) -> Merged:
         "candidates": 64,
         "unmeasured": 3,
     }
-    return Merged(**(values | changes))
+    return values | changes
 
 
 def example(**changes: Any) -> FinetunedData:
@@ -102,7 +101,7 @@ def example(**changes: Any) -> FinetunedData:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(finetune_page.render(example()))
+    return Page(report.drawn(example())[runs.REPORT])
 
 
 # most tests look at text, and a figure takes a third of a second
@@ -110,7 +109,7 @@ def page() -> Page:
 def no_figures(monkeypatch):
     blank = resize.thumbnail(pixels(0))
     for name in ("metric_png", "path_png", "history_png"):
-        monkeypatch.setattr(finetune_page, name, lambda *_: blank)
+        monkeypatch.setattr(report, name, lambda *_: blank)
 
 
 def test_every_tag_is_closed_ids_resolve_and_nothing_is_loaded(page):
@@ -167,13 +166,14 @@ def test_numbers_of_the_page_equal_the_data(page):
 
 
 def test_the_same_data_gives_the_same_bytes_and_figures_move_with_it(page):
-    assert finetune_page.render(example()).decode() == page.html
+    assert report.drawn(example())[runs.REPORT].decode() == page.html
     data, small = example(), example(best=100)
-    draw = finetune_page.metric_png
+    draw = report.metric_png
     assert draw(data, "recall") != draw(small, "recall") != draw(small, "precision")
-    assert finetune_page.path_png(data) != finetune_page.path_png(small)
-    assert finetune_page.path_png(data) != finetune_page.path_png(data, narrow=True)
-    assert set(finetune_page.figures(data)) == {
+    assert report.path_png(data) != report.path_png(small)
+    assert report.path_png(data) != report.path_png(data, narrow=True)
+    assert set(report.drawn(data)) == {
+        runs.REPORT,
         *(f"metric_{metric}.png" for metric in METRICS[:-1]),
         "precision_recall_path.png",
         "history_0.png",
@@ -183,13 +183,13 @@ def test_the_same_data_gives_the_same_bytes_and_figures_move_with_it(page):
 
 def test_smoothing_keeps_the_mean_and_the_order():
     one = logged("loss", 40 * 7)
-    step, value = finetune_page.smoothed(one)
-    assert len(step) == finetune_page.SMOOTHING and (np.diff(step) > 0).all()
+    step, value = report.smoothed(one)
+    assert len(step) == report.SMOOTHING and (np.diff(step) > 0).all()
     assert value.mean() == pytest.approx(one.value.mean())  # windows are equally large here
 
 
 def test_history_is_in_order_of_display_with_unknown_names_last():
-    names = [one.name for one in finetune_page.history_shown([logged(n, 3) for n in ("zeta", "g_loss", "a", "loss")])]
+    names = [one.name for one in report.history_shown([logged(n, 3) for n in ("zeta", "g_loss", "a", "loss")])]
     assert names == ["loss", "g_loss", "a", "zeta"]
 
 
@@ -206,7 +206,7 @@ def test_history_is_in_order_of_display_with_unknown_names_last():
     ],
 )
 def test_what_is_missing_leaves_no_trace(changes, gone, no_figures):
-    whole, less = Page(finetune_page.render(example())), Page(finetune_page.render(example(**changes)))
+    whole, less = Page(report.drawn(example())[runs.REPORT]), Page(report.drawn(example(**changes))[runs.REPORT])
     assert gone in whole.text and gone not in less.text
     ids = {attributes["id"] for _, attributes in less.tags if "id" in attributes}
     assert {a["href"].removeprefix("#") for tag, a in less.tags if tag == "a"} <= ids
@@ -215,14 +215,14 @@ def test_what_is_missing_leaves_no_trace(changes, gone, no_figures):
 
 def test_a_run_without_a_better_step_says_so_and_shows_its_images_once(no_figures):
     data = example(best=0, merged=None, shown=[shown(0, states=("before", "last"))])
-    text = Page(finetune_page.render(data)).text
+    text = Page(report.drawn(data)[runs.REPORT]).text
     assert "No evaluated step has a better Fréchet distance than the generator as it came" in text
 
 
 def test_verdicts_follow_the_intervals():
     def run(before: Number, after: Number) -> str:
         both = [dataclasses.replace(evaluated(step), numbers={"recall": n}) for step, n in ((0, before), (100, after))]
-        return finetune_page.verdict(example(metric="recall", best=100, evaluations=both, shown=[]))
+        return report.verdict(example(metric="recall", best=100, evaluations=both, shown=[]))
 
     base = Number(0.5, 0.4, 0.6)
     assert run(base, Number(0.8, 0.7, 0.9)).endswith("The intervals part.")
@@ -231,13 +231,13 @@ def test_verdicts_follow_the_intervals():
 
 
 def test_the_merge_is_judged_in_one_sentence():
-    line = finetune_page.merge_verdict(example(), combination())
+    line = report.merge_verdict(example(), combination())
     assert "beats the best single step (200) on held-out seeds" in line and line.endswith(
         "best/ holds the combination."
     )
     assert "difference -0.0917 (-0.1411 … -0.0423)" in line
     worse = combination(beats=False, difference=Number(-0.01, -0.04, 0.02))
-    line = finetune_page.merge_verdict(example(), worse)
+    line = report.merge_verdict(example(), worse)
     assert "does not beat" in line and line.endswith("best/ holds step 200.")
 
 
@@ -276,14 +276,14 @@ def hostile_data(text: str) -> FinetunedData:
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_are_text_and_nothing_else(text, no_figures):
-    clean, dirty = (Page(finetune_page.render(hostile_data(t))) for t in ("plain", text))
+    clean, dirty = (Page(report.drawn(hostile_data(t))[runs.REPORT]) for t in ("plain", text))
     assert dirty.open == []
     assert [(tag, sorted(a)) for tag, a in dirty.tags] == [(tag, sorted(a)) for tag, a in clean.tags]
 
 
 @pytest.mark.parametrize("text", [HOSTILE[2], HOSTILE[7], HOSTILE[8], "$x"])
 def test_figures_bear_hostile_names(text):
-    assert finetune_page.history_png(logged(text, 5)).startswith(b"\x89PNG")
+    assert report.history_png(logged(text, 5)).startswith(b"\x89PNG")
 
 
 # --- gathered from stages that were really written ---------------------------------------------------------------------
@@ -327,15 +327,10 @@ def write_merging(output: Path) -> artifacts.Artifact:
     stage = artifacts.Stage(str(output / "merging"), "merging", schemas.VERSIONS["merging"], {"seed": 1})
     stage.begin(False)
     write_samples(stage, finetune_merge.SAMPLES, 9)
-    one = combination()
-    totals: dict[str, Any] = {
-        "merged": {name: dataclasses.asdict(n) for name, n in one.merged.items()},
-        "single": {name: dataclasses.asdict(n) for name, n in one.single.items()},
-        "difference": dataclasses.asdict(one.difference),
-    }
-    for name in ("beats", "candidates", "unmeasured", "single_step"):
-        totals[name] = getattr(one, name)
-    totals |= {"steps": list(one.steps), "coefficients": list(one.coefficients), "metric": "frechet_distance"}
+    plain = lambda numbers: {name: dataclasses.asdict(n) for name, n in numbers.items()}  # noqa: E731
+    one = combination(steps=list(STEPS), coefficients=list(combination()["coefficients"]), metric="frechet_distance")
+    totals = one | {which: plain(one[which]) for which in ("merged", "single")}
+    totals["difference"] = dataclasses.asdict(one["difference"])
     return stage.commit(stage.finished_parts().values(), totals, {"merging": 20.0})
 
 
@@ -365,8 +360,9 @@ def test_what_is_gathered_is_what_was_written(tmp_path):
     assert {one.name: one.value.tolist() for one in data.history} == {
         name: [1 / step for step in range(1, 301)] for name in ("loss", "acceptance")
     }
-    assert data.merged == dataclasses.replace(
-        combination(), steps=list(STEPS), coefficients=list(combination().coefficients)
+    assert data.merged is not None
+    assert {name: data.merged[name] for name in combination()} == combination(
+        steps=list(STEPS), coefficients=list(combination()["coefficients"])
     )
     assert [(s.number, s.seed, s.label) for s in data.shown] == [
         (i, 7000 + i, label) for i, label in enumerate(("cat", None, "dog", "<b>"))

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pd_core.build import page as build_page
-from pd_core.build.page import IndexFacts, ReportData
+from pd_core.build import report
+from pd_core.build.report import ReportData
 from pd_core.density import formula
+from pd_core.engine.runs import REPORT
 from pd_core.images import resize
 from pd_core.images.decode import Reason
 from pd_core.report import figures
@@ -76,6 +77,19 @@ def picture(i: int, *, key: str | None = None, label: str | None = "cat", distan
     )
 
 
+IVF = {
+    "kind": "ivf_flat",
+    "shards": 3,
+    "cells": 179,
+    "nprobe": 12,
+    "target_recall": 0.99,
+    "recall": 0.9931,
+    "recall_lower": 0.9911,
+    "mean_distance_relative_error": 0.00042,
+    "calibration_queries": 1000,
+}
+
+
 def example(n: int = 2000, **changes) -> ReportData:
     distances = np.random.default_rng(0).gamma(9.0, 2.0, n)
     rho = formula.pseudo_density(distances, 1.0)
@@ -95,7 +109,7 @@ def example(n: int = 2000, **changes) -> ReportData:
         density=rho,
         quantiles=quantiles,
         thresholds=[("p20", float(quantiles[200])), ("1.1869", 1.1869)],
-        index=IndexFacts("ivf_flat", False, 3, 179, 12, 0.99, 0.9931, 0.9911, 0.00042, 1000),
+        index=IVF,
         lowest=[picture(i) for i in range(4)],
         highest=[picture(100 - i) for i in range(4)],
         neighbors=[(picture(50), [picture(51, distance=3.217), picture(52, distance=4.681)])],
@@ -114,7 +128,7 @@ def example(n: int = 2000, **changes) -> ReportData:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(build_page.render(example()))
+    return Page(report.drawn(example())[REPORT])
 
 
 # A page without figures: most tests look at text, and a figure takes a third of a second.
@@ -122,7 +136,7 @@ def page() -> Page:
 def no_figures(monkeypatch):
     blank = resize.thumbnail(Image.new("RGB", (2, 2)))
     for name in ("histogram_png", "labels_png", "calibration_png"):
-        monkeypatch.setattr(build_page, name, lambda *_: blank)
+        monkeypatch.setattr(report, name, lambda *_: blank)
 
 
 def test_every_tag_is_closed_and_ids_resolve(page):
@@ -200,7 +214,8 @@ def test_numbers_of_the_page_equal_the_data(page):
 
 
 def test_figures_decode_and_are_not_blank(page):
-    drawn = build_page.figures(example())
+    drawn = report.drawn(example())
+    assert drawn.pop(REPORT)
     assert set(drawn) == {"density_histogram.png", "label_densities.png", "predictor_calibration.png"}
     embedded = page.images()
     for name, data in drawn.items():
@@ -213,8 +228,8 @@ def test_figures_decode_and_are_not_blank(page):
 def test_the_histogram_moves_with_its_data():
     data = example(n=300)
     shifted = dataclasses.replace(data, thresholds=[("p50", float(data.quantiles[500]))])
-    assert build_page.histogram_png(data) == build_page.histogram_png(data)  # deterministic
-    assert build_page.histogram_png(data) != build_page.histogram_png(shifted)
+    assert report.histogram_png(data) == report.histogram_png(data)  # deterministic
+    assert report.histogram_png(data) != report.histogram_png(shifted)
 
 
 HOSTILE = [
@@ -251,15 +266,15 @@ def hostile_data(text: str) -> ReportData:
         versions={"pd_core": text, text: text},
         settings_yaml=f"data: {text}\n",
         feature={text: text},
-        index=IndexFacts(text, reason=text),
+        index={"kind": text, "nprobe": 0},
         calibration=Calibration(np.zeros(3), np.zeros(3), None, None, 3, {text: 1.0}),
     )
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_are_text_and_nothing_else(text, no_figures):
-    clean = Page(build_page.render(hostile_data("plain")))
-    dirty = Page(build_page.render(hostile_data(text)))
+    clean = Page(report.drawn(hostile_data("plain"))[REPORT])
+    dirty = Page(report.drawn(hostile_data(text))[REPORT])
     assert dirty.open == []
     # the same elements with the same attributes as with harmless names
     assert [(tag, sorted(a)) for tag, a in dirty.tags] == [(tag, sorted(a)) for tag, a in clean.tags]
@@ -273,8 +288,8 @@ def test_hostile_names_are_text_and_nothing_else(text, no_figures):
 def test_figures_bear_hostile_labels(text, narrow):
     data = hostile_data(text)
     # font warnings are errors in this suite (pyproject), so characters that the font lacks would fail here
-    assert build_page.labels_png(data.labels, narrow).startswith(b"\x89PNG")
-    assert build_page.histogram_png(data, narrow).startswith(b"\x89PNG")
+    assert report.labels_png(data.labels, narrow).startswith(b"\x89PNG")
+    assert report.histogram_png(data, narrow).startswith(b"\x89PNG")
 
 
 EMPTY: dict[str, Any] = {
@@ -292,13 +307,13 @@ EMPTY: dict[str, Any] = {
     "versions": {},
     "settings_yaml": "",
     "feature": {},
-    "index": IndexFacts("flat", exact=True),
+    "index": {"kind": "flat", "nprobe": 0},
 }
 
 
 def test_a_run_with_nothing_optional():
     data = example(n=21, **EMPTY)
-    page = Page(build_page.render(data))
+    page = Page(report.drawn(data)[REPORT])
     assert page.open == []
     for text in (
         "every image could be used",
@@ -310,7 +325,7 @@ def test_a_run_with_nothing_optional():
     ):
         assert text in page.text, text
     assert "None None" not in page.text
-    assert set(build_page.figures(data)) == {"density_histogram.png"}
+    assert set(report.drawn(data)) == {REPORT, "density_histogram.png"}
 
 
 @pytest.mark.parametrize(
@@ -331,7 +346,7 @@ def test_degenerate_densities_are_drawn(values):
     inside = np.count_nonzero((values >= shown.low) & (values <= shown.high))
     assert 0 < shown.low < shown.high
     assert shown.below + inside + shown.above == values.size
-    assert build_page.histogram_png(data).startswith(b"\x89PNG")
+    assert report.histogram_png(data).startswith(b"\x89PNG")
 
 
 def test_heavy_tails_get_a_logarithmic_axis_that_leaves_out_a_thousandth_at_each_end():
@@ -345,7 +360,7 @@ def test_heavy_tails_get_a_logarithmic_axis_that_leaves_out_a_thousandth_at_each
 
 def test_only_the_labels_of_lowest_and_highest_mean_are_shown(no_figures):
     rows = [LabelRow(f"class{i:03d}", 10 + i, 0.5 + i / 100, 0.4, 0.5, 0.6) for i in range(120)]
-    page = Page(build_page.render(example(labels=rows[::-1])))
+    page = Page(report.drawn(example(labels=rows[::-1]))[REPORT])
     shown = [i for i in range(120) if f"class{i:03d}" in page.text]
     assert shown == [*range(25), *range(95, 120)]
     assert "Of 120 labels, the 50 of lowest and highest mean are shown; 70 more" in page.text
@@ -355,13 +370,13 @@ def test_predictions_that_are_not_finite_are_counted_and_left_out():
     true = np.linspace(-1, 1, 101)
     predicted = np.where(np.arange(101) < 3, np.nan, true)
     calibration = Calibration(true, predicted, 0.9, 0.9, 101)
-    page = Page(build_page.render(example(calibration=calibration)))
+    page = Page(report.drawn(example(calibration=calibration))[REPORT])
     assert figures.calibration_png(calibration) in page.images()
     assert "3 lie outside the axes or have no finite prediction" in page.text
 
 
 def test_every_quarantine_reason_says_what_to_do():
-    assert set(build_page.QUARANTINE_ADVICE) == {reason.value for reason in Reason}
+    assert set(report.QUARANTINE_ADVICE) == {reason.value for reason in Reason}
 
 
 @pytest.mark.parametrize(
@@ -380,7 +395,7 @@ def test_the_code_in_the_page_reads_the_densities(tmp_path, name, no_figures):
     rho = np.arange(200) / 100
     for i in range(2):
         pd.DataFrame({"key": [f"{i}"] * 100, "density": rho[i::2]}).to_parquet(folder / f"part-{i}.parquet")
-    page = Page(build_page.render(example(output=str(tmp_path / name), thresholds=[("p80", 1.195)])))
+    page = Page(report.drawn(example(output=str(tmp_path / name), thresholds=[("p80", 1.195)]))[REPORT])
     (code,) = [chunk for chunk in page.chunks if "read_parquet" in chunk]
     names: dict[str, Any] = {}
     exec(code, names)
@@ -411,7 +426,7 @@ def test_a_page_of_full_grids_of_photographs_stays_below_5_mb(no_figures):
     noise = resize.thumbnail(pixels(0, (640, 480)))
     entry = dataclasses.replace(picture(0), thumbnail=noise)
     neighbors = [(entry, [entry] * 8)] * 6
-    page = build_page.render(example(lowest=[entry] * 32, highest=[entry] * 32, neighbors=neighbors))
+    page = report.drawn(example(lowest=[entry] * 32, highest=[entry] * 32, neighbors=neighbors))[REPORT]
     assert len(page) < 5e6
 
 

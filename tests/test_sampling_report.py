@@ -22,10 +22,11 @@ from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, 
 from pd_core.density import formula, realset
 from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs
-from pd_core.generate import page as generate_page
-from pd_core.generate import pilot, report, sampling
+from pd_core.generate import figures, pilot, report, sampling, tally
 from pd_core.generate.candidates import EVERYTHING, Recipe
-from pd_core.generate.page import Count, Expected, Pair, Sample, SamplesData, Weight
+from pd_core.generate.pilot import Expectation
+from pd_core.generate.report import Pair, Sample, SamplesData, Weight
+from pd_core.generate.tally import Count
 from pd_core.images import resize, sources
 from pd_core.report import figures as report_figures
 from pd_core.report import page as report_page
@@ -57,7 +58,9 @@ def example(**changes: Any) -> SamplesData:
         "score": "both",
         "weighting": WeightingSettings(threshold="p80", weight=10).model_dump(),
         "weights": [Weight(None, None, 1.2345, 1.0, 0.1), Weight(None, 1.2345, None, 10.0, 1.0)],
-        "expected": Expected(0.3111, 0.2822, 0.3433, 0.2345, 256, 3),
+        "expected": Expectation(0.3111, 0.2822, 0.3433, 0.2345),
+        "pilot_rows": 256,
+        "pilot_copies": 3,
         "inverse_sum": 1961.4,
         "inverse_square_sum": 15_900.0,
         "quantiles": formula.density_quantiles(real),
@@ -96,15 +99,15 @@ def weights(slope: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(generate_page.render(example()))
+    return Page(report.drawn(example())[runs.REPORT])
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
     blank = resize.thumbnail(Image.new("RGB", (2, 2)))
     for module, name in (
-        (generate_page, "histogram_png"),
-        (generate_page, "acceptance_png"),
+        (figures, "histogram_png"),
+        (figures, "acceptance_png"),
         (report_figures, "calibration_png"),
     ):
         monkeypatch.setattr(module, name, lambda *_: blank)
@@ -191,7 +194,8 @@ def test_shares_in_tenths_are_those_of_the_bins_and_add_up_to_one(page):
 
 
 def test_figures_decode_and_are_not_blank(page):
-    drawn = generate_page.figures(example())
+    drawn = report.drawn(example())
+    assert drawn.pop(runs.REPORT)
     names = ("sample_densities", "acceptance", "predictor_on_generated", "predictor_on_accepted")
     assert set(drawn) == {f"{name}.png" for name in names}
     assert set(drawn.values()) <= set(page.images())
@@ -200,13 +204,21 @@ def test_figures_decode_and_are_not_blank(page):
         assert image.shape[1] >= 900 and image.std() > 5, name
 
 
+def steps(data: SamplesData) -> figures.Steps:
+    return figures.steps(data.quantiles, data.generated, data.accepted, data.span)
+
+
+def histogram(data: SamplesData) -> bytes:
+    return figures.histogram_png(steps(data), report.thresholds(data))
+
+
 def test_the_three_lines_tell_apart_in_grey():
     """Drawn over the same bins they differ: each of the three moves the picture."""
     data = example()
-    pictures = {generate_page.histogram_png(data)}
+    pictures = {histogram(data)}
     for name in ("generated", "accepted"):
         moved = dataclasses.replace(data, **{name: getattr(data, name)[::-1], "accepted_by_index": None})
-        pictures.add(generate_page.histogram_png(moved))
+        pictures.add(histogram(moved))
     assert len(pictures) == 3
 
 
@@ -223,7 +235,7 @@ QUANTILES = {
 @pytest.mark.parametrize("span", [(1.0, 1.0), (0.05, 40.0), (0.0, 1e9)])
 def test_drawn_areas_are_one_and_the_bins_keep_their_shares(quantiles, span):
     data = example(quantiles=quantiles, span=span)
-    shown = generate_page.steps(data)
+    shown = steps(data)
     at = np.log(shown.edges) if shown.log else shown.edges
     assert (np.diff(at) > 0).all() and np.isfinite(at).all()
     for heights, counts in ((shown.real, None), (shown.generated, data.generated), (shown.accepted, data.accepted)):
@@ -234,13 +246,13 @@ def test_drawn_areas_are_one_and_the_bins_keep_their_shares(quantiles, span):
             for edge, share in zip(shown.edges[1:-1], drawn, strict=False):
                 below = int(np.flatnonzero(edges == edge)[0])
                 assert share == pytest.approx(counts[:below].sum() / counts.sum())
-    assert generate_page.histogram_png(data).startswith(b"\x89PNG")
+    assert figures.histogram_png(shown, report.thresholds(data)).startswith(b"\x89PNG")
 
 
 def test_the_line_of_the_real_set_is_its_density():
     """Against the histogram of the real densities themselves, over the drawn edges; bins hold 2% each but at the ends."""
     real = np.random.default_rng(3).gamma(8, 1 / 8, 100_000)
-    shown = generate_page.steps(example(quantiles=formula.density_quantiles(real), span=(0.5, 1.5)))
+    shown = steps(example(quantiles=formula.density_quantiles(real), span=(0.5, 1.5)))
     counts, _ = np.histogram(real, shown.edges)
     # beyond the axis: a thousandth at each end, which the outermost bins hold
     np.testing.assert_allclose(shown.real * np.diff(shown.edges), counts / real.size, atol=1.1e-3)
@@ -249,8 +261,8 @@ def test_the_line_of_the_real_set_is_its_density():
 def test_stretches_keep_every_candidate():
     rng = np.random.default_rng(0)
     parts = [(int(c), int(c) // 3) for c in rng.integers(10, 99, 1234)]
-    candidates, accepted = generate_page._stretches(parts)
-    assert len(candidates) <= generate_page.MAX_STEPS_DRAWN
+    candidates, accepted = figures.stretches(parts)
+    assert len(candidates) <= figures.MAX_STEPS_DRAWN
     assert (candidates.sum(), accepted.sum()) == tuple(np.sum(parts, axis=0))
 
 
@@ -265,7 +277,7 @@ def test_the_effective_sample_size(a, expected):
 
 
 def test_a_rate_outside_of_what_the_pilot_said_is_marked(no_figures):
-    page = Page(generate_page.render(example(expected=Expected(0.5, 0.4, 0.6, None, 256, 0))))
+    page = Page(report.drawn(example(expected=Expectation(0.5, 0.4, 0.6, None)))[runs.REPORT])
     assert "acceptance rate 30.8% outside of what the pilot said: 39.8% … 60.2%" in page.text
     assert "Pr(ρ > τ) =" not in page.text
     assert any(a.get("class") == "card warn" for _, a in page.tags)
@@ -273,9 +285,9 @@ def test_a_rate_outside_of_what_the_pilot_said_is_marked(no_figures):
 
 def test_a_run_that_chance_alone_can_put_outside_of_the_pilots_interval_is_not_marked():
     """0.3077 of 1,950 candidates, whose own error is 2.05% at 95%: 32% ... 34% in the pilot is no contradiction."""
-    near = example(expected=Expected(0.33, 0.32, 0.34, None, 4096, 0))
+    near = example(expected=Expectation(0.33, 0.32, 0.34, None))
     assert near.acceptance_rate < 0.32 and near.as_expected
-    assert not example(expected=Expected(0.34, 0.33, 0.35, None, 4096, 0)).as_expected
+    assert not example(expected=Expectation(0.34, 0.33, 0.35, None)).as_expected
 
 
 @pytest.mark.parametrize(
@@ -317,7 +329,7 @@ def test_a_run_that_chance_alone_can_put_outside_of_the_pilots_interval_is_not_m
 )
 def test_every_kind_of_weighting_is_explained(settings, steps, texts, no_figures):
     data = example(weighting=WeightingSettings(**settings).model_dump(), weights=steps)
-    page = Page(generate_page.render(data))
+    page = Page(report.drawn(data)[runs.REPORT])
     assert page.open == []
     for text in texts:
         assert text in page.text, text
@@ -330,13 +342,13 @@ def test_the_page_says_where_tied_real_images_left_fewer_bins(given, labels, no_
     made = [Weight(label, None, None, 1.0, 1.0) for label in labels for _ in range(3)]
     for steps, fewer in ((made, False), (made[1:], True)):
         settings = WeightingSettings(**given, per_label=per_label).model_dump()
-        text = Page(generate_page.render(example(weighting=settings, weights=steps))).text
+        text = Page(report.drawn(example(weighting=settings, weights=steps))[runs.REPORT]).text
         assert ("real images have one and the same density the bins that they fill are one" in text) == fewer
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_labels_prompts_and_keys_are_text_and_nothing_else(text, no_figures):
-    dirty, clean = (Page(generate_page.render(hostile(t))) for t in (text, "plain"))
+    dirty, clean = (Page(report.drawn(hostile(t))[runs.REPORT]) for t in (text, "plain"))
     assert dirty.open == []
     # the same elements with the same attributes as with harmless names
     assert [(tag, sorted(a)) for tag, a in dirty.tags] == [(tag, sorted(a)) for tag, a in clean.tags]
@@ -387,12 +399,17 @@ def test_a_run_with_nothing_optional(no_figures):
         plan="",
         facts={},
     )
-    page = Page(generate_page.render(data))
+    page = Page(report.drawn(data)[runs.REPORT])
     assert page.open == []
     assert "accepted, by the index" not in page.text and "Labels and prompts" not in page.text
     assert "predictor against index n/a" in page.text
     assert "None" not in page.text.replace("partitioning=None", "")
-    assert set(generate_page.figures(data)) == {"sample_densities.png", "acceptance.png", "predictor_on_generated.png"}
+    assert set(report.drawn(data)) == {
+        runs.REPORT,
+        "sample_densities.png",
+        "acceptance.png",
+        "predictor_on_generated.png",
+    }
 
 
 def test_only_the_labels_of_most_and_fewest_images_are_shown(no_figures):
@@ -404,7 +421,7 @@ def test_only_the_labels_of_most_and_fewest_images_are_shown(no_figures):
         n=n, candidates=n, parts=[(n, n)], accepted=bins, generated=bins, accepted_by_index=None, labels=counts,
         choices={"label": 123, "prompt": 0},
     )  # fmt: skip
-    page = Page(generate_page.render(data))
+    page = Page(report.drawn(data)[runs.REPORT])
     shown = [i for i in range(120) if f"class{i:03d}" in page.text]
     assert shown == [*range(25), *range(95, 120)]
     assert "3 of them have no accepted image" in page.text and "70 more lie between them" in page.text
@@ -689,14 +706,14 @@ def test_densities_that_underflow_are_left_out_of_the_figures_and_said_to_be(zer
     made = report._calibration(pilot.agreement(true, predicted))
     assert made.n_holdout == 50 - zeros and made.log_density.size == 50
     assert (made.r2 is None) == (made.spearman is None) == (zeros == 50)
-    text = Page(generate_page.render(example(pilot_calibration=made))).text
+    text = Page(report.drawn(example(pilot_calibration=made))[runs.REPORT]).text
     assert (f"left out, since ρ underflows to 0 {zeros}" in text) == (zeros > 0)
 
 
 def test_copies_stand_beside_their_originals(world, gathered):
     """The nearest flagged ones, each with the picture of its own nearest real image, read from where it was indexed."""
     distance, flagged = world.column("nearest_real_distance"), world.column("likely_copy")
-    many = min(report.PAIRS_SHOWN, int(flagged.sum()))
+    many = min(tally.PAIRS_SHOWN, int(flagged.sum()))
     assert many > 2 and gathered.originals_note == ""
     order = np.argsort(distance, kind="stable")[:many]
     assert [p.sample.number for p in gathered.pairs] == world.column("sample_id")[order].tolist()
@@ -709,7 +726,7 @@ def test_copies_stand_beside_their_originals(world, gathered):
 
 
 def test_the_page_of_what_was_gathered(world, gathered):
-    page = Page(generate_page.render(gathered))
+    page = Page(report.drawn(gathered)[runs.REPORT])
     assert page.open == []
     assert f"accepted images {world.samples.num_rows}" in page.text
     assert "the plan" in page.text and "tiny" in page.text
@@ -726,7 +743,7 @@ def test_images_are_read_of_the_shown_parts_only_and_never_with_the_rest(world, 
     monkeypatch.setattr(files, "read_table", noted)
     report.gather(world.inputs)
     samples = [(uri, columns) for uri, columns in asked if "/samples/" in uri]
-    assert [columns for uri, columns in samples if "image" not in columns] == [report.LIGHT] * (PARTS - 1)
+    assert [columns for uri, columns in samples if "image" not in columns] == [tally.LIGHT] * (PARTS - 1)
     assert len([1 for _, columns in samples if "image" in columns]) <= 2 * (PARTS - 1)  # for the rows and for the pairs
 
 
@@ -751,7 +768,7 @@ def test_an_original_that_is_gone_changed_or_broken_is_replaced_by_a_word(fresh,
         else:
             assert p.original is not None and not p.missing
     assert data.originals_note == ""
-    page = Page(generate_page.render(data))
+    page = Page(report.drawn(data)[runs.REPORT])
     assert "can no longer be read" in page.text and "has changed since it was indexed" in page.text
 
 
@@ -776,7 +793,7 @@ def test_a_source_that_cannot_be_read_leaves_the_report_standing(fresh, lose, no
     assert data.originals_note
     assert data.pairs and all(p.original is None and p.missing for p in data.pairs)
     assert any(p.key is not None for p in data.pairs)
-    assert "The originals could not be read:" in Page(generate_page.render(data)).text
+    assert "The originals could not be read:" in Page(report.drawn(data)[runs.REPORT]).text
 
 
 def test_a_listing_that_is_gone_names_no_originals(fresh):
@@ -794,7 +811,7 @@ def test_other_scores(tmp_path, score, no_figures):
     column = "density_index" if score == "index" else "density_predicted"
     for s in data.unfiltered:
         assert s.density == world.pilot_table[column][s.number].as_py()
-    page = Page(generate_page.render(data))
+    page = Page(report.drawn(data)[runs.REPORT])
     assert "None is flagged; the nearest 4 of all images" in page.text
     assert "Likely copies were left out" in page.text
     assert [len(band) for _, band in data.bands] == [1] * 5
@@ -808,7 +825,7 @@ def test_one_accepted_image_makes_a_report(tmp_path, no_figures):
     world.samples, world.sampled = first, world.stage.commit([part], totals, {})
     data = report.gather(world.inputs)
     assert [len(band) for _, band in data.bands] == [1]
-    assert Page(generate_page.render(data)).open == []
+    assert Page(report.drawn(data)[runs.REPORT]).open == []
 
 
 # --- how to load the data ----------------------------------------------------------------------------------------------
@@ -821,7 +838,7 @@ def snippet(page: Page, word: str) -> str:
 
 def test_the_pandas_code_in_the_page_reads_the_samples_and_undoes_the_weighting(world, gathered, no_figures):
     names: dict[str, Any] = {}
-    exec(snippet(Page(generate_page.render(gathered)), "import pandas"), names)
+    exec(snippet(Page(report.drawn(gathered)[runs.REPORT]), "import pandas"), names)
     rho, a = world.column("density"), world.column("acceptance_probability")
     assert list(names["samples"].columns) == schemas.samples().names  # nothing made of `w=10` in the path
     assert names["samples"]["sample_id"].tolist() == world.column("sample_id").tolist()
@@ -831,7 +848,7 @@ def test_the_pandas_code_in_the_page_reads_the_samples_and_undoes_the_weighting(
 
 def test_the_ray_code_in_the_page_reads_the_samples(world, gathered, no_figures, ray_cluster):
     names: dict[str, Any] = {}
-    exec(snippet(Page(generate_page.render(gathered)), "import ray"), names)
+    exec(snippet(Page(report.drawn(gathered)[runs.REPORT]), "import ray"), names)
     assert names["samples"].count() == world.samples.num_rows
     assert set(names["samples"].columns()) == set(schemas.samples().names)
     assert names["pictures"][0].startswith(b"\x89PNG")
@@ -841,6 +858,6 @@ def test_the_datasets_code_in_the_page_reads_the_samples(world, gathered, no_fig
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     names: dict[str, Any] = {}
-    exec(snippet(Page(generate_page.render(gathered)), "load_dataset"), names)
+    exec(snippet(Page(report.drawn(gathered)[runs.REPORT]), "load_dataset"), names)
     assert names["samples"]["sample_id"] == world.column("sample_id").tolist()
     assert names["image"].getpixel((0, 0)) == colour(int(world.column("sample_id")[0]))

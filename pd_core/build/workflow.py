@@ -270,7 +270,6 @@ def _finish(
     inputs = report.Inputs(
         source,
         featured.listed,
-        decode.limits_of(settings.data),
         settings,
         featured.listing,
         featured_artifact,

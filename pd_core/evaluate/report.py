@@ -25,7 +25,7 @@ from pd_core.density.realset import RealSet
 from pd_core.engine import runs
 from pd_core.evaluate import measure
 from pd_core.evaluate.spaces import INDEX, JUDGE, ImageSet, Space
-from pd_core.images import child, decode, listing, sources
+from pd_core.images import listing, thumbnails
 from pd_core.report import figures, page
 
 if TYPE_CHECKING:
@@ -289,10 +289,9 @@ def _pictures(chosen: ImageSet, inputs: Inputs, wanted: set[int]) -> tuple[dict[
             folder = listed.uri
         else:
             source, folder = chosen.source, files.join(str(inputs.settings.output), "sets", chosen.name, "listing")
-        limits = decode.limits_of(source.settings)
         with files.explained(chosen.uri):
             for _, rows in listing.rows_of_ids(folder, wanted):
-                found |= child.thumbnails_by_id(rows["sample_id"].to_pylist(), sources.read(source, rows), limits)
+                found |= thumbnails.readable(thumbnails.of_originals(source, rows))
     except (UserError, RunError) as error:
         return found, str(error)
     return found, "" if len(found) == len(wanted) else f"{len(wanted) - len(found)} of {len(wanted)} cannot be read"

@@ -1,38 +1,40 @@
-"""The report stage of generate: gather what its page shows from the samples, the pilot and the real images' source."""
+"""The report of generate: what its page shows of the samples, the pilot and the real images, gathered and drawn.
+
+What was asked for, what the generator gives, and what of that was accepted, side by side on the axis of the real set's
+densities.
+"""
 
 from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pd_core.core import artifacts, files, seeds
+from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.density import originals as density_originals
 from pd_core.density import weighting as density_weighting
 from pd_core.engine import runs
-from pd_core.generate import page as generate_page
+from pd_core.generate import figures as generate_figures
 from pd_core.generate import pilot as generate_pilot
 from pd_core.generate import sampling
 from pd_core.generate.candidates import Recipe
-from pd_core.generate.page import Count, Pair, Sample, SamplesData, Weight
-from pd_core.generate.sampling import DENSITY_BINS
-from pd_core.images import child, decode, listing, sources
-from pd_core.report import page
+from pd_core.generate.tally import Count, Tally, tallied
+from pd_core.images import listing, thumbnails
+from pd_core.images.decode import BadImage
+from pd_core.report import figures, page
+from pd_core.report.page import Calibration
 
-SAMPLE_ROWS = 1_000_000  # accepted rows that the shown ones are chosen from
-CALIBRATION_ROWS = 20_000  # accepted rows that the predictor is held against the index on
-PAIRS_SHOWN = 12
-CHANGED = "has changed since it was indexed"
+MAX_WEIGHTS_SHOWN = 60  # rows of the table of weights
+MAX_COUNTS_SHOWN = 50  # labels, and prompts
+Original = tuple[str | None, str | None, bytes | None, str]  # key, label, thumbnail, why there is none
 NEAREST_SHOWN = 4  # pairs where no sample is a likely copy
 BANDS = {
     "p0–p5": (0, 5),
@@ -42,8 +44,6 @@ BANDS = {
     "p95–p100": (95, 100),
 }
 
-LIGHT = ["sample_id", "density", "density_predicted", "density_index", "percentile", "acceptance_probability"]
-LIGHT += ["label", "prompt", "nearest_real_id", "nearest_real_distance", "likely_copy"]
 SHOWN = [
     "sample_id",
     "seed",
@@ -55,6 +55,167 @@ SHOWN = [
     "prompt",
     "image",
 ]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated image with its numbers.
+
+    Attributes:
+        number: running number of the candidate. seed: that its image was made from.
+        density: ρ. percentile: of it among the real set, in [0, 100].
+        probability: a, of being accepted; None where nothing was to be decided (the pilot).
+        label, prompt: what the generator was asked to show, or None.
+        thumbnail: PNG or JPEG.
+    """
+
+    number: int
+    seed: int
+    density: float
+    percentile: float
+    probability: float | None
+    label: str | None
+    prompt: str | None
+    thumbnail: bytes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An accepted image beside the real image nearest to it.
+
+    Attributes:
+        distance: Euclidean, between their features. likely_copy: whether that is near enough to be flagged.
+        key, label: of the real image; key None where the index does not name it any more.
+        original: its thumbnail, or None, and then `missing` says why.
+    """
+
+    sample: Sample
+    distance: float
+    likely_copy: bool
+    key: str | None
+    label: str | None
+    original: bytes | None
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One step of a weight function: ω(ρ) = weight for low < ρ <= high, accepted with `probability` = ω / sup ω.
+
+    Where log-volumes decide, of v instead of ρ.
+
+    label: whose function it is; None is everybody's. low, high: None where the step has no end on that side.
+    """
+
+    label: str | None
+    low: float | None
+    high: float | None
+    weight: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class SamplesData:
+    """All that the page shows.
+
+    Attributes:
+        created: ISO 8601 time, given by the caller, so that `render` is a function of its argument alone.
+        n: accepted images. candidates: up to and with the n-th accepted.
+        score: `predictor`, `index` or `both`, what the densities of generated images are.
+        weighting: settings of it: kind, and what that takes.
+        weights: its steps, in ascending density within each label.
+        expected: by the pilot, of `pilot_rows` candidates, `pilot_copies` of them likely copies.
+        inverse_sum, inverse_square_sum: Σ 1/a and Σ 1/a² over the accepted.
+        quantiles: float64 [1001], p0, p0.1 ... p100 of the real set's densities.
+        generated: int64 [B], candidates in each of B bins of equally many real images; those beyond the real set count in
+            the outermost. All candidates that were made, `candidates` of them or more. accepted: int64 [B], adds up to n.
+        accepted_by_index: int64 [B], the accepted in the bins of their index-scored densities, where those are known.
+        span: lowest and highest ρ among pilot and accepted, a few extremes apart: how far the axis must reach.
+        bands: name of a range of percentiles of the accepted, and images from it in ascending density.
+        unfiltered: images of the pilot, in ascending density.
+        pilot_calibration: predicted against index-scored on the pilot; `accepted_calibration` on the accepted, or None.
+        parts: (candidates, accepted) of each part in order; adds up to (candidates, n).
+        copies: likely copies among what the weighting accepted. drop_copies: they were left out of the n.
+        copy_distance: up to which an image is one. copies_quantile: share of real images that have a real one so near.
+        pairs: flagged ones nearest first; where none is flagged, the nearest of all.
+        originals_note: why originals can be read no more, or empty.
+        labels, prompts: counts that add up to n each, or empty. choices: of how many labels was drawn.
+        plan: the text that was printed before the run.
+        facts: of generator and real set, in order of display, by heading.
+    """
+
+    title: str
+    output: str
+    index: str
+    created: str
+    n: int
+    candidates: int
+    score: str
+    weighting: Mapping[str, Any]
+    weights: Sequence[Weight]
+    expected: generate_pilot.Expectation
+    pilot_rows: int
+    pilot_copies: int
+    inverse_sum: float
+    inverse_square_sum: float
+    quantiles: np.ndarray
+    generated: np.ndarray
+    accepted: np.ndarray
+    span: tuple[float, float]
+    bands: Sequence[tuple[str, Sequence[Sample]]]
+    unfiltered: Sequence[Sample]
+    pilot_calibration: Calibration
+    parts: Sequence[tuple[int, int]]
+    copies: int
+    copy_distance: float
+    copies_quantile: float
+    accepted_by_index: np.ndarray | None = None
+    accepted_calibration: Calibration | None = None
+    drop_copies: bool = False
+    pairs: Sequence[Pair] = ()
+    originals_note: str = ""
+    labels: Sequence[Count] = ()
+    prompts: Sequence[Count] = ()
+    choices: Mapping[str, int] = field(default_factory=dict)
+    plan: str = ""
+    facts: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    settings_yaml: str = ""
+
+    def __post_init__(self) -> None:
+        """Conservation: what the page adds up must add up."""
+        bins = len(self.generated)
+        assert self.quantiles.shape == (1001,), self.quantiles.shape
+        assert bins % generate_figures.TENTHS == 0 and 1000 % bins == 0, bins
+        assert self.accepted.shape == (bins,) and self.accepted.sum() == self.n, (self.accepted.sum(), self.n)
+        assert self.accepted_by_index is None or self.accepted_by_index.sum() == self.n
+        assert self.generated.sum() >= self.candidates >= self.n, (self.generated.sum(), self.candidates, self.n)
+        assert tuple(map(sum, zip(*self.parts, strict=True))) == (self.candidates, self.n), (self.parts, self.n)
+        for counts in (self.labels, self.prompts):
+            assert not counts or sum(count.rows for count in counts) == self.n
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Measured: n over candidates."""
+        return self.n / self.candidates
+
+    @property
+    def measured_interval(self) -> tuple[float, float]:
+        """Where the measured rate should lie with 95%, by the pilot: that of the true rate, and the run's own error."""
+        expected = self.expected
+        return density_weighting.measured_interval(expected.rate, expected.low, expected.high, self.candidates)
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether the measured rate lies in `measured_interval`."""
+        low, high = self.measured_interval
+        return low <= self.acceptance_rate <= high
+
+    @property
+    def effective_sample_size(self) -> float:
+        """(Σ 1/a)² / Σ 1/a² (Kish 1965): as many equally weighted samples tell the generator's means as well."""
+        return self.inverse_sum**2 / self.inverse_square_sum
 
 
 @dataclass(frozen=True)
@@ -93,14 +254,14 @@ def _draw(inputs: Inputs) -> runs.Drawn:
         "effective_sample_size": data.effective_sample_size,
         "predictor_spearman": data.pilot_calibration.spearman,
     }
-    return runs.Drawn({**generate_page.figures(data), runs.REPORT: generate_page.render(data)}, totals=totals)
+    return runs.Drawn(drawn(data), totals=totals)
 
 
 def gather(inputs: Inputs) -> SamplesData:
     """All that the page shows: two passes over the parts, the second for the images of a few rows."""
-    job, settings, expected = inputs.job, inputs.settings, inputs.expected
+    job, settings = inputs.job, inputs.settings
     recipe, totals, pilot = job.recipe, inputs.sampled.totals, inputs.pilot
-    seen = _look_through(inputs)
+    seen = tallied(job.samples.uri, inputs.sampled, recipe.realset, settings.score)
     shown = _choose(seen, settings.images)
     pairs, originals_note = _pairs(inputs, seen)
     pilot_densities = pilot.densities(settings.score)
@@ -114,9 +275,9 @@ def gather(inputs: Inputs) -> SamplesData:
         score=settings.score,
         weighting=settings.weighting.model_dump(),
         weights=list(_weights(recipe)),
-        expected=generate_page.Expected(
-            expected.rate, expected.low, expected.high, expected.above, pilot.rows, int(pilot.copies.sum())
-        ),
+        expected=inputs.expected,
+        pilot_rows=pilot.rows,
+        pilot_copies=int(pilot.copies.sum()),
         inverse_sum=seen.inverse_sum,
         inverse_square_sum=seen.inverse_square_sum,
         quantiles=recipe.realset.density_quantiles,
@@ -146,93 +307,7 @@ def gather(inputs: Inputs) -> SamplesData:
     )
 
 
-# ---- one pass over the samples ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Seen:
-    """What one pass keeps: sums, and tables whose size does not grow with n.
-
-    Attributes:
-        bins: accepted in each density bin. index_bins: by their index-scored densities.
-        rows: part, row, density of a sample of the accepted. nearest: those nearest to real images.
-        scored: (index-scored, predicted) densities of a sample of the accepted.
-        tallies: rows and summed density by name, for label and prompt.
-    """
-
-    bins: np.ndarray
-    index_bins: np.ndarray
-    rows: pa.Table
-    nearest: pa.Table
-    scored: list[np.ndarray]
-    inverse_sum: float = 0.0
-    inverse_square_sum: float = 0.0
-    tallies: dict[str, dict[str, tuple[int, float]]] = field(default_factory=lambda: {"label": {}, "prompt": {}})
-
-    @property
-    def both(self) -> tuple[np.ndarray, np.ndarray]:
-        """Index-scored and predicted densities, float64 [M] each."""
-        true, predicted = np.concatenate(self.scored, axis=1)
-        return true, predicted
-
-    def counts(self, what: str) -> list[Count]:
-        """Rows and mean density by label or prompt."""
-        return [Count(name, rows, total / rows) for name, (rows, total) in self.tallies[what].items()]
-
-    def tally(self, what: str, table: pa.Table) -> None:
-        """Add a part's labels or prompts."""
-        tallied = self.tallies[what]
-        for group in table.group_by(what).aggregate([("density", "count"), ("density", "sum")]).to_pylist():
-            if (name := group[what]) is not None:
-                rows, total = tallied.get(name, (0, 0.0))
-                tallied[name] = rows + group["density_count"], total + group["density_sum"]
-
-
-def _look_through(inputs: Inputs) -> _Seen:
-    """One pass over the light columns, holding one part at a time."""
-    real, sampled = inputs.job.recipe.realset, inputs.sampled
-    zeros = np.zeros(DENSITY_BINS, np.int64)
-    chosen: list[pa.Table] = []
-    seen = _Seen(zeros.copy(), zeros.copy(), pa.table({}), pa.table({}), [])
-    for part in sampled.parts:
-        if not part.rows:
-            continue
-        table = files.read_table(files.join(inputs.job.samples.uri, part.name), LIGHT)
-        place = {"part": pa.array([part.name] * table.num_rows), "row": pa.array(np.arange(table.num_rows))}
-        table = pa.table({name: table[name] for name in table.column_names} | place)
-        seen.bins += _binned(table["percentile"].to_numpy())
-        if inputs.settings.score == "both":
-            true, predicted = (table[name].to_numpy() for name in ("density_index", "density_predicted"))
-            seen.index_bins += _binned(real.percentile(true))
-            seen.scored.append(np.stack([true, predicted])[:, _drawn(table, CALIBRATION_ROWS / sampled.rows)])
-        inverse = 1.0 / table["acceptance_probability"].to_numpy()
-        seen.inverse_sum += float(inverse.sum())
-        seen.inverse_square_sum += float((inverse**2).sum())
-        seen.nearest = _nearest(seen.nearest, table)
-        keep = _drawn(table, SAMPLE_ROWS / sampled.rows)
-        chosen.append(table.select(["part", "row", "sample_id", "density"]).filter(pa.array(keep)))
-        seen.tally("label", table)
-        seen.tally("prompt", table)
-    seen.rows = pa.concat_tables(chosen)
-    return seen
-
-
-def _binned(percentile: np.ndarray) -> np.ndarray:
-    """Counts int64 [DENSITY_BINS] of percentiles, in the bins that the candidates were counted in."""
-    bins = (percentile / 100 * DENSITY_BINS).astype(np.int64).clip(0, DENSITY_BINS - 1)
-    return np.bincount(bins, minlength=DENSITY_BINS)
-
-
-def _drawn(table: pa.Table, fraction: float) -> np.ndarray:
-    return seeds.uniform(table["sample_id"].to_numpy(), seeds.stream(0, "report")) < fraction
-
-
-def _nearest(best: pa.Table, table: pa.Table) -> pa.Table:
-    """The rows nearest to a real image, nearest first; a flagged one is at most as far as any that is not."""
-    columns = ["part", "row", "sample_id", "nearest_real_id", "nearest_real_distance", "likely_copy"]
-    both = table.select(columns) if best.num_rows == 0 else pa.concat_tables([best, table.select(columns)])
-    order = [("nearest_real_distance", "ascending"), ("sample_id", "ascending")]
-    return both.take(pc.select_k_unstable(both, k=min(PAIRS_SHOWN, both.num_rows), sort_keys=order))
+# ---- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def _span(densities: np.ndarray) -> tuple[float, float]:
@@ -247,15 +322,15 @@ def _parts(inputs: Inputs) -> list[tuple[int, int]]:
     return [*parts[:-1], (inputs.sampled.totals["candidates"] - before, parts[-1][1])]
 
 
-def _calibration(agreement: generate_pilot.Agreement) -> page.Calibration:
+def _calibration(agreement: generate_pilot.Agreement) -> Calibration:
     found, left_out = agreement.figures, agreement.left_out
     more = {"left out, since ρ underflows to 0": float(left_out)} if left_out else {}
     if found is None:
-        return page.Calibration(agreement.true, agreement.predicted, None, None, 0, more)
+        return Calibration(agreement.true, agreement.predicted, None, None, 0, more)
     tails = [f"{end}_decile_{what}" for end in ("low", "high") for what in ("spearman", "mean_abs_log_error")]
     figures = {name: getattr(found, name) for name in ("r2_density", *tails)}
     r2, spearman = found.r2_log_density, found.spearman
-    return page.Calibration(agreement.true, agreement.predicted, r2, spearman, found.n, figures | more)
+    return Calibration(agreement.true, agreement.predicted, r2, spearman, found.n, figures | more)
 
 
 def _weights(recipe: Recipe) -> Iterator[Weight]:
@@ -269,7 +344,7 @@ def _weights(recipe: Recipe) -> Iterator[Weight]:
 # ---- the images that are shown ---------------------------------------------------------------------------------------
 
 
-def _choose(seen: _Seen, many: int) -> dict[str, list[tuple[str, int]]]:
+def _choose(seen: Tally, many: int) -> dict[str, list[tuple[str, int]]]:
     """For each band of percentiles of the accepted the (part, row) of its share of `many` images, evenly over the band."""
     table = seen.rows.sort_by([("density", "ascending"), ("sample_id", "ascending")])
     taken: set[int] = set()
@@ -318,7 +393,7 @@ def _read_rows(uri: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, i
         order = sorted(wanted)
         table = files.read_table(files.join(uri, name), SHOWN).take(pa.array(order, pa.int64()))
         rows = table.to_pylist()
-        pictures = child.sample_thumbnails([values.pop("image") for values in rows], files.join(uri, name))
+        pictures = thumbnails.of_samples([values.pop("image") for values in rows], files.join(uri, name))
         for row, values, picture in zip(order, rows, pictures, strict=True):
             found[name, row] = values | {"thumbnail": picture}
     return found
@@ -346,7 +421,7 @@ def _sample(row: Mapping[str, Any], inputs: Inputs, decided: bool) -> Sample:
 # ---- copies beside their originals -----------------------------------------------------------------------------------
 
 
-def _pairs(inputs: Inputs, seen: _Seen) -> tuple[list[Pair], str]:
+def _pairs(inputs: Inputs, seen: Tally) -> tuple[list[Pair], str]:
     """The likely copies that are nearest, or the nearest of all where none is; and why originals cannot be read."""
     rows = seen.nearest.to_pylist()
     flagged = [row for row in rows if row["likely_copy"]]
@@ -354,39 +429,30 @@ def _pairs(inputs: Inputs, seen: _Seen) -> tuple[list[Pair], str]:
     pictures = _read_rows(inputs.job.samples.uri, [(row["part"], row["row"]) for row in rows])
     wanted = {row["nearest_real_id"] for row in rows}
     originals, note = _originals(inputs.job.recipe.realset.uri, wanted, inputs.settings.source)
-    gone = _Original(None, None, None, "the index no longer names it")
     pairs = []
     for row in rows:
-        original = originals.get(row["nearest_real_id"], gone)
+        original = originals.get(row["nearest_real_id"], (None, None, None, "the index no longer names it"))
         sample = _sample(pictures[row["part"], row["row"]], inputs, True)
-        facts = (original.key, original.label, original.thumbnail, original.missing)
-        pairs.append(Pair(sample, row["nearest_real_distance"], row["likely_copy"], *facts))
+        pairs.append(Pair(sample, row["nearest_real_distance"], row["likely_copy"], *original))
     return pairs, note
 
 
-@dataclass(frozen=True)
-class _Original:
-    """A real image: its thumbnail, or why there is none."""
-
-    key: str | None
-    label: str | None
-    thumbnail: bytes | None
-    missing: str = ""
-
-
-def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int, _Original], str]:
+def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int, Original], str]:
     """Real images by id, from the source that build_index read; and why that cannot be read, or an empty text.
 
     The report is made all the same where a source has moved: what is missing is said in its place.
     """
-    found: dict[int, _Original] = {}
+    found: dict[int, Original] = {}
     try:
         for name, rows in listing.rows_of_ids(files.join(uri, "listing"), wanted):
-            for row in rows.select(["sample_id", "key", "label"]).to_pylist():
-                found[row["sample_id"]] = _Original(
-                    row["key"], row["label"], None, "the source cannot be read any more"
-                )
-            found |= _read_originals(uri, name, rows, beside)
+            named = rows.select(["sample_id", "key", "label"]).to_pylist()
+            for row in named:
+                found[row["sample_id"]] = row["key"], row["label"], None, "the source cannot be read any more"
+            source = density_originals.source_of(uri, beside)
+            features = files.read_table(files.join(uri, "features", name), ["sample_id", "content_hash"])
+            hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
+            made = thumbnails.of_originals(source, rows, hashes)
+            found |= {row["sample_id"]: (row["key"], row["label"], *_seen(made[row["sample_id"]])) for row in named}
     except (UserError, RunError) as error:
         return found, str(error)
     except Exception as error:
@@ -396,26 +462,12 @@ def _originals(uri: str, wanted: set[int], beside: str | None) -> tuple[dict[int
     return found, ""
 
 
-def _read_originals(uri: str, name: str, rows: pa.Table, beside: str | None) -> dict[int, _Original]:
-    """Thumbnails of rows of one part, where the bytes are still those that were indexed."""
-    source = density_originals.source_of(uri, beside)
-    limits = decode.limits_of(source.settings)
-    features = files.read_table(files.join(uri, "features", name), ["sample_id", "content_hash"])
-    hashes = dict(zip(features["sample_id"].to_pylist(), features["content_hash"].to_pylist(), strict=True))
-
-    def unchanged() -> Iterator[bytes | decode.BadImage]:
-        for number, content in zip(rows["sample_id"].to_pylist(), sources.read(source, rows), strict=True):
-            same = isinstance(content, decode.BadImage) or hashlib.sha256(content).hexdigest() == hashes.get(number)
-            yield content if same else decode.BadImage(decode.Reason.UNREADABLE, CHANGED)
-
-    found = {}
-    for row, picture in zip(rows.to_pylist(), child.thumbnails(unchanged(), limits), strict=True):
-        missing = ""
-        if isinstance(picture, decode.BadImage):
-            missing = CHANGED if picture.detail == CHANGED else f"can no longer be read: {picture}"
-        shown = None if isinstance(picture, decode.BadImage) else picture
-        found[row["sample_id"]] = _Original(row["key"], row["label"], shown, missing)
-    return found
+def _seen(picture: bytes | BadImage) -> tuple[bytes | None, str]:
+    """The thumbnail of an original, or why there is none."""
+    if not isinstance(picture, BadImage):
+        return picture, ""
+    changed = picture.detail == thumbnails.CHANGED
+    return None, thumbnails.CHANGED if changed else f"can no longer be read: {picture}"
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------
@@ -443,3 +495,82 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
 
 def _text(value: Any) -> str:
     return page.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def drawn(data: SamplesData) -> dict[str, bytes]:
+    """Files of the report by name. The same data gives the same bytes."""
+    shown = generate_figures.steps(data.quantiles, data.generated, data.accepted, data.span)
+    tenths = generate_figures.tenths(data.quantiles, data.generated, data.accepted, data.accepted_by_index)
+    named = [("label", data.labels), ("prompt", data.prompts)]
+    context = {
+        "d": data,
+        "axis": {"low": float(shown.edges[0]), "high": float(shown.edges[-1]), "log": shown.log},
+        "tenths": tenths,
+        "threshold": dict(thresholds(data)),
+        "weights": data.weights[:MAX_WEIGHTS_SHOWN],
+        "counts": [(what, counts, counts_shown(counts)) for what, counts in named if counts],
+        "snippets": _snippets(data),
+    }
+    drawings: dict[str, figures.Drawing] = {
+        "sample_densities": functools.partial(generate_figures.histogram_png, shown, thresholds(data)),
+        "acceptance": functools.partial(generate_figures.acceptance_png, data.parts, data.expected),
+        "predictor_on_generated": functools.partial(figures.calibration_png, data.pilot_calibration),
+    }
+    if data.accepted_calibration is not None:
+        drawings["predictor_on_accepted"] = functools.partial(figures.calibration_png, data.accepted_calibration)
+    return figures.page_files("samples.html.j2", context, drawings)
+
+
+def thresholds(data: SamplesData) -> list[tuple[str, float]]:
+    """(as the user wrote it, τ) of a two-level weighting that is the same for all."""
+    if data.weighting["kind"] != "two_level" or data.weighting["per_label"]:
+        return []
+    tau = data.weights[0].high
+    assert tau is not None
+    return [(str(data.weighting["threshold"]), tau)]
+
+
+def counts_shown(counts: Sequence[Count]) -> list[Count]:
+    """Most accepted first; where there are more than fit, those of most and of fewest."""
+    ordered = sorted(counts, key=lambda count: (-count.rows, count.name))
+    half = MAX_COUNTS_SHOWN // 2
+    return ordered if len(ordered) <= MAX_COUNTS_SHOWN else [*ordered[:half], *ordered[-half:]]
+
+
+def _snippets(data: SamplesData) -> dict[str, str]:
+    """Code that reads the samples; the directory holds records beside the tables, and its path may hold `name=value`."""
+    folder = data.output.rstrip("/") + "/samples"
+    return {
+        "pandas": f"""\
+import io
+
+import fsspec
+import pandas as pd
+from PIL import Image
+
+fs, folder = fsspec.url_to_fs({folder!r})
+files = sorted(path for path in fs.ls(folder, detail=False) if path.endswith(".parquet"))
+samples = pd.read_parquet(files, filesystem=fs, partitioning=None)  # columns=[...] leaves the images out
+image = Image.open(io.BytesIO(samples["image"][0]["bytes"]))
+
+# what the generator would have without the selection: each row counts 1/a times
+weight = 1 / samples["acceptance_probability"]
+mean_density = (weight * samples["density"]).sum() / weight.sum()
+""",
+        "datasets": f"""\
+from datasets import load_dataset
+
+samples = load_dataset("parquet", data_files={folder + "/*.parquet"!r}, split="train")
+image = samples[0]["image"]  # a PIL image
+""",
+        "ray": f"""\
+import ray
+
+samples = ray.data.read_parquet({folder!r}, partitioning=None)
+for batch in samples.iter_batches(batch_size=64):
+    pictures = [image["bytes"] for image in batch["image"]]  # PNG
+""",
+    }

@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,8 +33,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import AvifImagePlugin
 
-from pd_core.core.errors import RunError, UserError
-from pd_core.images import decode, resize
+from pd_core.core.errors import RunError
+from pd_core.images import resize
 from pd_core.images.decode import BadImage, DecodeLimits, Reason
 from pd_core.images.resize import Prepared, Preprocess
 
@@ -128,31 +128,6 @@ def thumbnails(contents: Iterable[bytes | BadImage], limits: DecodeLimits) -> It
     """`resize.thumbnail` of each file, in order; a BadImage among them comes out as it is."""
     room = 8 * resize.THUMBNAIL_PX**2  # a file of noise has little over 3 bytes a pixel
     return _answers(contents, _Request(limits, room), lambda _, data: bytes(data))
-
-
-def thumbnails_by_id(
-    numbers: Iterable[int], contents: Iterable[bytes | BadImage], limits: DecodeLimits
-) -> dict[int, bytes]:
-    """`thumbnails` by sample_id; those that cannot be made any more are left out, and a report says so in their place."""
-    made = zip(numbers, thumbnails(contents, limits), strict=True)
-    return {number: one for number, one in made if not isinstance(one, BadImage)}
-
-
-def sample_thumbnails(pictures: Iterable[Mapping[str, Any] | None], where: str) -> list[bytes]:
-    """`resize.thumbnail` of pictures as tables of samples hold them (`schemas.IMAGE`).
-
-    Raises:
-        UserError: one is no picture. The table at the URI `where` was damaged, or others made it.
-    """
-    from pd_core.core.settings.data import DataSettings
-
-    contents = ((picture or {}).get("bytes") or b"" for picture in pictures)
-    made = []
-    for one in thumbnails(contents, decode.limits_of(DataSettings())):
-        if isinstance(one, BadImage):
-            raise UserError(f"{where}: holds a picture that cannot be shown ({one}); make the table again")
-        made.append(one)
-    return made
 
 
 def pixels(png: bytes, limits: DecodeLimits) -> np.ndarray | None:

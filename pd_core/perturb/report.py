@@ -1,4 +1,7 @@
-"""The report stage of perturb: gather what its page shows from the perturbed images."""
+"""The report of perturb: what its page shows of the perturbed images, gathered and drawn.
+
+Each sample down, as it was, and up; and whether the index agrees with what the predictor said.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,45 @@ from pd_core.core.settings.generate import PerturbSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
 from pd_core.generate import pilot
-from pd_core.images import child
-from pd_core.perturb import page as perturb_page
+from pd_core.images import thumbnails
 from pd_core.perturb import stage as perturb_stage
-from pd_core.perturb.page import Moved, PerturbedData, Shot, Shown
-from pd_core.report import page
+from pd_core.report import figures, page
 
-NUMBERS = ("density_predicted", "density_index", "percentile")
+BINS = 40  # of the histogram of changes
+ORDER = ("down", "before", "up")  # of the images of a sample, from left to right
+
+
+@dataclass(frozen=True)
+class Moved:
+    """All images of one direction.
+
+    Attributes:
+        totals: of the stage. by_index, predicted: log(after / before), float64 [rows or less] of the same rows; left out
+            of both where a density underflows to 0.
+        agreement: predicted against index-scored log density of the images after.
+    """
+
+    direction: str
+    totals: Mapping[str, Any]
+    by_index: np.ndarray
+    predicted: np.ndarray
+    agreement: page.Calibration
+
+    def __post_init__(self) -> None:
+        """Conservation: each row has both changes, or is said to be left out."""
+        totals = self.totals
+        assert self.by_index.size == self.predicted.size == totals["rows"] - totals["no_log_ratio"], totals
+        assert 0 <= totals["confirmed"] <= totals["rows"], totals
+
+    @property
+    def factor(self) -> float | None:
+        """exp of the mean log change by the index; None where there is none."""
+        return float(np.exp(self.by_index.mean())) if self.by_index.size else None
+
+    @property
+    def predicted_factor(self) -> float | None:
+        """The same by the predictor."""
+        return float(np.exp(self.predicted.mean())) if self.predicted.size else None
 
 
 @dataclass(frozen=True)
@@ -47,38 +82,41 @@ def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
 
 
 def _draw(inputs: Inputs) -> runs.Drawn:
-    data = gather(inputs)
-    return runs.Drawn({**perturb_page.figures(data), runs.REPORT: perturb_page.render(data)})
+    return runs.Drawn(drawn(gather(inputs)))
 
 
-def gather(inputs: Inputs) -> PerturbedData:
-    """All that the page shows: a pass over the light columns, and the images of a few samples."""
+def drawn(data: Mapping[str, Any]) -> dict[str, bytes]:
+    """Files of the report by name. The same data gives the same bytes."""
+    drawings = {name: functools.partial(draw, data["moved"]) for name, draw in FIGURES.items()}
+    return figures.page_files("perturbed.html.j2", {"d": data, "snippet": _snippet(data["output"])}, drawings)
+
+
+def gather(inputs: Inputs) -> dict[str, Any]:
+    """All that the page shows, as its template names it: the light columns, and the images of a few samples."""
     job, totals, settings = inputs.job, inputs.perturbed.totals, inputs.settings
     table = _light(inputs)
-    ways = np.array(table["direction"].to_pylist())
-    moved = [_moved(table, ways == way, way, totals[way]) for way in job.move.directions]
-    first = table.filter(pa.array(ways == job.move.directions[0]))
-    return PerturbedData(
-        title="Perturbed images",
-        output=str(settings.output),
-        index=job.recipe.realset.uri,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        n=job.n,
-        epsilon=job.move.epsilon,
-        step_size=job.move.step_size,
-        steps=job.move.steps,
-        random_start=job.move.random_start,
-        moved=moved,
-        not_finite=totals["not_finite"],
-        before=_agreement(first, "before"),
-        shown=_shown(inputs, first),
-        copies=totals["copies"],
-        copy_distance=job.recipe.copy_distance,
-        facts=_facts(inputs),
-        timings_s=inputs.timings_s,
-        versions=inputs.perturbed.versions,
-        settings_yaml=to_yaml(settings),
-    )
+    first = table.filter(pa.array(np.array(table["direction"].to_pylist()) == job.move.directions[0]))
+    moved = [_moved(table, way, totals[way]) for way in job.move.directions]
+    assert all(one.totals["rows"] == job.n for one in moved), "every sample moved in every direction"
+    return {
+        "title": "Perturbed images",
+        "output": str(settings.output),
+        "real": job.recipe.realset.uri,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "n": job.n,
+        "move": job.move,
+        "moved": moved,
+        "not_finite": totals["not_finite"],
+        "before": _agreement(first, "before"),
+        "columns": [name for name in ORDER if name in ("before", *job.move.directions)],
+        "shown": _shown(inputs, first),
+        "likely_copies": totals["copies"],
+        "copy_distance": job.recipe.copy_distance,
+        "facts": _facts(inputs),
+        "timings_s": inputs.timings_s,
+        "versions": inputs.perturbed.versions,
+        "settings_yaml": to_yaml(settings),
+    }
 
 
 def _light(inputs: Inputs) -> pa.Table:
@@ -90,35 +128,22 @@ def _light(inputs: Inputs) -> pa.Table:
     return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
-def _moved(table: pa.Table, here: np.ndarray, way: str, totals: Mapping[str, Any]) -> Moved:
-    rows = table.filter(pa.array(here))
-    (by_index, predicted), left_out = perturb_stage.log_changes(*perturb_stage.densities_of(rows))
-    return Moved(
-        direction=way,
-        rows=totals["rows"],
-        confirmed=totals["confirmed"],
-        low=totals["confirmed_low"],
-        high=totals["confirmed_high"],
-        predicted_share=totals["predicted_share"],
-        by_index=by_index,
-        predicted=predicted,
-        no_log_ratio=left_out,
-        unmoved=totals["unmoved"],
-        feature_distance=totals["mean_feature_distance"],
-        agreement=_agreement(rows, "after"),
-    )
+def _moved(table: pa.Table, way: str, totals: Mapping[str, Any]) -> Moved:
+    rows = table.filter(pa.array(np.array(table["direction"].to_pylist()) == way))
+    (by_index, predicted), _ = perturb_stage.log_changes(*perturb_stage.densities_of(rows))
+    return Moved(way, totals, by_index, predicted, _agreement(rows, "after"))
 
 
 def _agreement(rows: pa.Table, when: str) -> page.Calibration:
     """Predicted against index-scored log density of the images before, or after."""
     found = pilot.agreement(rows[f"density_index_{when}"].to_numpy(), rows[f"density_predicted_{when}"].to_numpy())
-    figures = found.figures
-    if figures is None:
+    numbers = found.figures
+    if numbers is None:
         return page.Calibration(found.true, found.predicted, None, None, 0)
-    return page.Calibration(found.true, found.predicted, figures.r2_log_density, figures.spearman, figures.n)
+    return page.Calibration(found.true, found.predicted, numbers.r2_log_density, numbers.spearman, numbers.n)
 
 
-def _shown(inputs: Inputs, first: pa.Table) -> list[Shown]:
+def _shown(inputs: Inputs, first: pa.Table) -> list[dict[str, Any]]:
     """Samples at equal steps through the originals in ascending index-scored density."""
     ordered = first.sort_by([("density_index_before", "ascending"), ("sample_id", "ascending")])
     many = min(inputs.settings.images, ordered.num_rows)
@@ -136,20 +161,20 @@ def _shown(inputs: Inputs, first: pa.Table) -> list[Shown]:
     return [_sample(rows[number]) for number in chosen["sample_id"].to_pylist()]
 
 
-def _sample(rows: Sequence[Mapping[str, Any]]) -> Shown:
+def _sample(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a sample was asked for, and its images by `down`, `before`, `up`."""
     first = rows[0]
-    shown = [first["image_before"], *(row["image"] for row in rows)]
-    before, *after = child.sample_thumbnails(shown, "perturbed")
+    before, *after = thumbnails.of_samples([first["image_before"], *(row["image"] for row in rows)], "perturbed")
     shots = {"before": _shot(first, "before", before)}
-    shots |= {row["direction"]: _shot(row, "after", picture) for row, picture in zip(rows, after, strict=True)}
-    return Shown(first["sample_id"], first["seed"], first["label"], first["prompt"], shots)
+    for row, picture in zip(rows, after, strict=True):
+        moved = {"distance": row["feature_distance"], "confirmed": row["confirmed"]}
+        shots[row["direction"]] = _shot(row, "after", picture) | moved
+    return {name: first[name] for name in ("sample_id", "seed", "label", "prompt")} | {"shots": shots}
 
 
-def _shot(row: Mapping[str, Any], when: str, picture: bytes) -> Shot:
-    predicted, by_index, percentile = (row[f"{name}_{when}"] for name in NUMBERS)
-    if when == "before":
-        return Shot(predicted, by_index, percentile, picture)
-    return Shot(predicted, by_index, percentile, picture, row["feature_distance"], row["confirmed"])
+def _shot(row: Mapping[str, Any], when: str, picture: bytes) -> dict[str, Any]:
+    names = ("density_predicted", "density_index", "percentile")
+    return {name: row[f"{name}_{when}"] for name in names} | {"thumbnail": picture}
 
 
 def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
@@ -170,3 +195,65 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
             ("sharpness n", page.number(real.volume_dim)),
         ],
     }
+
+
+# --- figures -----------------------------------------------------------------------------------------------------------
+
+
+def changes_png(moved: Sequence[Moved], narrow: bool = False) -> bytes:
+    """Histograms of log(after / before): by the index (filled) and by the predictor (line), a colour for each direction."""
+    figure, axes = figures.new_figure(narrow, height_in=2.9 if narrow else 3.5)
+    edges = _edges(moved)
+    for one in moved:
+        color = figures.MARK if one.direction == "up" else figures.BAR
+        inside = lambda values: np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]  # noqa: E731
+        axes.stairs(inside(one.by_index), edges, fill=True, color=color, alpha=0.45, label=f"{one.direction}, index")
+        axes.stairs(inside(one.predicted), edges, color=color, linewidth=1.8, label=f"{one.direction}, predictor")
+    axes.axvline(0.0, color=figures.INK, linewidth=1.0, linestyle=":")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlabel("log(ρ after / ρ before)")
+    axes.set_ylabel("images")
+    figure.legend(loc="outside upper left", ncols=2 if narrow else 4, frameon=False, fontsize=9, labelcolor=figures.INK)
+    return figures.to_png(figure)
+
+
+def agreement_png(moved: Sequence[Moved], narrow: bool = False) -> bytes:
+    """Change by the predictor against change by the index of each image; those in the right quarters agree in direction."""
+    figure, axes = figures.new_figure(narrow, height_in=3.4 if narrow else 4.4, width_in=4.8)
+    low, high = _edges(moved)[[0, -1]]
+    for one in moved:
+        color = figures.MARK if one.direction == "up" else figures.BAR
+        axes.plot(one.by_index, one.predicted, "o", color=color, markersize=3, alpha=0.6, markeredgewidth=0)
+    axes.plot([low, high], [low, high], color=figures.MUTED, linewidth=1.0)
+    for line in (axes.axvline, axes.axhline):
+        line(0.0, color=figures.INK, linewidth=0.8, linestyle=":")
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+    axes.set_aspect("equal")
+    axes.set_xlabel("by the index: log(ρ after / ρ before)")
+    axes.set_ylabel("by the predictor")
+    return figures.to_png(figure)
+
+
+def _edges(moved: Sequence[Moved]) -> np.ndarray:
+    """Edges of the bins, which hold 0 as one of them: 1% to 99% of all changes."""
+    everything = np.concatenate([np.r_[one.by_index, one.predicted] for one in moved])
+    everything = everything[np.isfinite(everything)]
+    low, high = np.quantile(everything, [0.01, 0.99]) if everything.size else (-1.0, 1.0)
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    width = max(high - low, 1e-6) / BINS
+    return np.arange(np.floor(low / width) - 1, np.ceil(high / width) + 2) * width
+
+
+FIGURES = {"changes": changes_png, "agreement": agreement_png}
+
+
+def _snippet(output: str) -> str:
+    folder = output.rstrip("/") + "/perturbed"
+    return f"""\
+from datasets import load_dataset
+
+rows = load_dataset("parquet", data_files={folder + "/*.parquet"!r}, split="train")
+confirmed = rows.filter(lambda row: row["confirmed"])
+before, after = rows[0]["image_before"], rows[0]["image"]  # PIL images
+"""

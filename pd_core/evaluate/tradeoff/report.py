@@ -23,7 +23,7 @@ from pd_core.evaluate.spaces import JUDGE
 from pd_core.evaluate.tradeoff import curve as tradeoff_curve
 from pd_core.evaluate.tradeoff import points
 from pd_core.evaluate.tradeoff.points import Setting, Target
-from pd_core.images import child
+from pd_core.images import thumbnails
 from pd_core.report import figures
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _images(inputs: Inputs) -> list[tuple[str, list[bytes]]]:
             rows = tradeoff_curve.draw(setting, pool, job).rows[: inputs.settings.images]
             numbers = pool.number[rows].tolist()
         shown.append((setting.name, _thumbnails(inputs.images[setting.truncation], numbers)))
-    return [(name, thumbnails) for name, thumbnails in shown if thumbnails]
+    return [(name, pictures) for name, pictures in shown if pictures]
 
 
 def shown_settings(settings: Sequence[Setting]) -> list[Setting]:
@@ -261,6 +261,6 @@ def _thumbnails(uri: str, numbers: Sequence[int]) -> list[bytes]:
         ids = core_files.read_table(core_files.join(uri, part.name), ["sample_id"])["sample_id"].to_pylist()
         if here := [place for place, number in enumerate(ids) if number in wanted]:
             column = core_files.read_table(core_files.join(uri, part.name), ["image"])["image"]
-            pictures = child.sample_thumbnails((column[place].as_py() for place in here), uri)
+            pictures = thumbnails.of_samples((column[place].as_py() for place in here), uri)
             found |= zip((ids[place] for place in here), pictures, strict=True)
     return [found[number] for number in numbers if number in found]
