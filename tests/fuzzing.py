@@ -48,7 +48,10 @@ from pd_core.images.decode import BadImage, DecodeLimits
 from pd_core.images.resize import Preprocess, prepare
 from pd_core.index import knn
 from pd_core.index import shards as index_shards
-from tests import test_images, test_index, test_sources, tiny
+from tests import tiny
+from tests.images import test_decode as test_images
+from tests.images import test_sources
+from tests.index import test_shards as test_index
 
 SECONDS, BYTES = 10.0, 1 << 30
 LIMITS = DecodeLimits(max_bytes=2**22, max_pixels=2**22, background=(0, 0, 0), max_cpu_s=5)

@@ -27,7 +27,7 @@ REPLICATES = 4 * SPLITS
 FULL = REPLICATES  # the bit after those of the replicates: all rows
 Z_975 = 1.959963984540054  # normal quantile
 T_975 = 2.131449545559323  # Student's t of SPLITS degrees of freedom
-ROWS_FOR_INTERVALS = 64  # 4 rows per group; coverage by simulation: tests/test_metrics.py
+ROWS_FOR_INTERVALS = 64  # 4 rows per group; coverage by simulation: tests/evaluate/test_metrics.py
 
 _PLUS = np.array([[(i & j).bit_count() % 2 == 0 for j in range(GROUPS)] for i in range(1, GROUPS)])
 _SIGNS = [(split, real, generated) for split in range(SPLITS) for real in (True, False) for generated in (True, False)]

@@ -12,7 +12,7 @@ such as a set against itself. Radii leave out the row itself by its id: an exact
 
 Intervals (95%) are of the metric's expectation with as many rows: Fréchet distance, Vendi score and the balls' metrics depend on N
 by their definition, the Fréchet distance with a bias upwards that grows as rows get few, so compare at equal N. By simulation
-(tests/test_metrics.py) they hold it in 91% to 100% of draws, most often where rows are fewest. Where rows are fewer than
+(tests/evaluate/test_metrics.py) they hold it in 91% to 100% of draws, most often where rows are fewest. Where rows are fewer than
 dimensions that is so while features spread over few of them, as those of networks do; for noise that fills them all the intervals
 of density hold in 81% to 84%, those of the Vendi score in 86% to 89%.
 """

@@ -1,0 +1,295 @@
+"""evaluate.py on a real Ray cluster: sets of every form against the tiny index."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pd_core.core import errors, schemas
+from pd_core.core.settings.evaluate import MetricSettings
+from pd_core.evaluate import measure as evaluate_measure
+from pd_core.evaluate import metrics
+from pd_core.evaluate.spaces import Rows
+from tests import tiny
+from tests.evaluate import test_spaces
+from tests.generate.test_workflow import run as run_generate
+from workflows import evaluate
+
+
+def arguments(built, output, *samples, more=()):
+    argv = ["--real", str(built), "--samples", *map(str, samples), "--output", str(output), "--no-tracking.enabled"]
+    argv += [
+        "--data.max_bad_fraction=0.1",
+        "--extraction.batch_size=8",
+        "--extraction.part_rows=32",
+        "--images=2",
+        *more,
+    ]
+    return argv
+
+
+def run(built, output, *samples, more=()):
+    return errors.exit_code(lambda: evaluate.main(arguments(built, output, *samples, more=more)))
+
+
+def table(output, stage="metrics"):
+    return pa.concat_tables([pq.read_table(file) for file in sorted((output / stage).glob("*.parquet"))])
+
+
+def numbers(output, name, space="index", label=None):
+    rows = [r for r in table(output).to_pylist() if (r["set"], r["space"], r["label"]) == (name, space, label)]
+    return {row["metric"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Folders: the real images themselves, half of them, and others; and the half as Parquet with labels."""
+    root = tmp_path_factory.mktemp("sets")
+    tiny.write_images(root / "same")
+    for i, (key, data) in enumerate(sorted(tiny.files().items())):
+        if not key.startswith("broken/"):
+            for folder, wanted in (("half", i % 2 == 0), ("few", i < 3)):
+                if wanted:
+                    (root / folder / key).parent.mkdir(parents=True, exist_ok=True)
+                    (root / folder / key).write_bytes(data)
+    (root / "other").mkdir()
+    for i in range(100):
+        (root / "other" / f"{i:03d}.png").write_bytes(tiny.png(10_000 + i))
+    (root / "other" / "broken.png").write_bytes(b"no image")
+    files = sorted((root / "half").rglob("*.png"))
+    images = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    columns = {"image": pa.array(images, schemas.IMAGE), "label": [file.parent.name for file in files]}
+    pq.write_table(pa.table(columns), root / "half.parquet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def measured(built, sets, tmp_path_factory):
+    output = tmp_path_factory.mktemp("measured") / "out"
+    assert run(built, output, sets / "same", sets / "other", sets / "half.parquet", built) == 0
+    return output
+
+
+def test_the_real_images_against_themselves_are_perfect(built, sets, tmp_path):
+    """All of them, from the same folder: precision, recall and coverage 1, Fréchet distance 0 within rounding."""
+    assert run(built, tmp_path / "out", sets / "same") == 0
+    found = {name: row["value"] for name, row in numbers(tmp_path / "out", "same").items()}
+    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+    assert found["vendi_generated"] == pytest.approx(found["vendi_real"], rel=1e-6)
+    features = np.concatenate(
+        [np.array(pq.read_table(f)["feature"].to_pylist()) for f in (built / "features").glob("*.parquet")]
+    )
+    assert found["frechet_distance"] <= 1e-6 * features.var(axis=0).sum()
+    distances = table(tmp_path / "out", "scores")["nearest_real_distance"].to_numpy()
+    assert (distances == 0).all()
+
+
+def test_numbers_are_those_of_the_library_on_the_same_features(measured, built):
+    """The stage adds no arithmetic of its own: `metrics.evaluate` on features read from its own tables."""
+    real, other = (
+        pa.concat_tables([pq.read_table(f) for f in sorted((folder / "features").glob("*.parquet"))])
+        for folder in (built, measured / "sets" / "other" / "index")
+    )
+    as_array = lambda t: np.array(t["feature"].to_pylist(), np.float32)  # noqa: E731
+    n = numbers(measured, "other")["precision"]["n_generated"]
+    keep = np.sort(np.argsort(_hash(other["sample_id"].to_numpy()))[:n])
+    reference = metrics.prepare(as_array(real), real["sample_id"].to_numpy())
+    found = metrics.evaluate(reference, as_array(other)[keep], other["sample_id"].to_numpy()[keep])
+    for name, row in numbers(measured, "other").items():
+        # covariances of fewer rows than dimensions: roots of eigenvalues that are zero but for rounding
+        rel = 1e-4 if name == "frechet_distance" else 1e-9
+        assert row["value"] == pytest.approx(found.estimates[name].value, rel=rel), name
+        assert row["low"] == pytest.approx(found.estimates[name].low, rel=rel), name
+
+
+def _hash(ids):
+    from pd_core.core.seeds import uniform
+
+    return uniform(ids)
+
+
+def test_sets_of_different_sizes_are_measured_at_the_size_of_the_smallest(measured):
+    rows = table(measured).to_pylist()
+    assert {row["n_generated"] for row in rows} == {tiny.GOOD // 2}
+    assert {row["n_real"] for row in rows} == {tiny.GOOD}
+    assert {row["set"] for row in rows} == {"same", "other", "half", "out"}
+    assert {row["k"] for row in rows if row["metric"] == "precision"} == {3}
+    assert {row["k"] for row in rows if row["metric"] == "coverage"} == {5}
+    assert not any(row["selected_here"] for row in rows)
+
+
+def test_every_measured_image_has_a_row_of_scores(measured):
+    scores = table(measured, "scores")
+    assert scores.schema.equals(schemas.scores())
+    assert scores.num_rows == 4 * tiny.GOOD // 2
+    outside = scores["rarity"].is_null().to_numpy(zero_copy_only=False)
+    np.testing.assert_array_equal(outside, ~scores["in_real_manifold"].to_numpy(zero_copy_only=False))
+
+
+def test_bad_images_of_a_set_are_quarantined_and_counted(measured):
+    rows = [json.loads(line) for line in [(measured / "sets/other/index/quarantine/artifact.json").read_text()]]
+    assert rows[0]["totals"]["rows"] == 1
+
+
+def test_the_same_command_makes_nothing_again_and_lost_parts_come_back_the_same(
+    built, sets, measured, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    shutil.copytree(measured, output)  # its own stages name no place
+    names = (sets / "same", sets / "other", sets / "half.parquet", built)
+    before = tiny.tables(output)
+    assert run(built, output, *names) == 0
+    assert "every stage was finished already" in capsys.readouterr().out
+    (output / "metrics" / "artifact.json").unlink()
+    (output / "metrics" / "part-00000001.parquet").unlink()
+    assert run(built, output, *names) == 0
+    assert "done in" in capsys.readouterr().out
+    assert tiny.tables(output) == before
+
+
+@pytest.mark.slow
+def test_a_killed_driver_resumes_to_the_same_bytes(built, sets, measured, tmp_path):
+    """Killed after the first set's numbers."""
+    output = tmp_path / "out"
+    names = (sets / "same", sets / "other", sets / "half.parquet", built)
+    tiny.kill_when("metrics/_parts/*.json", output, *arguments(built, output, *names), workflow="evaluate.py")
+    done = {f: f.stat().st_mtime_ns for f in output.glob("metrics/_parts/*.json")}
+    assert len(done) < len(names) and not (output / "metrics" / "artifact.json").exists()
+    assert run(built, output, *names) == 0
+    assert tiny.tables(output) == tiny.tables(measured)
+
+
+@pytest.mark.slow
+def test_a_direction_of_perturbed_images_is_measured_as_these_images_are_in_a_folder(built, tmp_path):
+    """Not with its twins of the other direction among them, nor with what was before; too few for halves, so to rounding."""
+    test_spaces.commit_both_ways(tmp_path / "moved", 12)
+    (tmp_path / "folder").mkdir()
+    for i in range(12):
+        (tmp_path / "folder" / f"{i:02d}.png").write_bytes(test_spaces.moved_png(i, 1))
+    assert run(built, tmp_path / "out", tmp_path / "moved", tmp_path / "folder") == 0
+    assert {row["set"] for row in table(tmp_path / "out").to_pylist()} == {"moved-down", "moved-up", "folder"}
+    moved, same = numbers(tmp_path / "out", "moved-down"), numbers(tmp_path / "out", "folder")
+    assert {row["n_generated"] for row in moved.values()} == {12}
+    for name, row in moved.items():
+        # the roots of eigenvalues that are zero but for rounding, as above
+        assert row["value"] == pytest.approx(same[name]["value"], rel=1e-4), name
+
+
+def test_the_report_names_sets_and_spaces(measured):
+    page = (measured / "report" / "index.html").read_text()
+    assert tiny.MODEL in page and "half" in page and "Judged where" not in page
+    record = json.loads((measured / "run.json").read_text())
+    assert record["workflow"] == "evaluate" and "sets/other/index/features" in record["stages"]
+
+
+@pytest.mark.slow
+def test_labels_are_measured_by_themselves(built, sets, tmp_path):
+    more = ("--per-label", "--data.labels=column:label", "--metrics.k_precision=2", "--metrics.k_coverage=2")
+    assert run(built, tmp_path / "out", sets / "half.parquet", more=more) == 0
+    found = numbers(tmp_path / "out", "half", label="a")
+    assert found["precision"]["value"] == 1  # they are real images of that label
+    assert found["precision"]["n_real"] == tiny.GOOD // 3
+
+
+@pytest.mark.slow
+def test_a_second_extractor_judges_in_its_own_space(built, sets, inputs, tmp_path):
+    more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}", "--judge.image_size=64")
+    assert run(built, tmp_path / "out", sets / "other", more=more) == 0
+    both = [numbers(tmp_path / "out", "other", space)["frechet_distance"]["value"] for space in ("index", "judge")]
+    assert both[0] != both[1]
+    assert "A judge of its own" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def generated(built, tmp_path_factory):
+    """Two outputs of generate.py: chosen by density, and not chosen at all."""
+    root = tmp_path_factory.mktemp("generated")
+    assert run_generate(built, root / "typical", "--weighting.weight=5", n=70) == 0
+    assert run_generate(built, root / "plain", "--weighting.kind=none", n=70) == 0
+    return root
+
+
+def test_the_indexs_own_extractor_is_no_judge(built, sets, inputs, tmp_path, capsys):
+    more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}")
+    assert run(built, tmp_path / "out", sets / "other", more=more) == 2
+    expected = f"error: --judge.model {tiny.MODEL}: is the extractor of the index itself, which must not judge what it selected"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_was_selected_in_a_space_is_flagged_there_and_nowhere_else(built, inputs, generated, tmp_path):
+    """In the index's space, not in a judge's; the unselected set is never flagged."""
+    output = tmp_path / "out"
+    more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}", "--judge.image_size=64")
+    assert run(built, output, generated / "typical", generated / "plain", more=more) == 0
+    flagged = {(row["set"], row["space"]) for row in table(output).to_pylist() if row["selected_here"]}
+    assert flagged == {("typical", "index")}
+    page = (output / "report" / "index.html").read_text()
+    assert "Judged where they were selected:</b> typical." in page and "p60, w = 5" in page and "nothing" in page
+
+
+@pytest.mark.slow
+def test_samples_that_are_not_finished_are_refused(built, generated, tmp_path, capsys):
+    shutil.copytree(generated / "plain", tmp_path / "plain")
+    (tmp_path / "plain" / "samples" / "artifact.json").unlink()
+    assert run(built, tmp_path / "out", tmp_path / "plain") == 2
+    assert "its images are not finished; run generate.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("samples", "more", "line"),
+    [
+        (["few"], (), "--samples few: 3 images are too few for k = 3; at least 4 are needed"),
+        (["absent"], (), "no such file or directory"),
+        (["same", "same"], (), "named twice"),
+        (["other"], ("--n=5000",), "lower --n"),
+        (["other"], ("--judge.model=resnet5",), "--judge.model resnet5: timm has no such model"),
+        (["other"], ("--data.source=x",), "data.source has no meaning"),
+        (["other"], ("--n-real=4",), "--n-real 4: too few"),
+        (["other"], ("--n=2",), "--n 2: too few"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(built, sets, tmp_path, capsys, samples, more, line):
+    assert run(built, tmp_path / "out", *(sets / name for name in samples), more=more) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line in said, said
+
+
+@pytest.mark.parametrize("side", ["real", "generated"])
+def test_a_feature_without_a_direction_is_named_by_its_set_and_its_image(side):
+    """As of a black image and an extractor that ends in a ReLU without a bias."""
+    features = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    keys, ids = np.array([f"{i}.png" for i in range(40)], dtype=object), np.arange(40)
+    good, bad = Rows(ids, keys, keys, features), Rows(ids, keys, keys, features.copy())
+    bad.features[[7, 30]] = 0
+    settings, where = MetricSettings(), "--real (space index)"
+    real = evaluate_measure.reference_of(good, settings, 1, "cpu", where)
+    measure = {
+        "real": lambda: evaluate_measure.reference_of(bad, settings, 1, "cpu", where),
+        "generated": lambda: evaluate_measure.measured(real, bad, "typical", 1, "cpu"),
+    }
+    with pytest.raises(errors.UserError) as raised:
+        measure[side]()
+    expected = {"real": "--real (space index): ", "generated": "--samples typical: "}[side]
+    assert str(raised.value).startswith(f"{expected}the features of 2 of 40 images are all zero, the first is '7.png'")
+
+
+def test_features_of_another_extractor_are_refused(built, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(built / "features", other / "features")
+    record = other / "features" / "artifact.json"
+    values = json.loads(record.read_text())
+    values["totals"]["extractor"]["weights_sha256"] = "0" * 64
+    record.write_text(json.dumps(values))
+    assert run(built, tmp_path / "out", other) == 2
+    assert "another extractor" in capsys.readouterr().err
+
+
+def test_an_output_of_another_workflow_and_a_missing_index_are_refused(built, sets, tmp_path, capsys):
+    assert run(built, built, sets / "other") == 2
+    assert "holds a run of build_index.py" in capsys.readouterr().err
+    assert run(tmp_path / "nowhere", tmp_path / "out", sets / "other") == 2
+    assert "--real" in capsys.readouterr().err
