@@ -11,7 +11,7 @@ import pyarrow as pa
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.settings.index import DensitySettings
 from pd_core.density import formula
-from pd_core.engine import console, tasks, telemetry
+from pd_core.engine import tasks
 
 GROUP_PARTS = 64  # parts that one task handles
 
@@ -41,17 +41,10 @@ def write_densities(
         settings.volume_dim, *[summaries.remote(neighbors_uri, group, settings.k) for group in groups]
     )
     totals = tasks.get(totals_ref)
-    done = stage.finished_parts()
-    wanted = [[name for name in group if name not in done] for group in groups]
     write = ray.remote(_write_group).options(**options)
-    telemetry.PARTS.add(0, stage="densities")
-    with console.progress("densities", len(names), "parts", len(done)) as bar:
-        submit = lambda group: write.remote(stage, neighbors_uri, features_uri, group, settings, totals, ranks)  # noqa: E731
-        for group, _ in tasks.bounded(submit, [group for group in wanted if group], tasks.in_flight):
-            bar.update(len(group))
-            telemetry.PARTS.add(len(group), stage="densities")
-    parts = stage.finished_parts()
-    return [parts[name] for name in names], totals | {"k": settings.k, "volume_dim": settings.volume_dim}
+    submit = lambda missing: write.remote(stage, neighbors_uri, features_uri, missing, settings, totals, ranks)  # noqa: E731
+    parts = tasks.make_missing(stage, groups, submit)
+    return parts, totals | {"k": settings.k, "volume_dim": settings.volume_dim}
 
 
 def _distances(neighbors_uri: str, name: str, k: int) -> tuple[pa.Table, np.ndarray]:

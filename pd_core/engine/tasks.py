@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from pd_core.core import files
+from pd_core.core import artifacts, files
 from pd_core.core.errors import CredentialsRefused, RunError, UserError, one_line
 from pd_core.engine import telemetry
-from pd_core.engine.console import say
+from pd_core.engine.console import progress, say
 
 # Infrastructure is retried, with a cap; a mistake in data or settings raises UserError, which Ray does not retry.
 TASK_OPTIONS: dict[str, Any] = {"max_retries": 5, "retry_exceptions": False}
@@ -42,6 +42,13 @@ def wait_for(actors: Sequence[Any], what: str) -> None:
         )
 
 
+def in_flight() -> int:
+    """Tasks of one CPU worth keeping submitted: as many again as the cluster runs, for an autoscaler to see."""
+    import ray
+
+    return max(4, 2 * int(ray.cluster_resources().get("CPU", 0)))
+
+
 def bounded(
     submit: Callable[[Any], Any], items: Iterable[Any], in_flight: Callable[[], int]
 ) -> Iterator[tuple[Any, Any]]:
@@ -69,6 +76,44 @@ def bounded(
     finally:
         for reference in pending:  # after an error nothing goes on writing
             ray.cancel(reference)
+
+
+def make_missing(
+    stage: artifacts.Stage,
+    groups: Iterable[Sequence[str]],
+    submit: Callable[[Sequence[str]], Any],
+    width: Callable[[], int] = in_flight,
+    heard: Callable[[Any], None] = lambda result: None,
+    unit: str = "parts",
+) -> list[artifacts.Part]:
+    """Make the parts of a begun stage that are not there yet; returns the records of all, in their order.
+
+    Args:
+        groups: names of all its parts; one task makes those of a group.
+        submit: starts the task that writes the parts of these names, those of a group that are missing.
+        width: tasks at once.
+        heard: is called with what each task returned.
+        unit: what a part is, for the progress bar.
+
+    Raises:
+        RunError: a part is not there when every task is done.
+    """
+    groups, done = list(groups), stage.finished_parts()
+    names = [name for group in groups for name in group]
+    todo = [missing for group in groups if (missing := [name for name in group if name not in done])]
+    telemetry.PARTS.add(0, stage=stage.kind)
+    with progress(stage.kind, len(names), unit, sum(name in done for name in names)) as bar:
+        for missing, result in bounded(submit, todo, width):
+            bar.update(len(missing))
+            telemetry.PARTS.add(len(missing), stage=stage.kind)
+            heard(result)
+    if todo:
+        done = stage.finished_parts()
+    if absent := [name for name in names if name not in done]:
+        raise RunError(
+            f"{stage.uri}: {len(absent)} of {len(names)} {unit} are missing ({absent[0]}); run the same command again"
+        )
+    return [done[name] for name in names]
 
 
 def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) -> None:
@@ -147,13 +192,6 @@ def get(reference: Any) -> Any:
     except ray.exceptions.RayError as error:
         raise_cause(error)
         raise
-
-
-def in_flight() -> int:
-    """Tasks of one CPU worth keeping submitted: as many again as the cluster runs, for an autoscaler to see."""
-    import ray
-
-    return max(4, 2 * int(ray.cluster_resources().get("CPU", 0)))
 
 
 def raise_cause(error: BaseException) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pd_core.core import artifacts, files, schemas, trust
-from pd_core.engine import console, tasks
+from pd_core.engine import tasks
 
 PICTURES = "png"
 FACTS = ("sample_id", "seed", "density", "percentile", "acceptance_probability", "label", "prompt", "likely_copy")
@@ -25,16 +25,12 @@ def run(
     stage: artifacts.Stage, samples_uri: str, samples: artifacts.Artifact, form: str
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write what is missing, a Ray task for each part of the samples; returns the parts and totals to commit."""
-    done = stage.finished_parts()
-    if not done:  # a set of other images may have been here
+    if not stage.finished_parts():  # a set of other images may have been here
         _drop_pictures(stage.uri)
-    todo = [part.name for part in samples.parts if part.rows and _name(part.name, form) not in done]
+    pictured = {_name(part.name, form): part.name for part in samples.parts if part.rows}
     write = tasks.task(_write)
-    with console.progress("export", len(done) + len(todo), "parts", len(done)) as bar:
-        submit = lambda name: write.remote(stage, samples_uri, name, form)  # noqa: E731
-        for _ in tasks.bounded(submit, todo, tasks.in_flight):
-            bar.update(1)
-    parts = list(stage.finished_parts().values())
+    submit = lambda missing: write.remote(stage, samples_uri, pictured[missing[0]], form)  # noqa: E731
+    parts = tasks.make_missing(stage, [[name] for name in pictured], submit)
     return parts, {"images": sum(part.rows for part in parts), "form": form}
 
 

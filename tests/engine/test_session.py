@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pd_core.core import errors
+from pd_core.core import artifacts, errors
 from pd_core.core.errors import EXIT_INTERRUPTED, RunError, UserError
 from pd_core.engine import resources, session, tasks
 from pd_core.engine.resources import FEED_CPUS, Cluster
@@ -337,7 +337,7 @@ def test_a_handler_of_sigterm_outlives_the_start_and_the_end_of_ray():
     code = """
 import os
 import signal
-from pd_core.core import errors
+from pd_core.core import artifacts, errors
 from pd_core.engine import session
 
 def program():
@@ -411,3 +411,23 @@ def test_no_package_tells_its_makers_about_a_run_whichever_part_is_used(module):
     environment = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["0", "true", "1"]
+
+
+def test_what_is_missing_is_made_and_nothing_else(ray_cluster, tmp_path):
+    def write(stage, names):
+        for name in names:
+            stage.write_part(name, name.encode(), 1)
+        return len(names)
+
+    stage = artifacts.Stage(f"{tmp_path}/x", "listing", 1, {})
+    made: list[int] = []
+    stage.begin(False)
+    stage.write_part("b", b"kept", 5)
+    submit = lambda names: tasks.task(write).remote(stage, [name for name in names if name != "lost"])  # noqa: E731
+    parts = tasks.make_missing(stage, [["a", "b"], ["c"]], submit, heard=made.append)
+    assert [(part.name, part.rows) for part in parts] == [("a", 1), ("b", 5), ("c", 1)]
+    assert sorted(made) == [1, 1]
+    assert tasks.make_missing(stage, [["c"], ["a"]], submit, heard=made.append)[0].name == "c"
+    assert len(made) == 2
+    with pytest.raises(RunError, match="1 of 3 shards are missing \\(lost\\); run the same command again"):
+        tasks.make_missing(stage, [["a"], ["lost", "d"]], submit, unit="shards")
