@@ -19,11 +19,13 @@ BATCH = 64
 WAIT_S = 600.0
 
 TEXT = f"""\
-A head without CPUs, Ray's autoscaler with its provider of nodes that are processes of this machine (at most {NODES} nodes of 2 CPUs; a node
-of a cloud takes its own time to boot on top), as Ray ships it: it looks at the demand every 5 s and ends nodes that were idle for {IDLE_S:g} s.
-`build_index` on the 1,797 digits joins it, in parts of one batch of {BATCH}, so that the first part is the first batch. Each run begins with no worker. Nodes
-and demands are what the autoscaler itself says, asked twice a second. From demand to first batch holds: the node's start, unpacking pd_core
-on it, describing the model and listing the source (a task each, whose workers import what they need), and the first extractor's start."""
+A head without CPUs, Ray's autoscaler with its provider of nodes that are processes of this machine (at most {NODES}
+nodes of 2 CPUs; a node of a cloud takes its own time to boot on top), as Ray ships it: it looks at the demand every 5 s
+and ends nodes that were idle for {IDLE_S:g} s. `build_index` on the 1,797 digits joins it, in parts of one batch of
+{BATCH}, so that the first part is the first batch. Each run begins with no worker. Nodes and demands are what the
+autoscaler itself says, asked twice a second. From demand to first batch holds: the node's start, unpacking pd_core on
+it, describing the model and listing the source (a task each, whose workers import what they need), and the first
+extractor's start."""
 
 EVENTS = ("first demand", "first node", "first batch", "done", "no node")
 

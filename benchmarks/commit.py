@@ -13,9 +13,10 @@ from benchmarks import process, table
 
 SIZES = (64 << 10, 1 << 20, 16 << 20)
 TEXT = """\
-`artifacts.Stage.write_part`: the file, its size looked up again, then its record; random bytes. S3: SeaweedFS on loopback, one process, so
-that bandwidth and distance of a real store are not in it. Local: the machine's disk, files and records flushed (fsync). Median of the parts
-after the first, one writer. Then a stage of 1,000 recorded parts is opened (`finished_parts`), as every resumed run does."""
+`artifacts.Stage.write_part`: the file, its size looked up again, then its record; random bytes. S3: SeaweedFS on
+loopback, one process, so that bandwidth and distance of a real store are not in it. Local: the machine's disk, files
+and records flushed (fsync). Median of the parts after the first, one writer. Then a stage of 1,000 recorded parts is
+opened (`finished_parts`), as every resumed run does."""
 
 
 def measure(quick: bool) -> table.Section:

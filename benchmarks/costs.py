@@ -1,8 +1,9 @@
 """What a run costs: seconds, bytes, requests, network and memory of every phase, in closed forms of its size.
 
-A stage of a workflow is a sequence of phases, a phase a number of equal tasks. Each formula follows the code that it names;
-what one unit of work takes was measured (`MEASURED`, by benchmarks/unit_costs.py and docs/benchmarks.json). docs/scaling.md
-prints what these functions say of runs that nobody has paid for yet; `--dry-run` has a few shorter formulas of its own.
+A stage of a workflow is a sequence of phases, a phase a number of equal tasks. Each formula follows the code that it
+names; what one unit of work takes was measured (`MEASURED`, by benchmarks/unit_costs.py and docs/benchmarks.json).
+docs/scaling.md prints what these functions say of runs that nobody has paid for yet; `--dry-run` has a few shorter
+formulas of its own.
 
 Pure functions: nothing here looks at a cluster, a file or a clock.
 """
@@ -87,7 +88,7 @@ class UnitCosts:
     report_s: float = _unit(2.1, "s", "docs/log.md, 2026-11-27: the report of 1,911 images")
 
     def on(self, core_flops: float) -> UnitCosts:
-        """The same on a core of so many FLOP/s in matrix products: what consists of products changes with it, nothing else."""
+        """The same on a core of so many FLOP/s in matrix products: only what consists of products changes with it."""
         factor = CORE_FLOPS / core_flops
         names = ("coarse_s", "exact_pair_s", "pair_s", "query_s", "epoch_s", "epoch_large_s")
         slower = {name: getattr(self, name) * factor for name in names}
@@ -115,7 +116,8 @@ class Fleet:
         local: one machine, whose Ray starts and ends with the run.
         elastic: an autoscaler brought the nodes, and would bring more.
         gpus: of each node.
-        gpu_speed: images of a model that a GPU takes in the time of one of a core. Never measured: always an assumption.
+        gpu_speed: images of a model that a GPU takes in the time of one of a core. Never measured: always an
+        assumption.
     """
 
     nodes: int
@@ -182,7 +184,8 @@ class Phase:
         start_s: before the first task runs.
         floors: seconds below which the phase does not come, by what sets them.
         levers: what to set where something limits the phase, by that something.
-        blocks: where it is not 0, each task is a process that answers so many requests, and one that is down holds up all.
+        blocks: where it is not 0, each task is a process that answers so many requests, and one that is down holds up
+        all.
     """
 
     stage: str
@@ -213,8 +216,8 @@ class Phase:
         return self.levers.get(limit, NOWHERE if limit in (ONE, MEMORY) else "more nodes")
 
 
-# Phases that more nodes can make slower. A block of queries is merged in one task, an answer of every search process after
-# the other: once there are more processes than blocks, each one more costs every block another merge.
+# Phases that more nodes can make slower. A block of queries is merged in one task, an answer of every search process
+# after the other: once there are more processes than blocks, each one more costs every block another merge.
 SLOWER_WITH_NODES = {"neighbors: search"}
 
 
@@ -226,8 +229,8 @@ def slots(phase: Phase, fleet: Fleet) -> float:
 def limits(phase: Phase, fleet: Fleet) -> dict[str, float]:
     """Seconds that each resource alone would take, its start apart. The phase takes the longest of them.
 
-    A task reads, computes and writes in turn, so what a core takes and what the store takes add up, under the name of the
-    larger. Everything else goes on beside them.
+    A task reads, computes and writes in turn, so what a core takes and what the store takes add up, under the name of
+    the larger. Everything else goes on beside them.
     """
     together = slots(phase, fleet)
     threads = min(phase.threads, fleet.cores)
@@ -378,9 +381,10 @@ class Build:
         return {"ivf_sq8": self.dim, "ivf_pq": self.settings.index.pq_bytes}.get(self.settings.index.kind, 4 * self.dim)
 
 
-# Where cells are searched, how many of them and what share of the rows depends on the data and is known after calibration.
-# Before it: the real features of `benchmarks: selfjoin` (88,192 rows, recall 0.99), with the growth that its separated
-# clusters show from 100,000 to 300,000 rows. Other data may need ten times as many (overlapping clusters: 256 at 100,000).
+# Where cells are searched, how many of them and what share of the rows depends on the data and is known after
+# calibration. Before it: the real features of `benchmarks: selfjoin` (88,192 rows, recall 0.99), with the growth that
+# its separated clusters show from 100,000 to 300,000 rows. Other data may need ten times as many (overlapping clusters:
+# 256 at 100,000).
 EXPECTED_ROWS, EXPECTED_NPROBE, EXPECTED_SCANNED, EXPECTED_SPREAD = 88_192, 30, 0.0286, 0.49
 NPROBE_GROWTH, SCANNED_GROWTH = 0.32, -0.185  # exponents of N
 
@@ -425,8 +429,8 @@ def searchers(build: Build, fleet: Fleet, share: float = 1.0) -> tuple[int, int]
 def fan_out(build: Build, actors: int) -> float:
     """Search actors that a query goes to, on average.
 
-    All of them where search is exact. Else those that hold one of its nprobe cells; cells that are near lie in one shard, so
-    these are few: actors**spread, with the spread that the data was measured to have.
+    All of them where search is exact. Else those that hold one of its nprobe cells; cells that are near lie in one
+    shard, so these are few: actors**spread, with the spread that the data was measured to have.
     """
     return float(actors) if build.exact else min(float(actors), float(build.nprobe), actors**build.spread)
 
@@ -471,8 +475,8 @@ def _listing(build: Build, unit: UnitCosts) -> Phase:
         # the order, ids of parts and of all, their argsort and what check_unique compares: 8 bytes each
         memory_bytes=PROCESS_BYTES + build.rows * (whole_names + 5 * 8),
         levers={
-            ONE: "source of Parquet files or tars with thousands of images each (fewer files to walk); design: list folders in "
-            "tasks",
+            ONE: "source of Parquet files or tars with thousands of images each (fewer files to walk); "
+            "design: list folders in tasks",
             MEMORY: "source of Parquet files or tars; design: list folders in tasks",
         },
     )
@@ -486,7 +490,7 @@ def extractors(build: Build, fleet: Fleet) -> int:
 
 
 def _features(build: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
-    """`features.run`: tasks decode, a pool of actors extracts, tasks write; pixels and features pass through Ray's store."""
+    """`features.run`: tasks decode, actors extract, tasks write; pixels and features pass through Ray's store."""
     chosen = build.settings.features
     batches = -(-build.rows // chosen.batch_size)
     batch_bytes = 3 * build.pixels * chosen.batch_size
@@ -523,7 +527,8 @@ def _features(build: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
         levers={
             CORES: "more nodes; GPUs with --features.actor_gpus 1; --features.precision bf16",
             FEW: "more nodes; GPUs with --features.actor_gpus 1",
-            POOL: "--features.actors: nearly one per core (default: three quarters of the cores that are up, or 64); more GPUs",
+            POOL: "--features.actors: nearly one per core (default: three quarters of the cores that are up, or 64); "
+            "more GPUs",
             "decoding tasks": "none: features.MAX_TASKS of them at most",
             NETWORK: "--features.image_size, or nodes with more network",
             REQUESTS: "pack the images: Parquet files or tars are read in requests of 8 MiB",
@@ -560,7 +565,7 @@ def _flat(build: Build, unit: UnitCosts) -> list[Phase]:
 
 
 def neighbors_bytes(build: Build, unit: UnitCosts = MEASURED) -> float:
-    """Of the neighbors table: Parquet keeps each different id of a part once, 8 bytes, and its place wherever it is named.
+    """Of the neighbors table: Parquet keeps each different id of a part once, 8 bytes, and its place where it is named.
 
     The unit cost is that of ids which are all different; of few rows many are the same.
     """
@@ -698,7 +703,7 @@ def search_core_s(build: Build, actors: int, unit: UnitCosts = MEASURED, queries
 
 
 def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
-    """`neighbors.find_neighbors`: actors hold all shards, tasks send them blocks of queries and merge what they answer."""
+    """`neighbors.find_neighbors`: actors hold all shards, tasks send them blocks of queries and merge the answers."""
     density = build.settings.density
     actors, threads = searchers(build, fleet)
     blocks = -(-build.rows // density.block_rows)
@@ -732,8 +737,8 @@ def _neighbors(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
             CORES: "more nodes; --index.target_recall lower; --index.kind auto or ivf_flat where exact was asked for",
             FEW: wider,
             ONE: wider,
-            "block tasks": "--density.block_rows smaller where there are fewer blocks than processes, --index.cells smaller, "
-            "--index.actors smaller (each answers every block)",
+            "block tasks": "--density.block_rows smaller where there are fewer blocks than processes, "
+            "--index.cells smaller, --index.actors smaller (each answers every block)",
             NETWORK: "--index.shards smaller (a query goes to fewer processes)",
             DRIVER: "--features.part_rows larger",
             MEMORY: HOLD_LESS,
@@ -761,7 +766,7 @@ def _opening(build: Build, actors: int, threads: int, unit: UnitCosts) -> Phase:
 
 
 def search_actor_bytes(build: Build, actors: int, threads: int) -> float:
-    """Memory of a search process: its rows with their ids, the shard it reads last, and what a search of a block takes."""
+    """Memory of a search process: its rows with their ids, the shard it reads last, and a search of a block."""
     rows = build.rows / actors
     chunk = min(knn.CHUNK_QUERIES, build.settings.density.block_rows)
     wanted = build.settings.density.k + 1 + knn.SPARE
@@ -837,7 +842,7 @@ def _densities(build: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
 
 
 def _estimator(build: Build, unit: UnitCosts) -> Phase:
-    """`estimator._fit`: one task; where the rows do not fit in its window it reads all features again in every epoch."""
+    """`estimator._fit`: one task; rows that do not fit in its window are all read again in every epoch."""
     chosen = build.settings.estimator
     trained = build.rows * (1 - chosen.holdout_fraction)
     passes = 1 if trained <= fit.WINDOW_ROWS else 1 + build.epochs
@@ -857,7 +862,8 @@ def _estimator(build: Build, unit: UnitCosts) -> Phase:
         memory_bytes=PROCESS_BYTES + 2 * window + 2 * heldout,
         start_s=unit.torch_start_s,
         levers={
-            ONE: "--estimator.epochs and --estimator.patience smaller, --estimator.batch_size 4096; design: fit to a sample",
+            ONE: "--estimator.epochs and --estimator.patience smaller, --estimator.batch_size 4096; "
+            "design: fit to a sample",
         },
     )
 
@@ -911,9 +917,10 @@ FEWER_NEW = "fewer new rows at once: an update in steps compares no pair twice"
 def update_index(build: Build, new: int, fleet: Fleet, unit: UnitCosts = MEASURED) -> list[Phase]:
     """The phases of `workflow.build_index` with a base, where `new` of `build.rows` images are new and none has gone.
 
-    What is saved is extraction, the training of the quantizer, the pairs of old rows with each other and the fit. All else goes
-    over all rows again: listing, the shards of an index with cells and their calibration, the other rows' neighbors, densities and report. Where
-    quantizer or predictor do not hold any more, the phases of a whole build come on top.
+    What is saved is extraction, the training of the quantizer, the pairs of old rows with each other and the fit. All
+    else goes over all rows again: listing, the shards of an index with cells and their calibration, the other rows'
+    neighbors, densities and report. Where quantizer or predictor do not hold any more, the phases of a whole build come
+    on top.
     """
     fresh = replace(build, rows=new, files=max(1, round(build.files * new / build.rows)))
     whole = {phase.title: phase for phase in build_index(build, fleet, unit)}
@@ -965,7 +972,7 @@ def _take_over(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> Pha
 
 
 def _drift(build: Build, fresh: Build, unit: UnitCosts) -> Phase:
-    """`update.drift`: one task compares all new rows with all centroids, after one that does so with a few of the base."""
+    """`update.drift`: one task compares all new rows with all centroids, after one with a few rows of the base."""
     size = _features_bytes(fresh, unit)
     part_rows = min(fresh.rows, build.settings.features.whole_part_rows)
     return Phase(
@@ -982,9 +989,10 @@ def _drift(build: Build, fresh: Build, unit: UnitCosts) -> Phase:
 
 
 def _update_neighbors(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
-    """`update.merge_neighbors`: every task has the new rows in memory as a shard and compares a block of old ones with it.
+    """`update.merge_neighbors`: every task has the new rows in memory as a shard and compares old ones with it.
 
-    New rows, and old ones that lost a neighbor, are searched for by processes that hold the whole index, beside the tasks.
+    New rows, and old ones that lost a neighbor, are searched for by processes that hold the whole index, beside the
+    tasks.
     """
     density, new, old = build.settings.density, fresh.rows, build.rows - fresh.rows
     actors, threads = searchers(build, fleet, search.BESIDE_SHARE)
@@ -1032,8 +1040,8 @@ def _update_neighbors(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts)
             "search processes": f"--index.shards larger; {FEWER_NEW}",
             FEW: "--density.block_rows smaller",
             DRIVER: "--features.part_rows larger, of base and update",
-            MEMORY: f"{FEWER_NEW}; --density.block_rows so large that there are fewer tasks than cores; design: one shard of "
-            "the new rows for all tasks of a node",
+            MEMORY: f"{FEWER_NEW}; --density.block_rows so large that there are fewer tasks than cores; "
+            "design: one shard of the new rows for all tasks of a node",
         },
     )
     return [shard, _opening(build, actors, threads, unit), joined]
@@ -1067,7 +1075,8 @@ class Sampling:
     """The size of a run of generate.
 
     Attributes:
-        n: images wanted. rate: share of candidates that is accepted. chunk: candidates of a batch. chunks_per_part: of a file.
+        n: images wanted. rate: share of candidates that is accepted. chunk: candidates of a batch. chunks_per_part: of
+        a file.
         actor_s: of one replica per candidate. png_bytes: of an image as it is kept.
         replicas: generator processes, at most.
         index_bytes: of the index that scores them, searchers: processes that hold it.
@@ -1095,7 +1104,7 @@ class Sampling:
 
 
 def generate(sampling: Sampling, dim: int, fleet: Fleet, unit: UnitCosts = MEASURED) -> list[Phase]:
-    """The samples of `sampling.run`: executions of at most `chunks.MAX_CHUNKS` chunks, each of which starts its actors anew."""
+    """The samples of `sampling.run`: executions of at most `chunks.MAX_CHUNKS` chunks, each with actors of its own."""
     executions = -(-sampling.chunks // generate_chunks.MAX_CHUNKS)
     parts = -(-sampling.chunks // sampling.chunks_per_part)
     written = sampling.n * (sampling.png_bytes + SAMPLE_BYTES)

@@ -96,9 +96,9 @@ def clusters(
 ) -> np.ndarray:
     """A mixture of Gaussians on affine subspaces, plus isotropic noise: float32 [rows, dim].
 
-    x = m_j + B_j z + noise·e with j uniform, z and e standard normal, B_j orthonormal [dim, latent_dim]. Each cluster has
-    a subspace of its own and E‖m_j‖² = separation²·latent_dim over all dim directions; or all share one subspace, B_j = B,
-    and their centres lie in it. Rows are independent, so any slice is a sample of the same mixture.
+    x = m_j + B_j z + noise·e with j uniform, z and e standard normal, B_j orthonormal [dim, latent_dim]. Each cluster
+    has a subspace of its own and E‖m_j‖² = separation²·latent_dim over all dim directions; or all share one subspace,
+    B_j = B, and their centres lie in it. Rows are independent, so any slice is a sample of the same mixture.
 
     Args:
         rows: N.

@@ -1,4 +1,4 @@
-"""Decoding in a child that may die, against decoding in the worker itself, through the read-and-decode half of the features stage."""
+"""Decoding in a child that may die, against decoding in the worker, through the first half of the features stage."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ BATCH = 64
 TOGETHER = 4  # batches of a task
 PREPROCESS = resize.Preprocess(224, 224, "bicubic", 0.9, "center", (0.5,) * 3, (0.5,) * 3)
 TEXT = f"""\
-`features._decode` on files of a local disk, as a task of the stage runs it ({TOGETHER} batches of {BATCH}, resized to 224 px). Ours: the
-files of a batch go to a child process in shared memory, and pixels come back (`child.prepared`). In the worker:
-`resize.prepare` of each. One process does both sides in turn, after a turn that is not counted; smooth pictures with noise,
-made by code. Images per second by the clock, in which the worker reads the next batch while the child decodes; and seconds of
-CPU per image, the child's included, which is what counts where every core is busy. Ratio: median over the turns."""
+`features._decode` on files of a local disk, as a task of the stage runs it ({TOGETHER} batches of {BATCH}, resized to
+224 px). Ours: the files of a batch go to a child process in shared memory, and pixels come back (`child.prepared`). In
+the worker: `resize.prepare` of each. One process does both sides in turn, after a turn that is not counted; smooth
+pictures with noise, made by code. Images per second by the clock, in which the worker reads the next batch while the
+child decodes; and seconds of CPU per image, the child's included, which is what counts where every core is busy. Ratio:
+median over the turns."""
 
 
 def measure(quick: bool) -> table.Section:

@@ -30,14 +30,15 @@ THREADS = 2
 LOG_FOLDER = "BENCHMARK_LOG_FOLDER"  # environment of Ray's workers
 
 TEXT = f"""\
-Ours: `features.run` on a Ray of its own, files to committed Parquet (parts of {PART}), {ACTORS} model replicas of 1 thread.
-Plain loop: one process reads, decodes, resizes and runs the same model (`resize.prepare`, `extractor.Extractor`; torch with
-{THREADS} threads, channels_last), model loading and a first batch left out, nothing written. Same PNG files (3,786 emoji of
-64 px, repeated by hard links where more images are given), batches of {BATCH}, EfficientNet-lite0 in fp32. In turn, each run
-in a new process. Steady rate: images per second from when every replica has done a batch to the last commit. Images that
-were decoded by then, while the models were loading, had part of their work for nothing: each is counted less by the share
-of decoding in the work, as timed in the run. Start-up: from the call of the stage to that moment, less what the steady rate
-needs for the images done by then; Ray's own start is apart."""
+Ours: `features.run` on a Ray of its own, files to committed Parquet (parts of {PART}), {ACTORS} model replicas of 1
+thread. Plain loop: one process reads, decodes, resizes and runs the same model (`resize.prepare`,
+`extractor.Extractor`; torch with {THREADS} threads, channels_last), model loading and a first batch left out, nothing
+written. Same PNG files (3,786 emoji of 64 px, repeated by hard links where more images are given), batches of {BATCH},
+EfficientNet-lite0 in fp32. In turn, each run in a new process. Steady rate: images per second from when every replica
+has done a batch to the last commit. Images that were decoded by then, while the models were loading, had part of their
+work for nothing: each is counted less by the share of decoding in the work, as timed in the run. Start-up: from the
+call of the stage to that moment, less what the steady rate needs for the images done by then; Ray's own start is
+apart."""
 
 
 def measure(quick: bool) -> table.Section:

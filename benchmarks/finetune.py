@@ -1,4 +1,4 @@
-"""What importance sampling costs a step of training, what a second worker brings, and how long a lost worker is missed."""
+"""What importance sampling costs a step, what a second worker brings, and how long a lost worker is missed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ DIFFUSION_OPTIONS = ["--generator.scheduler=DDIMScheduler", "--generator.steps=1
 KILL_STEPS, CHECKPOINT_EVERY = 400, 10
 
 TEXT = f"""\
-The demo's index (EfficientNet-lite0 at 64 px) and two generators of 8 px digits: its DDPM, batches of {BATCH}, and a GAN
-(demo/train_gan.py), batches of {GAN_BATCH}. Each run is `finetune.py` with workers of 1 thread; step: median seconds from one step to the
-next, the wait for its images included, without the first. With importance sampling: {THRESHOLD}, w = {WEIGHT:g}, generated images by 1/w;
-without: every image alike, none scored. Formula for the GAN: 1 + (1/acceptance - 1) x share, share being what a generated
-batch and its scores take of the step without; timed for themselves, in one process. The formula takes the first candidate of
-each image to be free: in fact it is scored too, and the accepted ones are made once more with gradients, so the measured ratio lies
-above. Loss of workers: both of two are killed by SIGKILL; the time from then until the next new checkpoint is written."""
+The demo's index (EfficientNet-lite0 at 64 px) and two generators of 8 px digits: its DDPM, batches of {BATCH}, and a
+GAN (demo/train_gan.py), batches of {GAN_BATCH}. Each run is `finetune.py` with workers of 1 thread; step: median
+seconds from one step to the next, the wait for its images included, without the first. With importance sampling:
+{THRESHOLD}, w = {WEIGHT:g}, generated images by 1/w; without: every image alike, none scored. Formula for the GAN: 1 +
+(1/acceptance - 1) x share, share being what a generated batch and its scores take of the step without; timed for
+themselves, in one process. The formula takes the first candidate of each image to be free: in fact it is scored too,
+and the accepted ones are made once more with gradients, so the measured ratio lies above. Loss of workers: both of two
+are killed by SIGKILL; the time from then until the next new checkpoint is written."""
 
 
 def measure(quick: bool) -> table.Section:
@@ -173,7 +174,7 @@ def _wait(until: Any, running: subprocess.Popen[bytes]) -> None:
         time.sleep(0.05)
 
 
-# ---- in processes of their own -------------------------------------------------------------------------------------------
+# ---- in processes of their own ---------------------------------------------------------------------------------------
 
 
 def prepare_gan(cache: str) -> dict[str, str]:

@@ -28,11 +28,11 @@ FLAT = 1.1
 
 TEXT = f"""\
 The demo's generator (a DDPM of 8 px digits, DDIM at {STEPS} steps) and its index (EfficientNet-lite0 at 64 px). Ours:
-`generate.py`, from the pilot to committed Parquet parts, tau = {THRESHOLD}, w = {WEIGHT:g}, chunks of {CHUNK}, actors of 1
-thread. Bare loop: one process of 1 thread makes the same chunks: images, resize, features, predicted densities, and keeps
-none. Steady rate: accepted images per second between the commits of the first and of the last whole part. Share of an
-actor's time outside generator and extractor: of the time between its first and its last chunk. Memory: a generator that
-costs next to nothing (coloured rectangles), so that the rest has the most to do."""
+`generate.py`, from the pilot to committed Parquet parts, tau = {THRESHOLD}, w = {WEIGHT:g}, chunks of {CHUNK}, actors
+of 1 thread. Bare loop: one process of 1 thread makes the same chunks: images, resize, features, predicted densities,
+and keeps none. Steady rate: accepted images per second between the commits of the first and of the last whole part.
+Share of an actor's time outside generator and extractor: of the time between its first and its last chunk. Memory: a
+generator that costs next to nothing (coloured rectangles), so that the rest has the most to do."""
 
 
 def measure(quick: bool) -> table.Section:

@@ -1,8 +1,8 @@
 """The self-joins that are compared, one function per side, each run in a process of its own; and the index they share.
 
-All sides answer the same question from the same file: the k = 20 nearest others of every row, ids and distances. Loading
-is not timed. Where a side searches every `step`-th row only, it is one whose cost per query does not depend on how many
-queries there are.
+All sides answer the same question from the same file: the k = 20 nearest others of every row, ids and distances.
+Loading is not timed. Where a side searches every `step`-th row only, it is one whose cost per query does not depend on
+how many queries there are.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def build(vectors: str, work: str) -> dict[str, Any]:
 def complete(
     output: str, featured: artifacts.Artifact, settings: BuildIndexSettings, now: resources.Cluster
 ) -> tuple[dict[str, artifacts.Artifact], str]:
-    """Index, neighbors and densities of committed features under `output`, by the stages of the workflow; and the index's place."""
+    """Index, neighbors and densities of committed features, by the stages of the workflow; returns the index's URI."""
     uri = files.join(output, "features")
     stage, resolved = index_build.stage_of(output, featured, settings.index, settings.density)
     indexed = stage.complete(lambda: index_build.run(stage, uri, featured, resolved, settings.density), False)
@@ -244,8 +244,8 @@ def ours_on_ray(
 ) -> dict[str, Any]:
     """The stage itself, committed features to committed neighbors, with one shard per actor, `repeats` times.
 
-    Start-up: the search actors open their shards and answer a join of a few rows, in blocks enough to wake every process
-    that a full join will use. The full joins find all of them awake.
+    Start-up: the search actors open their shards and answer a join of a few rows, in blocks enough to wake every
+    process that a full join will use. The full joins find all of them awake.
     """
     info = replace(search.open_index(files.join(index_folder(work, actors), "index")), nprobe=nprobe)
     seconds = []
@@ -298,8 +298,9 @@ def _save_neighbors(uri: str, artifact: artifacts.Artifact, step: int, answers: 
 def intrinsic_dimensions(distances: np.ndarray) -> dict[str, float]:
     """Two estimates from the distances to the k nearest others, float32 [q, k] ascending.
 
-    TwoNN (Facco et al., Sci. Rep. 7, 2017, maximum likelihood of their equation 3) and the estimator of Levina and Bickel
-    (NIPS 2004, equation 8) with the average that MacKay and Ghahramani proposed. Rows with an exact duplicate are left out.
+    TwoNN (Facco et al., Sci. Rep. 7, 2017, maximum likelihood of their equation 3) and the estimator of Levina and
+    Bickel (NIPS 2004, equation 8) with the average that MacKay and Ghahramani proposed. Rows with an exact duplicate
+    are left out.
     """
     kept = distances[distances[:, 0] > 0].astype(np.float64)
     ratios = np.log(kept[:, -1:] / kept[:, :-1])

@@ -25,9 +25,10 @@ TEXT = f"""\
 The driver runs the stages as the workflow does, everything else happens in Ray's processes. Two drivers per N, since
 extracting good features of 300,000 images would take hours: one lists N files ({IMAGES} PNG files of 16 px, hard-linked
 N times in folders of 1,000) and runs the features stage with a tiny model (timm's {MODEL}, {PX} px, default batches and
-parts); the other takes N committed features (D = {VECTORS["dim"]}, clusters) through index (IVF, 4 shards), neighbors and
-densities. Peak: high-water mark of resident memory up to the end of the stage, MiB; it includes what Python, pyarrow and Ray
-take before the first row. Flat is taken to be a growth of at most {FLAT:g}; the increase is shown beside it."""
+parts); the other takes N committed features (D = {VECTORS["dim"]}, clusters) through index (IVF, 4 shards), neighbors
+and densities. Peak: high-water mark of resident memory up to the end of the stage, MiB; it includes what Python,
+pyarrow and Ray take before the first row. Flat is taken to be a growth of at most {FLAT:g}; the increase is shown
+beside it."""
 
 
 def measure(quick: bool) -> table.Section:

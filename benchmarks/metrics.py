@@ -20,12 +20,13 @@ TIMEOUT_S = 7200.0
 AGREEMENT = 1e-4  # a pair on the edge of a ball, decided in another rounding, moves one row of 10,000 or more
 
 TEXT = f"""\
-D = {DIM}, 1,000 overlapping Gaussian clusters in one 24-dimensional subspace, noise 0.05; generated rows are further rows of the same
-distribution. Every side runs in a process of its own with {THREADS} threads; loading and libraries' start are not timed. "precision and
-recall": `metrics.precision_recall`, k = {K}. "everything": `metrics.prepare` and `metrics.evaluate`, all seven metrics with
-their intervals and the scores of each row. torch-fidelity: `prc_features_to_metric` with batches of 10,000, the form that
-does not hold all pairs. prdc: `compute_prdc`, precision, recall, density and coverage, which holds all pairs three times and so runs
-on fewer rows. Largest difference: of precision and recall from ours. Peak: high-water mark of the process, features included."""
+D = {DIM}, 1,000 overlapping Gaussian clusters in one 24-dimensional subspace, noise 0.05; generated rows are further
+rows of the same distribution. Every side runs in a process of its own with {THREADS} threads; loading and libraries'
+start are not timed. "precision and recall": `metrics.precision_recall`, k = {K}. "everything": `metrics.prepare` and
+`metrics.evaluate`, all seven metrics with their intervals and the scores of each row. torch-fidelity:
+`prc_features_to_metric` with batches of 10,000, the form that does not hold all pairs. prdc: `compute_prdc`, precision,
+recall, density and coverage, which holds all pairs three times and so runs on fewer rows. Largest difference: of
+precision and recall from ours. Peak: high-water mark of the process, features included."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _claims(case: Case, runs: dict[str, dict[str, Any]]) -> list[table.Claim]:
     return claims
 
 
-# ---- the sides, in processes of their own ------------------------------------------------------------------------------
+# ---- the sides, in processes of their own ----------------------------------------------------------------------------
 
 
 def _load(vectors: str, real: int) -> tuple[np.ndarray, np.ndarray]:

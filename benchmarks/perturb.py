@@ -1,4 +1,4 @@
-"""Algorithm 1 as the workflow runs it against the authors' loop: one forward and one backward pass a step, and nothing else."""
+"""Algorithm 1 as the workflow runs it against the authors' loop: a forward and a backward pass a step, nothing else."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ CHUNK, STEPS, EPSILON = 8, 10, 0.1
 DENOISING_STEPS = 10
 
 TEXT = f"""\
-The demo's generator (a DDPM of 8 px digits, DDIM at {DENOISING_STEPS} steps, each network call a checkpoint) and its index
-(EfficientNet-lite0 at 64 px). T = {STEPS}, epsilon = {EPSILON:g}, chunks of {CHUNK}, one direction, 1 thread. Bare loop: latents
-moved along the sign of the gradient T times, one forward and backward pass each, on the same models and batches; it looks at no
-score, keeps no best iterate and saves no image. Ours, in the same process and in turn with it: what an actor does with a
-chunk, from latents to images, features and predicted densities before and after. The workflow: median over the chunks of one
-actor of `perturb.py`, beside search, encoding and writing in other processes."""
+The demo's generator (a DDPM of 8 px digits, DDIM at {DENOISING_STEPS} steps, each network call a checkpoint) and its
+index (EfficientNet-lite0 at 64 px). T = {STEPS}, epsilon = {EPSILON:g}, chunks of {CHUNK}, one direction, 1 thread.
+Bare loop: latents moved along the sign of the gradient T times, one forward and backward pass each, on the same models
+and batches; it looks at no score, keeps no best iterate and saves no image. Ours, in the same process and in turn with
+it: what an actor does with a chunk, from latents to images, features and predicted densities before and after. The
+workflow: median over the chunks of one actor of `perturb.py`, beside search, encoding and writing in other
+processes."""
 
 
 def measure(quick: bool) -> table.Section:
@@ -69,7 +70,7 @@ def _settings(index: str, generator: str, output: str, n: int) -> PerturbSetting
 
 
 def in_turn(index: str, generator: str, rounds: int) -> dict[str, float]:
-    """Median seconds a sample of the bare loop and of ours, in turn on other chunks after one of each that is not timed."""
+    """Median seconds a sample of the bare loop and of ours, in turn on other chunks; the first of each is not timed."""
     settings, real = _settings(index, generator, "unused", rounds * CHUNK + CHUNK), realset.open_realset(index)
     opened = open_generator(settings.generator)
     job = perturb_workflow.job_of(settings, real, setup.facts_of(opened), "cpu", "unused")

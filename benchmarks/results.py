@@ -2,8 +2,8 @@
 
 python benchmarks/results.py --output docs digits-ddpm=runs/results/digits-ddpm emoji-gan=runs/results/emoji-gan ...
 
-Writes OUTPUT/results-NAME-SPACE.png, a copy of each figure, and prints a Markdown table for each NAME. What the tables mean
-is written by hand in docs/results.md, since no program can say it.
+Writes OUTPUT/results-NAME-SPACE.png, a copy of each figure, and prints a Markdown table for each NAME. What the tables
+mean is written by hand in docs/results.md, since no program can say it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def _tradeoff(name: str, folder: str, rows: list[dict[str, Any]], output: Path) 
         for row in own:
             values = " | ".join(_cell(row, metric) for metric in COLUMNS)
             mark = " *" if row["frontier"] else ""
-            print(
-                f"| {row['setting']}{mark} | {100 * row['acceptance_rate']:.3g}% | {row['effective_sample_size']:.0f} | {values} |"
-            )
+            accepted, size = 100 * row["acceptance_rate"], row["effective_sample_size"]
+            print(f"| {row['setting']}{mark} | {accepted:.3g}% | {size:.0f} | {values} |")
 
 
 def _cell(row: dict[str, Any], metric: str) -> str:

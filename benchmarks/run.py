@@ -4,8 +4,8 @@
     make bench ARGS="--only selfjoin"
     make bench ARGS=--quick
 
-Meant for a machine that does nothing else. A full run takes about 40 minutes on 2 cores, `--quick` a few; the latter only
-shows that everything runs, so it writes to runs/bench-quick unless --output says otherwise.
+Meant for a machine that does nothing else. A full run takes about 40 minutes on 2 cores, `--quick` a few; the latter
+only shows that everything runs, so it writes to runs/bench-quick unless --output says otherwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/scaling.md: what runs cost that nobody has paid for, by benchmarks/costs.py and a simulation.
+"""Writes the tables of docs/scaling.md: costs of runs that nobody has paid for, by costs.py and a simulation.
 
 python benchmarks/scaling.py              # writes the tables between the marks in docs/scaling.md; seconds
 python benchmarks/scaling.py --check      # exit code 1 where the page is not what the code gives
@@ -147,14 +147,34 @@ def assumptions() -> str:
     rows = [
         ["node", f"{NODE_CORES:.0f} cores like the measured ones, {NODE_BYTES / costs.GIB:.0f} GiB", "choice"],
         ["network of a node", "10 Gbit/s each way", "AWS documents it for 32 vCPUs (m5.8xlarge)"],
-        ["requests", f"{costs.GETS_PER_S:,.0f} GET/s, {costs.PUTS_PER_S:,.0f} PUT/s in all", "AWS documents at least these per partitioned prefix"],
-        ["answer of the store", f"{costs.REQUEST_S * 1e3:.0f} ms", "AWS writes of tens of milliseconds for small requests"],
-        ["spot nodes", f"each lost {SPOT.losses_per_hour:g} times an hour, replaced after {SPOT.replace_s:.0f} s", "no source"],
-        ["probed cells", "30 at 88,192 rows, growing by N^0.32; scanned rows 2.9% falling by N^-0.185", "two data sets of docs/benchmarks.md, extrapolated"],
-        ["spread of a query over A search processes", "A^0.49", "docs/benchmarks.md, real features, up to 16 shards; extrapolated"],
+        [
+            "requests",
+            f"{costs.GETS_PER_S:,.0f} GET/s, {costs.PUTS_PER_S:,.0f} PUT/s in all",
+            "AWS documents at least these per partitioned prefix",
+        ],
+        [
+            "answer of the store",
+            f"{costs.REQUEST_S * 1e3:.0f} ms",
+            "AWS writes of tens of milliseconds for small requests",
+        ],
+        [
+            "spot nodes",
+            f"each lost {SPOT.losses_per_hour:g} times an hour, replaced after {SPOT.replace_s:.0f} s",
+            "no source",
+        ],
+        [
+            "probed cells",
+            "30 at 88,192 rows, growing by N^0.32; scanned rows 2.9% falling by N^-0.185",
+            "two data sets of docs/benchmarks.md, extrapolated",
+        ],
+        [
+            "spread of a query over A search processes",
+            "A^0.49",
+            "docs/benchmarks.md, real features, up to 16 shards; extrapolated",
+        ],
         ["threads of k-means and of searches", "as fast as that many cores", "measured for 2"],
         ["fit of the predictor", "all of `--estimator.epochs`", "patience ends it earlier, by an unknown number"],
-    ]  # fmt: skip
+    ]
     return table(["what", "value", "source"], rows)
 
 
@@ -184,17 +204,32 @@ def phases_table(phases: Sequence[costs.Phase], machines: costs.Fleet) -> str:
 
 FORMULAS = {
     "listing: walk and sort": ("`listing._list`", "N·list_s + 2·files/1000 requests; 96 B a row, of packed images 40"),
-    "index: train the quantizer": ("`build._train_template`", "20·(64·cells)·cells·D FLOP on `--index.actor_cpus` threads, cells = 4·√N; 8·D·64·cells B"),
-    "index: deal rows to shards": ("`build._fill_cells`", "⌈S / max(4, min(64, object store/2 in shards, 10⁵/G))⌉ passes over all features, G = N/65,536"),
-    "neighbors: search": ("`neighbors._join_block`", "block tasks: N·cells·coarse_s + N·A·merge_s on A + 1 threads; each process N·(4·D + 8)/A B"),
-    "densities: normalizer and ranks": ("`densities._calibrate`", "N·calibrate_s; 61.6 B a row, and 8 B a row on every node after it"),
-    "estimator: fit the predictor": ("`estimator._fit`", "epochs·(0.8·N·epoch_s + all features read again + 2·parts requests)"),
+    "index: train the quantizer": (
+        "`build._train_template`",
+        "20·(64·cells)·cells·D FLOP on `--index.actor_cpus` threads, cells = 4·√N; 8·D·64·cells B",
+    ),
+    "index: deal rows to shards": (
+        "`build._fill_cells`",
+        "⌈S / max(4, min(64, object store/2 in shards, 10⁵/G))⌉ passes over all features, G = N/65,536",
+    ),
+    "neighbors: search": (
+        "`neighbors._join_block`",
+        "block tasks: N·cells·coarse_s + N·A·merge_s on A + 1 threads; each process N·(4·D + 8)/A B",
+    ),
+    "densities: normalizer and ranks": (
+        "`densities._calibrate`",
+        "N·calibrate_s; 61.6 B a row, and 8 B a row on every node after it",
+    ),
+    "estimator: fit the predictor": (
+        "`estimator._fit`",
+        "epochs·(0.8·N·epoch_s + all features read again + 2·parts requests)",
+    ),
     "report: draw": ("`report._gather`", "11 requests a part, one after the other"),
-}  # fmt: skip
+}
 
 
 def serial() -> str:
-    """What one process does, or what limits the others: formula, seconds and memory at 100 nodes and default settings."""
+    """What one process does, or what limits others: formula, seconds and memory at 100 nodes and default settings."""
     machines = fleet(100)
     found: dict[str, list[str]] = {title: [] for title in FORMULAS}
     for count in SIZES.values():

@@ -14,17 +14,18 @@ from benchmarks import datasets, joins, process, table
 from pd_core.index import recall
 
 TEXT = f"""\
-D = {datasets.DIM}, k = {joins.K}, all rows against all rows, leave-one-out. Every side runs in a process of its own with
-{joins.THREADS} threads (Ray: 1 actor of 2 threads, or 2 actors of 1 thread), in turn; loading is not timed. The IVF sides
-search one and the same index file with the same nprobe, so they compare the same pairs. (a) `IndexIVFFlat.search` and (c)
-`IndexFlatL2.search` treat queries independently and are timed on every n-th row only ("queries"); times are per query.
-(b) `faiss.contrib.big_batch_search`, method pairwise_distances, all rows at once; its blocks are small, so that one thread
-can beat two: both are tried, the faster is (b). Ours in one process: what a
-search actor does (blocks of 65,536 queries; probes, cells as matrix products, distances again from differences, self
-removed by id). Ours on Ray: the stage, committed features to committed neighbors (so Parquet is read and
-written, and queries cross the object store, while all other sides start and end in memory), with all its processes awake ("start-up s" is how long
-they take to wake, open their shards and answer {joins.TINY_ROWS} rows). Recall@20 and the error of the mean distance are measured against (c) on the
-rows that (c) searched. nprobe is what our calibration chose for recall 0.99 unless it is marked as fixed."""
+D = {datasets.DIM}, k = {joins.K}, all rows against all rows, leave-one-out. Every side runs in a process of its own
+with {joins.THREADS} threads (Ray: 1 actor of 2 threads, or 2 actors of 1 thread), in turn; loading is not timed. The
+IVF sides search one and the same index file with the same nprobe, so they compare the same pairs. (a)
+`IndexIVFFlat.search` and (c) `IndexFlatL2.search` treat queries independently and are timed on every n-th row only
+("queries"); times are per query. (b) `faiss.contrib.big_batch_search`, method pairwise_distances, all rows at once; its
+blocks are small, so that one thread can beat two: both are tried, the faster is (b). Ours in one process: what a search
+actor does (blocks of 65,536 queries; probes, cells as matrix products, distances again from differences, self removed
+by id). Ours on Ray: the stage, committed features to committed neighbors (so Parquet is read and written, and queries
+cross the object store, while all other sides start and end in memory), with all its processes awake ("start-up s" is
+how long they take to wake, open their shards and answer {joins.TINY_ROWS} rows). Recall@20 and the error of the mean
+distance are measured against (c) on the rows that (c) searched. nprobe is what our calibration chose for recall 0.99
+unless it is marked as fixed."""
 
 SHARDS = [1, 2, 4, 8, 16]
 FIXED = 64  # nprobe where the calibration says that exact search is cheaper
@@ -363,8 +364,9 @@ def _memory_table(everything: Everything) -> table.Table:
 
 def _traffic_table(everything: Everything) -> table.Table:
     title = (
-        "Rows sent from a block of queries to shards, per query, counted at the nprobe compared (one actor per shard); each is "
-        f"{datasets.DIM * 4:,} bytes. Shards of random rows would be sent every row: as many as there are shards"
+        "Rows sent from a block of queries to shards, per query, counted at the nprobe compared (one actor per shard); "
+        f"each is {datasets.DIM * 4:,} bytes. Shards of random rows would be sent every row: as many as there are "
+        "shards"
     )
     made = table.Table(
         title, ["data", "N", "nprobe", *(f"{s} shards" for s in SHARDS), "2 shards, as the stage counted"]

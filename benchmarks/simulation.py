@@ -1,7 +1,7 @@
 """Plays a run phase by phase on a cluster of nodes that fail: what the closed forms of benchmarks/costs.py leave out.
 
-Nodes are lost at a rate, one by one, and are there again after a while. What a lost node was doing is done again: a task
-from its start, by whoever is free. Two kinds of phases:
+Nodes are lost at a rate, one by one, and are there again after a while. What a lost node was doing is done again: a
+task from its start, by whoever is free. Two kinds of phases:
 
 * Independent tasks. A free slot takes the next one. The tail is there (the last tasks run alone), and so is what a long
   task in one process costs: it begins again each time its node is lost, up to `ATTEMPTS` times.
@@ -143,7 +143,8 @@ def _independent(phase: costs.Phase, fleet: costs.Fleet, spot: Spot, rng: np.ran
 def _joined(phase: costs.Phase, fleet: costs.Fleet, spot: Spot, rng: np.random.Generator) -> tuple[float, float]:
     """Blocks that all nodes answer, a window of them under way at a time.
 
-    `phase.tasks` search processes; a block is finished when the last node has answered it, and only then another one begins.
+    `phase.tasks` search processes; a block is finished when the last node has answered it, and only then another one
+    begins.
     """
     nodes = min(fleet.nodes, phase.tasks)
     blocks = phase.blocks

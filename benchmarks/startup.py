@@ -16,8 +16,9 @@ HELP_REPEATS = 5
 WORKFLOW = "workflows/build_index.py"
 
 TEXT = """\
-`--help`: the whole process, from the shell. The demo: the two commands that `make demo` runs once `.venv` is there, into
-empty folders, so it includes writing the images and the checkpoint, starting Ray, every stage, MLflow and the report."""
+`--help`: the whole process, from the shell. The demo: the two commands that `make demo` runs once `.venv` is there,
+into empty folders, so it includes writing the images and the checkpoint, starting Ray, every stage, MLflow and the
+report."""
 
 
 def measure(quick: bool) -> table.Section:

@@ -1,4 +1,4 @@
-"""Batches of weighted images for fine-tuning, from PNG files to uint8 pixels, against torch's DataLoader with a weighted sampler."""
+"""Batches of weighted images for fine-tuning, from PNG files to pixels, against torch's DataLoader and its weights."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ ABOVE = 0.2  # share of the images that have it
 FLAT = 1.1
 
 TEXT = f"""\
-Ours: `stream.batches` for one worker on a Ray of its own, {WORKERS} tasks of {resources.DECODE_CPUS:g} CPUs. Loader: torch's
-DataLoader with a WeightedRandomSampler, {WORKERS} worker processes, pinned memory off, a Dataset that reads, decodes and resizes by
-the same functions (`decode.decode`, `resize.resize`). Same PNG files (3,786 emoji of 64 px), batches of {BATCH}, nothing is done
-with a batch. Weights: {WEIGHT:g} for {ABOVE:.0%} of the images and 1 for the others, or all equal; ours decodes an image once for
-the {stream.TASK_IMAGES} draws of a task, which is a gain where weights differ. In turn, each run in a new process. Rate: images per
-second from the first batch to the last; what comes before it is start-up, shown beside it, Ray's own start apart.
-Memory: peak resident memory of the process that consumes the batches, and of the largest of Ray's that make them, for the same
-number of steps from N and from 10 N images (hard links). Flat is taken to be a growth of at most {FLAT:g}."""
+Ours: `stream.batches` for one worker on a Ray of its own, {WORKERS} tasks of {resources.DECODE_CPUS:g} CPUs. Loader:
+torch's DataLoader with a WeightedRandomSampler, {WORKERS} worker processes, pinned memory off, a Dataset that reads,
+decodes and resizes by the same functions (`decode.decode`, `resize.resize`). Same PNG files (3,786 emoji of 64 px),
+batches of {BATCH}, nothing is done with a batch. Weights: {WEIGHT:g} for {ABOVE:.0%} of the images and 1 for the
+others, or all equal; ours decodes an image once for the {stream.TASK_IMAGES} draws of a task, which is a gain where
+weights differ. In turn, each run in a new process. Rate: images per second from the first batch to the last; what comes
+before it is start-up, shown beside it, Ray's own start apart. Memory: peak resident memory of the process that consumes
+the batches, and of the largest of Ray's that make them, for the same number of steps from N and from 10 N images (hard
+links). Flat is taken to be a growth of at most {FLAT:g}."""
 
 
 def measure(quick: bool) -> table.Section:

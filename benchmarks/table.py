@@ -1,4 +1,4 @@
-"""What a benchmark reports, and the two files it ends in: benchmarks.json with all figures, benchmarks.md made of it."""
+"""What a benchmark reports, and its two files: benchmarks.json with all figures, benchmarks.md made of it."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ WEIGHTS = [0.01, 0.02, 0.05, 0.1, 0.2, 5, 10, 20, 50, 100]
 STEPS = 10
 
 TEXT = f"""\
-The demo's index and generator (8 px digits, DDIM at {STEPS} steps), 2 cores. Ours: `tradeoff.py` over {len(THRESHOLDS)} thresholds
-x {len(WEIGHTS)} weights and the generator itself, from the pilot to the report. Other side: for a setting `generate.py` and
-then `evaluate.py` on what it made, reports included; three of the {len(THRESHOLDS) * len(WEIGHTS)} settings are run (of low,
-middle and high acceptance rate), their mean times {len(THRESHOLDS) * len(WEIGHTS)} is the other side's time. Each run begins
-with Ray's start, as both would. Check: precision and recall of the three must be those of the curve, up to the difference
-between reading the pool's pictures in one batch order or another."""
+The demo's index and generator (8 px digits, DDIM at {STEPS} steps), 2 cores. Ours: `tradeoff.py` over {len(THRESHOLDS)}
+thresholds x {len(WEIGHTS)} weights and the generator itself, from the pilot to the report. Other side: for a setting
+`generate.py` and then `evaluate.py` on what it made, reports included; three of the {len(THRESHOLDS) * len(WEIGHTS)}
+settings are run (of low, middle and high acceptance rate), their mean times {len(THRESHOLDS) * len(WEIGHTS)} is the
+other side's time. Each run begins with Ray's start, as both would. Check: precision and recall of the three must be
+those of the curve, up to the difference between reading the pool's pictures in one batch order or another."""
 
 SETTINGS = [("p80", 100), ("p50", 5), ("p20", 0.2)]
 

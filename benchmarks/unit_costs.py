@@ -3,10 +3,10 @@
     python benchmarks/unit_costs.py                # about two minutes on 2 cores
     python benchmarks/unit_costs.py --only search
 
-Every figure is of one thread of one core, in seconds of CPU time, unless its name says otherwise: CPU time moves less than
-the clock on a machine that does other work too. Each measurement runs in as many processes at once as there are cores, and is
-their mean: a core of a busy cluster shares caches and memory with busy neighbors. What is a benchmark already
-(docs/benchmarks.json) is not measured again here.
+Every figure is of one thread of one core, in seconds of CPU time, unless its name says otherwise: CPU time moves less
+than the clock on a machine that does other work too. Each measurement runs in as many processes at once as there are
+cores, and is their mean: a core of a busy cluster shares caches and memory with busy neighbors. What is a benchmark
+already (docs/benchmarks.json) is not measured again here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def cpu_s(work: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def models() -> dict[str, float]:
-    """A forward pass per image at 224 px, batch of 64, fp32, channels_last; random weights, on which time does not depend."""
+    """A forward pass per image at 224 px, batch of 64, fp32, channels_last; weights are random, as time is the same."""
     import timm
     import torch
 
@@ -132,7 +132,7 @@ def listing() -> dict[str, float]:
 
 
 def parquet() -> dict[str, float]:
-    """A features part of 4,096 rows and its neighbors part: to Parquet with its hash, and back; local disk, page cache."""
+    """A features part of 4,096 rows and its neighbors part, to Parquet with its hash and back: local disk, cached."""
     import pyarrow as pa
 
     from benchmarks import joins
@@ -168,7 +168,7 @@ def parquet() -> dict[str, float]:
 
 
 def records() -> dict[str, float]:
-    """Per part of a stage: writing an empty one with its record, reading the record, and what the driver holds of it."""
+    """Per part of a stage: writing an empty one with its record, reading the record, the driver's memory of it."""
     import tracemalloc
 
     from pd_core.core import artifacts, files
@@ -195,7 +195,7 @@ def records() -> dict[str, float]:
 
 
 def search() -> dict[str, float]:
-    """Pairs compared by a search actor, exact and by cells, for two D; the coarse step; merging the answer of one actor."""
+    """Pairs compared by a search actor, exact and by cells, for two D; the coarse step; merging one actor's answer."""
     import torch
 
     from benchmarks import datasets
@@ -284,7 +284,7 @@ def ranks() -> dict[str, float]:
 
 
 def fitting() -> dict[str, float]:
-    """The density predictor, a row in an epoch, one thread, layers of 512, 256 and 128; the first pass over the parts."""
+    """The density predictor: a row in an epoch, one thread, layers of 512, 256 and 128; the first pass over parts."""
     from pd_core.core.settings.index import EstimatorSettings
     from pd_core.density import fit
 
@@ -307,7 +307,7 @@ def fitting() -> dict[str, float]:
 
 
 def tasks() -> dict[str, float]:
-    """Ray on this machine: a first task with what it imports, with torch too on all cores, one that does nothing, a piece of many, a block of Ray Data."""
+    """Ray on this machine: a first task with what it imports, one that does nothing, pieces, blocks of Ray Data."""
     import ray.data
 
     with session.session(str(process.WORK)):

@@ -19,11 +19,11 @@ CHECKED = 300  # rows compared with brute force
 TARGET = 10.0
 
 TEXT = f"""\
-N different pictures of 64 px (crops of emoji, digits and photographs, benchmarks/datasets.py) as PNG in Parquet files; EfficientNet-lite0 at
-64 px, exact index, k = 20, all defaults. Anew: `build_index.py` on N images, from Ray's start to the report. Update: the same
-command with `--base` after a file with {SHARE:.0%} of N more was put beside the others. The whole build would have had those too: the
-ratio is a little too low. Check: neighbors and distances of {CHECKED} rows after the update, half of them new, are those of brute force
-over the features of all."""
+N different pictures of 64 px (crops of emoji, digits and photographs, benchmarks/datasets.py) as PNG in Parquet files;
+EfficientNet-lite0 at 64 px, exact index, k = 20, all defaults. Anew: `build_index.py` on N images, from Ray's start to
+the report. Update: the same command with `--base` after a file with {SHARE:.0%} of N more was put beside the others.
+The whole build would have had those too: the ratio is a little too low. Check: neighbors and distances of {CHECKED}
+rows after the update, half of them new, are those of brute force over the features of all."""
 
 
 def measure(quick: bool) -> table.Section:

@@ -96,7 +96,8 @@ def running_head(directory: Path, *options: str, port: int = 0, **environment: s
         *(RAY, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
         f"--metrics-export-port={ports[3]}",
-        f"--dashboard-agent-listen-port={ports[4]}",  # that of another Ray on this machine may be in use: no agent, no job
+        # that of another Ray on this machine may be in use: no agent, no job
+        f"--dashboard-agent-listen-port={ports[4]}",
         *options,
     ]
     dashboard = f"http://127.0.0.1:{ports[1]}"

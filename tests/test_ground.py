@@ -1,4 +1,4 @@
-"""The ground the project stands on: pinned versions, import directions, what is printed, and papers that tell the truth."""
+"""The ground the project stands on: pinned versions, import directions, what is printed, what papers say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python watch_nodes.py ADDRESS`: one line of JSON twice a second: time, worker nodes with and without GPU, and pending demands."""
+"""`python watch_nodes.py ADDRESS`: twice a second a line of JSON: time, worker nodes by kind, pending demands."""
 
 import json
 import sys

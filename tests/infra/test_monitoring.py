@@ -1,6 +1,6 @@
-"""infra/monitoring: every metric that an alarm or a panel asks for exists, and so do its labels; PromQL by Prometheus' own grammar.
+"""infra/monitoring: what alarms and panels ask for exists, and its labels too; PromQL by Prometheus' own grammar.
 
-Where promtool is installed (it comes with Prometheus), it checks the files too, and plays the alarms through rules_test.yaml.
+Where promtool is installed (it comes with Prometheus), it checks the files, and plays the alarms of rules_test.yaml.
 """
 
 import json
@@ -20,23 +20,29 @@ from pd_core.engine import telemetry
 FOLDER = Path(__file__).resolve().parents[2] / "infra" / "monitoring"
 README = (FOLDER / "README.md").read_text()
 DASHBOARDS = sorted((FOLDER / "dashboards").glob("*.json"))
-OURS = {counter.exported: {"workflow", *counter.tags} for counter in telemetry.COUNTERS}
 
-# Metrics of Ray 2.60 that we ask for, with the labels we use. tests/engine/test_telemetry.py finds them in the scrape of a real head.
-RAYS_OWN = {
+
+def load(name: str) -> dict:
+    return yaml.safe_load((FOLDER / name).read_text())
+
+
+ALARMS = [rule for group in load("rules.yaml")["groups"] for rule in group["rules"]]
+CRONJOB = load("../kubernetes/schedule/cronjob.yaml")["metadata"]
+OURS = {counter.exported: {"workflow", *counter.tags} for counter in telemetry.COUNTERS}
+KNOWN = {  # metrics with their labels
+    **OURS,
+    # of Ray 2.60; tests/engine/test_telemetry.py finds them in the scrape of a real head
     "ray_node_disk_utilization_percentage": {"ip"},
     "ray_node_mem_used": {"ip"},
     "ray_node_mem_total": {"ip"},
     "ray_cluster_active_nodes": set(),
     "ray_unintentional_worker_failures_total": set(),
+    # of Prometheus, and of kube-state-metrics
+    "up": {"job", "instance"},
+    "kube_cronjob_created": {"namespace", "cronjob"},
+    "kube_cronjob_spec_suspend": {"namespace", "cronjob"},
+    "kube_cronjob_status_last_successful_time": {"namespace", "cronjob"},
 }
-PROMETHEUS_OWN = {"up": {"job", "instance"}}
-CRONJOB = yaml.safe_load((FOLDER.parent / "kubernetes" / "schedule" / "cronjob.yaml").read_text())["metadata"]
-KUBE_STATE_METRICS = {
-    f"kube_cronjob_{name}": {"namespace", "cronjob"}
-    for name in ("created", "spec_suspend", "status_last_successful_time")
-}
-KNOWN = {**OURS, **RAYS_OWN, **PROMETHEUS_OWN, **KUBE_STATE_METRICS}
 VALUES = {  # of labels that have a closed list
     "outcome": {*telemetry.OUTCOMES, "released", "nothing_new", "held_back"},
     "namespace": {CRONJOB["namespace"]},
@@ -47,13 +53,6 @@ VALUES = {  # of labels that have a closed list
 }
 # What Grafana puts in the place of its variables: its own, and a number or a pattern for those of the dashboard.
 VARIABLES = {"$__rate_interval": "1m", "$__range": "6h", "$workflow": ".*", "$cpu_hour": "0.04", "$gpu_hour": "1.00"}
-PROMTOOL = shutil.which("promtool")
-with_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
-
-
-def alarms() -> list[dict]:
-    groups = yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
 
 
 def panels(dashboard: dict) -> Iterator[dict]:
@@ -62,28 +61,26 @@ def panels(dashboard: dict) -> Iterator[dict]:
         yield from panel.get("panels", [])
 
 
-def filled(text: str) -> str:
-    """An expression of a dashboard as Grafana sends it."""
-    for name in sorted(VARIABLES, key=len, reverse=True):
-        text = text.replace(name, VARIABLES[name])
-    return text
-
-
 def expressions() -> dict[str, str]:
-    """Every PromQL expression by where it stands."""
-    found = {rule["alert"]: rule["expr"] for rule in alarms()}
+    """Every PromQL expression by where it stands, those of dashboards as Grafana sends them."""
+    found = {rule["alert"]: rule["expr"] for rule in ALARMS}
     for path in DASHBOARDS:
         for panel in panels(json.loads(path.read_text())):
             for target in panel.get("targets", []):
-                found[f"{path.name}: {panel['title']} {panel['id']}{target['refId']}"] = filled(target["expr"])
+                text = re.sub(r"\$\w+", lambda name: VARIABLES[name[0]], target["expr"])
+                found[f"{path.name}: {panel['title']} {panel['id']}{target['refId']}"] = text
     return found
 
 
-def selectors(expression: str) -> list[promql_parser.VectorSelector]:
-    found: list[promql_parser.VectorSelector] = []
+EXPRESSIONS = expressions()
 
-    def visit(node) -> bool:
-        if isinstance(node, promql_parser.VectorSelector):
+
+def nodes(expression: str, kind: type) -> list:
+    """What of an expression is of a kind."""
+    found: list = []
+
+    def visit(node: object) -> bool:
+        if isinstance(node, kind):
             found.append(node)
         return True
 
@@ -91,53 +88,47 @@ def selectors(expression: str) -> list[promql_parser.VectorSelector]:
     return found
 
 
-def groupings(expression: str) -> set[str]:
-    """Labels that sums are grouped by."""
-    found: set[str] = set()
-
-    def visit(node) -> bool:
-        if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
-            found.update(node.modifier.labels)
-        return True
-
-    promql_parser.walk(promql_parser.parse(expression), visit)
-    return found
+def selectors(expression: str) -> list[promql_parser.VectorSelector]:
+    return nodes(expression, promql_parser.VectorSelector)
 
 
 def problems(expression: str) -> list[str]:
     """What of an expression no series will ever have."""
     found = []
-    asked = selectors(expression)
-    for selector in asked:
+    anywhere: set[str] = set()
+    for selector in selectors(expression):
         labels = KNOWN.get(selector.name or "")
         if labels is None:
             found.append(f"no metric {selector.name}")
             continue
+        anywhere |= labels
         for matcher in selector.matchers.matchers:
             if matcher.name not in labels:
                 found.append(f"{selector.name} has no label {matcher.name}")
             values = VALUES.get(matcher.name)
             if values and not set(matcher.value.split("|")) <= values:
                 found.append(f"{matcher.name} is never {matcher.value}")
-    anywhere = set().union(*(KNOWN.get(selector.name or "", set()) for selector in asked))
-    return found + [f"no metric has label {label}" for label in groupings(expression) - anywhere]
+    sums = nodes(expression, promql_parser.AggregateExpr)
+    grouped = {label for one in sums if one.modifier is not None for label in one.modifier.labels}
+    return found + [f"no metric has label {label}" for label in grouped - anywhere]
 
 
-@pytest.mark.parametrize("where", expressions())
-def test_every_metric_and_label_that_is_asked_for_exists(where):
-    expression = expressions()[where]
+@pytest.mark.parametrize("where", EXPRESSIONS)
+def test_every_metric_and_label_that_is_asked_for_exists(where: str) -> None:
+    expression = EXPRESSIONS[where]
     assert selectors(expression)
     assert problems(expression) == []
+    # at one instant of the past a series may be absent, since its scrape failed: what it counted would look new
+    assert re.findall(r"[^]\s]\s+offset\b", expression) == []
 
 
-@pytest.mark.parametrize("where", expressions())
-def test_the_past_is_a_range(where):
-    """At one instant of the past a series may be absent, since its scrape failed: what it counted before would look new."""
-    assert re.findall(r"[^]\s]\s+offset\b", expressions()[where]) == []
+def test_no_counter_of_ours_is_forgotten() -> None:
+    """A metric that nobody looks at is not worth its series."""
+    assert OURS.keys() <= {selector.name for text in EXPRESSIONS.values() for selector in selectors(text)}
 
 
 def test_an_accepted_image_costs_what_generating_and_scoring_held_and_no_self_join():
-    found = [expression for where, expression in expressions().items() if "Cost per thousand accepted" in where]
+    found = [expression for where, expression in EXPRESSIONS.items() if "Cost per thousand accepted" in where]
     assert len(found) == 2
     for expression in found:
         stages = {
@@ -165,12 +156,6 @@ def test_a_planted_fault_is_found(expression, problem):
     assert problems(expression) == [problem]
 
 
-def test_no_counter_of_ours_is_forgotten():
-    """A metric that nobody looks at is not worth its series."""
-    used = {selector.name for expression in expressions().values() for selector in selectors(expression)}
-    assert set(OURS) <= used
-
-
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.name)
 def test_a_dashboard_is_whole(path):
     dashboard = json.loads(path.read_text())
@@ -195,59 +180,57 @@ def test_a_dashboard_is_whole(path):
 
 
 def test_alarms_say_how_bad_they_are_and_the_readme_what_to_do():
-    names = [rule["alert"] for rule in alarms()]
+    names = [rule["alert"] for rule in ALARMS]
     assert len(names) == len(set(names)) >= 10
-    for rule in alarms():
+    for rule in ALARMS:
         assert rule["labels"]["severity"] in {"warning", "critical"} and rule["annotations"]["summary"]
     assert re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE) == [*OURS, *names]
 
 
 def test_every_alarm_is_played_to_ringing_and_to_silence():
-    tests = yaml.safe_load((FOLDER / "rules_test.yaml").read_text())["tests"]
+    tests = load("rules_test.yaml")["tests"]
     played = [(case["alertname"], bool(case["exp_alerts"])) for test in tests for case in test["alert_rule_test"]]
     for ringing in (True, False):
-        assert {name for name, rang in played if rang is ringing} == {rule["alert"] for rule in alarms()}
-    series = [s["series"] for test in tests for s in test["input_series"]]
-    for text in series:  # labels as they are: an alarm on a series that never comes proves nothing
+        assert {name for name, rang in played if rang is ringing} == {rule["alert"] for rule in ALARMS}
+    for text in (
+        series["series"] for test in tests for series in test["input_series"]
+    ):  # labels as they are: an alarm on a series that never comes proves nothing
         (selector,) = selectors(text)
         own = {m.name for m in selector.matchers.matchers} - {"WorkerId", "Component"}
         assert own == KNOWN[selector.name or ""], text
 
 
-@with_promtool
-def test_promtool_agrees():
-    assert PROMTOOL is not None
-    for argv in (
-        ["check", "config", "prometheus.yaml"],
-        ["check", "rules", "rules.yaml"],
-        ["test", "rules", "rules_test.yaml"],
-    ):
-        done = subprocess.run([PROMTOOL, *argv], cwd=FOLDER, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.parametrize(
+    "command", ["check config prometheus.yaml", "check rules rules.yaml", "test rules rules_test.yaml"]
+)
+def test_promtool_agrees(command):
+    done = subprocess.run(["promtool", *command.split()], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_files_of_the_composition_name_each_other():
-    services = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
+    services = load("compose.yaml")["services"]
     nodes = services.pop("nodes")
     mounts = dict(mount.split(":")[:2] for service in services.values() for mount in service["volumes"])
     for source in (name for name in mounts if name.startswith("./")):
         assert (FOLDER / source).exists(), source
     (config,) = [word.partition("=")[2] for word in services["prometheus"]["command"] if "config.file" in word]
-    prometheus = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
+    prometheus = load("prometheus.yaml")
     assert config in mounts.values()
     assert {f"/etc/prometheus/{name}" for name in prometheus["rule_files"]} <= set(mounts.values())
     (discovery,) = prometheus["scrape_configs"][0]["file_sd_configs"][0]["files"]
     assert Path(discovery).is_relative_to(mounts["nodes"])
     assert Path(discovery).name in nodes["entrypoint"][-1] and [m for m in mounts if m.startswith("/")] == []
-    (source,) = yaml.safe_load((FOLDER / "provisioning/datasources/prometheus.yaml").read_text())["datasources"]
+    (source,) = load("provisioning/datasources/prometheus.yaml")["datasources"]
     assert source["url"] == "http://prometheus:9090"
-    (provider,) = yaml.safe_load((FOLDER / "provisioning/dashboards/pd-core.yaml").read_text())["providers"]
+    (provider,) = load("provisioning/dashboards/pd-core.yaml")["providers"]
     assert mounts["./dashboards"] == provider["options"]["path"]
 
 
 def test_prometheus_is_handed_the_list_of_nodes_and_nothing_else_of_ray_s_folder(tmp_path):
     """The composition's command for real, on a folder as Ray 2.60 lays it out: a link leads into the newest session."""
-    service = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]["nodes"]
+    service = load("compose.yaml")["services"]["nodes"]
     source, target = (mount.split(":") for mount in service["volumes"])
     assert source == ["/tmp/ray", "/tmp/ray", "ro"] and service["network_mode"] == "none" and "ports" not in service
     ray, handed = tmp_path / "ray", tmp_path / "handed"
@@ -273,8 +256,8 @@ def test_prometheus_is_handed_the_list_of_nodes_and_nothing_else_of_ray_s_folder
 
 
 def test_the_pod_monitor_finds_the_pods():
-    monitor = yaml.safe_load((FOLDER / "podmonitor.yaml").read_text())
-    cluster = yaml.safe_load((FOLDER.parent / "kubernetes" / "cluster" / "raycluster.yaml").read_text())
+    monitor = load("podmonitor.yaml")
+    cluster = load("../kubernetes/cluster/raycluster.yaml")
     (label,) = monitor["spec"]["selector"]["matchLabels"].items()
     assert label == ("ray.io/cluster", cluster["metadata"]["name"])  # KubeRay puts it on every pod
     assert monitor["metadata"]["namespace"] == cluster["metadata"]["namespace"]
@@ -284,10 +267,8 @@ def test_the_pod_monitor_finds_the_pods():
         ports = [port for container in group["template"]["spec"]["containers"] for port in container["ports"]]
         assert [port["containerPort"] for port in ports if port["name"] == endpoint["port"]] == [8080]
     jobs = {f"{monitor['metadata']['namespace']}/{monitor['metadata']['name']}"}  # the operator's name for the job
-    jobs |= {
-        config["job_name"] for config in yaml.safe_load((FOLDER / "prometheus.yaml").read_text())["scrape_configs"]
-    }
-    for up in (rule["expr"] for rule in alarms() if "up{" in rule["expr"]):
+    jobs |= {config["job_name"] for config in load("prometheus.yaml")["scrape_configs"]}
+    for up in (rule["expr"] for rule in ALARMS if "up{" in rule["expr"]):
         (selector,) = selectors(up)
         assert {value for m in selector.matchers.matchers for value in m.value.split("|")} == jobs
 
@@ -300,4 +281,4 @@ def test_the_rules_fit_into_a_prometheus_rule():
     )
     made = yaml.safe_load(done.stdout)
     assert (made["kind"], made["metadata"]["namespace"]) == ("PrometheusRule", "pd-core")
-    assert made["spec"] == yaml.safe_load((FOLDER / "rules.yaml").read_text())
+    assert made["spec"] == load("rules.yaml")
