@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import pkgutil
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -258,13 +259,18 @@ def test_every_setting_that_a_paper_names_is_one() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_its_page_and_the_options_there_are_its_own(command: str) -> None:
+def test_every_command_has_its_page_and_what_it_shows_is_understood(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     code = _code(PAGES[command].read_text())
     assert re.search(rf"^pd-core {command} ", code, re.MULTILINE)
     for line in code.splitlines():  # a whole command, of this page or another; or options of this one
         name = line.split()[1] if line.startswith("pd-core ") else command
         told = set(re.findall(r"(?<=--)[a-z][\w.-]*", line))
         assert {option.removeprefix("no-") for option in told} <= _options(name), line
+        if line.startswith("pd-core ") and "--help" not in line and "my.yaml" not in line:
+            load.load(COMMANDS[name].settings, shlex.split(line)[2:], prog=name)
 
 
 def test_the_library_s_page_names_what_there_is() -> None:
