@@ -48,6 +48,7 @@ TRUST = [path for path in FILES if path.parent.name == "trust"]
 SCRIPTS = [path for path in FILES if path.suffix == ".sh"]
 PROGRAMS = [path for path in FILES if path.suffix == ".py"]
 PINS = [path for path in FILES if path.suffix == ".txt"]
+KINDS = (COMPOSE, LAUNCHERS, IMAGES, POLICIES, TRUST, SCRIPTS, PROGRAMS, PINS, MONITORING)
 
 
 def each(paths: list[Path]) -> pytest.MarkDecorator:
