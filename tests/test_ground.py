@@ -61,12 +61,12 @@ LAYERS = [name.strip("()") for name in reversed(CONTRACT["layers"])]
 ROOMS = [name for name in LAYERS if name not in ("api", "cli")]
 
 
-def _lint_imports(folder: Path, **sources: str) -> subprocess.CompletedProcess[str]:
-    """lint-imports with the project's own contracts over a package of the same rooms; `index__knn` is index/knn.py."""
+def _lint_imports(folder: Path, sources: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """lint-imports with the project's own contracts over a package of the same rooms; `index/knn` is index/knn.py."""
     shutil.copy(ROOT / "pyproject.toml", folder)
     files = {f"{room}/__init__": "" for room in ROOMS} | {"__init__": "", "api": "", "cli": ""}
     files |= dict.fromkeys(("density/formula", "density/weighting", "index/knn", "index/shards"), "")
-    for name, source in (files | {key.replace("__", "/"): source for key, source in sources.items()}).items():
+    for name, source in (files | sources).items():
         path = folder / "pd_core" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
@@ -75,51 +75,52 @@ def _lint_imports(folder: Path, **sources: str) -> subprocess.CompletedProcess[s
 
 
 def test_imports_up_the_list_are_allowed(tmp_path: Path) -> None:
-    result = _lint_imports(
-        tmp_path,
-        core__files="from pd_core.core import errors",
-        core__errors="",
-        index__shards="import faiss\nfrom pd_core.core import files",
-        index__knn="import faiss\nfrom pd_core.index import shards",
-        density__formula="from pd_core.core import errors",
-        evaluate__measure="from pd_core.generate import pilot",
-        generate__pilot="",
-    )
+    sources = {
+        "core/files": "from pd_core.core import errors",
+        "core/errors": "",
+        "index/shards": "import faiss\nfrom pd_core.core import files",
+        "index/knn": "import faiss\nfrom pd_core.index import shards",
+        "density/formula": "from pd_core.core import errors",
+        "evaluate/measure": "from pd_core.generate import pilot",
+        "generate/pilot": "",
+    }
+    result = _lint_imports(tmp_path, sources)
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize(
-    ("importer", "statement"),
-    [
-        ("core__files", "from pd_core.index import knn"),
-        ("engine__tracking", "import pd_core.report"),
-        ("report__page", "import pd_core.images"),
-        ("images__decode", "from pd_core.index import knn"),
-        ("index__build", "from pd_core.density import formula"),
-        ("build__plan", "import pd_core.generate"),
-        ("generate__verify", "import pd_core.curate"),
-        ("generators__open", "def late():\n    import pd_core.evaluate"),
-        ("density__formula", "import pd_core.images"),
-        ("density__weighting", "from pd_core.index import knn"),
-        ("index__build", "import faiss"),
-        ("density__fit", "def late():\n    import faiss"),
-        ("core__files", "import pd_core.api"),
-    ],
-)
-def test_a_planted_wrong_import_is_caught(tmp_path: Path, importer: str, statement: str) -> None:
-    result = _lint_imports(tmp_path, **{importer: statement})
-    named = importer.replace("__", r"\.")
-    imported = "faiss" if "faiss" in statement else r"pd_core\.[\w.]+"
+WRONG = [  # (file, what it must not import)
+    ("core/files", "pd_core.index.knn"),
+    ("core/files", "pd_core.api"),
+    ("engine/tracking", "pd_core.report"),
+    ("report/page", "pd_core.images"),
+    ("images/decode", "pd_core.index.knn"),
+    ("index/build", "pd_core.density.formula"),
+    ("index/build", "faiss"),
+    ("build/plan", "pd_core.generate"),
+    ("generate/verify", "pd_core.curate"),
+    ("generators/open", "pd_core.evaluate"),
+    ("density/formula", "pd_core.images"),
+    ("density/weighting", "pd_core.index.knn"),
+    ("density/fit", "faiss"),
+]
+
+
+def test_planted_wrong_imports_are_caught_also_inside_functions(tmp_path: Path) -> None:
+    sources: dict[str, str] = {}
+    for number, (importer, imported) in enumerate(WRONG):
+        sources[importer] = sources.get(importer, "") + f"def late_{number}():\n    import {imported}\n"
+    result = _lint_imports(tmp_path, sources)
     assert result.returncode != 0
-    assert re.search(rf"pd_core\.{named} -> {imported} ", result.stdout), result.stdout
+    found = set(re.findall(r"^\W*(pd_core\.[\w.]+) -> ([\w.]+) \(", result.stdout, re.MULTILINE))
+    assert found == {(f"pd_core.{importer.replace('/', '.')}", imported) for importer, imported in WRONG}
 
 
 def test_a_circle_inside_a_room_is_caught(tmp_path: Path) -> None:
-    result = _lint_imports(
-        tmp_path,
-        generators__pairs="from pd_core.generators import open",
-        generators__open="def late():\n    from pd_core.generators import pairs",
-    )
+    sources = {
+        "generators/pairs": "from pd_core.generators import open",
+        "generators/open": "def late():\n    from pd_core.generators import pairs",
+    }
+    result = _lint_imports(tmp_path, sources)
     assert result.returncode != 0
     assert "No cycles are allowed in pd_core.generators" in result.stdout
 
@@ -138,7 +139,7 @@ def test_the_papers_list_the_rooms_in_the_order_of_the_contract() -> None:
 
 
 def test_a_new_room_must_be_given_its_place(tmp_path: Path) -> None:
-    result = _lint_imports(tmp_path, helpers="")
+    result = _lint_imports(tmp_path, {"helpers": ""})
     assert result.returncode != 0
     assert "helpers" in result.stdout
 
