@@ -185,8 +185,8 @@ def test_the_lists_are_whole() -> None:
     mlflow = listed(INFRA / "mlflow" / "requirements.txt")
     assert needed(["mlflow"]) | {"flask-wtf", "psycopg2-binary", "boto3"} <= mlflow.keys()
     assert lists.keys() == {"faiss-cpu", "faiss-gpu", "cloud-aws", "cloud-gcp"}
-    for variant, more in lists.items():  # a second version would replace the first
-        assert not base.keys() & more.keys(), variant
+    for variant, added in lists.items():  # a second version would replace the first
+        assert not base.keys() & added.keys(), variant
     assert lists["faiss-gpu"]["faiss-gpu"] == CONSTRAINTS["faiss-cpu"]
     # each boto3 asks for the botocore of its own number
     assert {versions.get("boto3") for versions in (mlflow, lists["cloud-aws"])} == {CONSTRAINTS["botocore"]}
