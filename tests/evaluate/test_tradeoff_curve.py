@@ -186,6 +186,7 @@ def test_the_same_command_makes_nothing_again_and_a_lost_setting_comes_back_the_
     assert "every stage was finished already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_part_of_the_pool_that_was_cut_short_comes_back_and_nothing_follows_from_it(built, swept, capsys):
     """Its file is a newer one then, but holds what the listing of the pool has listed."""
     before = tiny.tables(swept)
@@ -259,6 +260,7 @@ def test_bad_input_is_one_line_and_exit_2(built, tmp_path, capsys, more, line):
     assert line in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_volumes_that_cannot_be_measured_are_refused_by_the_options_of_this_workflow(built, tmp_path, capsys):
     """No polarity is asked for: those of the default for TorchScript."""
     gan = f"--generator.path={tiny_generators.save_bars(tmp_path / 'bars.pt')}"

@@ -286,7 +286,10 @@ def test_bad_input_is_one_line_and_exit_2(built, modules, tmp_path, capsys, more
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("detached", "have no gradient in the latents"), ("constant", "the gradient is zero for all 4 samples")],
+    [
+        pytest.param("detached", "have no gradient in the latents", marks=pytest.mark.slow),
+        ("constant", "the gradient is zero for all 4 samples"),
+    ],
 )
 def test_a_module_without_a_gradient_is_refused_by_run_and_dry_run(built, modules, tmp_path, capsys, kind, expected):
     more = ("--dry-run",) if kind == "constant" else ()

@@ -191,11 +191,7 @@ def _plan(
         s.name: curve.weighting_of(s, real, pilot.log_volume, settings.bins) for s in found if s.method != "truncation"
     }
     densities = pilot.densities(settings.score)
-    deciding = {
-        s.name: (np.asarray(pilot.log_volume if s.method == "polarity" else densities), weightings[s.name])
-        for s in found
-        if s.name in weightings
-    }
+    deciding = {s.name: (_deciding(s, pilot, densities), weightings[s.name]) for s in found if s.name in weightings}
     most = settings.max_candidates or POOL_TIMES * settings.n
     wanted = tradeoff_points.pool_needed(deciding.values(), settings.n, most)
     chunks = max(-(-settings.n // settings.chunk), min(-(-wanted // settings.chunk), most // settings.chunk))
@@ -207,6 +203,13 @@ def _plan(
     if short:
         lines.append(f"pool: too small for {', '.join(short)}, which are left out; raise --max-candidates (now {most})")
     return Planned(recipe, weightings, pool, chunks * settings.chunk, open_index, "\n".join(lines))
+
+
+def _deciding(setting: Setting, pilot: generate_pilot.Pilot, densities: np.ndarray) -> np.ndarray:
+    if setting.method != "polarity":
+        return densities
+    assert pilot.log_volume is not None, "a pilot of a run with polarities has volumes"
+    return pilot.log_volume
 
 
 def _recipe(
