@@ -152,11 +152,11 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
 
 def _summary(totals: Mapping[str, Any]) -> str:
     share = totals["predicted_share"]
-    told = "says nothing, since its densities underflow to 0" if share is None else f"says {100 * share:.3g}%"
+    claim = "says nothing, since its densities underflow to 0" if share is None else f"says {100 * share:.3g}%"
     return (
         f"{totals['confirmed']} of {totals['rows']} images ({100 * totals['confirmed_share']:.3g}%, 95%: "
         f"{100 * totals['confirmed_low']:.3g}% ... {100 * totals['confirmed_high']:.3g}%) confirmed by the index; "
-        f"the predictor {told}"
+        f"the predictor {claim}"
     )
 
 

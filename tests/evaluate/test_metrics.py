@@ -95,13 +95,13 @@ def test_all_pairs_in_float64_give_the_same(real, generated, offset):
     expected, realism, rarity, d = brute_force(real, generated)
     for name in MANIFOLD:
         assert result.estimates[name].value == pytest.approx(expected[name], abs=1e-12)
-    told = result.answers
+    answers = result.answers
     # a float32 distance errs by (D + 2)/2 + 1 units of 2^-24 (tests/index/test_knn.py), a ratio of two by twice that:
     # 3e-6 at D = 40
-    np.testing.assert_allclose(told.realism, realism, rtol=5e-6)
-    np.testing.assert_allclose(told.rarity, rarity, rtol=5e-6)
-    np.testing.assert_allclose(told.nearest_distance, np.sqrt(d.min(1)), rtol=5e-6)
-    assert np.array_equal(told.nearest, d.argmin(1))  # the first of several
+    np.testing.assert_allclose(answers.realism, realism, rtol=5e-6)
+    np.testing.assert_allclose(answers.rarity, rarity, rtol=5e-6)
+    np.testing.assert_allclose(answers.nearest_distance, np.sqrt(d.min(1)), rtol=5e-6)
+    assert np.array_equal(answers.nearest, d.argmin(1))  # the first of several
 
 
 def test_replicates_are_the_metrics_of_half_of_the_rows(monkeypatch):
