@@ -38,7 +38,8 @@ class Case:
         argv: of the workflow. output: local path or s3://. env: of the driver, beside this process's.
         events: files by which a run's progress is counted that an undisturbed run leaves.
         folder: of the logs.
-        runs: drivers started. kills: tried. hits: kills that met something that ran. reruns: runs needed after the first.
+        runs: drivers started. kills: tried. hits: kills that met something that ran. reruns: runs needed after the
+            first.
         lines: with which runs ended that failed. tracebacks: whether a driver ended with one.
     """
 

@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine, whose workers and nodes can be killed; ended by the ids of its own processes."""
+"""A cluster of several nodes on this machine, whose workers and nodes can be killed; ended by their own ids."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Nodes:
     """A head and NODES worker nodes, of which `env` is the way to them for a driver."""
 
     def __init__(self) -> None:
-        # Ray's other programs on this machine must not take this cluster for theirs, nor we theirs: a token, and a folder
-        # of its own (short: the paths of sockets are limited).
+        # Ray's other programs on this machine must not take this cluster for theirs, nor we theirs: a token, and a
+        # folder of its own (short: the paths of sockets are limited).
         self.folder = tempfile.mkdtemp(prefix="chaos-")
         self.env = {
             "RAY_AUTH_MODE": "token",

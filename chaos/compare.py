@@ -25,7 +25,8 @@ MAY_DIFFER = {
     "report/index.html": "shows how long stages took",
     "training/summary.json": "holds the seconds of a step",
     "training/state-*.pt": "holds the same values, pickled; torch's archive is not compared to the byte",
-    "sets/*/listing/part-*.parquet": "marks the files of the samples by when they were written, also where the run itself made them",
+    "sets/*/listing/part-*.parquet": "marks the files of the samples by when they were written, "
+    "also where the run itself made them",
 }
 MAY_DIFFER_TOTALS = {
     "report.bytes": "the page shows how long stages took",

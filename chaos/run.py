@@ -87,7 +87,7 @@ class Chaos:
 
     @functools.cache  # noqa: B019
     def _undisturbed_on_s3(self, workflow: str) -> tuple[Path, str]:
-        """The same in a bucket, of images and an index in it, whose listing knows files by other marks: a copy, and where it was."""
+        """The same in a bucket, whose listings mark files otherwise, of inputs in it: a copy, and where it was."""
         env = self.site.weed().server.env
         with _environment(env):
             output, inputs = self._to_bucket(f"{workflow}-none".replace("_", "-"))

@@ -50,7 +50,8 @@ def told(result: Result) -> str:
         return f"NOT DONE: {result['broken']}"
     text = (
         f"{result['hits']} of {result['kills']} hit, {result['runs']} runs, {result['reruns']} of them to resume, "
-        f"{result['lost']} rows lost, {result['doubled']} doubled, {len(result['differing'])} parts differ, {result['seconds']} s"
+        f"{result['lost']} rows lost, {result['doubled']} doubled, {len(result['differing'])} parts differ, "
+        f"{result['seconds']} s"
     )
     return "; ".join([text, *result["differing"][:5], *result["lines"][-1:]])
 

@@ -25,7 +25,8 @@ class Inputs:
         images: 150 images of 16 px in three folders, and three files that are none.
         index: output of build_index on them.
         few: half of the images, as a set to evaluate.
-        checkpoint: of the tiny extractor. bars: a differentiable TorchScript generator. ddpm: a tiny diffusion pipeline.
+        checkpoint: of the tiny extractor. bars: a differentiable TorchScript generator. ddpm: a tiny diffusion
+            pipeline.
     """
 
     images: str
@@ -63,17 +64,101 @@ CHAIN = {
 }
 JUDGED = {"evaluation.every": 4, "evaluation.n": 24, "evaluation.chunk": 8}
 
-# fmt: off
-WORKFLOWS: dict[str, Callable[[Inputs], Settings]] = {  # by the name of its file in workflows/: settings but for --output
-    "build_index": lambda i: {"data.source": i.images, "data.labels": "parent", "data.max_bad_fraction": 0.1, "features.model": tiny.MODEL, "features.checkpoint": i.checkpoint} | SMALL | SHORT,
-    "generate": lambda i: {"index": i.index, "checkpoint": i.checkpoint, "n": 90, "weighting.threshold": "p60", "weighting.weight": 10, "chunk": 16, "pilot": 64, "images": 6, "score": "both", "keep_rejected": True, "export": "webdataset"} | TOY,
-    "perturb": lambda i: {"index": i.index, "checkpoint": i.checkpoint, "generator.path": i.bars, "n": 32, "chunk": 4, "part_rows": 8, "direction": "both", "epsilon": 0.3, "steps": 5, "images": 5} | BARS,
-    "evaluate": lambda i: {"real": i.index, "checkpoint": i.checkpoint, "samples": [i.few, i.images], "data.max_bad_fraction": 0.1, "images": 2} | EXTRACTION,
-    "tradeoff": lambda i: {"index": i.index, "checkpoint": i.checkpoint, "n": 70, "thresholds": '["p30", "p60"]', "weights": "[0.2, 5]", "chunk": 16, "pilot": 64, "images": 2} | TOY | EXTRACTION,
-    "finetune": lambda i: {"index": i.index, "checkpoint": i.checkpoint, "generator.path": i.ddpm, "weighting.threshold": "p80", "weighting.weight": 33, "steps": 12, "images": 4} | DDPM | TRAINING | JUDGED,
-    "curate": lambda i: {"data.source": i.images, "data.labels": "parent", "data.max_bad_fraction": 0.1, "features.model": tiny.MODEL, "features.checkpoint": i.checkpoint} | SMALL | {"estimator.epochs": 3} | CHAIN | TOY,
+WORKFLOWS: dict[str, Callable[[Inputs], Settings]] = {  # by the name of its file in workflows/, without --output
+    "build_index": lambda i: (
+        {
+            "data.source": i.images,
+            "data.labels": "parent",
+            "data.max_bad_fraction": 0.1,
+            "features.model": tiny.MODEL,
+            "features.checkpoint": i.checkpoint,
+        }
+        | SMALL
+        | SHORT
+    ),
+    "generate": lambda i: (
+        {
+            "index": i.index,
+            "checkpoint": i.checkpoint,
+            "n": 90,
+            "weighting.threshold": "p60",
+            "weighting.weight": 10,
+            "chunk": 16,
+            "pilot": 64,
+            "images": 6,
+            "score": "both",
+            "keep_rejected": True,
+            "export": "webdataset",
+        }
+        | TOY
+    ),
+    "perturb": lambda i: (
+        {
+            "index": i.index,
+            "checkpoint": i.checkpoint,
+            "generator.path": i.bars,
+            "n": 32,
+            "chunk": 4,
+            "part_rows": 8,
+            "direction": "both",
+            "epsilon": 0.3,
+            "steps": 5,
+            "images": 5,
+        }
+        | BARS
+    ),
+    "evaluate": lambda i: (
+        {
+            "real": i.index,
+            "checkpoint": i.checkpoint,
+            "samples": [i.few, i.images],
+            "data.max_bad_fraction": 0.1,
+            "images": 2,
+        }
+        | EXTRACTION
+    ),
+    "tradeoff": lambda i: (
+        {
+            "index": i.index,
+            "checkpoint": i.checkpoint,
+            "n": 70,
+            "thresholds": '["p30", "p60"]',
+            "weights": "[0.2, 5]",
+            "chunk": 16,
+            "pilot": 64,
+            "images": 2,
+        }
+        | TOY
+        | EXTRACTION
+    ),
+    "finetune": lambda i: (
+        {
+            "index": i.index,
+            "checkpoint": i.checkpoint,
+            "generator.path": i.ddpm,
+            "weighting.threshold": "p80",
+            "weighting.weight": 33,
+            "steps": 12,
+            "images": 4,
+        }
+        | DDPM
+        | TRAINING
+        | JUDGED
+    ),
+    "curate": lambda i: (
+        {
+            "data.source": i.images,
+            "data.labels": "parent",
+            "data.max_bad_fraction": 0.1,
+            "features.model": tiny.MODEL,
+            "features.checkpoint": i.checkpoint,
+        }
+        | SMALL
+        | {"estimator.epochs": 3}
+        | CHAIN
+        | TOY
+    ),
 }
-# fmt: on
 
 
 LAST = {"curate": releases.LATEST}  # the file that is written last, where that is not run.json

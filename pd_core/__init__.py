@@ -6,7 +6,7 @@ The library is `pd_core.api`; its names are offered here and imported when one i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pd_core.api import Index, density_coverage, frechet_distance, precision_recall, pseudo_density
+    from pd_core.api import Index, density_coverage, frechet_distance, precision_recall, pseudo_density, vendi_score
     from pd_core.api import open as open  # noqa: A004
     from pd_core.core.errors import RunError, UserError
 
@@ -19,6 +19,7 @@ __all__ = [
     "open",
     "precision_recall",
     "pseudo_density",
+    "vendi_score",
 ]
 
 

@@ -435,6 +435,11 @@ def frechet_distance(real: ArrayLike, generated: ArrayLike) -> float:
     return metrics.frechet_distance(*_sides(real, generated, 1))
 
 
+def vendi_score(features: ArrayLike) -> float:
+    """Effective number of different rows of features, float [N, D] (Friedman & Dieng 2022). Raises UserError."""
+    return metrics.vendi_score(_rows("features", features, 1))
+
+
 def _sides(real: ArrayLike, generated: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
     one, other = _rows("real", real, k), _rows("generated", generated, k)
     if one.shape[1] != other.shape[1]:

@@ -154,6 +154,7 @@ def test_metrics_take_floats_of_any_width():
     for name in ("precision_recall", "density_coverage", "frechet_distance"):
         expected = getattr(metrics, name)(real, generated)
         assert getattr(pd_core, name)(real.astype(np.float64), generated.tolist()) == expected
+    assert pd_core.vendi_score(real.tolist()) == metrics.vendi_score(real)
 
 
 def test_thresholds_are_those_of_the_workflow(opened, built):

@@ -1,8 +1,9 @@
-"""Releases: immutable sets with their lineage, the gates that let one become the latest, and what changed since the last.
+"""Releases: immutable sets with their lineage, gates that let one become the latest, and what changed since the last.
 
-`releases/<date>-<hash>/` is one artifact: the samples of each recipe (`NAME/part-*.parquet`), `metrics.parquet`, `release.json`
-(lineage, gates, settings, changes) and a README.md that data set tools read. The hash is of everything that decides the content, down
-to the stages of the index, so the same index and settings give the same release, on whatever day. `latest.json` names the one that passed last.
+`releases/<date>-<hash>/` is one artifact: the samples of each recipe (`NAME/part-*.parquet`), `metrics.parquet`,
+`release.json` (lineage, gates, settings, changes) and a README.md that data set tools read. The hash is of everything
+that decides the content, down to the stages of the index, so the same index and settings give the same release, on
+whatever day. `latest.json` names the one that passed last.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Set:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate said of one recipe. value, last: of the metric now and in the latest release; None where there is none."""
+    """What a gate said of one recipe. value, last: of the metric now and in the latest release; None: absent."""
 
     recipe: str
     metric: str
@@ -66,8 +67,9 @@ class Verdict:
 def judge(gates: Sequence[GateSettings], numbers: Numbers, last: Numbers) -> list[Verdict]:
     """Every gate on every recipe that it is for.
 
-    A metric without a finite value fails its gate. A bound on the change from the latest release holds where that has no such recipe
-    or no finite value, and fails where it measured another number of images, with which most metrics move: not comparable.
+    A metric without a finite value fails its gate. A bound on the change from the latest release holds where that has
+    no such recipe or no finite value. It fails where that measured another number of images, with which most metrics
+    move.
     """
     return [
         _verdict(gate, recipe, values, last.get(recipe, {}))
@@ -165,7 +167,7 @@ def pointer(root: str) -> dict[str, Any]:
 
 
 def settle(root: str) -> None:
-    """Where a person has written another `release` into `latest.json`, let the rest of it follow; call it with the lock held."""
+    """Where a person has written another `release` into `latest.json`, let the rest of it follow; needs the lock."""
     there = pointer(root)
     if not there or there.get("uri") == (uri := f"{RELEASES}/{there['release']}"):
         return
@@ -210,8 +212,8 @@ def open_latest(root: str) -> Release | None:
     record = record_of(root, name)
     if record is None:
         raise UserError(
-            f"{files.join(root, LATEST)}: names {name}, whose {RECORD} is not there any more, or not whole; restore it, or "
-            f"delete {LATEST} to begin without a release to compare with"
+            f"{files.join(root, LATEST)}: names {name}, whose {RECORD} is not there any more, or not whole; restore "
+            f"it, or delete {LATEST} to begin without a release to compare with"
         )
     return Release(name, files.join(root, RELEASES, name), record)
 
@@ -276,58 +278,43 @@ def run(
         last: the latest release until now.
         mending: the release was whole before; what it says of itself stays, where that can be read.
     """
-    done = stage.finished_parts()
-    adopt = tasks.task(_adopt)
-    todo = [(made, part) for made in sets for part in made.artifact.parts if f"{made.name}/{part.name}" not in done]
-    with console.progress("release", sum(len(made.artifact.parts) for made in sets), "parts", len(done)) as bar:
-        submit = lambda item: adopt.remote(stage, item[0].name, item[0].uri, item[1])  # noqa: E731
-        for _ in tasks.bounded(submit, todo, tasks.in_flight):
-            bar.update(1)
-    if mending and RECORD in done:
+    taken = {f"{made.name}/{part.name}": (made.uri, part) for made in sets for part in made.artifact.parts}
+    adopt = tasks.task(artifacts.Stage.adopt)
+    submit = lambda names: adopt.remote(stage, *taken[names[0]], names[0])  # noqa: E731
+    parts = tasks.make_missing(stage, [[name] for name in taken], submit)
+    done = stage.finished_parts() if mending else {}
+    if RECORD in done:
         whole = files.read_json(files.join(stage.uri, RECORD))
+        parts.append(done[RECORD])
     else:
         changes = tasks.get(tasks.task(_changes).remote(sets, last, dict(record["numbers"])))
         whole = dict(record) | {"changes": changes, "last": None if last is None else last.name}
-        stage.write_part(RECORD, json.dumps(whole, indent=1).encode(), 0)
-    if not mending or METRICS not in done:
-        stage.write_table(METRICS, measured)
-    stage.write_part(CARD, _card(stage, sets, whole).encode(), 0)
-    parts = list(stage.finished_parts().values())
-    rows = {made.name: sum(p.rows for p in parts if p.name.startswith(f"{made.name}/")) for made in sets}
-    if rows != (wanted := {made.name: made.artifact.rows for made in sets}):
-        raise RunError(f"{stage.uri}: holds {rows} rows of {wanted}; run the same command again")
-    return parts, {"rows": rows, "gates_hold": whole["gates_hold"]}
-
-
-def _adopt(stage: artifacts.Stage, name: str, uri: str, part: artifacts.Part) -> None:
-    stage.adopt(uri, part, f"{name}/{part.name}")
+        parts.append(stage.write_part(RECORD, json.dumps(whole, indent=1).encode(), 0))
+    parts.append(done.get(METRICS) or stage.write_table(METRICS, measured))
+    parts.append(stage.write_part(CARD, _card(stage, sets, whole).encode(), 0))
+    return parts, {"rows": {made.name: made.artifact.rows for made in sets}, "gates_hold": whole["gates_hold"]}
 
 
 def _changes(sets: Sequence[Set], last: Release | None, numbers: Numbers) -> dict[str, Any]:
-    """Of each recipe: images that the last release has too, that are new, and that are gone; and each number before and now.
+    """Of each recipe: images that the last release has too, new ones, those that are gone; each number before and now.
 
-    Images are told by 64 bits of their hash: 8 bytes each in memory, and of ten million a pair is alike by chance once in 400,000 releases.
+    Images are told by 64 bits of their hash: 8 bytes each in memory, and of ten million a pair is alike by chance once
+    in 400,000 releases.
     """
+    numbers_before = {} if last is None else last.record["numbers"]
     changes: dict[str, Any] = {}
     for made in sets:
         now = _hashes(made.uri, [part.name for part in made.artifact.parts])
-        before = np.empty(0, np.uint64)
-        old_numbers: Mapping[str, float] = {}
-        if last is not None:
-            before = _hashes(last.uri, _readable(last, made.name))
-            old_numbers = last.record["numbers"].get(made.name, {})
+        before = np.empty(0, np.uint64) if last is None else _hashes(last.uri, _readable(last, made.name))
+        old, new = numbers_before.get(made.name, {}), numbers[made.name]
         same = int(np.isin(now, before).sum())
-        new = numbers[made.name]
         changes[made.name] = {
             "images_kept": same,
             "images_new": len(now) - same,
             "images_gone": int((~np.isin(before, now)).sum()),
-            "numbers": {k: [old_numbers.get(k), new.get(k)] for k in sorted({*old_numbers, *new})},
+            "numbers": {k: [old.get(k), new.get(k)] for k in sorted({*old, *new})},
         }
-    if last is not None:
-        gone = sorted(set(last.record["numbers"]) - {made.name for made in sets})
-        changes |= {name: {"recipe": "gone"} for name in gone}
-    return changes
+    return changes | {name: {"recipe": "gone"} for name in sorted(set(numbers_before) - set(changes))}
 
 
 def _readable(release: Release, recipe: str) -> list[str]:
@@ -359,8 +346,9 @@ def _card(stage: artifacts.Stage, sets: Sequence[Set], record: Mapping[str, Any]
     ]
     gates = "".join(f"- {'holds' if v['holds'] else 'FAILS'}: {Verdict(**v).describe()}\n" for v in record["verdicts"])
     return (
-        f"---\nconfigs:\n{configs}---\n\n# {stage.uri.rpartition('/')[2]}\n\nSynthetic images, selected by pseudo density. Lineage, "
-        f"settings and changes: `{RECORD}`.\n\n{head}{''.join(lines)}\nGates:\n\n{gates or '- none were set'}\n"
+        f"---\nconfigs:\n{configs}---\n\n# {stage.uri.rpartition('/')[2]}\n\nSynthetic images, selected by pseudo "
+        f"density. Lineage, settings and changes: `{RECORD}`.\n\n{head}{''.join(lines)}\n"
+        f"Gates:\n\n{gates or '- none were set'}\n"
     )
 
 
@@ -380,9 +368,7 @@ def say_unknown_held(root: str) -> None:
 
 
 def is_held_by_hand(root: str, name: str) -> bool:
-    """Whether `latest.json` names this release in `held`, where who went back to an older one put it; of whatever day: one that was
-    deleted and made again is the same.
-    """
+    """Whether `latest.json` names this release in `held`, of whatever day: one deleted and made again is the same."""
     return _digest_of(name) in map(_digest_of, pointer(root).get("held", []))
 
 
@@ -411,12 +397,7 @@ def point(root: str, name: str, token: int, verdicts: Sequence[Verdict], last: R
         "moved": _now(),
         "lock_token": token,
         "last": None if last is None else last.name,
-        "verdicts": as_json(verdicts),
+        "verdicts": [asdict(verdict) for verdict in verdicts],
         "held": there.get("held", []),
     }
     files.write_bytes(uri, json.dumps(moved, indent=1).encode())
-
-
-def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """For the record."""
-    return [asdict(verdict) for verdict in verdicts]

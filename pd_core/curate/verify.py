@@ -56,7 +56,7 @@ def _file_differences(uri: str, artifact: artifacts.Artifact) -> dict[str, list[
 
 
 def release_differences(artifact: artifacts.Artifact) -> list[str]:
-    """What in the commit record of a release contradicts itself; where nothing does, its names lead nowhere but into its folder."""
+    """What in the commit record of a release contradicts itself; where nothing does, its names lead into its folder."""
     found = generate_verify.own_differences(artifact)
     sets = artifact.totals.get("rows")
     if not isinstance(sets, dict) or not sets or not all(SET_NAME.fullmatch(name) for name in sets):

@@ -1,10 +1,10 @@
-"""The scheduled job: index what is new, generate by recipes, measure, release what passes its gates; what workflows/curate.py calls.
+"""The scheduled job: index what is new, generate by recipes, measure, release what passes its gates.
 
-Under `output`: `lock/`, `index/VERSION/` (each an output of build_index), `candidates/VERSION/` (outputs of generate and
-evaluate), `releases/DATE-HASH/`, `latest.json`. A VERSION ends with a hash of everything that decides its content: a run that was
-broken off is found again by the next one, which goes on with it; a run that finds nothing new makes nothing, except for what has been
-damaged since in the current index and the latest release. A source that changes
-while a version is made gives another version: let the first, long build run on a source that rests.
+Under `output`: `lock/`, `index/VERSION/` (each an output of build_index), `candidates/VERSION/` (outputs of generate
+and evaluate), `releases/DATE-HASH/`, `latest.json`. A VERSION ends with a hash of everything that decides its content:
+a run that was broken off is found again by the next one, which goes on with it; a run that finds nothing new makes
+nothing, except for what has been damaged since in the current index and the latest release. A source that changes while
+a version is made gives another version: let the first, long build run on a source that rests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -124,20 +124,23 @@ class _Now:
 
 
 def _gpus(run: Run, asked: float | None, before: str | None) -> float | None:
-    """GPUs of each actor; where the settings leave it open as `before`, on cpu or cuda, whether a GPU happens to be up or not."""
+    """GPUs of each actor; where the settings leave it open as `before`, on cpu or cuda, whether a GPU is up or not."""
     gpus = resources.gpus_to_ask(run.now, asked, before)
     return 0.0 if gpus is None and before == "cpu" else gpus
 
 
 def _build_settings(settings: CurateSettings, output: str, base: str | None) -> BuildIndexSettings:
-    values = {name: getattr(settings, name) for name in SECTIONS}
-    # what a run with other versions of packages or another base has left of this version is replaced, stage by stage
-    more = {"output": output, "base": base, "tracking": settings.tracking, "overwrite": True}
-    return load.made(BuildIndexSettings, **values, **more)
+    sections = {name: getattr(settings, name) for name in SECTIONS}
+    return load.made(BuildIndexSettings, output=output, base=base, **sections, **_of_every_run(settings))
+
+
+def _of_every_run(settings: CurateSettings) -> dict[str, Any]:
+    """What a run with other versions of packages or another base has left is replaced, stage by stage."""
+    return {"tracking": settings.tracking, "overwrite": True}
 
 
 def _index(run: Run, settings: CurateSettings, lease: locks.Lease) -> Version:
-    """The index of the source as it is now: one that is finished already, an update of the current one, or one built anew."""
+    """The index of the source as it is now: one that is finished, an update of the current one, or one built anew."""
     root = files.join(run.output, INDEX)
     current = _current(root)
     version, now = _version_of_now(run, settings, current)
@@ -172,8 +175,8 @@ def _index(run: Run, settings: CurateSettings, lease: locks.Lease) -> Version:
 def _is_of(version: Version, state: sources.State) -> bool:
     """Whether a version is finished and whole, and its listing is of this state of the source.
 
-    Where what nothing follows from is damaged, such as the report, and cannot be mended by itself any more, since the base is gone, it
-    is left so.
+    Where what nothing follows from is damaged, such as the report, and cannot be mended by itself any more, since the
+    base is gone, it is left so.
     """
     if not files.exists(files.join(version.uri, RUN)):
         return False
@@ -184,16 +187,14 @@ def _is_of(version: Version, state: sources.State) -> bool:
         console.say(f"index: {damage}{'' if mends else f'; left so, since {base} is not there any more'}")
         if mends:
             return False
-    listed = artifacts.load_artifact(files.join(version.uri, "listing"))
-    assert listed is not None, "it is whole"
-    if listed.identity["state"] != state:
+    if _committed(files.join(version.uri, "listing")).identity["state"] != state:
         console.say(f"index: {version.uri}: the source changed while it was made")
         return False
     return True
 
 
 def _damage(uri: str, stages: Sequence[str]) -> str | None:
-    """What is wrong with a finished version, or None: a listing of each folder of these stages, and of what is made beside them."""
+    """What is wrong with a finished version, or None; lists each folder of these stages, and of those beside them."""
     record = files.read_record(files.join(uri, RUN))
     if record is None:
         return f"{uri} is not there any more"
@@ -207,7 +208,7 @@ def _damage(uri: str, stages: Sequence[str]) -> str | None:
 
 
 def _claim(uri: str) -> dict[str, Any] | None:
-    """What was noted in a version that was begun; None for one that was not, also where it was half deleted: that is finished."""
+    """What was noted in a version that was begun, or None; what is left of a half deleted one is deleted."""
     begun: dict[str, Any] | None = files.read_record(files.join(uri, BEGUN))
     if begun is None or begun.get("deleted"):
         files.remove_folder(uri)
@@ -226,7 +227,7 @@ def _make_current(root: str, version: Version, lease: locks.Lease) -> None:
 
 
 def _version_of_now(run: Run, settings: CurateSettings, current: Version | None) -> tuple[Version, _Now]:
-    """By a hash of what decides the content of the index: how many processes make it does not, nor where the weights lie.
+    """By a hash of what decides the content of the index; the number of processes and the weights' place do not.
 
     Versions of packages are not in it: what is finished is not made again for a new one.
     """
@@ -273,7 +274,7 @@ def _named(root: str, digest: str) -> str:
 
 
 def _generate_settings(settings: CurateSettings, recipe: RecipeSettings, index: str, folder: str) -> GenerateSettings:
-    generator, how = settings.generator, settings.generation
+    generator = settings.generator
     if recipe.labels is not None:
         generator = generator.model_copy(update={"labels": recipe.labels})
     return load.made(
@@ -284,18 +285,13 @@ def _generate_settings(settings: CurateSettings, recipe: RecipeSettings, index: 
         source=settings.data.source,
         generator=generator,
         weighting=recipe.weighting,
-        n=recipe.n,
-        seed=recipe.seed,
-        score=recipe.score,
-        drop_copies=recipe.drop_copies,
-        tracking=settings.tracking,
-        overwrite=True,  # what a run with other versions of packages has left
-        **how.model_dump(),
+        **recipe.model_dump(include={"n", "seed", "score", "drop_copies"}),
+        **settings.generation.model_dump(),
+        **_of_every_run(settings),
     )
 
 
 def _evaluate_settings(settings: CurateSettings, index: str, samples: list[str], folder: str) -> EvaluateSettings:
-    how = settings.evaluation
     return load.made(
         EvaluateSettings,
         real=index,
@@ -303,13 +299,8 @@ def _evaluate_settings(settings: CurateSettings, index: str, samples: list[str],
         output=files.join(folder, EVALUATION),
         checkpoint=settings.features.checkpoint,
         source=settings.data.source,
-        n=how.n,
-        n_real=how.n_real,
-        judge=how.judge,
-        metrics=how.metrics,
-        extraction=how.extraction,
-        tracking=settings.tracking,
-        overwrite=True,
+        **settings.evaluation.model_dump(),
+        **_of_every_run(settings),
     )
 
 
@@ -353,7 +344,7 @@ def _make_release(
     lease: locks.Lease,
     mending: bool,
 ) -> None:
-    """Make what the recipes ask for, measure it, and write the release. mending: one that was made before and is not whole."""
+    """Make what the recipes ask for, measure it, write the release. mending: it was made before and is not whole."""
     sets, measured = _sets(run, settings, index, identity, lease)
     numbers = releases.numbers_of(sets, measured)
     verdicts = _judge(settings, numbers, last)
@@ -365,7 +356,7 @@ def _make_release(
         "settings": settings.model_dump(mode="json"),
         "versions": artifacts.package_versions(),
         "numbers": numbers,
-        "verdicts": releases.as_json(verdicts),
+        "verdicts": [asdict(verdict) for verdict in verdicts],
         "gates_hold": all(verdict.holds for verdict in verdicts),
     }
     stage = releases.stage_of(run.output, identity)
@@ -433,34 +424,39 @@ def _sets(
     lease: locks.Lease,
 ) -> tuple[list[releases.Set], pa.Table]:
     """The samples of every recipe, and the rows of their evaluation; each in a folder by what decides it."""
-    root = files.join(run.output, CANDIDATES)
     sets, outputs = [], []
     for recipe in settings.recipes:
-        folder = _named(root, releases.digest(identity["sets"][recipe.name]))
-        if _claim(folder) is None:
-            _mark(folder, {})
+        folder = _candidates(run, identity["sets"][recipe.name])
         asked = _generate_settings(settings, recipe, index.uri, folder)
         workflow.generate(asked)
         lease.check()
         outputs.append(str(asked.output))
         uri = files.join(outputs[-1], "samples")
-        artifact = artifacts.load_artifact(uri)
-        assert artifact is not None, "generate has committed it"
-        sets.append(releases.Set(recipe.name, uri, artifact))
-    measured = {name: identity[name] for name in ("sets", "evaluation")}
-    folder = _named(root, releases.digest(measured))
-    if _claim(folder) is None:
-        _mark(folder, {})
+        sets.append(releases.Set(recipe.name, uri, _committed(uri)))
+    folder = _candidates(run, {name: identity[name] for name in ("sets", "evaluation")})
     evaluate_workflow.evaluate(_evaluate_settings(settings, index.uri, outputs, folder))
     lease.check()
     metrics = files.join(folder, EVALUATION, "metrics")
-    artifact = artifacts.load_artifact(metrics)
-    assert artifact is not None, "evaluate has committed it"
-    return sets, pa.concat_tables([files.read_table(files.join(metrics, part.name)) for part in artifact.parts])
+    parts = _committed(metrics).parts
+    return sets, pa.concat_tables([files.read_table(files.join(metrics, part.name)) for part in parts])
+
+
+def _candidates(run: Run, decides: Mapping[str, Any]) -> str:
+    """The folder of what follows from these values, begun."""
+    folder = _named(files.join(run.output, CANDIDATES), releases.digest(decides))
+    if _claim(folder) is None:
+        _mark(folder, {})
+    return folder
+
+
+def _committed(uri: str) -> artifacts.Artifact:
+    artifact = artifacts.load_artifact(uri)
+    assert artifact is not None, "the workflow before has committed it"
+    return artifact
 
 
 def _clear(settings: CurateSettings, lease: locks.Lease) -> None:
-    """Delete all but the newest versions of the index and of the candidates; releases hold what they need themselves."""
+    """Delete all but the newest versions of the index and of the candidates; releases hold what they need."""
     lease.confirm()
     output = str(settings.output)
     current = _current(files.join(output, INDEX))
@@ -498,8 +494,8 @@ def plan_curate(settings: CurateSettings) -> None:
         if current is None:
             counted = listing.count(sources.open_source(settings.data))
             console.say(
-                f"plan: index: built from {counted['rows']:,} images of {settings.data.source}; build_index.py --dry-run with these "
-                f"{', '.join(SECTIONS)} tells its cost"
+                f"plan: index: built from {counted['rows']:,} images of {settings.data.source}; build_index.py "
+                f"--dry-run with these {', '.join(SECTIONS)} tells its cost"
             )
         elif _is_of(version, now.state):
             console.say(f"plan: index: the source is as it was for {version.uri}")

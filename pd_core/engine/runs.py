@@ -90,6 +90,17 @@ class Run:
         for later in self.stages[self.stages.index(name) + 1 if name in self.stages else 0 :]:
             core_files.delete_file(core_files.join(self.output, later, core_files.ARTIFACT))
 
+    def report(self, identity: Mapping[str, Any], make: Callable[[], Drawn], replace: bool = False) -> None:
+        """Complete the report stage; `identity` and `make` as for `report_stage` and `draw`."""
+        stage = report_stage(self.output, identity)
+        self.stage(stage, lambda: draw(stage, make), replace)
+
+    def gpus_to_ask(self, asked: float | None, stage: str) -> float | None:
+        """GPUs of each actor of the stage at this URI; where they are left open, by the device that it was begun on."""
+        with failures(self.name_of(stage), stage):
+            begun = None if self.settings.overwrite else core_artifacts.begun_identity(stage)
+        return resources.gpus_to_ask(self.now, asked, (begun or {}).get("device"))
+
     def name_of(self, uri: str) -> str:
         """Folder of a stage in the output."""
         return uri.removeprefix(self.output).strip("/")

@@ -1,15 +1,16 @@
-"""Balanced half-samples: the spread of a metric over halves of the rows tells its standard error, from one pass over pairs.
+"""Balanced half-samples: a metric's spread over halves of the rows tells its standard error, from one pass over pairs.
 
-Rows fall into GROUPS groups by a hash of their id. A replicate is the metric of half of the groups of the real side and half
-of those of the generated side. The spread of such delete-half estimates about their mean estimates the variance of the
-metric on all rows, for statistics too that are not smooth (Shao & Wu, Annals of Statistics 17, 1989).
+Rows fall into GROUPS groups by a hash of their id. A replicate is the metric of half of the groups of the real side and
+half of those of the generated side. The spread of such delete-half estimates about their mean estimates the variance of
+the metric on all rows, for statistics too that are not smooth (Shao & Wu, Annals of Statistics 17, 1989).
 
-Which halves: not drawn but balanced (McCarthy, Review of the ISI 37, 1969). Row i of a 16 x 16 Hadamard matrix splits the
-groups in two; each of the 15 splits is used with both of its halves on the real side times both on the generated side, 60
-replicates. For a statistic that is linear in the rows the spread over them is exactly the variance from the 16 group
-means, sides independent; as many random halves add their own noise of 1/sqrt(2 R), 9% of the standard error.
+Which halves: not drawn but balanced (McCarthy, Review of the ISI 37, 1969). Row i of a 16 x 16 Hadamard matrix splits
+the groups in two; each of the 15 splits is used with both of its halves on the real side times both on the generated
+side, 60 replicates. For a statistic that is linear in the rows the spread over them is exactly the variance from the 16
+group means, sides independent; as many random halves add their own noise of 1/sqrt(2 R), 9% of the standard error.
 
-The same id is in the same group in every set, so that replicates of two sets that share rows, or a side, share that half.
+The same id is in the same group in every set, so that replicates of two sets that share rows, or a side, share that
+half.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def estimate(value: float, replicates: np.ndarray, lowest: float = -math.inf, hi
 
 
 def share_estimate(value: float, replicates: np.ndarray, rows: int) -> Estimate:
-    """The same for a share of `rows` rows, at least as wide as Wilson's score interval (JASA 22, 1927) of as many draws.
+    """The same for a share of `rows` rows, at least as wide as Wilson's score interval (JASA 22, 1927) of that many.
 
     Where all or none of them are counted no replicate differs, and their spread alone would leave no doubt.
     """

@@ -1,13 +1,13 @@
-"""Which generated rows lie in which balls of real rows and the reverse: one exact pass over all pairs, in bounded memory.
+"""Which generated rows lie in which balls of real rows, and the reverse: one exact pass over pairs, in bounded memory.
 
-A ball reaches from a row to its k-th nearest other row of the same set. Of every pair the pass asks a score, the squared
-distance by a float32 matrix product with a proved bound on its rounding error (knn.score_error). Where the bound leaves an
-answer open, the distance is computed from the differences as the radii were, with the same bits: a pair on the boundary
-of a ball is decided like the neighbor that defines it. What a pair answers is reduced at once.
+A ball reaches from a row to its k-th nearest other row of the same set. Of every pair the pass asks a score, the
+squared distance by a float32 matrix product with a proved bound on its rounding error (knn.score_error). Where the
+bound leaves an answer open, the distance is computed from the differences as the radii were, with the same bits: a pair
+on the boundary of a ball is decided like the neighbor that defines it. What a pair answers is reduced at once.
 
-Half-samples (halfsamples.py) ride along as the bits of a word. Without some rows, the k-th neighbor is the k-th *present* one
-of a list somewhat longer than k, and so a distance has only to be placed in that list: `inside` turns the place into the
-word of replicates in which the ball holds it. Bit FULL is the set itself.
+Half-samples (halfsamples.py) ride along as the bits of a word. Without some rows, the k-th neighbor is the k-th
+*present* one of a list somewhat longer than k, and so a distance has only to be placed in that list: `inside` turns the
+place into the word of replicates in which the ball holds it. Bit FULL is the set itself.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Side:
 
 
 def inside(side: Side, rows: slice, bits: np.ndarray, k: int) -> np.ndarray:
-    """Replicates in which the ball of each row exists and holds a point at a distance that p entries of its list are below.
+    """Replicates in which the ball of each row exists and holds a point further than p entries of the row's list.
 
     The ball of row j holds it if fewer than k of those p entries are present. A list that ends before its k-th present
-    neighbor counts as ending with it, about one in 10,000 of a list of 4k + 8; with fewer than k others in all, the ball is
-    everything.
+    neighbor counts as ending with it, about one in 10,000 of a list of 4k + 8; with fewer than k others in all, the
+    ball is everything.
 
     Args:
         side: the set.
@@ -109,8 +109,9 @@ class Answers:
         held: pairs of a generated row and such a ball that holds it, per replicate, int64 [FULL + 1].
         nearest_distance: from the generated to the nearest real row, float32 [M].
         nearest: that row, the first of several, int64 [M].
-        realism: largest ratio of radius to distance over real rows with a radius of at most the median, float64 [M].
-        rarity: smallest radius of the real balls that hold the generated row; inf for none, float64 [M].
+        realism: largest ratio of radius to distance over real rows with a radius of at most the median, 0 for none;
+            above 1: within such a ball; inf: a copy of the real row itself. float64 [M].
+        rarity: smallest radius of the real balls of k_precision that hold the generated row; inf for none, float64 [M].
     """
 
     precise: np.ndarray
@@ -176,10 +177,11 @@ class _Bounds:
 class Crossing:
     """The pass over all pairs of two sets.
 
-    Memory beyond the sides: a centred copy of the generated features, 8·(K + 3) bytes per generated row, 16 per real row, and
-    per thread 44·M bytes, a few tiles of TILES (with 45 bytes for each pair in one that may matter: 94 MB at most on the CPU)
-    and arrays of PAIRS; nothing grows with N·M. Time is that of the matrix product where balls are sparse; where most pairs
-    lie in each other's balls (a blurred set amid a high-dimensional one) each of these pairs takes about half a µs more.
+    Memory beyond the sides: a centred copy of the generated features, 8·(K + 3) bytes per generated row, 16 per real
+    row, and per thread 44·M bytes, a few tiles of TILES (with 45 bytes for each pair in one that may matter: 94 MB at
+    most on the CPU) and arrays of PAIRS; nothing grows with N·M. Time is that of the matrix product where balls are
+    sparse; where most pairs lie in each other's balls (a blurred set amid a high-dimensional one) each of these pairs
+    takes about half a µs more.
 
     Args:
         real: Side.
@@ -188,7 +190,7 @@ class Crossing:
         k_coverage: neighbors of the real balls of density and coverage.
         halves: also answer for the replicates; else only for the sets themselves.
         threads: real rows are shared out among them.
-        device: of the products; "auto" is cuda where torch sees one. Untested on a real GPU.
+        device: torch device of the products, from `resolve`.
     """
 
     def __init__(
@@ -198,12 +200,12 @@ class Crossing:
         k_precision: int,
         k_coverage: int,
         halves: bool,
-        threads: int = 1,
-        device: str = "auto",
+        threads: int,
+        device: str,
     ) -> None:
         import torch
 
-        self.device = resolve(device)
+        self.device, self.tile = device, TILES[device.partition(":")[0]]
         self.real, self.generated, self.threads = real, generated, threads
         self.k_precision, self.k_coverage, self.halves = k_precision, k_coverage, halves
         none = np.zeros((0, halfsamples.GROUPS), bool)
@@ -222,12 +224,15 @@ class Crossing:
 
     def run(self) -> Answers:
         """Every pair once. The same bits whatever the tiles and threads."""
+        import torch
+
         n, m = len(self.real.features), len(self.generated.features)
         recalled, covered = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
-        starts = range(0, n, TILES[self.device.partition(":")[0]][1])
+        starts = range(0, n, self.tile[1])
 
         def share(thread: int) -> Answers:
-            answers, bounds = Answers.empty(m, recalled, covered), self._bounds(m)
+            answers = Answers.empty(m, recalled, covered)
+            bounds = _Bounds(*(torch.full((m,), torch.inf, device=self.device) for _ in range(2)))
             for first in starts[thread :: self.threads]:
                 block = self._block(first, min(first + starts.step, n))
                 for begin, i, j, low in self._tiles(block, bounds):
@@ -272,16 +277,11 @@ class Crossing:
         """Balls that realism asks: no larger than the median, and not a point, which no ratio is worth."""
         return (radii > _POINT) & (radii <= self.median)
 
-    def _bounds(self, m: int) -> _Bounds:
-        import torch
-
-        return _Bounds(*(torch.full((m,), torch.inf, device=self.device) for _ in range(2)))
-
     def _tiles(self, block: _Block, bounds: _Bounds) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """Pairs that may matter: first generated row of a tile, rows i and columns j in it, lower bounds of the squares."""
+        """Pairs that may matter: first generated row of a tile, rows i and columns j in it, lower bounds of squares."""
         import torch
 
-        size = TILES[self.device.partition(":")[0]][0]
+        size = self.tile[0]
         own = torch.from_numpy((self.reach * _UP).astype(np.float32)).to(self.device)
         extra = torch.from_numpy((2 * block.slack).astype(np.float32)).to(self.device)
         realistic = bool((block.inverse > 0).any())
@@ -314,9 +314,8 @@ class Crossing:
         low: np.ndarray,
     ) -> None:
         """Reduce the pairs of a tile, some at a time."""
-        size = TILES[self.device.partition(":")[0]][0]
-        nearest = bounds.nearest[begin : begin + size].cpu().numpy()
-        ratio = bounds.ratio[begin : begin + size].cpu().numpy()
+        tile = slice(begin, begin + self.tile[0])
+        nearest, ratio = bounds.nearest[tile].cpu().numpy(), bounds.ratio[tile].cpu().numpy()
         inverse = block.inverse.cpu().numpy().astype(np.float64)
         for start in range(0, len(i), PAIRS):
             some = slice(start, start + PAIRS)
@@ -333,7 +332,7 @@ class Crossing:
         lower: np.ndarray,
         best: np.ndarray,
     ) -> None:
-        """Place the pairs (i, column) in both rows' lists, and add up what follows. `best`: may be nearest or most real."""
+        """Place the pairs (i, column) in both rows' lists, add up what follows. `best`: may be nearest or most real."""
         j = block.first + column
         upper = lower + 2 * (self.slack[i] + block.slack[column])
         low, high = np.sqrt(lower).astype(np.float32), np.sqrt(upper).astype(np.float32)  # γ has room for this rounding

@@ -1,9 +1,11 @@
-"""The metrics stage: every set against the real one in every space, a part each; tasks on Ray, features never on the driver."""
+"""The metrics stage: every set against the real one in every space, a part each; no features are on the driver."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ import pyarrow as pa
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.evaluate import MetricSettings
-from pd_core.engine import console, resources, tasks
+from pd_core.engine import resources, tasks
 from pd_core.evaluate import metrics, spaces
+from pd_core.evaluate.manifold import Answers
 from pd_core.evaluate.spaces import Features, Rows, Space
 
 MEASURING_CPUS = 8  # of one task at most: its matrix products gain little from more
@@ -51,11 +54,6 @@ class Job:
     n_real: int | None
     per_label: bool
 
-    def finished(self) -> dict[str, artifacts.Part]:
-        """Parts of metrics/ whose scores are there too."""
-        beside = self.scores.finished_parts()
-        return {name: part for name, part in self.metrics.finished_parts().items() if name in beside}
-
 
 def job_of(
     output: str,
@@ -83,11 +81,9 @@ def job_of(
         "n_real": n_real,
         "per_label": per_label,
     }
-    metrics, scores = (
-        artifacts.Stage(files.join(output, kind), kind, schemas.VERSIONS[kind], identity)
-        for kind in ("metrics", "scores")
-    )
-    metrics = replace(metrics, beside=(scores.uri,))
+    scores = artifacts.Stage(files.join(output, "scores"), "scores", schemas.VERSIONS["scores"], identity)
+    uri, beside = files.join(output, "metrics"), (scores.uri,)
+    metrics = artifacts.Stage(uri, "metrics", schemas.VERSIONS["metrics"], identity, beside)
     return Job(metrics, scores, chosen, settings, n, n_real, per_label)
 
 
@@ -98,23 +94,22 @@ def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[st
         UserError: a set, or the real set, is too small for k, or has a feature that is all zero.
     """
     job.scores.begin(overwrite=True)  # the metrics stage has been begun: what lies here is its, or stale
-    done = job.finished()
-    missing = [i for i in range(len(job.comparisons)) if artifacts.part_name(i) not in done]
+    for name in job.metrics.finished_parts().keys() - job.scores.finished_parts().keys():
+        job.metrics.drop_part(name)  # its scores, which were written first, are lost
     cpus = measuring_cpus(now)
-    task, prepare = measuring_task(_measure_part, now, cpus), measuring_task(_prepare, now, cpus)
-    with console.progress("metrics", len(job.comparisons), "sets", len(done)) as bar:
-        for space in dict.fromkeys(job.comparisons[i].space.name for i in missing):
-            own = [i for i in missing if job.comparisons[i].space.name == space]
-            prepared = prepare.remote(job, own[0], cpus)  # once for all sets, and kept where the tasks run
+    task, preparing = measuring_task(_measure_part, now, cpus), measuring_task(_prepare, now, cpus)
+    # once for all sets of a space, which come one after the other, and kept where the tasks run
+    prepared = functools.lru_cache(1)(lambda space: preparing.remote(job, space, cpus))
 
-            def submit(i: int, prepared: Any = prepared) -> Any:
-                return task.remote(job, i, prepared, cpus)
+    def submit(names: Sequence[str]) -> Any:
+        number = artifacts.part_number(names[0])
+        assert number is not None
+        return task.remote(job, number, prepared(job.comparisons[number].space.name), cpus)
 
-            for _ in tasks.bounded(submit, own, lambda: in_flight(now, cpus)):
-                bar.update()
+    names = [artifacts.part_name(i) for i in range(len(job.comparisons))]
+    parts = tasks.make_missing(job.metrics, [[n] for n in names], submit, lambda: in_flight(now, cpus), unit="sets")
     scored = job.scores.finished_parts()
     job.scores.commit(scored.values(), {"rows": sum(part.rows for part in scored.values())}, {})
-    parts = [job.finished()[artifacts.part_name(i)] for i in range(len(job.comparisons))]
     totals: dict[str, Any] = {}
     for row in read_metrics(job.metrics.uri, parts):
         if row["label"] is None:
@@ -130,7 +125,7 @@ def measuring_cpus(now: resources.Cluster) -> int:
 
 
 def in_flight(now: resources.Cluster, cpus: int) -> int:
-    """Tasks that measure at once: each holds the features of a set, and all share those of the real images of their node."""
+    """Tasks that measure at once: each holds the features of a set; those of a node share the real images' features."""
     return max(1, int(now.gpus)) if now.gpus else max(1, int((resources.cores() if now.local else now.cpus) // cpus))
 
 
@@ -144,76 +139,59 @@ def read_metrics(uri: str, parts: Iterable[artifacts.Part]) -> list[dict[str, An
     return [row for part in parts for row in files.read_table(files.join(uri, part.name)).to_pylist()]
 
 
-def _prepare(job: Job, number: int, threads: int) -> tuple[Rows, metrics.Reference]:
-    """The real side of the comparison's space; its rows without features, which are in the reference."""
-    compared = job.comparisons[number]
-    real = spaces.read_rows(compared.real, job.n_real)
-    name = f"--real (space {compared.space.name})"
-    reference = reference_of(real, job.settings, threads, resources.assigned_device(), name)
+def _prepare(job: Job, space: str, threads: int) -> tuple[Rows, metrics.Reference]:
+    """The real side of a space; its rows without features, which are in the reference."""
+    featured = next(c.real for c in job.comparisons if c.space.name == space)
+    real = spaces.read_rows(featured, job.n_real)
+    device = resources.assigned_device()
+    reference = reference_of(real, job.settings, threads, device, f"--real (space {space})")
     return Rows(real.ids, real.labels, real.keys, real.features[:, :0]), reference
 
 
 def _measure_part(job: Job, number: int, prepared: tuple[Rows, metrics.Reference], threads: int) -> None:
-    compared = job.comparisons[number]
-    device = resources.assigned_device()
+    compared, settings, device = job.comparisons[number], job.settings, resources.assigned_device()
     light, reference = prepared
     real = Rows(light.ids, light.labels, light.keys, reference.features)
     generated = spaces.read_rows(compared.generated, job.n)
     whole = measured(reference, generated, compared.set, threads, device)
-    rows = _rows(compared, None, whole)
-    for label in _labels(generated) if job.per_label else ():
+    rows = _rows(compared, None, whole, settings)
+    for label in sorted(set(generated.labels) - {None}) if job.per_label else ():
         own, of_label = real.of(label), generated.of(label)
-        rows += _rows(compared, label, _measured_label(own, of_label, job.settings, threads, device))
-    scores = _scores(compared, real, generated, whole.per_sample)
+        if min(len(own.ids), len(of_label.ids)) > max(settings.k_precision, settings.k_coverage):  # else no numbers
+            of = metrics.prepare(own.features, own.ids, settings.k_precision, settings.k_coverage, threads, device)
+            found = metrics.evaluate(of, of_label.features, of_label.ids, threads, device)
+            rows += _rows(compared, label, found, settings)
+    scores = _scores(compared, real, generated, whole.answers)
     job.scores.write_table(artifacts.part_name(number), scores)  # first: a part of metrics without it is not finished
     job.metrics.write_table(artifacts.part_name(number), pa.Table.from_pylist(rows, schema=schemas.metrics()))
 
 
 def reference_of(real: Rows, settings: MetricSettings, threads: int, device: str, name: str) -> metrics.Reference:
     """The real side of many comparisons. Raises UserError where it has too few rows, or a feature that is all zero."""
-    _check_directions(real, name)
-    try:
-        return metrics.prepare(
-            real.features, real.ids, settings.k_precision, settings.k_coverage, threads=threads, device=device
-        )
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+    with _named(name, real):
+        return metrics.prepare(real.features, real.ids, settings.k_precision, settings.k_coverage, threads, device)
 
 
 def measured(reference: metrics.Reference, generated: Rows, name: str, threads: int, device: str) -> metrics.Evaluation:
     """A set against the real side. Raises UserError where it has too few rows, or a feature that is all zero."""
-    _check_directions(generated, f"--samples {name}")
-    try:
-        return metrics.evaluate(reference, generated.features, generated.ids, threads=threads, device=device)
-    except UserError as error:
-        raise UserError(f"--samples {name}: {error}") from None
+    with _named(f"--samples {name}", generated):
+        return metrics.evaluate(reference, generated.features, generated.ids, threads, device)
 
 
-def _check_directions(rows: Rows, name: str) -> None:
+@contextlib.contextmanager
+def _named(name: str, rows: Rows) -> Iterator[None]:
+    """A refusal of these rows begins with their name; the first without a direction is named by its key."""
     zero = np.flatnonzero(~rows.features.any(axis=1))
     if len(zero):
         first = rows.keys[zero[0]] or int(rows.ids[zero[0]])
         raise UserError(
-            f"{name}: the features of {len(zero)} of {len(rows.ids)} images are all zero, the first is {first!r}: they have no "
-            "direction, which the Vendi score needs; leave these images out, or take another extractor"
+            f"{name}: the features of {len(zero)} of {len(rows.ids)} images are all zero, the first is {first!r}: they "
+            "have no direction, which the Vendi score needs; leave these images out, or take another extractor"
         )
-
-
-def _labels(generated: Rows) -> list[str]:
-    return sorted({label for label in generated.labels.tolist() if label is not None})
-
-
-def _measured_label(
-    real: Rows, generated: Rows, settings: MetricSettings, threads: int, device: str
-) -> metrics.Evaluation | None:
-    """None where a side has too few images of the label for k: such a label is not measured, and its numbers are not there."""
-    least = max(settings.k_precision, settings.k_coverage) + 1
-    if min(len(real.ids), len(generated.ids)) < least:
-        return None
-    reference = metrics.prepare(
-        real.features, real.ids, settings.k_precision, settings.k_coverage, threads=threads, device=device
-    )
-    return metrics.evaluate(reference, generated.features, generated.ids, threads=threads, device=device)
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def neighbors_of(metric: str, settings: MetricSettings) -> int | None:
@@ -223,10 +201,9 @@ def neighbors_of(metric: str, settings: MetricSettings) -> int | None:
     return settings.k_coverage if metric in ("density", "coverage") else None
 
 
-def _rows(compared: Comparison, label: str | None, found: metrics.Evaluation | None) -> list[dict[str, Any]]:
-    if found is None:
-        return []
-    settings = MetricSettings(k_precision=found.k_precision, k_coverage=found.k_coverage)
+def _rows(
+    compared: Comparison, label: str | None, found: metrics.Evaluation, settings: MetricSettings
+) -> list[dict[str, Any]]:
     return [
         {
             "set": compared.set,
@@ -246,21 +223,20 @@ def _rows(compared: Comparison, label: str | None, found: metrics.Evaluation | N
     ]
 
 
-def _scores(compared: Comparison, real: Rows, generated: Rows, found: metrics.SampleScores) -> pa.Table:
+def _scores(compared: Comparison, real: Rows, generated: Rows, found: Answers) -> pa.Table:
     many = len(generated.ids)
+    finite = lambda values: pa.array(np.where(np.isfinite(values), values, np.nan), from_pandas=True)  # noqa: E731
     columns: Mapping[str, Any] = {
         "set": [compared.set] * many,
         "space": [compared.space.name] * many,
         "sample_id": generated.ids,
         "key": generated.keys.tolist(),
         "label": generated.labels.tolist(),
-        "realism": pa.array(
-            np.where(np.isfinite(found.realism), found.realism, np.nan), pa.float64(), from_pandas=True
-        ),
-        "rarity": pa.array(found.rarity, pa.float64(), from_pandas=True),  # NaN, outside the real manifold, is null
-        "in_real_manifold": found.in_real_manifold,
-        "nearest_real_id": real.ids[found.nearest_real],
-        "nearest_real_distance": found.nearest_real_distance.astype(np.float64),
+        "realism": finite(found.realism),  # of a copy null
+        "rarity": finite(found.rarity),  # outside the real manifold null
+        "in_real_manifold": np.isfinite(found.rarity),
+        "nearest_real_id": real.ids[found.nearest],
+        "nearest_real_distance": found.nearest_distance.astype(np.float64),
     }
     schema = schemas.scores()
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)

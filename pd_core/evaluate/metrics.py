@@ -6,15 +6,15 @@ frechet_distance    Heusel et al. 2017; FID only where the features are those of
 vendi_*             Vendi score with the cosine kernel, Friedman & Dieng 2022 (arXiv 2210.02410)
 realism, rarity     of each generated row, Kynkäänniemi et al. 2019 section 5 and Han et al. 2022 (arXiv 2206.08549)
 
-Precision is the share of *generated* rows within balls of real rows, recall the share of *real* rows within balls of generated
-rows. Balls are closed (distance <= radius), as in the papers; the package prdc takes open ones, which differ on ties only,
-such as a set against itself. Radii leave out the row itself by its id: an exact duplicate is a neighbor.
+Precision is the share of *generated* rows within balls of real rows, recall the share of *real* rows within balls of
+generated rows. Balls are closed (distance <= radius), as in the papers; the package prdc takes open ones, which differ
+on ties only, such as a set against itself. Radii leave out the row itself by its id: an exact duplicate is a neighbor.
 
-Intervals (95%) are of the metric's expectation with as many rows: Fréchet distance, Vendi score and the balls' metrics depend on N
-by their definition, the Fréchet distance with a bias upwards that grows as rows get few, so compare at equal N. By simulation
-(tests/evaluate/test_metrics.py) they hold it in 91% to 100% of draws, most often where rows are fewest. Where rows are fewer than
-dimensions that is so while features spread over few of them, as those of networks do; for noise that fills them all the intervals
-of density hold in 81% to 84%, those of the Vendi score in 86% to 89%.
+Intervals (95%) are of the metric's expectation with as many rows: Fréchet distance, Vendi score and the balls' metrics
+depend on N by their definition, the Fréchet distance with a bias upwards that grows as rows get few, so compare at
+equal N. By simulation (tests/evaluate/test_metrics.py) they hold it in 91% to 100% of draws, most often where rows are
+fewest. Where rows are fewer than dimensions that is so while features spread over few of them, as those of networks do;
+for noise that fills them all the intervals of density hold in 81% to 84%, those of the Vendi score in 86% to 89%.
 """
 
 from __future__ import annotations
@@ -26,33 +26,13 @@ import numpy as np
 from pd_core.core.errors import UserError
 from pd_core.evaluate import halfsamples, manifold, moments
 from pd_core.evaluate.halfsamples import Estimate as Estimate
-from pd_core.evaluate.manifold import Side
+from pd_core.evaluate.manifold import Answers, Side
 from pd_core.evaluate.moments import Float64Array
 from pd_core.evaluate.moments import Moments as Moments
 from pd_core.index.knn import single_threaded_torch
 
 K_PRECISION, K_COVERAGE = 3, 5
 METRICS = ("precision", "recall", "density", "coverage", "frechet_distance", "vendi_generated", "vendi_real")
-
-
-@dataclass(frozen=True)
-class SampleScores:
-    """What is said of each generated row; arrays [M].
-
-    Attributes:
-        realism: largest radius/distance over real rows whose radius is at most the median, 0 for none; above 1: within such
-            a ball; inf: a copy of the real row itself. float64.
-        rarity: smallest radius among the real balls that hold the row; NaN outside of all. float64.
-        nearest_real_distance: Euclidean, float32.
-        nearest_real: row of the reference it is the distance to, the first of several, int64.
-        in_real_manifold: within a ball of k_precision of a real row: what precision counts. bool.
-    """
-
-    realism: np.ndarray
-    rarity: np.ndarray
-    nearest_real_distance: np.ndarray
-    nearest_real: np.ndarray
-    in_real_manifold: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -65,8 +45,9 @@ class Evaluation:
         k_precision: neighbors of the balls of precision, recall, realism and rarity.
         k_coverage: neighbors of the balls of density and coverage.
         estimates: by METRICS.
-        per_sample: SampleScores.
-        replicates: by METRICS, float64 [halfsamples.REPLICATES], of half of the rows of each side; [0] where rows are too few.
+        answers: what is said of each row.
+        replicates: by METRICS, float64 [halfsamples.REPLICATES], of half of the rows of each side; [0] where rows are
+            too few.
     """
 
     n_real: int
@@ -74,7 +55,7 @@ class Evaluation:
     k_precision: int
     k_coverage: int
     estimates: dict[str, Estimate]
-    per_sample: SampleScores
+    answers: Answers
     replicates: dict[str, Float64Array]
 
 
@@ -86,8 +67,7 @@ class Reference:
         side: features, groups and the nearest others of each row.
         moments: of the features. root: of their covariance, float64 [D, D].
         vendi: Vendi score of all rows, and of each replicate's half, float64 [1 + halfsamples.REPLICATES].
-        k_precision: see Evaluation.
-        k_coverage: see Evaluation.
+        k_precision, k_coverage: see Evaluation.
     """
 
     side: Side
@@ -118,13 +98,13 @@ def prepare(
 ) -> Reference:
     """Neighbors of every real row by exact search, and moments.
 
-    Memory: the features, 5·(4·k + 8) bytes per row, 1.2 GB at D = 768 for moments (of which half stays) and that of the search.
+    Memory: the features, 5·(4·k + 8) bytes per row, 1.2 GB at D = 768 for moments (of which half stays) and that of the
+    search.
 
     Args:
         features: float32 [N, D].
         row_ids: int64 [N], each once.
-        k_precision: see Evaluation.
-        k_coverage: see Evaluation.
+        k_precision, k_coverage: see Evaluation.
         threads: of the search; linear algebra has one.
         device: torch device; "auto" is cuda where torch sees one. Untested on a real GPU.
 
@@ -151,8 +131,8 @@ def evaluate(
 ) -> Evaluation:
     """All metrics of a generated set, with intervals where both sides have halfsamples.enough_rows.
 
-    Memory: that of manifold.Crossing, moments of the generated set (1.2 GB at D = 768) and per thread a few D x D matrices.
-    The same bytes with any number of threads.
+    Memory: that of manifold.Crossing, moments of the generated set (1.2 GB at D = 768) and per thread a few D x D
+    matrices. The same bytes with any number of threads.
 
     Args:
         reference: of `prepare`.
@@ -192,7 +172,7 @@ def evaluate(
         reference.k_precision,
         reference.k_coverage,
         estimates,
-        _scores(answers),
+        answers,
         {name: series[name][1:] for name in METRICS},
     )
 
@@ -209,7 +189,7 @@ def difference(one: Evaluation, other: Evaluation, metric: str) -> Estimate:
     return halfsamples.estimate(value, pair[0] - pair[1] if all(map(len, pair)) else np.empty(0))
 
 
-# --- single metrics -----------------------------------------------------------------------------------------------------
+# --- single metrics ---------------------------------------------------------------------------------------------------
 
 
 def precision_recall(
@@ -230,7 +210,7 @@ def density_coverage(
 
 def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
     """Fréchet distance of float32 [N, D] and [M, D]: moments.frechet of their means and covariances, in float64."""
-    one, other = (_moments(name, rows) for name, rows in (("real", real), ("generated", generated)))
+    one, other = (_moments(name, rows, 1) for name, rows in (("real", real), ("generated", generated)))
     if one.total.shape != other.total.shape:
         raise ValueError(f"real features have D = {real.shape[1]}, generated ones {generated.shape[1]}")
     return float(_frechet(one, moments.root(one.covariance()), other, None, False, "cpu")[0])
@@ -238,8 +218,7 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 
 def vendi_score(features: np.ndarray) -> float:
     """Effective number of different rows of float32 [N, D], 1 to min(N, D): moments.vendi, in float64."""
-    features = _checked("given", features, np.arange(len(features)))
-    return float(_vendi(Moments.of(features, _one_group(features), unit=True), None, _NO_HALVES, "cpu")[0])
+    return float(_vendi(_moments("given", features, 0, unit=True), None, _NO_HALVES, "cpu")[0])
 
 
 def _cross(real: np.ndarray, generated: np.ndarray, k: int, threads: int, device: str) -> dict[str, Float64Array]:
@@ -255,22 +234,18 @@ def _cross(real: np.ndarray, generated: np.ndarray, k: int, threads: int, device
     return _manifold_metrics(crossing, crossing.run())
 
 
-def _moments(name: str, features: np.ndarray) -> Moments:
+def _moments(name: str, features: np.ndarray, k: int, unit: bool = False) -> Moments:
     features = _checked(name, features, np.arange(len(features)))
-    _require_rows(name, len(features), 1)
-    return Moments.of(features, _one_group(features))
+    _require_rows(name, len(features), k)
+    return Moments.of(features, np.zeros(len(features), np.uint8), unit)
 
 
-def _one_group(features: np.ndarray) -> np.ndarray:
-    return np.zeros(len(features), np.uint8)
-
-
-# --- the metric of all rows, then of each replicate ---------------------------------------------------------------------
+# --- the metric of all rows, then of each replicate -------------------------------------------------------------------
 
 _NO_HALVES = np.zeros((0, halfsamples.GROUPS), bool)
 
 
-def _manifold_metrics(crossing: manifold.Crossing, answers: manifold.Answers) -> dict[str, Float64Array]:
+def _manifold_metrics(crossing: manifold.Crossing, answers: Answers) -> dict[str, Float64Array]:
     """float64 [1 + replicates] each; k of density is crossing.k_coverage."""
     counts = halfsamples.count_bits
     n, m = counts(crossing.real_bits[crossing.real.groups]), counts(crossing.bits[crossing.generated.groups])
@@ -318,13 +293,7 @@ def _estimate(name: str, series: Float64Array, n: int, m: int, dim: int) -> Esti
     return halfsamples.estimate(value, replicates, 0.0)
 
 
-def _scores(answers: manifold.Answers) -> SampleScores:
-    held = np.isfinite(answers.rarity)
-    rarity = np.where(held, answers.rarity, np.nan)
-    return SampleScores(answers.realism, rarity, answers.nearest_distance, answers.nearest, held)
-
-
-# --- checks -------------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _list_length(k: int) -> int:
@@ -351,6 +320,7 @@ def _checked(name: str, features: np.ndarray, row_ids: np.ndarray) -> np.ndarray
     if not features.any(1).all():
         bad = int(np.flatnonzero(~features.any(1))[0])
         raise UserError(
-            f"the feature of {name} row {bad} is all zero: it has no direction, which the Vendi score needs; leave it out"
+            f"the feature of {name} row {bad} is all zero: it has no direction, which the Vendi score needs; leave "
+            "it out"
         )
     return np.ascontiguousarray(features)

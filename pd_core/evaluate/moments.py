@@ -21,7 +21,7 @@ BLOCK_ROWS = 8192  # rows that are held in float64 at once
 
 @dataclass(frozen=True)
 class Moments:
-    """Streamed in float64 and merged in any order; memory GROUPS·D²·8 bytes (75 MB at D = 768, 0.5 GB at 2048).
+    """Streamed in float64; memory GROUPS·D²·8 bytes (75 MB at D = 768, 0.5 GB at 2048).
 
     Attributes:
         count: rows, int64 [GROUPS].
@@ -34,15 +34,11 @@ class Moments:
     outer: np.ndarray
 
     @classmethod
-    def empty(cls, dim: int) -> Moments:
-        """Of no rows."""
-        return cls(np.zeros(GROUPS, np.int64), np.zeros((GROUPS, dim)), np.zeros((GROUPS, dim, dim)))
-
-    @classmethod
     def of(cls, features: np.ndarray, groups: np.ndarray, unit: bool = False) -> Moments:
         """Of float32 [N, D] in groups uint8 [N]; `unit`: of each row divided by its norm."""
-        sums = cls.empty(features.shape[1])
-        sums.count[:] = np.bincount(groups, minlength=GROUPS)
+        dim = features.shape[1]
+        count = np.bincount(groups, minlength=GROUPS)
+        sums = cls(count, np.zeros((GROUPS, dim)), np.zeros((GROUPS, dim, dim)))
         for group in range(GROUPS):
             members = np.flatnonzero(groups == group)
             for start in range(0, len(members), BLOCK_ROWS):
@@ -53,31 +49,24 @@ class Moments:
                 sums.outer[group] += rows.T @ rows
         return sums
 
-    def add(self, features: np.ndarray, groups: np.ndarray) -> Moments:
-        """These and more rows."""
-        return self.merge(Moments.of(features, groups))
+    @property
+    def rows(self) -> int:
+        """Rows of all groups."""
+        return int(self.count.sum())
 
-    def merge(self, other: Moments) -> Moments:
-        """Of both sets of rows."""
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+    def mean(self) -> Float64Array:
+        """Mean feature [D] of all rows."""
+        return np.ones(GROUPS) @ self.total / self.rows
 
-    def rows(self, chosen: np.ndarray | None = None) -> int:
-        """Rows in the groups chosen, bool [GROUPS]; None: all."""
-        return int(self.count.sum() if chosen is None else self.count[chosen].sum())
-
-    def mean(self, chosen: np.ndarray | None = None) -> Float64Array:
-        """Mean feature [D] of the groups chosen."""
-        return _weights(chosen) @ self.total / self.rows(chosen)
-
-    def second_moment(self, chosen: np.ndarray | None = None) -> Float64Array:
-        """Mean outer product [D, D] of the groups chosen."""
+    def second_moment(self) -> Float64Array:
+        """Mean outer product [D, D] of all rows."""
         groups, dim = self.total.shape
-        return (_weights(chosen) @ self.outer.reshape(groups, -1)).reshape(dim, dim) / self.rows(chosen)
+        return (np.ones(GROUPS) @ self.outer.reshape(groups, -1)).reshape(dim, dim) / self.rows
 
-    def covariance(self, chosen: np.ndarray | None = None) -> Float64Array:
-        """Covariance [D, D] of the groups chosen, with divisor n - 1 as numpy.cov; at least two rows."""
-        n, mean = self.rows(chosen), self.mean(chosen)
-        return (self.second_moment(chosen) - np.outer(mean, mean)) * (n / (n - 1))
+    def covariance(self) -> Float64Array:
+        """Covariance [D, D] of all rows, with divisor n - 1 as numpy.cov; at least two rows."""
+        n, mean = self.rows, self.mean()
+        return (self.second_moment() - np.outer(mean, mean)) * (n / (n - 1))
 
     def influence(self, matrix: np.ndarray, vector: np.ndarray, center: np.ndarray, halves: np.ndarray) -> Float64Array:
         """Mean of (x − c)ᵀ A (x − c) + bᵀ(x − c) over the rows of each half less that over all rows, float64 [R].
@@ -91,11 +80,7 @@ class Moments:
         return (halves @ sums) / (halves @ self.count)
 
 
-def _weights(chosen: np.ndarray | None) -> Float64Array:
-    return np.ones(GROUPS) if chosen is None else chosen.astype(np.float64)
-
-
-# --- Fréchet distance ---------------------------------------------------------------------------------------------------
+# --- Fréchet distance -------------------------------------------------------------------------------------------------
 
 
 def root(covariance: np.ndarray, device: str = "cpu") -> Float64Array:
@@ -113,9 +98,10 @@ def frechet(
 ) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982; FID, Heusel et al. 2017, equation 6).
 
-    ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁^½ Σ₂ Σ₁^½)^½: the trace of the root of a symmetric matrix, which has the eigenvalues
-    of Σ₁Σ₂ and is never complex, however few rows. Where a covariance is singular (no more rows than D) eigenvalues of 0
-    come out at the rounding error ε, their roots at sqrt(ε): the result is good to about 1e-8·D of the largest variance.
+    ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁^½ Σ₂ Σ₁^½)^½: the trace of the root of a symmetric matrix, which has the
+    eigenvalues of Σ₁Σ₂ and is never complex, however few rows. Where a covariance is singular (no more rows than D)
+    eigenvalues of 0 come out at the rounding error ε, their roots at sqrt(ε): the result is good to about 1e-8·D of the
+    largest variance.
     """
     half, other = _tensor(root_of_covariance, device), _tensor(other_covariance, device)
     between = half @ other @ half
@@ -145,10 +131,11 @@ def frechet_with_halves(
 ) -> Float64Array:
     """The distance of all rows, then of each pair of halves to first order in their rows' weights, float64 [1 + R].
 
-    With T = Σ₁^½ (Σ₁^½ Σ₂ Σ₁^½)^{+½} Σ₁^½, the optimal transport's matrix, a row x of the second side moves the distance by
-    (x − μ₂)ᵀ(I − T)(x − μ₂) + 2(μ₂ − μ₁)ᵀ(x − μ₂), less its mean: the influence function (Hampel 1974); by that of the inverse
-    transport a row of the first. Weights stay on the rows there are, so pseudo-inverses are right where covariances are
-    singular. One eigendecomposition for all halves instead of one each, and without the bias of the halves' own sizes.
+    With T = Σ₁^½ (Σ₁^½ Σ₂ Σ₁^½)^{+½} Σ₁^½, the optimal transport's matrix, a row x of the second side moves the
+    distance by (x − μ₂)ᵀ(I − T)(x − μ₂) + 2(μ₂ − μ₁)ᵀ(x − μ₂), less its mean: the influence function (Hampel 1974); by
+    that of the inverse transport a row of the first. Weights stay on the rows there are, so pseudo-inverses are right
+    where covariances are singular. One eigendecomposition for all halves instead of one each, and without the bias of
+    the halves' own sizes.
 
     Args:
         real: Σ₁, μ₁. root_of_real: `root` of its covariance.
@@ -182,7 +169,7 @@ def _transport(half: torch.Tensor, other: torch.Tensor) -> tuple[float, np.ndarr
 
 
 def _transport_by_rows(covariance: torch.Tensor, rows: torch.Tensor) -> tuple[float, np.ndarray, np.ndarray]:
-    """The same of Σ₁ and X with Σ₂ = XᵀX: X Σ₁ Xᵀ = V m Vᵀ has the eigenvalues that are not 0, and Σ₁^½ Xᵀ V m^-½ the vectors."""
+    """The same of Σ₁ and X with Σ₂ = XᵀX: X Σ₁ Xᵀ = V m Vᵀ has the eigenvalues but 0, Σ₁^½ Xᵀ V m^-½ the vectors."""
     turned = rows @ covariance
     between = turned @ rows.T
     everything = _linalg().eigh((between + between.T) / 2)
@@ -199,7 +186,7 @@ def _kept(values: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, to
     return values[kept], vectors[:, kept]
 
 
-# --- Vendi score --------------------------------------------------------------------------------------------------------
+# --- Vendi score ------------------------------------------------------------------------------------------------------
 
 
 def vendi(second_moment: np.ndarray, device: str = "cpu") -> float:

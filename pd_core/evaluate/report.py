@@ -5,7 +5,6 @@ The kit for metrics with their intervals is here too, which the pages of tradeof
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import INCEPTION
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
-from pd_core.core.settings.load import to_yaml
 from pd_core.density.originals import original_of
 from pd_core.density.realset import RealSet
 from pd_core.engine import runs
 from pd_core.evaluate import measure
+from pd_core.evaluate.halfsamples import Estimate
 from pd_core.evaluate.spaces import INDEX, JUDGE, ImageSet, Space
 from pd_core.images import listing, thumbnails
 from pd_core.report import figures, page
@@ -46,16 +45,10 @@ LABELS_SHOWN = 60
 _Tile = tuple[str, bytes | None, list[str]]  # key, thumbnail, what is said under it
 
 
-# ---- metrics with their intervals --------------------------------------------------------------------------------------
+# ---- metrics with their intervals ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Number:
-    """A metric's value with its 95% interval; low, high None where there are too few images for one."""
-
-    value: float
-    low: float | None
-    high: float | None
+Number = Estimate  # as other pages know it
 
 
 def metric_names(extractor: str) -> dict[str, str]:
@@ -63,7 +56,7 @@ def metric_names(extractor: str) -> dict[str, str]:
     return {**METRICS, "frechet_distance": "FID"} if extractor == INCEPTION else METRICS
 
 
-def interval(number: Number | None) -> str:
+def interval(number: Estimate | None) -> str:
     """`0.703 (0.68 … 0.72)`."""
     if number is None:
         return "–"
@@ -73,7 +66,7 @@ def interval(number: Number | None) -> str:
     return f"{text} ({page.number(number.low)} … {page.number(number.high)})"
 
 
-def draw_point(axes: Axes, x: Number, y: Number, label: str | None, color: str, marker: str) -> None:
+def draw_point(axes: Axes, x: Estimate, y: Estimate, label: str | None, color: str, marker: str) -> None:
     """A point with the intervals of both coordinates."""
     at = ([x.value], [y.value])
     axes.errorbar(*at, xerr=_errors(x), yerr=_errors(y), fmt="none", ecolor=color, elinewidth=0.8, alpha=0.45)
@@ -81,7 +74,7 @@ def draw_point(axes: Axes, x: Number, y: Number, label: str | None, color: str, 
     axes.plot(*at, marker, color=color, markersize=7, label=shown)
 
 
-def _errors(number: Number) -> np.ndarray | None:
+def _errors(number: Estimate) -> np.ndarray | None:
     if number.low is None or number.high is None:
         return None
     return np.array([[max(0.0, number.value - number.low)], [max(0.0, number.high - number.value)]])
@@ -94,7 +87,7 @@ def plane_axes(axes: Axes) -> None:
     axes.margins(0.08)
 
 
-# ---- the page ----------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -115,15 +108,10 @@ class Inputs:
     timings_s: Mapping[str, float]
 
 
-def stage_of(output: str, measuring: artifacts.Stage, settings: EvaluateSettings) -> artifacts.Stage:
-    """The report stage under `output`."""
-    identity = {"metrics": measuring.fingerprint, "images": settings.images}
-    return runs.report_stage(output, identity)
-
-
-def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
-    """Make the page and its figures; returns the parts and totals to commit."""
-    return runs.draw(stage, functools.partial(_draw, inputs))
+def make(run: runs.Run, inputs: Inputs) -> None:
+    """Complete the report stage of a run."""
+    identity = {"metrics": inputs.job.metrics.fingerprint, "images": inputs.settings.images}
+    run.report(identity, functools.partial(_draw, inputs), replace=True)
 
 
 def _draw(inputs: Inputs) -> runs.Drawn:
@@ -153,11 +141,9 @@ def gather(inputs: Inputs) -> dict[str, Any]:
         for i, c in enumerate(job.comparisons)
     }
     images, note = _images(inputs, scores)
-    return {
-        "title": "Generated against real images",
+    run = page.facts_of_run("Generated against real images", settings, inputs.timings_s, inputs.measured.versions)
+    return run | {
         "real": inputs.real.uri,
-        "output": str(settings.output),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "k_precision": settings.metrics.k_precision,
         "k_coverage": settings.metrics.k_coverage,
         "n": job.n,
@@ -165,9 +151,6 @@ def gather(inputs: Inputs) -> dict[str, Any]:
         "spaces": [_space(space, inputs, rows, scores) for space in inputs.spaces],
         "images": images,
         "images_note": note,
-        "timings_s": inputs.timings_s,
-        "versions": inputs.measured.versions,
-        "settings_yaml": to_yaml(settings),
     }
 
 
@@ -175,14 +158,13 @@ def _space(
     space: Space, inputs: Inputs, rows: Sequence[Mapping[str, Any]], scores: Mapping[tuple[str, str], pa.Table]
 ) -> dict[str, Any]:
     """One space: its extractor and preprocessing in words, the sets measured in it, and the first labels of these."""
-    numbers: dict[tuple[str | None, str], dict[str, Number]] = {}
+    numbers: dict[tuple[str | None, str], dict[str, Estimate]] = {}
     sizes: dict[tuple[str | None, str], tuple[int, int]] = {}
     for row in rows:
         if row["space"] == space.name:
-            numbers.setdefault((row["label"], row["set"]), {})[row["metric"]] = Number(
-                row["value"], row["low"], row["high"]
-            )
-            sizes[row["label"], row["set"]] = row["n_real"], row["n_generated"]
+            of = row["label"], row["set"]
+            numbers.setdefault(of, {})[row["metric"]] = Estimate(row["value"], row["low"], row["high"])
+            sizes[of] = row["n_real"], row["n_generated"]
     labels = sorted({label for label, _ in numbers if label is not None})[:LABELS_SHOWN]
     by_label = [(label, chosen.name) for label in labels for chosen in inputs.sets if (label, chosen.name) in numbers]
     preprocess = space.spec.preprocess
@@ -202,7 +184,7 @@ def _space(
 
 
 def _facts(chosen: ImageSet, space: Space, inputs: Inputs, scores: pa.Table, sizes: tuple[int, int]) -> dict[str, Any]:
-    """What is said of one set in one space beside its metrics; copies: None where the nearest image may not be known."""
+    """What is said of one set in one space beside its metrics; copies: None where the nearest may not be known."""
     nearest = scores["nearest_real_distance"].to_numpy()
     quantile = (chosen.made or {}).get("copies_quantile", GenerateSettings.model_fields["copies_quantile"].default)
     everything = space.name == INDEX and sizes[0] == inputs.real.rows
@@ -225,13 +207,14 @@ def asked(made: Mapping[str, Any] | None) -> str:
         return f"perturbed {made['direction']}, epsilon {made['epsilon']:g}"
     weighting = made["weighting"]
     kind = str(weighting["kind"])
-    texts = {
-        "two_level": lambda: f"{weighting['threshold']}, w = {weighting['weight']:g}",
-        "quantiles": lambda: f"weights {weighting['weights']}",
-        "polarity": lambda: f"polarity {weighting['polarity']:g}",
-        "none": lambda: "nothing",
-    }
-    return texts[kind]() if kind in texts else kind
+    match kind:
+        case "two_level":
+            return f"{weighting['threshold']}, w = {weighting['weight']:g}"
+        case "quantiles":
+            return f"weights {weighting['weights']}"
+        case "polarity":
+            return f"polarity {weighting['polarity']:g}"
+    return "nothing" if kind == "none" else kind
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -240,7 +223,7 @@ def asked(made: Mapping[str, Any] | None) -> str:
 def _images(
     inputs: Inputs, scores: Mapping[tuple[str, str], pa.Table]
 ) -> tuple[list[tuple[str, list[tuple[str, list[_Tile]]]]], str]:
-    """For each set images of highest and lowest realism and of highest rarity, in the last space; and what is missing."""
+    """For each set images of highest and lowest realism and highest rarity, in the last space; and what is missing."""
     space, found, notes = inputs.spaces[-1], [], []
     for chosen in inputs.sets:
         table = scores[chosen.name, space.name]

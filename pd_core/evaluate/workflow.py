@@ -81,9 +81,7 @@ def _evaluate(run: Run, settings: EvaluateSettings, real: RealSet, sets: list[Im
     n = rows_of_each(settings.n, [min(found.values(), key=lambda f: f.rows) for found in of_sets], sets)
     job = measure.job_of(run.output, comparisons, settings.metrics, n, settings.n_real, settings.per_label)
     measured = run.stage(job.metrics, lambda: measure.run(job, run.now))
-    reporting = report.stage_of(run.output, job.metrics, settings)
-    inputs = report.Inputs(job, measured, sets, measured_in, real, settings, dict(run.timings_s))
-    run.stage(reporting, lambda: report.run(reporting, inputs), replace=True)
+    report.make(run, report.Inputs(job, measured, sets, measured_in, real, settings, run.timings_s))
     return job
 
 
@@ -96,7 +94,8 @@ def rows_of_each(asked: int | None, found: list[Features], sets: list[ImageSet])
     smallest = min(range(len(found)), key=lambda i: found[i].rows)
     if asked is not None and asked > found[smallest].rows:
         raise UserError(
-            f"--n {asked}: --samples {sets[smallest].name} has {found[smallest].rows} usable images; lower --n or add images"
+            f"--n {asked}: --samples {sets[smallest].name} has {found[smallest].rows} usable images; "
+            "lower --n or add images"
         )
     return asked or found[smallest].rows
 

@@ -1,6 +1,7 @@
 """Per-sample perturbation: latents moved within a box so that the predicted density of their images rises or falls.
 
-Algorithm 1 of arXiv 2407.08659, projected gradient descent on the sign of the gradient. Knows no generator, predictor or file.
+Algorithm 1 of arXiv 2407.08659, projected gradient descent on the sign of the gradient. Knows no generator, predictor
+or file.
 """
 
 from __future__ import annotations
@@ -25,27 +26,45 @@ class NoGradientError(ValueError):
     """The score is no function of the latents, as far as autograd can see."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Perturbed:
-    """The best iterate of each of B samples, and how it was reached; everything on the device of the latents.
+    """The best iterate of each of B samples so far, and how it was reached; everything on the device of the latents.
 
     Attributes:
-        latents: z + delta, float [B, ...]. delta: within [-epsilon, epsilon] element by element.
-        images: that belong to it, as the score gave them. before_images: those of z itself.
-        score_before, score: of z and of the best iterate, float [B].
+        before: z, float [B, ...]. sign: of each sample, 1 where its score shall rise.
+        before_images, score_before: of z itself, as the score gave them; scores are float [B].
+        delta: of the best iterate, within [-epsilon, epsilon] element by element. images, score: of z + delta.
         trace: scores of all iterates, float [T + 1, B]; with a random start they begin at that, not at z.
-        flat: bool [B], the first gradient was zero in every element. not_finite: bool [B], a score or a gradient was not finite.
+        flat: bool [B], the first gradient was zero in every element.
+        not_finite: bool [B], a score or a gradient was not finite.
     """
 
-    latents: torch.Tensor
-    delta: torch.Tensor
-    images: torch.Tensor
+    before: torch.Tensor
+    sign: torch.Tensor
     before_images: torch.Tensor
     score_before: torch.Tensor
+    delta: torch.Tensor
+    images: torch.Tensor
     score: torch.Tensor
     trace: torch.Tensor
     flat: torch.Tensor
     not_finite: torch.Tensor
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """z + delta, float [B, ...]."""
+        return self.before + self.delta
+
+    def see(self, value: torch.Tensor, images: torch.Tensor, delta: torch.Tensor) -> None:
+        """Keep what is better. Equal is not better: of two the earlier one moved less."""
+        import torch
+
+        finite = torch.isfinite(value)
+        self.not_finite |= ~finite
+        better = finite & (~torch.isfinite(self.score) | (self.sign * value > self.sign * self.score))
+        self.score = torch.where(better, value, self.score)
+        self.images = torch.where(_like(better, images), images, self.images)
+        self.delta = torch.where(_like(better, delta), delta, self.delta)
 
 
 def default_step_size(epsilon: float) -> float:
@@ -62,12 +81,12 @@ def perturb(
     steps: int = PERTURB_STEPS,
     random_start: Sequence[int] | None = None,
 ) -> Perturbed:
-    """Algorithm 1: delta <- clip(delta + direction * alpha * sign(gradient of the score), -epsilon, epsilon), T times from 0.
+    """Algorithm 1: delta <- clip(delta + direction * alpha * sign(gradient of the score), ±epsilon), T times from 0.
 
-    Beyond Algorithm 1: of the T + 1 iterates the best one is kept, not the last (a step of fixed size oscillates about an
-    optimum), and z itself counts as one, so that a sample that cannot be moved stays as it is. A sample whose score or gradient
-    is not finite takes no step there. Costs T passes forward and backward and one forward, and one forward more with a random
-    start, which z itself is not an iterate of.
+    Beyond Algorithm 1: of the T + 1 iterates the best one is kept, not the last (a step of fixed size oscillates about
+    an optimum), and z itself counts as one, so that a sample that cannot be moved stays as it is. A sample whose score
+    or gradient is not finite takes no step there. Costs T passes forward and backward and one forward, and one forward
+    more with a random start, which z itself is not an iterate of.
 
     Args:
         score: row i of its results depends on row i of the latents alone.
@@ -89,27 +108,40 @@ def perturb(
     sign = torch.as_tensor(direction, dtype=z.dtype, device=z.device).expand(len(z))
     bound = _at_most(epsilon)
     alpha = default_step_size(epsilon) if step_size is None else step_size
-    best = _Best(sign)
-    delta = torch.zeros_like(z)
+    best, delta, trace = None, torch.zeros_like(z), []
     if random_start is not None:
         with torch.no_grad():
-            best.see(*score(z), delta)
+            best = _first(z, sign, *score(z))
         delta = _drawn(random_start, z, bound)
-    trace, flat = [], torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for step in range(steps):
         value, images, gradient = _differentiated(score, z, delta)
-        best.see(value, images, delta)
-        best.not_finite |= ~_rows(torch.isfinite(gradient)).all(dim=1)
-        trace.append(value)
+        if best is None:
+            best = _first(z, sign, value, images)
+        else:
+            best.see(value, images, delta)
         if step == 0:
-            flat = (_rows(gradient) == 0).all(dim=1)
-        move = torch.where(_like(_rows(torch.isfinite(gradient)).all(dim=1), z), gradient.sign(), 0.0)
+            best.flat = (gradient.flatten(1) == 0).all(dim=1)
+        finite = torch.isfinite(gradient).flatten(1).all(dim=1)
+        best.not_finite |= ~finite
+        trace.append(value)
+        move = torch.where(_like(finite, z), gradient.sign(), 0.0)
         delta = (delta + alpha * _like(sign, z) * move).clamp(-bound, bound)
+    assert best is not None
     with torch.no_grad():
         value, images = score(z + delta)
-    best.see(value, images, delta)
-    trace.append(value.detach())
-    return best.result(z, torch.stack(trace), flat)
+    best.see(value.detach(), images.detach(), delta)
+    best.trace = torch.stack([*trace, value.detach()])
+    return best
+
+
+def _first(z: torch.Tensor, sign: torch.Tensor, value: torch.Tensor, images: torch.Tensor) -> Perturbed:
+    """z itself as the best iterate."""
+    import torch
+
+    value, images, bad = value.detach(), images.detach(), ~torch.isfinite(value)
+    return Perturbed(
+        z, sign, images, value, torch.zeros_like(z), images, value, value[None], torch.zeros_like(bad), bad
+    )
 
 
 def _at_most(epsilon: float) -> float:
@@ -143,51 +175,6 @@ def _differentiated(
     return value.detach(), images.detach(), gradient
 
 
-def _rows(values: torch.Tensor) -> torch.Tensor:
-    """[B, ...] as [B, elements]."""
-    return values.reshape(len(values), -1)
-
-
 def _like(per_sample: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[B] as [B, 1, ...], to go with values [B, ...]."""
     return per_sample.view(-1, *(1 for _ in values.shape[1:]))
-
-
-class _Best:
-    """The best iterate of each sample so far; the first that is seen is z itself, or the start if there is no other."""
-
-    def __init__(self, sign: torch.Tensor) -> None:
-        self.sign = sign
-        self.seen = False
-
-    def see(self, value: torch.Tensor, images: torch.Tensor, delta: torch.Tensor) -> None:
-        """Keep what is better. Equal is not better: of two the earlier one moved less."""
-        import torch
-
-        value, images = value.detach(), images.detach()
-        if not self.seen:
-            self.seen = True
-            self.before, self.before_images = value, images
-            self.value, self.images, self.delta = value, images, delta
-            self.not_finite = ~torch.isfinite(value)
-            return
-        finite = torch.isfinite(value)
-        self.not_finite |= ~finite
-        better = finite & (~torch.isfinite(self.value) | (self.sign * value > self.sign * self.value))
-        self.value = torch.where(better, value, self.value)
-        self.images = torch.where(_like(better, images), images, self.images)
-        self.delta = torch.where(_like(better, delta), delta, self.delta)
-
-    def result(self, z: torch.Tensor, trace: torch.Tensor, flat: torch.Tensor) -> Perturbed:
-        """All of it, of the latents z."""
-        return Perturbed(
-            latents=z + self.delta,
-            delta=self.delta,
-            images=self.images,
-            before_images=self.before_images,
-            score_before=self.before,
-            score=self.value,
-            trace=trace,
-            flat=flat,
-            not_finite=self.not_finite,
-        )

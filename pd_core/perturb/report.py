@@ -5,7 +5,6 @@ Each sample down, as it was, and up; and whether the index agrees with what the 
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pd_core.core import artifacts, files
 from pd_core.core.settings.generate import PerturbSettings
-from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
 from pd_core.generate import pilot
 from pd_core.images import thumbnails
@@ -27,37 +26,10 @@ BINS = 40  # of the histogram of changes
 ORDER = ("down", "before", "up")  # of the images of a sample, from left to right
 
 
-@dataclass(frozen=True)
-class Moved:
-    """All images of one direction.
-
-    Attributes:
-        totals: of the stage. by_index, predicted: log(after / before), float64 [rows or less] of the same rows; left out
-            of both where a density underflows to 0.
-        agreement: predicted against index-scored log density of the images after.
-    """
-
-    direction: str
-    totals: Mapping[str, Any]
-    by_index: np.ndarray
-    predicted: np.ndarray
-    agreement: page.Calibration
-
-    def __post_init__(self) -> None:
-        """Conservation: each row has both changes, or is said to be left out."""
-        totals = self.totals
-        assert self.by_index.size == self.predicted.size == totals["rows"] - totals["no_log_ratio"], totals
-        assert 0 <= totals["confirmed"] <= totals["rows"], totals
-
-    @property
-    def factor(self) -> float | None:
-        """exp of the mean log change by the index; None where there is none."""
-        return float(np.exp(self.by_index.mean())) if self.by_index.size else None
-
-    @property
-    def predicted_factor(self) -> float | None:
-        """The same by the predictor."""
-        return float(np.exp(self.predicted.mean())) if self.predicted.size else None
+# All images of one direction: its name; the stage's totals of it; log(after / before) by index and by predictor, float64
+# [rows or less] of the same rows, left out of both where a density underflows to 0; exp of their means, or None; how the
+# predictor agrees with the index about the images after.
+Moved = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,39 +42,27 @@ class Inputs:
     timings_s: Mapping[str, float]
 
 
-def stage_of(output: str, perturbed: artifacts.Stage, images: int) -> artifacts.Stage:
-    """The report stage under `output`."""
-    identity = {"perturbed": perturbed.fingerprint, "images": images}
-    return runs.report_stage(output, identity)
-
-
-def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
-    """Make the page and its figures; returns the parts and totals to commit."""
-    return runs.draw(stage, functools.partial(_draw, inputs))
+def make(run: runs.Run, inputs: Inputs) -> None:
+    """Complete the report stage of a run."""
+    identity = {"perturbed": inputs.job.stage.fingerprint, "images": inputs.settings.images}
+    run.report(identity, functools.partial(_draw, inputs))
 
 
 def _draw(inputs: Inputs) -> runs.Drawn:
-    return runs.Drawn(drawn(gather(inputs)))
-
-
-def drawn(data: Mapping[str, Any]) -> dict[str, bytes]:
-    """Files of the report by name. The same data gives the same bytes."""
+    data = gather(inputs)
     drawings = {name: functools.partial(draw, data["moved"]) for name, draw in FIGURES.items()}
-    return figures.page_files("perturbed.html.j2", {"d": data, "snippet": _snippet(data["output"])}, drawings)
+    names = {"d": data, "snippet": _snippet(data["output"])}
+    return runs.Drawn(figures.page_files("perturbed.html.j2", names, drawings))
 
 
 def gather(inputs: Inputs) -> dict[str, Any]:
     """All that the page shows, as its template names it: the light columns, and the images of a few samples."""
     job, totals, settings = inputs.job, inputs.perturbed.totals, inputs.settings
     table = _light(inputs)
-    first = table.filter(pa.array(np.array(table["direction"].to_pylist()) == job.move.directions[0]))
+    first = table.filter(pc.equal(table["direction"], job.move.directions[0]))
     moved = [_moved(table, way, totals[way]) for way in job.move.directions]
-    assert all(one.totals["rows"] == job.n for one in moved), "every sample moved in every direction"
-    return {
-        "title": "Perturbed images",
-        "output": str(settings.output),
+    return page.facts_of_run("Perturbed images", settings, inputs.timings_s, inputs.perturbed.versions) | {
         "real": job.recipe.realset.uri,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "n": job.n,
         "move": job.move,
         "moved": moved,
@@ -113,9 +73,6 @@ def gather(inputs: Inputs) -> dict[str, Any]:
         "likely_copies": totals["copies"],
         "copy_distance": job.recipe.copy_distance,
         "facts": _facts(inputs),
-        "timings_s": inputs.timings_s,
-        "versions": inputs.perturbed.versions,
-        "settings_yaml": to_yaml(settings),
     }
 
 
@@ -129,18 +86,26 @@ def _light(inputs: Inputs) -> pa.Table:
 
 
 def _moved(table: pa.Table, way: str, totals: Mapping[str, Any]) -> Moved:
-    rows = table.filter(pa.array(np.array(table["direction"].to_pylist()) == way))
+    rows = table.filter(pc.equal(table["direction"], way))
     (by_index, predicted), _ = perturb_stage.log_changes(*perturb_stage.densities_of(rows))
-    return Moved(way, totals, by_index, predicted, _agreement(rows, "after"))
+    assert by_index.size == totals["rows"] - totals["no_log_ratio"], "each row has both changes or is left out"
+    return {
+        "direction": way,
+        "totals": totals,
+        "by_index": by_index,
+        "predicted": predicted,
+        "factor": float(np.exp(by_index.mean())) if by_index.size else None,
+        "predicted_factor": float(np.exp(predicted.mean())) if predicted.size else None,
+        "agreement": _agreement(rows, "after"),
+    }
 
 
-def _agreement(rows: pa.Table, when: str) -> page.Calibration:
-    """Predicted against index-scored log density of the images before, or after."""
+def _agreement(rows: pa.Table, when: str) -> dict[str, float | None]:
+    """Of predicted and index-scored log density of the images before, or after."""
     found = pilot.agreement(rows[f"density_index_{when}"].to_numpy(), rows[f"density_predicted_{when}"].to_numpy())
-    numbers = found.figures
-    if numbers is None:
-        return page.Calibration(found.true, found.predicted, None, None, 0)
-    return page.Calibration(found.true, found.predicted, numbers.r2_log_density, numbers.spearman, numbers.n)
+    if found.figures is None:
+        return {"r2": None, "spearman": None}
+    return {"r2": found.figures.r2_log_density, "spearman": found.figures.spearman}
 
 
 def _shown(inputs: Inputs, first: pa.Table) -> list[dict[str, Any]]:
@@ -197,18 +162,20 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
     }
 
 
-# --- figures -----------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def changes_png(moved: Sequence[Moved], narrow: bool = False) -> bytes:
-    """Histograms of log(after / before): by the index (filled) and by the predictor (line), a colour for each direction."""
+    """Histograms of log(after / before): by the index (filled) and the predictor (line), a colour per direction."""
     figure, axes = figures.new_figure(narrow, height_in=2.9 if narrow else 3.5)
     edges = _edges(moved)
     for one in moved:
-        color = figures.MARK if one.direction == "up" else figures.BAR
+        color = figures.MARK if one["direction"] == "up" else figures.BAR
         inside = lambda values: np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]  # noqa: E731
-        axes.stairs(inside(one.by_index), edges, fill=True, color=color, alpha=0.45, label=f"{one.direction}, index")
-        axes.stairs(inside(one.predicted), edges, color=color, linewidth=1.8, label=f"{one.direction}, predictor")
+        axes.stairs(
+            inside(one["by_index"]), edges, fill=True, color=color, alpha=0.45, label=f"{one['direction']}, index"
+        )
+        axes.stairs(inside(one["predicted"]), edges, color=color, linewidth=1.8, label=f"{one['direction']}, predictor")
     axes.axvline(0.0, color=figures.INK, linewidth=1.0, linestyle=":")
     axes.set_xlim(edges[0], edges[-1])
     axes.set_xlabel("log(ρ after / ρ before)")
@@ -218,12 +185,12 @@ def changes_png(moved: Sequence[Moved], narrow: bool = False) -> bytes:
 
 
 def agreement_png(moved: Sequence[Moved], narrow: bool = False) -> bytes:
-    """Change by the predictor against change by the index of each image; those in the right quarters agree in direction."""
+    """Change by the predictor against change by the index; images in the right quarters agree in direction."""
     figure, axes = figures.new_figure(narrow, height_in=3.4 if narrow else 4.4, width_in=4.8)
     low, high = _edges(moved)[[0, -1]]
     for one in moved:
-        color = figures.MARK if one.direction == "up" else figures.BAR
-        axes.plot(one.by_index, one.predicted, "o", color=color, markersize=3, alpha=0.6, markeredgewidth=0)
+        color = figures.MARK if one["direction"] == "up" else figures.BAR
+        axes.plot(one["by_index"], one["predicted"], "o", color=color, markersize=3, alpha=0.6, markeredgewidth=0)
     axes.plot([low, high], [low, high], color=figures.MUTED, linewidth=1.0)
     for line in (axes.axvline, axes.axhline):
         line(0.0, color=figures.INK, linewidth=0.8, linestyle=":")
@@ -237,7 +204,7 @@ def agreement_png(moved: Sequence[Moved], narrow: bool = False) -> bytes:
 
 def _edges(moved: Sequence[Moved]) -> np.ndarray:
     """Edges of the bins, which hold 0 as one of them: 1% to 99% of all changes."""
-    everything = np.concatenate([np.r_[one.by_index, one.predicted] for one in moved])
+    everything = np.concatenate([np.r_[one["by_index"], one["predicted"]] for one in moved])
     everything = everything[np.isfinite(everything)]
     low, high = np.quantile(everything, [0.01, 0.99]) if everything.size else (-1.0, 1.0)
     low, high = min(float(low), 0.0), max(float(high), 0.0)

@@ -1,4 +1,4 @@
-"""Perturbation on Ray: the first n candidates of a seed, each moved towards common or unique, with what that did to its density.
+"""Perturbation on Ray: the first n candidates of a seed, each moved towards common or unique, and its new density.
 
 By docs/method.md, section 3. Actors hold generator, extractor and predictor and run Algorithm 1 (perturbation.py) on a
 chunk as one batch; tasks score the images before and after by the index, so that a rise the predictor was fooled into
@@ -178,13 +178,13 @@ def perturb_chunk(job: Job, maker: ChunkMaker, chunk: int, steps: int) -> list[P
             ]
         except NoGradientError:
             raise UserError(
-                f"{name}: its images have no gradient in the latents, so that nothing tells which way to move them; use a "
-                "generator that is differentiable all the way (docs/generators.md)"
+                f"{name}: its images have no gradient in the latents, so that nothing tells which way to move them; "
+                "use a generator that is differentiable all the way (docs/generators.md)"
             ) from None
     if chunk == 0 and bool(made[0].flat.all()):  # a single later chunk may be flat: its samples stay where they are
         raise UserError(
-            f"{name}: the predicted density of its images does not change with the latents: the gradient is zero for all "
-            f"{len(latents)} samples of the first batch; use a generator that is differentiable all the way "
+            f"{name}: the predicted density of its images does not change with the latents: the gradient is zero for "
+            f"all {len(latents)} samples of the first batch; use a generator that is differentiable all the way "
             "(docs/generators.md)"
         )
     return made
@@ -311,8 +311,8 @@ LIGHT = [field.name for field in schemas.perturbed() if field.type != schemas.IM
 def totals_of(uri: str, names: list[str]) -> dict[str, Any]:
     """Of each direction: shares that the index confirms and that the predictor claims, and how far densities moved.
 
-    Both shares are of all rows. A row whose predicted density underflows to 0 before and after is none that moved; where all do,
-    the predictor says nothing, and its share is None.
+    Both shares are of all rows. A row whose predicted density underflows to 0 before and after is none that moved;
+    where all do, the predictor says nothing, and its share is None.
     """
     table = pa.concat_tables([files.read_table(files.join(uri, name), LIGHT) for name in names])
     ways = np.array(table["direction"].to_pylist())

@@ -28,7 +28,8 @@ def prepare(settings: PerturbSettings) -> tuple[PerturbSettings, RealSet]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
-        UserError: a setting that every run needs is missing, a path that must be there is not, or the index is not finished.
+        UserError: a setting that every run needs is missing, a path that must be there is not, or the index is not
+        finished.
     """
     output = checked_output(settings.output, "perturb")
     if not settings.index:
@@ -82,9 +83,7 @@ class Planned:
 
 def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
     stage_uri = files.join(run.output, "perturbed")
-    with failures("perturbed", run.output):
-        begun = None if settings.overwrite else artifacts.begun_identity(stage_uri)
-    gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    gpus = run.gpus_to_ask(settings.actor_gpus, stage_uri)
     pool = Pool(settings.actors, settings.actor_cpus, gpus)
     facts = setup.describe(settings.generator, run.now, pool)
     _check_latents(settings.generator, facts)
@@ -126,8 +125,8 @@ def _check_latents(settings: GeneratorSettings, facts: Mapping[str, Any]) -> Non
         )
     if settings.kind == "diffusers":
         raise UserError(
-            f"{name}: this pipeline runs in a loop of its own, which gives no gradients; perturb takes U-Net and DiT pipelines, "
-            "or a --generator.kind python with latents() and decode()"
+            f"{name}: this pipeline runs in a loop of its own, which gives no gradients; perturb takes U-Net and DiT "
+            "pipelines, or a --generator.kind python with latents() and decode()"
         )
     raise UserError(f"{name}: offers no latents; add latents() and decode() to it (docs/generators.md)")
 
@@ -148,17 +147,16 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
     perturbed = run.stage(job.stage, make)
     for way in job.move.directions:
         console.say(f"{way}: {_summary(perturbed.totals[way])}")
-    stage = report.stage_of(run.output, job.stage, settings.images)
-    inputs = report.Inputs(job, perturbed, settings, dict(run.timings_s))
-    run.stage(stage, lambda: report.run(stage, inputs))
+    report.make(run, report.Inputs(job, perturbed, settings, run.timings_s))
 
 
 def _summary(totals: Mapping[str, Any]) -> str:
     share = totals["predicted_share"]
+    claim = "says nothing, since its densities underflow to 0" if share is None else f"says {100 * share:.3g}%"
     return (
         f"{totals['confirmed']} of {totals['rows']} images ({100 * totals['confirmed_share']:.3g}%, 95%: "
-        f"{100 * totals['confirmed_low']:.3g}% ... {100 * totals['confirmed_high']:.3g}%) confirmed by the index; the predictor "
-        + ("says nothing, since its densities underflow to 0" if share is None else f"says {100 * share:.3g}%")
+        f"{100 * totals['confirmed_low']:.3g}% ... {100 * totals['confirmed_high']:.3g}%) confirmed by the index; "
+        f"the predictor {claim}"
     )
 
 
@@ -194,6 +192,6 @@ def _cost(planned: Planned, found: perturb_stage.Probe, now: engine_resources.Cl
     return (
         f"time: {found.step_s:.3g} s a step of one chunk, {chunk_s / job.recipe.chunk:.3g} s a sample; about "
         f"{total_s:.0f} s with {actors} {'actor' if actors == 1 else 'actors'}, beside starting up\n"
-        f"memory: a step of one chunk took a process to {found.peak_bytes / 2**30:.2g} GiB {where}; lower --chunk where that is "
-        "too much (other chunks, other rows: it is part of their identity)"
+        f"memory: a step of one chunk took a process to {found.peak_bytes / 2**30:.2g} GiB {where}; lower --chunk "
+        "where that is too much (other chunks, other rows: it is part of their identity)"
     )

@@ -21,7 +21,7 @@ DISTANCE_AXIS = "mean distance to k nearest neighbors (Euclidean)"
 # A density axis is logarithmic where the shown range spans more than this factor: with less, equal steps of ρ are
 # easier to read; with more, the bulk of a linear histogram would be one bin.
 LOG_AXIS_FACTOR = 20.0
-# --- figures -----------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 # The page turns these into their dark counterparts with a CSS filter, which keeps hues: one rendering serves both.
 INK, MUTED, LINE, PAPER, BAR, MARK = "#1c2430", "#5d6878", "#dfe4ea", "#ffffff", "#7d9cc6", "#b4451f"
 _WIDE_IN, _NARROW_IN = 9.6, 3.7  # for a desk and for a phone, where the wide one's text would be too small to read
@@ -176,13 +176,9 @@ def to_png(figure: Figure) -> bytes:
     return sink.getvalue()
 
 
-def draw(drawings: Mapping[str, Drawing]) -> dict[str, dict[str, bytes]]:
-    """Each figure wide and narrow, as the template's `figure` macro shows it."""
-    return {name: {"wide": drawing(False), "narrow": drawing(True)} for name, drawing in drawings.items()}
-
-
 def page_files(template: str, context: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> dict[str, bytes]:
     """Files of a report by name: the page of a template, with its figures, and each figure by itself, for MLflow."""
-    drawn = draw(drawings)
+    # wide and narrow, as the template's `figure` macro shows it
+    drawn = {name: {"wide": drawing(False), "narrow": drawing(True)} for name, drawing in drawings.items()}
     pictures = {f"{name}.png": sizes["wide"] for name, sizes in drawn.items()}
     return {**pictures, REPORT: page(template, {**context, "figures": drawn})}

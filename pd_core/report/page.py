@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from pd_core.core.settings.base import WorkflowSettings
+from pd_core.core.settings.load import to_yaml
 
-# --- what the page is made from ----------------------------------------------------------------------------------------
+
+# --- what the page is made from ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Picture:
     """One image of the real set with its numbers.
@@ -95,7 +99,21 @@ def finite_pairs(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
     return true[finite], predicted[finite]
 
 
-# --- text --------------------------------------------------------------------------------------------------------------
+def facts_of_run(
+    title: str, settings: WorkflowSettings, timings_s: Mapping[str, float], versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the page of any workflow says of its run, as templates name it."""
+    return {
+        "title": title,
+        "output": str(settings.output),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "timings_s": timings_s,
+        "versions": versions,
+        "settings_yaml": to_yaml(settings),
+    }
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
 def visible(text: str) -> str:
     """The text with every character that does not print (newline, control, right-to-left mark, ...) as an escape."""
     if text.isprintable():

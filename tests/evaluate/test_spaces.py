@@ -120,6 +120,12 @@ def test_images_that_have_gone_since_are_missed_in_the_same_words(tmp_path, monk
         spaces.list_set(run, str(tmp_path / "out"), chosen.source, extraction)
 
 
+def test_samples_that_are_not_finished_are_refused(tmp_path):
+    artifacts.Stage(str(tmp_path / "pilot"), "pilot", 1, {}).begin(False)
+    with pytest.raises(UserError, match=r"its images are not finished; run generate\.py on it again"):
+        opened(tmp_path)
+
+
 # ---- judged where it was selected ------------------------------------------------------------------------------------
 
 
@@ -173,12 +179,6 @@ def test_images_perturbed_both_ways_are_two_sets_without_their_originals(tmp_pat
         assert chosen.chosen_by == "perturbed"
     assert len(set(keys)) == 10
     assert sources.identity(found[0].source) != sources.identity(found[1].source)
-
-
-def test_one_direction_is_one_set_of_its_own_name(tmp_path):
-    commit_samples(tmp_path / "moved", {"direction": "up", "epsilon": 0.1}, [{"sample_id": 0, "direction": "up"}])
-    [chosen] = opened(tmp_path / "moved")
-    assert chosen.name == "moved" and "only" not in sources.identity(chosen.source)
 
 
 def test_a_direction_does_not_take_the_name_of_another_set(tmp_path):

@@ -22,7 +22,7 @@ from pd_core.evaluate.tradeoff.points import Setting, Target
 
 
 def test_what_changes_nothing_comes_once_as_the_generator():
-    found = tradeoff_points.sweep(["p20", "p80"], [100, 1, 0.01], [0, 1, -1], [0.5])
+    found = tradeoff_points.sweep(["p20", "p80", "p20"], [100, 1, 0.01], [0, 1, -1], [0.5])
     assert [s.name for s in found] == [
         "generator",
         "p20, w = 0.01",
@@ -33,15 +33,10 @@ def test_what_changes_nothing_comes_once_as_the_generator():
         "MaGNET",
         "ψ = 0.5",
     ]
-    assert len({s.name for s in found}) == len(found)
     assert [s.curve for s in found[:2]] == ["generator", "density, τ = p20"]
 
 
-def test_a_setting_that_is_given_twice_comes_once():
-    assert len(tradeoff_points.sweep(["p20", "p20"], [5, 5], [], [])) == 2
-
-
-@pytest.mark.parametrize("weight", [0.01, 0.1, 10.0, 100.0])
+@pytest.mark.parametrize("weight", [0.1, 100.0])
 def test_rows_accepted_from_a_pool_follow_the_target_distribution(weight):
     """docs/method.md, section 12: accepted samples follow q(x) ∝ ω(ρ(x)) p_G(x); ρ uniform on ten values; χ²."""
     rng = np.random.default_rng(0)
@@ -72,23 +67,13 @@ def test_fidelity_is_traded_for_diversity_with_intervals_apart():
         rows = tradeoff_points.accepted(of_pool, u, weighting)[:600]
         assert len(rows) == 600
         found[weight] = metrics.evaluate(reference, pool[rows], rows + 10_000).estimates
-
-    def low(weight: float, metric: str) -> float:
-        found_low = found[weight][metric].low
-        assert found_low is not None, "600 images are enough for intervals"
-        return float(found_low)
-
-    def high(weight: float, metric: str) -> float:
-        found_high = found[weight][metric].high
-        assert found_high is not None
-        return float(found_high)
-
-    assert low(100, "precision") > high(1, "precision") and low(1, "precision") > high(0.01, "precision")
-    assert low(0.01, "recall") > high(1, "recall") and low(1, "recall") > high(100, "recall")
-    assert low(1, "coverage") > high(0.01, "coverage")
+    for metric, *falling in (("precision", 100, 1, 0.01), ("recall", 0.01, 1, 100), ("coverage", 1, 0.01)):
+        for more, less in itertools.pairwise(falling):
+            low, high = found[more][metric].low, found[less][metric].high
+            assert low is not None and high is not None and low > high, (metric, more, less)
 
 
-@pytest.mark.parametrize(("above", "weight"), [(0.2, 100), (0.1, 100), (0.8, 0.01), (0.5, 20), (0.5, 1.0001)])
+@pytest.mark.parametrize(("above", "weight"), [(0.1, 100), (0.8, 0.01), (0.5, 1.0001)])
 def test_pool_is_enough_in_97_of_100_runs_though_a_pilot_told_the_rates(above, weight):
     """Pilot and pool drawn anew 2,000 times: the pilot's error at 256 candidates is much larger than the pool's own."""
     n, pilot, most = 2000, 256, 10**9
@@ -112,37 +97,31 @@ def test_frontier_is_what_no_point_dominates(points):
     a, b = (np.array(c, dtype=float) for c in zip(*points, strict=True))
     expected = [not any((x >= p and y >= q and (x > p or y > q)) for x, y in points) for p, q in points]
     assert tradeoff_points.frontier(a, b).tolist() == expected
-
-
-def test_a_point_that_was_not_measured_is_on_no_frontier_and_dominates_none():
-    assert tradeoff_points.frontier([1.0, np.nan, 0.5], [0.2, np.nan, 0.1]).tolist() == [True, False, False]
+    # one that was not measured is on no frontier and dominates none
+    assert tradeoff_points.frontier(np.append(a, np.nan), np.append(b, np.nan)).tolist() == [*expected, False]
 
 
 def test_target_takes_the_best_counterpart_among_those_that_reach_it():
     measured = [
         {"precision": 0.9, "recall": 0.3},
         {"precision": 0.7, "recall": 0.6},
-        {},
+        {"precision": None, "recall": None},
         {"precision": 0.75, "recall": 0.65},
         {"precision": 0.5, "recall": 0.8},
     ]
-    assert tradeoff_points.pick(Target("recall", 0.6), measured) == 3
-    assert tradeoff_points.pick(Target("precision", 0.6), measured) == 3
-    assert tradeoff_points.pick(Target("recall", 0.81), measured) is None
+    assert report.best(Target("recall", 0.6), measured) == measured[3]
+    assert report.best(Target("precision", 0.6), measured) == measured[3]
+    assert report.best(Target("recall", 0.81), measured) is None
 
 
 @pytest.mark.parametrize("text", ["recall", "recall=", "recall=x", "fid=3", "recall=nan", "recall=0", "recall=-1"])
 def test_target_that_cannot_be_read_is_refused(text):
     with pytest.raises(UserError, match=r"--target .*expected|no number"):
         tradeoff_points.parse_target(text)
-
-
-def test_target_is_read():
     assert tradeoff_points.parse_target("recall=0.6") == Target("recall", 0.6)
-    assert Setting("density", threshold="p80", weight=0.05).name == "p80, w = 0.05"
 
 
-# --- the page -----------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def row(setting: Setting, precision: float | None, recall: float | None, **more: Any) -> dict[str, Any]:
@@ -191,23 +170,16 @@ def crowded(step: float) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("step", [0.015, 0.002, 0.0])
+@pytest.mark.parametrize("step", [0.015, 0.0])
 def test_names_in_the_figure_meet_neither_each_other_nor_a_point_nor_the_legend(step, narrow):
     figure = report.plane_figure(crowded(step), narrow)
     figure.draw_without_rendering()
     axes, legend = figure.axes[0], figure.legends[0].get_window_extent()
-    names = [text for text in axes.texts if text.get_text()]
-    boxes = [name.get_window_extent() for name in names]
-    assert boxes and all(name.get_text().startswith("w = ") for name in names)
+    boxes = [name.get_window_extent() for name in axes.texts]
+    assert boxes and all(name.get_text().startswith("w = ") for name in axes.texts)
+    if step and not narrow:
+        assert len(boxes) == 20  # settings on the frontier alone
     assert not any(a.overlaps(b) for a, b in itertools.combinations([*boxes, legend], 2))
     points = axes.transData.transform([(r["recall"], r["precision"]) for r in crowded(step)])
     assert not any(box.contains(*point) for box in boxes for point in points)
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
-
-
-def test_only_settings_on_the_frontier_are_named_in_the_figure():
-    figure = report.plane_figure(crowded(0.015), False)
-    named = {text.get_text() for text in figure.axes[0].texts}
-    assert len(named) == 20
-    lower = [one | {"frontier": False} for one in crowded(0.015)]
-    assert not report.plane_figure(lower, False).axes[0].texts

@@ -29,7 +29,8 @@ from tests.generate.test_workflow import run as run_generate
 from workflows import tradeoff
 
 N = 70
-THREE_PARTS = ('--thresholds=["p90"]', "--weights=[50]", "--max-candidates=600")  # of the pool: 37 chunks of 16
+# 37 chunks of 16, too few for the second weight
+THREE_PARTS = ('--thresholds=["p90"]', "--weights=[50, 500]", "--max-candidates=600")
 
 
 def arguments(built, output, *more):
@@ -88,10 +89,9 @@ def job(tmp_path, monkeypatch):
     settings = (Setting("generator"), Setting("density", "p50", 50.0), Setting("polarity", polarity=-1.0))
     curves = weighting.uniform(), weighting.two_level(0.9, 50.0), weighting.tilted(np.arange(60.0), -1.0, 20)
     weightings = dict(zip([s.name for s in settings], curves, strict=True))
-    metric_settings = MetricSettings(k_precision=2, k_coverage=4)
-    stage = tradeoff_curve.stage_of(str(tmp_path), settings, weightings, {}, metric_settings, "index", 0, 40, None)
+    how = TradeoffSettings(metrics=MetricSettings(k_precision=2, k_coverage=4), score="index", n=40)
     where: Any = SimpleNamespace(name="index", extractor="of a test")
-    return tradeoff_curve.Job(stage, settings, (where,), {}, {}, {}, weightings, metric_settings, "index", 0, 40, None)
+    return tradeoff_curve.Job(str(tmp_path), how, settings, (where,), {}, {}, {}, weightings, "its own")
 
 
 def pool_of(log_volume, rng):
@@ -107,7 +107,7 @@ def test_each_row_names_what_its_numbers_hang_on(job):
     pool = pool_of(np.arange(60.0), rng)
     for i in range(3):
         tradeoff_curve._measure_part(job, 0, i, reference, pool, 1)
-    found = tradeoff_curve.read_curve(job.curve.uri, list(job.curve.finished_parts().values()))
+    found = tradeoff_curve.read_curve(job.stage.uri, list(job.stage.finished_parts().values()))
     assert [row["precision"] is not None for row in found] == [True, False, False]
     written = list(csv.DictReader(report.table(found).decode().splitlines()))
     for row in (*found, *written):
@@ -117,16 +117,16 @@ def test_each_row_names_what_its_numbers_hang_on(job):
 
 
 def test_the_exact_weights_of_polarity_are_worth_less_than_its_steps(job):
-    """Of normal volumes with standard deviation s, exp(polarity v) is worth exp(-(polarity s)²) of the sample. 200,000 values
-    with s = 1: the moment E w² has a relative standard error of sqrt((e⁴ - 1) / 200000) = 1.6%."""
+    """Of normal volumes with standard deviation s, exp(polarity v) is worth exp(-(polarity s)²) of the sample. 200,000
+    values with s = 1: the moment E w² has a relative standard error of sqrt((e⁴ - 1) / 200000) = 1.6%."""
     rng = np.random.default_rng(0)
     v = rng.normal(size=200_000)
-    polarity = job.settings[2]
+    polarity = job.swept[2]
     steps = replace(job, weightings={polarity.name: weighting.tilted(v[:256], -1.0, 20)})
     found = tradeoff_curve.draw(polarity, pool_of(v, rng), steps)
     assert found.exact == pytest.approx(np.exp(-1) * len(v), rel=0.08)
     assert found.exact is not None and found.exact < found.effective
-    assert tradeoff_curve.draw(job.settings[1], pool_of(v, rng), job).exact is None
+    assert tradeoff_curve.draw(job.swept[1], pool_of(v, rng), job).exact is None
 
 
 def curve(output):
@@ -134,19 +134,16 @@ def curve(output):
     return {row["setting"]: row for row in table.to_pylist()}
 
 
-def test_every_setting_is_measured_once_from_one_pool(swept):
+def test_every_setting_is_measured_once_from_one_pool(swept, built):
+    """At the formula's rates: P + (1 - P)/w for w > 1, P w + (1 - P) for w < 1, within 5 standard errors."""
     found = curve(swept)
     assert set(found) == {"generator", "p30, w = 0.2", "p30, w = 5", "p60, w = 0.2", "p60, w = 5"}
     assert all(row["n"] == N and row["precision"] is not None for row in found.values())
     assert found["generator"]["candidates"] == N
     assert found["generator"]["acceptance_rate"] == 1
-
-
-def test_rates_are_those_of_the_formula_over_the_pool(swept, built):
-    """P + (1 - P)/w for w > 1, P w + (1 - P) for w < 1, within 5 standard errors of the draws of u."""
     pool = rows(swept, "pool")["density_predicted"].to_numpy()
     real = rows(built, "densities")["density"].to_numpy()
-    for row in curve(swept).values():
+    for row in found.values():
         if row["method"] == "density":
             above = np.mean(pool > np.quantile(real, float(row["threshold"][1:]) / 100))
             w = row["weight"]
@@ -156,20 +153,23 @@ def test_rates_are_those_of_the_formula_over_the_pool(swept, built):
 
 @pytest.mark.slow
 def test_a_setting_takes_the_very_images_that_generate_accepts(swept, built, tmp_path):
-    """The same candidates in the same order: generate.py with this threshold, weight and seed, held to metrics alike."""
+    """generate.py with this threshold, weight and seed."""
     setting = curve(swept)["p60, w = 5"]
     output = tmp_path / "out"
     assert run_generate(built, output, "--weighting.threshold=p60", "--weighting.weight=5", n=N) == 0
-    accepted = rows(output)
+    assert_taken_from(swept, setting, rows(output))
+
+
+def assert_taken_from(swept, setting, accepted):
+    """The same candidates in the same order."""
     assert accepted["sample_id"].to_numpy()[-1] + 1 == setting["candidates"]
     pool = rows(swept, "pool")
     kept = pool.filter(pa.array(np.isin(pool["sample_id"].to_numpy(), accepted["sample_id"].to_numpy())))
     assert kept["image_hash"].to_pylist() == accepted["image_hash"].to_pylist()
 
 
-def test_table_and_page_and_choice(swept, capsys):
-    with open(swept / "report" / "tradeoff.csv") as file:
-        table = list(csv.DictReader(file))
+def test_table_and_page_and_choice(swept):
+    table = list(csv.DictReader((swept / "report" / "tradeoff.csv").read_text().splitlines()))
     assert len(table) == 5 and any(row["frontier"] == "True" for row in table)
     page = (swept / "report" / "index.html").read_text()
     assert "For a recall of 0.01 or more in the index space take" in page
@@ -186,6 +186,7 @@ def test_the_same_command_makes_nothing_again_and_a_lost_setting_comes_back_the_
     assert "every stage was finished already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_part_of_the_pool_that_was_cut_short_comes_back_and_nothing_follows_from_it(built, swept, capsys):
     """Its file is a newer one then, but holds what the listing of the pool has listed."""
     before = tiny.tables(swept)
@@ -200,24 +201,15 @@ def test_a_part_of_the_pool_that_was_cut_short_comes_back_and_nothing_follows_fr
     assert changed == {"run.json"}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(built, tmp_path_factory):
-    """A pool of three parts, and two settings."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert run(built, output, *THREE_PARTS) == 0
-    return output
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("point", "before"),
-    [("pool/_parts/*.json", "pool"), ("pool/artifact.json", "curve")],
-    ids=["in the pool", "after it"],
-)
-def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, built, tmp_path, point, before):
-    output = tmp_path / "out"
-    tiny.kill_when(point, output, *arguments(built, output, *THREE_PARTS), workflow="tradeoff.py")
-    assert not (output / before / "artifact.json").exists()
+def test_a_killed_driver_resumes_to_the_same_bytes_and_what_the_pool_cannot_give_is_left_out(built, tmp_path, capsys):
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
+    assert run(built, undisturbed, *THREE_PARTS) == 0
+    assert "too small for p90, w = 500, which are left out; raise --max-candidates" in capsys.readouterr().out
+    found = curve(undisturbed)
+    assert found["p90, w = 500"]["precision"] is None and found["generator"]["precision"] is not None
+    tiny.kill_when("pool/_parts/*.json", output, *arguments(built, output, *THREE_PARTS), workflow="tradeoff.py")
+    assert not (output / "pool" / "artifact.json").exists()
     done = {f: f.stat().st_mtime_ns for f in output.glob("pool/_parts/*.json")}
     assert run(built, output, *THREE_PARTS) == 0
     assert tiny.tables(output) == tiny.tables(undisturbed)
@@ -232,37 +224,19 @@ def test_a_target_out_of_reach_shows_the_frontier(built, swept, capsys):
     assert "out of reach" in said and "precision" in said and "frontier" in said
 
 
-@pytest.fixture(scope="module")
-def of_gan(built, tmp_path_factory):
-    """A TorchScript generator with polarities and truncations; its path and the output."""
-    root = tmp_path_factory.mktemp("gan")
-    gan = f"--generator.path={tiny_generators.save_bars(root / 'bars.pt')}"
-    more = ("--generator.kind=torchscript", gan, "--generator.latent_shape=[4]", "--rank=4", "--bins=8")
-    wanted = ('--thresholds=["p50"]', "--weights=[3]", "--polarities=[-1, 1]", "--truncations=[0.5, 1.0]")
-    assert run(built, root / "out", *more, *wanted, "--score=index") == 0
-    return gan, root / "out"
-
-
 @pytest.mark.slow
-def test_polarity_takes_the_very_images_that_generate_accepts(of_gan, built, tmp_path):
-    """A pool from a larger pilot has other steps: with the same pilot, steps and seed the rows are those of generate.py."""
-    gan, output = of_gan
-    setting = curve(output)["polarity -1"]
-    more = ("--weighting.kind=polarity", "--weighting.polarity=-1", "--weighting.rank=4", "--weighting.bins=8")
+def test_polarity_takes_the_very_images_that_generate_accepts_and_truncations_are_pools_of_their_own(built, tmp_path):
+    """With the same pilot, steps and seed the rows are those of generate; a larger pilot has other steps."""
+    gan, output = f"--generator.path={tiny_generators.save_bars(tmp_path / 'bars.pt')}", tmp_path / "out"
     kind = ("--generator.kind=torchscript", gan, "--generator.latent_shape=[4]")
-    assert run_generate(built, tmp_path / "out", *more, *kind, n=N) == 0
-    accepted = rows(tmp_path / "out")
-    assert accepted["sample_id"].to_numpy()[-1] + 1 == setting["candidates"]
-    pool = rows(output, "pool")
-    kept = pool.filter(pa.array(np.isin(pool["sample_id"].to_numpy(), accepted["sample_id"].to_numpy())))
-    assert kept["image_hash"].to_pylist() == accepted["image_hash"].to_pylist()
-    assert setting["effective_sample_size"] < setting["candidates"]
-
-
-@pytest.mark.slow
-def test_truncations_are_pools_of_their_own(of_gan):
-    _, output = of_gan
+    wanted = ('--thresholds=["p50"]', "--weights=[3]", "--polarities=[-1, 1]", "--truncations=[0.5, 1.0]")
+    assert run(built, output, *kind, "--rank=4", "--bins=8", *wanted, "--score=index") == 0
+    more = ("--weighting.kind=polarity", "--weighting.polarity=-1", "--weighting.rank=4", "--weighting.bins=8")
+    assert run_generate(built, tmp_path / "generated", *more, *kind, n=N) == 0
     found = curve(output)
+    setting = found["polarity -1"]
+    assert_taken_from(output, setting, rows(tmp_path / "generated"))
+    assert setting["effective_sample_size"] < setting["candidates"]
     assert {"MaGNET", "ψ = 0.5", "ψ = 1"} < set(found)
     assert found["ψ = 0.5"]["vendi_generated"] < found["generator"]["vendi_generated"]
     assert rows(output, "truncated-0.5")["image_hash"].to_pylist() != rows(output, "pool")["image_hash"].to_pylist()[:N]
@@ -286,6 +260,7 @@ def test_bad_input_is_one_line_and_exit_2(built, tmp_path, capsys, more, line):
     assert line in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_volumes_that_cannot_be_measured_are_refused_by_the_options_of_this_workflow(built, tmp_path, capsys):
     """No polarity is asked for: those of the default for TorchScript."""
     gan = f"--generator.path={tiny_generators.save_bars(tmp_path / 'bars.pt')}"
@@ -306,12 +281,3 @@ def test_a_refusal_of_volumes_names_no_option_that_this_workflow_lacks(decode):
         volume.log_volumes(decode, torch.randn(2, 8), [1, 2], volume.Volume(3, 4))
     named = set(re.findall(r"--[a-z_.]+", str(raised.value)))
     assert "--polarities" in named and named <= own
-
-
-@pytest.mark.slow
-def test_settings_that_the_pool_cannot_give_are_left_out_and_said(built, tmp_path, capsys):
-    output = tmp_path / "out"
-    assert run(built, output, "--max-candidates=100", '--thresholds=["p90"]', "--weights=[50]") == 0
-    assert "which are left out; raise --max-candidates" in capsys.readouterr().out
-    found = curve(output)
-    assert found["p90, w = 50"]["precision"] is None and found["generator"]["precision"] is not None

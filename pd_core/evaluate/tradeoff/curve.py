@@ -1,7 +1,8 @@
-"""The curve stage: every setting's draw from one pool of scored candidates, measured in every space; a task and a part each."""
+"""The curve stage: every setting's draw from one pool of candidates, measured in every space; a part each."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pd_core.core import artifacts, files, schemas, seeds
-from pd_core.core.settings.evaluate import MetricSettings
+from pd_core.core.settings.evaluate import TradeoffSettings
 from pd_core.density import formula
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
-from pd_core.engine import console, resources, tasks
+from pd_core.engine import resources, tasks
 from pd_core.evaluate import measure, metrics, spaces
 from pd_core.evaluate.spaces import Features, Space
 from pd_core.evaluate.tradeoff import points
@@ -31,54 +32,42 @@ class Job:
     """The stage; picklable.
 
     Attributes:
-        settings: part s · len(settings) + i is of setting i in space s.
+        settings: of the run: metrics, n, n_real, the score that decides, the seed that gives each candidate its u.
+        swept: part s · len(swept) + i is of setting i in space s.
         real, pool: features of the real images and of the candidates, by space.
         truncated: features of the images of each ψ, by (space, ψ).
         weightings: ω of each setting by its name, but of truncations.
-        score: predictor or index, whose density decides. seed: of the run, which gives each candidate its u.
+        densities: fingerprint of the densities of the real images.
     """
 
-    curve: artifacts.Stage
-    settings: tuple[Setting, ...]
+    output: str
+    settings: TradeoffSettings
+    swept: tuple[Setting, ...]
     spaces: tuple[Space, ...]
     real: Mapping[str, Features]
     pool: Mapping[str, Features]
     truncated: Mapping[tuple[str, float], Features]
     weightings: Mapping[str, Weighting]
-    metrics: MetricSettings
-    score: str
-    seed: int
-    n: int
-    n_real: int | None
+    densities: str
 
-    def part(self, space: int, setting: int) -> str:
-        """Name of a part."""
-        return artifacts.part_name(space * len(self.settings) + setting)
-
-
-def stage_of(
-    output: str,
-    settings: Sequence[Setting],
-    weightings: Mapping[str, Weighting],
-    fingerprints: Mapping[str, Any],
-    metric_settings: MetricSettings,
-    score: str,
-    seed: int,
-    n: int,
-    n_real: int | None,
-) -> artifacts.Stage:
-    """The curve stage under `output`; fingerprints: of all features that it reads."""
-    identity = {
-        "settings": [asdict(setting) for setting in settings],
-        "weightings": {name: weighting.to_json() for name, weighting in weightings.items()},
-        "features": dict(fingerprints),
-        "metrics": metric_settings.model_dump(),
-        "score": score,
-        "seed": seed,
-        "n": n,
-        "n_real": n_real,
-    }
-    return artifacts.Stage(files.join(output, "curve"), "curve", schemas.VERSIONS["curve"], identity)
+    @functools.cached_property
+    def stage(self) -> artifacts.Stage:
+        """The curve stage under `output`."""
+        settings = self.settings
+        features: dict[str, Any] = {
+            "real": {space: featured.fingerprint for space, featured in self.real.items()},
+            "pool": {space: featured.fingerprint for space, featured in self.pool.items()},
+            "truncated": {f"{space} {psi:g}": of.fingerprint for (space, psi), of in self.truncated.items()},
+            "densities": self.densities,
+        }
+        identity = {
+            "settings": [asdict(setting) for setting in self.swept],
+            "weightings": {name: weighting.to_json() for name, weighting in self.weightings.items()},
+            "features": features,
+            "metrics": settings.metrics.model_dump(),
+            **{name: getattr(settings, name) for name in ("score", "seed", "n", "n_real")},
+        }
+        return artifacts.Stage(files.join(self.output, "curve"), "curve", schemas.VERSIONS["curve"], identity)
 
 
 def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[str, Any]]:
@@ -87,32 +76,24 @@ def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[st
     Raises:
         UserError: the real set, or n, is too small for k.
     """
-    cpus = measure.measuring_cpus(now)
-    task = measure.measuring_task(_measure_part, now, cpus)
-    done = job.curve.finished_parts()
-    many = len(job.settings)
-    with console.progress("curve", many * len(job.spaces), "settings", len(done)) as bar:
-        for number in range(len(job.spaces)):
-            missing = [i for i in range(many) if job.part(number, i) not in done]
-            if not missing:
-                continue
-            # read once, and kept where the tasks run
-            reference = measure.measuring_task(_reference, now, cpus).remote(job, number, cpus)
-            pool = tasks.task(read_pool, resources.IO_CPUS).remote(job, number)
+    cpus, many = measure.measuring_cpus(now), len(job.swept)
+    task, referring = (measure.measuring_task(function, now, cpus) for function in (_measure_part, _reference))
+    reading = tasks.task(read_pool, resources.IO_CPUS)
+    # once for all settings in a space, which come one after the other, and kept where the tasks run
+    shared = functools.lru_cache(1)(lambda space: (referring.remote(job, space, cpus), reading.remote(job, space)))
 
-            def submit(i: int, number: int = number, reference: Any = reference, pool: Any = pool) -> Any:
-                return task.remote(job, number, i, reference, pool, cpus)
+    def submit(names: Sequence[str]) -> Any:
+        space, i = divmod(artifacts.part_number(names[0]) or 0, many)
+        return task.remote(job, space, i, *shared(space), cpus)
 
-            for _ in tasks.bounded(submit, missing, lambda: measure.in_flight(now, cpus)):
-                bar.update()
-    done = job.curve.finished_parts()
-    parts = [done[artifacts.part_name(i)] for i in range(many * len(job.spaces))]
-    rows = read_curve(job.curve.uri, parts)
+    groups = [[artifacts.part_name(i)] for i in range(many * len(job.spaces))]
+    parts = tasks.make_missing(job.stage, groups, submit, lambda: measure.in_flight(now, cpus), unit="settings")
+    rows = read_curve(job.stage.uri, parts)
     return parts, {"settings": many, "measured": sum(row["precision"] is not None for row in rows)}
 
 
 def read_curve(uri: str, parts: Sequence[artifacts.Part]) -> list[dict[str, Any]]:
-    """Rows of a curve stage, of its spaces one after the other, with `frontier`: of precision and recall in its space."""
+    """Rows of a curve stage, space by space, with `frontier`: of precision and recall in the row's space."""
     rows = [row for part in parts for row in files.read_table(files.join(uri, part.name)).to_pylist()]
     for space in {row["space"] for row in rows}:
         own = [row for row in rows if row["space"] == space]
@@ -162,7 +143,7 @@ def read_pool(job: Job, space: int, light: bool = False) -> Pool:
     return Pool(
         number=joined["sample_id"][order],
         ids=joined["id"][order],
-        density=joined["density_predicted" if job.score == "predictor" else "density_index"][order],
+        density=joined["density_predicted" if job.settings.score == "predictor" else "density_index"][order],
         log_volume=None if np.isnan(volume).all() else volume,
         features=joined["features"][order],
     )
@@ -200,7 +181,8 @@ class Draw:
     Attributes:
         rows: int64 [n] of the pool, in candidate order; fewer where the pool does not give as many.
         candidates: that were looked at up to the last of them. rate: accepted share of all candidates of the pool.
-        effective: rows of the pool that the weights are worth, Kish. exact: likewise of Polarity's without steps and cap, else None.
+        effective: rows of the pool that the weights are worth, Kish.
+        exact: likewise of Polarity's without steps and cap, else None.
     """
 
     rows: np.ndarray
@@ -215,15 +197,13 @@ def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
     many, weighting = len(pool.number), job.weightings[setting.name]
     deciding, exact = pool.density, None
     if setting.method == "polarity":
-        assert pool.log_volume is not None and setting.polarity is not None, (
-            "the pool of a run with polarities has volumes"
-        )
+        assert pool.log_volume is not None and setting.polarity is not None, "the pool of a run with polarities"
         deciding = pool.log_volume
         exact = density_weighting.effective_size(density_weighting.exponential(deciding, setting.polarity))
-    u = seeds.uniform(pool.number, seeds.stream(job.seed, "acceptance"))  # candidates_of draws it so
+    u = seeds.uniform(pool.number, seeds.stream(job.settings.seed, "acceptance"))  # candidates_of draws it so
     rows = points.accepted(deciding, u, weighting)
-    taken = rows[: job.n]
-    looked_at = int(pool.number[taken[-1]]) + 1 if len(rows) >= job.n else many
+    taken = rows[: job.settings.n]
+    looked_at = int(pool.number[taken[-1]]) + 1 if len(rows) >= job.settings.n else many
     effective = density_weighting.effective_size(density_weighting.weight_of(deciding, weighting))
     return Draw(taken, looked_at, len(rows) / many, effective, exact)
 
@@ -233,28 +213,27 @@ def draw(setting: Setting, pool: Pool, job: Job) -> Draw:
 
 def _reference(job: Job, space: int, threads: int) -> metrics.Reference:
     name = job.spaces[space].name
-    real = spaces.read_rows(job.real[name], job.n_real)
-    return measure.reference_of(real, job.metrics, threads, resources.assigned_device(), f"--index (space {name})")
+    real, device = spaces.read_rows(job.real[name], job.settings.n_real), resources.assigned_device()
+    return measure.reference_of(real, job.settings.metrics, threads, device, f"--index (space {name})")
 
 
 def _measure_part(job: Job, space: int, i: int, reference: metrics.Reference, pool: Pool, threads: int) -> None:
-    setting, where = job.settings[i], job.spaces[space]
+    setting, where, n = job.swept[i], job.spaces[space], job.settings.n
+    if setting.method == "truncation":
+        assert setting.truncation is not None
+        taken = spaces.read_rows(job.truncated[where.name, setting.truncation], n)
+        many = len(taken.ids)
+        found = Draw(np.arange(many), many, 1.0, float(many))
+    else:
+        found = draw(setting, pool, job)
+        nothing = np.full(len(found.rows), None, dtype=object)
+        taken = spaces.Rows(pool.ids[found.rows], nothing, nothing, pool.features[found.rows])
     row: dict[str, Any] = {
         "space": where.name,
         "extractor": where.extractor,
         "setting": setting.name,
         "curve": setting.curve,
         **asdict(setting),
-    }
-    if setting.method == "truncation":
-        assert setting.truncation is not None
-        own = spaces.read_rows(job.truncated[where.name, setting.truncation], job.n)
-        found, taken = Draw(np.arange(len(own.ids)), len(own.ids), 1.0, float(len(own.ids))), own
-    else:
-        found = draw(setting, pool, job)
-        nothing = np.full(len(found.rows), None, dtype=object)
-        taken = spaces.Rows(pool.ids[found.rows], nothing, nothing, pool.features[found.rows])
-    row |= {
         "n": len(taken.ids),
         "n_real": reference.rows,
         "k_precision": reference.k_precision,
@@ -264,9 +243,10 @@ def _measure_part(job: Job, space: int, i: int, reference: metrics.Reference, po
         "effective_sample_size": found.effective,
         "exact_effective_size": found.exact,
     }
-    if len(taken.ids) == job.n:  # a smaller set has other precision and recall for its size alone: it is left out
+    if len(taken.ids) == n:  # a smaller set has other precision and recall for its size alone: it is left out
         measured = measure.measured(reference, taken, setting.name, threads, resources.assigned_device())
         for name in schemas.CURVE_METRICS:
             estimate = measured.estimates[name]
             row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    job.curve.write_table(job.part(space, i), pa.Table.from_pylist([row], schema=schemas.curve()))
+    name = artifacts.part_name(space * len(job.swept) + i)
+    job.stage.write_table(name, pa.Table.from_pylist([row], schema=schemas.curve()))

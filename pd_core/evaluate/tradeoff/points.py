@@ -1,14 +1,14 @@
-"""The trade-off between fidelity and diversity: settings of each method, their draws from one pool, frontier and choice.
+"""Fidelity against diversity: settings of each method, their draws from one pool, frontier and choice.
 
-Pure functions, float64 inside. One pool of candidates serves every setting but truncations, whose images are others: what a
-setting would have accepted of them is exactly what generate.py would accept, since candidate i and its u depend on i alone. Sets
-of two settings therefore share candidates, and differ by the settings, not by the luck of other draws.
+Pure functions, float64 inside. One pool of candidates serves every setting but truncations, whose images are others:
+what a setting would have accepted of them is exactly what generate.py would accept, since candidate i and its u depend
+on i alone. Sets of two settings therefore share candidates, and differ by the settings, not by the luck of other draws.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,13 +68,14 @@ def sweep(
     return list(dict.fromkeys(found))
 
 
-# --- draws from a pool --------------------------------------------------------------------------------------------------
+# --- draws from a pool ------------------------------------------------------------------------------------------------
 
 
 def accepted(deciding: ArrayLike, u: ArrayLike, weighting: Weighting) -> NDArray[np.int64]:
     """Rows of a pool that rejection sampling accepts, in candidate order (arXiv 2407.08659, Algorithm 2).
 
-    deciding: ρ of each candidate, or its log-volume for Polarity Sampling, [M]. u: its own uniform number, [M]. Returns int64 [m].
+    deciding: ρ of each candidate, or its log-volume for Polarity Sampling, [M]. u: its own uniform number, [M]. Returns
+    int64 [m].
     """
     return np.flatnonzero(np.asarray(u) < density_weighting.acceptance_probability(deciding, weighting))
 
@@ -92,7 +93,7 @@ def pool_needed(weightings: Iterable[tuple[ArrayLike, Weighting]], n: int, most:
     return most if needed >= most else math.ceil(needed)
 
 
-# --- frontier and choice ------------------------------------------------------------------------------------------------
+# --- frontier and choice ----------------------------------------------------------------------------------------------
 
 
 def frontier(first: ArrayLike, second: ArrayLike) -> NDArray[np.bool_]:
@@ -132,12 +133,3 @@ def parse_target(text: str) -> Target:
     if not (math.isfinite(number) and number > 0):
         raise UserError(f"--target {text}: {value!r} is no number above 0; expected e.g. recall=0.6")
     return Target(metric.strip(), number)
-
-
-def pick(target: Target, measured: Sequence[Mapping[str, float]]) -> int | None:
-    """The place of the setting with the best counterpart among those that reach the target, or None where none does.
-
-    measured: metrics of each setting by name; empty for one that was not measured.
-    """
-    reached = [i for i, m in enumerate(measured) if m and m[target.metric] >= target.value]
-    return max(reached, key=lambda i: measured[i][target.sought], default=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import functools
 import io
 import math
@@ -15,16 +14,15 @@ import numpy as np
 
 from pd_core.core import artifacts, schemas
 from pd_core.core import files as core_files
-from pd_core.core.settings.evaluate import TradeoffSettings
-from pd_core.core.settings.load import to_yaml
 from pd_core.engine import runs
-from pd_core.evaluate.report import COLORS, MARKERS, Number, draw_point, interval, metric_names, plane_axes
+from pd_core.evaluate.halfsamples import Estimate
+from pd_core.evaluate.report import COLORS, MARKERS, draw_point, interval, metric_names, plane_axes
 from pd_core.evaluate.spaces import JUDGE
 from pd_core.evaluate.tradeoff import curve as tradeoff_curve
 from pd_core.evaluate.tradeoff import points
 from pd_core.evaluate.tradeoff.points import Setting, Target
 from pd_core.images import thumbnails
-from pd_core.report import figures
+from pd_core.report import figures, page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,23 +46,18 @@ class Inputs:
     images: Mapping[float | None, str]
     candidates: int
     n_real: int
-    settings: TradeoffSettings
     timings_s: Mapping[str, float]
 
 
-def stage_of(output: str, curve: artifacts.Stage, settings: TradeoffSettings) -> artifacts.Stage:
-    """The report stage under `output`."""
-    identity = {"curve": curve.fingerprint, "images": settings.images, "target": settings.target}
-    return runs.report_stage(output, identity)
-
-
-def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
-    """Make the page, the figures and the table; returns the parts and totals to commit."""
-    return runs.draw(stage, functools.partial(_draw, inputs))
+def make(run: runs.Run, inputs: Inputs) -> None:
+    """Complete the report stage of a run: the page, its figures and the table."""
+    job, settings = inputs.job, inputs.job.settings
+    identity = {"curve": job.stage.fingerprint, "images": settings.images, "target": settings.target}
+    run.report(identity, functools.partial(_draw, inputs), replace=True)
 
 
 def _draw(inputs: Inputs) -> runs.Drawn:
-    rows = tradeoff_curve.read_curve(inputs.job.curve.uri, inputs.curve.parts)
+    rows = tradeoff_curve.read_curve(inputs.job.stage.uri, inputs.curve.parts)
     return runs.Drawn({**files(gather(inputs, rows)), TABLE: table(rows)}, rows={TABLE: len(rows)})
 
 
@@ -131,13 +124,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def gather(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All that the page shows, as its template names it."""
-    settings, job = inputs.settings, inputs.job
-    return {
-        "title": "Fidelity against diversity",
+    settings, job = inputs.job.settings, inputs.job
+    return page.facts_of_run("Fidelity against diversity", settings, inputs.timings_s, inputs.curve.versions) | {
         "index": str(settings.index),
-        "output": str(settings.output),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "n": job.n,
+        "n": settings.n,
         "n_real": inputs.n_real,
         "pool": inputs.candidates,
         "score": settings.score,
@@ -154,29 +144,23 @@ def gather(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ],
         "picked": [] if settings.target is None else choice(points.parse_target(settings.target), rows),
         "images": _images(inputs),
-        "timings_s": inputs.timings_s,
-        "versions": inputs.curve.versions,
-        "settings_yaml": to_yaml(settings),
     }
 
 
-def numbers_of(row: Mapping[str, Any]) -> dict[str, Number]:
+def numbers_of(row: Mapping[str, Any]) -> dict[str, Estimate]:
     """Metrics of a row of the curve, empty where it was not measured."""
     if row["precision"] is None:
         return {}
-    return {name: Number(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in schemas.CURVE_METRICS}
+    return {name: Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in schemas.CURVE_METRICS}
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
 def choice(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each space a line: the setting of the best counterpart that reaches the target, or what is on the frontier."""
-    return [_choice(target, space, [r for r in rows if r["space"] == space]) for space in _spaces(rows)]
-
-
-def _spaces(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["space"] for row in rows))
+    """A line for each space: the setting of the best counterpart that reaches the target, or the frontier."""
+    names = dict.fromkeys(row["space"] for row in rows)
+    return [_choice(target, space, [r for r in rows if r["space"] == space]) for space in names]
 
 
 def _choice(target: Target, space: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -199,18 +183,18 @@ def _not_told_apart(target: Target, found: Mapping[str, Any], rows: Sequence[Map
     best_low = found[f"{target.sought}_low"]
     return [
         row["setting"]
-        for row in rows
-        if row is not found
-        and row["precision"] is not None
-        and row[target.metric] >= target.value
-        and (best_low is None or row[f"{target.sought}_high"] >= best_low)
+        for row in _reaching(target, rows)
+        if row is not found and (best_low is None or row[f"{target.sought}_high"] >= best_low)
     ]
 
 
 def best(target: Target, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row that `points.pick` takes."""
-    place = points.pick(target, [{} if row["precision"] is None else dict(row) for row in rows])
-    return None if place is None else rows[place]
+    """The row with the best counterpart among those that reach the target, or None where none does."""
+    return max(_reaching(target, rows), key=lambda row: row[target.sought], default=None)
+
+
+def _reaching(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["precision"] is not None and row[target.metric] >= target.value]
 
 
 def frontier_lines(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -232,11 +216,11 @@ def _images(inputs: Inputs) -> list[tuple[str, list[bytes]]]:
     job = inputs.job
     pool = tradeoff_curve.read_pool(job, 0, light=True)
     shown = []
-    for setting in shown_settings(job.settings):
+    for setting in shown_settings(job.swept):
         if setting.method == "truncation":
-            numbers = list(range(inputs.settings.images))
+            numbers = list(range(job.settings.images))
         else:
-            rows = tradeoff_curve.draw(setting, pool, job).rows[: inputs.settings.images]
+            rows = tradeoff_curve.draw(setting, pool, job).rows[: job.settings.images]
             numbers = pool.number[rows].tolist()
         shown.append((setting.name, _thumbnails(inputs.images[setting.truncation], numbers)))
     return [(name, pictures) for name, pictures in shown if pictures]

@@ -1,4 +1,4 @@
-"""The stages of tradeoff in their order: pilot, one pool, its features, the curve, report; what workflows/tradeoff.py calls."""
+"""The stages of tradeoff in their order: pilot, one pool, its features, the curve, report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, tracking
 from pd_core.engine import resources as engine_resources
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, started
 from pd_core.evaluate import spaces
 from pd_core.evaluate.spaces import Extraction, Features, ImageSet
 from pd_core.evaluate.tradeoff import curve, report
@@ -41,12 +41,8 @@ OWN_WORDS = {  # for those in which volumes are refused, which are generate's
     "--weighting.output_size": "--output_size",
     INSTEAD: "give --polarities '[]' to leave Polarity Sampling out",
 }
-REFERENCE = (
-    "extractor",
-    "n_real",
-    "k_precision",
-    "k_coverage",
-)  # what a number of a setting hangs on beside its images
+# what a number of a setting hangs on beside its images
+REFERENCE = ("extractor", "n_real", "k_precision", "k_coverage")
 POOL_TIMES = 20  # --n: largest pool, unless it is said
 PART_CHUNKS = 16  # of the pool
 
@@ -114,20 +110,18 @@ def compare(settings: TradeoffSettings) -> None:
         with _own_words(), contextlib.ExitStack() as resources:
             planned = _plan(run, settings, real, found, resources)
             console.say(planned.text)
-            pool, candidates = _pool(run, settings, planned)
+            pool = _candidates(run, "pool", planned.recipe, planned, planned.candidates)
             truncated = {
                 s.truncation: _truncated(run, settings, real, planned, s.truncation)
                 for s in found
                 if s.truncation is not None
             }
         job, measured = _measure(run, settings, real, found, planned.weightings, pool, truncated)
-        rows = curve.read_curve(job.curve.uri, measured.parts)
-        reporting = report.stage_of(output, job.curve, settings)
+        rows = curve.read_curve(job.stage.uri, measured.parts)
         images: dict[float | None, str] = {psi: stage.uri for psi, stage in truncated.items()}
         images[None] = pool.uri
         n_real = min(settings.n_real or real.rows, real.rows)
-        inputs = report.Inputs(job, measured, images, candidates, n_real, settings, dict(run.timings_s))
-        run.stage(reporting, lambda: report.run(reporting, inputs), replace=True)
+        report.make(run, report.Inputs(job, measured, images, planned.candidates, n_real, run.timings_s))
         if (
             run.made
         ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
@@ -179,9 +173,7 @@ class Planned:
 def _plan(
     run: Run, settings: TradeoffSettings, real: RealSet, found: list[Setting], resources: contextlib.ExitStack
 ) -> Planned:
-    with failures("pilot", run.output):
-        begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, PILOT))
-    gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
+    gpus = run.gpus_to_ask(settings.actor_gpus, files.join(run.output, PILOT))
     pool = generate_chunks.Pool(settings.actors, settings.actor_cpus, gpus)
     recipe = _recipe(run, settings, real, pool, settings.generator)
     if any(setting.method == "polarity" for setting in found):
@@ -226,8 +218,8 @@ def _recipe(
     facts = setup.describe(generator, run.now, pool)
     if polarities_of(settings) and not facts["latents"]:
         raise UserError(
-            f"--generator.path {generator.path}: offers no latents, which Polarity Sampling needs (docs/generators.md); give "
-            "--polarities '[]' to leave it out"
+            f"--generator.path {generator.path}: offers no latents, which Polarity Sampling needs "
+            "(docs/generators.md); give --polarities '[]' to leave it out"
         )
     return setup.recipe_of(
         generator,
@@ -239,10 +231,6 @@ def _recipe(
         device=engine_resources.device_of(run.now, pool.actor_gpus),
         copies_quantile=0.0,
     )
-
-
-def _pool(run: Run, settings: TradeoffSettings, planned: Planned) -> tuple[artifacts.Stage, int]:
-    return _candidates(run, "pool", planned.recipe, planned, planned.candidates), planned.candidates
 
 
 def _truncated(run: Run, settings: TradeoffSettings, real: RealSet, planned: Planned, psi: float) -> artifacts.Stage:
@@ -258,9 +246,8 @@ def _candidates(run: Run, folder: str, recipe: Recipe, planned: Planned, rows: i
     chunks = rows // recipe.chunk
     stage = sampling.stage_of(files.join(run.output, folder), "pool", recipe, {"n": rows})
     parts = -(-chunks // PART_CHUNKS)
-    job = sampling.Job(
-        recipe, stage, None, -(-chunks // parts), rows
-    )  # parts of like size: little is made beyond the last
+    # parts of like size: little is made beyond the last
+    job = sampling.Job(recipe, stage, None, -(-chunks // parts), rows)
     run.stage(stage, lambda: sampling.run(job, run.now, planned.pool, planned.open_index(), 1.0, sampling.Budget()))
     return stage
 
@@ -291,38 +278,18 @@ def _measure(
         for psi, stage in truncated.items()
         for space, featured in features_of(f"truncated-{psi:g}", stage).items()
     }
-    fingerprints: dict[str, Any] = {
-        "real": {space: featured.fingerprint for space, featured in of_real.items()},
-        "pool": {space: featured.fingerprint for space, featured in of_pool.items()},
-        "truncated": {f"{space} {psi:g}": featured.fingerprint for (space, psi), featured in of_truncated.items()},
-        "densities": real.fingerprints["densities"],
-    }
-    stage = curve.stage_of(
-        run.output,
-        found,
-        weightings,
-        fingerprints,
-        settings.metrics,
-        settings.score,
-        settings.seed,
-        settings.n,
-        settings.n_real,
-    )
     job = curve.Job(
-        curve=stage,
-        settings=tuple(found),
+        output=run.output,
+        settings=settings,
+        swept=tuple(found),
         spaces=tuple(measured_in),
         real=of_real,
         pool=of_pool,
         truncated=of_truncated,
         weightings=weightings,
-        metrics=settings.metrics,
-        score=settings.score,
-        seed=settings.seed,
-        n=settings.n,
-        n_real=settings.n_real,
+        densities=real.fingerprints["densities"],
     )
-    return job, run.stage(stage, lambda: curve.run(job, run.now))
+    return job, run.stage(job.stage, lambda: curve.run(job, run.now))
 
 
 def _track(tracker: tracking.Tracker, rows: list[dict[str, Any]]) -> None:
