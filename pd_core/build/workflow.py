@@ -14,7 +14,7 @@ from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.density import densities as density_densities
 from pd_core.density import estimator, formula
 from pd_core.engine import console, resources, tasks
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, started
 from pd_core.images import decode, listing, sources
 from pd_core.index import build, extractor, features, search
 from pd_core.index import neighbors as index_neighbors
@@ -63,17 +63,19 @@ def build_index(settings: BuildIndexSettings) -> None:
     """Images to committed features, index, densities, predictor and report under `settings.output`."""
     settings, source = prepare(settings)
     base = None if settings.base is None else update.open_base(settings.base)
-    output = str(settings.output)
-    with started(settings, output, "build_index", STAGES) as run:
+
+    def body(run: Run) -> None:
         _build(run, settings, source, base)
-        run.finish(("report", "estimator"), {"report": files.join(output, "report", REPORT)})
+        run.finish(("report", "estimator"), {"report": files.join(run.output, "report", REPORT)})
+
+    execute(settings, "build_index", STAGES, body)
 
 
 def plan_build_index(settings: BuildIndexSettings) -> None:
     """Print the resolved settings and the plan; write nothing."""
     settings, source = prepare(settings)
     base = None if settings.base is None else update.open_base(settings.base)
-    with started(settings, str(settings.output), "build_index", STAGES, tracked=False) as run:
+    with started(settings, "build_index", tracked=False) as run:
         console.say(plan.plan(settings, source, run.now, decode.limits_of(settings.data), base))
 
 
@@ -94,7 +96,7 @@ def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base:
     featured = _extract(run, settings, source) if base is None else _update(run, settings, source, base)
     if bad := features.reasons_of(featured.features.parts):
         where = files.join(run.output, "quarantine")
-        console.say(
+        run.say(
             f"quarantine: {sum(bad.values()):,} of {featured.listed.rows:,} images left out ({features.told(bad)}): {where}"
         )
     indexed, info, kept = _index(run, settings, featured)
@@ -136,7 +138,7 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
         comparing = update.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
         changes, artifact = tasks.get(comparing)
-        run.done(changes.listed.uri, artifact, nested)
+        run.done(changes.listed.uri, artifact, nested, [files.join(output, update.ADDED, "listing")])
         nested.dataset("images", source.root, artifact.fingerprint, "source", {"rows": artifact.rows})
     new = changes.added.rows if changes.added else 0
     console.say(f"update: {new:,} new images, {len(changes.removed):,} gone or changed, of {artifact.rows:,}")

@@ -13,7 +13,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -29,7 +29,7 @@ from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.curate import releases
 from pd_core.density import formula, realset
-from pd_core.engine import console, resources, session, tasks, telemetry, tracking
+from pd_core.engine import console, finished, resources, session, tasks, telemetry, tracking
 from pd_core.engine.runs import RUN, Run, checked_output, failures, started
 from pd_core.evaluate import workflow as evaluate_workflow
 from pd_core.generate import candidates, chunks, setup, workflow
@@ -39,6 +39,7 @@ from pd_core.index import extractor, features
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from
 _VERSION = re.compile(rf"\d{{8}}T\d{{6}}Z-[0-9a-f]{{{releases.HASH_LETTERS}}}")
+FINISHED = "finished.json"  # by which the next run sees that nothing is new
 CURRENT = "current.json"  # in INDEX: the version that was finished last
 EVALUATION = "evaluation"
 OUTCOMES = {errors.EXIT_DONE: "released", errors.EXIT_NOTHING_NEW: "nothing_new", errors.EXIT_HELD_BACK: "held_back"}
@@ -84,8 +85,54 @@ def curate(settings: CurateSettings) -> int:
     output = str(settings.output)
     with files.explained(output):
         above = releases.lock_token(output)
-    lock = locks.hold(files.join(output, LOCK), settings.lock.lease_s, above)
-    with lock as lease, started(settings, output, "curate", ()) as run, session.shared(run.now):
+    with locks.hold(files.join(output, LOCK), settings.lock.lease_s, above) as lease:
+        with failures("curate", output):
+            facts = finished.facts(settings, output)
+            there = None if settings.overwrite else finished.read(files.join(output, FINISHED))
+            if there is not None and there.holds(_with_pointers(facts, output), output):
+                console.say(load.to_yaml(settings))
+                releases.say_unknown_held(output)
+                for line in there.lines:
+                    console.say(line)
+                return errors.EXIT_NOTHING_NEW
+        return _curate(settings, lease, facts)
+
+
+def _with_pointers(facts: str | None, output: str) -> str | None:
+    """The facts of a run with what it left or found as the current index and the latest release; None where any is unknown."""
+    current = _current(files.join(output, INDEX))
+    if facts is None or current is None or releases.latest(output) is None:
+        return None
+    places = (files.join(output, releases.LATEST), files.join(output, INDEX, CURRENT), files.join(current.uri, RUN))
+    states = [finished.state(uri, output) for uri in places]
+    return None if None in states else artifacts.fingerprint({"facts": facts, "pointers": states})
+
+
+def _remember(settings: CurateSettings, facts: str | None) -> None:
+    """Leave for the next run what it needs to see that nothing is new, after one that has released, or found nothing new."""
+    output = str(settings.output)
+    current, name, known = _current(files.join(output, INDEX)), releases.latest(output), _with_pointers(facts, output)
+    if current is None or name is None or known is None:
+        return
+    record = files.read_record(files.join(current.uri, RUN))
+    folders = [files.join(current.uri, folder) for folder in build_workflow.folders_of(record)]
+    folders.append(files.join(output, releases.RELEASES, name))
+    stages = {folder.removeprefix(f"{output}/"): artifacts.load_artifact(folder) for folder in folders}
+    there = finished.Finished(
+        known,
+        {folder: artifact.fingerprint for folder, artifact in stages.items() if artifact is not None},
+        (
+            f"index: {settings.data.source} is as it was for {current.uri}",
+            f"nothing new since {folders[-1]}",
+        ),
+    )
+    files.write_bytes(files.join(output, FINISHED), json.dumps({"finished": asdict(there)}, indent=1).encode())
+
+
+def _curate(settings: CurateSettings, lease: locks.Lease, facts: str | None) -> int:
+    """One run with the lock held. facts: that it begins with."""
+    output = str(settings.output)
+    with started(settings, "curate") as run, session.shared(run.now):
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
@@ -99,6 +146,8 @@ def curate(settings: CurateSettings) -> int:
         try:
             with failures("curate", output):
                 _clear(settings, lease)
+                if code != errors.EXIT_HELD_BACK:
+                    _remember(settings, facts)
         except (UserError, RunError) as error:  # what was released is released
             console.say(f"old versions were not all deleted, the next run does that: {error}")
     return code
@@ -488,7 +537,7 @@ def plan_curate(settings: CurateSettings) -> None:
     settings = prepare(settings)
     output = str(settings.output)
     with (
-        started(settings, output, "curate", (), tracked=False) as run,
+        started(settings, "curate", tracked=False) as run,
         session.shared(run.now),
         failures("curate", output),
     ):

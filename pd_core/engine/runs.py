@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import files as core_files
 from pd_core.core import schemas
 from pd_core.core.errors import RunError, UserError, one_line
-from pd_core.core.settings.base import WorkflowSettings
+from pd_core.core.settings.base import WorkflowSettings, flatten
 from pd_core.core.settings.load import to_yaml
-from pd_core.engine import console, resources, session, tasks, tracking
+from pd_core.engine import console, finished, resources, session, tasks, tracking
 
 Made = tuple[Iterable[core_artifacts.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
@@ -30,6 +31,7 @@ FIRST_STAGES = {
     "finetune": "weights",
 }  # by which the output of a workflow is known
 REPORT = "index.html"
+ALREADY = ", every stage was finished already"
 
 
 @dataclass
@@ -44,7 +46,10 @@ class Run:
         workflow: its name.
         stages: those that follow from others, by their folders in `output`, in their order; stages that are not named here
             follow from none.
+        facts: that it began with, see `finished.facts`.
         artifacts, made: commit records of its finished stages, and which of these were not finished before.
+        beside: folders of what was made together with them.
+        lines: what it says of its result.
         watch: of the whole run.
     """
 
@@ -54,8 +59,11 @@ class Run:
     tracker: tracking.Tracker
     workflow: str
     stages: Sequence[str]
+    facts: str | None = None
     artifacts: dict[str, core_artifacts.Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
+    beside: set[str] = field(default_factory=set)
+    lines: list[str] = field(default_factory=list)
     watch: core_artifacts.Stopwatch = field(default_factory=core_artifacts.Stopwatch)
 
     def stage(self, stage: core_artifacts.Stage, make: Make, replace: bool = False) -> core_artifacts.Artifact:
@@ -63,7 +71,7 @@ class Run:
         with self.tracker.stage(self.name_of(stage.uri)) as nested, failures(stage.kind, stage.uri):
             before = stage.recorded()
             artifact = stage.complete(lambda: self._make(stage, make, before), self.settings.overwrite or replace)
-            self.done(stage.uri, artifact, nested)
+            self.done(stage.uri, artifact, nested, stage.beside)
         return artifact
 
     def _make(self, stage: core_artifacts.Stage, make: Make, before: core_artifacts.Artifact | None) -> Made:
@@ -94,39 +102,57 @@ class Run:
         """Folder of a stage in the output."""
         return uri.removeprefix(self.output).strip("/")
 
-    def done(self, uri: str, artifact: core_artifacts.Artifact, nested: tracking.Tracker) -> None:
-        """Remember and track a finished stage."""
+    def done(
+        self, uri: str, artifact: core_artifacts.Artifact, nested: tracking.Tracker, beside: Iterable[str] = ()
+    ) -> None:
+        """Remember and track a finished stage. beside: directories of what was made together with it."""
         self.artifacts[self.name_of(uri)] = artifact
+        self.beside.update(map(self.name_of, beside))
         numbers = {n: v for n, v in flatten(artifact.totals) if isinstance(v, int | float) and not isinstance(v, bool)}
         nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
         nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
 
+    def say(self, *lines: str) -> None:
+        """Say what came of the run, which the same command says again once all is finished."""
+        self.lines += lines
+        for line in lines:
+            console.say(line)
+
     def finish(
-        self, kept: Sequence[str], made: Mapping[str, str], summary: Callable[[], Iterable[str]] = tuple
+        self,
+        kept: Sequence[str],
+        made: Mapping[str, str],
+        summary: Callable[[], Iterable[str]] = tuple,
+        refusal: UserError | None = None,
     ) -> None:
         """Record the run and say how it ended.
 
-        kept: stages whose files are logged. made: what there is now, and where it lies, a line each. summary: lines of its numbers.
+        Args:
+            kept: stages whose files are logged.
+            made: what there is now, and where it lies, a line each.
+            summary: lines of its numbers.
+            refusal: why the run ends in an error although all is made; without one the same command is answered by its record.
         """
         with failures("run", self.output):
-            self._record(self.watch.seconds, kept)
-            for line in summary():
-                console.say(line)
-        again = "" if self.made else ", every stage was finished already"
-        console.say(f"done in {self.watch.seconds:.0f} s{again}: {self.output}")
-        if self.tracker.hint:
-            console.say(f"tracking: {self.tracker.hint}")
-        for name, uri in made.items():
-            console.say(f"{name}: {uri}")
+            lines = [*summary()]
+            result = [f"{name}: {uri}" for name, uri in made.items()]
+            self._record(kept, None if refusal else [*self.lines, *lines, *result])
+        again = "" if self.made else ALREADY
+        hint = [f"tracking: {self.tracker.hint}"] if self.tracker.hint else []
+        for line in (*lines, f"done in {self.watch.seconds:.0f} s{again}: {self.output}", *hint, *result):
+            console.say(line)
+        if refusal:
+            raise refusal
 
     @property
     def timings_s(self) -> dict[str, float]:
         """Seconds that each stage took when it was made."""
         return {name: sum(artifact.timings_s.values()) for name, artifact in self.artifacts.items()}
 
-    def _record(self, elapsed_s: float, kept: Sequence[str]) -> None:
+    def _record(self, kept: Sequence[str], lines: Sequence[str] | None) -> None:
         """Write run.json and log the run, with the files of the stages in `kept`."""
-        values = {
+        elapsed_s = self.watch.seconds
+        values: dict[str, Any] = {
             "workflow": self.workflow,
             "settings": self.settings.model_dump(mode="json"),
             "stages": {name: artifact.fingerprint for name, artifact in self.artifacts.items()},
@@ -134,6 +160,8 @@ class Run:
             "elapsed_s": round(elapsed_s, 3),
             "versions": core_artifacts.package_versions(),
         }
+        if self.facts is not None and lines is not None:
+            values["finished"] = asdict(finished.Finished(self.facts, self._fingerprints(), tuple(lines)))
         core_files.write_bytes(core_files.join(self.output, RUN), json.dumps(values, indent=1).encode())
         self.tracker.metrics({"elapsed_s": elapsed_s})
         for stage in kept:
@@ -141,16 +169,54 @@ class Run:
                 uri = core_files.join(self.output, stage, part.name)
                 self.tracker.artifact_bytes(f"{stage}/{part.name}", core_files.read_bytes(uri))
 
+    def _fingerprints(self) -> dict[str, str]:
+        """Of every stage that the output consists of, by its folder."""
+        beside = {name: core_artifacts.load_artifact(core_files.join(self.output, name)) for name in self.beside}
+        return {name: found.fingerprint for name, found in (beside | self.artifacts).items() if found is not None}
+
+
+def execute(
+    settings: WorkflowSettings,
+    workflow: str,
+    stages: Sequence[str],
+    body: Callable[[Run], None],
+    inputs: Sequence[str] = (),
+) -> None:
+    """Run a workflow, or say that the same command has finished it, and start nothing.
+
+    Args:
+        settings: resolved, with their output.
+        workflow: its name.
+        stages: see Run.
+        body: makes the stages and ends with `Run.finish`.
+        inputs: URIs of what it reads and no setting names.
+    """
+    output = str(settings.output)
+    watch = core_artifacts.Stopwatch()
+    with failures("run", output):
+        facts = finished.facts(settings, output, inputs)
+        before = None if settings.overwrite else finished.read(core_files.join(output, RUN))
+        if before is not None and before.holds(facts, output):
+            core_files.refuse_links(output)
+            console.say(to_yaml(settings))
+            console.say(f"done in {watch.seconds:.0f} s{ALREADY}: {output}")
+            for line in before.lines:
+                console.say(line)
+            return
+    with started(settings, workflow, stages) as run:
+        run.facts = facts
+        body(run)
+
 
 @contextmanager
 def started(
-    settings: WorkflowSettings, output: str, workflow: str, stages: Sequence[str], tracked: bool = True
+    settings: WorkflowSettings, workflow: str, stages: Sequence[str] = (), tracked: bool = True
 ) -> Iterator[Run]:
     """A run inside a session of a cluster and a tracked run; its settings are logged, and said unless it is part of another.
 
     stages: see Run. tracked: False for a plan, which MLflow hears nothing of.
     """
-    watch = core_artifacts.Stopwatch()
+    watch, output = core_artifacts.Stopwatch(), str(settings.output)
     core_files.refuse_links(output)
     if not session.is_shared():
         console.say(to_yaml(settings))
@@ -220,12 +286,13 @@ def _draw(stage: core_artifacts.Stage, make: Callable[[], Drawn]) -> dict[str, A
 @contextmanager
 def failures(stage: str, uri: str) -> Iterator[None]:
     """Turn what storage and cluster raise inside a stage into one line with the next step."""
-    import ray
-
     with core_files.explained(uri):
         try:
             yield
-        except ray.exceptions.RayError as error:
+        except Exception as error:
+            ray = sys.modules.get("ray")
+            if ray is None or not isinstance(error, ray.exceptions.RayError):
+                raise
             tasks.raise_cause(error)
             cause = getattr(error, "cause", None)
             if core_files.is_failure(cause):
@@ -236,12 +303,3 @@ def failures(stage: str, uri: str) -> Iterator[None]:
             raise RunError(
                 f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
             ) from error
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and leaves of nested settings or totals."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,11 @@ from pd_core.engine.resources import (
 )
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a job
+TELEMETRY_OFF = {  # no package tells its makers about the run
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 LISTENS_S = 15.0  # a head that restarts is not there for some seconds
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _shared: Cluster | None = None  # by a run whose parts are runs themselves
@@ -56,16 +62,21 @@ def connect() -> Cluster:
     """
     import ray
 
+    for name, value in TELEMETRY_OFF.items():
+        os.environ.setdefault(name, value)  # what is started here inherits it
     if ray.is_initialized():
         return describe(local=False)
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:
-        # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
-        package = {"py_modules": [str(Path(__file__).resolve().parents[1])], "excludes": ["**/__pycache__"]}
+        given = _job_environment().get("env_vars") or {}  # Ray refuses to hear one twice
+        package: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in TELEMETRY_OFF if name not in given}}
+        if JOB_VARIABLE not in os.environ:
+            # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
+            package |= {"py_modules": [str(Path(__file__).resolve().parents[1])], "excludes": ["**/__pycache__"]}
         _check_that_somebody_listens(address)
         try:
-            ray.init(address=address, runtime_env=None if JOB_VARIABLE in os.environ else package, **quiet)
+            ray.init(address=address, runtime_env=package, **quiet)
         except ConnectionError as error:
             raise RunError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
@@ -224,6 +235,13 @@ def shared(now: Cluster) -> Iterator[None]:
         _shared = before
 
 
+def is_joined() -> bool:
+    """Whether a run of this process would be on a cluster that it did not start itself."""
+    ray = sys.modules.get("ray")
+    named = "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ
+    return named or (ray is not None and ray.is_initialized())
+
+
 def is_shared() -> bool:
     """Whether this is part of a run that has a session already."""
     return _shared is not None
@@ -236,5 +254,9 @@ def _idle_workers() -> int:
 
 def in_job_copy() -> bool:
     """Whether this is the driver of a Ray job in a temporary copy of its --working-dir, which Ray deletes after the job."""
-    job = json.loads(os.environ.get(JOB_VARIABLE, "{}"))
-    return bool((job.get("runtime_env") or {}).get("working_dir"))
+    return bool(_job_environment().get("working_dir"))
+
+
+def _job_environment() -> dict[str, Any]:
+    """The runtime environment of the Ray job whose driver this is; empty where it is none."""
+    return json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("runtime_env") or {}

@@ -64,7 +64,7 @@ METRICS_PER_REQUEST = 1000
 # ---- where to -------------------------------------------------------------------------------------------------------
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """A tracking URI without credentials, also where these hold characters that should have been quoted."""
     return uri if uri.startswith(SQLITE) else redact(re.sub(r"//.*@", "//***@", uri))
 
@@ -89,7 +89,7 @@ def resolve_uri(settings: TrackingSettings, output: str) -> str | None:
 
 
 def _check_uri(name: str, uri: str) -> None:
-    where = f"{name} {_shown(uri)!r}"
+    where = f"{name} {shown(uri)!r}"
     if uri.startswith(SQLITE):
         if uri.removeprefix(SQLITE) in ("", ":memory:"):
             raise UserError(f"{where}: names no file; expected sqlite:///PATH/mlflow.db")
@@ -100,7 +100,7 @@ def _check_uri(name: str, uri: str) -> None:
         return
     scheme = uri.partition("://")[0].lower() if "://" in uri else uri.partition(":")[0] if ":" in uri else ""
     if scheme in ("", "file"):
-        path = _shown(uri).removeprefix("file://").removeprefix("file:").rstrip("/")
+        path = shown(uri).removeprefix("file://").removeprefix("file:").rstrip("/")
         raise UserError(
             f"{where}: MLflow no longer keeps runs in a plain directory; "
             f"use sqlite:///{path}/mlflow.db or the http:// address of an MLflow server"
@@ -187,7 +187,7 @@ class _Connection:
                 return function(self.client, *args, **kwargs)
         except errors as error:
             self.alive = False
-            say(f"tracking: {_shown(self.uri)} {_reason(error, self.uri)}; this run goes on without it")
+            say(f"tracking: {shown(self.uri)} {_reason(error, self.uri)}; this run goes on without it")
             return None
 
 
@@ -197,7 +197,7 @@ def _reason(error: BaseException, uri: str) -> str:
     verb = "fails"
     if "Caused by " in text:  # urllib3 puts the cause last: the connection, or no answer in time
         verb, text = "does not answer", text.rpartition("Caused by ")[2].rstrip(") ") + ")"
-    text = redact(text.replace(uri, _shown(uri)))
+    text = redact(text.replace(uri, shown(uri)))
     if not uri.startswith(SQLITE) and (secret := urlsplit(uri).password or urlsplit(uri).username):
         text = text.replace(secret, "***")
     return f"{verb} ({text if len(text) <= 200 else text[:199] + '…'})"
@@ -276,7 +276,7 @@ class Tracker:
         """Where to look at the run: its address, or the command that shows it; None where nothing is tracked."""
         if not self.active:
             return None
-        uri, experiment_id = _shown(self._connection.uri), self._connection.experiment_id
+        uri, experiment_id = shown(self._connection.uri), self._connection.experiment_id
         if uri.startswith(SQLITE):
             return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{self.run_id}"

@@ -10,7 +10,7 @@ from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.density import realset
 from pd_core.density.realset import RealSet
 from pd_core.engine import console
-from pd_core.engine.runs import REPORT, Run, checked_output, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, started
 from pd_core.evaluate import measure, report, spaces
 from pd_core.evaluate.report import metric_names
 from pd_core.evaluate.spaces import Extraction, Features, ImageSet, Space
@@ -45,17 +45,19 @@ def prepare(settings: EvaluateSettings) -> tuple[EvaluateSettings, RealSet, list
 def evaluate(settings: EvaluateSettings) -> None:
     """Metrics of every set against the real one, in `metrics/` and `scores/` under `settings.output`."""
     settings, real, sets = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "evaluate", STAGES) as run:
+
+    def body(run: Run) -> None:
         job = _evaluate(run, settings, real, sets)
-        page = files.join(output, "report", REPORT)
+        page = files.join(run.output, "report", REPORT)
         run.finish(("report",), {"report": page}, functools.partial(summary, job))
+
+    execute(settings, "evaluate", STAGES, body, spaces.judged_roots(settings.judge, real.uri, sets, settings.source))
 
 
 def plan_evaluate(settings: EvaluateSettings) -> None:
     """Print the resolved settings and what would be measured; write nothing."""
     settings, real, sets = prepare(settings)
-    with started(settings, str(settings.output), "evaluate", STAGES, tracked=False):
+    with started(settings, "evaluate", tracked=False):
         measured_in = spaces.open_spaces(real, settings.judge)
     judged = " and ".join(f"{space.extractor} ({space.name})" for space in measured_in)
     each = f"{settings.n} images" if settings.n else "as many images as the smallest has"

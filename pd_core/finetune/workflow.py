@@ -12,12 +12,12 @@ import numpy as np
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings.finetune import FinetuneSettings
-from pd_core.density import formula, realset
+from pd_core.density import formula, originals, realset
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, tasks
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, started
 from pd_core.evaluate import spaces
 from pd_core.evaluate.measure import measuring_cpus
 from pd_core.finetune import best as finetune_best
@@ -149,20 +149,23 @@ def fake_weighting(settings: FinetuneSettings, real: RealSet) -> Weighting | Non
 def finetune(settings: FinetuneSettings) -> None:
     """Train a generator on weighted images; the best model is in `best/` under `settings.output`."""
     settings, real = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "finetune", STAGES) as run:
+
+    def body(run: Run) -> None:
         planned = _plan(run, settings, real)
-        console.say(planned.text)
+        run.say(planned.text)
         inputs = _finetune(run, planned)
-        page = files.join(output, "report", REPORT)
+        page = files.join(run.output, "report", REPORT)
         run.finish(("report",), {"images of it": report.command(inputs), "report": page})
+
+    images = [] if settings.data.source else [originals.source_of(real.uri, option="--data.source").root]
+    execute(settings, "finetune", STAGES, body, images)
 
 
 def plan_finetune(settings: FinetuneSettings) -> None:
     """Open the model, time a step of it on images of noise, print what is to be expected, and stop; writes nothing."""
     settings, real = prepare(settings)
     output = str(settings.output)
-    with started(settings, output, "finetune", STAGES, tracked=False) as run:
+    with started(settings, "finetune", tracked=False) as run:
         planned = _plan(run, settings, real)
         console.say(planned.text)
         with failures("training", output):
@@ -249,10 +252,10 @@ def _finetune(run: Run, planned: Planned) -> report.Inputs:
     trained = run.stage(job.stage, train)
     step = trained.totals["best"]
     came = ", the generator as it came: no later one was better" if step == 0 else ""
-    console.say(f"best: step {step} by {settings.evaluation.metric}, {trained.totals['best_value']:.4g}{came}")
+    run.say(f"best: step {step} by {settings.evaluation.metric}, {trained.totals['best_value']:.4g}{came}")
     merged = _merge(run, planned, job, trained, featured) if settings.merge == "best-of" else None
     if merged is not None:
-        console.say(_told_merge(merged, step))
+        run.say(_told_merge(merged, step))
     companions = checkpoints.companions_name(step)
     beside = files.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
     source = finetune_best.Source(
@@ -296,8 +299,7 @@ def _weights(run: Run, planned: Planned) -> weights.Drawable:
         run.output, real, pictures, weightings, classes, (size[0], size[1]), settings.training.resize
     )
     artifact = run.stage(work.stage, lambda: weights.run(work, real, settings.data.max_bad_fraction))
-    for line in weights.summary(work, artifact):
-        console.say(line)
+    run.say(*weights.summary(work, artifact))
     return weights.opened(work, artifact, settings.seed)
 
 

@@ -19,7 +19,7 @@ from pd_core.density import realset
 from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, started
 from pd_core.generate import chunks, export, report, sampling, setup
 from pd_core.generate import pilot as generate_pilot
 from pd_core.generate.candidates import Recipe
@@ -74,12 +74,14 @@ def check(settings: GenerateSettings) -> tuple[str, GeneratorSettings]:
 def generate(settings: GenerateSettings) -> None:
     """Rejection-sampled images with their densities, in `samples/` under `settings.output`."""
     settings, real = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "generate", STAGES) as run:
+
+    def body(run: Run) -> None:
         with contextlib.ExitStack() as resources:
             _generate(run, settings, real, resources)
-        images, page = files.join(output, "samples", "*.parquet"), files.join(output, "report", REPORT)
+        images, page = files.join(run.output, "samples", "*.parquet"), files.join(run.output, "report", REPORT)
         run.finish(("report",), {"images": images, "report": page})
+
+    execute(settings, "generate", STAGES, body)
 
 
 def plan_generate(settings: GenerateSettings) -> None:
@@ -93,7 +95,7 @@ def plan_generate(settings: GenerateSettings) -> None:
             f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made with; "
             "choose another --output"
         )
-    with started(settings, output, "generate", STAGES, tracked=False) as run, contextlib.ExitStack() as resources:
+    with started(settings, "generate", STAGES, tracked=False) as run, contextlib.ExitStack() as resources:
         console.say(_plan(run, settings, real, resources).text)
 
 
@@ -111,7 +113,7 @@ class Planned:
 
 def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> None:
     planned = _plan(run, settings, real, resources)
-    console.say(planned.text)
+    run.say(planned.text)
     job = planned.job
     budget = sampling.Budget(settings.max_candidates, settings.max_hours and settings.max_hours * 3600)
     if job.rejected is not None:

@@ -14,7 +14,7 @@ from pd_core.density import realset
 from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, started
 from pd_core.generate import setup
 from pd_core.generate.chunks import Pool
 from pd_core.index import search
@@ -50,20 +50,22 @@ def prepare(settings: PerturbSettings) -> tuple[PerturbSettings, RealSet]:
 def perturb(settings: PerturbSettings) -> None:
     """Perturbed images beside their originals, in `perturbed/` under `settings.output`."""
     settings, real = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "perturb", STAGES) as run:
+
+    def body(run: Run) -> None:
         planned = _plan(run, settings, real)
-        console.say(planned.text)
+        run.say(planned.text)
         _perturb(run, settings, planned)
-        images, page = files.join(output, "perturbed", "*.parquet"), files.join(output, "report", REPORT)
+        images, page = files.join(run.output, "perturbed", "*.parquet"), files.join(run.output, "report", REPORT)
         run.finish(("report",), {"images": images, "report": page})
+
+    execute(settings, "perturb", STAGES, body)
 
 
 def plan_perturb(settings: PerturbSettings) -> None:
     """Measure a few steps of the first chunk, print what is to be expected, and stop; writes nothing."""
     settings, real = prepare(settings)
     output = str(settings.output)
-    with started(settings, output, "perturb", STAGES, tracked=False) as run:
+    with started(settings, "perturb", tracked=False) as run:
         planned = _plan(run, settings, real)
         console.say(planned.text)
         with failures("perturbed", output):
@@ -147,7 +149,7 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
 
     perturbed = run.stage(job.stage, make)
     for way in job.move.directions:
-        console.say(f"{way}: {_summary(perturbed.totals[way])}")
+        run.say(f"{way}: {_summary(perturbed.totals[way])}")
     stage = report.stage_of(run.output, job.stage, settings.images)
     inputs = report.Inputs(job, perturbed, settings, dict(run.timings_s))
     run.stage(stage, lambda: report.run(stage, inputs))

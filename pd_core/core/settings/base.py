@@ -129,6 +129,15 @@ class LockSettings(Section):
     )
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and leaves of nested settings or totals."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def nearest_name(name: str, known: Sequence[str], of: str = "settings") -> str:
     """`did you mean 'x'?` or a pointer to --help, for an unknown name of these."""
     canonical = {candidate.replace("-", "_"): candidate for candidate in known}

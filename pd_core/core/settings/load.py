@@ -33,7 +33,7 @@ from pydantic_settings import (
 )
 
 from pd_core.core.errors import EXIT_BAD_INPUT, UserError, printable, redact, shown
-from pd_core.core.settings.base import ENV_PREFIX, MIB, Section, WorkflowSettings, nearest_name
+from pd_core.core.settings.base import ENV_PREFIX, MIB, Section, WorkflowSettings, flatten, nearest_name
 from pd_core.core.settings.curate import CurateSettings, GateSettings, RecipeSettings
 from pd_core.core.settings.evaluate import EvaluateSettings, TradeoffSettings
 from pd_core.core.settings.finetune import FinetuneSettings
@@ -145,14 +145,6 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_BAD_INPUT)
 
 
-def _flat_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
 @dataclass
 class _Level:
     """A list or a mapping of a YAML file while it is read: the keys so far, and whether the next node is one."""
@@ -230,7 +222,7 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'section:' entries, found {type(values).__name__}; mend the file")
     accepted = {name.replace("-", "_") for name in known}
-    for key in _flat_keys(values):
+    for key, _ in flatten(values):
         path_of = key.replace("-", "_").split(".")
         # a setting that is itself a mapping holds keys of its own
         if not any(".".join(path_of[:depth]) in accepted for depth in range(1, len(path_of) + 1)):

@@ -21,7 +21,7 @@ from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, tracking
 from pd_core.engine import resources as engine_resources
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, started
 from pd_core.evaluate import spaces
 from pd_core.evaluate.spaces import Extraction, Features, ImageSet
 from pd_core.evaluate.tradeoff import curve, report
@@ -109,11 +109,11 @@ def truncations_of(settings: TradeoffSettings) -> list[float]:
 def compare(settings: TradeoffSettings) -> None:
     """Every setting's metrics from one pool of candidates: `curve/`, figures and a table under `settings.output`."""
     settings, real, found = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "tradeoff", STAGES) as run:
+
+    def body(run: Run) -> None:
         with _own_words(), contextlib.ExitStack() as resources:
             planned = _plan(run, settings, real, found, resources)
-            console.say(planned.text)
+            run.say(planned.text)
             pool, candidates = _pool(run, settings, planned)
             truncated = {
                 s.truncation: _truncated(run, settings, real, planned, s.truncation)
@@ -122,7 +122,7 @@ def compare(settings: TradeoffSettings) -> None:
             }
         job, measured = _measure(run, settings, real, found, planned.weightings, pool, truncated)
         rows = curve.read_curve(job.curve.uri, measured.parts)
-        reporting = report.stage_of(output, job.curve, settings)
+        reporting = report.stage_of(run.output, job.curve, settings)
         images: dict[float | None, str] = {psi: stage.uri for psi, stage in truncated.items()}
         images[None] = pool.uri
         n_real = min(settings.n_real or real.rows, real.rows)
@@ -132,17 +132,18 @@ def compare(settings: TradeoffSettings) -> None:
             run.made
         ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
             _track(run.tracker, rows)
-        table, page = (files.join(output, "report", name) for name in (report.TABLE, REPORT))
-        run.finish(("report",), {"table": table, "report": page}, functools.partial(summary, rows))
-        if settings.target is not None:
-            say_choice(settings.target, rows)
+        table, page = (files.join(run.output, "report", name) for name in (report.TABLE, REPORT))
+        chosen, refusal = ({}, None) if settings.target is None else choice(settings.target, rows)
+        run.finish(("report",), {"table": table, "report": page, **chosen}, functools.partial(summary, rows), refusal)
+
+    execute(settings, "tradeoff", STAGES, body, spaces.judged_roots(settings.judge, real.uri, (), settings.source))
 
 
 def plan_tradeoff(settings: TradeoffSettings) -> None:
     """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
     settings, real, found = prepare(settings)
     with (
-        started(settings, str(settings.output), "tradeoff", STAGES, tracked=False) as run,
+        started(settings, "tradeoff", tracked=False) as run,
         _own_words(),
         contextlib.ExitStack() as resources,
     ):
@@ -345,19 +346,15 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def say_choice(target: str, rows: list[dict[str, Any]]) -> None:
-    """Say which setting reaches the target, in the judge's space where there is one.
-
-    Raises:
-        UserError: none does; with the frontier.
+def choice(target: str, rows: list[dict[str, Any]]) -> tuple[dict[str, str], UserError | None]:
+    """Under `target` which setting reaches it, in the judge's space where there is one; where none does, the error with the
+    frontier.
     """
     wanted = tradeoff_points.parse_target(target)
     space = rows[-1]["space"]
     own = [row for row in rows if row["space"] == space]
-    if report.best(wanted, own) is None:
-        lines = "; ".join(report.frontier_lines(wanted, own))
-        raise UserError(
-            f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target"
-        )
-    for line in report.choice(wanted, own):
-        console.say(f"target: {line}")
+    if report.best(wanted, own) is not None:
+        return {"target": " ".join(report.choice(wanted, own))}, None
+    lines = "; ".join(report.frontier_lines(wanted, own))
+    refusal = f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target"
+    return {}, UserError(refusal)
