@@ -404,13 +404,17 @@ def test_each_ray_of_our_own_asks_for_a_token_that_is_kept_nowhere(tmp_path):
     assert not list(tmp_path.rglob("*token*"))
 
 
-@pytest.mark.parametrize("module", ["console", "resources", "session", "tracking"])
-def test_no_package_tells_its_makers_about_a_run_whichever_part_is_used(module):
-    names = ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
-    code = f"import os; from pd_core.engine import {module}; print(*(os.environ.get(name) for name in {names}))"
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["0", "true", "1"]
+def test_no_package_tells_its_makers_about_a_run_and_the_library_alone_sets_nothing(ray_cluster):
+    def seen() -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in session.TELEMETRY_OFF}
+
+    assert tasks.get(tasks.task(seen).remote()) == seen() == session.TELEMETRY_OFF
+    code = (
+        "import os; before = dict(os.environ); import pd_core; pd_core.open; from pd_core.engine import runs, tracking; "
+        "assert dict(os.environ) == before"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in session.TELEMETRY_OFF}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_what_is_missing_is_made_and_nothing_else(ray_cluster, tmp_path):
