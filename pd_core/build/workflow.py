@@ -10,7 +10,8 @@ from typing import Any
 from pd_core.build import plan, report, update
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
-from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.core.settings import load
+from pd_core.core.settings.index import BuildIndexSettings, ResolvedBuildIndex
 from pd_core.density import densities as density_densities
 from pd_core.density import estimator, formula
 from pd_core.engine import console, resources, tasks
@@ -31,7 +32,7 @@ def folders_of(record: Mapping[str, Any], stages: Sequence[str] = STAGES) -> lis
     return [*made, *(beside[stage] for stage in made if stage in beside)]
 
 
-def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.Source]:
+def prepare(settings: BuildIndexSettings) -> tuple[ResolvedBuildIndex, sources.Source]:
     """Check what can be checked without Ray; local paths become absolute, for workers that run elsewhere.
 
     Raises:
@@ -48,7 +49,7 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     base = settings.base and files.absolute(settings.base)
     if base == output:
         raise UserError(f"--base {settings.base}: is the --output itself; an update is an output of its own")
-    settings = settings.model_copy(update={"output": output, "features": featuring, "base": base})
+    checked = load.resolved(ResolvedBuildIndex, settings, output=output, features=featuring, base=base)
     source = sources.open_source(settings.data)
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
     if recursive and files.is_inside(output, source.root):
@@ -56,27 +57,27 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
             f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it wrote "
             "for images; choose an --output outside"
         )
-    return settings, source
+    return checked, source
 
 
 def build_index(settings: BuildIndexSettings) -> None:
     """Images to committed features, index, densities, predictor and report under `settings.output`."""
-    settings, source = prepare(settings)
-    base = None if settings.base is None else update.open_base(settings.base)
+    checked, source = prepare(settings)
+    base = None if checked.base is None else update.open_base(checked.base)
 
     def body(run: Run) -> None:
-        _build(run, settings, source, base)
+        _build(run, checked, source, base)
         run.finish(("report", "estimator"), {"report": files.join(run.output, "report", REPORT)})
 
-    execute(settings, "build_index", STAGES, body)
+    execute(checked, "build_index", STAGES, body)
 
 
 def plan_build_index(settings: BuildIndexSettings) -> None:
     """Print the resolved settings and the plan; write nothing."""
-    settings, source = prepare(settings)
-    base = None if settings.base is None else update.open_base(settings.base)
-    with started(settings, "build_index", tracked=False) as run:
-        console.say(plan.plan(settings, source, run.now, decode.limits_of(settings.data), base))
+    checked, source = prepare(settings)
+    base = None if checked.base is None else update.open_base(checked.base)
+    with started(checked, "build_index", tracked=False) as run:
+        console.say(plan.plan(checked, source, run.now, decode.limits_of(settings.data), base))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pd_core.build import workflow as build_workflow
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
-from pd_core.core.settings.curate import CurateSettings, RecipeSettings
+from pd_core.core.settings.curate import CurateSettings, RecipeSettings, ResolvedCurate
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.index import BuildIndexSettings
@@ -46,25 +46,25 @@ OUTCOMES = {errors.EXIT_DONE: "released", errors.EXIT_NOTHING_NEW: "nothing_new"
 SECTIONS = ("data", "features", "index", "density", "estimator", "update")  # of the settings of build_index
 
 
-def prepare(settings: CurateSettings) -> CurateSettings:
+def prepare(given: CurateSettings) -> ResolvedCurate:
     """Check what can be checked without Ray and without a lock; local paths become absolute.
 
     Raises:
         UserError: as the workflows of which the run consists; no recipes.
     """
-    output = checked_output(settings.output, "curate")
-    if not settings.recipes:
+    output = checked_output(given.output, "curate")
+    if not given.recipes:
         raise UserError(
             "recipes: none; name at least one set, e.g. {name: typical, n: 1000, threshold: p80, weight: 33}"
         )
     # one store for all the runs that this one consists of, and it is not beside theirs
-    uri = tracking.resolve_uri(settings.tracking, output) if settings.tracking.enabled else None
-    settings = settings.model_copy(
-        update={
-            "output": output,
-            "generator": setup.resolved(settings.generator),
-            "tracking": settings.tracking.model_copy(update={"uri": uri, "enabled": uri is not None}),
-        }
+    uri = tracking.resolve_uri(given.tracking, output) if given.tracking.enabled else None
+    settings = load.resolved(
+        ResolvedCurate,
+        given,
+        output=output,
+        generator=setup.resolved(given.generator),
+        tracking=given.tracking.model_copy(update={"uri": uri, "enabled": uri is not None}),
     )
     checked, _ = build_workflow.prepare(_build_settings(settings, files.join(output, INDEX, "x"), None))
     settings = settings.model_copy(update={"features": checked.features})
@@ -79,10 +79,10 @@ def prepare(settings: CurateSettings) -> CurateSettings:
     return settings
 
 
-def curate(settings: CurateSettings) -> int:
+def curate(given: CurateSettings) -> int:
     """One scheduled run; returns the exit code: released (0), nothing new, or held back by a gate."""
-    settings = prepare(settings)
-    output = str(settings.output)
+    settings = prepare(given)
+    output = settings.output
     with files.explained(output):
         above = releases.lock_token(output)
     with locks.hold(files.join(output, LOCK), settings.lock.lease_s, above) as lease:
@@ -108,9 +108,9 @@ def _with_pointers(facts: str | None, output: str) -> str | None:
     return None if None in states else artifacts.fingerprint({"facts": facts, "pointers": states})
 
 
-def _remember(settings: CurateSettings, facts: str | None) -> None:
+def _remember(settings: ResolvedCurate, facts: str | None) -> None:
     """Leave for the next run what it needs to see that nothing is new, after one that has released, or found nothing new."""
-    output = str(settings.output)
+    output = settings.output
     current, name, known = _current(files.join(output, INDEX)), releases.latest(output), _with_pointers(facts, output)
     if current is None or name is None or known is None:
         return
@@ -129,9 +129,9 @@ def _remember(settings: CurateSettings, facts: str | None) -> None:
     files.write_bytes(files.join(output, FINISHED), json.dumps({"finished": asdict(there)}, indent=1).encode())
 
 
-def _curate(settings: CurateSettings, lease: locks.Lease, facts: str | None) -> int:
+def _curate(settings: ResolvedCurate, lease: locks.Lease, facts: str | None) -> int:
     """One run with the lock held. facts: that it begins with."""
-    output = str(settings.output)
+    output = settings.output
     with started(settings, "curate") as run, session.shared(run.now):
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
@@ -178,14 +178,14 @@ def _gpus(run: Run, asked: float | None, before: str | None) -> float | None:
     return 0.0 if gpus is None and before == "cpu" else gpus
 
 
-def _build_settings(settings: CurateSettings, output: str, base: str | None) -> BuildIndexSettings:
+def _build_settings(settings: ResolvedCurate, output: str, base: str | None) -> BuildIndexSettings:
     values = {name: getattr(settings, name) for name in SECTIONS}
     # what a run with other versions of packages or another base has left of this version is replaced, stage by stage
     more = {"output": output, "base": base, "tracking": settings.tracking, "overwrite": True}
     return load.made(BuildIndexSettings, **values, **more)
 
 
-def _index(run: Run, settings: CurateSettings, lease: locks.Lease) -> Version:
+def _index(run: Run, settings: ResolvedCurate, lease: locks.Lease) -> Version:
     """The index of the source as it is now: one that is finished already, an update of the current one, or one built anew."""
     root = files.join(run.output, INDEX)
     current = _current(root)
@@ -274,7 +274,7 @@ def _make_current(root: str, version: Version, lease: locks.Lease) -> None:
     files.write_bytes(files.join(root, CURRENT), json.dumps(pointer).encode())
 
 
-def _version_of_now(run: Run, settings: CurateSettings, current: Version | None) -> tuple[Version, _Now]:
+def _version_of_now(run: Run, settings: ResolvedCurate, current: Version | None) -> tuple[Version, _Now]:
     """By a hash of what decides the content of the index: how many processes make it does not, nor where the weights lie.
 
     Versions of packages are not in it: what is finished is not made again for a new one.
@@ -321,7 +321,7 @@ def _named(root: str, digest: str) -> str:
 # ---- sets ------------------------------------------------------------------------------------------------------------
 
 
-def _generate_settings(settings: CurateSettings, recipe: RecipeSettings, index: str, folder: str) -> GenerateSettings:
+def _generate_settings(settings: ResolvedCurate, recipe: RecipeSettings, index: str, folder: str) -> GenerateSettings:
     generator, how = settings.generator, settings.generation
     if recipe.labels is not None:
         generator = generator.model_copy(update={"labels": recipe.labels})
@@ -343,7 +343,7 @@ def _generate_settings(settings: CurateSettings, recipe: RecipeSettings, index: 
     )
 
 
-def _evaluate_settings(settings: CurateSettings, index: str, samples: list[str], folder: str) -> EvaluateSettings:
+def _evaluate_settings(settings: ResolvedCurate, index: str, samples: list[str], folder: str) -> EvaluateSettings:
     how = settings.evaluation
     return load.made(
         EvaluateSettings,
@@ -362,7 +362,7 @@ def _evaluate_settings(settings: CurateSettings, index: str, samples: list[str],
     )
 
 
-def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Lease) -> int:
+def _release(run: Run, settings: ResolvedCurate, index: Version, lease: locks.Lease) -> int:
     """The release of what there is now, made where it is not there, and the pointer moved to it if every gate holds."""
     settings = _as_before(run, settings)
     identity = {
@@ -388,14 +388,14 @@ def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Le
 
 
 def _judge(
-    settings: CurateSettings, numbers: releases.Numbers, last: releases.Release | None
+    settings: ResolvedCurate, numbers: releases.Numbers, last: releases.Release | None
 ) -> list[releases.Verdict]:
     return releases.judge(settings.gates, numbers, {} if last is None else last.record["numbers"])
 
 
 def _make_release(
     run: Run,
-    settings: CurateSettings,
+    settings: ResolvedCurate,
     index: Version,
     identity: dict[str, Any],
     last: releases.Release | None,
@@ -423,7 +423,7 @@ def _make_release(
 
 def _promote(
     run: Run,
-    settings: CurateSettings,
+    settings: ResolvedCurate,
     release: releases.Release,
     last: releases.Release | None,
     lease: locks.Lease,
@@ -449,7 +449,7 @@ def _promote(
     return errors.EXIT_DONE
 
 
-def _as_before(run: Run, settings: CurateSettings) -> CurateSettings:
+def _as_before(run: Run, settings: ResolvedCurate) -> ResolvedCurate:
     """The settings with GPUs of a generator, see `_gpus`."""
     name = releases.latest(run.output)
     record = {} if name is None else releases.record_of(run.output, name) or {}
@@ -458,7 +458,7 @@ def _as_before(run: Run, settings: CurateSettings) -> CurateSettings:
     return settings.model_copy(update={"generation": settings.generation.model_copy(update={"actor_gpus": gpus})})
 
 
-def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dict[str, Any]]:
+def _inputs(run: Run, settings: ResolvedCurate, index: Version) -> dict[str, dict[str, Any]]:
     """Of each recipe, everything that decides its samples; JSON-able."""
     how, generator = settings.generation, settings.generator
     facts = setup.describe(generator, run.now, chunks.Pool(how.actors, how.actor_cpus, how.actor_gpus))
@@ -476,7 +476,7 @@ def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dic
 
 def _sets(
     run: Run,
-    settings: CurateSettings,
+    settings: ResolvedCurate,
     index: Version,
     identity: dict[str, Any],
     lease: locks.Lease,
@@ -508,10 +508,10 @@ def _sets(
     return sets, pa.concat_tables([files.read_table(files.join(metrics, part.name)) for part in artifact.parts])
 
 
-def _clear(settings: CurateSettings, lease: locks.Lease) -> None:
+def _clear(settings: ResolvedCurate, lease: locks.Lease) -> None:
     """Delete all but the newest versions of the index and of the candidates; releases hold what they need themselves."""
     lease.confirm()
-    output = str(settings.output)
+    output = settings.output
     current = _current(files.join(output, INDEX))
     sets = len(settings.recipes) + 1  # each in a folder of its own, and their evaluation
     for kind, keep in ((INDEX, settings.keep), (CANDIDATES, settings.keep * sets)):
@@ -532,10 +532,10 @@ def _versions(root: str) -> list[str]:
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan_curate(settings: CurateSettings) -> None:
+def plan_curate(given: CurateSettings) -> None:
     """Print the resolved settings and what a run would do; write nothing."""
-    settings = prepare(settings)
-    output = str(settings.output)
+    settings = prepare(given)
+    output = settings.output
     with (
         started(settings, "curate", tracked=False) as run,
         session.shared(run.now),
@@ -566,7 +566,7 @@ def plan_curate(settings: CurateSettings) -> None:
         releases.say_unknown_held(output)
 
 
-def _plan_of_changed(run: Run, settings: CurateSettings, current: Version) -> str:
+def _plan_of_changed(run: Run, settings: ResolvedCurate, current: Version) -> str:
     """The line of a source or settings that are not those of the current version."""
     if damage := _damage(current.uri, update.STAGES):
         return f"plan: index: built anew, since {damage}"

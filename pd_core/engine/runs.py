@@ -8,18 +8,19 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import files as core_files
 from pd_core.core import schemas
 from pd_core.core.errors import RunError, UserError, one_line
-from pd_core.core.settings.base import WorkflowSettings, flatten
+from pd_core.core.settings.base import ResolvedSettings, flatten
 from pd_core.core.settings.load import to_yaml
 from pd_core.engine import console, finished, resources, session, tasks, tracking
 
 Made = tuple[Iterable[core_artifacts.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
+Value = TypeVar("Value")
 
 RUN = "run.json"
 FIRST_STAGES = {
@@ -39,7 +40,7 @@ class Run:
     """One run of a workflow: what every stage needs, and the commit records so far.
 
     Attributes:
-        settings: resolved, of the workflow.
+        settings: of the workflow, checked.
         output: where its stages lie.
         now: the cluster.
         tracker: of the whole run.
@@ -53,7 +54,7 @@ class Run:
         watch: of the whole run.
     """
 
-    settings: WorkflowSettings
+    settings: ResolvedSettings
     output: str
     now: resources.Cluster
     tracker: tracking.Tracker
@@ -176,7 +177,7 @@ class Run:
 
 
 def execute(
-    settings: WorkflowSettings,
+    settings: ResolvedSettings,
     workflow: str,
     stages: Sequence[str],
     body: Callable[[Run], None],
@@ -185,14 +186,13 @@ def execute(
     """Run a workflow, or say that the same command has finished it, and start nothing.
 
     Args:
-        settings: resolved, with their output.
+        settings: checked.
         workflow: its name.
         stages: see Run.
         body: makes the stages and ends with `Run.finish`.
         inputs: URIs of what it reads and no setting names.
     """
-    output = str(settings.output)
-    watch = core_artifacts.Stopwatch()
+    output, watch = settings.output, core_artifacts.Stopwatch()
     with failures("run", output):
         facts = finished.facts(settings, output, inputs)
         before = None if settings.overwrite else finished.read(core_files.join(output, RUN))
@@ -210,13 +210,13 @@ def execute(
 
 @contextmanager
 def started(
-    settings: WorkflowSettings, workflow: str, stages: Sequence[str] = (), tracked: bool = True
+    settings: ResolvedSettings, workflow: str, stages: Sequence[str] = (), tracked: bool = True
 ) -> Iterator[Run]:
     """A run inside a session of a cluster and a tracked run; its settings are logged, and said unless it is part of another.
 
     stages: see Run. tracked: False for a plan, which MLflow hears nothing of.
     """
-    watch, output = core_artifacts.Stopwatch(), str(settings.output)
+    watch, output = core_artifacts.Stopwatch(), settings.output
     core_files.refuse_links(output)
     if not session.is_shared():
         console.say(to_yaml(settings))
@@ -229,6 +229,13 @@ def started(
         yield Run(settings, output, now, tracker, workflow, stages, watch=watch)
 
 
+def required(value: Value | None, setting: str, what: str) -> Value:
+    """The value of a setting that a workflow cannot do without. Raises UserError: it is not set; `what` is to be named."""
+    if not value:
+        raise UserError(f"--{setting}: not set; {what}")
+    return value
+
+
 def checked_output(output: str | None, workflow: str) -> str:
     """The --output of a workflow, absolute.
 
@@ -236,8 +243,7 @@ def checked_output(output: str | None, workflow: str) -> str:
         UserError: none, one that stores take for a pattern, one that a Ray job would lose, or one that holds a run of another
             workflow, whose report and run.json would be replaced.
     """
-    if not output:
-        raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
+    output = required(output, "output", "name the directory or s3:// prefix for the artifacts")
     if set(output) & set("*?[]"):
         raise UserError(f"--output {output}: must hold none of * ? [ ], which stores take for patterns; rename it")
     if session.in_job_copy() and core_files.is_local(output) and not os.path.isabs(output):

@@ -121,6 +121,12 @@ class WorkflowSettings(BaseSettings):
     _no_password = field_validator("*")(_without_password)
 
 
+class ResolvedSettings(WorkflowSettings):
+    """Settings that a workflow has checked; its class of them tells what is set by then, and paths are absolute."""
+
+    output: str
+
+
 class LockSettings(Section):
     """The run lock of an output."""
 

@@ -8,10 +8,10 @@ from pydantic import (
     Field,
 )
 
-from pd_core.core.settings.base import Section, WorkflowSettings
+from pd_core.core.settings.base import ResolvedSettings, Section
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.evaluate import MetricSettings
-from pd_core.core.settings.generate import GeneratorSettings, WeightingSettings
+from pd_core.core.settings.generate import GeneratingSettings, WeightingSettings
 
 
 class FakeWeightingSettings(Section):
@@ -76,14 +76,9 @@ class InLoopSettings(Section):
     metrics: MetricSettings = MetricSettings()
 
 
-class FinetuneSettings(WorkflowSettings):
+class FinetuneSettings(GeneratingSettings):
     """Train a generator further, on real images drawn by their densities."""
 
-    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
-    checkpoint: str | None = Field(
-        None, description="weights of the index's extractor, where they are not at the place they had then"
-    )
-    generator: GeneratorSettings = GeneratorSettings()
     discriminator: str | None = Field(
         None, description="torchscript: file of the discriminator, images and labels to logits; local or s3://"
     )
@@ -109,3 +104,9 @@ class FinetuneSettings(WorkflowSettings):
     merge_candidates: int = Field(64, gt=1, description="combinations that --merge tries")
     seed: int = Field(0, ge=0, description="of the run: images drawn, noise, latents, labels")
     images: int = Field(24, gt=0, description="images in each grid of the report, from the same seeds before and after")
+
+
+class ResolvedFinetune(ResolvedSettings, FinetuneSettings):
+    """Of finetune, checked."""
+
+    index: str

@@ -329,9 +329,7 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
     )
     parser.spell_out_letters()
     try:
-        resolved = Resolved(_cli_settings_source=cli(args=list(argv)))
-        values = {name: getattr(resolved, name) for name in settings_class.model_fields}
-        return cast("Settings", settings_class.model_construct(**values))
+        return resolved(settings_class, Resolved(_cli_settings_source=cli(args=list(argv))))
     except SettingsError as error:
         raise UserError(f"settings: {_told_unparsed(error)}") from None
     except ValidationError as error:
@@ -373,12 +371,15 @@ def made(settings_class: type[Settings], **values: Any) -> Settings:
             return (init_settings,)
 
     try:
-        resolved = Given(**values)
+        return resolved(settings_class, Given(**values))
     except ValidationError as error:
         raise UserError(f"settings: {_explain(error)}") from None
-    return cast(
-        "Settings", settings_class.model_construct(**{n: getattr(resolved, n) for n in settings_class.model_fields})
-    )
+
+
+def resolved(settings_class: type[Settings], settings: BaseModel, **values: Any) -> Settings:
+    """The settings as an instance of a class that has the same, with these values in the place of theirs, which are valid."""
+    given = {name: getattr(settings, name) for name in settings_class.model_fields} | values
+    return cast("Settings", settings_class.model_construct(**given))
 
 
 def to_yaml(settings: BaseModel) -> str:
