@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_core.core import artifacts, files, schemas, trust
+from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.base import WorkflowSettings, flatten
 from pd_core.core.settings.data import INCEPTION
 from pd_core.engine import session, tracking
@@ -80,10 +81,15 @@ class Finished:
 
 
 def read(uri: str) -> Finished | None:
-    """What the record at a URI, such as run.json, holds under `finished`; None where nothing, or of another pd_core."""
-    record = files.read_record(uri)
-    found = record.get("finished") if isinstance(record, dict) else None
-    return None if found is None else trust.checked(Finished, found, uri)
+    """What the record at a URI, such as run.json, holds under `finished`; None where nothing that is whole."""
+    try:
+        record = files.read_record(uri)
+        found = trust.checked(Finished, record.get("finished") if isinstance(record, dict) else None, uri)
+        for folder in found.stages:
+            trust.relative(folder, uri)
+    except UserError:  # the run makes another
+        return None
+    return found
 
 
 def facts(settings: WorkflowSettings, output: str, more: Iterable[str] = ()) -> str | None:
@@ -100,7 +106,10 @@ def facts(settings: WorkflowSettings, output: str, more: Iterable[str] = ()) -> 
         return None
     named = [leaves.get(name) for name in INPUTS]
     uris = [uri for value in named for uri in (value if isinstance(value, list) else [value]) if uri]
-    states = {uri: state(uri, output) for uri in map(_root, [*uris, *more])}
+    try:
+        states = {uri: state(uri, output) for uri in map(_root, [*uris, *more])}
+    except (UserError, RunError):  # what cannot be listed may be read all the same
+        return None
     if None in states.values():
         return None
     uri = tracking.resolve_uri(settings.tracking, output) if settings.tracking.enabled else None
@@ -150,9 +159,13 @@ def _local(uri: str, output: str) -> Iterator[list[Any]]:
         found = os.stat(path)
         return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
+    def refuse(error: OSError) -> None:
+        raise error
+
     if os.path.isfile(uri):
         yield version(uri)
-    for folder, folders, names in os.walk(uri, followlinks=True):
+        return
+    for folder, folders, names in os.walk(uri, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if os.path.join(folder, name) != output)
         for path in (os.path.join(folder, name) for name in sorted(names)):
             yield version(path) if os.path.exists(path) else [path, os.readlink(path)]
@@ -163,7 +176,8 @@ def _remote(uri: str, output: str) -> Iterator[list[Any]]:
     fs, path = files.filesystem(uri)
     if fs.isfile(path):
         yield _version(fs.info(path))
-    for folder, folders, found in fs.walk(path, detail=True):
+        return
+    for folder, folders, found in fs.walk(path, detail=True, on_error="raise"):
         for name in [name for name in folders if files.join(folder, name) == output.partition("://")[2]]:
             del folders[name]
         for entry in sorted(found.values(), key=lambda entry: str(entry["name"])):

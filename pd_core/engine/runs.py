@@ -193,11 +193,11 @@ def execute(
         inputs: URIs of what it reads and no setting names.
     """
     output, watch = settings.output, core_artifacts.Stopwatch()
+    core_files.refuse_links(output)
     with failures("run", output):
         facts = finished.facts(settings, output, inputs)
         before = None if settings.overwrite else finished.read(core_files.join(output, RUN))
         if before is not None and before.holds(facts, output):
-            core_files.refuse_links(output)
             console.say(to_yaml(settings))
             console.say(f"done in {watch.seconds:.0f} s{ALREADY}: {output}")
             for line in before.lines:
@@ -221,9 +221,11 @@ def started(
     if not session.is_shared():
         console.say(to_yaml(settings))
     how = settings.tracking if tracked else settings.tracking.model_copy(update={"enabled": False})
+    tags = {"workflow": workflow}
+    connecting = tracking.connect(how, output, tags)  # while Ray starts
     with (
         session.session(output, workflow) as now,
-        tracking.start(how, output, workflow, {"workflow": workflow}) as tracker,
+        tracking.start(how, output, workflow, tags, connecting) as tracker,
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
         yield Run(settings, output, now, tracker, workflow, stages, watch=watch)

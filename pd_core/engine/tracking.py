@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -332,8 +333,30 @@ class Tracker:
             yield tracker
 
 
+def connect(settings: TrackingSettings, output: str, tags: Mapping[str, str]) -> Future[_Connection] | None:
+    """Connect to the store in a thread, which takes seconds of imports; None where nothing is tracked. See `start`."""
+    uri = resolve_uri(settings, output) if settings.enabled else None
+    if uri is None:
+        return None
+    own = {OUTPUT_TAG: _place(output), "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    thread = ThreadPoolExecutor(1)
+    connecting = thread.submit(_connect, uri, settings.experiment, own | {n: redact(text) for n, text in tags.items()})
+    thread.shutdown(wait=False)
+    return connecting
+
+
+def _place(output: str) -> str:
+    return redact(files.absolute(output))
+
+
 @contextlib.contextmanager
-def start(settings: TrackingSettings, output: str, run_name: str, tags: Mapping[str, str]) -> Iterator[Tracker]:
+def start(
+    settings: TrackingSettings,
+    output: str,
+    run_name: str,
+    tags: Mapping[str, str],
+    connecting: Future[_Connection] | None = None,
+) -> Iterator[Tracker]:
     """The run of a workflow; whatever happens to the store, the body runs and its exceptions propagate.
 
     Runs of the same output that a dead process left RUNNING end as KILLED, tagged with the new run's id.
@@ -343,21 +366,20 @@ def start(settings: TrackingSettings, output: str, run_name: str, tags: Mapping[
         output: URI of the workflow's output; it identifies re-runs, and SQLite lies beside it.
         run_name: shown in MLflow.
         tags: of the parent run and of all nested ones, e.g. workflow and version.
+        connecting: by `connect`, of the same arguments, if that was called before.
 
     Raises:
         UserError: the tracking URI is of no store that can be written to.
     """
-    uri = resolve_uri(settings, output) if settings.enabled else None
-    if uri is None:
+    connecting = connecting or connect(settings, output, tags)
+    if connecting is None:
         if settings.enabled:
             say(f"tracking: off (no {URI_VARIABLE} for an output on {output.partition('://')[0]})")
         yield Tracker(_Connection(), None)
         return
-    output = redact(files.absolute(output))
-    own = {OUTPUT_TAG: output, "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-    connection = _connect(uri, settings.experiment, {**own, **{name: redact(text) for name, text in tags.items()}})
+    connection = connecting.result()
     with _run(connection, run_name, {}) as tracker:
-        connection.call(_supersede, connection.experiment_id, output, tracker.run_id)
+        connection.call(_supersede, connection.experiment_id, _place(output), tracker.run_id)
         yield tracker
 
 
