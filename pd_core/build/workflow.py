@@ -109,6 +109,7 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
     output, now = run.output, run.now
     describing = extractor.describe_remotely(settings.features)  # loads the model while the source is listed
     listing_it = listing.start(source, output, settings.features.whole_part_rows, settings.overwrite)
+    console.silence_ray_data()  # which imports it, meanwhile
     with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
         spec: extractor.ExtractorSpec = tasks.get(describing)
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
@@ -132,6 +133,7 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
     """Features of the images that are not in the base as they are now, and those of the others from there."""
     output, now = run.output, run.now
     describing = extractor.describe_remotely(settings.features)
+    console.silence_ray_data()  # which imports it, meanwhile
     with failures("features", output):
         spec: extractor.ExtractorSpec = tasks.get(describing)
     gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])

@@ -8,6 +8,7 @@ The stores are those whose failures can be bounded so: an MLflow server over htt
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -296,7 +297,7 @@ class Tracker:
         numbers = {name: float(value) for name, value in _clean_names(values).items()}
         for name, value in numbers.items():
             if not math.isfinite(value):
-                self._connection.call(_set_tag, self.run_id, (NON_FINITE_TAG + name)[:MAX_NAME], str(value))
+                self._connection.call(_method("set_tag"), self.run_id, (NON_FINITE_TAG + name)[:MAX_NAME], str(value))
         finite = [(name, value) for name, value in numbers.items() if math.isfinite(value)]
         for batch in _batches(finite, METRICS_PER_REQUEST):
             self._connection.call(_log_metrics, self.run_id, batch, step or 0)
@@ -385,7 +386,9 @@ def start(
 
 @contextlib.contextmanager
 def _run(connection: _Connection, name: str, tags: Mapping[str, str]) -> Iterator[Tracker]:
-    run_id = connection.call(_create_run, connection.experiment_id, {**connection.tags, **tags}, name)
+    given = {"tags": {**connection.tags, **tags}, "run_name": name}
+    created = connection.call(_method("create_run"), connection.experiment_id, **given)
+    run_id = created and created.info.run_id
     status = "FINISHED"
     try:
         yield Tracker(connection, run_id)
@@ -393,22 +396,14 @@ def _run(connection: _Connection, name: str, tags: Mapping[str, str]) -> Iterato
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        connection.call(_set_terminated, run_id, status)
+        connection.call(_method("set_terminated"), run_id, status)
 
 
 # ---- requests: each takes the client first, as `_Connection.call` gives it -------------------------------------------
 
 
-def _create_run(client: Any, experiment_id: str, tags: Mapping[str, str], name: str) -> str:
-    return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
-
-
-def _set_terminated(client: Any, run_id: str, status: str) -> None:
-    client.set_terminated(run_id, status)
-
-
-def _set_tag(client: Any, run_id: str, name: str, value: str) -> None:
-    client.set_tag(run_id, name, value)
+def _method(name: str) -> Callable[..., Any]:
+    return lambda client, *args, **kwargs: getattr(client, name)(*args, **kwargs)
 
 
 def _log_params(client: Any, run_id: str, batch: list[tuple[str, str]]) -> None:
@@ -463,11 +458,6 @@ def _cut(text: str) -> str:
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
         yield batch
