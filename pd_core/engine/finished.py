@@ -193,7 +193,7 @@ def _code() -> str:
     """Hash of the code of pd_core."""
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(files.read_bytes(str(path))).digest())
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pd_core.core import artifacts, errors
 from pd_core.core.errors import EXIT_INTERRUPTED, RunError, UserError
-from pd_core.engine import resources, session, tasks
+from pd_core.engine import resources, runs, session, tasks
 from pd_core.engine.resources import FEED_CPUS, Cluster
 from pd_core.index import search
 from tests.ray_head import autoscaling_head, running_head
@@ -291,6 +291,14 @@ def test_an_address_where_nobody_listens_is_told(monkeypatch, address):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RunError, match="no Ray cluster answers there"):
         session.connect()
+
+
+def test_a_job_refuses_an_output_that_would_go_with_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(session.JOB_VARIABLE, json.dumps({"runtime_env": {"working_dir": "gcs://a.zip"}}))
+    with pytest.raises(UserError, match="--output runs/lost: would lie in this job's temporary copy"):
+        runs.checked_output("runs/lost", "build_index")
+    assert runs.checked_output(f"{tmp_path}/kept", "build_index") == f"{tmp_path}/kept"
 
 
 RUN = """
