@@ -1,8 +1,9 @@
 """Whether a command has finished its output already: told from records and the states of files, before Ray is started.
 
-What a run makes follows from its settings, the code, the device, and the files that the settings name. `facts` are all of these;
-a finished run leaves those it began with beside what it made. The same facts again, and every part in its place: nothing is to be
-done. Whatever cannot be known here in a moment, such as weights on a hub, leaves the facts unknown, and the run goes its whole way.
+What a run makes follows from its settings, the code, the device, and the files that the settings name. `facts` are all
+of these; a finished run leaves those it began with beside what it made. The same facts again, and every part in its
+place: nothing is to be done. Whatever cannot be known here in a moment, such as weights on a hub, leaves the facts
+unknown, and the run goes its whole way.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Finished:
     lines: tuple[str, ...]
 
     def holds(self, facts: str | None, output: str) -> bool:
-        """Whether the facts are the same now, and every stage is there as it was, with all its parts, and of this pd_core."""
+        """Whether the facts are the same now, and every stage is there as it was, with all its parts, and of this
+        pd_core.
+        """
 
         def whole(folder: str) -> bool:
             uri = files.join(output, folder)
@@ -141,7 +144,9 @@ def _root(uri: str) -> str:
 
 
 def state(uri: str, output: str) -> str | None:
-    """A hash over names, sizes and versions of the files at and under a URI; None where there are none, or too many to look at."""
+    """A hash over names, sizes and versions of the files at and under a URI; None where there are none, or too many to
+    look at.
+    """
     digest, count = hashlib.sha256(), 0
     with files.explained(uri):
         for entry in _local(uri, output) if files.is_local(uri) else _remote(uri, output):
@@ -199,5 +204,7 @@ def _code() -> str:
 
 def _packages() -> str:
     """Hash of the names and versions of all packages that are installed, and of Python's."""
-    found = {Path(path).name for folder in sys.path for path in glob.glob(f"{glob.escape(folder)}/*.dist-info")}
+    # what Ray brings lies in its own folder, and is on the path once it is imported
+    folders = [folder or "." for folder in sys.path if "site-packages/" not in folder]
+    found = {Path(path).name for folder in folders for path in glob.glob(f"{glob.escape(folder)}/*.dist-info")}
     return artifacts.fingerprint({"python": platform.python_version(), "packages": sorted(found)})

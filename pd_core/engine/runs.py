@@ -45,8 +45,8 @@ class Run:
         now: the cluster.
         tracker: of the whole run.
         workflow: its name.
-        stages: those that follow from others, by their folders in `output`, in their order; stages that are not named here
-            follow from none.
+        stages: those that follow from others, by their folders in `output`, in their order; stages that are not named
+            here follow from none.
         facts: that it began with, see `finished.facts`.
         artifacts, made: commit records of its finished stages, and which of these were not finished before.
         beside: folders of what was made together with them.
@@ -68,7 +68,7 @@ class Run:
     watch: core_artifacts.Stopwatch = field(default_factory=core_artifacts.Stopwatch)
 
     def stage(self, stage: core_artifacts.Stage, make: Make, replace: bool = False) -> core_artifacts.Artifact:
-        """Complete a stage inside a tracked run of its own; `replace`: one of other settings may go, such as a report."""
+        """Complete a stage inside a tracked run of its own; replace: one of other settings may go, as a report may."""
         with self.tracker.stage(self.name_of(stage.uri)) as nested, failures(stage.kind, stage.uri):
             before = stage.recorded()
             artifact = stage.complete(lambda: self._make(stage, make, before), self.settings.overwrite or replace)
@@ -78,8 +78,8 @@ class Run:
     def _make(self, stage: core_artifacts.Stage, make: Make, before: core_artifacts.Artifact | None) -> Made:
         """Make the stage. What was made of an older state of it is finished no more.
 
-        before: its record, of a stage that was finished and damaged since; where what is made anew is the same to the byte,
-            later stages stay finished.
+        before: its record, of a stage that was finished and damaged since; where what is made anew is the same to the
+            byte, later stages stay finished.
         """
         name = self.name_of(stage.uri)
         self.made.append(name)
@@ -132,7 +132,8 @@ class Run:
             kept: stages whose files are logged.
             made: what there is now, and where it lies, a line each.
             summary: lines of its numbers.
-            refusal: why the run ends in an error although all is made; without one the same command is answered by its record.
+            refusal: why the run ends in an error although all is made; without one the same command is answered by its
+                record.
         """
         with failures("run", self.output):
             lines = [*summary()]
@@ -212,7 +213,8 @@ def execute(
 def started(
     settings: ResolvedSettings, workflow: str, stages: Sequence[str] = (), tracked: bool = True
 ) -> Iterator[Run]:
-    """A run inside a session of a cluster and a tracked run; its settings are logged, and said unless it is part of another.
+    """A run inside a session of a cluster and a tracked run; its settings are logged, and said unless it is part of
+    another.
 
     stages: see Run. tracked: False for a plan, which MLflow hears nothing of.
     """
@@ -232,7 +234,7 @@ def started(
 
 
 def required(value: Value | None, setting: str, what: str) -> Value:
-    """The value of a setting that a workflow cannot do without. Raises UserError: it is not set; `what` is to be named."""
+    """The value of a setting that a workflow needs. Raises UserError: it is not set; `what` says what to name."""
     if not value:
         raise UserError(f"--{setting}: not set; {what}")
     return value
@@ -242,8 +244,8 @@ def checked_output(output: str | None, workflow: str) -> str:
     """The --output of a workflow, absolute.
 
     Raises:
-        UserError: none, one that stores take for a pattern, one that a Ray job would lose, or one that holds a run of another
-            workflow, whose report and run.json would be replaced.
+        UserError: none, one that stores take for a pattern, one that a Ray job would lose, or one that holds a run of
+            another workflow, whose report and run.json would be replaced.
     """
     output = required(output, "output", "name the directory or s3:// prefix for the artifacts")
     if set(output) & set("*?[]"):

@@ -42,8 +42,8 @@ _shared: Cluster | None = None  # by a run whose parts are runs themselves
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """A handler of SIGTERM that was set before the body is so after it: Ray's start sets its own, which aborts or exits, and its
-    end the system's.
+    """A handler of SIGTERM that was set before the body is so after it: Ray's start sets its own, which aborts or
+    exits, and its end the system's.
     """
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -123,7 +123,8 @@ def _check_that_somebody_listens(address: str) -> None:
 def _on_loopback() -> Iterator[None]:
     """A Ray that is started inside listens on 127.0.0.1; by itself it would on every interface.
 
-    The variable is Ray's, for laptops with a firewall that asks; its processes inherit it, this one has read it already.
+    The variable is Ray's, for laptops with a firewall that asks; its processes inherit it, this one has read it
+    already.
     """
     from ray._private import ray_constants
 
@@ -148,7 +149,9 @@ def _own_token() -> Iterator[None]:
 
 
 def _read_token_anew() -> None:
-    """Let Ray's client look in the environment whether there is a token, and which; it asks once in the life of a process."""
+    """Let Ray's client look in the environment whether there is a token, and which; it asks once in the life of a
+    process.
+    """
     try:
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of C++
     except (
@@ -253,7 +256,9 @@ def _idle_workers() -> int:
 
 
 def in_job_copy() -> bool:
-    """Whether this is the driver of a Ray job in a temporary copy of its --working-dir, which Ray deletes after the job."""
+    """Whether this is the driver of a Ray job in a temporary copy of its --working-dir, which Ray deletes after the
+    job.
+    """
     return bool(_job_environment().get("working_dir"))
 
 

@@ -109,8 +109,8 @@ def _check_uri(name: str, uri: str) -> None:
         )
     if scheme not in ("http", "https"):
         raise UserError(
-            f"{where}: unknown or unsupported store {scheme!r}; expected http(s)://HOST:PORT or sqlite:///PATH/mlflow.db "
-            "(put an MLflow server in front of any other)"
+            f"{where}: unknown or unsupported store {scheme!r}; expected http(s)://HOST:PORT or "
+            "sqlite:///PATH/mlflow.db (put an MLflow server in front of any other)"
         )
     try:
         parts = urlsplit(uri)

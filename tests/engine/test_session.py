@@ -168,7 +168,7 @@ def test_tasks_that_ask_actors_run_beside_them_whatever_these_claimed():
 @pytest.mark.parametrize("now", [*FIXED, scaling(0.0), scaling(8.0), scaling(64.0, 4.0, node_cpus=16.0)], ids=str)
 @pytest.mark.parametrize("shards", [1, 100])
 def test_a_generator_finds_room_beside_the_search_it_needs(now, shards):
-    """CPUs of both and of the tasks between them fit, all GPUs are the generator's, and an elastic cluster stays one."""
+    """CPUs of both and of the tasks between them fit, all GPUs are the generator's, and what is elastic stays so."""
     count, _, claim, gpus = resources.search_actors(now, None, 1, shards, search.BESIDE_SHARE)
     beside = replace(now, held_cpus=count * claim)
     _, most, each, per_gpu = resources.actor_pool(beside, None, 1, None)
@@ -317,7 +317,8 @@ raise SystemExit(errors.exit_code(program))
 
 
 def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
-    # Ray's start puts handlers in place that abort (exit 134, and a stack) or exit without a word: no lock was given back
+    # Ray's start puts handlers in place that abort (exit 134, and a stack) or exit without a word: no lock was given
+    # back
     command = [sys.executable, "-c", RUN, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -418,7 +419,8 @@ def test_no_package_tells_its_makers_about_a_run_and_the_library_alone_sets_noth
 
     assert tasks.get(tasks.task(seen).remote()) == seen() == session.TELEMETRY_OFF
     code = (
-        "import os; before = dict(os.environ); import pd_core; pd_core.open; from pd_core.engine import runs, tracking; "
+        "import os; before = dict(os.environ); import pd_core; pd_core.open; from pd_core.engine import runs, "
+        "tracking; "
         "assert dict(os.environ) == before"
     )
     environment = {name: value for name, value in os.environ.items() if name not in session.TELEMETRY_OFF}

@@ -1,4 +1,4 @@
-"""What every settings class is built of: a section that refuses unknown keys, and the sections that all commands share."""
+"""What settings classes are built of: a section that refuses unknown keys, and the sections that all commands share."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _without_password(value: Any) -> Any:
             )
         if found and redact(text) != text:
             raise ValueError(
-                "must not hold a query (what follows a ?), which may be a signature or a token, since settings are printed "
-                "and stored; name the file or bucket itself, credentials come from the environment"
+                "must not hold a query (what follows a ?), which may be a signature or a token, since settings are "
+                "printed and stored; name the file or bucket itself, credentials come from the environment"
             )
     return value
 

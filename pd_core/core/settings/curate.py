@@ -127,7 +127,8 @@ class CurateSettings(WorkflowSettings):
         for recipe in self.recipes:
             if self.evaluation.n is not None and recipe.n < self.evaluation.n:
                 raise ValueError(
-                    f"recipes: {recipe.name!r} has n {recipe.n}, evaluation.n is {self.evaluation.n}; raise the recipe's n"
+                    f"recipes: {recipe.name!r} has n {recipe.n}, evaluation.n is {self.evaluation.n}; raise the "
+                    "recipe's n"
                 )
         for gate in self.gates:
             if gate.recipe is not None and gate.recipe not in names:

@@ -22,7 +22,8 @@ class JudgeSettings(ExtractorSettings):
 
     model: str = Field(
         "none",
-        description=f"timm model name, hf_hub:ORG/NAME, or {INCEPTION} for FID; none: measure in the index's space only",
+        description=f"timm model name, hf_hub:ORG/NAME, or {INCEPTION} for FID; none: measure in the index's space "
+        "only",
     )
 
 
@@ -58,7 +59,8 @@ class EvaluateSettings(WorkflowSettings, MeasuringSettings):
     real: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     samples: list[str] = Field(
         [],
-        description="sets to measure: outputs of generate.py or perturb.py, folders of images, Parquet, tars, outputs of build_index.py",
+        description="sets to measure: outputs of generate.py or perturb.py, folders of images, Parquet, tars, outputs "
+        "of build_index.py",
     )
     output: str | None = Field(
         None, description="where the artifacts go; local directory or s3://; default: that of --real with -evaluation"
@@ -70,8 +72,8 @@ class EvaluateSettings(WorkflowSettings, MeasuringSettings):
     n: int | None = Field(
         None,
         gt=0,
-        description="images of each set that are measured; default: as many as the smallest set has, since most metrics move "
-        "with the number",
+        description="images of each set that are measured; default: as many as the smallest set has, since most "
+        "metrics move with the number",
     )
     per_label: bool = Field(False, alias="per-label", description="measure each label's images by themselves too")
     images: int = Field(8, gt=0, description="images in each row of the report")
@@ -95,7 +97,8 @@ class TradeoffSettings(CandidateSettings, MeasuringSettings):
     )
     polarities: list[FiniteFloat] | None = Field(
         None,
-        description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 for --generator.kind stylegan and torchscript",
+        description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 for --generator.kind stylegan and "
+        "torchscript",
     )
     rank: int = Field(
         8, gt=0, description="Polarity and MaGNET: singular values of the Jacobian that make a log-volume"
@@ -110,7 +113,8 @@ class TradeoffSettings(CandidateSettings, MeasuringSettings):
     )
     truncations: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         None,
-        description="stylegan: psi towards the mean latent; torchscript: bounds of a truncated normal; default: 0.5 and 0.7 there",
+        description="stylegan: psi towards the mean latent; torchscript: bounds of a truncated normal; default: 0.5 "
+        "and 0.7 there",
     )
     score: Literal["predictor", "index"] = Field("predictor", description="which densities decide")
     target: str | None = Field(

@@ -15,7 +15,9 @@ from pd_core.core.settings.generate import GeneratingSettings, WeightingSettings
 
 
 class FakeWeightingSettings(Section):
-    """Which generated images a GAN trains on (Algorithm 3): those of its D step and of its G step are drawn with these weights."""
+    """Which generated images a GAN trains on (Algorithm 3): those of its D step and of its G step are drawn with these
+    weights.
+    """
 
     threshold: str | None = Field(
         None, description="tau of generated images, a percentile of the real set or a density; default: the weighting's"
@@ -69,8 +71,8 @@ class InLoopSettings(Section):
     chunk: int = Field(50, gt=0, description="images generated as one batch")
     metric: Literal["auto", "frechet_distance", "precision", "recall", "density", "coverage"] = Field(
         "auto",
-        description="by which the best step is chosen; auto: precision where weighting.weight is above 1, recall where it is below, "
-        "frechet_distance for other weightings",
+        description="by which the best step is chosen; auto: precision where weighting.weight is above 1, recall where "
+        "it is below, frechet_distance for other weightings",
     )
     patience: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: never")
     metrics: MetricSettings = MetricSettings()
@@ -99,7 +101,8 @@ class FinetuneSettings(GeneratingSettings):
     keep: int = Field(2, gt=0, description="checkpoints kept to go on from; the averages of all evaluations stay")
     merge: Literal["none", "best-of"] = Field(
         "none",
-        description="best-of: search for the combination of the saved averages that is best, and save it if it beats the best step",
+        description="best-of: search for the combination of the saved averages that is best, and save it if it beats "
+        "the best step",
     )
     merge_candidates: int = Field(64, gt=1, description="combinations that --merge tries")
     seed: int = Field(0, ge=0, description="of the run: images drawn, noise, latents, labels")

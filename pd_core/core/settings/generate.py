@@ -64,7 +64,8 @@ class GeneratorSettings(Section):
     latent_bound: float | None = Field(
         None,
         gt=0,
-        description="torchscript: entries of a latent beyond +- this are drawn again, BigGAN's truncation; e.g. 0.5; default: none",
+        description="torchscript: entries of a latent beyond +- this are drawn again, BigGAN's truncation; e.g. 0.5; "
+        "default: none",
     )
     value_range: Literal["-1..1", "0..1", "0..255"] = Field("-1..1", description="torchscript: of the output's values")
     arguments: dict[str, Any] = Field(
@@ -100,9 +101,10 @@ class WeightingSettings(Section):
 
     kind: WeightingKind = Field(
         "two_level",
-        description="two_level: the paper's, one threshold; quantiles: one weight per bin of the real densities; match: the "
-        "real set's densities; polarity: exp(polarity * v), v the log-volume of the generator at the sample, whatever its density; "
-        "magnet: polarity 1, uniform on what the generator can make; none: as the generator draws",
+        description="two_level: the paper's, one threshold; quantiles: one weight per bin of the real densities; "
+        "match: the real set's densities; polarity: exp(polarity * v), v the log-volume of the generator at the "
+        "sample, whatever its density; magnet: polarity 1, uniform on what the generator can make; none: as the "
+        "generator draws",
     )
     threshold: str = Field(
         "p80",
@@ -118,12 +120,14 @@ class WeightingSettings(Section):
     bins: int = Field(
         20,
         gt=1,
-        description="match: bins of equally many real images; polarity, magnet: of equally many pilot candidates, steps of the weight",
+        description="match: bins of equally many real images; polarity, magnet: of equally many pilot candidates, "
+        "steps of the weight",
     )
     max_weight: float = Field(
         20.0,
         gt=1,
-        description="match: largest weight, 1 being the generator's mean; the pilot's acceptance rate is at least 1 over it",
+        description="match: largest weight, 1 being the generator's mean; the pilot's acceptance rate is at least 1 "
+        "over it",
     )
     per_label: bool = Field(False, description="thresholds and bins of the sample's own label instead of all images")
     polarity: float | None = Field(
@@ -206,7 +210,8 @@ class GenerateSettings(CandidateSettings, CopySettings):
     n: int | None = Field(None, gt=0, description="accepted images wanted")
     score: Literal["predictor", "index", "both"] = Field(
         "predictor",
-        description="what decides: predictor; index (true k-NN); both: the predictor decides, the accepted are scored by the index too",
+        description="what decides: predictor; index (true k-NN); both: the predictor decides, the accepted are scored "
+        "by the index too",
     )
     chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the samples' identity")
     part_rows: int = Field(1000, gt=0, description="accepted images per committed part, about; fewer where n is small")
@@ -234,8 +239,8 @@ class GenerateSettings(CandidateSettings, CopySettings):
     def _consistent(self) -> GenerateSettings:
         if self.score == "index" and self.weighting.kind in ("polarity", "magnet"):
             raise ValueError(
-                f"score index, the decision by true neighbors, has no meaning for weighting.kind {self.weighting.kind!r}, which "
-                "decides by the log-volume; use predictor or both"
+                "score index, the decision by true neighbors, has no meaning for weighting.kind "
+                f"{self.weighting.kind!r}, which decides by the log-volume; use predictor or both"
             )
         return self
 

@@ -90,7 +90,8 @@ class BuildIndexSettings(WorkflowSettings):
 
     base: str | None = Field(
         None,
-        description="earlier output of build_index with the same settings: what is unchanged in the source is taken over from it",
+        description="earlier output of build_index with the same settings: what is unchanged in the source is taken "
+        "over from it",
     )
     update: UpdateSettings = UpdateSettings()
 

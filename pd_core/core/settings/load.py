@@ -61,7 +61,8 @@ WORKFLOWS: Sequence[type[WorkflowSettings]] = (
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "paper": {
-        # timm 0.5.4, which the authors used, knew these weights as vit_base_patch16_224; today that name means newer ones
+        # timm 0.5.4, which the authors used, knew these weights as vit_base_patch16_224; today that name means newer
+        # ones
         "features": {
             "model": "vit_base_patch16_224.augreg_in21k_ft_in1k",
             "preprocess": "paper",
@@ -107,7 +108,7 @@ EXAMPLES = {  # as JSON on the command line
 
 
 def _help_of_items(name: str, section: type[Section]) -> str:
-    """The fields of what a list of sections holds, in the form of the options above it, which argparse does not know."""
+    """The fields of what a list of sections holds, in the form of the options above it; argparse knows no such list."""
     fields = sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
     lines = [f"each of {name}, in a file or as --{name} '{EXAMPLES[name]}':"]
     for key, field in fields:
@@ -377,7 +378,9 @@ def made(settings_class: type[Settings], **values: Any) -> Settings:
 
 
 def resolved(settings_class: type[Settings], settings: BaseModel, **values: Any) -> Settings:
-    """The settings as an instance of a class that has the same, with these values in the place of theirs, which are valid."""
+    """The settings as an instance of a class that has the same, with these values in the place of theirs, which are
+    valid.
+    """
     given = {name: getattr(settings, name) for name in settings_class.model_fields} | values
     return cast("Settings", settings_class.model_construct(**given))
 
