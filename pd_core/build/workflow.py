@@ -24,7 +24,7 @@ STAGES = ("listing", "added/features", "features", "index", "neighbors", "densit
 
 
 def folders_of(record: Mapping[str, Any], stages: Sequence[str] = STAGES) -> list[str]:
-    """Of a finished run, by its run.json, the folders of those of these stages that it has, and of what was made beside them."""
+    """Folders of those of these stages that a finished run has, by its run.json, and of what was made beside them."""
     beside = {"features": "quarantine", "added/features": "added/quarantine"}
     if record["settings"].get("base"):
         beside["listing"] = "added/listing"
@@ -54,8 +54,8 @@ def prepare(settings: BuildIndexSettings) -> tuple[ResolvedBuildIndex, sources.S
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
     if recursive and files.is_inside(output, source.root):
         raise UserError(
-            f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it wrote "
-            "for images; choose an --output outside"
+            f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it "
+            "wrote for images; choose an --output outside"
         )
     return checked, source
 

@@ -1,10 +1,10 @@
-"""The scheduled job: index what is new, generate by recipes, measure, release what passes its gates; what workflows/curate.py calls.
+"""The scheduled job: index what is new, generate by recipes, measure, release what passes its gates.
 
-Under `output`: `lock/`, `index/VERSION/` (each an output of build_index), `candidates/VERSION/` (outputs of generate and
-evaluate), `releases/DATE-HASH/`, `latest.json`. A VERSION ends with a hash of everything that decides its content: a run that was
-broken off is found again by the next one, which goes on with it; a run that finds nothing new makes nothing, except for what has been
-damaged since in the current index and the latest release. A source that changes
-while a version is made gives another version: let the first, long build run on a source that rests.
+Under `output`: `lock/`, `index/VERSION/` (each an output of build_index), `candidates/VERSION/` (outputs of generate
+and evaluate), `releases/DATE-HASH/`, `latest.json`. A VERSION ends with a hash of everything that decides its content:
+a run that was broken off is found again by the next one, which goes on with it; a run that finds nothing new makes
+nothing, except for what has been damaged since in the current index and the latest release. A source that changes while
+a version is made gives another version: let the first, long build run on a source that rests.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def curate(given: CurateSettings) -> int:
 
 
 def _with_pointers(facts: str | None, output: str) -> str | None:
-    """The facts of a run with what it left or found as the current index and the latest release; None where any is unknown."""
+    """The facts of a run, with what it left as the current index and the latest release; None where any is unknown."""
     current = _current(files.join(output, INDEX))
     if facts is None or current is None or releases.latest(output) is None:
         return None
@@ -109,7 +109,7 @@ def _with_pointers(facts: str | None, output: str) -> str | None:
 
 
 def _remember(settings: ResolvedCurate, facts: str | None) -> None:
-    """Leave for the next run what it needs to see that nothing is new, after one that has released, or found nothing new."""
+    """Leave what the next run needs to see that nothing is new, after one that has released or found nothing new."""
     output = settings.output
     current, name, known = _current(files.join(output, INDEX)), releases.latest(output), _with_pointers(facts, output)
     if current is None or name is None or known is None:

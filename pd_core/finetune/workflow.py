@@ -1,4 +1,4 @@
-"""The stages of finetune in their order: weights, training, merging, the best model, report; what workflows/finetune.py calls."""
+"""The stages of finetune in their order: weights, training, merging, the best model, report."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def prepare(settings: FinetuneSettings) -> tuple[ResolvedFinetune, RealSet]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
-        UserError: a setting that every run needs is missing or does not fit another, a path that must be there is not, the
-            index is not finished, or a threshold lies outside its densities.
+        UserError: a setting that every run needs is missing or does not fit another, a path that must be there is not,
+            the index is not finished, or a threshold lies outside its densities.
     """
     output = checked_output(settings.output, "finetune")
     index = required(settings.index, "index", "name the --output of build_index.py")

@@ -37,8 +37,8 @@ def prepare(settings: GenerateSettings) -> tuple[ResolvedGenerate, RealSet]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
-        UserError: a setting that every run needs is missing, a path that must be there is not, the index is not finished, or
-            the threshold lies outside its densities.
+        UserError: a setting that every run needs is missing, a path that must be there is not, the index is not
+            finished, or the threshold lies outside its densities.
     """
     checked = check(settings)
     real = realset.open_for(checked.index, checked.checkpoint, "--index")
@@ -90,8 +90,8 @@ def plan_generate(settings: GenerateSettings) -> None:
         finished = artifacts.load_artifact(files.join(output, "samples")) is not None
     if settings.overwrite and finished:
         raise UserError(
-            f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made with; "
-            "choose another --output"
+            f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made "
+            "with; choose another --output"
         )
     with started(checked, "generate", STAGES, tracked=False) as run, contextlib.ExitStack() as resources:
         console.say(_plan(run, checked, real, resources).text)

@@ -29,7 +29,8 @@ def prepare(settings: PerturbSettings) -> tuple[ResolvedPerturb, RealSet]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
-        UserError: a setting that every run needs is missing, a path that must be there is not, or the index is not finished.
+        UserError: a setting that every run needs is missing, a path that must be there is not, or the index is not
+            finished.
     """
     output = checked_output(settings.output, "perturb")
     index = required(settings.index, "index", "name the --output of build_index.py")

@@ -1,4 +1,4 @@
-"""The stages of tradeoff in their order: pilot, one pool, its features, the curve, report; what workflows/tradeoff.py calls."""
+"""The stages of tradeoff in their order: pilot, one pool, its features, the curve, report."""
 
 from __future__ import annotations
 
@@ -348,9 +348,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def choice(target: str, rows: list[dict[str, Any]]) -> tuple[dict[str, str], UserError | None]:
-    """Under `target` which setting reaches it, in the judge's space where there is one; where none does, the error with the
-    frontier.
-    """
+    """Under `target` which setting reaches it, in the judge's space where there is one; or the error that none does."""
     wanted = tradeoff_points.parse_target(target)
     space = rows[-1]["space"]
     own = [row for row in rows if row["space"] == space]
