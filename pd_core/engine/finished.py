@@ -109,10 +109,7 @@ def facts(settings: WorkflowSettings, output: str, more: Iterable[str] = ()) -> 
         return None
     named = [leaves.get(name) for name in INPUTS]
     uris = [uri for value in named for uri in (value if isinstance(value, list) else [value]) if uri]
-    try:
-        states = {uri: state(uri, output) for uri in map(_root, [*uris, *more])}
-    except (UserError, RunError):  # what cannot be listed may be read all the same
-        return None
+    states = {uri: state(uri, output) for uri in map(_root, [*uris, *more])}
     if None in states.values():
         return None
     uri = tracking.resolve_uri(settings.tracking, output) if settings.tracking.enabled else None
@@ -144,16 +141,20 @@ def _root(uri: str) -> str:
 
 
 def state(uri: str, output: str) -> str | None:
-    """A hash over names, sizes and versions of the files at and under a URI; None where there are none, or too many to
-    look at.
+    """A hash over names, sizes and versions of the files at and under a URI.
+
+    None where there are none, too many to look at, or some that cannot be listed, which may be read all the same.
     """
     digest, count = hashlib.sha256(), 0
-    with files.explained(uri):
-        for entry in _local(uri, output) if files.is_local(uri) else _remote(uri, output):
-            count += 1
-            if count > MANY:
-                return None
-            digest.update(json.dumps(entry).encode())
+    try:
+        with files.explained(uri):
+            for entry in _local(uri, output) if files.is_local(uri) else _remote(uri, output):
+                count += 1
+                if count > MANY:
+                    return None
+                digest.update(json.dumps(entry).encode())
+    except (UserError, RunError):
+        return None
     return digest.hexdigest() if count else None
 
 
