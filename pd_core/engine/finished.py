@@ -75,7 +75,7 @@ class Finished:
             return (
                 artifact is not None
                 and artifact.fingerprint == self.stages[folder]
-                and artifact.schema_version == schemas.VERSIONS.get(artifact.kind)
+                and artifact.schema_version == schemas.VERSIONS.get(artifact.kind, artifact.schema_version)
                 and not artifacts.damaged_parts(uri, artifact.parts)
             )
 

@@ -22,7 +22,7 @@ from pd_core.engine.resources import Cluster
 from tests import tiny
 from workflows import build_index
 
-STAGES = ("listing", "features")
+STAGES = ("listing", "features", "best")  # of which the last has no tables
 
 
 class Whole(Exception):
@@ -62,7 +62,7 @@ def run(settings: BuildIndexSettings, refusal: UserError | None = None) -> None:
     def body(run: runs.Run) -> None:
         beside = artifacts.Stage(f"{run.output}/quarantine", "quarantine", schemas.VERSIONS["quarantine"], {})
         for name in STAGES:
-            stage = artifacts.Stage(f"{run.output}/{name}", name, schemas.VERSIONS[name], {})
+            stage = artifacts.Stage(f"{run.output}/{name}", name, schemas.VERSIONS.get(name, 1), {})
             if name == "features":
                 beside.complete(lambda: ([beside.write_part("part-0.parquet", b"bad", 0)], {}), False)
                 stage = dataclasses.replace(stage, beside=(beside.uri,))
