@@ -10,11 +10,12 @@ from typing import Any
 from pd_core.build import plan, report, update
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
-from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.core.settings import load
+from pd_core.core.settings.index import BuildIndexSettings, ResolvedBuildIndex
 from pd_core.density import densities as density_densities
 from pd_core.density import estimator, formula
 from pd_core.engine import console, resources, tasks
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, started
 from pd_core.images import decode, listing, sources
 from pd_core.index import build, extractor, features, search
 from pd_core.index import neighbors as index_neighbors
@@ -23,7 +24,7 @@ STAGES = ("listing", "added/features", "features", "index", "neighbors", "densit
 
 
 def folders_of(record: Mapping[str, Any], stages: Sequence[str] = STAGES) -> list[str]:
-    """Of a finished run, by its run.json, the folders of those of these stages that it has, and of what was made beside them."""
+    """Folders of those of these stages that a finished run has, by its run.json, and of what was made beside them."""
     beside = {"features": "quarantine", "added/features": "added/quarantine"}
     if record["settings"].get("base"):
         beside["listing"] = "added/listing"
@@ -31,7 +32,7 @@ def folders_of(record: Mapping[str, Any], stages: Sequence[str] = STAGES) -> lis
     return [*made, *(beside[stage] for stage in made if stage in beside)]
 
 
-def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.Source]:
+def prepare(settings: BuildIndexSettings) -> tuple[ResolvedBuildIndex, sources.Source]:
     """Check what can be checked without Ray; local paths become absolute, for workers that run elsewhere.
 
     Raises:
@@ -48,33 +49,35 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     base = settings.base and files.absolute(settings.base)
     if base == output:
         raise UserError(f"--base {settings.base}: is the --output itself; an update is an output of its own")
-    settings = settings.model_copy(update={"output": output, "features": featuring, "base": base})
+    checked = load.resolved(ResolvedBuildIndex, settings, output=output, features=featuring, base=base)
     source = sources.open_source(settings.data)
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
     if recursive and files.is_inside(output, source.root):
         raise UserError(
-            f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it wrote "
-            "for images; choose an --output outside"
+            f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it "
+            "wrote for images; choose an --output outside"
         )
-    return settings, source
+    return checked, source
 
 
 def build_index(settings: BuildIndexSettings) -> None:
     """Images to committed features, index, densities, predictor and report under `settings.output`."""
-    settings, source = prepare(settings)
-    base = None if settings.base is None else update.open_base(settings.base)
-    output = str(settings.output)
-    with started(settings, output, "build_index", STAGES) as run:
-        _build(run, settings, source, base)
-        run.finish(("report", "estimator"), {"report": files.join(output, "report", REPORT)})
+    checked, source = prepare(settings)
+    base = None if checked.base is None else update.open_base(checked.base)
+
+    def body(run: Run) -> None:
+        _build(run, checked, source, base)
+        run.finish(("report", "estimator"), {"report": files.join(run.output, "report", REPORT)})
+
+    execute(checked, "build_index", STAGES, body)
 
 
 def plan_build_index(settings: BuildIndexSettings) -> None:
     """Print the resolved settings and the plan; write nothing."""
-    settings, source = prepare(settings)
-    base = None if settings.base is None else update.open_base(settings.base)
-    with started(settings, str(settings.output), "build_index", STAGES, tracked=False) as run:
-        console.say(plan.plan(settings, source, run.now, decode.limits_of(settings.data), base))
+    checked, source = prepare(settings)
+    base = None if checked.base is None else update.open_base(checked.base)
+    with started(checked, "build_index", tracked=False) as run:
+        console.say(plan.plan(checked, source, run.now, decode.limits_of(settings.data), base))
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base:
     featured = _extract(run, settings, source) if base is None else _update(run, settings, source, base)
     if bad := features.reasons_of(featured.features.parts):
         where = files.join(run.output, "quarantine")
-        console.say(
+        run.say(
             f"quarantine: {sum(bad.values()):,} of {featured.listed.rows:,} images left out ({features.told(bad)}): {where}"
         )
     indexed, info, kept = _index(run, settings, featured)
@@ -106,6 +109,7 @@ def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> 
     output, now = run.output, run.now
     describing = extractor.describe_remotely(settings.features)  # loads the model while the source is listed
     listing_it = listing.start(source, output, settings.features.whole_part_rows, settings.overwrite)
+    console.silence_ray_data()  # which imports it, meanwhile
     with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
         spec: extractor.ExtractorSpec = tasks.get(describing)
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
@@ -129,6 +133,7 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
     """Features of the images that are not in the base as they are now, and those of the others from there."""
     output, now = run.output, run.now
     describing = extractor.describe_remotely(settings.features)
+    console.silence_ray_data()  # which imports it, meanwhile
     with failures("features", output):
         spec: extractor.ExtractorSpec = tasks.get(describing)
     gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
@@ -136,7 +141,7 @@ def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
         comparing = update.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
         changes, artifact = tasks.get(comparing)
-        run.done(changes.listed.uri, artifact, nested)
+        run.done(changes.listed.uri, artifact, nested, [files.join(output, update.ADDED, "listing")])
         nested.dataset("images", source.root, artifact.fingerprint, "source", {"rows": artifact.rows})
     new = changes.added.rows if changes.added else 0
     console.say(f"update: {new:,} new images, {len(changes.removed):,} gone or changed, of {artifact.rows:,}")

@@ -23,13 +23,13 @@ from pd_core.build import workflow as build_workflow
 from pd_core.core import artifacts, errors, files, locks, schemas, trust
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings import load
-from pd_core.core.settings.curate import CurateSettings, RecipeSettings
+from pd_core.core.settings.curate import CurateSettings, RecipeSettings, ResolvedCurate
 from pd_core.core.settings.evaluate import EvaluateSettings
 from pd_core.core.settings.generate import GenerateSettings
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.curate import releases
 from pd_core.density import formula, realset
-from pd_core.engine import console, resources, session, tasks, telemetry, tracking
+from pd_core.engine import console, finished, resources, session, tasks, telemetry, tracking
 from pd_core.engine.runs import RUN, Run, checked_output, failures, started
 from pd_core.evaluate import workflow as evaluate_workflow
 from pd_core.generate import candidates, chunks, setup, workflow
@@ -39,31 +39,32 @@ from pd_core.index import extractor, features
 LOCK, INDEX, CANDIDATES = "lock", "index", "candidates"
 BEGUN = "begun.json"  # in a version of the index: what it is made from
 _VERSION = re.compile(rf"\d{{8}}T\d{{6}}Z-[0-9a-f]{{{releases.HASH_LETTERS}}}")
+FINISHED = "finished.json"  # by which the next run sees that nothing is new
 CURRENT = "current.json"  # in INDEX: the version that was finished last
 EVALUATION = "evaluation"
 OUTCOMES = {errors.EXIT_DONE: "released", errors.EXIT_NOTHING_NEW: "nothing_new", errors.EXIT_HELD_BACK: "held_back"}
 SECTIONS = ("data", "features", "index", "density", "estimator", "update")  # of the settings of build_index
 
 
-def prepare(settings: CurateSettings) -> CurateSettings:
+def prepare(given: CurateSettings) -> ResolvedCurate:
     """Check what can be checked without Ray and without a lock; local paths become absolute.
 
     Raises:
         UserError: as the workflows of which the run consists; no recipes.
     """
-    output = checked_output(settings.output, "curate")
-    if not settings.recipes:
+    output = checked_output(given.output, "curate")
+    if not given.recipes:
         raise UserError(
             "recipes: none; name at least one set, e.g. {name: typical, n: 1000, threshold: p80, weight: 33}"
         )
     # one store for all the runs that this one consists of, and it is not beside theirs
-    uri = tracking.resolve_uri(settings.tracking, output) if settings.tracking.enabled else None
-    settings = settings.model_copy(
-        update={
-            "output": output,
-            "generator": setup.resolved(settings.generator),
-            "tracking": settings.tracking.model_copy(update={"uri": uri, "enabled": uri is not None}),
-        }
+    uri = tracking.resolve_uri(given.tracking, output) if given.tracking.enabled else None
+    settings = load.resolved(
+        ResolvedCurate,
+        given,
+        output=output,
+        generator=setup.resolved(given.generator),
+        tracking=given.tracking.model_copy(update={"uri": uri, "enabled": uri is not None}),
     )
     checked, _ = build_workflow.prepare(_build_settings(settings, files.join(output, INDEX, "x"), None))
     settings = settings.model_copy(update={"features": checked.features})
@@ -78,14 +79,60 @@ def prepare(settings: CurateSettings) -> CurateSettings:
     return settings
 
 
-def curate(settings: CurateSettings) -> int:
+def curate(given: CurateSettings) -> int:
     """One scheduled run; returns the exit code: released (0), nothing new, or held back by a gate."""
-    settings = prepare(settings)
-    output = str(settings.output)
+    settings = prepare(given)
+    output = settings.output
     with files.explained(output):
         above = releases.lock_token(output)
-    lock = locks.hold(files.join(output, LOCK), settings.lock.lease_s, above)
-    with lock as lease, started(settings, output, "curate", ()) as run, session.shared(run.now):
+    with locks.hold(files.join(output, LOCK), settings.lock.lease_s, above) as lease:
+        with failures("curate", output):
+            facts = finished.facts(settings, output)
+            there = None if settings.overwrite else finished.read(files.join(output, FINISHED))
+            if there is not None and there.holds(_with_pointers(facts, output), output):
+                console.say(load.to_yaml(settings))
+                releases.say_unknown_held(output)
+                for line in there.lines:
+                    console.say(line)
+                return errors.EXIT_NOTHING_NEW
+        return _curate(settings, lease, facts)
+
+
+def _with_pointers(facts: str | None, output: str) -> str | None:
+    """The facts of a run, with what it left as the current index and the latest release; None where any is unknown."""
+    current = _current(files.join(output, INDEX))
+    if facts is None or current is None or releases.latest(output) is None:
+        return None
+    places = (files.join(output, releases.LATEST), files.join(output, INDEX, CURRENT), files.join(current.uri, RUN))
+    states = [finished.state(uri, output) for uri in places]
+    return None if None in states else artifacts.fingerprint({"facts": facts, "pointers": states})
+
+
+def _remember(settings: ResolvedCurate, facts: str | None) -> None:
+    """Leave what the next run needs to see that nothing is new, after one that has released or found nothing new."""
+    output = settings.output
+    current, name, known = _current(files.join(output, INDEX)), releases.latest(output), _with_pointers(facts, output)
+    if current is None or name is None or known is None:
+        return
+    record = files.read_record(files.join(current.uri, RUN))
+    folders = [files.join(current.uri, folder) for folder in build_workflow.folders_of(record)]
+    folders.append(files.join(output, releases.RELEASES, name))
+    stages = {folder.removeprefix(f"{output}/"): artifacts.load_artifact(folder) for folder in folders}
+    there = finished.Finished(
+        known,
+        {folder: artifact.fingerprint for folder, artifact in stages.items() if artifact is not None},
+        (
+            f"index: {settings.data.source} is as it was for {current.uri}",
+            f"nothing new since {folders[-1]}",
+        ),
+    )
+    files.write_bytes(files.join(output, FINISHED), json.dumps({"finished": asdict(there)}, indent=1).encode())
+
+
+def _curate(settings: ResolvedCurate, lease: locks.Lease, facts: str | None) -> int:
+    """One run with the lock held. facts: that it begins with."""
+    output = settings.output
+    with started(settings, "curate") as run, session.shared(run.now):
         for outcome in OUTCOMES.values():
             telemetry.RELEASES.add(0, outcome=outcome)
         with failures("curate", output):
@@ -99,6 +146,8 @@ def curate(settings: CurateSettings) -> int:
         try:
             with failures("curate", output):
                 _clear(settings, lease)
+                if code != errors.EXIT_HELD_BACK:
+                    _remember(settings, facts)
         except (UserError, RunError) as error:  # what was released is released
             console.say(f"old versions were not all deleted, the next run does that: {error}")
     return code
@@ -129,17 +178,17 @@ def _gpus(run: Run, asked: float | None, before: str | None) -> float | None:
     return 0.0 if gpus is None and before == "cpu" else gpus
 
 
-def _build_settings(settings: CurateSettings, output: str, base: str | None) -> BuildIndexSettings:
+def _build_settings(settings: ResolvedCurate, output: str, base: str | None) -> BuildIndexSettings:
     sections = {name: getattr(settings, name) for name in SECTIONS}
     return load.made(BuildIndexSettings, output=output, base=base, **sections, **_of_every_run(settings))
 
 
-def _of_every_run(settings: CurateSettings) -> dict[str, Any]:
+def _of_every_run(settings: ResolvedCurate) -> dict[str, Any]:
     """What a run with other versions of packages or another base has left is replaced, stage by stage."""
     return {"tracking": settings.tracking, "overwrite": True}
 
 
-def _index(run: Run, settings: CurateSettings, lease: locks.Lease) -> Version:
+def _index(run: Run, settings: ResolvedCurate, lease: locks.Lease) -> Version:
     """The index of the source as it is now: one that is finished, an update of the current one, or one built anew."""
     root = files.join(run.output, INDEX)
     current = _current(root)
@@ -226,7 +275,7 @@ def _make_current(root: str, version: Version, lease: locks.Lease) -> None:
     files.write_bytes(files.join(root, CURRENT), json.dumps(pointer).encode())
 
 
-def _version_of_now(run: Run, settings: CurateSettings, current: Version | None) -> tuple[Version, _Now]:
+def _version_of_now(run: Run, settings: ResolvedCurate, current: Version | None) -> tuple[Version, _Now]:
     """By a hash of what decides the content of the index; the number of processes and the weights' place do not.
 
     Versions of packages are not in it: what is finished is not made again for a new one.
@@ -273,7 +322,7 @@ def _named(root: str, digest: str) -> str:
 # ---- sets ------------------------------------------------------------------------------------------------------------
 
 
-def _generate_settings(settings: CurateSettings, recipe: RecipeSettings, index: str, folder: str) -> GenerateSettings:
+def _generate_settings(settings: ResolvedCurate, recipe: RecipeSettings, index: str, folder: str) -> GenerateSettings:
     generator = settings.generator
     if recipe.labels is not None:
         generator = generator.model_copy(update={"labels": recipe.labels})
@@ -291,7 +340,7 @@ def _generate_settings(settings: CurateSettings, recipe: RecipeSettings, index: 
     )
 
 
-def _evaluate_settings(settings: CurateSettings, index: str, samples: list[str], folder: str) -> EvaluateSettings:
+def _evaluate_settings(settings: ResolvedCurate, index: str, samples: list[str], folder: str) -> EvaluateSettings:
     return load.made(
         EvaluateSettings,
         real=index,
@@ -304,7 +353,7 @@ def _evaluate_settings(settings: CurateSettings, index: str, samples: list[str],
     )
 
 
-def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Lease) -> int:
+def _release(run: Run, settings: ResolvedCurate, index: Version, lease: locks.Lease) -> int:
     """The release of what there is now, made where it is not there, and the pointer moved to it if every gate holds."""
     settings = _as_before(run, settings)
     identity = {
@@ -330,14 +379,14 @@ def _release(run: Run, settings: CurateSettings, index: Version, lease: locks.Le
 
 
 def _judge(
-    settings: CurateSettings, numbers: releases.Numbers, last: releases.Release | None
+    settings: ResolvedCurate, numbers: releases.Numbers, last: releases.Release | None
 ) -> list[releases.Verdict]:
     return releases.judge(settings.gates, numbers, {} if last is None else last.record["numbers"])
 
 
 def _make_release(
     run: Run,
-    settings: CurateSettings,
+    settings: ResolvedCurate,
     index: Version,
     identity: dict[str, Any],
     last: releases.Release | None,
@@ -365,7 +414,7 @@ def _make_release(
 
 def _promote(
     run: Run,
-    settings: CurateSettings,
+    settings: ResolvedCurate,
     release: releases.Release,
     last: releases.Release | None,
     lease: locks.Lease,
@@ -391,7 +440,7 @@ def _promote(
     return errors.EXIT_DONE
 
 
-def _as_before(run: Run, settings: CurateSettings) -> CurateSettings:
+def _as_before(run: Run, settings: ResolvedCurate) -> ResolvedCurate:
     """The settings with GPUs of a generator, see `_gpus`."""
     name = releases.latest(run.output)
     record = {} if name is None else releases.record_of(run.output, name) or {}
@@ -400,7 +449,7 @@ def _as_before(run: Run, settings: CurateSettings) -> CurateSettings:
     return settings.model_copy(update={"generation": settings.generation.model_copy(update={"actor_gpus": gpus})})
 
 
-def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dict[str, Any]]:
+def _inputs(run: Run, settings: ResolvedCurate, index: Version) -> dict[str, dict[str, Any]]:
     """Of each recipe, everything that decides its samples; JSON-able."""
     how, generator = settings.generation, settings.generator
     facts = setup.describe(generator, run.now, chunks.Pool(how.actors, how.actor_cpus, how.actor_gpus))
@@ -418,7 +467,7 @@ def _inputs(run: Run, settings: CurateSettings, index: Version) -> dict[str, dic
 
 def _sets(
     run: Run,
-    settings: CurateSettings,
+    settings: ResolvedCurate,
     index: Version,
     identity: dict[str, Any],
     lease: locks.Lease,
@@ -455,10 +504,10 @@ def _committed(uri: str) -> artifacts.Artifact:
     return artifact
 
 
-def _clear(settings: CurateSettings, lease: locks.Lease) -> None:
+def _clear(settings: ResolvedCurate, lease: locks.Lease) -> None:
     """Delete all but the newest versions of the index and of the candidates; releases hold what they need."""
     lease.confirm()
-    output = str(settings.output)
+    output = settings.output
     current = _current(files.join(output, INDEX))
     sets = len(settings.recipes) + 1  # each in a folder of its own, and their evaluation
     for kind, keep in ((INDEX, settings.keep), (CANDIDATES, settings.keep * sets)):
@@ -479,12 +528,12 @@ def _versions(root: str) -> list[str]:
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
-def plan_curate(settings: CurateSettings) -> None:
+def plan_curate(given: CurateSettings) -> None:
     """Print the resolved settings and what a run would do; write nothing."""
-    settings = prepare(settings)
-    output = str(settings.output)
+    settings = prepare(given)
+    output = settings.output
     with (
-        started(settings, output, "curate", (), tracked=False) as run,
+        started(settings, "curate", tracked=False) as run,
         session.shared(run.now),
         failures("curate", output),
     ):
@@ -513,7 +562,7 @@ def plan_curate(settings: CurateSettings) -> None:
         releases.say_unknown_held(output)
 
 
-def _plan_of_changed(run: Run, settings: CurateSettings, current: Version) -> str:
+def _plan_of_changed(run: Run, settings: ResolvedCurate, current: Version) -> str:
     """The line of a source or settings that are not those of the current version."""
     if damage := _damage(current.uri, update.STAGES):
         return f"plan: index: built anew, since {damage}"

@@ -34,7 +34,9 @@ def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[tqdm[
 
 
 def silence_ray_data() -> None:
-    """Keep its plans and tracebacks from the user: what ends an execution reaches `persist`, which tells it in one line."""
+    """Keep its plans and tracebacks from the user: what ends an execution reaches `persist`, which tells it in one
+    line.
+    """
     import ray.data  # noqa: F401 - it sets another level
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -27,7 +27,9 @@ FEED_CPUS = 1.0  # kept free of actors for the tasks that feed them
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the run can count on at its start. One that is elastic may hold more later: an autoscaler adds what is asked for."""
+    """What the run can count on at its start. One that is elastic may hold more later: an autoscaler adds what is asked
+    for.
+    """
 
     cpus: float
     gpus: float
@@ -69,8 +71,8 @@ def describe(local: bool, was_elastic: bool = False) -> Cluster:
 def _scales() -> bool | None:
     """Whether an autoscaler adds nodes, from the report that `ray status` prints; None where there is none.
 
-    Ray's monitor writes it every few seconds, in a cluster that does not scale too, but there each node is a type of its own.
-    Ray's second autoscaler (RAY_enable_autoscaler_v2, KubeRay's default) writes none.
+    Ray's monitor writes it every few seconds, in a cluster that does not scale too, but there each node is a type of
+    its own. Ray's second autoscaler (RAY_enable_autoscaler_v2, KubeRay's default) writes none.
     """
     from ray._private import ray_constants
     from ray.experimental import internal_kv
@@ -133,8 +135,8 @@ def gpus_to_ask(cluster: Cluster, gpus: float | None, before: str | None) -> flo
     Args:
         cluster: as it is now.
         gpus: as in the settings.
-        before: device, cpu or cuda, of what is taken up again, or None. Where GPUs made it and have scaled away since, the
-            autoscaler is asked for one each.
+        before: device, cpu or cuda, of what is taken up again, or None. Where GPUs made it and have scaled away since,
+            the autoscaler is asked for one each.
     """
     if gpus is None and not cluster.gpus and not cluster.local:
         if before == "cuda":
@@ -149,7 +151,8 @@ def _gpus_each(cluster: Cluster, gpus: float | None) -> float:
         return 1.0 if cluster.gpus else 0.0
     if cluster.local and gpus > cluster.gpus:  # nobody would ever add what an actor waits for
         raise UserError(
-            f"actor_gpus {gpus:g}: this machine has {cluster.gpus:g} GPUs; leave it out, or join a cluster that has more "
+            f"actor_gpus {gpus:g}: this machine has {cluster.gpus:g} GPUs; leave it out, or join a cluster that "
+            "has more "
             "(RAY_ADDRESS)"
         )
     return gpus
@@ -164,13 +167,13 @@ def actors_that_fit(cluster: Cluster, cpus: int, gpus: float | None) -> int:
 def actor_pool(
     cluster: Cluster, actors: int | None, cpus: int, gpus: float | None, work: int | None = None
 ) -> tuple[int, int, float, float]:
-    """(fewest actors, most actors, CPUs each, GPUs each) of a stage whose actors run a model; never more than `work`, its
-    batches, where they are counted.
+    """(fewest actors, most actors, CPUs each, GPUs each) of a stage whose actors run a model; never more than `work`,
+    its batches, where they are counted.
 
-    Without `actors` the pool grows from 1: on this machine to what fits, on a cluster that was joined as far as Ray Data
-    finds work and the autoscaler finds nodes. GPUs are used where there are any; where they scale from zero, `gpus` says
-    so. Actors asked for on a joined cluster are what the pool grows to, since Ray Data keeps room for its other tasks only
-    while it decides on the growth.
+    Without `actors` the pool grows from 1: on this machine to what fits, on a cluster that was joined as far as Ray
+    Data finds work and the autoscaler finds nodes. GPUs are used where there are any; where they scale from zero,
+    `gpus` says so. Actors asked for on a joined cluster are what the pool grows to, since Ray Data keeps room for its
+    other tasks only while it decides on the growth.
 
     Raises:
         UserError: more GPUs are asked for than this machine has, and it stands alone.
@@ -188,8 +191,8 @@ def actor_pool(
 def _claim(cluster: Cluster, actors: int, cpus: int) -> float:
     """CPUs that each actor claims: `cpus`, or less where that would leave nothing for the tasks that feed the actors.
 
-    Actors that fill the cluster starve their own input, a silent deadlock; that they share cores only makes them slower.
-    No actor claims more than the largest node has, or it would wait for ever.
+    Actors that fill the cluster starve their own input, a silent deadlock; that they share cores only makes them
+    slower. No actor claims more than the largest node has, or it would wait for ever.
     """
     if cluster.node_cpus >= 1:
         cpus = min(cpus, int(cluster.node_cpus))
@@ -204,9 +207,10 @@ def search_actors(
 ) -> tuple[int, int, float, int]:
     """Number of search processes, threads of each, and CPUs and GPUs that each claims.
 
-    As many processes as asked for or as fit into a share of the cluster, never more than shards; where they are fewer than
-    cores, each gets more threads, on which no number depends. Those are not claimed: a claim of many CPUs may fit on no
-    node beside the others. GPUs are for searches that have the cluster to themselves; a generator beside them needs them.
+    As many processes as asked for or as fit into a share of the cluster, never more than shards; where they are fewer
+    than cores, each gets more threads, on which no number depends. Those are not claimed: a claim of many CPUs may fit
+    on no node beside the others. GPUs are for searches that have the cluster to themselves; a generator beside them
+    needs them.
     """
     computing = max(1.0, computing_cpus(cluster) * share)
     count = min(shards, actors or int(computing // cpus) or 1)
@@ -217,7 +221,7 @@ def search_actors(
 
 
 def io_cpus(cluster: Cluster, claimed: float) -> float:
-    """CPUs that a task claims which waits for actors: next to nothing, and nothing where the actors have claimed all."""
+    """CPUs that a task claims which waits for actors: next to nothing, and nothing where these have claimed all."""
     return IO_CPUS if cluster.cpus < 1 or cluster.free_cpus - claimed >= IO_CPUS else 0.0
 
 
@@ -235,11 +239,12 @@ def decode_memory(most: int) -> int | None:
 
 
 def share_of_memory(most: int, nodes: Sequence[Mapping[str, float]]) -> int | None:
-    """Bytes that a task claims which decodes images, of which one may take up to `most`; None where Ray counts no memory.
+    """Bytes that a task claims which decodes images, of which one may take up to `most`; None where Ray counts no
+    memory.
 
-    Never more than any of the nodes, by their resources, has for what such a task takes of its CPUs, or half of it where it has
-    one: a task that fits on no node would wait for ever, and cores would idle for the sake of images that are rare. Where several
-    of these meet, the kernel ends a decoder before anything else, and its image is tried again.
+    Never more than any of the nodes, by their resources, has for what such a task takes of its CPUs, or half of it
+    where it has one: a task that fits on no node would wait for ever, and cores would idle for the sake of images that
+    are rare. Where several of these meet, the kernel ends a decoder before anything else, and its image is tried again.
     """
     shares = [
         node.get("memory", 0.0) * DECODE_CPUS / max(2 * DECODE_CPUS, node["CPU"]) for node in nodes if node.get("CPU")

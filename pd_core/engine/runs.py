@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import files as core_files
 from pd_core.core import schemas
 from pd_core.core.errors import RunError, UserError, one_line
-from pd_core.core.settings.base import WorkflowSettings
+from pd_core.core.settings.base import ResolvedSettings, flatten
 from pd_core.core.settings.load import to_yaml
-from pd_core.engine import console, resources, session, tasks, tracking
+from pd_core.engine import console, finished, resources, session, tasks, tracking
 
 Made = tuple[Iterable[core_artifacts.Part], Mapping[str, Any]]
 Make = Callable[[], Made]
+Value = TypeVar("Value")
 
 RUN = "run.json"
 FIRST_STAGES = {
@@ -30,6 +32,7 @@ FIRST_STAGES = {
     "finetune": "weights",
 }  # by which the output of a workflow is known
 REPORT = "index.html"
+ALREADY = ", every stage was finished already"
 
 
 @dataclass
@@ -37,40 +40,46 @@ class Run:
     """One run of a workflow: what every stage needs, and the commit records so far.
 
     Attributes:
-        settings: resolved, of the workflow.
+        settings: of the workflow, checked.
         output: where its stages lie.
         now: the cluster.
         tracker: of the whole run.
         workflow: its name.
-        stages: those that follow from others, by their folders in `output`, in their order; stages that are not named here
-            follow from none.
+        stages: those that follow from others, by their folders in `output`, in their order; stages that are not named
+            here follow from none.
+        facts: that it began with, see `finished.facts`.
         artifacts, made: commit records of its finished stages, and which of these were not finished before.
+        beside: folders of what was made together with them.
+        lines: what it says of its result.
         watch: of the whole run.
     """
 
-    settings: WorkflowSettings
+    settings: ResolvedSettings
     output: str
     now: resources.Cluster
     tracker: tracking.Tracker
     workflow: str
     stages: Sequence[str]
+    facts: str | None = None
     artifacts: dict[str, core_artifacts.Artifact] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
+    beside: set[str] = field(default_factory=set)
+    lines: list[str] = field(default_factory=list)
     watch: core_artifacts.Stopwatch = field(default_factory=core_artifacts.Stopwatch)
 
     def stage(self, stage: core_artifacts.Stage, make: Make, replace: bool = False) -> core_artifacts.Artifact:
-        """Complete a stage inside a tracked run of its own; `replace`: one of other settings may go, such as a report."""
+        """Complete a stage inside a tracked run of its own; replace: one of other settings may go, as a report may."""
         with self.tracker.stage(self.name_of(stage.uri)) as nested, failures(stage.kind, stage.uri):
             before = stage.recorded()
             artifact = stage.complete(lambda: self._make(stage, make, before), self.settings.overwrite or replace)
-            self.done(stage.uri, artifact, nested)
+            self.done(stage.uri, artifact, nested, stage.beside)
         return artifact
 
     def _make(self, stage: core_artifacts.Stage, make: Make, before: core_artifacts.Artifact | None) -> Made:
         """Make the stage. What was made of an older state of it is finished no more.
 
-        before: its record, of a stage that was finished and damaged since; where what is made anew is the same to the byte,
-            later stages stay finished.
+        before: its record, of a stage that was finished and damaged since; where what is made anew is the same to the
+            byte, later stages stay finished.
         """
         name = self.name_of(stage.uri)
         self.made.append(name)
@@ -105,39 +114,58 @@ class Run:
         """Folder of a stage in the output."""
         return uri.removeprefix(self.output).strip("/")
 
-    def done(self, uri: str, artifact: core_artifacts.Artifact, nested: tracking.Tracker) -> None:
-        """Remember and track a finished stage."""
+    def done(
+        self, uri: str, artifact: core_artifacts.Artifact, nested: tracking.Tracker, beside: Iterable[str] = ()
+    ) -> None:
+        """Remember and track a finished stage. beside: directories of what was made together with it."""
         self.artifacts[self.name_of(uri)] = artifact
+        self.beside.update(map(self.name_of, beside))
         numbers = {n: v for n, v in flatten(artifact.totals) if isinstance(v, int | float) and not isinstance(v, bool)}
         nested.metrics(numbers | {f"{name}_s": value for name, value in artifact.timings_s.items()})
         nested.dataset(artifact.kind, uri, artifact.fingerprint, "output", {"rows": artifact.rows})
 
+    def say(self, *lines: str) -> None:
+        """Say what came of the run, which the same command says again once all is finished."""
+        self.lines += lines
+        for line in lines:
+            console.say(line)
+
     def finish(
-        self, kept: Sequence[str], made: Mapping[str, str], summary: Callable[[], Iterable[str]] = tuple
+        self,
+        kept: Sequence[str],
+        made: Mapping[str, str],
+        summary: Callable[[], Iterable[str]] = tuple,
+        refusal: UserError | None = None,
     ) -> None:
         """Record the run and say how it ended.
 
-        kept: stages whose files are logged. made: what there is now, and where it lies, a line each. summary: lines of its numbers.
+        Args:
+            kept: stages whose files are logged.
+            made: what there is now, and where it lies, a line each.
+            summary: lines of its numbers.
+            refusal: why the run ends in an error although all is made; without one the same command is answered by its
+                record.
         """
         with failures("run", self.output):
-            self._record(self.watch.seconds, kept)
-            for line in summary():
-                console.say(line)
-        again = "" if self.made else ", every stage was finished already"
-        console.say(f"done in {self.watch.seconds:.0f} s{again}: {self.output}")
-        if self.tracker.hint:
-            console.say(f"tracking: {self.tracker.hint}")
-        for name, uri in made.items():
-            console.say(f"{name}: {uri}")
+            lines = [*summary()]
+            result = [f"{name}: {uri}" for name, uri in made.items()]
+            self._record(kept, None if refusal else [*self.lines, *lines, *result])
+        again = "" if self.made else ALREADY
+        hint = [f"tracking: {self.tracker.hint}"] if self.tracker.hint else []
+        for line in (*lines, f"done in {self.watch.seconds:.0f} s{again}: {self.output}", *hint, *result):
+            console.say(line)
+        if refusal:
+            raise refusal
 
     @property
     def timings_s(self) -> dict[str, float]:
         """Seconds that each stage took when it was made."""
         return {name: sum(artifact.timings_s.values()) for name, artifact in self.artifacts.items()}
 
-    def _record(self, elapsed_s: float, kept: Sequence[str]) -> None:
+    def _record(self, kept: Sequence[str], lines: Sequence[str] | None) -> None:
         """Write run.json and log the run, with the files of the stages in `kept`."""
-        values = {
+        elapsed_s = self.watch.seconds
+        values: dict[str, Any] = {
             "workflow": self.workflow,
             "settings": self.settings.model_dump(mode="json"),
             "stages": {name: artifact.fingerprint for name, artifact in self.artifacts.items()},
@@ -145,6 +173,8 @@ class Run:
             "elapsed_s": round(elapsed_s, 3),
             "versions": core_artifacts.package_versions(),
         }
+        if self.facts is not None and lines is not None:
+            values["finished"] = asdict(finished.Finished(self.facts, self._fingerprints(), tuple(lines)))
         core_files.write_bytes(core_files.join(self.output, RUN), json.dumps(values, indent=1).encode())
         self.tracker.metrics({"elapsed_s": elapsed_s})
         for stage in kept:
@@ -152,37 +182,83 @@ class Run:
                 uri = core_files.join(self.output, stage, part.name)
                 self.tracker.artifact_bytes(f"{stage}/{part.name}", core_files.read_bytes(uri))
 
+    def _fingerprints(self) -> dict[str, str]:
+        """Of every stage that the output consists of, by its folder."""
+        beside = {name: core_artifacts.load_artifact(core_files.join(self.output, name)) for name in self.beside}
+        return {name: found.fingerprint for name, found in (beside | self.artifacts).items() if found is not None}
+
+
+def execute(
+    settings: ResolvedSettings,
+    workflow: str,
+    stages: Sequence[str],
+    body: Callable[[Run], None],
+    inputs: Sequence[str] = (),
+) -> None:
+    """Run a workflow, or say that the same command has finished it, and start nothing.
+
+    Args:
+        settings: checked.
+        workflow: its name.
+        stages: see Run.
+        body: makes the stages and ends with `Run.finish`.
+        inputs: URIs of what it reads and no setting names.
+    """
+    output, watch = settings.output, core_artifacts.Stopwatch()
+    core_files.refuse_links(output)
+    with failures("run", output):
+        facts = finished.facts(settings, output, inputs)
+        before = None if settings.overwrite else finished.read(core_files.join(output, RUN))
+        if before is not None and before.holds(facts, output):
+            console.say(to_yaml(settings))
+            console.say(f"done in {watch.seconds:.0f} s{ALREADY}: {output}")
+            for line in before.lines:
+                console.say(line)
+            return
+    with started(settings, workflow, stages) as run:
+        run.facts = facts
+        body(run)
+
 
 @contextmanager
 def started(
-    settings: WorkflowSettings, output: str, workflow: str, stages: Sequence[str], tracked: bool = True
+    settings: ResolvedSettings, workflow: str, stages: Sequence[str] = (), tracked: bool = True
 ) -> Iterator[Run]:
-    """A run inside a session of a cluster and a tracked run; its settings are logged, and said unless it is part of another.
+    """A run inside a session of a cluster and a tracked run; its settings are logged, and said unless it is part of
+    another.
 
     stages: see Run. tracked: False for a plan, which MLflow hears nothing of.
     """
-    watch = core_artifacts.Stopwatch()
+    watch, output = core_artifacts.Stopwatch(), settings.output
     core_files.refuse_links(output)
     if not session.is_shared():
         console.say(to_yaml(settings))
     how = settings.tracking if tracked else settings.tracking.model_copy(update={"enabled": False})
+    tags = {"workflow": workflow}
+    connecting = tracking.connect(how, output, tags)  # while Ray starts
     with (
         session.session(output, workflow) as now,
-        tracking.start(how, output, workflow, {"workflow": workflow}) as tracker,
+        tracking.start(how, output, workflow, tags, connecting) as tracker,
     ):
         tracker.params(dict(flatten(settings.model_dump(mode="json"))))
         yield Run(settings, output, now, tracker, workflow, stages, watch=watch)
+
+
+def required(value: Value | None, setting: str, what: str) -> Value:
+    """The value of a setting that a workflow needs. Raises UserError: it is not set; `what` says what to name."""
+    if not value:
+        raise UserError(f"--{setting}: not set; {what}")
+    return value
 
 
 def checked_output(output: str | None, workflow: str) -> str:
     """The --output of a workflow, absolute.
 
     Raises:
-        UserError: none, one that stores take for a pattern, one that a Ray job would lose, or one that holds a run of another
-            workflow, whose report and run.json would be replaced.
+        UserError: none, one that stores take for a pattern, one that a Ray job would lose, or one that holds a run of
+            another workflow, whose report and run.json would be replaced.
     """
-    if not output:
-        raise UserError("--output: not set; name the directory or s3:// prefix for the artifacts")
+    output = required(output, "output", "name the directory or s3:// prefix for the artifacts")
     if set(output) & set("*?[]"):
         raise UserError(f"--output {output}: must hold none of * ? [ ], which stores take for patterns; rename it")
     if session.in_job_copy() and core_files.is_local(output) and not os.path.isabs(output):
@@ -231,12 +307,13 @@ def _draw(stage: core_artifacts.Stage, make: Callable[[], Drawn]) -> dict[str, A
 @contextmanager
 def failures(stage: str, uri: str) -> Iterator[None]:
     """Turn what storage and cluster raise inside a stage into one line with the next step."""
-    import ray
-
     with core_files.explained(uri):
         try:
             yield
-        except ray.exceptions.RayError as error:
+        except Exception as error:
+            ray = sys.modules.get("ray")
+            if ray is None or not isinstance(error, ray.exceptions.RayError):
+                raise
             tasks.raise_cause(error)
             cause = getattr(error, "cause", None)
             if core_files.is_failure(cause):
@@ -247,12 +324,3 @@ def failures(stage: str, uri: str) -> Iterator[None]:
             raise RunError(
                 f"{stage}: {type(error).__name__}: {line}; what is done is kept, run the same command again"
             ) from error
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and leaves of nested settings or totals."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,11 @@ from pd_core.engine.resources import (
 )
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a job
+TELEMETRY_OFF = {  # no package tells its makers about the run
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 LISTENS_S = 15.0  # a head that restarts is not there for some seconds
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _shared: Cluster | None = None  # by a run whose parts are runs themselves
@@ -36,8 +42,8 @@ _shared: Cluster | None = None  # by a run whose parts are runs themselves
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """A handler of SIGTERM that was set before the body is so after it: Ray's start sets its own, which aborts or exits, and its
-    end the system's.
+    """A handler of SIGTERM that was set before the body is so after it: Ray's start sets its own, which aborts or
+    exits, and its end the system's.
     """
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -56,16 +62,21 @@ def connect() -> Cluster:
     """
     import ray
 
+    for name, value in TELEMETRY_OFF.items():
+        os.environ.setdefault(name, value)  # what is started here inherits it
     if ray.is_initialized():
         return describe(local=False)
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:
-        # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
-        package = {"py_modules": [str(Path(__file__).resolve().parents[1])], "excludes": ["**/__pycache__"]}
+        given = _job_environment().get("env_vars") or {}  # Ray refuses to hear one twice
+        package: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in TELEMETRY_OFF if name not in given}}
+        if JOB_VARIABLE not in os.environ:
+            # the nodes of a cluster need what pd_core imports, not pd_core itself; in a job Ray has taken care of that
+            package |= {"py_modules": [str(Path(__file__).resolve().parents[1])], "excludes": ["**/__pycache__"]}
         _check_that_somebody_listens(address)
         try:
-            ray.init(address=address, runtime_env=None if JOB_VARIABLE in os.environ else package, **quiet)
+            ray.init(address=address, runtime_env=package, **quiet)
         except ConnectionError as error:
             raise RunError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it or unset RAY_ADDRESS"
@@ -112,7 +123,8 @@ def _check_that_somebody_listens(address: str) -> None:
 def _on_loopback() -> Iterator[None]:
     """A Ray that is started inside listens on 127.0.0.1; by itself it would on every interface.
 
-    The variable is Ray's, for laptops with a firewall that asks; its processes inherit it, this one has read it already.
+    The variable is Ray's, for laptops with a firewall that asks; its processes inherit it, this one has read it
+    already.
     """
     from ray._private import ray_constants
 
@@ -137,7 +149,9 @@ def _own_token() -> Iterator[None]:
 
 
 def _read_token_anew() -> None:
-    """Let Ray's client look in the environment whether there is a token, and which; it asks once in the life of a process."""
+    """Let Ray's client look in the environment whether there is a token, and which; it asks once in the life of a
+    process.
+    """
     try:
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of C++
     except (
@@ -224,6 +238,13 @@ def shared(now: Cluster) -> Iterator[None]:
         _shared = before
 
 
+def is_joined() -> bool:
+    """Whether a run of this process would be on a cluster that it did not start itself."""
+    ray = sys.modules.get("ray")
+    named = "RAY_ADDRESS" in os.environ or JOB_VARIABLE in os.environ
+    return named or (ray is not None and ray.is_initialized())
+
+
 def is_shared() -> bool:
     """Whether this is part of a run that has a session already."""
     return _shared is not None
@@ -235,6 +256,12 @@ def _idle_workers() -> int:
 
 
 def in_job_copy() -> bool:
-    """Whether this is the driver of a Ray job in a temporary copy of its --working-dir, which Ray deletes after the job."""
-    job = json.loads(os.environ.get(JOB_VARIABLE, "{}"))
-    return bool((job.get("runtime_env") or {}).get("working_dir"))
+    """Whether this is the driver of a Ray job in a temporary copy of its --working-dir, which Ray deletes after the
+    job.
+    """
+    return bool(_job_environment().get("working_dir"))
+
+
+def _job_environment() -> dict[str, Any]:
+    """The runtime environment of the Ray job whose driver this is; empty where it is none."""
+    return json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("runtime_env") or {}

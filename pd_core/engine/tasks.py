@@ -37,8 +37,8 @@ def wait_for(actors: Sequence[Any], what: str) -> None:
             return
         free = ray.available_resources()
         say(
-            f"{what}: {len(waiting)} of {len(actors)} processes do not run yet; free are {free.get('CPU', 0):g} CPUs and "
-            f"{free.get('GPU', 0):g} GPUs"
+            f"{what}: {len(waiting)} of {len(actors)} processes do not run yet; free are {free.get('CPU', 0):g} CPUs "
+            f"and {free.get('GPU', 0):g} GPUs"
         )
 
 
@@ -122,8 +122,8 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
     Args:
         stage: name, for messages.
         execute: raises what ends it.
-        done: parts that are known to be made. Patience begins anew with every execution that made some: a run of days may
-            meet any number of failures.
+        done: parts that are known to be made. Patience begins anew with every execution that made some: a run of days
+            may meet any number of failures.
 
     Raises:
         UserError: of `execute`, at once. A defect of this program likewise, as it was raised.
@@ -147,8 +147,8 @@ def persist(stage: str, execute: Callable[[], None], done: Callable[[], int]) ->
             if isinstance(failure, UserError) or _is_defect(failure):
                 raise failure from None
             failure.__traceback__ = failure.__context__ = None  # its frames hold the execution
-        # Ray Data's execution is in reference cycles, and an actor that it started last lives as long: with the CPUs and the
-        # GPU that the next execution waits for.
+        # Ray Data's execution is in reference cycles, and an actor that it started last lives as long: with the CPUs
+        # and the GPU that the next execution waits for.
         gc.collect()
         if failure is None:
             return

@@ -1,11 +1,12 @@
 """Metrics of our own, through Ray's metrics API to Prometheus: the one place where each is named, described and typed.
 
-Counters of events are added to by the driver alone, as it hears of each committed part: Ray gives every process a series
-of its own (tag `WorkerId`), which stays for the life of its node, so that tasks would leave one per worker behind. What a part
-holds is counted at most once, whoever died meanwhile. Only seconds are counted by the actors that spend them.
+Counters of events are added to by the driver alone, as it hears of each committed part: Ray gives every process a
+series of its own (tag `WorkerId`), which stays for the life of its node, so that tasks would leave one per worker
+behind. What a part holds is counted at most once, whoever died meanwhile. Only seconds are counted by the actors
+that spend them.
 
-Tags have few values: never an id, a key or a path. Nothing is counted where Ray exports nothing, as on a cluster that a run
-starts for itself. infra/monitoring/ holds what reads these names.
+Tags have few values: never an id, a key or a path. Nothing is counted where Ray exports nothing, as on a cluster that a
+run starts for itself. infra/monitoring/ holds what reads these names.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# Ray sends increments to the exporter of the node about every 10 s, and Prometheus' rate() takes the value with which a series
-# first appears for its beginning: a series has to appear before it counts. Ray's API refuses an increment of 0.
+# Ray sends increments to the exporter of the node about every 10 s, and Prometheus' rate() takes the value with which a
+# series first appears for its beginning: a series has to appear before it counts. Ray's API refuses an increment of 0.
 ALMOST_ZERO = 1e-9
 HELD_EVERY_S = 1.0
 SWITCH = "RAY_enable_open_telemetry"  # Ray's, of its exporter
@@ -103,7 +104,8 @@ def running(name: str) -> Iterator[None]:
 
 
 def hold(workflow: str, stage: str) -> None:
-    """Count, from now to the end of this actor's process, the seconds that it holds what it claimed; elsewhere do nothing.
+    """Count, from now to the end of this actor's process, the seconds that it holds what it claimed; elsewhere do
+    nothing.
 
     That is what an actor costs, whether it computes, loads a model, or waits for input.
     """

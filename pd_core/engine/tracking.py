@@ -8,6 +8,7 @@ The stores are those whose failures can be bounded so: an MLflow server over htt
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -64,7 +66,7 @@ METRICS_PER_REQUEST = 1000
 # ---- where to -------------------------------------------------------------------------------------------------------
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """A tracking URI without credentials, also where these hold characters that should have been quoted."""
     return uri if uri.startswith(SQLITE) else redact(re.sub(r"//.*@", "//***@", uri))
 
@@ -89,7 +91,7 @@ def resolve_uri(settings: TrackingSettings, output: str) -> str | None:
 
 
 def _check_uri(name: str, uri: str) -> None:
-    where = f"{name} {_shown(uri)!r}"
+    where = f"{name} {shown(uri)!r}"
     if uri.startswith(SQLITE):
         if uri.removeprefix(SQLITE) in ("", ":memory:"):
             raise UserError(f"{where}: names no file; expected sqlite:///PATH/mlflow.db")
@@ -100,15 +102,15 @@ def _check_uri(name: str, uri: str) -> None:
         return
     scheme = uri.partition("://")[0].lower() if "://" in uri else uri.partition(":")[0] if ":" in uri else ""
     if scheme in ("", "file"):
-        path = _shown(uri).removeprefix("file://").removeprefix("file:").rstrip("/")
+        path = shown(uri).removeprefix("file://").removeprefix("file:").rstrip("/")
         raise UserError(
             f"{where}: MLflow no longer keeps runs in a plain directory; "
             f"use sqlite:///{path}/mlflow.db or the http:// address of an MLflow server"
         )
     if scheme not in ("http", "https"):
         raise UserError(
-            f"{where}: unknown or unsupported store {scheme!r}; expected http(s)://HOST:PORT or sqlite:///PATH/mlflow.db "
-            "(put an MLflow server in front of any other)"
+            f"{where}: unknown or unsupported store {scheme!r}; expected http(s)://HOST:PORT or "
+            "sqlite:///PATH/mlflow.db (put an MLflow server in front of any other)"
         )
     try:
         parts = urlsplit(uri)
@@ -187,7 +189,7 @@ class _Connection:
                 return function(self.client, *args, **kwargs)
         except errors as error:
             self.alive = False
-            say(f"tracking: {_shown(self.uri)} {_reason(error, self.uri)}; this run goes on without it")
+            say(f"tracking: {shown(self.uri)} {_reason(error, self.uri)}; this run goes on without it")
             return None
 
 
@@ -197,7 +199,7 @@ def _reason(error: BaseException, uri: str) -> str:
     verb = "fails"
     if "Caused by " in text:  # urllib3 puts the cause last: the connection, or no answer in time
         verb, text = "does not answer", text.rpartition("Caused by ")[2].rstrip(") ") + ")"
-    text = redact(text.replace(uri, _shown(uri)))
+    text = redact(text.replace(uri, shown(uri)))
     if not uri.startswith(SQLITE) and (secret := urlsplit(uri).password or urlsplit(uri).username):
         text = text.replace(secret, "***")
     return f"{verb} ({text if len(text) <= 200 else text[:199] + '…'})"
@@ -276,7 +278,7 @@ class Tracker:
         """Where to look at the run: its address, or the command that shows it; None where nothing is tracked."""
         if not self.active:
             return None
-        uri, experiment_id = _shown(self._connection.uri), self._connection.experiment_id
+        uri, experiment_id = shown(self._connection.uri), self._connection.experiment_id
         if uri.startswith(SQLITE):
             return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{self.run_id}"
@@ -295,7 +297,7 @@ class Tracker:
         numbers = {name: float(value) for name, value in _clean_names(values).items()}
         for name, value in numbers.items():
             if not math.isfinite(value):
-                self._connection.call(_set_tag, self.run_id, (NON_FINITE_TAG + name)[:MAX_NAME], str(value))
+                self._connection.call(_method("set_tag"), self.run_id, (NON_FINITE_TAG + name)[:MAX_NAME], str(value))
         finite = [(name, value) for name, value in numbers.items() if math.isfinite(value)]
         for batch in _batches(finite, METRICS_PER_REQUEST):
             self._connection.call(_log_metrics, self.run_id, batch, step or 0)
@@ -332,8 +334,30 @@ class Tracker:
             yield tracker
 
 
+def connect(settings: TrackingSettings, output: str, tags: Mapping[str, str]) -> Future[_Connection] | None:
+    """Connect to the store in a thread, which takes seconds of imports; None where nothing is tracked. See `start`."""
+    uri = resolve_uri(settings, output) if settings.enabled else None
+    if uri is None:
+        return None
+    own = {OUTPUT_TAG: _place(output), "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    thread = ThreadPoolExecutor(1)
+    connecting = thread.submit(_connect, uri, settings.experiment, own | {n: redact(text) for n, text in tags.items()})
+    thread.shutdown(wait=False)
+    return connecting
+
+
+def _place(output: str) -> str:
+    return redact(files.absolute(output))
+
+
 @contextlib.contextmanager
-def start(settings: TrackingSettings, output: str, run_name: str, tags: Mapping[str, str]) -> Iterator[Tracker]:
+def start(
+    settings: TrackingSettings,
+    output: str,
+    run_name: str,
+    tags: Mapping[str, str],
+    connecting: Future[_Connection] | None = None,
+) -> Iterator[Tracker]:
     """The run of a workflow; whatever happens to the store, the body runs and its exceptions propagate.
 
     Runs of the same output that a dead process left RUNNING end as KILLED, tagged with the new run's id.
@@ -343,27 +367,28 @@ def start(settings: TrackingSettings, output: str, run_name: str, tags: Mapping[
         output: URI of the workflow's output; it identifies re-runs, and SQLite lies beside it.
         run_name: shown in MLflow.
         tags: of the parent run and of all nested ones, e.g. workflow and version.
+        connecting: by `connect`, of the same arguments, if that was called before.
 
     Raises:
         UserError: the tracking URI is of no store that can be written to.
     """
-    uri = resolve_uri(settings, output) if settings.enabled else None
-    if uri is None:
+    connecting = connecting or connect(settings, output, tags)
+    if connecting is None:
         if settings.enabled:
             say(f"tracking: off (no {URI_VARIABLE} for an output on {output.partition('://')[0]})")
         yield Tracker(_Connection(), None)
         return
-    output = redact(files.absolute(output))
-    own = {OUTPUT_TAG: output, "mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-    connection = _connect(uri, settings.experiment, {**own, **{name: redact(text) for name, text in tags.items()}})
+    connection = connecting.result()
     with _run(connection, run_name, {}) as tracker:
-        connection.call(_supersede, connection.experiment_id, output, tracker.run_id)
+        connection.call(_supersede, connection.experiment_id, _place(output), tracker.run_id)
         yield tracker
 
 
 @contextlib.contextmanager
 def _run(connection: _Connection, name: str, tags: Mapping[str, str]) -> Iterator[Tracker]:
-    run_id = connection.call(_create_run, connection.experiment_id, {**connection.tags, **tags}, name)
+    given = {"tags": {**connection.tags, **tags}, "run_name": name}
+    created = connection.call(_method("create_run"), connection.experiment_id, **given)
+    run_id = created and created.info.run_id
     status = "FINISHED"
     try:
         yield Tracker(connection, run_id)
@@ -371,22 +396,14 @@ def _run(connection: _Connection, name: str, tags: Mapping[str, str]) -> Iterato
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        connection.call(_set_terminated, run_id, status)
+        connection.call(_method("set_terminated"), run_id, status)
 
 
 # ---- requests: each takes the client first, as `_Connection.call` gives it -------------------------------------------
 
 
-def _create_run(client: Any, experiment_id: str, tags: Mapping[str, str], name: str) -> str:
-    return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
-
-
-def _set_terminated(client: Any, run_id: str, status: str) -> None:
-    client.set_terminated(run_id, status)
-
-
-def _set_tag(client: Any, run_id: str, name: str, value: str) -> None:
-    client.set_tag(run_id, name, value)
+def _method(name: str) -> Callable[..., Any]:
+    return lambda client, *args, **kwargs: getattr(client, name)(*args, **kwargs)
 
 
 def _log_params(client: Any, run_id: str, batch: list[tuple[str, str]]) -> None:
@@ -441,11 +458,6 @@ def _cut(text: str) -> str:
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
         yield batch

@@ -18,7 +18,7 @@ from pd_core.core import artifacts, files, seeds, trust
 from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings, ExtractionSettings, ExtractorSettings
 from pd_core.core.settings.index import FeatureSettings
-from pd_core.density.originals import unchanged_original_of
+from pd_core.density.originals import source_of, unchanged_original_of
 from pd_core.density.realset import RealSet
 from pd_core.engine import resources, runs, tasks
 from pd_core.images import listing, sources
@@ -258,6 +258,12 @@ def names_of(uris: Sequence[str]) -> list[str]:
         name = name.replace("{", "").replace("}", "")
         names.append(name.removesuffix(".parquet").removesuffix(".tar"))
     return names
+
+
+def judged_roots(judge: ExtractorSettings, real: str, sets: Sequence[ImageSet], beside: str | None) -> list[str]:
+    """Where the images lie that only a second extractor reads: those of the index and of sets that are one."""
+    indexes = [real, *(chosen.uri for chosen in sets if chosen.featured is not None)]
+    return [] if judge.model == "none" else [source_of(uri, beside).root for uri in indexes]
 
 
 # ---- features of a set -----------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import functools
 
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
-from pd_core.core.settings.evaluate import EvaluateSettings
+from pd_core.core.settings import load
+from pd_core.core.settings.evaluate import EvaluateSettings, ResolvedEvaluate
 from pd_core.density import realset
 from pd_core.density.realset import RealSet
 from pd_core.engine import console
-from pd_core.engine.runs import REPORT, Run, checked_output, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, required, started
 from pd_core.evaluate import measure, report, spaces
 from pd_core.evaluate.report import metric_names
 from pd_core.evaluate.spaces import Extraction, Features, ImageSet, Space
@@ -18,44 +19,43 @@ from pd_core.evaluate.spaces import Extraction, Features, ImageSet, Space
 STAGES = ("metrics", "report")
 
 
-def prepare(settings: EvaluateSettings) -> tuple[EvaluateSettings, RealSet, list[ImageSet]]:
+def prepare(settings: EvaluateSettings) -> tuple[ResolvedEvaluate, RealSet, list[ImageSet]]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
         UserError: no --real or --samples, one that is not there or not finished, or too few images for k.
     """
-    if not settings.real:
-        raise UserError("--real: not set; name the --output of build_index.py")
-    if not settings.samples:
-        raise UserError(
-            "--samples: not set; name the sets to measure: outputs of generate.py, folders of images, Parquet"
-        )
+    of_real = required(settings.real, "real", "name the --output of build_index.py")
+    what = "name the sets to measure: outputs of generate.py, folders of images, Parquet"
+    samples = required(settings.samples, "samples", what)
     least = max(settings.metrics.k_precision, settings.metrics.k_coverage) + 1
     for name, rows in (("--n", settings.n), ("--n-real", settings.n_real)):
         if rows is not None and rows < least:
             raise UserError(
                 f"{name} {rows}: too few images for k = {least - 1}; raise it to {least} or more, or lower k"
             )
-    output = checked_output(settings.output or f"{settings.real.rstrip('/')}-evaluation", "evaluate")
-    real = realset.open_for(settings.real, settings.checkpoint, "--real")
-    sets = spaces.open_sets(settings.samples, settings.data, Space(spaces.INDEX, real.extractor))
-    return settings.model_copy(update={"output": output, "real": real.uri}), real, sets
+    output = checked_output(settings.output or f"{of_real.rstrip('/')}-evaluation", "evaluate")
+    real = realset.open_for(of_real, settings.checkpoint, "--real")
+    sets = spaces.open_sets(samples, settings.data, Space(spaces.INDEX, real.extractor))
+    return load.resolved(ResolvedEvaluate, settings, output=output, real=real.uri), real, sets
 
 
 def evaluate(settings: EvaluateSettings) -> None:
     """Metrics of every set against the real one, in `metrics/` and `scores/` under `settings.output`."""
-    settings, real, sets = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "evaluate", STAGES) as run:
-        job = _evaluate(run, settings, real, sets)
-        page = files.join(output, "report", REPORT)
+    checked, real, sets = prepare(settings)
+
+    def body(run: Run) -> None:
+        job = _evaluate(run, checked, real, sets)
+        page = files.join(run.output, "report", REPORT)
         run.finish(("report",), {"report": page}, functools.partial(summary, job))
+
+    execute(checked, "evaluate", STAGES, body, spaces.judged_roots(checked.judge, real.uri, sets, checked.source))
 
 
 def plan_evaluate(settings: EvaluateSettings) -> None:
     """Print the resolved settings and what would be measured; write nothing."""
-    settings, real, sets = prepare(settings)
-    with started(settings, str(settings.output), "evaluate", STAGES, tracked=False):
+    checked, real, sets = prepare(settings)
+    with started(checked, "evaluate", tracked=False):
         measured_in = spaces.open_spaces(real, settings.judge)
     judged = " and ".join(f"{space.extractor} ({space.name})" for space in measured_in)
     each = f"{settings.n} images" if settings.n else "as many images as the smallest has"

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pd_core.core import artifacts, files
+from pd_core.core.settings.base import flatten
 from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.load import to_yaml
@@ -339,7 +340,7 @@ def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
         "Generator": [(name, _text(value)) for name, value in ({"kind": settings.generator.kind} | given).items()],
         "Weights of the real images": [
             ("asked for", weighting_text(settings)),
-            *((name.replace("_", " "), _text(value)) for name, value in runs.flatten(inputs.trained.totals["weights"])),
+            *((name.replace("_", " "), _text(value)) for name, value in flatten(inputs.trained.totals["weights"])),
         ],
     }
 

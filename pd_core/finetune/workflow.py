@@ -1,4 +1,4 @@
-"""The stages of finetune in their order: weights, training, merging, the best model, report; what workflows/finetune.py calls."""
+"""The stages of finetune in their order: weights, training, merging, the best model, report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
-from pd_core.core.settings.finetune import FinetuneSettings
-from pd_core.density import formula, realset
+from pd_core.core.settings import load
+from pd_core.core.settings.finetune import FinetuneSettings, ResolvedFinetune
+from pd_core.density import formula, originals, realset
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, resources, tasks
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, required, started
 from pd_core.evaluate import spaces
 from pd_core.evaluate.measure import measuring_cpus
 from pd_core.finetune import best as finetune_best
@@ -31,35 +32,34 @@ STAGES = ("weights", "training", "merging", "best", "report")
 EVALUATION_STREAM = "finetune/evaluation"
 
 
-def prepare(settings: FinetuneSettings) -> tuple[FinetuneSettings, RealSet]:
+def prepare(settings: FinetuneSettings) -> tuple[ResolvedFinetune, RealSet]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
-        UserError: a setting that every run needs is missing or does not fit another, a path that must be there is not, the
-            index is not finished, or a threshold lies outside its densities.
+        UserError: a setting that every run needs is missing or does not fit another, a path that must be there is not,
+            the index is not finished, or a threshold lies outside its densities.
     """
     output = checked_output(settings.output, "finetune")
-    if not settings.index:
-        raise UserError("--index: not set; name the --output of build_index.py")
+    index = required(settings.index, "index", "name the --output of build_index.py")
     generator = setup.resolved(settings.generator)
     weights.check_settings(settings.weighting, "labels")
     _check_numbers(settings)
     _check_kind(settings)
-    real = realset.open_for(settings.index, settings.checkpoint, "--index")
-    settings = settings.model_copy(
-        update={
-            "output": output,
-            "index": real.uri,
-            "checkpoint": settings.checkpoint and files.absolute(settings.checkpoint),
-            "generator": generator,
-            "evaluation": settings.evaluation.model_copy(update={"metric": _metric(settings)}),
-            "discriminator": settings.discriminator and files.absolute(settings.discriminator),
-        }
+    real = realset.open_for(index, settings.checkpoint, "--index")
+    checked = load.resolved(
+        ResolvedFinetune,
+        settings,
+        output=output,
+        index=real.uri,
+        checkpoint=settings.checkpoint and files.absolute(settings.checkpoint),
+        generator=generator,
+        evaluation=settings.evaluation.model_copy(update={"metric": _metric(settings)}),
+        discriminator=settings.discriminator and files.absolute(settings.discriminator),
     )
     if not settings.weighting.per_label:
         pilot.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
-    fake_weighting(settings, real)
-    return settings, real
+    fake_weighting(checked, real)
+    return checked, real
 
 
 def _metric(settings: FinetuneSettings) -> str:
@@ -147,30 +147,32 @@ def fake_weighting(settings: FinetuneSettings, real: RealSet) -> Weighting | Non
 
 
 def finetune(settings: FinetuneSettings) -> None:
-    """Train a generator on weighted images; the best model is in `best/` under `settings.output`."""
-    settings, real = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "finetune", STAGES) as run:
-        planned = _plan(run, settings, real)
-        console.say(planned.text)
+    """Train a generator on weighted images; the best model is in `best/` under `checked.output`."""
+    checked, real = prepare(settings)
+
+    def body(run: Run) -> None:
+        planned = _plan(run, checked, real)
+        run.say(planned.text)
         inputs = _finetune(run, planned)
-        page = files.join(output, "report", REPORT)
+        page = files.join(run.output, "report", REPORT)
         run.finish(("report",), {"images of it": report.command(inputs), "report": page})
+
+    images = [] if checked.data.source else [originals.source_of(real.uri, option="--data.source").root]
+    execute(checked, "finetune", STAGES, body, images)
 
 
 def plan_finetune(settings: FinetuneSettings) -> None:
     """Open the model, time a step of it on images of noise, print what is to be expected, and stop; writes nothing."""
-    settings, real = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "finetune", STAGES, tracked=False) as run:
-        planned = _plan(run, settings, real)
+    checked, real = prepare(settings)
+    with started(checked, "finetune", tracked=False) as run:
+        planned = _plan(run, checked, real)
         console.say(planned.text)
-        with failures("training", output):
+        with failures("training", run.output):
             found = _on_worker(
-                opened.probe, planned.workers, planned.spec, settings.training.batch_size // settings.workers
+                opened.probe, planned.workers, planned.spec, checked.training.batch_size // checked.workers
             )
         console.say(
-            f"time: {found['step_s']:.3g} s a step, {settings.steps * found['step_s']:.0f} s in all, beside evaluations and "
+            f"time: {found['step_s']:.3g} s a step, {checked.steps * found['step_s']:.0f} s in all, beside evaluations and "
             f"starting up\nmemory: a step took a process to {found['peak_bytes'] / 2**30:.2g} GiB; lower "
             "--training.batch_size, or raise --training.accumulate, where that is too much"
         )
@@ -249,10 +251,10 @@ def _finetune(run: Run, planned: Planned) -> report.Inputs:
     trained = run.stage(job.stage, train)
     step = trained.totals["best"]
     came = ", the generator as it came: no later one was better" if step == 0 else ""
-    console.say(f"best: step {step} by {settings.evaluation.metric}, {trained.totals['best_value']:.4g}{came}")
+    run.say(f"best: step {step} by {settings.evaluation.metric}, {trained.totals['best_value']:.4g}{came}")
     merged = _merge(run, planned, job, trained, featured) if settings.merge == "best-of" else None
     if merged is not None:
-        console.say(_told_merge(merged, step))
+        run.say(_told_merge(merged, step))
     companions = checkpoints.companions_name(step)
     beside = files.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
     source = finetune_best.Source(
@@ -296,8 +298,7 @@ def _weights(run: Run, planned: Planned) -> weights.Drawable:
         run.output, real, pictures, weightings, classes, (size[0], size[1]), settings.training.resize
     )
     artifact = run.stage(work.stage, lambda: weights.run(work, real, settings.data.max_bad_fraction))
-    for line in weights.summary(work, artifact):
-        console.say(line)
+    run.say(*weights.summary(work, artifact))
     return weights.opened(work, artifact, settings.seed)
 
 

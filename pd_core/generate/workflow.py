@@ -14,12 +14,13 @@ import numpy as np
 from pd_core.build import plan
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
-from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings
+from pd_core.core.settings import load
+from pd_core.core.settings.generate import GenerateSettings, ResolvedGenerate
 from pd_core.density import realset
 from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, required, started
 from pd_core.generate import chunks, export, report, sampling, setup
 from pd_core.generate import pilot as generate_pilot
 from pd_core.generate.candidates import Recipe
@@ -32,69 +33,68 @@ LEVER = (
 )
 
 
-def prepare(settings: GenerateSettings) -> tuple[GenerateSettings, RealSet]:
+def prepare(settings: GenerateSettings) -> tuple[ResolvedGenerate, RealSet]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
-        UserError: a setting that every run needs is missing, a path that must be there is not, the index is not finished, or
-            the threshold lies outside its densities.
+        UserError: a setting that every run needs is missing, a path that must be there is not, the index is not
+            finished, or the threshold lies outside its densities.
     """
-    output, generator = check(settings)
-    assert settings.index is not None, "it was checked"
-    real = realset.open_for(settings.index, settings.checkpoint, "--index")
-    settings = settings.model_copy(
-        update={
-            "output": output,
-            "index": real.uri,
-            "checkpoint": settings.checkpoint and files.absolute(settings.checkpoint),
-            "generator": generator,
-        }
-    )
+    checked = check(settings)
+    real = realset.open_for(checked.index, checked.checkpoint, "--index")
     if settings.weighting.kind == "two_level" and not settings.weighting.per_label:
         generate_pilot.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
-    return settings, real
+    return checked, real
 
 
-def check(settings: GenerateSettings) -> tuple[str, GeneratorSettings]:
-    """Check what needs neither Ray nor the index; returns the output and the generator with absolute paths.
+def check(settings: GenerateSettings) -> ResolvedGenerate:
+    """Check what needs neither Ray nor the index; local paths become absolute.
 
     Raises:
         UserError: a setting that every run needs is missing, or a path that must be there is not.
     """
     output = checked_output(settings.output, "generate")
-    if not settings.index:
-        raise UserError("--index: not set; name the --output of build_index.py")
-    if settings.n is None:
-        raise UserError("--n: not set; how many accepted images are wanted")
+    index = required(settings.index, "index", "name the --output of build_index.py")
+    n = required(settings.n, "n", "how many accepted images are wanted")
     generator = setup.resolved(settings.generator)
     generate_pilot.check_settings(settings.weighting, generator.labels)
-    return output, generator
+    return load.resolved(
+        ResolvedGenerate,
+        settings,
+        output=output,
+        index=files.absolute(index),
+        n=n,
+        checkpoint=settings.checkpoint and files.absolute(settings.checkpoint),
+        generator=generator,
+    )
 
 
 def generate(settings: GenerateSettings) -> None:
     """Rejection-sampled images with their densities, in `samples/` under `settings.output`."""
-    settings, real = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "generate", STAGES) as run:
+    checked, real = prepare(settings)
+
+    def body(run: Run) -> None:
         with contextlib.ExitStack() as resources:
-            _generate(run, settings, real, resources)
-        images, page = files.join(output, "samples", "*.parquet"), files.join(output, "report", REPORT)
+            _generate(run, checked, real, resources)
+        images, page = files.join(run.output, "samples", "*.parquet"), files.join(run.output, "report", REPORT)
         run.finish(("report",), {"images": images, "report": page})
+
+    execute(checked, "generate", STAGES, body)
 
 
 def plan_generate(settings: GenerateSettings) -> None:
     """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
-    settings, real = prepare(settings)
-    output = str(settings.output)
+    checked, real = prepare(settings)
+    output = checked.output
     with failures("samples", output):
         finished = artifacts.load_artifact(files.join(output, "samples")) is not None
     if settings.overwrite and finished:
         raise UserError(
-            f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made with; "
-            "choose another --output"
+            f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made "
+            "with; choose another --output"
         )
-    with started(settings, output, "generate", STAGES, tracked=False) as run, contextlib.ExitStack() as resources:
-        console.say(_plan(run, settings, real, resources).text)
+    with started(checked, "generate", STAGES, tracked=False) as run, contextlib.ExitStack() as resources:
+        console.say(_plan(run, checked, real, resources).text)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class Planned:
     text: str
 
 
-def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> None:
+def _generate(run: Run, settings: ResolvedGenerate, real: RealSet, resources: contextlib.ExitStack) -> None:
     planned = _plan(run, settings, real, resources)
-    console.say(planned.text)
+    run.say(planned.text)
     job = planned.job
     budget = sampling.Budget(settings.max_candidates, settings.max_hours and settings.max_hours * 3600)
     if job.rejected is not None:
@@ -139,9 +139,8 @@ def _generate(run: Run, settings: GenerateSettings, real: RealSet, resources: co
     run.stage(reporting, lambda: report.run(reporting, facts))
 
 
-def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contextlib.ExitStack) -> Planned:
+def _plan(run: Run, settings: ResolvedGenerate, real: RealSet, resources: contextlib.ExitStack) -> Planned:
     """Everything up to the samples: open the generator, run the pilot, resolve the weighting."""
-    assert settings.n is not None
     with failures("pilot", run.output):
         begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, "pilot"))
     gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
@@ -187,14 +186,13 @@ def _plan(run: Run, settings: GenerateSettings, real: RealSet, resources: contex
 
 def _limits(
     run: Run,
-    settings: GenerateSettings,
+    settings: ResolvedGenerate,
     job: sampling.Job,
     expected: generate_pilot.Expectation,
     pilot: generate_pilot.Pilot,
     replicas: int,
 ) -> list[str]:
     """What limits a run that is large; nothing where the pilot's seconds are lost."""
-    assert settings.n is not None
     if math.isnan(pilot.actor_s):
         return []
     real, fleet, chosen = job.recipe.realset, plan.fleet_of(run.now), settings.search
@@ -211,12 +209,11 @@ def _limits(
 
 def _job(
     output: str,
-    settings: GenerateSettings,
+    settings: ResolvedGenerate,
     recipe: Recipe,
     expected: generate_pilot.Expectation,
     png_bytes: float,
 ) -> sampling.Job:
-    assert settings.n is not None
     per_part = expected.chunks_per_part(settings.n, settings.part_rows, settings.chunk, png_bytes)
     more = {"n": settings.n, "chunks_per_part": per_part, "keep_rejected": settings.keep_rejected}
     samples = sampling.stage_of(files.join(output, "samples"), "samples", recipe, more)

@@ -9,12 +9,13 @@ from typing import Any
 
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
-from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
+from pd_core.core.settings import load
+from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings, ResolvedPerturb
 from pd_core.density import realset
 from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
-from pd_core.engine.runs import REPORT, Run, checked_output, failures, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, required, started
 from pd_core.generate import setup
 from pd_core.generate.chunks import Pool
 from pd_core.index import search
@@ -24,50 +25,50 @@ from pd_core.perturb import stage as perturb_stage
 STAGES = ("perturbed", "report")
 
 
-def prepare(settings: PerturbSettings) -> tuple[PerturbSettings, RealSet]:
+def prepare(settings: PerturbSettings) -> tuple[ResolvedPerturb, RealSet]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
         UserError: a setting that every run needs is missing, a path that must be there is not, or the index is not
-        finished.
+            finished.
     """
     output = checked_output(settings.output, "perturb")
-    if not settings.index:
-        raise UserError("--index: not set; name the --output of build_index.py")
-    if settings.n is None:
-        raise UserError("--n: not set; how many samples are to be perturbed")
-    real = realset.open_for(settings.index, settings.checkpoint, "--index")
-    settings = settings.model_copy(
-        update={
-            "output": output,
-            "index": real.uri,
-            "checkpoint": settings.checkpoint and files.absolute(settings.checkpoint),
-            "generator": setup.resolved(settings.generator),
-        }
+    index = required(settings.index, "index", "name the --output of build_index.py")
+    n = required(settings.n, "n", "how many samples are to be perturbed")
+    real = realset.open_for(index, settings.checkpoint, "--index")
+    checked = load.resolved(
+        ResolvedPerturb,
+        settings,
+        output=output,
+        index=real.uri,
+        n=n,
+        checkpoint=settings.checkpoint and files.absolute(settings.checkpoint),
+        generator=setup.resolved(settings.generator),
     )
-    return settings, real
+    return checked, real
 
 
 def perturb(settings: PerturbSettings) -> None:
     """Perturbed images beside their originals, in `perturbed/` under `settings.output`."""
-    settings, real = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "perturb", STAGES) as run:
-        planned = _plan(run, settings, real)
-        console.say(planned.text)
-        _perturb(run, settings, planned)
-        images, page = files.join(output, "perturbed", "*.parquet"), files.join(output, "report", REPORT)
+    checked, real = prepare(settings)
+
+    def body(run: Run) -> None:
+        planned = _plan(run, checked, real)
+        run.say(planned.text)
+        _perturb(run, checked, planned)
+        images, page = files.join(run.output, "perturbed", "*.parquet"), files.join(run.output, "report", REPORT)
         run.finish(("report",), {"images": images, "report": page})
+
+    execute(checked, "perturb", STAGES, body)
 
 
 def plan_perturb(settings: PerturbSettings) -> None:
     """Measure a few steps of the first chunk, print what is to be expected, and stop; writes nothing."""
-    settings, real = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "perturb", STAGES, tracked=False) as run:
-        planned = _plan(run, settings, real)
+    checked, real = prepare(settings)
+    with started(checked, "perturb", tracked=False) as run:
+        planned = _plan(run, checked, real)
         console.say(planned.text)
-        with failures("perturbed", output):
+        with failures("perturbed", run.output):
             found = _probe(planned, run.now)
         console.say(_cost(planned, found, run.now))
 
@@ -81,7 +82,7 @@ class Planned:
     text: str
 
 
-def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
+def _plan(run: Run, settings: ResolvedPerturb, real: RealSet) -> Planned:
     stage_uri = files.join(run.output, "perturbed")
     gpus = run.gpus_to_ask(settings.actor_gpus, stage_uri)
     pool = Pool(settings.actors, settings.actor_cpus, gpus)
@@ -92,10 +93,9 @@ def _plan(run: Run, settings: PerturbSettings, real: RealSet) -> Planned:
 
 
 def job_of(
-    settings: PerturbSettings, real: RealSet, facts: Mapping[str, Any], device: str, uri: str
+    settings: ResolvedPerturb, real: RealSet, facts: Mapping[str, Any], device: str, uri: str
 ) -> perturb_stage.Job:
     """The stage at `uri`; facts: of the generator, from `setup.describe`."""
-    assert settings.n is not None
     recipe = setup.recipe_of(
         settings.generator,
         facts,
@@ -146,7 +146,7 @@ def _perturb(run: Run, settings: PerturbSettings, planned: Planned) -> None:
 
     perturbed = run.stage(job.stage, make)
     for way in job.move.directions:
-        console.say(f"{way}: {_summary(perturbed.totals[way])}")
+        run.say(f"{way}: {_summary(perturbed.totals[way])}")
     report.make(run, report.Inputs(job, perturbed, settings, run.timings_s))
 
 

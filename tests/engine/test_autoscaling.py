@@ -1,4 +1,6 @@
-"""A cluster that has no worker until a run asks for some, and none again after it: Ray's own autoscaler, on one machine."""
+"""A cluster that has no worker until a run asks for some, and none again after it: Ray's own autoscaler, on one
+machine.
+"""
 
 import pytest
 

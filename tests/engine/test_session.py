@@ -14,7 +14,7 @@ import pytest
 
 from pd_core.core import artifacts, errors
 from pd_core.core.errors import EXIT_INTERRUPTED, RunError, UserError
-from pd_core.engine import resources, session, tasks
+from pd_core.engine import resources, runs, session, tasks
 from pd_core.engine.resources import FEED_CPUS, Cluster
 from pd_core.index import search
 from tests.ray_head import autoscaling_head, running_head
@@ -168,7 +168,7 @@ def test_tasks_that_ask_actors_run_beside_them_whatever_these_claimed():
 @pytest.mark.parametrize("now", [*FIXED, scaling(0.0), scaling(8.0), scaling(64.0, 4.0, node_cpus=16.0)], ids=str)
 @pytest.mark.parametrize("shards", [1, 100])
 def test_a_generator_finds_room_beside_the_search_it_needs(now, shards):
-    """CPUs of both and of the tasks between them fit, all GPUs are the generator's, and an elastic cluster stays one."""
+    """CPUs of both and of the tasks between them fit, all GPUs are the generator's, and what is elastic stays so."""
     count, _, claim, gpus = resources.search_actors(now, None, 1, shards, search.BESIDE_SHARE)
     beside = replace(now, held_cpus=count * claim)
     _, most, each, per_gpu = resources.actor_pool(beside, None, 1, None)
@@ -293,6 +293,14 @@ def test_an_address_where_nobody_listens_is_told(monkeypatch, address):
         session.connect()
 
 
+def test_a_job_refuses_an_output_that_would_go_with_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(session.JOB_VARIABLE, json.dumps({"runtime_env": {"working_dir": "gcs://a.zip"}}))
+    with pytest.raises(UserError, match="--output runs/lost: would lie in this job's temporary copy"):
+        runs.checked_output("runs/lost", "build_index")
+    assert runs.checked_output(f"{tmp_path}/kept", "build_index") == f"{tmp_path}/kept"
+
+
 RUN = """
 import sys, time
 import ray
@@ -309,7 +317,8 @@ raise SystemExit(errors.exit_code(program))
 
 
 def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
-    # Ray's start puts handlers in place that abort (exit 134, and a stack) or exit without a word: no lock was given back
+    # Ray's start puts handlers in place that abort (exit 134, and a stack) or exit without a word: no lock was given
+    # back
     command = [sys.executable, "-c", RUN, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -404,13 +413,18 @@ def test_each_ray_of_our_own_asks_for_a_token_that_is_kept_nowhere(tmp_path):
     assert not list(tmp_path.rglob("*token*"))
 
 
-@pytest.mark.parametrize("module", ["console", "resources", "session", "tracking"])
-def test_no_package_tells_its_makers_about_a_run_whichever_part_is_used(module):
-    names = ("RAY_USAGE_STATS_ENABLED", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
-    code = f"import os; from pd_core.engine import {module}; print(*(os.environ.get(name) for name in {names}))"
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["0", "true", "1"]
+def test_no_package_tells_its_makers_about_a_run_and_the_library_alone_sets_nothing(ray_cluster):
+    def seen() -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in session.TELEMETRY_OFF}
+
+    assert tasks.get(tasks.task(seen).remote()) == seen() == session.TELEMETRY_OFF
+    code = (
+        "import os; before = dict(os.environ); import pd_core; pd_core.open; from pd_core.engine import runs, "
+        "tracking; "
+        "assert dict(os.environ) == before"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in session.TELEMETRY_OFF}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_what_is_missing_is_made_and_nothing_else(ray_cluster, tmp_path):

@@ -83,7 +83,9 @@ class Scraped:
         ]
 
     def sum(self, counter: telemetry.Counter, **labels: str) -> float | None:
-        """As PromQL's sum(): None where there is no series, which is not the same as 0. Without the billionths of beginnings."""
+        """As PromQL's sum(): None where there is no series, which is not the same as 0. Without the billionths of
+        beginnings.
+        """
         found = self.of(counter, **labels)
         return round(sum(value for _, value in found), 6) if found else None
 
@@ -114,7 +116,8 @@ def run_script(head: Head, script: str) -> None:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory, monkeypatch_module):
-    # processes that the system kills lose what they counted since they last told it: every 3 s here, every 10 s by default
+    # processes that the system kills lose what they counted since they last told it: every 3 s here, every 10 s by
+    # default
     with running_head(
         tmp_path_factory.mktemp("head"), "--num-cpus=4", RAY_metrics_report_interval_ms="3000"
     ) as running:
@@ -123,7 +126,7 @@ def head(tmp_path_factory, monkeypatch_module):
 
 @pytest.fixture(scope="module")
 def monkeypatch_module():
-    """Drivers of the module inherit this process's environment, where a cluster of its own may have turned metrics off."""
+    """Drivers inherit this process's environment, where a cluster of its own may have turned metrics off."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(telemetry.SWITCH, raising=False)
         yield patch

@@ -211,7 +211,8 @@ def test_wrong_arguments_raise(out):
 def test_runs_of_a_dead_process_are_superseded(out):
     """A process killed in the middle of a stage; the same command again; a run of another output stays as it is."""
     body = (
-        "import os, signal; from pd_core.engine import tracking; from pd_core.core.settings.base import TrackingSettings\n"
+        "import os, signal; from pd_core.engine import tracking; from pd_core.core.settings.base import "
+        "TrackingSettings\n"
         "settings = TrackingSettings(experiment='densities')\n"
         f"with tracking.start(settings, {str(out)!r}, 'dead', {{}}) as tracker, tracker.stage('features'):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"

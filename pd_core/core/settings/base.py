@@ -1,4 +1,4 @@
-"""What every settings class is built of: a section that refuses unknown keys, and the sections that all commands share."""
+"""What settings classes are built of: a section that refuses unknown keys, and the sections that all commands share."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _without_password(value: Any) -> Any:
             )
         if found and redact(text) != text:
             raise ValueError(
-                "must not hold a query (what follows a ?), which may be a signature or a token, since settings are printed "
-                "and stored; name the file or bucket itself, credentials come from the environment"
+                "must not hold a query (what follows a ?), which may be a signature or a token, since settings are "
+                "printed and stored; name the file or bucket itself, credentials come from the environment"
             )
     return value
 
@@ -121,12 +121,27 @@ class WorkflowSettings(BaseSettings):
     _no_password = field_validator("*")(_without_password)
 
 
+class ResolvedSettings(WorkflowSettings):
+    """Settings that a workflow has checked; its class of them tells what is set by then, and paths are absolute."""
+
+    output: str
+
+
 class LockSettings(Section):
     """The run lock of an output."""
 
     lease_s: float = Field(
         900, gt=1, le=MAX_LEASE_S, description="a run that has not renewed its lease for so long is taken for dead, s"
     )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and leaves of nested settings or totals."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def nearest_name(name: str, known: Sequence[str], of: str = "settings") -> str:

@@ -12,10 +12,10 @@ from pydantic import (
 )
 
 from pd_core.core.schemas import METRICS
-from pd_core.core.settings.base import LockSettings, Section, WorkflowSettings, nearest_name
-from pd_core.core.settings.data import DataSettings, ExtractionSettings
-from pd_core.core.settings.evaluate import JudgeSettings, MetricSettings
-from pd_core.core.settings.generate import GeneratorSettings, WeightingSettings
+from pd_core.core.settings.base import LockSettings, ResolvedSettings, Section, WorkflowSettings, nearest_name
+from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.evaluate import SpaceSettings
+from pd_core.core.settings.generate import ActorSettings, GeneratorSettings, WeightingSettings
 from pd_core.core.settings.index import (
     DensitySettings,
     EstimatorSettings,
@@ -81,27 +81,19 @@ class GateSettings(Section):
         return self
 
 
-class ReleaseEvaluationSettings(Section):
+class ReleaseEvaluationSettings(Section, SpaceSettings):
     """How the sets of a release are measured, as evaluate does."""
 
     n: int | None = Field(None, gt=0, description="images of each set; default: as many as the smallest has")
     n_real: int | None = Field(None, gt=0, description="real images that they are measured against; default: all")
-    judge: JudgeSettings = JudgeSettings()
-    metrics: MetricSettings = MetricSettings()
-    extraction: ExtractionSettings = ExtractionSettings()
 
 
-class GenerationSettings(Section):
+class GenerationSettings(Section, ActorSettings):
     """How the samples of every recipe are made, as generate's settings of the same names."""
 
     chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the samples' identity")
     part_rows: int = Field(1000, gt=0, description="accepted images per committed part, about")
     pilot: int = Field(256, gt=0, description="candidates of the pilot")
-    actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
-    actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
-    actor_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one replica; default: 1 where the cluster has any"
-    )
     max_candidates: int | None = Field(None, gt=0, description="stop before more than these are generated for a recipe")
 
 
@@ -135,7 +127,8 @@ class CurateSettings(WorkflowSettings):
         for recipe in self.recipes:
             if self.evaluation.n is not None and recipe.n < self.evaluation.n:
                 raise ValueError(
-                    f"recipes: {recipe.name!r} has n {recipe.n}, evaluation.n is {self.evaluation.n}; raise the recipe's n"
+                    f"recipes: {recipe.name!r} has n {recipe.n}, evaluation.n is {self.evaluation.n}; raise the "
+                    "recipe's n"
                 )
         for gate in self.gates:
             if gate.recipe is not None and gate.recipe not in names:
@@ -153,3 +146,7 @@ class CurateSettings(WorkflowSettings):
             if gate.space == "judge" and self.evaluation.judge.model == "none":
                 raise ValueError(f"gates: {gate.metric} in the judge's space, but evaluation.judge.model is none")
         return self
+
+
+class ResolvedCurate(ResolvedSettings, CurateSettings):
+    """Of curate, checked."""

@@ -25,7 +25,8 @@ class DataSettings(Section):
     kind: SourceKind = Field("auto", description="how to read the source; auto decides by its names")
     labels: str = Field(
         "none",
-        description="none; parent (name of the image's folder); column:NAME (Parquet); member:EXT (tar, e.g. member:cls)",
+        description="none; parent (name of the image's folder); column:NAME (Parquet); member:EXT (tar, e.g. "
+        "member:cls)",
     )
     image_column: str = Field("image", description="Parquet: column of bytes or struct<bytes, path>")
     key_column: str | None = Field(None, description="Parquet: column that names each image; default FILE#ROW")
@@ -37,8 +38,8 @@ class DataSettings(Section):
     max_image_pixels: int = Field(
         100_000_000,
         gt=0,
-        description="larger images are quarantined undecoded, px; decoding one may take 28 bytes for each, 4 for each of "
-        "max_image_bytes, and 768 MiB",
+        description="larger images are quarantined undecoded, px; decoding one may take 28 bytes for each, 4 for each "
+        "of max_image_bytes, and 768 MiB",
     )
     max_image_cpu_s: int = Field(
         60,

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import (
+    BaseModel,
     Field,
     FiniteFloat,
     PositiveFloat,
     model_validator,
 )
 
-from pd_core.core.settings.base import SearchSettings, Section, WorkflowSettings
+from pd_core.core.settings.base import ResolvedSettings, Section, WorkflowSettings
 from pd_core.core.settings.data import INCEPTION, DataSettings, ExtractionSettings, ExtractorSettings
-from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.core.settings.generate import CandidateSettings
 
 
 class JudgeSettings(ExtractorSettings):
@@ -21,7 +22,8 @@ class JudgeSettings(ExtractorSettings):
 
     model: str = Field(
         "none",
-        description=f"timm model name, hf_hub:ORG/NAME, or {INCEPTION} for FID; none: measure in the index's space only",
+        description=f"timm model name, hf_hub:ORG/NAME, or {INCEPTION} for FID; none: measure in the index's space "
+        "only",
     )
 
 
@@ -32,13 +34,33 @@ class MetricSettings(Section):
     k_coverage: int = Field(5, gt=0, description="neighbors of density and coverage")
 
 
-class EvaluateSettings(WorkflowSettings):
+class SpaceSettings(BaseModel):
+    """In which features images are measured, and how."""
+
+    extraction: ExtractionSettings = ExtractionSettings()
+    judge: JudgeSettings = JudgeSettings()
+    metrics: MetricSettings = MetricSettings()
+
+
+class MeasuringSettings(SpaceSettings):
+    """Measuring against the real images of an index."""
+
+    source: str | None = Field(
+        None, description="place of the index's images, where its record leads to another bucket than its own"
+    )
+    n_real: int | None = Field(
+        None, gt=0, alias="n-real", description="real images that they are measured against; default: all"
+    )
+
+
+class EvaluateSettings(WorkflowSettings, MeasuringSettings):
     """Measure sets of generated images against the real one."""
 
     real: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
     samples: list[str] = Field(
         [],
-        description="sets to measure: outputs of generate.py or perturb.py, folders of images, Parquet, tars, outputs of build_index.py",
+        description="sets to measure: outputs of generate.py or perturb.py, folders of images, Parquet, tars, outputs "
+        "of build_index.py",
     )
     output: str | None = Field(
         None, description="where the artifacts go; local directory or s3://; default: that of --real with -evaluation"
@@ -46,21 +68,12 @@ class EvaluateSettings(WorkflowSettings):
     checkpoint: str | None = Field(
         None, description="weights of the index's extractor, where they are not at the place they had then"
     )
-    source: str | None = Field(
-        None, description="place of the index's images, where its record leads to another bucket than its own"
-    )
     data: DataSettings = DataSettings()
-    extraction: ExtractionSettings = ExtractionSettings()
-    judge: JudgeSettings = JudgeSettings()
-    metrics: MetricSettings = MetricSettings()
     n: int | None = Field(
         None,
         gt=0,
-        description="images of each set that are measured; default: as many as the smallest set has, since most metrics move "
-        "with the number",
-    )
-    n_real: int | None = Field(
-        None, gt=0, alias="n-real", description="real images that they are measured against; default: all"
+        description="images of each set that are measured; default: as many as the smallest set has, since most "
+        "metrics move with the number",
     )
     per_label: bool = Field(False, alias="per-label", description="measure each label's images by themselves too")
     images: int = Field(8, gt=0, description="images in each row of the report")
@@ -72,21 +85,10 @@ class EvaluateSettings(WorkflowSettings):
         return self
 
 
-class TradeoffSettings(WorkflowSettings):
+class TradeoffSettings(CandidateSettings, MeasuringSettings):
     """Show fidelity against diversity of many settings, from one pool."""
 
-    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
-    checkpoint: str | None = Field(
-        None, description="weights of the index's extractor, where they are not at the place they had then"
-    )
-    source: str | None = Field(
-        None, description="place of the index's images, where its record leads to another bucket than its own"
-    )
-    generator: GeneratorSettings = GeneratorSettings()
     n: int = Field(2000, gt=0, description="images measured of each setting")
-    n_real: int | None = Field(
-        None, gt=0, alias="n-real", description="real images that they are measured against; default: all"
-    )
     thresholds: list[str] = Field(
         ["p20", "p50", "p80"], description="tau of the paper's rule, each with every weight; pNN or a density"
     )
@@ -95,7 +97,8 @@ class TradeoffSettings(WorkflowSettings):
     )
     polarities: list[FiniteFloat] | None = Field(
         None,
-        description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 for --generator.kind stylegan and torchscript",
+        description="of Polarity Sampling; 1 is MaGNET; default: -1 and 1 for --generator.kind stylegan and "
+        "torchscript",
     )
     rank: int = Field(
         8, gt=0, description="Polarity and MaGNET: singular values of the Jacobian that make a log-volume"
@@ -110,13 +113,13 @@ class TradeoffSettings(WorkflowSettings):
     )
     truncations: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         None,
-        description="stylegan: psi towards the mean latent; torchscript: bounds of a truncated normal; default: 0.5 and 0.7 there",
+        description="stylegan: psi towards the mean latent; torchscript: bounds of a truncated normal; default: 0.5 "
+        "and 0.7 there",
     )
     score: Literal["predictor", "index"] = Field("predictor", description="which densities decide")
     target: str | None = Field(
         None, description="METRIC=VALUE, e.g. recall=0.6: name the setting of best precision among those that reach it"
     )
-    seed: int = Field(0, ge=0, description="of the run; candidate i's image depends on it, on i and on the generator")
     chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the pool's identity")
     pilot: int = Field(256, gt=0, description="candidates from which the size of the pool is planned")
     max_candidates: int | None = Field(
@@ -125,13 +128,16 @@ class TradeoffSettings(WorkflowSettings):
         alias="max-candidates",
         description="largest pool; default: 20 times --n; settings that need more are left out",
     )
-    actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
-    actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
-    actor_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any"
-    )
-    search: SearchSettings = SearchSettings()
-    extraction: ExtractionSettings = ExtractionSettings()
-    judge: JudgeSettings = JudgeSettings()
-    metrics: MetricSettings = MetricSettings()
     images: int = Field(8, gt=0, description="images in each row of the report")
+
+
+class ResolvedEvaluate(ResolvedSettings, EvaluateSettings):
+    """Of evaluate, checked."""
+
+    real: str
+
+
+class ResolvedTradeoff(ResolvedSettings, TradeoffSettings):
+    """Of tradeoff, checked."""
+
+    index: str

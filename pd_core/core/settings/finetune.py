@@ -8,14 +8,16 @@ from pydantic import (
     Field,
 )
 
-from pd_core.core.settings.base import Section, WorkflowSettings
+from pd_core.core.settings.base import ResolvedSettings, Section
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.evaluate import MetricSettings
-from pd_core.core.settings.generate import GeneratorSettings, WeightingSettings
+from pd_core.core.settings.generate import GeneratingSettings, WeightingSettings
 
 
 class FakeWeightingSettings(Section):
-    """Which generated images a GAN trains on (Algorithm 3): those of its D step and of its G step are drawn with these weights."""
+    """Which generated images a GAN trains on (Algorithm 3): those of its D step and of its G step are drawn with these
+    weights.
+    """
 
     threshold: str | None = Field(
         None, description="tau of generated images, a percentile of the real set or a density; default: the weighting's"
@@ -69,21 +71,16 @@ class InLoopSettings(Section):
     chunk: int = Field(50, gt=0, description="images generated as one batch")
     metric: Literal["auto", "frechet_distance", "precision", "recall", "density", "coverage"] = Field(
         "auto",
-        description="by which the best step is chosen; auto: precision where weighting.weight is above 1, recall where it is below, "
-        "frechet_distance for other weightings",
+        description="by which the best step is chosen; auto: precision where weighting.weight is above 1, recall where "
+        "it is below, frechet_distance for other weightings",
     )
     patience: int = Field(0, ge=0, description="stop after so many evaluations without a better one; 0: never")
     metrics: MetricSettings = MetricSettings()
 
 
-class FinetuneSettings(WorkflowSettings):
+class FinetuneSettings(GeneratingSettings):
     """Train a generator further, on real images drawn by their densities."""
 
-    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
-    checkpoint: str | None = Field(
-        None, description="weights of the index's extractor, where they are not at the place they had then"
-    )
-    generator: GeneratorSettings = GeneratorSettings()
     discriminator: str | None = Field(
         None, description="torchscript: file of the discriminator, images and labels to logits; local or s3://"
     )
@@ -104,8 +101,15 @@ class FinetuneSettings(WorkflowSettings):
     keep: int = Field(2, gt=0, description="checkpoints kept to go on from; the averages of all evaluations stay")
     merge: Literal["none", "best-of"] = Field(
         "none",
-        description="best-of: search for the combination of the saved averages that is best, and save it if it beats the best step",
+        description="best-of: search for the combination of the saved averages that is best, and save it if it beats "
+        "the best step",
     )
     merge_candidates: int = Field(64, gt=1, description="combinations that --merge tries")
     seed: int = Field(0, ge=0, description="of the run: images drawn, noise, latents, labels")
     images: int = Field(24, gt=0, description="images in each grid of the report, from the same seeds before and after")
+
+
+class ResolvedFinetune(ResolvedSettings, FinetuneSettings):
+    """Of finetune, checked."""
+
+    index: str

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import (
+    BaseModel,
     Field,
     PositiveInt,
     model_validator,
 )
 
-from pd_core.core.settings.base import SearchSettings, Section, WorkflowSettings
+from pd_core.core.settings.base import ResolvedSettings, SearchSettings, Section, WorkflowSettings
 
 PERTURB_EPSILON, PERTURB_STEPS = 0.1, 10  # the reference of Algorithm 1
 GeneratorKind = Literal["diffusers", "stylegan", "torchscript", "python"]
@@ -63,7 +64,8 @@ class GeneratorSettings(Section):
     latent_bound: float | None = Field(
         None,
         gt=0,
-        description="torchscript: entries of a latent beyond +- this are drawn again, BigGAN's truncation; e.g. 0.5; default: none",
+        description="torchscript: entries of a latent beyond +- this are drawn again, BigGAN's truncation; e.g. 0.5; "
+        "default: none",
     )
     value_range: Literal["-1..1", "0..1", "0..255"] = Field("-1..1", description="torchscript: of the output's values")
     arguments: dict[str, Any] = Field(
@@ -99,9 +101,10 @@ class WeightingSettings(Section):
 
     kind: WeightingKind = Field(
         "two_level",
-        description="two_level: the paper's, one threshold; quantiles: one weight per bin of the real densities; match: the "
-        "real set's densities; polarity: exp(polarity * v), v the log-volume of the generator at the sample, whatever its density; "
-        "magnet: polarity 1, uniform on what the generator can make; none: as the generator draws",
+        description="two_level: the paper's, one threshold; quantiles: one weight per bin of the real densities; "
+        "match: the real set's densities; polarity: exp(polarity * v), v the log-volume of the generator at the "
+        "sample, whatever its density; magnet: polarity 1, uniform on what the generator can make; none: as the "
+        "generator draws",
     )
     threshold: str = Field(
         "p80",
@@ -117,12 +120,14 @@ class WeightingSettings(Section):
     bins: int = Field(
         20,
         gt=1,
-        description="match: bins of equally many real images; polarity, magnet: of equally many pilot candidates, steps of the weight",
+        description="match: bins of equally many real images; polarity, magnet: of equally many pilot candidates, "
+        "steps of the weight",
     )
     max_weight: float = Field(
         20.0,
         gt=1,
-        description="match: largest weight, 1 being the generator's mean; the pilot's acceptance rate is at least 1 over it",
+        description="match: largest weight, 1 being the generator's mean; the pilot's acceptance rate is at least 1 "
+        "over it",
     )
     per_label: bool = Field(False, description="thresholds and bins of the sample's own label instead of all images")
     polarity: float | None = Field(
@@ -160,40 +165,61 @@ class WeightingSettings(Section):
         return self
 
 
-class GenerateSettings(WorkflowSettings):
-    """Generate images, accepted or rejected by their pseudo densities."""
+class ActorSettings(BaseModel):
+    """The processes that hold a generator."""
 
-    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
-    checkpoint: str | None = Field(
-        None, description="weights of the index's extractor, where they are not at the place they had then"
-    )
-    source: str | None = Field(
-        None, description="place of the index's images, where its record leads to another bucket than its own"
-    )
-    generator: GeneratorSettings = GeneratorSettings()
-    weighting: WeightingSettings = WeightingSettings()
-    n: int | None = Field(None, gt=0, description="accepted images wanted")
-    score: Literal["predictor", "index", "both"] = Field(
-        "predictor",
-        description="what decides: predictor; index (true k-NN); both: the predictor decides, the accepted are scored by the index too",
-    )
-    seed: int = Field(0, ge=0, description="of the run; candidate i's image depends on it, on i and on the generator")
-    chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the samples' identity")
-    part_rows: int = Field(1000, gt=0, description="accepted images per committed part, about; fewer where n is small")
-    pilot: int = Field(256, gt=0, description="candidates of the pilot, rounded up to whole chunks")
     actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
     actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
     actor_gpus: float | None = Field(
         None, ge=0, description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any"
     )
+
+
+class GeneratingSettings(WorkflowSettings):
+    """What every workflow takes that sets a generator beside a real set."""
+
+    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
+    checkpoint: str | None = Field(
+        None, description="weights of the index's extractor, where they are not at the place they had then"
+    )
+    generator: GeneratorSettings = GeneratorSettings()
+
+
+class CandidateSettings(GeneratingSettings, ActorSettings):
+    """What every workflow takes that generates candidates and scores them."""
+
+    seed: int = Field(0, ge=0, description="of the run; candidate i's image depends on it, on i and on the generator")
     search: SearchSettings = SearchSettings()
+
+
+class CopySettings(BaseModel):
+    """Which images are likely copies."""
+
+    copies_quantile: float = Field(
+        0.01, ge=0, le=1, description="likely copy: nearer to a real image than this quantile of real nearest distances"
+    )
+
+
+class GenerateSettings(CandidateSettings, CopySettings):
+    """Generate images, accepted or rejected by their pseudo densities."""
+
+    source: str | None = Field(
+        None, description="place of the index's images, where its record leads to another bucket than its own"
+    )
+    weighting: WeightingSettings = WeightingSettings()
+    n: int | None = Field(None, gt=0, description="accepted images wanted")
+    score: Literal["predictor", "index", "both"] = Field(
+        "predictor",
+        description="what decides: predictor; index (true k-NN); both: the predictor decides, the accepted are scored "
+        "by the index too",
+    )
+    chunk: int = Field(64, gt=0, description="candidates generated as one batch; part of the samples' identity")
+    part_rows: int = Field(1000, gt=0, description="accepted images per committed part, about; fewer where n is small")
+    pilot: int = Field(256, gt=0, description="candidates of the pilot, rounded up to whole chunks")
     max_candidates: int | None = Field(
         None, gt=0, alias="max-candidates", description="stop before more than these are generated"
     )
     max_hours: float | None = Field(None, gt=0, alias="max-hours", description="stop this run after so many hours")
-    copies_quantile: float = Field(
-        0.01, ge=0, le=1, description="likely copy: nearer to a real image than this quantile of real nearest distances"
-    )
     drop_copies: bool = Field(False, alias="drop-copies", description="do not accept likely copies of real images")
     keep_rejected: bool = Field(
         False, alias="keep-rejected", description="keep a table of the rejected candidates' densities in rejected/"
@@ -213,20 +239,15 @@ class GenerateSettings(WorkflowSettings):
     def _consistent(self) -> GenerateSettings:
         if self.score == "index" and self.weighting.kind in ("polarity", "magnet"):
             raise ValueError(
-                f"score index, the decision by true neighbors, has no meaning for weighting.kind {self.weighting.kind!r}, which "
-                "decides by the log-volume; use predictor or both"
+                "score index, the decision by true neighbors, has no meaning for weighting.kind "
+                f"{self.weighting.kind!r}, which decides by the log-volume; use predictor or both"
             )
         return self
 
 
-class PerturbSettings(WorkflowSettings):
+class PerturbSettings(CandidateSettings, CopySettings):
     """Move samples of a generator towards common or unique ones."""
 
-    index: str | None = Field(None, description="output of build_index: the real set; local directory or s3://")
-    checkpoint: str | None = Field(
-        None, description="weights of the index's extractor, where they are not at the place they had then"
-    )
-    generator: GeneratorSettings = GeneratorSettings()
     n: int | None = Field(None, gt=0, description="samples: the first n candidates of the seed, as generate draws them")
     direction: Literal["up", "down", "both"] = Field(
         "up", description="up: towards common, higher density; down: towards unique; both: each sample each way"
@@ -237,21 +258,25 @@ class PerturbSettings(WorkflowSettings):
     )
     steps: int = Field(PERTURB_STEPS, gt=0, description="T, steps of projected gradient descent")
     random_start: bool = Field(False, description="begin anywhere in the box around the latent, not at the latent")
-    seed: int = Field(0, ge=0, description="of the run; candidate i's image depends on it, on i and on the generator")
     chunk: int = Field(8, gt=0, description="samples perturbed as one batch; part of the rows' identity")
     part_rows: int = Field(64, gt=0, description="rows per committed part, rounded up to whole chunks")
-    actors: int | None = Field(None, gt=0, description="generator replicas; default: autoscale from 1 to what fits")
-    actor_cpus: int = Field(1, gt=0, description="threads of one replica without GPU, cores")
-    actor_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one replica, a fraction shares one; default: 1 where the cluster has any"
-    )
-    search: SearchSettings = SearchSettings()
     images: int = Field(24, gt=0, description="samples shown in the report, before and after")
-    copies_quantile: float = Field(
-        0.01, ge=0, le=1, description="likely copy: nearer to a real image than this quantile of real nearest distances"
-    )
 
     @property
     def directions(self) -> tuple[str, ...]:
         """Those of one sample, in the order of its rows."""
         return ("down", "up") if self.direction == "both" else (self.direction,)
+
+
+class ResolvedGenerate(ResolvedSettings, GenerateSettings):
+    """Of generate, checked."""
+
+    index: str
+    n: int
+
+
+class ResolvedPerturb(ResolvedSettings, PerturbSettings):
+    """Of perturb, checked."""
+
+    index: str
+    n: int

@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from pd_core.core.settings.base import ReportSettings, Section, WorkflowSettings
+from pd_core.core.settings.base import ReportSettings, ResolvedSettings, Section, WorkflowSettings
 from pd_core.core.settings.data import DataSettings, ExtractionSettings, ExtractorSettings
 
 IndexKind = Literal["auto", "flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
@@ -90,7 +90,8 @@ class BuildIndexSettings(WorkflowSettings):
 
     base: str | None = Field(
         None,
-        description="earlier output of build_index with the same settings: what is unchanged in the source is taken over from it",
+        description="earlier output of build_index with the same settings: what is unchanged in the source is taken "
+        "over from it",
     )
     update: UpdateSettings = UpdateSettings()
 
@@ -114,3 +115,7 @@ class BuildIndexSettings(WorkflowSettings):
         if self.index.kind == "flat" and self.index.cells is not None:
             raise ValueError("index.cells has no meaning for index.kind 'flat'; drop one of them")
         return self
+
+
+class ResolvedBuildIndex(ResolvedSettings, BuildIndexSettings):
+    """Of build_index, checked."""

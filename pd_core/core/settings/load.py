@@ -33,7 +33,7 @@ from pydantic_settings import (
 )
 
 from pd_core.core.errors import EXIT_BAD_INPUT, UserError, printable, redact, shown
-from pd_core.core.settings.base import ENV_PREFIX, MIB, Section, WorkflowSettings, nearest_name
+from pd_core.core.settings.base import ENV_PREFIX, MIB, Section, WorkflowSettings, flatten, nearest_name
 from pd_core.core.settings.curate import CurateSettings, GateSettings, RecipeSettings
 from pd_core.core.settings.evaluate import EvaluateSettings, TradeoffSettings
 from pd_core.core.settings.finetune import FinetuneSettings
@@ -61,7 +61,8 @@ WORKFLOWS: Sequence[type[WorkflowSettings]] = (
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "paper": {
-        # timm 0.5.4, which the authors used, knew these weights as vit_base_patch16_224; today that name means newer ones
+        # timm 0.5.4, which the authors used, knew these weights as vit_base_patch16_224; today that name means newer
+        # ones
         "features": {
             "model": "vit_base_patch16_224.augreg_in21k_ft_in1k",
             "preprocess": "paper",
@@ -107,7 +108,7 @@ EXAMPLES = {  # as JSON on the command line
 
 
 def _help_of_items(name: str, section: type[Section]) -> str:
-    """The fields of what a list of sections holds, in the form of the options above it, which argparse does not know."""
+    """The fields of what a list of sections holds, in the form of the options above it; argparse knows no such list."""
     fields = sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
     lines = [f"each of {name}, in a file or as --{name} '{EXAMPLES[name]}':"]
     for key, field in fields:
@@ -143,14 +144,6 @@ class _Parser(argparse.ArgumentParser):
             message = f"unexpected argument {unknown!r}; settings are written --section.name value"
         print(shown(f"{self.prog}: error: {message}"), file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
-
-
-def _flat_keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 @dataclass
@@ -230,7 +223,7 @@ def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'section:' entries, found {type(values).__name__}; mend the file")
     accepted = {name.replace("-", "_") for name in known}
-    for key in _flat_keys(values):
+    for key, _ in flatten(values):
         path_of = key.replace("-", "_").split(".")
         # a setting that is itself a mapping holds keys of its own
         if not any(".".join(path_of[:depth]) in accepted for depth in range(1, len(path_of) + 1)):
@@ -337,9 +330,7 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
     )
     parser.spell_out_letters()
     try:
-        resolved = Resolved(_cli_settings_source=cli(args=list(argv)))
-        values = {name: getattr(resolved, name) for name in settings_class.model_fields}
-        return cast("Settings", settings_class.model_construct(**values))
+        return resolved(settings_class, Resolved(_cli_settings_source=cli(args=list(argv))))
     except SettingsError as error:
         raise UserError(f"settings: {_told_unparsed(error)}") from None
     except ValidationError as error:
@@ -381,12 +372,17 @@ def made(settings_class: type[Settings], **values: Any) -> Settings:
             return (init_settings,)
 
     try:
-        resolved = Given(**values)
+        return resolved(settings_class, Given(**values))
     except ValidationError as error:
         raise UserError(f"settings: {_explain(error)}") from None
-    return cast(
-        "Settings", settings_class.model_construct(**{n: getattr(resolved, n) for n in settings_class.model_fields})
-    )
+
+
+def resolved(settings_class: type[Settings], settings: BaseModel, **values: Any) -> Settings:
+    """The settings as an instance of a class that has the same, with these values in the place of theirs, which are
+    valid.
+    """
+    given = {name: getattr(settings, name) for name in settings_class.model_fields} | values
+    return cast("Settings", settings_class.model_construct(**given))
 
 
 def to_yaml(settings: BaseModel) -> str:

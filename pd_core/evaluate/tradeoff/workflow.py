@@ -13,15 +13,16 @@ import numpy as np
 
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
+from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
-from pd_core.core.settings.evaluate import TradeoffSettings
+from pd_core.core.settings.evaluate import ResolvedTradeoff, TradeoffSettings
 from pd_core.core.settings.generate import TRUNCATION_SETTINGS, GeneratorSettings
 from pd_core.density import realset, weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
 from pd_core.engine import console, tracking
 from pd_core.engine import resources as engine_resources
-from pd_core.engine.runs import REPORT, Run, checked_output, started
+from pd_core.engine.runs import REPORT, Run, checked_output, execute, required, started
 from pd_core.evaluate import spaces
 from pd_core.evaluate.spaces import Extraction, Features, ImageSet
 from pd_core.evaluate.tradeoff import curve, report
@@ -47,19 +48,18 @@ POOL_TIMES = 20  # --n: largest pool, unless it is said
 PART_CHUNKS = 16  # of the pool
 
 
-def prepare(settings: TradeoffSettings) -> tuple[TradeoffSettings, RealSet, list[Setting]]:
+def prepare(settings: TradeoffSettings) -> tuple[ResolvedTradeoff, RealSet, list[Setting]]:
     """Check what can be checked without Ray; local paths become absolute.
 
     Raises:
         UserError: a setting that every run needs is missing, or a path, threshold or target is wrong.
     """
     output = checked_output(settings.output, "tradeoff")
-    if not settings.index:
-        raise UserError("--index: not set; name the --output of build_index.py")
+    index = required(settings.index, "index", "name the --output of build_index.py")
     generator = setup.resolved(settings.generator)
     if settings.target is not None:
         tradeoff_points.parse_target(settings.target)
-    real = realset.open_for(settings.index, settings.checkpoint, "--index")
+    real = realset.open_for(index, settings.checkpoint, "--index")
     found = tradeoff_points.sweep(
         settings.thresholds, settings.weights, polarities_of(settings), truncations_of(settings)
     )
@@ -74,7 +74,8 @@ def prepare(settings: TradeoffSettings) -> tuple[TradeoffSettings, RealSet, list
             )
     if settings.max_candidates is not None and settings.max_candidates < settings.n:
         raise UserError(f"--max-candidates {settings.max_candidates}: fewer than --n {settings.n}; raise it")
-    return settings.model_copy(update={"output": output, "index": real.uri, "generator": generator}), real, found
+    checked = load.resolved(ResolvedTradeoff, settings, output=output, index=real.uri, generator=generator)
+    return checked, real, found
 
 
 def polarities_of(settings: TradeoffSettings) -> list[float]:
@@ -103,44 +104,45 @@ def truncations_of(settings: TradeoffSettings) -> list[float]:
 
 
 def compare(settings: TradeoffSettings) -> None:
-    """Every setting's metrics from one pool of candidates: `curve/`, figures and a table under `settings.output`."""
-    settings, real, found = prepare(settings)
-    output = str(settings.output)
-    with started(settings, output, "tradeoff", STAGES) as run:
+    """Every setting's metrics from one pool of candidates: `curve/`, figures and a table under `checked.output`."""
+    checked, real, found = prepare(settings)
+
+    def body(run: Run) -> None:
         with _own_words(), contextlib.ExitStack() as resources:
-            planned = _plan(run, settings, real, found, resources)
-            console.say(planned.text)
+            planned = _plan(run, checked, real, found, resources)
+            run.say(planned.text)
             pool = _candidates(run, "pool", planned.recipe, planned, planned.candidates)
             truncated = {
-                s.truncation: _truncated(run, settings, real, planned, s.truncation)
+                s.truncation: _truncated(run, checked, real, planned, s.truncation)
                 for s in found
                 if s.truncation is not None
             }
-        job, measured = _measure(run, settings, real, found, planned.weightings, pool, truncated)
+        job, measured = _measure(run, checked, real, found, planned.weightings, pool, truncated)
         rows = curve.read_curve(job.stage.uri, measured.parts)
         images: dict[float | None, str] = {psi: stage.uri for psi, stage in truncated.items()}
         images[None] = pool.uri
-        n_real = min(settings.n_real or real.rows, real.rows)
+        n_real = min(checked.n_real or real.rows, real.rows)
         report.make(run, report.Inputs(job, measured, images, planned.candidates, n_real, run.timings_s))
         if (
             run.made
         ):  # anything at all: a run that was killed after the curve makes its report, and tells MLflow of both
             _track(run.tracker, rows)
-        table, page = (files.join(output, "report", name) for name in (report.TABLE, REPORT))
-        run.finish(("report",), {"table": table, "report": page}, functools.partial(summary, rows))
-        if settings.target is not None:
-            say_choice(settings.target, rows)
+        table, page = (files.join(run.output, "report", name) for name in (report.TABLE, REPORT))
+        chosen, refusal = ({}, None) if checked.target is None else choice(checked.target, rows)
+        run.finish(("report",), {"table": table, "report": page, **chosen}, functools.partial(summary, rows), refusal)
+
+    execute(checked, "tradeoff", STAGES, body, spaces.judged_roots(checked.judge, real.uri, (), checked.source))
 
 
 def plan_tradeoff(settings: TradeoffSettings) -> None:
     """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
-    settings, real, found = prepare(settings)
+    checked, real, found = prepare(settings)
     with (
-        started(settings, str(settings.output), "tradeoff", STAGES, tracked=False) as run,
+        started(checked, "tradeoff", tracked=False) as run,
         _own_words(),
         contextlib.ExitStack() as resources,
     ):
-        console.say(_plan(run, settings, real, found, resources).text)
+        console.say(_plan(run, checked, real, found, resources).text)
 
 
 @contextlib.contextmanager
@@ -312,19 +314,13 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def say_choice(target: str, rows: list[dict[str, Any]]) -> None:
-    """Say which setting reaches the target, in the judge's space where there is one.
-
-    Raises:
-        UserError: none does; with the frontier.
-    """
+def choice(target: str, rows: list[dict[str, Any]]) -> tuple[dict[str, str], UserError | None]:
+    """Under `target` which setting reaches it, in the judge's space where there is one; or the error that none does."""
     wanted = tradeoff_points.parse_target(target)
     space = rows[-1]["space"]
     own = [row for row in rows if row["space"] == space]
-    if report.best(wanted, own) is None:
-        lines = "; ".join(report.frontier_lines(wanted, own))
-        raise UserError(
-            f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target"
-        )
-    for line in report.choice(wanted, own):
-        console.say(f"target: {line}")
+    if report.best(wanted, own) is not None:
+        return {"target": " ".join(report.choice(wanted, own))}, None
+    lines = "; ".join(report.frontier_lines(wanted, own))
+    refusal = f"--target {target}: out of reach in the {space} space; the frontier: {lines}; lower the target"
+    return {}, UserError(refusal)
