@@ -120,7 +120,9 @@ INDEX = {"kind": "ivf_flat", "rows": ROWS, "dim": DIM, "shards": 1, "nprobe": 1,
 
 def commit(output: Path, kind: str, totals: dict[str, Any], files: dict[str, bytes], **identity: str) -> str:
     stage = artifacts.Stage(str(output / kind), kind, schemas.VERSIONS[kind], identity)
-    parts = [stage.write_part(name, data, ROWS) for name, data in files.items()]
+    parts = [
+        stage.write_part(n, data, 0 if n in (search.QUANTIZER, search.CELLS) else ROWS) for n, data in files.items()
+    ]
     return stage.commit(parts, totals, {}).fingerprint
 
 
@@ -219,6 +221,8 @@ def test_what_a_record_cannot_say_is_one_line(built, kind, inside, names):
     ("kind", "changes", "expected"),
     [
         ("densities", {"k": ROWS}, "k is 60, and there are 60 rows"),
+        ("densities", {"rows": ROWS + 1}, "says 61 rows, its parts have 60"),
+        ("index", {"rows": ROWS - 1}, "says 59 rows, its parts have 60"),
         ("densities", {"density_quantiles": QUANTILES[::-1]}, "quantiles do not ascend"),
         (
             "densities",

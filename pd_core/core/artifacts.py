@@ -46,6 +46,7 @@ from pd_core.core.files import (
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 _TABLE = re.compile(r"part-(\d{8,})\.parquet")
+_ROWS_OF_PARTS = {"listing", "features", "index", "neighbors", "densities", "samples"}  # totals' rows are their parts'
 _NUMBERED = re.compile(r"(part|shard)-\d+\.\w+")
 
 
@@ -114,7 +115,8 @@ def load_artifact(uri: str) -> Artifact | None:
     """The commit record in a stage's directory, or None where the stage is not finished.
 
     Raises:
-        UserError: it is none of ours: a field is missing, of another type, or names a file that no stage has.
+        UserError: it is none of ours: a field is missing, of another type, or names a file that no stage has; or its rows
+            are not those of its parts.
     """
     values = read_record(join(uri, ARTIFACT))
     if values is None:
@@ -122,6 +124,12 @@ def load_artifact(uri: str) -> Artifact | None:
     artifact = trust.checked(Artifact, values, join(uri, ARTIFACT))
     for part in artifact.parts:
         trust.part_name(part.name, join(uri, ARTIFACT))
+    rows = artifact.totals.get("rows")
+    if artifact.kind in _ROWS_OF_PARTS and isinstance(rows, int) and rows != artifact.rows:
+        raise UserError(
+            f"{join(uri, ARTIFACT)}: says {rows} rows, its parts have {artifact.rows}; it is damaged or no record of pd_core, "
+            "make it again"
+        )
     return artifact
 
 

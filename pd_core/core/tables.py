@@ -10,18 +10,16 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import re
 import resource
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from pd_core.core import schemas, trust
+from pd_core.core import rlimits, schemas, trust
 from pd_core.core.errors import UserError, one_line, printable
 
 FOOTER_BYTES = 32 << 20  # Arrow makes some tenfold of it in memory
@@ -153,18 +151,18 @@ def bounded(packed_bytes: int) -> Iterator[None]:
         if not _bounds:
             _before.append((resource.getrlimit(resource.RLIMIT_DATA)[0], pa.default_memory_pool()))
             pa.set_memory_pool(pa.system_memory_pool())  # the others reserve a gigabyte to begin with
-        _bounds.append(bound := _held_bytes() + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes))
-        _limit(max(_bounds))
+        _bounds.append(bound := rlimits.data_bytes() + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes))
+        rlimits.set_soft(resource.RLIMIT_DATA, max(_bounds))
     try:
         yield
     finally:
         with _lock:
             _bounds.remove(bound)
             if _bounds:
-                _limit(max(_bounds))
+                rlimits.set_soft(resource.RLIMIT_DATA, max(_bounds))
             else:
                 soft, pool = _before.pop()
-                _limit(soft)
+                rlimits.set_soft(resource.RLIMIT_DATA, soft)
                 pa.set_memory_pool(pool)
 
 
@@ -189,17 +187,3 @@ def bounded_batches(make: Callable[[], Iterator[T]], packed_bytes: int) -> Itera
 _lock = threading.Lock()
 _bounds: list[int] = []  # of all readers of this process at this time; the largest holds
 _before: list[tuple[int, pa.MemoryPool]] = []  # the limit, and Arrow's memory, before the first of them
-
-
-def _held_bytes() -> int:
-    """Memory of this process that counts for RLIMIT_DATA."""
-    held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert held is not None
-    return int(held[1]) << 10
-
-
-def _limit(soft: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
-        soft = hard
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

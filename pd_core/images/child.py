@@ -33,9 +33,11 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import AvifImagePlugin
 
+from pd_core.core import rlimits
 from pd_core.core.errors import RunError
 from pd_core.images import resize
 from pd_core.images.decode import BadImage, DecodeLimits, Reason
+from pd_core.images.grouping import grouped
 from pd_core.images.resize import Prepared, Preprocess
 
 GROUP_IMAGES = 64  # handed over together: few enough that the worker's next read is never long behind
@@ -170,7 +172,7 @@ def _answers(
     if decoder.process is not None and decoder.process.poll() is not None:
         decoder.stop()  # it has died of nothing that it was asked
     try:
-        for number, items in enumerate(_grouped(contents)):
+        for number, items in enumerate(grouped(contents, _bytes, GROUP_BYTES, GROUP_IMAGES)):
             decoder.submit(number % 2, items, request)  # queued behind the one before: the child never waits for us
             if len(decoder.queue) == 2:
                 yield from decoder.finish().answers(made)
@@ -183,18 +185,8 @@ def _answers(
             _idle.append(decoder)
 
 
-def _grouped(contents: Iterable[bytes | BadImage]) -> Iterator[list[bytes | BadImage]]:
-    group: list[bytes | BadImage] = []
-    size = 0
-    for content in contents:
-        length = len(content) if isinstance(content, bytes) else 0
-        if group and (len(group) == GROUP_IMAGES or size + length > GROUP_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(content)
-        size += length
-    if group:
-        yield group
+def _bytes(content: bytes | BadImage) -> int:
+    return len(content) if isinstance(content, bytes) else 0
 
 
 # ---- the worker's side -----------------------------------------------------------------------------------------------
@@ -422,17 +414,17 @@ def serve(files: Sequence[int], parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a core for each worker, and no memory by the number of cores
     memory: dict[int, mmap.mmap] = {}
-    own_bytes = _data_bytes()
+    own_bytes = rlimits.data_bytes()
     os.write(1, _READY)
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         request, layout, which = _Request.from_json(asked), _Layout(asked["sizes"], asked["slot_bytes"]), asked["which"]
         if which not in memory or len(memory[which]) < layout.bytes:
             memory[which] = mmap.mmap(files[which], os.fstat(files[which]).st_size)
-        _limit(resource.RLIMIT_DATA, own_bytes + request.limits.memory_bytes)
+        rlimits.set_soft(resource.RLIMIT_DATA, own_bytes + request.limits.memory_bytes)
         contents = layout.contents()
         for i in range(*asked["range"]):
-            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + request.limits.max_cpu_s)
+            rlimits.set_soft(resource.RLIMIT_CPU, math.ceil(time.process_time()) + request.limits.max_cpu_s)
             _serve_one(memory[which], layout, i, contents[i], request)
         os.write(1, _DONE)
 
@@ -457,14 +449,3 @@ def _make(data: bytes, request: _Request) -> tuple[_Facts, bytes | memoryview]:
         return (len(made), 1, 1, ""), made
     one = resize.prepare(data, request.limits, request.preprocess)
     return (one.pixels.size, one.width, one.height, one.content_hash), one.pixels.data.cast("B")
-
-
-def _limit(what: int, soft: int) -> None:
-    _, hard = resource.getrlimit(what)
-    resource.setrlimit(what, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-
-
-def _data_bytes() -> int:
-    """Memory of this process that counts for RLIMIT_DATA."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
-    return int(line.split()[1]) << 10

@@ -77,7 +77,8 @@ def _count(source: sources.Source) -> dict[str, Any]:
 def say_outside(skipped: Counter[str]) -> None:
     """Say that links were left out, if some were, and how they are followed."""
     if many := skipped[sources.OUTSIDE]:
-        console.say(f"listing: {many:,} links lead out of the source and are left out; {sources.HOW_TO_FOLLOW}")
+        told = f"listing: {sources.leading_out(many)} and {'is' if many == 1 else 'are'} left out"
+        console.say(f"{told}; {sources.HOW_TO_FOLLOW}")
 
 
 def counted(source: sources.Source, tables: Iterable[pa.Table]) -> dict[str, Any]:

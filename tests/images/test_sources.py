@@ -318,7 +318,7 @@ def test_what_the_user_names_may_be_a_link(tmp_path: Path) -> None:
     assert contents(opened(tmp_path / "here/b.tar")) == {"b.tar#c.png": b"2"}
     with pytest.raises(UserError, match=r"no files but .*2 links lead out of the source: --data\.follow-links follows"):
         opened(tmp_path / "here")
-    with pytest.raises(UserError, match=r"'\*/a\.png' \(1 links lead out of the source: --data\.follow-links follows"):
+    with pytest.raises(UserError, match=r"'\*/a\.png' \(1 link leads out of the source: --data\.follow-links follows"):
         opened(tmp_path / "here/*/a.png")
     assert contents(opened(tmp_path / "here/*/a.png", follow_links=True)) == {"set/a.png": b"1"}
 
@@ -769,7 +769,7 @@ def test_the_byte_at_which_a_tar_breaks_is_told(tmp_path: Path) -> None:
     broken = list(sources.read(source, rows))[1]
     assert rows["key"].to_pylist()[1] == "0.tar#1024"
     assert isinstance(broken, BadImage)
-    assert "at byte 1024" in broken.detail
+    assert "at byte 1024, images before that: 1; all behind it counts as one bad image" in broken.detail
     write(tmp_path, {"0.tar": BREAKS["a size that leads back"]})
     with pytest.raises(UserError, match=r"no image members in 1 tars \(0\.tar is broken at byte 0\)"):
         opened(tmp_path)
@@ -1174,11 +1174,11 @@ def test_s3_errors_of_one_object_are_told_from_those_of_the_store(
     state = SimpleNamespace(left=times, waits=[])
     real = stores.S3._get
 
-    async def failing(self: stores.S3, name: str, start: int, stop: int) -> bytes:
-        if name == "a.png" and state.left:
+    async def failing(self: stores.S3, request: Any) -> bytes:
+        if request.name == "a.png" and state.left:
             state.left -= 1
             raise error
-        return await real(self, name, start, stop)
+        return await real(self, request)
 
     monkeypatch.setattr(stores.S3, "_get", failing)
     if not isinstance(expected, bytes | Reason):
@@ -1201,10 +1201,10 @@ def test_a_store_that_fails_while_a_tar_is_listed_breaks_no_tar(
     source = opened(place.uri)
     real = stores.S3._get
 
-    async def failing(self: stores.S3, name: str, start: int, stop: int) -> bytes:
-        if start:
+    async def failing(self: stores.S3, request: Any) -> bytes:
+        if request.start:
             raise _s3_error(code, OSError if code == "SlowDown" else PermissionError)
-        return await real(self, name, start, stop)
+        return await real(self, request)
 
     monkeypatch.setattr(stores.S3, "_get", failing)
     monkeypatch.setattr(stores, "RETRY_DELAYS_S", ())
