@@ -555,7 +555,7 @@ def test_pillows_warnings_stay_inside():
     assert outcome(data)[0] == Reason.TRUNCATED
 
 
-fuzz = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @fuzz
@@ -612,8 +612,8 @@ def timm_pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-@pytest.mark.parametrize("target", [(64, 64), (224, 224), (48, 65)])
-@pytest.mark.parametrize("crop_pct", [1.0, 0.95, 0.9, 0.875, 0.41])
+@pytest.mark.parametrize("target", [(64, 64), (48, 65)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.41])
 def test_resize_is_timms_bit_for_bit(crop_mode, target, crop_pct):
     height, width = target
     for interpolation in images_resize._INTERPOLATION:
