@@ -343,7 +343,9 @@ def test_types_that_parquet_itself_knows_are_read_as_what_they_are_stored_as(tmp
 
 
 def claiming(rows: int) -> bytes:
-    """One row of an image whose footer says that it has others: the count is the footer's, its only row group has one."""
+    """One row of an image whose footer says that it has others: the count is the footer's, its only row group has
+    one.
+    """
     sink = io.BytesIO()
     pq.write_table(pa.table({"image": [tiny.png(1)]}), sink, store_schema=False)
     data = sink.getvalue()
@@ -418,7 +420,9 @@ def test_a_base_that_names_a_file_outside_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_records_of_parts_delete_nothing_outside(tmp_path, overwrite):
-    """A folder that a stranger ships where a stage of ours is going to be: begun, with a record of somebody else's file."""
+    """A folder that a stranger ships where a stage of ours is going to be: begun, with a record of somebody else's
+    file.
+    """
     precious = tmp_path / "home" / "id_rsa"
     precious.parent.mkdir()
     precious.write_bytes(b"key")
@@ -606,8 +610,8 @@ def replaced(values: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def test_no_leaf_of_a_record_leads_anywhere(built, tmp_path):
-    """Every leaf of every record of an index, each by something else: what opens it says so in a line, or opens it, and touches
-    nothing else.
+    """Every leaf of every record of an index, each by something else: what opens it says so in a line, or opens it,
+    and touches nothing else.
     """
     index = tmp_path / "index"
     shutil.copytree(built, index, ignore=shutil.ignore_patterns("report"))
@@ -634,7 +638,9 @@ def test_no_leaf_of_a_record_leads_anywhere(built, tmp_path):
 
 
 def opens(uri: str) -> bool:
-    """Whether all that reads the records of an index takes them, without reading its tables; else each refused in one line."""
+    """Whether all that reads the records of an index takes them, without reading its tables; else each refused in one
+    line.
+    """
     whole = True
     for read in (realset.open_realset, update.open_base, originals.source_of):
         try:

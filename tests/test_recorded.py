@@ -189,7 +189,9 @@ def test_an_honest_record_is_opened(built):
     ],
 )
 def test_what_a_record_cannot_say_is_one_line(built, kind, inside, names):
-    """Every entry in turn is gone or is something else. What passes all the same has to be of its type and in its bounds."""
+    """Every entry in turn is gone or is something else. What passes all the same has to be of its type and in its
+    bounds.
+    """
     path = built / kind / core_files.ARTIFACT
     honest = path.read_text()
     for name in names:

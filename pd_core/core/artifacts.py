@@ -1,7 +1,7 @@
 """Stages: parts, the commit record `artifact.json`, and fingerprints of what an artifact is made of.
 
-A stage writes parts, and after each part a small record of it in `_parts/`. `artifact.json`, written last, is the commit.
-What lies in a stage's directory without a record is not there. Object stores have no rename: a part is one PUT.
+A stage writes parts, and after each part a small record of it in `_parts/`. `artifact.json`, written last, is the
+commit. What lies in a stage's directory without a record is not there. Object stores have no rename: a part is one PUT.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _NUMBERED = re.compile(r"(part|shard)-\d+\.\w+")
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
 def canonical(values: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text, and so do they once they were written and read."""
+    """JSON with sorted keys and no spaces: equal values give equal text, also after they were written and read."""
     values = json.loads(json.dumps(values, allow_nan=False))  # keys that are numbers sort as the texts that they become
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
@@ -115,8 +115,8 @@ def load_artifact(uri: str) -> Artifact | None:
     """The commit record in a stage's directory, or None where the stage is not finished.
 
     Raises:
-        UserError: it is none of ours: a field is missing, of another type, or names a file that no stage has; or its rows
-            are not those of its parts.
+        UserError: it is none of ours: a field is missing, of another type, or names a file that no stage has; or its
+            rows are not those of its parts.
     """
     values = read_record(join(uri, ARTIFACT))
     if values is None:
@@ -126,15 +126,12 @@ def load_artifact(uri: str) -> Artifact | None:
         trust.part_name(part.name, join(uri, ARTIFACT))
     rows = artifact.totals.get("rows")
     if artifact.kind in _ROWS_OF_PARTS and isinstance(rows, int) and rows != artifact.rows:
-        raise UserError(
-            f"{join(uri, ARTIFACT)}: says {rows} rows, its parts have {artifact.rows}; it is damaged or no record of pd_core, "
-            "make it again"
-        )
+        raise UserError(f"{join(uri, ARTIFACT)}: says {rows} rows, its parts have {artifact.rows}; {trust.NO_RECORD}")
     return artifact
 
 
 def damaged_parts(uri: str, parts: Iterable[Part]) -> dict[str, str]:
-    """What is wrong with each of a directory's parts that is gone or has not its size, by name; takes a listing per folder."""
+    """What is wrong with each of a directory's parts that is gone or has not its size, by name; lists each folder."""
     named = [(part, *part.name.rpartition("/")[::2]) for part in parts]
     present = {folder: sizes(join(uri, folder) if folder else uri) for folder in {folder for _, folder, _ in named}}
     found = {}
@@ -237,7 +234,7 @@ class Stage:
         return None
 
     def recorded(self) -> Artifact | None:
-        """The commit record in the directory where it is of this fingerprint, whether all its parts are whole or not."""
+        """The commit record in the directory where it is of this fingerprint, even if parts of it are damaged."""
         done = load_artifact(self.uri)
         return done if done is not None and done.fingerprint == self.fingerprint else None
 
@@ -264,7 +261,7 @@ class Stage:
                         self.folder.delete(folder + name)
 
     def write_part(self, name: str, data: bytes, rows: int, counts: Mapping[str, int] | None = None) -> Part:
-        """Write one file of the stage and, after its bytes are seen in place, its record. The name may lead into folders."""
+        """Write one file of the stage and, once its bytes are seen in place, its record; names may have folders."""
         uri = join(self.uri, trust.part_name(name, self.uri))
         self.folder.write(name, data)
         fs, path = filesystem(uri)
@@ -308,8 +305,8 @@ class Stage:
     def finished_parts(self) -> dict[str, Part]:
         """Recorded parts whose file is in place with its recorded size; others are to be made again.
 
-        A record names its stage's fingerprint: what a late task of an earlier run writes here is not taken for ours. One that
-        such a task drops meanwhile is not there.
+        A record names its stage's fingerprint: what a late task of an earlier run writes here is not taken for ours.
+        One that such a task drops meanwhile is not there.
         """
         parts = self._records()
         damaged = damaged_parts(self.uri, parts)
@@ -331,7 +328,7 @@ class Stage:
             return [part for name, record in records if (part := self._own(name, record)) is not None]
 
     def _own(self, name: str, record: Any) -> Part | None:
-        """The part that a record speaks of; None where it is not whole or of another stage. Raises UserError: it is none of ours."""
+        """The part of a record; None where it is not whole, or of another stage. Raises UserError: none of ours."""
         uri = join(self.uri, RECORDS, name)
         if record is None or (isinstance(record, dict) and record.get("stage", self.fingerprint) != self.fingerprint):
             return None
@@ -407,7 +404,8 @@ def _record(name: str) -> str:
 def _clear(folder: Folder) -> None:
     """Delete a stage in an order that can break off anywhere: what is left is unfinished, and still known as ours.
 
-    Files that no stage writes are somebody else's and stay. Raises UserError: a record is of such a file; nothing is deleted then.
+    Files that no stage writes are somebody else's and stay. Raises UserError: a record is of such a file; nothing is
+    deleted then.
     """
     where = join(folder.uri, RECORDS)
     records = sorted(sizes(where))

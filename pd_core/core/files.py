@@ -37,7 +37,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URI and the path in it. Listings are never cached: other processes write there.
 
     Raises:
-        UserError: it is neither local nor s3://; fsspec itself would fetch from anywhere, through any chain of protocols.
+        UserError: it is neither local nor s3://; fsspec itself would fetch from anywhere, through any chain of
+            protocols.
     """
     if is_local(uri):
         return LocalFileSystem(), LocalFileSystem._strip_protocol(uri)
@@ -113,7 +114,7 @@ def is_failure(error: BaseException | None) -> TypeGuard[BaseException]:
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn what a file system or object store raises inside into its one line about `name`, a URI or a setting and its URI."""
+    """Turn what a file system or object store raises into its line about `name`, a URI or a setting and its URI."""
     try:
         yield
     except Exception as error:  # botocore's errors are told by their module alone, see `is_failure`
@@ -135,7 +136,8 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_file(uri: str, where: str, most: int) -> bytes:
-    """All bytes of a file that a user or a record names: a regular file of at most `most` bytes, whatever grows meanwhile.
+    """All bytes of a file that a user or a record names: a regular file of at most `most` bytes, whatever grows
+    meanwhile.
 
     Args:
         uri: local or s3://.
@@ -192,7 +194,7 @@ class NotWhole(UserError):
 
 
 def read_record(uri: str) -> Any:
-    """`read_json` of a file that only this program writes; None also where it is not whole: what it speaks of is made again."""
+    """`read_json` of a file that only we write; None also where it is not whole: what it speaks of is made again."""
     try:
         return read_json(uri)
     except NotWhole:
@@ -322,9 +324,9 @@ def read_table(uri: str, columns: Sequence[str] | None = None, without: Collecti
 class Folder:
     """A directory that is written into by names, some of which were read from files: none of them leads out of it.
 
-    On a local disk every write and deletion goes through the directory's own descriptor: no link below it is followed, and one
-    that takes its place is noticed, from this process' first look at it on. Nodes may have mounted the disk elsewhere, so each
-    process looks for itself.
+    On a local disk every write and deletion goes through the directory's own descriptor: no link below it is followed,
+    and one that takes its place is noticed, from this process' first look at it on. Nodes may have mounted the disk
+    elsewhere, so each process looks for itself.
     """
 
     def __init__(self, uri: str) -> None:
@@ -358,8 +360,8 @@ class Folder:
     def take(self, source: str, name: str) -> None:
         """The bytes of a file of another directory, without reading them where that can be had.
 
-        On one local disk a hard link (files are replaced here, never written into), on one object store a copy that the store
-        makes by itself; else through this process.
+        On one local disk a hard link (files are replaced here, never written into), on one object store a copy that
+        the store makes by itself; else through this process.
 
         Raises:
             FileNotFoundError: nothing is there.
@@ -461,6 +463,6 @@ def refuse_links(uri: str) -> None:
             path = os.path.join(folder, name)
             if os.path.islink(path) and not is_inside(path, root):
                 raise UserError(
-                    f"{uri}: {printable(path)} is a link to {printable(os.path.realpath(path))}, outside of it, where nothing is "
-                    "written; remove the link or choose another --output"
+                    f"{uri}: {printable(path)} is a link to {printable(os.path.realpath(path))}, outside of it, where "
+                    "nothing is written; remove the link or choose another --output"
                 )

@@ -76,14 +76,14 @@ def listing(metadata: pa.StructType | None = None) -> pa.Schema:
     """One row per image of the source, in the order that fixes parts and batches.
 
     `container` is the file that holds the image (the image file itself in a directory), relative to the source's
-    root; `offset` and `size` locate it inside: byte range in a tar, (row, -1) in a Parquet file, (0, file size) otherwise.
-    `version` changes when that file does.
+    root; `offset` and `size` locate it inside: byte range in a tar, (row, -1) in a Parquet file, (0, file size)
+    otherwise. `version` changes when that file does.
     """
     return pa.schema(_columns("sample_id key container offset size version label?", metadata))
 
 
 def features(dim: int, metadata: pa.StructType | None = None) -> pa.Schema:
-    """One row per image that has a feature; `width` and `height` in px after EXIF orientation; feature: float32 [dim]."""
+    """One row per image that has a feature, float32 [dim]; `width` and `height` in px after EXIF orientation."""
     names = "sample_id key content_hash width height label? feature"
     return pa.schema(_columns(names, metadata, feature=_list(pa.float32(), dim)))
 
@@ -111,8 +111,8 @@ def densities(k: int, metadata: pa.StructType | None = None) -> pa.Schema:
 def samples() -> pa.Schema:
     """One row per accepted image; `image` is a PNG in the form that `datasets` and Ray Data read as an image.
 
-    `sample_id` is the candidate's running number. `density` is the one that decided, unless `log_volume` is there, which then
-    did (docs/method.md, section 6); `percentile` is the density's place among the real set's in [0, 100];
+    `sample_id` is the candidate's running number. `density` is the one that decided, unless `log_volume` is there,
+    which then did (docs/method.md, section 6); `percentile` is the density's place among the real set's in [0, 100];
     `acceptance_probability` is a of docs/method.md, section 4, so that weights 1/a undo the selection; distances are
     Euclidean in the index's feature space; `image_hash` is the SHA-256 of height, width and RGB pixels.
     """
@@ -125,10 +125,10 @@ def samples() -> pa.Schema:
 def perturbed() -> pa.Schema:
     """One row per perturbed image, `image`, beside the one it was made from, `image_before`; both PNG.
 
-    Densities are those of the images as they are saved, by the predictor and by the index; percentiles are of the latter
-    among the real set's, in [0, 100]; `confirmed`: the index-scored one moved in the direction that was asked for. Distances
-    are Euclidean in the index's feature space, `feature_distance` between the two images; `latent_distance_max` is the
-    largest change of any element of the latent. Copies and `image_hash` are of `image`.
+    Densities are those of the images as they are saved, by the predictor and by the index; percentiles are of the
+    latter among the real set's, in [0, 100]; `confirmed`: the index-scored one moved in the direction that was asked
+    for. Distances are Euclidean in the index's feature space, `feature_distance` between the two images;
+    `latent_distance_max` is the largest change of any element of the latent. Copies and `image_hash` are of `image`.
     """
     return _with_images(
         "sample_id seed direction label? prompt? density_predicted_before density_predicted_after density_index_before "
@@ -138,8 +138,8 @@ def perturbed() -> pa.Schema:
 
 
 def _with_images(names: str) -> pa.Schema:
-    """With what the `datasets` package keeps of a table in its Parquet files, so that it opens pictures as such. No picture
-    is null; `datasets` knows them by a type that may be.
+    """With what the `datasets` package keeps of a table in its Parquet files, so that it opens pictures as such. No
+    picture is null; `datasets` knows them by a type that may be.
     """
     fields = _columns(names)
     dtypes = {"double": "float64", "float": "float32"}
@@ -153,7 +153,7 @@ def _with_images(names: str) -> pa.Schema:
 
 
 def rejected() -> pa.Schema:
-    """One row per rejected candidate: its density, its log-volume where that decided, and its acceptance probability."""
+    """One row per rejected candidate: density, log-volume where that decided, and acceptance probability."""
     return pa.schema(_columns("sample_id seed density log_volume? acceptance_probability"))
 
 
@@ -178,9 +178,10 @@ def scores() -> pa.Schema:
 def curve() -> pa.Schema:
     """One row per setting and space; metrics are null where the pool did not give n images.
 
-    `candidates` were looked at for them, `acceptance_rate` is over the whole pool, and `effective_sample_size` says how many
-    equally weighted candidates of the pool the setting's weights are worth; `exact_effective_size`: likewise of exp(polarity · v)
-    without the steps that bound it, null for other methods. `NAME_low`, `NAME_high`: 95% interval of NAME.
+    `candidates` were looked at for them, `acceptance_rate` is over the whole pool, and `effective_sample_size` says
+    how many equally weighted candidates of the pool the setting's weights are worth; `exact_effective_size`: likewise
+    of exp(polarity · v) without the steps that bound it, null for other methods. `NAME_low`, `NAME_high`: 95% interval
+    of NAME.
     """
     names = (
         "space extractor setting curve method threshold? weight? polarity? truncation? n n_real k_precision k_coverage "
@@ -193,8 +194,8 @@ def curve() -> pa.Schema:
 def weights() -> pa.Schema:
     """One row per image that fine-tuning may draw, in the order of the listing part of the same name.
 
-    `row` is the image's place in that part; `weight` is ω(ρ) of `density`, and of the label where weightings are per label;
-    images of weight 0 are there and are never drawn.
+    `row` is the image's place in that part; `weight` is ω(ρ) of `density`, and of the label where weightings are per
+    label; images of weight 0 are there and are never drawn.
     """
     return pa.schema(_columns("sample_id key row label? density weight"))
 
@@ -202,7 +203,8 @@ def weights() -> pa.Schema:
 def finetuned_samples() -> pa.Schema:
     """One row per shown image of one state of a generator; `number` counts the images of an evaluation, from 0.
 
-    The same numbers have the same seeds, and the same labels, in every state. `density_predicted`: of the image as it is saved.
+    The same numbers have the same seeds, and the same labels, in every state. `density_predicted`: of the image as it
+    is saved.
     """
     return pa.schema(_columns("number seed label? density_predicted image?"))
 
@@ -230,7 +232,7 @@ def candidates() -> pa.Schema:
 
 @functools.cache
 def known() -> Mapping[str, frozenset[pa.DataType]]:
-    """Every column by its name, with the types that it has in the tables above; those of `metadata` are the source's own."""
+    """Every column of the tables above by its name, with its types; those of `metadata` are the source's own."""
     fields = [*listing(), *features(1), *quarantine(), *neighbors(1), *densities(1), *samples(), *perturbed()]
     fields += [*rejected(), *metrics(), *scores(), *curve(), *weights(), *finetuned_samples(), *evaluations()]
     fields += [*history(), *candidates()]

@@ -1,12 +1,13 @@
 """The door for images of strangers: a small child process decodes them, and may die of it.
 
-A worker hands the bytes of a group of images over in shared memory and gets pixels and facts back in it; while the child
-decodes one group the worker reads the next. The child imports Pillow, numpy and `images`, knows no credentials, and has limits
-for each image: `DecodeLimits.max_cpu_s` of CPU and `DecodeLimits.memory_bytes` of memory. Where memory runs out the kernel
-takes it before anything else. It ends with its worker, however that ends.
+A worker hands the bytes of a group of images over in shared memory and gets pixels and facts back in it; while the
+child decodes one group the worker reads the next. The child imports Pillow, numpy and `images`, knows no credentials,
+and has limits for each image: `DecodeLimits.max_cpu_s` of CPU and `DecodeLimits.memory_bytes` of memory. Where memory
+runs out the kernel takes it before anything else. It ends with its worker, however that ends.
 
-The image at which a child dies, or hangs, is tried once more alone in a new one, and later again where the child was killed.
-If that fails too the image is `TOO_EXPENSIVE`; all others are decoded as ever. What a child answers is read as numbers and text, never as objects.
+The image at which a child dies, or hangs, is tried once more alone in a new one, and later again where the child was
+killed. If that fails too the image is `TOO_EXPENSIVE`; all others are decoded as ever. What a child answers is read as
+numbers and text, never as objects.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ WALL_FACTOR = 5  # wall-clock seconds for each second of CPU, before a child tha
 _RECORD_BYTES = 2048  # of one answer: a detail has at most 300 characters of 4 bytes
 _READY, _DONE = b"+", b"."
 
-# glibc would give the pages of an image back to the kernel after each and fault them in for the next: a third of all CPU
+# glibc would give the pages of an image back to the kernel after each and fault them in for the next: a third of all
+# CPU
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
@@ -337,7 +339,8 @@ class _Decoder:
     def _answered_alone(self, group: _Group, at: int) -> bool:
         """Whether a new child answers for the image at which one has died.
 
-        One that was killed says little of its image: the kernel may have wanted memory for others. Then it is tried again later.
+        One that was killed says little of its image: the kernel may have wanted memory for others. Then it is tried
+        again later.
         """
         for pause_s in (*PAUSES_S, None):
             self._ask(group, at, at + 1)
@@ -374,8 +377,8 @@ class _Decoder:
                 self.was_killed = said == b"" and code == -signal.SIGKILL  # not by us, as one that hangs
                 if not self.ready:
                     raise RunError(
-                        f"decoding: the process that decodes images ended before it began (exit code {code}); see that this "
-                        "machine has memory to spare, then run the same command again"
+                        f"decoding: the process that decodes images ended before it began (exit code {code}); see that "
+                        "this machine has memory to spare, then run the same command again"
                     )
                 return at
             before = at if said is None else -1

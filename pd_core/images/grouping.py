@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def grouped(items: Iterable[T], size_of: Callable[[T], int], most_bytes: int, most_items: int) -> Iterator[list[T]]:
-    """Consecutive items in lists of at most `most_items` that have at most `most_bytes` together; a larger item goes alone."""
+    """Consecutive items in lists of at most `most_items` and `most_bytes` together; a larger item goes alone."""
     group: list[T] = []
     held = 0
     for item in items:

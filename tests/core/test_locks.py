@@ -1,4 +1,6 @@
-"""The run lock: one holder at a time, on a disk and on S3; the dead do not block, and those that were overtaken stop."""
+"""The run lock: one holder at a time, on a disk and on S3; the dead do not block, and those that were overtaken
+stop.
+"""
 
 import concurrent.futures
 import json

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pd_core"
 
-# A call by the end of its dotted name, and the files that may have it. Everything else goes through these files' own functions.
+# A call by the end of its dotted name, and the files that may have it. Everything else goes through these files' own
+# functions.
 DOORS = {
     # Parquet, and Arrow's other formats: extension types, metadata without bounds
     "parquet.ParquetFile": {"core/tables.py"},

@@ -84,7 +84,9 @@ def assert_same(found: Prepared | BadImage, expected: Prepared | BadImage) -> No
 
 
 def slow(megapixels: float) -> bytes:
-    """A clean file that Pillow decodes in Python, some 1.4 s of CPU for each megapixel: its largest value is not 255."""
+    """A clean file that Pillow decodes in Python, some 1.4 s of CPU for each megapixel: its largest value is not
+    255.
+    """
     side = int((megapixels * 1e6) ** 0.5)
     return f"P6 {side} {side} 100\n".encode() + bytes(3 * side * side)
 

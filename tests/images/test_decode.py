@@ -316,7 +316,8 @@ def test_bomb_in_an_ancillary_chunk(chunk):
     assert reason_of(png(1, 1, 8, 0, [b"\0"], bomb)) is Reason.CORRUPT
 
 
-# ----------------------------------------------------------------------- declared: more room or work than the picture has
+# ----------------------------------------------------------------------- declared: more room or work than the picture
+# has
 
 EXPENSIVE = DecodeLimits(max_bytes=2**26, max_pixels=100_000_000, background=(0, 0, 0), max_cpu_s=60)
 

@@ -1129,7 +1129,7 @@ def test_s3_errors_of_one_object_are_told_from_those_of_the_store(
     source = opened(f"{place.uri}")
     rows = listed(source)
     state = SimpleNamespace(left=times, waits=[])
-    real = stores.S3._get
+    real = stores.S3.get
 
     async def failing(self: stores.S3, request: Any) -> bytes:
         if request.name == "a.png" and state.left:
@@ -1137,7 +1137,7 @@ def test_s3_errors_of_one_object_are_told_from_those_of_the_store(
             raise error
         return await real(self, request)
 
-    monkeypatch.setattr(stores.S3, "_get", failing)
+    monkeypatch.setattr(stores.S3, "get", failing)
     if not isinstance(expected, bytes | Reason):
         kind, _, message = expected.partition(": ")
         with pytest.raises((RunError, UserError), match=message) as caught:
@@ -1156,14 +1156,14 @@ def test_a_store_that_fails_while_a_tar_is_listed_breaks_no_tar(
 ) -> None:
     place.put("a.tar", tar_bytes({"a.png": bytes(3 << 20), "b.png": b"2"}))  # the second header is of another request
     source = opened(place.uri)
-    real = stores.S3._get
+    real = stores.S3.get
 
     async def failing(self: stores.S3, request: Any) -> bytes:
         if request.start:
             raise _s3_error(code, OSError if code == "SlowDown" else PermissionError)
         return await real(self, request)
 
-    monkeypatch.setattr(stores.S3, "_get", failing)
+    monkeypatch.setattr(stores.S3, "get", failing)
     monkeypatch.setattr(stores, "RETRY_DELAYS_S", ())
     with pytest.raises(RunError if code == "SlowDown" else UserError, match=r"a\.tar"):
         listed(source)
@@ -1181,7 +1181,7 @@ def test_s3_parquet_rows_are_lost_only_with_their_file(
     async def failing(*_: Any) -> bytes:
         raise _s3_error(code, OSError if code == "SlowDown" else PermissionError)
 
-    monkeypatch.setattr(stores.S3, "_size" if at == "open" else "_get", failing)
+    monkeypatch.setattr(stores.S3, "_size" if at == "open" else "get", failing)
     if code == "AccessDenied":
         found = [outcome(item) for item in sources.read(source, rows, sleep=never)]
         assert found == [Reason.UNREADABLE] * 2

@@ -22,8 +22,8 @@ from pd_core.core.settings.data import DataSettings
 from pd_core.images.decode import BadImage
 from pd_core.images.sources import folders, names, parquet, webdataset
 from pd_core.images.sources.base import Source, decide_kind, entries, locate, require_some
-from pd_core.images.sources.names import check_unique, sample_id, sample_ids
-from pd_core.images.sources.stores import HOW_TO_FOLLOW, OUTSIDE, Sleep, Span, leading_out
+from pd_core.images.sources.names import check_unique, leading_out, sample_id, sample_ids
+from pd_core.images.sources.stores import HOW_TO_FOLLOW, OUTSIDE, Sleep, Span
 
 __all__ = [
     "HOW_TO_FOLLOW",
@@ -101,8 +101,8 @@ State = dict[str, Any]
 def state(source: Source) -> State:
     """What the source holds now: number of files, their bytes, and a hash that changes when one of them does.
 
-    The hash is over name, size and mtime (S3: ETag) of each file, whatever the order they are met in; of files that a stage
-    of ours has committed, over name and content, so that a part that is made again is no change. Files that a
+    The hash is over name, size and mtime (S3: ETag) of each file, whatever the order they are met in; of files that a
+    stage of ours has committed, over name and content, so that a part that is made again is no change. Files that a
     Parquet `path` names are not part of it.
 
     Raises:

@@ -53,7 +53,7 @@ class Source:
     only: tuple[str, str] | None = None
     committed: Mapping[str, Any] | None = None
 
-    def store(self) -> stores.Local | stores.S3:
+    def store(self) -> stores.Store:
         """A new connection to where the files are."""
         return stores.open_store(self.root, self.settings.follow_links, self.names)
 
@@ -247,7 +247,7 @@ def _found(skipped: Counter[str]) -> str:
 
 def _how_to_follow(skipped: Counter[str]) -> str:
     many = skipped[stores.OUTSIDE]
-    return f" ({stores.leading_out(many)}: {stores.HOW_TO_FOLLOW})" if many else ""
+    return f" ({names.leading_out(many)}: {stores.HOW_TO_FOLLOW})" if many else ""
 
 
 def require_some(source: Source) -> None:

@@ -46,12 +46,6 @@ TWICE = "(link to a folder that is listed already)"
 HOW_TO_FOLLOW = "--data.follow-links follows such links, in a source that you trust"
 MAX_ENTRIES = 1000  # into one folder, by links inside a source: folders of two links each are 2^depth folders
 
-
-def leading_out(many: int) -> str:
-    """`3 links lead out of the source`."""
-    return f"{many:,} links lead out of the source" if many != 1 else "1 link leads out of the source"
-
-
 Sleep = Callable[[float], None]
 Chooser = Callable[[str], bool]
 Result = TypeVar("Result")
@@ -81,7 +75,7 @@ class Span:
     size: int
 
 
-def open_store(root: str, follow_links: bool = False, named: Collection[str] = ()) -> Local | S3:
+def open_store(root: str, follow_links: bool = False, named: Collection[str] = ()) -> Store:
     """The files under a local path or an s3:// URI. Raises UserError for any other scheme.
 
     Args:
@@ -97,7 +91,7 @@ def open_store(root: str, follow_links: bool = False, named: Collection[str] = (
     return Local(root, follow_links, frozenset(named))
 
 
-def explained(store: Local | S3, name: str = "") -> AbstractContextManager[None]:
+def explained(store: Store, name: str = "") -> AbstractContextManager[None]:
     """Turn errors of the store into the one line of `files.explain`."""
     return files.explained(files.join(store.uri, printable(names.unescape(name))) if name else store.uri)
 
@@ -469,7 +463,8 @@ class S3:
                 return
             more["ContinuationToken"] = page["NextContinuationToken"]
 
-    async def _get(self, request: _Request) -> bytes:
+    async def get(self, request: _Request) -> bytes:
+        """The bytes of a request."""
         async with (await self._object(request))["Body"] as body:
             return await body.read()
 
@@ -494,12 +489,12 @@ class S3:
                 i: _too_many_bytes(span.size, limit_bytes) for i, span in enumerate(group) if span.size > limit_bytes
             }
             requests = _merge([(i, span) for i, span in enumerate(group) if i not in results], limit_bytes)
-            for request, answer in zip(requests, self._settle(self._get, requests, sleep), strict=True):
+            for request, answer in zip(requests, self.settle(self.get, requests, sleep), strict=True):
                 for index in request.indices:
                     results[index] = _cut(group[index], request, answer, limit_bytes)
             yield from (results[i] for i in range(len(group)))
 
-    def _settle(
+    def settle(
         self, ask: Callable[[_Request], Awaitable[Result]], requests: Sequence[_Request], sleep: Sleep
     ) -> list[Result | BaseException]:
         """The answer to each request, or the error that says its object is lost; all are under way at the same time.
@@ -530,19 +525,12 @@ class S3:
 
     def open(self, name: str, sleep: Sleep) -> BinaryIO:
         """A seekable file with read-ahead. Raises OSError if the object is lost, else UserError or RunError."""
-        (size,) = self._settle(self._size, [_Request(name, 0, 1)], sleep)
+        (size,) = self.settle(self._size, [_Request(name, 0, 1)], sleep)
         if isinstance(size, BaseException):
             if not _beyond_end(size):
                 raise size
             size = 0
         return io.BufferedReader(_S3File(self, name, size, sleep), REMOTE_BLOCK_BYTES)
-
-    def read_range(self, name: str, start: int, stop: int, sleep: Sleep) -> bytes:
-        """Bytes start..stop (exclusive) of an object that has them. Raises as `open`."""
-        (answer,) = self._settle(self._get, [_Request(name, start, stop)], sleep)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
 
 
 async def _all_of(calls: Sequence[Awaitable[Result]]) -> list[Result | BaseException]:
@@ -601,7 +589,12 @@ class _S3File(io.RawIOBase):
         stop = min(self._position + len(buffer), self._size)
         if stop <= self._position:
             return 0
-        data = self._store.read_range(self._name, self._position, stop, self._sleep)
+        (data,) = self._store.settle(self._store.get, [_Request(self._name, self._position, stop)], self._sleep)
+        if isinstance(data, BaseException):
+            raise data
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+Store = Local | S3
