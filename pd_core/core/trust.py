@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import pyarrow as pa
@@ -239,12 +240,7 @@ def check_folder(path: str, where: str) -> None:
     Raises:
         UserError: one is no regular file, or too large.
     """
-    with os.scandir(path) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.is_dir():
-                check_file(entry.path, f"{where}, {printable(entry.name)}")
-                continue
-            with os.scandir(entry.path) as inner:
-                for one in inner:
-                    if not one.is_dir():
-                        check_file(one.path, f"{where}, {printable(entry.name)}/{printable(one.name)}")
+    folder = Path(path)
+    for one in sorted([*folder.iterdir(), *folder.glob("*/*")]):
+        if not one.is_dir():
+            check_file(str(one), f"{where}, {printable(str(one.relative_to(folder)))}")

@@ -132,8 +132,11 @@ def test_one_that_is_left_early_leaves_no_work_behind(monkeypatch):
 
 
 def test_thumbnails():
-    contents = [FILES[0], b"no picture", saved(picture(400, 300), "JPEG")]
-    small, bad, large = images_child.thumbnails(contents, LIMITS)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (640, 640, 3), np.uint8))
+    noises = [noise, noise.crop((0, 0, resize.THUMBNAIL_PX, resize.THUMBNAIL_PX))]  # of most bytes
+    contents = [FILES[0], b"no picture", saved(picture(400, 300), "JPEG"), *(saved(image, "PNG") for image in noises)]
+    small, bad, large, *noisy = images_child.thumbnails(contents, LIMITS)
+    assert noisy == [resize.thumbnail(image) for image in noises]
     assert small == resize.thumbnail(picture())
     assert isinstance(bad, BadImage)
     assert large == resize.thumbnail(decode.decode(contents[2], LIMITS))
@@ -156,13 +159,6 @@ def test_originals_are_shown_where_they_are_as_they_were(tmp_path):
     changed = thumbnails.of_originals(source, rows, hashes)
     assert isinstance(bad := changed[ids["2.jpg"]], BadImage) and bad.detail == thumbnails.CHANGED
     assert changed[ids["0.png"]] == made[ids["0.png"]]
-
-
-def test_a_thumbnail_of_noise_fits():
-    noise = np.random.default_rng(0).integers(0, 256, (2, 640, 640, 3), np.uint8)
-    for side in (resize.THUMBNAIL_PX, 640):
-        image = Image.fromarray(noise[0, :side, :side])
-        assert list(images_child.thumbnails([saved(image, "PNG")], LIMITS)) == [resize.thumbnail(image)]
 
 
 def test_pictures_of_samples():

@@ -10,7 +10,6 @@ import asyncio
 import errno
 import hashlib
 import heapq
-import io
 import os
 import platform
 import stat
@@ -20,9 +19,10 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import fsspec.asyn
+from fsspec.spec import AbstractBufferedFile
 
 from pd_core.core import files
 from pd_core.core.errors import RunError, UserError, printable
@@ -530,7 +530,7 @@ class S3:
             if not _beyond_end(size):
                 raise size
             size = 0
-        return io.BufferedReader(_S3File(self, name, size, sleep), REMOTE_BLOCK_BYTES)
+        return cast("BinaryIO", _Object(self, name, size, sleep))
 
 
 async def _all_of(calls: Sequence[Awaitable[Result]]) -> list[Result | BaseException]:
@@ -567,34 +567,18 @@ def _cut(span: Span, request: _Request, answer: bytes | BaseException, limit_byt
     return data if len(data) == span.size else _shorter(len(data), span.size)
 
 
-class _S3File(io.RawIOBase):
-    """An object as an unbuffered file."""
+class _Object(AbstractBufferedFile):  # type: ignore[misc]
+    """An object as a file with read-ahead."""
 
     def __init__(self, store: S3, name: str, size: int, sleep: Sleep) -> None:
-        self._store, self._name, self._size, self._sleep = store, name, size, sleep
-        self._position = 0
+        super().__init__(store.fs, name, block_size=REMOTE_BLOCK_BYTES, size=size)
+        self._store, self._sleep = store, sleep
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._position + len(buffer), self._size)
-        if stop <= self._position:
-            return 0
-        (data,) = self._store.settle(self._store.get, [_Request(self._name, self._position, stop)], self._sleep)
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        (data,) = self._store.settle(self._store.get, [_Request(self.path, start, end)], self._sleep)
         if isinstance(data, BaseException):
             raise data
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+        return data
 
 
 Store = Local | S3
