@@ -294,5 +294,5 @@ def test_a_part_that_another_run_drops_meanwhile_is_not_there(tmp_path, monkeypa
         other.drop_part("state-1.pt")  # between the listing of the records and their reading
         return read(uri)
 
-    monkeypatch.setattr(artifacts, "read_record", read_after_the_drop)
+    monkeypatch.setattr(files, "read_record", read_after_the_drop)
     assert made.finished_parts() == {"state-2.pt": kept}
