@@ -30,7 +30,7 @@ from pd_core.core import schemas
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.s3 import S3FileSystem
 from pd_core.core.settings.data import DataSettings
-from pd_core.images import decode, sources
+from pd_core.images import decode, listing, sources
 from pd_core.images.decode import BadImage, Reason
 from pd_core.images.sources import names, stores, webdataset
 from pd_core.images.sources.base import expand_braces
@@ -253,6 +253,15 @@ def test_links_are_followed_inside_the_source_only_and_loops_end(linked: Path) -
     list(sources.list_images(source, skipped))
     assert contents(source) == INSIDE | {"inner/c.png": b"3", "there_and_back/c.png": b"3"}
     assert skipped == {stores.LOOP: 1, stores.OUTSIDE: 3}
+
+
+@pytest.mark.parametrize(
+    ("many", "told"),
+    [(1, "1 link leads out of the source and is"), (1200, "1,200 links lead out of the source and are")],
+)
+def test_links_that_are_left_out_are_told(capsys: pytest.CaptureFixture[str], many: int, told: str) -> None:
+    listing.say_outside(Counter({stores.OUTSIDE: many}))
+    assert f"listing: {told} left out; --data.follow-links" in capsys.readouterr().out
 
 
 def test_links_out_are_followed_on_request_and_each_folder_is_entered_once(linked: Path) -> None:
