@@ -567,7 +567,7 @@ def _cut(span: Span, request: _Request, answer: bytes | BaseException, limit_byt
     return data if len(data) == span.size else _shorter(len(data), span.size)
 
 
-class _Object(AbstractBufferedFile):  # type: ignore[misc]
+class _Object(AbstractBufferedFile):
     """An object as a file with read-ahead."""
 
     def __init__(self, store: S3, name: str, size: int, sleep: Sleep) -> None:
