@@ -34,7 +34,8 @@ class Answer:
 
 @contextlib.contextmanager
 def fronting(url: str, gate: Callable[[Request], Answer | None]) -> Iterator[str]:
-    """Forward to `url` what `gate` does not answer; yields the endpoint, on loopback, served by threads of this process.
+    """Forward to `url` what `gate` does not answer; yields the endpoint, on loopback, served by threads of this
+    process.
 
     The Host header stays that of this server, since signatures cover it.
     """

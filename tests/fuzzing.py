@@ -368,7 +368,9 @@ class Watched:
         return 0.0
 
     def ask(self, given: tuple[str, bytes]) -> str | None:
-        """What is wrong with what became of an input; its seconds are of CPU, for a machine may be busy, unless it sleeps."""
+        """What is wrong with what became of an input; its seconds are of CPU, for a machine may be busy, unless it
+        sleeps.
+        """
         before, cpu_s, start, why = self._memory(), self._cpu_s(), time.monotonic(), ""
         self.pipe.send(given)
         while not self.pipe.poll(0.02):

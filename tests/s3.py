@@ -82,7 +82,9 @@ def _free_ports(count: int) -> list[int]:
 
 
 class Weed:
-    """SeaweedFS with its data and its log in a directory: can be killed, and started again on the same ports and data."""
+    """SeaweedFS with its data and its log in a directory: can be killed, and started again on the same ports and
+    data.
+    """
 
     def __init__(self, directory: Path, more: Mapping[str, str] | None = None):
         (directory / "data").mkdir(parents=True)
@@ -99,7 +101,8 @@ class Weed:
             "actions": ["Read", "List"],
         }
         (directory / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
-        # a bucket is a collection of its own volumes: one each (the default is seven), or the server runs out of volumes
+        # a bucket is a collection of its own volumes: one each (the default is seven), or the server runs out of
+        # volumes
         (directory / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
         self.directory = directory
         self.command = [

@@ -81,7 +81,8 @@ def test_a_cluster_of_our_own_listens_on_loopback_alone_and_has_no_dashboard(ray
     assert {"raylet", "gcs_server"} <= {name for name, _ in listening}
     for name, address in listening:
         assert (getattr(address, "ipv4_mapped", None) or address).is_loopback, (name, address)
-    # what is left of the dashboard serves no page; where it listens at all, for Ray's own processes, it is on loopback as well
+    # what is left of the dashboard serves no page; where it listens at all, for Ray's own processes, it is on loopback
+    # as well
     dashboards = [command for process in family if "dashboard.py" in (command := " ".join(process.cmdline()))]
     assert all("--disable-frontend" in command for command in dashboards)
 

@@ -1,1 +1,1 @@
-"""Foundations that know no Ray and no stage: errors, seeds, settings, files, artifacts, schemas, locks, and what strangers may say."""
+"""Foundations that know no Ray and no stage: errors, seeds, settings, files, artifacts, schemas, locks, trust."""

@@ -1,7 +1,7 @@
 """Stages: parts, the commit record `artifact.json`, and fingerprints of what an artifact is made of.
 
-A stage writes parts, and after each part a small record of it in `_parts/`. `artifact.json`, written last, is the commit.
-What lies in a stage's directory without a record is not there. Object stores have no rename: a part is one PUT.
+A stage writes parts, and after each part a small record of it in `_parts/`. `artifact.json`, written last, is the
+commit. What lies in a stage's directory without a record is not there. Object stores have no rename: a part is one PUT.
 """
 
 from __future__ import annotations
@@ -24,34 +24,18 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 from pydantic import Field
 
-from pd_core.core import trust
+from pd_core.core import files, trust
 from pd_core.core.errors import RunError, UserError
-from pd_core.core.files import (
-    ARTIFACT,
-    MEND,
-    READERS,
-    RECORDS,
-    STARTED,
-    TEMPORARY_S,
-    UNKNOWN,
-    Folder,
-    filesystem,
-    is_local,
-    join,
-    read_json,
-    read_record,
-    sizes,
-    table_bytes,
-)
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 _TABLE = re.compile(r"part-(\d{8,})\.parquet")
+_ROWS_OF_PARTS = {"listing", "features", "index", "neighbors", "densities", "samples"}  # totals' rows are their parts'
 _NUMBERED = re.compile(r"(part|shard)-\d+\.\w+")
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
 def canonical(values: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text, and so do they once they were written and read."""
+    """JSON with sorted keys and no spaces: equal values give equal text, also after they were written and read."""
     values = json.loads(json.dumps(values, allow_nan=False))  # keys that are numbers sort as the texts that they become
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
@@ -114,21 +98,29 @@ def load_artifact(uri: str) -> Artifact | None:
     """The commit record in a stage's directory, or None where the stage is not finished.
 
     Raises:
-        UserError: it is none of ours: a field is missing, of another type, or names a file that no stage has.
+        UserError: it is none of ours: a field is missing, of another type, or names a file that no stage has; or its
+            rows are not those of its parts.
     """
-    values = read_record(join(uri, ARTIFACT))
+    values = files.read_record(files.join(uri, files.ARTIFACT))
     if values is None:
         return None
-    artifact = trust.checked(Artifact, values, join(uri, ARTIFACT))
+    artifact = trust.checked(Artifact, values, files.join(uri, files.ARTIFACT))
     for part in artifact.parts:
-        trust.part_name(part.name, join(uri, ARTIFACT))
+        trust.part_name(part.name, files.join(uri, files.ARTIFACT))
+    rows = artifact.totals.get("rows")
+    if artifact.kind in _ROWS_OF_PARTS and isinstance(rows, int) and rows != artifact.rows:
+        raise UserError(
+            f"{files.join(uri, files.ARTIFACT)}: says {rows} rows, its parts have {artifact.rows}; {trust.NO_RECORD}"
+        )
     return artifact
 
 
 def damaged_parts(uri: str, parts: Iterable[Part]) -> dict[str, str]:
-    """What is wrong with each of a directory's parts that is gone or has not its size, by name; takes a listing per folder."""
+    """What is wrong with each of a directory's parts that is gone or has not its size, by name; lists each folder."""
     named = [(part, *part.name.rpartition("/")[::2]) for part in parts]
-    present = {folder: sizes(join(uri, folder) if folder else uri) for folder in {folder for _, folder, _ in named}}
+    present = {
+        folder: files.sizes(files.join(uri, folder) if folder else uri) for folder in {folder for _, folder, _ in named}
+    }
     found = {}
     for part, folder, name in named:
         size = present[folder].get(name)
@@ -144,7 +136,7 @@ def check_whole(uri: str, artifact: Artifact) -> None:
         UserError: it is not; names the part.
     """
     if damaged := damaged_parts(uri, artifact.parts):
-        raise UserError(f"{uri}: {told_damage(damaged)}; {MEND}")
+        raise UserError(f"{uri}: {told_damage(damaged)}; {files.MEND}")
 
 
 def told_damage(damaged: Mapping[str, str]) -> str:
@@ -187,10 +179,10 @@ class Stage:
     schema_version: int
     identity: dict[str, Any]
     beside: tuple[str, ...] = ()
-    folder: Folder = field(init=False, compare=False, repr=False)
+    folder: files.Folder = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", folder := Folder(self.uri))
+        object.__setattr__(self, "folder", folder := files.Folder(self.uri))
         _ = folder.place  # where it lies when the stage is thought of
 
     @property
@@ -211,10 +203,12 @@ class Stage:
             return done
         self.folder.refuse_link()
         if done is not None and done.fingerprint == self.fingerprint:
-            self.folder.delete(ARTIFACT)
+            self.folder.delete(files.ARTIFACT)
             done = None
         other = done.identity if done is not None else _started(self.uri)
-        if other is not None and (done is not None or fingerprint_of(other, self) != self.fingerprint):
+        if other is not None and (
+            done is not None or dataclasses.replace(self, identity=dict(other)).fingerprint != self.fingerprint
+        ):
             if not overwrite:
                 what = "; ".join(differences(other, self.identity)[:6]) or "the schema version"
                 raise UserError(
@@ -222,14 +216,14 @@ class Stage:
                     "choose another --output or pass --overwrite"
                 )
             _clear(self.folder)
-        elif other is None and any(not _TEMPORARY.search(name) for name in sizes(self.uri)):
+        elif other is None and any(not _TEMPORARY.search(name) for name in files.sizes(self.uri)):
             raise UserError(f"{self.uri}: holds files that are not of this program; choose another --output")
         self._drop_temporaries()
-        self.folder.write(STARTED, canonical(self.identity).encode())
+        self.folder.write(files.STARTED, canonical(self.identity).encode())
         return None
 
     def recorded(self) -> Artifact | None:
-        """The commit record in the directory where it is of this fingerprint, whether all its parts are whole or not."""
+        """The commit record in the directory where it is of this fingerprint, even if parts of it are damaged."""
         done = load_artifact(self.uri)
         return done if done is not None and done.fingerprint == self.fingerprint else None
 
@@ -238,7 +232,7 @@ class Stage:
         found = damaged_parts(self.uri, done.parts)
         for uri in self.beside:
             artifact = load_artifact(uri)
-            own = {ARTIFACT: "is gone"} if artifact is None else damaged_parts(uri, artifact.parts)
+            own = {files.ARTIFACT: "is gone"} if artifact is None else damaged_parts(uri, artifact.parts)
             found |= {f"../{uri.rpartition('/')[2]}/{name}": what for name, what in own.items()}
         return found
 
@@ -247,19 +241,19 @@ class Stage:
 
         Only what is old: a run that was thought dead may still be writing.
         """
-        if not is_local(self.uri):
+        if not files.is_local(self.uri):
             return
-        for folder in ("", f"{RECORDS}/"):
-            for name in filter(_TEMPORARY.search, sizes(join(self.uri, folder))):
+        for folder in ("", f"{files.RECORDS}/"):
+            for name in filter(_TEMPORARY.search, files.sizes(files.join(self.uri, folder))):
                 with contextlib.suppress(FileNotFoundError):
-                    if time.time() - os.lstat(join(self.uri, folder + name)).st_mtime > TEMPORARY_S:
+                    if time.time() - os.lstat(files.join(self.uri, folder + name)).st_mtime > files.TEMPORARY_S:
                         self.folder.delete(folder + name)
 
     def write_part(self, name: str, data: bytes, rows: int, counts: Mapping[str, int] | None = None) -> Part:
-        """Write one file of the stage and, after its bytes are seen in place, its record. The name may lead into folders."""
-        uri = join(self.uri, trust.part_name(name, self.uri))
+        """Write one file of the stage and, once its bytes are seen in place, its record; names may have folders."""
+        uri = files.join(self.uri, trust.part_name(name, self.uri))
         self.folder.write(name, data)
-        fs, path = filesystem(uri)
+        fs, path = files.filesystem(uri)
         found = fs.size(path)
         if found != len(data):
             raise RunError(f"{uri}: wrote {len(data)} bytes and found {found}; run the same command again")
@@ -273,12 +267,12 @@ class Stage:
         name: in this stage, if it is another. Raises RunError: the file is not there as it was recorded.
         """
         name = trust.part_name(name or part.name, uri)
-        source, target = join(uri, part.name), join(self.uri, name)
+        source, target = files.join(uri, part.name), files.join(self.uri, name)
         try:
             self.folder.take(source, name)
         except FileNotFoundError:
             raise RunError(f"{source}: gone, although {uri} is finished; restore it, or build without it") from None
-        fs, path = filesystem(target)
+        fs, path = files.filesystem(target)
         if (found := fs.size(path)) != part.bytes:
             raise RunError(f"{source}: has {found} bytes, {part.bytes} were committed; restore it, or build without it")
         part = dataclasses.replace(part, name=name)
@@ -289,19 +283,15 @@ class Stage:
         record = {"stage": self.fingerprint, "part": dataclasses.asdict(part)}
         self.folder.write(_record(part.name), canonical(record).encode())
 
-    def write_file(self, name: str, data: bytes) -> None:
-        """Write a file that no record speaks of, as a part of many does whose names are for people."""
-        self.folder.write(name, data)
-
     def write_table(self, name: str, table: pa.Table, counts: Mapping[str, int] | None = None) -> Part:
         """`write_part` of a Parquet table."""
-        return self.write_part(name, table_bytes(table), table.num_rows, counts)
+        return self.write_part(name, files.table_bytes(table), table.num_rows, counts)
 
     def finished_parts(self) -> dict[str, Part]:
         """Recorded parts whose file is in place with its recorded size; others are to be made again.
 
-        A record names its stage's fingerprint: what a late task of an earlier run writes here is not taken for ours. One that
-        such a task drops meanwhile is not there.
+        A record names its stage's fingerprint: what a late task of an earlier run writes here is not taken for ours.
+        One that such a task drops meanwhile is not there.
         """
         parts = self._records()
         damaged = damaged_parts(self.uri, parts)
@@ -313,24 +303,26 @@ class Stage:
 
     def _records(self) -> list[Part]:
         # one that another process is writing now is not there yet
-        names = sorted(name for name in sizes(join(self.uri, RECORDS)) if not _TEMPORARY.search(name))
+        names = sorted(name for name in files.sizes(files.join(self.uri, files.RECORDS)) if not _TEMPORARY.search(name))
         if not names:
             return []
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(files.READERS) as readers:
             records = zip(
-                names, readers.map(lambda name: read_record(join(self.uri, RECORDS, name)), names), strict=True
+                names,
+                readers.map(lambda name: files.read_record(files.join(self.uri, files.RECORDS, name)), names),
+                strict=True,
             )
             return [part for name, record in records if (part := self._own(name, record)) is not None]
 
     def _own(self, name: str, record: Any) -> Part | None:
-        """The part that a record speaks of; None where it is not whole or of another stage. Raises UserError: it is none of ours."""
-        uri = join(self.uri, RECORDS, name)
+        """The part of a record; None where it is not whole, or of another stage. Raises UserError: none of ours."""
+        uri = files.join(self.uri, files.RECORDS, name)
         if record is None or (isinstance(record, dict) and record.get("stage", self.fingerprint) != self.fingerprint):
             return None
         part = trust.checked(Part, record.get("part") if isinstance(record, dict) else record, uri)
         trust.part_name(part.name, uri)
         if name != _record(part.name).rpartition("/")[2]:
-            raise UserError(f"{uri}: is the record of another file, {part.name}; {UNKNOWN}")
+            raise UserError(f"{uri}: is the record of another file, {part.name}; {files.UNKNOWN}")
         return part
 
     def drop_part(self, name: str) -> None:
@@ -356,7 +348,7 @@ class Stage:
             versions=package_versions(),
             timings_s={name: round(value, 3) for name, value in timings_s.items()},
         )
-        self.folder.write(ARTIFACT, artifact.to_bytes())
+        self.folder.write(files.ARTIFACT, artifact.to_bytes())
         return artifact
 
     def complete(self, make: Callable[[], tuple[Iterable[Part], Mapping[str, Any]]], overwrite: bool) -> Artifact:
@@ -371,7 +363,7 @@ class Stage:
         watch = Stopwatch()
         parts, totals = make()
         if before is not None and before.holds(parts):  # what was damaged is as it was, and so is what was said of it
-            self.folder.write(ARTIFACT, before.to_bytes())
+            self.folder.write(files.ARTIFACT, before.to_bytes())
             return before
         return self.commit(parts, totals, {self.kind: watch.seconds})
 
@@ -385,42 +377,38 @@ def begun_identity(uri: str) -> dict[str, Any] | None:
 def remove(uri: str) -> None:
     """Delete the stage in a directory, if one was begun there."""
     if _started(uri) is not None:
-        folder = Folder(uri)
+        folder = files.Folder(uri)
         folder.refuse_link()
         _clear(folder)
-        folder.delete(STARTED)
+        folder.delete(files.STARTED)
 
 
 def _record(name: str) -> str:
     """Name of the record of a part, in its stage's directory."""
-    return f"{RECORDS}/{quote(name, safe='')}.json"
+    return f"{files.RECORDS}/{quote(name, safe='')}.json"
 
 
-def _clear(folder: Folder) -> None:
+def _clear(folder: files.Folder) -> None:
     """Delete a stage in an order that can break off anywhere: what is left is unfinished, and still known as ours.
 
-    Files that no stage writes are somebody else's and stay. Raises UserError: a record is of such a file; nothing is deleted then.
+    Files that no stage writes are somebody else's and stay. Raises UserError: a record is of such a file; nothing is
+    deleted then.
     """
-    where = join(folder.uri, RECORDS)
-    records = sorted(sizes(where))
+    where = files.join(folder.uri, files.RECORDS)
+    records = sorted(files.sizes(where))
     recorded = {trust.part_name(unquote(name.removesuffix(".json")), where) for name in records}
-    ours = sorted(recorded | {name for name in sizes(folder.uri) if _NUMBERED.fullmatch(name)})
-    folder.delete(ARTIFACT)
-    with ThreadPoolExecutor(READERS) as deleters:
+    ours = sorted(recorded | {name for name in files.sizes(folder.uri) if _NUMBERED.fullmatch(name)})
+    folder.delete(files.ARTIFACT)
+    with ThreadPoolExecutor(files.READERS) as deleters:
         list(deleters.map(folder.delete, ours))
-        list(deleters.map(lambda name: folder.delete(f"{RECORDS}/{name}"), records))
+        list(deleters.map(lambda name: folder.delete(f"{files.RECORDS}/{name}"), records))
 
 
 def _started(uri: str) -> dict[str, Any] | None:
-    started = read_json(join(uri, STARTED))
+    started = files.read_json(files.join(uri, files.STARTED))
     if started is not None and not isinstance(started, dict):
-        raise UserError(f"{join(uri, STARTED)}: is no record of this pd_core; {UNKNOWN}")
+        raise UserError(f"{files.join(uri, files.STARTED)}: is no record of this pd_core; {files.UNKNOWN}")
     return started
-
-
-def fingerprint_of(identity: Mapping[str, Any], stage: Stage) -> str:
-    """The fingerprint that `stage` would have with another identity."""
-    return dataclasses.replace(stage, identity=dict(identity)).fingerprint
 
 
 def part_name(number: int, suffix: str = ".parquet") -> str:

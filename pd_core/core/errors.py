@@ -46,7 +46,7 @@ LINE_CHARACTERS = 200
 
 
 def one_line(error: BaseException | str) -> str:
-    """What another library said, as part of a line of ours: without line breaks, and cut between words where it is long."""
+    """What another library said, as part of a line of ours: without line breaks, cut between words where it is long."""
     text = " ".join(str(error).split())
     if len(text) <= LINE_CHARACTERS:
         return text
@@ -81,7 +81,8 @@ def shown(text: str) -> str:
 
 
 def exit_code(program: Callable[[], int | None]) -> int:
-    """Run a workflow; what went wrong becomes one line on standard error and an exit code. A program may return its own code.
+    """Run a workflow; what went wrong becomes one line on standard error and an exit code. A program may return its
+    own code.
 
     An exception that is neither kind of error is a defect of this program and keeps its traceback. SIGTERM, by which
     schedulers end a job, is as Ctrl-C (`session.connect` sees to it that Ray leaves it so).

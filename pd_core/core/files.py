@@ -12,7 +12,7 @@ import stat
 import sys
 import uuid
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import fsspec
 import pyarrow as pa
@@ -37,7 +37,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URI and the path in it. Listings are never cached: other processes write there.
 
     Raises:
-        UserError: it is neither local nor s3://; fsspec itself would fetch from anywhere, through any chain of protocols.
+        UserError: it is neither local nor s3://; fsspec itself would fetch from anywhere, through any chain of
+            protocols.
     """
     if is_local(uri):
         return LocalFileSystem(), LocalFileSystem._strip_protocol(uri)
@@ -113,7 +114,7 @@ def is_failure(error: BaseException | None) -> TypeGuard[BaseException]:
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn what a file system or object store raises inside into its one line about `name`, a URI or a setting and its URI."""
+    """Turn what a file system or object store raises into its line about `name`, a URI or a setting and its URI."""
     try:
         yield
     except Exception as error:  # botocore's errors are told by their module alone, see `is_failure`
@@ -135,7 +136,8 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_file(uri: str, where: str, most: int) -> bytes:
-    """All bytes of a file that a user or a record names: a regular file of at most `most` bytes, whatever grows meanwhile.
+    """All bytes of a file that a user or a record names: a regular file of at most `most` bytes, whatever grows
+    meanwhile.
 
     Args:
         uri: local or s3://.
@@ -153,8 +155,14 @@ def read_file(uri: str, where: str, most: int) -> bytes:
         return data
 
 
-def open_regular(path: str, where: str, most: int = sys.maxsize) -> BinaryIO:
-    """A regular file of this machine, open for reading; arguments and errors as of `read_file`."""
+def open_file(uri: str, where: str | None = None, most: int = sys.maxsize) -> Any:
+    """A file at a URI, seekable, open for reading; arguments and errors as of `read_file`."""
+    fs, path = filesystem(uri)
+    where = where or uri
+    if not is_local(uri):
+        file = fs.open(path, "rb")
+        trust.check_size(file.size or 0, where, most)
+        return file
     trust.check_file(path, where, most)  # a device may act when it is opened
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -165,16 +173,6 @@ def open_regular(path: str, where: str, most: int = sys.maxsize) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def open_file(uri: str, where: str | None = None, most: int = sys.maxsize) -> Any:
-    """A file at a URI, seekable, open for reading; arguments and errors as of `read_file`."""
-    fs, path = filesystem(uri)
-    if is_local(uri):
-        return open_regular(path, where or uri, most)
-    file = fs.open(path, "rb")
-    trust.check_size(file.size or 0, where or uri, most)
-    return file
-
-
 def read_json(uri: str) -> Any:
     """The values of a JSON file, None where there is no file.
 
@@ -182,27 +180,24 @@ def read_json(uri: str) -> Any:
         UserError: what is there is no whole JSON, or no regular file.
     """
     try:
-        return _parsed(uri)
-    except UserError:
-        raise
+        data = read_file(uri, uri, RECORD_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{uri}: is no whole JSON file ({one_line(error)}); restore or correct it") from None
+        raise NotWhole(f"{uri}: is no whole JSON file ({one_line(error)}); restore or correct it") from None
+
+
+class NotWhole(UserError):
+    """A file of JSON is cut, or holds something else."""
 
 
 def read_record(uri: str) -> Any:
-    """`read_json` of a file that only this program writes; None also where it is not whole: what it speaks of is made again."""
+    """`read_json` of a file that only we write; None also where it is not whole: what it speaks of is made again."""
     try:
-        return _parsed(uri)
-    except UserError:
-        raise
-    except (ValueError, RecursionError):
-        return None
-
-
-def _parsed(uri: str) -> Any:
-    try:
-        return json.loads(read_file(uri, uri, RECORD_BYTES))
-    except (FileNotFoundError, NotADirectoryError):
+        return read_json(uri)
+    except NotWhole:
         return None
 
 
@@ -212,18 +207,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     if not is_local(uri):
         fs.pipe_file(path, data)
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    folder, _, name = path.rpartition("/")
+    Folder(folder or "/").write(name, data)
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -279,34 +264,6 @@ def remove_folder(uri: str) -> None:
         fs.rm(path, recursive=True)
 
 
-def copy(source: str, target: str) -> None:
-    """The bytes of a file at another place, without reading them where that can be had.
-
-    On one local disk a hard link (files are replaced here, never written into), on one object store a copy that the store
-    makes by itself; else through this process. Raises FileNotFoundError.
-    """
-    if is_local(source) and is_local(target):
-        source, target = absolute(source), absolute(target)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
-            os.link(source, temporary)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            write_bytes(target, read_bytes(source))  # another disk, or one without links
-            return
-        os.rename(temporary, target)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # a rename onto a link of the same file leaves both names
-        return
-    (fs, path), (other, place) = filesystem(source), filesystem(target)
-    if fs is other:
-        fs.cp_file(path, place)
-    else:
-        other.pipe_file(place, fs.cat_file(path))
-
-
 def exists(uri: str) -> bool:
     """Whether a file or directory is at the URI."""
     fs, path = filesystem(uri)
@@ -346,7 +303,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None, without: Collecti
         UserError: what is there is no whole Parquet file, lacks a column, or has one that is not as `schemas` says.
     """
     with io.BytesIO(read_bytes(uri)) if columns is None and not without else open_file(uri) as file:
-        with reading_table(uri):
+        try:
             parquet = tables.open_parquet(file, uri)
             wanted = [n for n in columns or parquet.schema_arrow.names if n not in without]
             if missing := set(wanted) - set(parquet.schema_arrow.names):
@@ -354,29 +311,22 @@ def read_table(uri: str, columns: Sequence[str] | None = None, without: Collecti
             table = parquet.read(wanted)
             tables.check_known(table.schema, uri)
             table.validate(full=True)  # texts are UTF-8, lists lie inside their values
-        return table
-
-
-@contextlib.contextmanager
-def reading_table(uri: str) -> Iterator[None]:
-    """Turn what Arrow says of a file that is no whole Parquet file into one line."""
-    try:
-        yield
-    except pa.ArrowMemoryError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the store; Arrow's own have no number
+        except pa.ArrowMemoryError:
             raise
-        raise UserError(f"{uri}: is no whole Parquet file ({one_line(printable(str(error)))}); {MEND}") from None
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the store; Arrow's own have no number
+                raise
+            raise UserError(f"{uri}: is no whole Parquet file ({one_line(printable(str(error)))}); {MEND}") from None
+        return table
 
 
 # ---- folders that are written into -----------------------------------------------------------------------------------
 class Folder:
     """A directory that is written into by names, some of which were read from files: none of them leads out of it.
 
-    On a local disk every write and deletion goes through the directory's own descriptor: no link below it is followed, and one
-    that takes its place is noticed, from this process' first look at it on. Nodes may have mounted the disk elsewhere, so each
-    process looks for itself.
+    On a local disk every write and deletion goes through the directory's own descriptor: no link below it is followed,
+    and one that takes its place is noticed, from this process' first look at it on. Nodes may have mounted the disk
+    elsewhere, so each process looks for itself.
     """
 
     def __init__(self, uri: str) -> None:
@@ -408,20 +358,32 @@ class Folder:
                 os.fsync(file.fileno())
 
     def take(self, source: str, name: str) -> None:
-        """`copy` of a file of another directory. Raises FileNotFoundError; RunError: that file is a link or no regular file."""
-        if self.place is None or not is_local(source):
-            copy(source, self._uri_of(name))
-            return
-        source = absolute(source)
-        if not stat.S_ISREG(os.lstat(source).st_mode):
-            raise RunError(f"{source}: is a link or no regular file, which is not taken over; restore it")
-        try:
-            with self._opened(name, make=True) as (folder, last), _replacing(folder, last) as temporary:
-                os.link(source, temporary, dst_dir_fd=folder)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            self.write(name, read_bytes(source))  # another disk, or one without links
+        """The bytes of a file of another directory, without reading them where that can be had.
+
+        On one local disk a hard link (files are replaced here, never written into), on one object store a copy that
+        the store makes by itself; else through this process.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            RunError: that file is a link or no regular file.
+        """
+        if self.place is None and not is_local(source):
+            (fs, path), (other, target) = filesystem(source), filesystem(self._uri_of(name))
+            if fs is other:
+                fs.cp_file(path, target)
+                return
+        elif self.place is not None and is_local(source):
+            source = absolute(source)
+            if not stat.S_ISREG(os.lstat(source).st_mode):
+                raise RunError(f"{source}: is a link or no regular file, which is not taken over; restore it")
+            try:
+                with self._opened(name, make=True) as (folder, last), _replacing(folder, last) as temporary:
+                    os.link(source, temporary, dst_dir_fd=folder)
+                return
+            except OSError as error:
+                if error.errno not in _NO_LINKS:  # another disk, or one without links
+                    raise
+        self.write(name, read_bytes(source))
 
     def delete(self, name: str) -> None:
         """Delete a file; nothing there is fine."""
@@ -501,6 +463,6 @@ def refuse_links(uri: str) -> None:
             path = os.path.join(folder, name)
             if os.path.islink(path) and not is_inside(path, root):
                 raise UserError(
-                    f"{uri}: {printable(path)} is a link to {printable(os.path.realpath(path))}, outside of it, where nothing is "
-                    "written; remove the link or choose another --output"
+                    f"{uri}: {printable(path)} is a link to {printable(os.path.realpath(path))}, outside of it, where "
+                    "nothing is written; remove the link or choose another --output"
                 )

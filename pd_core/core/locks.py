@@ -1,8 +1,9 @@
 """A run lock with a lease: one run at a time writes an output, and a run that died does not block the next for ever.
 
-The lock is a folder of numbered files. Whoever creates the next number, which only one process can, holds the lock until it
-says that it is done or its lease runs out unrenewed. Only the holder writes its own file. A holder that was held up so long that
-another took over finds a higher number than its own and stops. The number grows with every holder: a fencing token.
+The lock is a folder of numbered files. Whoever creates the next number, which only one process can, holds the lock
+until it says that it is done or its lease runs out unrenewed. Only the holder writes its own file. A holder that was
+held up so long that another took over finds a higher number than its own and stops. The number grows with every
+holder: a fencing token.
 
 Expiry compares clocks of two machines: they may differ by less than the lease less the time between two renewals.
 """
@@ -23,9 +24,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from pd_core.core import files
+from pydantic import Field, StrictBool
+
+from pd_core.core import files, trust
 from pd_core.core.errors import RunError, UserError, one_line, printable, shown
 from pd_core.core.settings.base import MAX_LEASE_S
 
@@ -36,37 +39,23 @@ MAX_DIGITS = 12
 MAX_TOKEN = 10**MAX_DIGITS - 1  # numbers of holders are below
 _LOST = signal.SIGUSR1  # not SIGINT, which a shell has its background jobs ignore
 _NAME = re.compile(r"([0-9]{8}|[1-9][0-9]{8,})\.json")
-_LAST_TIME = 253_402_300_799  # 9999-12-31, the last that has a date
 _REMOVE = "if no other run writes this output, delete that file, then run again"
+_Time = Annotated[float, Field(strict=True, ge=0, le=253_402_300_799)]  # to 9999-12-31, the last that has a date
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lock: a name for people, and times in seconds since 1970. nonce: tells this attempt from all others."""
+    """Who holds the lock: a name for people, times in seconds since 1970, and a nonce that no other attempt has."""
 
     owner: str
-    since: float
-    expires: float
+    since: _Time
+    expires: _Time
     nonce: str
-    done: bool = False
+    done: StrictBool
 
     def describe(self) -> str:
         """For a message."""
         return f"{printable(one_line(self.owner))} since {_date(self.since)}"
-
-    @classmethod
-    def of(cls, values: Any) -> Holder:
-        """As it was read from a file. Raises ValueError: it is none."""
-        if not isinstance(values, dict) or values.keys() != cls.__dataclass_fields__.keys():
-            raise ValueError("it does not have the fields of a lock")
-        if not all(isinstance(values[name], str) for name in ("owner", "nonce")) or not isinstance(
-            values["done"], bool
-        ):
-            raise ValueError("its owner, nonce or done is of another type")
-        for time_s in (values["since"], values["expires"]):
-            if type(time_s) not in (int, float) or not 0 <= time_s <= _LAST_TIME:  # not so of NaN either
-                raise ValueError("its since or expires is no time")
-        return cls(**values)
 
 
 def _date(time_s: float) -> str:
@@ -95,8 +84,8 @@ class Lease:
             raise RunError(f"{self.uri}: this run has lost the lock: {self._lost}; what is done is kept, run it again")
 
     def renew(self) -> None:
-        """Move the end of the lease, unless it is over or another has taken over: looked at before and after the write, which may
-        take any time; the new lease counts from before it.
+        """Move the end of the lease, unless it is over or another has taken over: looked at before and after the
+        write, which may take any time; the new lease counts from before it.
         """
         renewed = dataclasses.replace(self.holder, expires=time.time() + self.lease_s)
         if self._overtaken() or time.time() > self.holder.expires:
@@ -124,10 +113,12 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(uri: str, lease_s: float, above: int = 0) -> Iterator[Lease]:
-    """Hold the lock of a folder for the body; a thread renews it, and interrupts the body where it is lost. For the main thread.
+    """Hold the lock of a folder for the body; a thread renews it, and interrupts the body where it is lost. For the
+    main thread.
 
     Args:
-        uri: the folder. lease_s: seconds. above: the number of the holder is to be greater, also where the folder was lost.
+        uri: the folder. lease_s: seconds. above: the number of the holder is to be greater, also where the folder was
+            lost.
 
     Raises:
         UserError: a live run holds it; who, and since when.
@@ -166,10 +157,12 @@ def acquire(uri: str, lease_s: float, above: int = 0) -> Lease:
             raise _held(uri, *newest)
         token = max(above, 0 if newest is None else newest[0]) + 1
         now = time.time()
-        holder = Holder(f"process {os.getpid()} on {socket.gethostname()}", now, now + lease_s, uuid.uuid4().hex)
+        holder = Holder(
+            f"process {os.getpid()} on {socket.gethostname()}", now, now + lease_s, uuid.uuid4().hex, done=False
+        )
         files.create(_file(uri, token), _bytes(holder))
-        # Whether it was us is seen in the file: a store's client that repeats a request whose answer was lost is refused by its own
-        # first. And the number may be one that was long over when we created it, and cleared.
+        # Whether it was us is seen in the file: a store's client that repeats a request whose answer was lost is
+        # refused by its own first. And the number may be one that was long over when we created it, and cleared.
         newest = _newest(uri)
         if newest is None or newest[0] < token:
             raise UserError(f"{_file(uri, token)}: is in the way of the lock, and no file; {_REMOVE}")
@@ -227,9 +220,10 @@ def _newest(uri: str) -> tuple[int, Holder] | None:
         raise UserError(f"{where}: {there[name]} bytes, which is no lock of pd_core; {_REMOVE}")
     data = files.read_bytes(where)
     try:
-        return int(digits), Holder.of(json.loads(data))
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: no lock of pd_core ({one_line(error)}); {_REMOVE}") from None
+    return int(digits), trust.checked(Holder, values, where, advice=f"it is no lock of pd_core; {_REMOVE}")
 
 
 def _file(uri: str, token: int) -> str:

@@ -1,7 +1,8 @@
 """S3 whose credentials may change while a run goes on: the one place that reads them anew.
 
-s3fs keeps one file system for a process and in it one client, whose credentials are those that botocore found when it was
-made. Those of an instance role renew themselves; those of the environment and of the shared credentials file do not.
+s3fs keeps one file system for a process and in it one client, whose credentials are those that botocore found when it
+was made. Those of an instance role renew themselves; those of the environment and of the shared credentials file do
+not.
 """
 
 from __future__ import annotations

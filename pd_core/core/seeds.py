@@ -28,7 +28,7 @@ def integers(sample_id: np.ndarray, seed: int) -> np.ndarray:
 
 
 def uniform(sample_id: np.ndarray, seed: int | None = None) -> np.ndarray:
-    """One number in [0, 1) for each id: float64 [N]. Other seeds give other numbers; None is the plain hash of the id."""
+    """One number in [0, 1) for each id: float64 [N]. Other seeds give other numbers; None: the id's plain hash."""
     state = sample_id.astype(np.uint64)
     if seed is not None:
         state ^= splitmix64(np.array([seed], dtype=np.uint64))

@@ -1,8 +1,9 @@
 """The one reader of Parquet: what a file says of itself is looked at before anything of it is used.
 
-Importing `ray.data` registers Arrow extension types for the whole process, one of which unpickles what a column holds as soon as
-a value is taken out of it: a file that names that type runs code in whoever reads it. No type of Ray's is registered while
-a file is opened here, so that its columns are the plain bytes that they are stored as; and a file that names one is refused.
+Importing `ray.data` registers Arrow extension types for the whole process, one of which unpickles what a column holds
+as soon as a value is taken out of it: a file that names that type runs code in whoever reads it. No type of Ray's is
+registered while a file is opened here, so that its columns are the plain bytes that they are stored as; and a file
+that names one is refused.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import re
 import resource
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from pd_core.core import schemas, trust
+from pd_core.core import rlimits, schemas, trust
 from pd_core.core.errors import UserError, one_line, printable
 
 FOOTER_BYTES = 32 << 20  # Arrow makes some tenfold of it in memory
@@ -41,14 +40,15 @@ _RAY_TYPES = (
 
 
 def forget_ray_types() -> None:
-    """Have Arrow know none of Ray's extension types in this process any more: as if `ray.data` had not been imported."""
+    """Have Arrow know none of Ray's extension types any more, as if this process had not imported `ray.data`."""
     for name in _RAY_TYPES:
         with contextlib.suppress(pa.ArrowKeyError):  # it is not registered
             pa.unregister_extension_type(name)
 
 
 def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
-    """A Parquet file whose schema holds nothing but plain types, each column once; of our own tables, those that they have.
+    """A Parquet file whose schema holds nothing but plain types, each column once; of our own tables, those that they
+    have.
 
     Args:
         file: seekable, open for reading.
@@ -56,7 +56,8 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
         options: of pyarrow's ParquetFile.
 
     Raises:
-        UserError: the schema has an extension type, a column twice, or folders without end; or the metadata are too large.
+        UserError: the schema has an extension type, a column twice, or folders without end; or the metadata are too
+            large.
         pa.ArrowException, OSError: it is no whole Parquet file.
     """
     size = file.seek(0, io.SEEK_END)
@@ -65,7 +66,8 @@ def open_parquet(file: BinaryIO, where: str, **options: Any) -> pq.ParquetFile:
     file.seek(0)
     if FOOTER_BYTES < footer < size:
         raise UserError(
-            f"{where}: its metadata take {footer} bytes, at most {FOOTER_BYTES} are read; write it with larger row groups"
+            f"{where}: its metadata take {footer} bytes, at most {FOOTER_BYTES} are read; write it with larger row "
+            "groups"
         )
     forget_ray_types()
     try:
@@ -97,7 +99,8 @@ def _check_rows(metadata: pq.FileMetaData, size: int, where: str) -> None:
         raise UserError(f"{where}: claims {metadata.num_rows} rows, its row groups {sum(groups)}; write it again")
     if metadata.num_rows > ROWS_PER_BYTE * size:
         raise UserError(
-            f"{where}: claims {metadata.num_rows} rows in {size} bytes, more than {ROWS_PER_BYTE} a byte; write it again"
+            f"{where}: claims {metadata.num_rows} rows in {size} bytes, more than {ROWS_PER_BYTE} a byte; write it "
+            "again"
         )
 
 
@@ -133,18 +136,19 @@ def check_known(schema: pa.Schema, where: str) -> None:
         if wanted and not any(schemas.is_like(field.type, kind) for kind in wanted):
             expected = " or ".join(sorted(str(kind) for kind in wanted))
             raise UserError(
-                f"{where}: the column {field.name!r} is {one_line(str(field.type))}, expected {expected}; no run of pd_core has "
-                "written it: make it again"
+                f"{where}: the column {field.name!r} is {one_line(str(field.type))}, expected {expected}; no run of "
+                "pd_core has written it: make it again"
             )
 
 
 @contextlib.contextmanager
 def bounded(packed_bytes: int) -> Iterator[None]:
-    """Memory that reading inside may take: what 33 kB of Parquet unpack to is a gigabyte, whatever their metadata say of it.
+    """Memory that reading inside may take: what 33 kB of Parquet unpack to is a gigabyte, whatever their metadata say
+    of it.
 
-    The limit is one of the whole process, above what it holds now: `pa.ArrowMemoryError` may also tell that something else has
-    taken much meanwhile, as a large import does, so whoever meets it tries once more. A reader inside is to be made inside, too,
-    since it takes memory from where it was made.
+    The limit is one of the whole process, above what it holds now: `pa.ArrowMemoryError` may also tell that something
+    else has taken much meanwhile, as a large import does, so whoever meets it tries once more. A reader inside is to
+    be made inside, too, since it takes memory from where it was made.
 
     Args:
         packed_bytes: of what is read, as it lies in the file.
@@ -153,23 +157,23 @@ def bounded(packed_bytes: int) -> Iterator[None]:
         if not _bounds:
             _before.append((resource.getrlimit(resource.RLIMIT_DATA)[0], pa.default_memory_pool()))
             pa.set_memory_pool(pa.system_memory_pool())  # the others reserve a gigabyte to begin with
-        _bounds.append(bound := _held_bytes() + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes))
-        _limit(max(_bounds))
+        _bounds.append(bound := rlimits.data_bytes() + max(UNPACKED_BYTES, UNPACKED_RATIO * packed_bytes))
+        rlimits.set_soft(resource.RLIMIT_DATA, max(_bounds))
     try:
         yield
     finally:
         with _lock:
             _bounds.remove(bound)
             if _bounds:
-                _limit(max(_bounds))
+                rlimits.set_soft(resource.RLIMIT_DATA, max(_bounds))
             else:
                 soft, pool = _before.pop()
-                _limit(soft)
+                rlimits.set_soft(resource.RLIMIT_DATA, soft)
                 pa.set_memory_pool(pool)
 
 
 def bounded_batches(make: Callable[[], Iterator[T]], packed_bytes: int) -> Iterator[T]:
-    """What a reader gives, each step within `bounded`; where memory ran out, once more from the start of what `make` makes."""
+    """What a reader gives, each step within `bounded`; where memory ran out, once more by another that `make` makes."""
     batches, given, again = make(), 0, True
     while True:
         try:
@@ -189,17 +193,3 @@ def bounded_batches(make: Callable[[], Iterator[T]], packed_bytes: int) -> Itera
 _lock = threading.Lock()
 _bounds: list[int] = []  # of all readers of this process at this time; the largest holds
 _before: list[tuple[int, pa.MemoryPool]] = []  # the limit, and Arrow's memory, before the first of them
-
-
-def _held_bytes() -> int:
-    """Memory of this process that counts for RLIMIT_DATA."""
-    held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert held is not None
-    return int(held[1]) << 10
-
-
-def _limit(soft: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
-        soft = hard
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

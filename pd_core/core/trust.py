@@ -1,7 +1,7 @@
 """What files of strangers may say: the one place where a name, a path or a type that was read from a file is checked.
 
-Every record, table and container that is opened may have been made by somebody who wants more than to be read. What it names
-is matched against a closed form here before anything is opened, written or deleted under that name.
+Every record, table and container that is opened may have been made by somebody who wants more than to be read. What it
+names is matched against a closed form here before anything is opened, written or deleted under that name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import pyarrow as pa
@@ -36,8 +37,8 @@ _PART_NAME = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 def part_name(name: object, where: str) -> str:
     """The name of a file of a stage, as a record states it: letters, digits and `_ . + = @ -`, folders between slashes.
 
-    No segment begins with a dot, so that none leads out of the stage's directory, and none has a character that a path, a
-    URL or a terminal takes for more than itself.
+    No segment begins with a dot, so that none leads out of the stage's directory, and none has a character that a
+    path, a URL or a terminal takes for more than itself.
 
     Args:
         name: as it was read, of any type.
@@ -75,8 +76,8 @@ def relative(name: object, where: str) -> str:
 def schema(found: pa.Schema, where: str) -> None:
     """Refuse a table whose columns are more than plain values.
 
-    An extension type is a name that stands for code of whoever registered it, and Ray's run what a column holds. Two columns of
-    one name, at any depth, are one column to some readers and another to others.
+    An extension type is a name that stands for code of whoever registered it, and Ray's run what a column holds. Two
+    columns of one name, at any depth, are one column to some readers and another to others.
 
     Args:
         found: as Arrow reads it.
@@ -93,8 +94,8 @@ def schema(found: pa.Schema, where: str) -> None:
             raise UserError(f"{where}: the column {_short(name)} is nested deeper than {MAX_DEPTH} levels; flatten it")
         if kind := _extension(field):
             raise UserError(
-                f"{where}: the column {_short(name)} is of the extension type {_short(kind)}, whose values are made by code; write "
-                "the file with a plain type, or without it"
+                f"{where}: the column {_short(name)} is of the extension type {_short(kind)}, whose values are made by "
+                "code; write the file with a plain type, or without it"
             )
         children = [field.type.field(i) for i in range(field.type.num_fields)]
         if pa.types.is_dictionary(field.type):
@@ -122,7 +123,10 @@ def _short(text: str) -> str:
     return repr(printable(text[:_SHOWN]))
 
 
-def checked(kind: type[Kind], values: object, where: str, whole: bool = True) -> Kind:
+NO_RECORD = "it is damaged or no record of pd_core, make it again"
+
+
+def checked(kind: type[Kind], values: object, where: str, whole: bool = True, advice: str = NO_RECORD) -> Kind:
     """Values of a record as the dataclass, or other type, that they were written from.
 
     Args:
@@ -130,6 +134,7 @@ def checked(kind: type[Kind], values: object, where: str, whole: bool = True) ->
         values: as JSON has them.
         where: URI of the record, for the message.
         whole: entries that it does not have are refused, too.
+        advice: how the message ends.
 
     Raises:
         UserError: one is missing, of another type or out of bounds; names the first.
@@ -137,7 +142,7 @@ def checked(kind: type[Kind], values: object, where: str, whole: bool = True) ->
     try:
         made: Kind = _adapter(cast("Any", kind)).validate_python(values, extra="forbid" if whole else None)
     except (ValidationError, RecursionError) as error:
-        raise UserError(f"{where}: {_first(error)}; it is damaged or no record of pd_core, make it again") from None
+        raise UserError(f"{where}: {_first(error)}; {advice}") from None
     return made
 
 
@@ -159,13 +164,14 @@ def _first(error: ValidationError | RecursionError) -> str:
 def recorded_path(uri: object, where: str, beside: Iterable[str | None], option: str) -> str:
     """A path that a record names, if it may be opened: a local one, made absolute, or s3://BUCKET/KEY.
 
-    Other schemes and chains of them would fetch from anywhere. A record may lead to the machine or the bucket that it lies on
-    itself, to no other unless the command leads there too.
+    Other schemes and chains of them would fetch from anywhere. A record may lead to the machine or the bucket that it
+    lies on itself, to no other unless the command leads there too.
 
     Args:
         uri: as it was read, of any type.
         where: what names it, for the message.
-        beside: URIs that the command names, None where it does not: what the record belongs to, and the value of `option`.
+        beside: URIs that the command names, None where it does not: what the record belongs to, and the value of
+            `option`.
         option: by which a command names such a path, for the message.
 
     Raises:
@@ -174,14 +180,14 @@ def recorded_path(uri: object, where: str, beside: Iterable[str | None], option:
     shown = printable(str(uri))[:200]
     if not isinstance(uri, str) or not uri or "\0" in uri or "::" in uri or not _is_plain(uri):
         raise UserError(
-            f"{where}: names {shown!r}, which is neither a local path nor s3://BUCKET/KEY, and is not opened; name the right "
-            f"place with {option}"
+            f"{where}: names {shown!r}, which is neither a local path nor s3://BUCKET/KEY, and is not opened; name the "
+            f"right place with {option}"
         )
     path = uri if uri.startswith("s3://") else os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
     if place_of(path) not in {place_of(one) for one in beside if one is not None}:
         raise UserError(
-            f"{where}: names {shown!r}, which lies in another place ({place_of(path)}) than what names it; if you trust it, "
-            f"add {option} {shown}"
+            f"{where}: names {shown!r}, which lies in another place ({place_of(path)}) than what names it; if you "
+            f"trust it, add {option} {shown}"
         )
     return path
 
@@ -228,17 +234,13 @@ def check_size(size: int, where: str, most: int) -> None:
 
 
 def check_folder(path: str, where: str) -> None:
-    """`check_file` of every file in a local directory and in the folders directly in it, where a library looks for parts.
+    """`check_file` of every file in a local directory and in the folders directly in it, where a library looks for
+    parts.
 
     Raises:
         UserError: one is no regular file, or too large.
     """
-    with os.scandir(path) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.is_dir():
-                check_file(entry.path, f"{where}, {printable(entry.name)}")
-                continue
-            with os.scandir(entry.path) as inner:
-                for one in inner:
-                    if not one.is_dir():
-                        check_file(one.path, f"{where}, {printable(entry.name)}/{printable(one.name)}")
+    folder = Path(path)
+    for one in sorted([*folder.iterdir(), *folder.glob("*/*")]):
+        if not one.is_dir():
+            check_file(str(one), f"{where}, {printable(str(one.relative_to(folder)))}")

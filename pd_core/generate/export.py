@@ -63,7 +63,7 @@ def _write(stage: artifacts.Stage, samples_uri: str, name: str, form: str) -> No
     lines = []
     for row in rows:
         file = "/".join([PICTURES, *([_folder(row["label"])] if row["label"] else []), row["image"]["path"]])
-        stage.write_file(file, row["image"]["bytes"])
+        stage.folder.write(file, row["image"]["bytes"])
         lines.append(json.dumps({"file": file, **{fact: row[fact] for fact in FACTS}}))
     stage.write_part(_name(name, form), "\n".join(lines).encode() + b"\n", len(rows))
 

@@ -1,12 +1,13 @@
 """The door for images of strangers: a small child process decodes them, and may die of it.
 
-A worker hands the bytes of a group of images over in shared memory and gets pixels and facts back in it; while the child
-decodes one group the worker reads the next. The child imports Pillow, numpy and `images`, knows no credentials, and has limits
-for each image: `DecodeLimits.max_cpu_s` of CPU and `DecodeLimits.memory_bytes` of memory. Where memory runs out the kernel
-takes it before anything else. It ends with its worker, however that ends.
+A worker hands the bytes of a group of images over in shared memory and gets pixels and facts back in it; while the
+child decodes one group the worker reads the next. The child imports Pillow, numpy and `images`, knows no credentials,
+and has limits for each image: `DecodeLimits.max_cpu_s` of CPU and `DecodeLimits.memory_bytes` of memory. Where memory
+runs out the kernel takes it before anything else. It ends with its worker, however that ends.
 
-The image at which a child dies, or hangs, is tried once more alone in a new one, and later again where the child was killed.
-If that fails too the image is `TOO_EXPENSIVE`; all others are decoded as ever. What a child answers is read as numbers and text, never as objects.
+The image at which a child dies, or hangs, is tried once more alone in a new one, and later again where the child was
+killed. If that fails too the image is `TOO_EXPENSIVE`; all others are decoded as ever. What a child answers is read as
+numbers and text, never as objects.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import AvifImagePlugin
 
+from pd_core.core import rlimits
 from pd_core.core.errors import RunError
 from pd_core.images import resize
 from pd_core.images.decode import BadImage, DecodeLimits, Reason
+from pd_core.images.grouping import grouped
 from pd_core.images.resize import Prepared, Preprocess
 
 GROUP_IMAGES = 64  # handed over together: few enough that the worker's next read is never long behind
@@ -46,7 +49,8 @@ WALL_FACTOR = 5  # wall-clock seconds for each second of CPU, before a child tha
 _RECORD_BYTES = 2048  # of one answer: a detail has at most 300 characters of 4 bytes
 _READY, _DONE = b"+", b"."
 
-# glibc would give the pages of an image back to the kernel after each and fault them in for the next: a third of all CPU
+# glibc would give the pages of an image back to the kernel after each and fault them in for the next: a third of all
+# CPU
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
@@ -170,7 +174,7 @@ def _answers(
     if decoder.process is not None and decoder.process.poll() is not None:
         decoder.stop()  # it has died of nothing that it was asked
     try:
-        for number, items in enumerate(_grouped(contents)):
+        for number, items in enumerate(grouped(contents, _bytes, GROUP_BYTES, GROUP_IMAGES)):
             decoder.submit(number % 2, items, request)  # queued behind the one before: the child never waits for us
             if len(decoder.queue) == 2:
                 yield from decoder.finish().answers(made)
@@ -183,18 +187,8 @@ def _answers(
             _idle.append(decoder)
 
 
-def _grouped(contents: Iterable[bytes | BadImage]) -> Iterator[list[bytes | BadImage]]:
-    group: list[bytes | BadImage] = []
-    size = 0
-    for content in contents:
-        length = len(content) if isinstance(content, bytes) else 0
-        if group and (len(group) == GROUP_IMAGES or size + length > GROUP_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(content)
-        size += length
-    if group:
-        yield group
+def _bytes(content: bytes | BadImage) -> int:
+    return len(content) if isinstance(content, bytes) else 0
 
 
 # ---- the worker's side -----------------------------------------------------------------------------------------------
@@ -345,7 +339,8 @@ class _Decoder:
     def _answered_alone(self, group: _Group, at: int) -> bool:
         """Whether a new child answers for the image at which one has died.
 
-        One that was killed says little of its image: the kernel may have wanted memory for others. Then it is tried again later.
+        One that was killed says little of its image: the kernel may have wanted memory for others. Then it is tried
+        again later.
         """
         for pause_s in (*PAUSES_S, None):
             self._ask(group, at, at + 1)
@@ -382,8 +377,8 @@ class _Decoder:
                 self.was_killed = said == b"" and code == -signal.SIGKILL  # not by us, as one that hangs
                 if not self.ready:
                     raise RunError(
-                        f"decoding: the process that decodes images ended before it began (exit code {code}); see that this "
-                        "machine has memory to spare, then run the same command again"
+                        f"decoding: the process that decodes images ended before it began (exit code {code}); see that "
+                        "this machine has memory to spare, then run the same command again"
                     )
                 return at
             before = at if said is None else -1
@@ -422,17 +417,17 @@ def serve(files: Sequence[int], parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a core for each worker, and no memory by the number of cores
     memory: dict[int, mmap.mmap] = {}
-    own_bytes = _data_bytes()
+    own_bytes = rlimits.data_bytes()
     os.write(1, _READY)
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         request, layout, which = _Request.from_json(asked), _Layout(asked["sizes"], asked["slot_bytes"]), asked["which"]
         if which not in memory or len(memory[which]) < layout.bytes:
             memory[which] = mmap.mmap(files[which], os.fstat(files[which]).st_size)
-        _limit(resource.RLIMIT_DATA, own_bytes + request.limits.memory_bytes)
+        rlimits.set_soft(resource.RLIMIT_DATA, own_bytes + request.limits.memory_bytes)
         contents = layout.contents()
         for i in range(*asked["range"]):
-            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + request.limits.max_cpu_s)
+            rlimits.set_soft(resource.RLIMIT_CPU, math.ceil(time.process_time()) + request.limits.max_cpu_s)
             _serve_one(memory[which], layout, i, contents[i], request)
         os.write(1, _DONE)
 
@@ -457,14 +452,3 @@ def _make(data: bytes, request: _Request) -> tuple[_Facts, bytes | memoryview]:
         return (len(made), 1, 1, ""), made
     one = resize.prepare(data, request.limits, request.preprocess)
     return (one.pixels.size, one.width, one.height, one.content_hash), one.pixels.data.cast("B")
-
-
-def _limit(what: int, soft: int) -> None:
-    _, hard = resource.getrlimit(what)
-    resource.setrlimit(what, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-
-
-def _data_bytes() -> int:
-    """Memory of this process that counts for RLIMIT_DATA."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
-    return int(line.split()[1]) << 10

@@ -1,8 +1,9 @@
-"""What an image file declares before its pixels are decoded: areas that a codec makes room for, and work that it repeats.
+"""What an image file declares before its pixels are decoded: areas that a codec makes room for, and work that it
+repeats.
 
-A codec takes memory and time by what is declared here, not by the size of the picture: a picture of 10 x 10 px may lie in one
-tile of 46,336 x 46,336. Whatever cannot be parsed declares nothing; the codec then refuses it. Sizes of 1 x 1 that are
-declared wrongly inside a codec's own bit stream are left to the limits of the decoding process (`decoder`).
+A codec takes memory and time by what is declared here, not by the size of the picture: a picture of 10 x 10 px may lie
+in one tile of 46,336 x 46,336. Whatever cannot be parsed declares nothing; the codec then refuses it. Sizes of 1 x 1
+that are declared wrongly inside a codec's own bit stream are left to the limits of the decoding process (`decoder`).
 """
 
 from __future__ import annotations
@@ -78,13 +79,13 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
 def tiff_areas(tags: Mapping[int, Any]) -> Iterator[Area]:
-    """The tile of a TIFF, from the tags of its first page. Strips are as wide as the picture, and libtiff cuts their rows."""
+    """The tile of a TIFF, from the tags of its first page. Strips take no more room than the picture has."""
     if tile := _tile(tags):
         yield Area("a tile of ", *tile)
 
 
 def tiff_counts(tags: Mapping[int, Any], size: tuple[int, int], max_pixels: int) -> Iterator[Count]:
-    """Pixels of all tiles that a picture of this size lies in: long tiles beside each other may be thousands of pictures."""
+    """Pixels of all tiles that a picture of this size lies in; long ones side by side may be thousands of pictures."""
     if tile := _tile(tags):
         across, down = (-(-side // length) for side, length in zip(size, tile, strict=True))
         yield Count("pixels in tiles", across * tile[0] * down * tile[1], MOST_PADDING * max_pixels)
@@ -129,7 +130,7 @@ def _gif_areas(data: bytes) -> Iterator[Area]:
 
 
 def _avif_areas(data: bytes) -> Iterator[Area]:
-    """Every image of the file: the picture, its tiles and its alpha plane (ISO/IEC 23008-12, ImageSpatialExtentsProperty)."""
+    """Every image of the file: picture, tiles, alpha plane (ISO/IEC 23008-12, ImageSpatialExtentsProperty)."""
     for found in itertools.islice(re.finditer(rb"\0\0\0\x14ispe\0\0\0\0", data), 1000):
         yield Area("", *struct.unpack_from(">II", data, found.end()))
 

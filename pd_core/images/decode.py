@@ -16,8 +16,8 @@ What is decided here, so that the same bytes always give the same picture:
 - ICC profiles are ignored: samples are taken as sRGB, as torchvision, timm and the published extractors do. CMYK goes
   through Pillow's plain conversion, Adobe's inverted JPEGs included.
 
-Only Pillow and numpy are imported: decode workers stay light. Bytes of strangers go through `decoder`, whose process has
-limits of time and memory and may die; here are the rules of what it makes of them.
+Only Pillow and numpy are imported: decode workers stay light. Bytes of strangers go through `decoder`, whose process
+has limits of time and memory and may die; here are the rules of what it makes of them.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class DecodeLimits:
 
     @property
     def memory_bytes(self) -> int:
-        """What decoding one image may take: 768 MiB, 28 bytes for each pixel that it may have, 4 for each of its bytes."""
+        """What decoding one image may take: 768 MiB, 28 bytes for each pixel it may have, 4 for each of its bytes."""
         return _LEAST_MEMORY_BYTES + _BYTES_PER_PIXEL * self.max_pixels + _BYTES_PER_BYTE * self.max_bytes
 
 
@@ -231,8 +231,8 @@ def decode(data: bytes, limits: DecodeLimits) -> Image.Image:
     """Decode the bytes of one file into an RGB image, upright, transparency composited (rules: module docstring).
 
     Raises `BadImage` and nothing else. A file longer than `limits.max_bytes`, or whose header declares more than
-    `limits.max_pixels`, is refused before its pixels are decoded; so is one whose codec would make room for more, or repeat
-    its work without end (`declared`).
+    `limits.max_pixels`, is refused before its pixels are decoded; so is one whose codec would make room for more, or
+    repeat its work without end (`declared`).
     """
     container = _reject_unusable(data, limits)
     _silence_pillow()
@@ -290,7 +290,7 @@ def _check_counts(container: str, counts: Iterable[declared.Count]) -> None:
 
 
 def _check_tiff(image: ImageFile.ImageFile, limits: DecodeLimits) -> None:
-    """Tiles, and whether it is a camera's RAW file (DNG, NEF, ARW): these put a thumbnail first, which is not the picture."""
+    """Tiles, and whether it is a camera's RAW file (DNG, NEF, ARW), whose first page is but a thumbnail."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     subfile_type = image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)

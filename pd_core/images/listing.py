@@ -55,15 +55,17 @@ class Listing:
 
 
 def start(source: sources.Source, output: str, part_rows: int, overwrite: bool) -> Any:
-    """Reference to (Listing, Artifact): one Ray task lists the source into committed parts, unless it is listed already.
+    """Reference to (Listing, Artifact): one Ray task lists the source into committed parts, unless it is listed
+    already.
 
-    `tasks.get` of it raises UserError: two images of one key, nothing to read, or a listing of another source in the way.
+    `tasks.get` of it raises UserError: two images of one key, nothing to read, or a listing of another source in the
+    way.
     """
     return tasks.task(_list).remote(source, output, part_rows, overwrite)
 
 
 def count(source: sources.Source) -> dict[str, Any]:
-    """Images, bytes, files that hold them, and a few sample rows of a source, without writing anything; for --dry-run."""
+    """Images, bytes, files that hold them, and a few sample rows of a source, for --dry-run; nothing is written."""
     return tasks.get(tasks.task(_count).remote(source))
 
 
@@ -77,7 +79,8 @@ def _count(source: sources.Source) -> dict[str, Any]:
 def say_outside(skipped: Counter[str]) -> None:
     """Say that links were left out, if some were, and how they are followed."""
     if many := skipped[sources.OUTSIDE]:
-        console.say(f"listing: {many:,} links lead out of the source and are left out; {sources.HOW_TO_FOLLOW}")
+        told = f"listing: {sources.leading_out(many)} and {'is' if many == 1 else 'are'} left out"
+        console.say(f"{told}; {sources.HOW_TO_FOLLOW}")
 
 
 def counted(source: sources.Source, tables: Iterable[pa.Table]) -> dict[str, Any]:
@@ -96,7 +99,7 @@ def counted(source: sources.Source, tables: Iterable[pa.Table]) -> dict[str, Any
 
 
 def _sample(source: sources.Source, before: pa.Table | None, table: pa.Table) -> pa.Table:
-    """The images of lowest id, which is a hash and so a fair draw; of large files that hold many images only the first ones."""
+    """The images of lowest id, which is a hash and so a fair draw; of containers only the first ones."""
     if source.kind in ("parquet", "webdataset"):
         return table.slice(0, SAMPLE_ROWS) if before is None else before
     both = table if before is None else pa.concat_tables([before, table])

@@ -71,8 +71,8 @@ class Preprocess:
 
     @classmethod
     def inception(cls) -> Preprocess:
-        """Of the Inception of FID (Heusel et al. 2017): squash to 299x299, (pixel - 128) / 128. Resized with antialiasing, by
-        the filter that Parmar et al. (2022, "On aliased resizing") find to be the sound one.
+        """Of the Inception of FID (Heusel et al. 2017): squash to 299x299, (pixel - 128) / 128. Resized with
+        antialiasing, by the filter that Parmar et al. (2022, "On aliased resizing") find to be the sound one.
         """
         return cls(299, 299, "bicubic", 1.0, "squash", (128 / 255,) * 3, (128 / 255,) * 3)
 
@@ -177,7 +177,8 @@ def thumbnail(image: Image.Image, size_px: int = THUMBNAIL_PX) -> bytes:
     """A small picture whose longer side is at most size_px; the ratio of the sides is kept.
 
     An image that is smaller is enlarged by a whole factor without smoothing, so that pixel art shows its pixels, and
-    stored as PNG; a larger one is reduced with a Lanczos filter and stored as JPEG, a tenth of the bytes for photographs.
+    stored as PNG; a larger one is reduced with a Lanczos filter and stored as JPEG, a tenth of the bytes for
+    photographs.
     """
     rgb = image if image.mode in ("L", "RGB") else image.convert("RGB")
     width, height = rgb.size

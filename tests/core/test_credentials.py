@@ -56,43 +56,42 @@ UNTOLD = ["HEAD", "HEAD", "GET"]
 OPERATIONS = {
     "read": (lambda folder: files.read_bytes(f"{folder}/a"), b"0123456789"),
     "seek": (lambda folder: parts_of(f"{folder}/a"), b"3456"),
-    "write": (lambda folder: files.write_bytes(f"{folder}/b", b"1"), None),
     "exists": (lambda folder: files.exists(f"{folder}/a"), True),
     "absent": (lambda folder: files.exists(f"{folder}/none"), False),
     "sizes": (lambda folder: files.sizes(folder), {"a": 10}),
-    "delete": (lambda folder: files.delete_file(f"{folder}/a"), None),
     "kind": (lambda folder: stores.open_store(folder).kind(), "directory"),
     "walk": (lambda folder: [e.name for e in stores.S3(folder).walk(lambda _: True, None, "", Counter())], ["a"]),
     "fetch": (lambda folder: list(stores.S3(folder).fetch([stores.Span("a", 2, 3)], 99, time.sleep)), [b"234"]),
+    "write": (lambda folder: files.write_bytes(f"{folder}/b", b"1"), None),
+    "delete": (lambda folder: files.delete_file(f"{folder}/b"), None),
 }
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_goes_on_with_the_credentials_that_took_the_place_of_expired_ones(
-    front, file, folder, operation
-):
-    call, expected = OPERATIONS[operation]
-    front.expired.add(ACCESS_KEY)
-    write_credentials(file, OTHER_KEY)
-    assert call(folder) == expected
-    assert front.refused() in ([front.refused()[0]], UNTOLD)
-    assert {key for _, _, key, refused in front.requests if not refused} == {ACCESS_KEY, OTHER_KEY}
-    before = len(front.requests)
-    files.read_bytes(f"{folder}/a") if operation != "delete" else files.sizes(folder)
-    assert not any(refused for *_, refused in front.requests[before:])  # read anew once, not for every request
+def test_every_operation_goes_on_with_the_credentials_that_took_the_place_of_expired_ones(front, file, folder):
+    key, other = ACCESS_KEY, OTHER_KEY
+    for name, (call, expected) in OPERATIONS.items():
+        front.requests.clear()
+        front.expired = {key}
+        write_credentials(file, other)
+        assert call(folder) == expected, name
+        assert front.refused() in ([front.refused()[0]], UNTOLD), name
+        assert {key for _, _, key, refused in front.requests if not refused} == {other}, name
+        front.requests.clear()
+        files.sizes(folder)
+        assert not front.refused(), "read anew once, not for every request"
+        key, other = other, key
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_credentials_that_nobody_refreshed_are_tried_twice_and_then_told(front, folder, operation):
+def test_credentials_that_nobody_refreshed_are_tried_twice_and_then_told(front, folder):
     front.expired.add(ACCESS_KEY)
-    with (
-        pytest.raises(UserError, match="the credentials have expired; refresh them") as caught,
-        files.explained(folder),
-    ):
-        OPERATIONS[operation][0](folder)
-    assert folder in str(caught.value) and "\n" not in str(caught.value)
-    methods = front.refused()
-    assert methods == (UNTOLD * 2 if methods[0] == "HEAD" else [methods[0]] * 2)
+    for name, (call, _) in OPERATIONS.items():
+        front.requests.clear()
+        told = pytest.raises(UserError, match="the credentials have expired; refresh them")
+        with told as caught, files.explained(folder):
+            call(folder)
+        assert folder in str(caught.value) and "\n" not in str(caught.value), name
+        methods = front.refused()
+        assert methods == (UNTOLD * 2 if methods[0] == "HEAD" else [methods[0]] * 2), name
 
 
 def test_a_key_that_is_gone_is_read_anew_too(s3_environment, front, file, folder):

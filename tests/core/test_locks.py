@@ -1,4 +1,6 @@
-"""The run lock: one holder at a time, on a disk and on S3; the dead do not block, and those that were overtaken stop."""
+"""The run lock: one holder at a time, on a disk and on S3; the dead do not block, and those that were overtaken
+stop.
+"""
 
 import concurrent.futures
 import json
@@ -31,10 +33,10 @@ def test_a_second_run_is_told_who_holds_the_lock_and_takes_it_when_that_is_over(
         assert second.token == first.token + 1
 
 
-def test_numbers_go_on_where_the_folder_was_lost(folder):
-    assert locks.acquire(folder, 0.01, above=40).token == 41
+def test_numbers_go_on_where_the_folder_was_lost(tmp_path):
+    assert locks.acquire(str(tmp_path), 0.01, above=40).token == 41
     time.sleep(0.05)
-    assert locks.acquire(folder, 0.01, above=7).token == 42
+    assert locks.acquire(str(tmp_path), 0.01, above=7).token == 42
 
 
 def test_of_many_that_try_at_once_one_gets_it(folder):
@@ -62,20 +64,20 @@ def test_a_lease_that_ran_out_is_taken_over_and_its_holder_stops(folder):
             locks.acquire(folder, 60)
 
 
-def test_a_lease_that_could_not_be_renewed_is_not_relied_on(folder):
-    lease = locks.acquire(folder, 2.0)
+def test_a_lease_that_could_not_be_renewed_is_not_relied_on(tmp_path):
+    lease = locks.acquire(str(tmp_path), 1.0)
     lease.check()
-    time.sleep(2.1)
+    time.sleep(1.1)
     with pytest.raises(RunError, match="could not be renewed in time"):
         lease.check()
 
 
-def test_a_held_lease_is_renewed(folder):
-    with locks.hold(folder, 1.5) as lease:
-        time.sleep(2.5)
+def test_a_held_lease_is_renewed(tmp_path):
+    with locks.hold(str(tmp_path), 1.2) as lease:
+        time.sleep(1.8)
         lease.check()
         with pytest.raises(UserError, match="another run holds"):
-            locks.acquire(folder, 1.5)
+            locks.acquire(str(tmp_path), 1.2)
 
 
 def _die_holding(folder: str) -> None:

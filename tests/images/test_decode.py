@@ -277,18 +277,6 @@ HUGE_HEADERS = {
 }
 
 
-@pytest.mark.parametrize("kind", HUGE_HEADERS)
-def test_too_many_pixels_is_known_from_the_header(kind, monkeypatch):
-    def load(self):
-        pytest.fail("the pixels were decoded")
-
-    for decoder in images_decode._DECODERS.values():
-        monkeypatch.setattr(decoder, "load", load)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with pytest.raises(BadImage, match=f"too_many_pixels: {BIG}x{BIG} = {BIG * BIG} pixels, the limit is 1048576"):
-        decode(HUGE_HEADERS[kind], LIMITS)
-
-
 def test_limits_are_inclusive():
     data = saved(picture(31, 24), "PNG")
     exact = DecodeLimits(max_bytes=len(data), max_pixels=31 * 24, background=(0, 0, 0), max_cpu_s=1)
@@ -316,7 +304,8 @@ def test_bomb_in_an_ancillary_chunk(chunk):
     assert reason_of(png(1, 1, 8, 0, [b"\0"], bomb)) is Reason.CORRUPT
 
 
-# ----------------------------------------------------------------------- declared: more room or work than the picture has
+# ----------------------------------------------------------------------- declared: more room or work than the picture
+# has
 
 EXPENSIVE = DecodeLimits(max_bytes=2**26, max_pixels=100_000_000, background=(0, 0, 0), max_cpu_s=60)
 
@@ -386,7 +375,7 @@ DECLARED: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("name", [*HUGE_HEADERS, *DECLARED])
 def test_what_a_codec_would_take_is_known_before_it_runs(name, monkeypatch):
     def load(self):
         pytest.fail("the pixels were decoded")
@@ -394,7 +383,8 @@ def test_what_a_codec_would_take_is_known_before_it_runs(name, monkeypatch):
     for decoder in images_decode._DECODERS.values():
         monkeypatch.setattr(decoder, "load", load)
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    data, expected = DECLARED[name]
+    header = f"too_many_pixels: {BIG}x{BIG} = {BIG * BIG} pixels, the limit is 100000000"
+    data, expected = DECLARED[name] if name in DECLARED else (HUGE_HEADERS[name], header)
     with pytest.raises(BadImage, match=expected):
         decode(data, EXPENSIVE)
 
@@ -555,7 +545,7 @@ def test_pillows_warnings_stay_inside():
     assert outcome(data)[0] == Reason.TRUNCATED
 
 
-fuzz = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @fuzz
@@ -612,8 +602,8 @@ def timm_pixels(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-@pytest.mark.parametrize("target", [(64, 64), (224, 224), (48, 65)])
-@pytest.mark.parametrize("crop_pct", [1.0, 0.95, 0.9, 0.875, 0.41])
+@pytest.mark.parametrize("target", [(64, 64), (48, 65)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.41])
 def test_resize_is_timms_bit_for_bit(crop_mode, target, crop_pct):
     height, width = target
     for interpolation in images_resize._INTERPOLATION:

@@ -22,7 +22,7 @@ from pd_core.core.settings.data import DataSettings
 from pd_core.images.decode import BadImage
 from pd_core.images.sources import folders, names, parquet, webdataset
 from pd_core.images.sources.base import Source, decide_kind, entries, locate, require_some
-from pd_core.images.sources.names import check_unique, sample_id, sample_ids
+from pd_core.images.sources.names import check_unique, leading_out, sample_id, sample_ids
 from pd_core.images.sources.stores import HOW_TO_FOLLOW, OUTSIDE, Sleep, Span
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Source",
     "check_unique",
     "identity",
+    "leading_out",
     "list_images",
     "open_source",
     "read",
@@ -51,10 +52,10 @@ def open_source(settings: DataSettings) -> Source:
     """
     if not settings.source:
         raise UserError("data.source: not set; give a directory, a glob, Parquet files or tars, local or s3://")
-    location = locate(settings.source, settings.follow_links)
-    kind = decide_kind(location, settings)
+    source = locate(settings)
+    kind = decide_kind(source)
     _check_settings(kind, settings)
-    source = Source(kind, location.root, location.names, location.patterns, settings)
+    source = dataclasses.replace(source, kind=kind)
     require_some(source)
     if kind == "parquet":
         return dataclasses.replace(source, metadata_type=parquet.open_columns(source).metadata_type)
@@ -100,8 +101,8 @@ State = dict[str, Any]
 def state(source: Source) -> State:
     """What the source holds now: number of files, their bytes, and a hash that changes when one of them does.
 
-    The hash is over name, size and mtime (S3: ETag) of each file, whatever the order they are met in; of files that a stage
-    of ours has committed, over name and content, so that a part that is made again is no change. Files that a
+    The hash is over name, size and mtime (S3: ETag) of each file, whatever the order they are met in; of files that a
+    stage of ours has committed, over name and content, so that a part that is made again is no change. Files that a
     Parquet `path` names are not part of it.
 
     Raises:

@@ -53,48 +53,36 @@ class Source:
     only: tuple[str, str] | None = None
     committed: Mapping[str, Any] | None = None
 
-    def store(self) -> stores.Local | stores.S3:
+    def store(self) -> stores.Store:
         """A new connection to where the files are."""
         return stores.open_store(self.root, self.settings.follow_links, self.names)
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where the files are, before it is known what they hold. Fields as in Source and its settings."""
-
-    root: str
-    names: tuple[str, ...]
-    patterns: tuple[str, ...]
-    follow_links: bool
-
-    def store(self) -> stores.Local | stores.S3:
-        """As of Source."""
-        return stores.open_store(self.root, self.follow_links, self.names)
-
-
-def locate(source: str, follow_links: bool) -> Location:
-    """Split the user's source into a root and what is meant under it. A path that exists is never taken for a pattern.
+def locate(settings: DataSettings) -> Source:
+    """The user's source split into a root and what is meant under it; its kind is that of a folder until `decide_kind`
+    looks. A path that exists is never taken for a pattern.
 
     Raises:
         UserError: nothing is there, or it cannot be looked at.
     """
-    uri = files.absolute(source)
+    given = settings.source or ""
+    uri = files.absolute(given)
     if uri.startswith("s3://") and MAGIC.search(uri.split("/")[2]):
         raise UserError(f"{uri}: the bucket must be named in full; put wildcards behind it")
     store = stores.open_store(uri)
     with stores.explained(store):
         kind = store.kind()
     if kind == "directory":
-        return Location(uri, (), (), follow_links)
+        return Source("directory", uri, (), (), settings)
     folder, _, name = uri.rpartition("/")
     if kind == "file":
-        return Location(folder or "/", (names.escape(name),), (), follow_links)
-    if not MAGIC.search(source):
+        return Source("directory", folder or "/", (names.escape(name),), (), settings)
+    if not MAGIC.search(given):
         raise UserError(f"{printable(uri)}: no such file or directory; check data.source")
-    return _locate_pattern(uri, follow_links)
+    return _locate_pattern(uri, settings)
 
 
-def _locate_pattern(uri: str, follow_links: bool) -> Location:
+def _locate_pattern(uri: str, settings: DataSettings) -> Source:
     found = MAGIC.search(uri)
     assert found is not None
     root, _, pattern = uri[: found.start()].rpartition("/")
@@ -110,7 +98,8 @@ def _locate_pattern(uri: str, follow_links: bool) -> Location:
     globs = tuple(p for p in every if re.search(r"[*?\[]", p))
     for glob in globs:
         _regex(glob)
-    return Location(root, tuple(names.escape(p) for p in every if p not in set(globs)), globs, follow_links)
+    named = tuple(names.escape(p) for p in every if p not in set(globs))
+    return Source("directory", root, named, globs, settings)
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -138,7 +127,7 @@ def _regex(glob: str) -> re.Pattern[str]:
         raise UserError(f"data.source: {glob!r} is not a pattern ({error}); see fsspec's glob") from None
 
 
-def entries(source: Source | Location, kind: Kind | None, skipped: Counter[str]) -> Iterator[stores.Entry]:
+def entries(source: Source, kind: Kind | None, skipped: Counter[str]) -> Iterator[stores.Entry]:
     """The files of a source, in no order.
 
     Args:
@@ -208,7 +197,7 @@ def containers(source: Source, skipped: Counter[str]) -> list[stores.Entry]:
     return sorted(entries(source, source.kind, skipped), key=lambda entry: entry.name)
 
 
-def decide_kind(location: Location, settings: DataSettings) -> Kind:
+def decide_kind(source: Source) -> Kind:
     """What the files are, by their names; checked against `data.kind`.
 
     Raises:
@@ -217,13 +206,14 @@ def decide_kind(location: Location, settings: DataSettings) -> Kind:
     skipped: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     packed = 0
-    for entry in itertools.islice(entries(location, None, skipped), PEEK_FILES):
+    for entry in itertools.islice(entries(source, None, skipped), PEEK_FILES):
         seen[names.suffix(entry.name)] += 1
         packed += entry.name.lower().endswith(names.PACKED_TAR_SUFFIXES)
+    settings = source.settings
     shown = printable(settings.source or "")
     if not seen:
         raise UserError(f"{shown}: no files{_found(skipped)}; check data.source")
-    whole_folder = not (location.names or location.patterns)
+    whole_folder = not (source.names or source.patterns)
     if settings.kind != "auto":
         return _checked(settings.kind, whole_folder, shown)
     has = {kind: any(seen[suffix] for suffix in suffixes) for kind, suffixes in CONTAINER_SUFFIXES.items()}
@@ -257,7 +247,7 @@ def _found(skipped: Counter[str]) -> str:
 
 def _how_to_follow(skipped: Counter[str]) -> str:
     many = skipped[stores.OUTSIDE]
-    return f" ({many} links lead out of the source: {stores.HOW_TO_FOLLOW})" if many else ""
+    return f" ({names.leading_out(many)}: {stores.HOW_TO_FOLLOW})" if many else ""
 
 
 def require_some(source: Source) -> None:

@@ -86,8 +86,8 @@ def check_unique(ids: np.ndarray, keys_of: Callable[[np.ndarray], Sequence[str]]
     a, b = (printable(key) for key in keys_of(np.array([first, second])))
     if a == b:
         raise UserError(
-            f"data.source: {equal.size} images have the key of another, the first is {a!r} (rows {first} and {second}); "
-            "keys must be unique: choose another --data.key_column or remove the copies"
+            f"data.source: {equal.size} images have the key of another, the first is {a!r} (rows {first} and {second})"
+            "; keys must be unique: choose another --data.key_column or remove the copies"
         )
     raise UserError(f"data.source: the keys {a!r} and {b!r} have the same 63-bit hash; rename one of them")
 
@@ -96,6 +96,11 @@ def leave_out(skipped: Counter[str], heading: str, count: int = 1) -> None:
     """Count what is left out. Names of files make headings: beyond MAX_HEADINGS they are OTHER_HEADING."""
     heading = escape(heading)
     skipped[heading if heading in skipped or len(skipped) < MAX_HEADINGS else OTHER_HEADING] += count
+
+
+def leading_out(many: int) -> str:
+    """`3 links lead out of the source`."""
+    return f"{many:,} links lead out of the source" if many != 1 else "1 link leads out of the source"
 
 
 def summary(skipped: Mapping[str, int]) -> str:

@@ -26,8 +26,6 @@ from pd_core.images.sources import names, stores
 from pd_core.images.sources.base import TABLE_ROWS, Source, containers, listing_table
 from pd_core.images.sources.stores import Entry, Sleep, Span
 
-Store = stores.Local | stores.S3
-
 READ_BUFFER_BYTES = 8 << 20
 BATCH_BYTES = 32 << 20  # images decoded from a row group at a time
 MAX_BATCH_ROWS = 256
@@ -73,7 +71,7 @@ def open_columns(source: Source) -> Columns:
 
 
 @contextmanager
-def _open(store: Store, name: str) -> Iterator[pq.ParquetFile]:
+def _open(store: stores.Store, name: str) -> Iterator[pq.ParquetFile]:
     with stores.explained(store, name):
         file = store.open(name, time.sleep)
     with file:
@@ -218,7 +216,7 @@ def _row_batches(
 
 
 def _unpacked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """With the values of dictionaries in place of their numbers: a long text may stand in every row by a number of one byte."""
+    """With the values of dictionaries in place of their numbers: one byte may stand for a long text in every row."""
     columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
     unpacked = pa.record_batch(columns, batch.schema.names)
     # a text that is no UTF-8, or more of it than an array holds, would be met wherever it is read
@@ -242,7 +240,7 @@ def _keys(batch: pa.RecordBatch | None, column: str, name: str, rows: Sequence[i
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(store: Store, settings: DataSettings, rows: pa.Table, sleep: Sleep) -> Iterator[bytes | BadImage]:
+def read(store: stores.Store, settings: DataSettings, rows: pa.Table, sleep: Sleep) -> Iterator[bytes | BadImage]:
     """Images of consecutive rows of the listing; of a file only the image column of their row groups is read."""
     files = rows["container"].to_pylist()
     offsets = rows["offset"].to_pylist()
@@ -262,7 +260,7 @@ def _unreadable(text: str) -> BadImage:
 class _Reader:
     """The images of one file."""
 
-    store: Store
+    store: stores.Store
     settings: DataSettings
     name: str
     sleep: Sleep

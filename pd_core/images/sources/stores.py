@@ -10,23 +10,24 @@ import asyncio
 import errno
 import hashlib
 import heapq
-import io
 import os
 import platform
 import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import fsspec.asyn
+from fsspec.spec import AbstractBufferedFile
 
 from pd_core.core import files
 from pd_core.core.errors import RunError, UserError, printable
 from pd_core.images.decode import BadImage, Reason
+from pd_core.images.grouping import grouped
 from pd_core.images.sources import names
 
 RETRY_DELAYS_S = (0.5, 2.0, 8.0)  # on top of the retries inside botocore and s3fs
@@ -74,7 +75,7 @@ class Span:
     size: int
 
 
-def open_store(root: str, follow_links: bool = False, named: Collection[str] = ()) -> Local | S3:
+def open_store(root: str, follow_links: bool = False, named: Collection[str] = ()) -> Store:
     """The files under a local path or an s3:// URI. Raises UserError for any other scheme.
 
     Args:
@@ -90,14 +91,9 @@ def open_store(root: str, follow_links: bool = False, named: Collection[str] = (
     return Local(root, follow_links, frozenset(named))
 
 
-@contextmanager
-def explained(store: Local | S3, name: str = "") -> Iterator[None]:
-    """Turn storage errors into the one-line UserError or RunError of `files.explain`."""
-    try:
-        yield
-    except store.errors as error:
-        uri = files.join(store.uri, printable(names.unescape(name))) if name else store.uri
-        raise files.explain(error, uri) from error
+def explained(store: Store, name: str = "") -> AbstractContextManager[None]:
+    """Turn errors of the store into the one line of `files.explain`."""
+    return files.explained(files.join(store.uri, printable(names.unescape(name))) if name else store.uri)
 
 
 def retrying(call: Callable[[], Result], transient: Callable[[BaseException], bool], sleep: Sleep) -> Result:
@@ -127,20 +123,16 @@ _LOST_FILE = frozenset(
     {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 )
 
-
 # O_NONBLOCK: a pipe that took the file's place must not hang the run
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _READ_NO_LINK = _READ | os.O_NOFOLLOW
 
-_Pending = tuple[
-    str, str, tuple[tuple[int, int], ...]
-]  # of a folder: what its names begin with, its path, folders around it
+# a folder to walk: what its names begin with, its path, the folders around it
+_Pending = tuple[str, str, tuple[tuple[int, int], ...]]
 
 
 class Local:
     """Files under a folder of this machine. Where a link leads is seen at the opened file: none can be put in later."""
-
-    errors: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, root: str, follow_links: bool = False, named: frozenset[str] = frozenset()) -> None:
         self.uri = root
@@ -284,10 +276,8 @@ class Local:
         try:
             with os.scandir(self.root or "/") as entries:
                 return any(entries)
-        except NotADirectoryError:  # the root is a file
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, NotADirectoryError)  # the root is a file
 
     def lost(self, error: OSError) -> bool:
         """Whether an error is of this one file; any other is of the disk or the network, and ends the run."""
@@ -298,13 +288,7 @@ class Local:
 
         def opened() -> BinaryIO:
             with closing(_Opener(self)) as opener:
-                file = os.fdopen(opener.open(name), "rb")
-            try:
-                _bytes_of_regular(file.fileno())
-            except OSError:
-                file.close()
-                raise
-            return file
+                return os.fdopen(opener.open(name)[0], "rb")
 
         return retrying(opened, _passing, sleep)
 
@@ -323,8 +307,16 @@ class _Opener:
             os.close(self._descriptor)
         self._folder, self._descriptor = "", -1
 
-    def open(self, name: str) -> int:
-        """Descriptor of a file that lies in the store. Raises OSError."""
+    def open(self, name: str) -> tuple[int, int]:
+        """Descriptor and bytes of a regular file that lies in the store. Raises OSError."""
+        descriptor = self._open(name)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise OSError(errno.ENXIO, "not a regular file")
+        return descriptor, status.st_size
+
+    def _open(self, name: str) -> int:
         path = f"{self.store.root}/{names.unescape(name)}"
         if self.store.follow_links:
             return os.open(path, _READ)
@@ -334,7 +326,8 @@ class _Opener:
                 return os.open(base, _READ_NO_LINK, dir_fd=self._descriptor)
             except OSError:  # a link; or the folder is another one by now
                 self.close()
-        self._enter(folder)
+        self._descriptor = self._checked(os.open(folder or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        self._folder = folder
         try:
             return os.open(base, _READ_NO_LINK, dir_fd=self._descriptor)
         except OSError as error:
@@ -342,10 +335,6 @@ class _Opener:
             if error.errno != errno.ELOOP:
                 raise
         return self._checked(os.open(path, _READ), name in self.store.named)
-
-    def _enter(self, folder: str) -> None:
-        self._descriptor = self._checked(os.open(folder or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        self._folder = folder
 
     def _checked(self, descriptor: int, named: bool = False) -> int:
         if named or self.store.holds(descriptor):
@@ -355,9 +344,8 @@ class _Opener:
 
 
 def _read(opener: _Opener, span: Span, limit_bytes: int) -> bytes | BadImage:
-    descriptor = opener.open(span.name)
+    descriptor, file_bytes = opener.open(span.name)
     try:
-        file_bytes = _bytes_of_regular(descriptor)
         size = file_bytes if span.start is None else span.size
         if size > limit_bytes:
             return _too_many_bytes(size, limit_bytes)
@@ -365,13 +353,6 @@ def _read(opener: _Opener, span: Span, limit_bytes: int) -> bytes | BadImage:
     finally:
         os.close(descriptor)
     return data if len(data) == size else _shorter(len(data), size)
-
-
-def _bytes_of_regular(descriptor: int) -> int:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.ENXIO, "not a regular file")
-    return status.st_size
 
 
 def _place_of(descriptor: int) -> str:
@@ -411,11 +392,11 @@ def _code(error: BaseException) -> str:
 
 
 def _lost_object(error: BaseException) -> bool:
-    """Whether the store says that this one object cannot be had, with credentials that it accepts."""
+    """Whether the store says that this one object, or its range, cannot be had, with credentials that it accepts."""
     code = _code(error)
     if isinstance(error, FileNotFoundError):
         return code != "NoSuchBucket"
-    return isinstance(error, PermissionError) and code in _DENIED_OBJECT
+    return (isinstance(error, PermissionError) and code in _DENIED_OBJECT) or _beyond_end(error)
 
 
 def _beyond_end(error: BaseException) -> bool:
@@ -435,21 +416,17 @@ class _Request:
     name: str
     start: int
     stop: int
-    indices: list[int]
+    indices: list[int] = field(default_factory=list)
 
 
 class S3:
     """Objects under a prefix of a bucket. Credentials come from the environment, as s3fs finds them."""
 
     def __init__(self, root: str) -> None:
-        import aiohttp
-        from botocore.exceptions import BotoCoreError, ClientError
-
         self.uri = root.rstrip("/")
         self.bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix}/" if prefix else ""
         self.fs = files.filesystem(f"s3://{self.bucket}")[0]
-        self.errors: tuple[type[Exception], ...] = (OSError, BotoCoreError, ClientError, aiohttp.ClientError)
 
     def _key(self, name: str) -> str:
         return self.prefix + names.unescape(name)
@@ -486,110 +463,78 @@ class S3:
                 return
             more["ContinuationToken"] = page["NextContinuationToken"]
 
-    async def _get(self, name: str, start: int, stop: int) -> bytes:
-        response = await self._object(name, start, stop)
-        async with response["Body"] as body:
+    async def get(self, request: _Request) -> bytes:
+        """The bytes of a request."""
+        async with (await self._object(request))["Body"] as body:
             return await body.read()
 
-    async def _size(self, name: str) -> int:
+    async def _size(self, request: _Request) -> int:
         # not HEAD, whose answer to a refusal has no body to say why
-        response = await self._object(name, 0, 1)
+        response = await self._object(request)
         response["Body"].close()
         return int(response["ContentRange"].rpartition("/")[2])
 
-    async def _object(self, name: str, start: int, stop: int) -> dict[str, Any]:
-        return await self.fs._call_s3(
-            "get_object", Bucket=self.bucket, Key=self._key(name), Range=f"bytes={start}-{stop - 1}"
-        )
+    async def _object(self, request: _Request) -> dict[str, Any]:
+        place = {"Bucket": self.bucket, "Key": self._key(request.name)}
+        return await self.fs._call_s3("get_object", **place, Range=f"bytes={request.start}-{request.stop - 1}")
 
     def fetch(self, spans: Sequence[Span], limit_bytes: int, sleep: Sleep) -> Iterator[bytes | BadImage]:
         """As Local.fetch: concurrent requests, at most about GROUP_BYTES at a time; neighbors share a request."""
-        for group in _groups(spans, limit_bytes):
-            results: list[bytes | BadImage | None] = [None] * len(group)
-            for index, span in enumerate(group):
-                if span.size > limit_bytes:
-                    results[index] = _too_many_bytes(span.size, limit_bytes)
-            requests = _merge([(i, span) for i, span in enumerate(group) if results[i] is None], limit_bytes)
-            for request, answer in zip(requests, self._answers(requests, sleep), strict=True):
+
+        def size_of(span: Span) -> int:
+            return span.size if span.size <= limit_bytes else 0
+
+        for group in grouped(spans, size_of, GROUP_BYTES, GROUP_REQUESTS):
+            results: dict[int, bytes | BadImage] = {
+                i: _too_many_bytes(span.size, limit_bytes) for i, span in enumerate(group) if span.size > limit_bytes
+            }
+            requests = _merge([(i, span) for i, span in enumerate(group) if i not in results], limit_bytes)
+            for request, answer in zip(requests, self.settle(self.get, requests, sleep), strict=True):
                 for index in request.indices:
                     results[index] = _cut(group[index], request, answer, limit_bytes)
-            for result in results:
-                assert result is not None
-                yield result
+            yield from (results[i] for i in range(len(group)))
 
-    def _answers(self, requests: Sequence[_Request], sleep: Sleep) -> list[bytes | BaseException]:
-        calls = [partial(self._get, request.name, request.start, request.stop) for request in requests]
-        return self._settle(calls, [request.name for request in requests], sleep)
-
-    def _settle(
-        self, calls: Sequence[Callable[[], Awaitable[Result]]], called: Sequence[str], sleep: Sleep
+    def settle(
+        self, ask: Callable[[_Request], Awaitable[Result]], requests: Sequence[_Request], sleep: Sleep
     ) -> list[Result | BaseException]:
-        """The result of each call, or the error that says its object is lost; all run at the same time.
+        """The answer to each request, or the error that says its object is lost; all are under way at the same time.
 
         Raises:
             UserError, RunError: for an error that concerns more than its object, after the retries it deserves.
         """
         answers: dict[int, Result | BaseException] = {}
-        left = list(range(len(calls)))
+        left = list(range(len(requests)))
         for delay_s in (*RETRY_DELAYS_S, None):
-            answers.update(zip(left, self._gather([calls[i] for i in left]), strict=True))
-            errors = {i: e for i in left if isinstance(e := answers[i], BaseException) and not _settled(e)}
-            if not errors:
-                return [answers[i] for i in range(len(calls))]
+            found = fsspec.asyn.sync(self.fs.loop, _all_of, [ask(requests[i]) for i in left])
+            answers.update(zip(left, found, strict=True))
+            errors = {i: e for i in left if isinstance(e := answers[i], BaseException) and not _lost_object(e)}
+            for i, error in errors.items():
+                if delay_s is None or not _transient(error):
+                    if not files.is_failure(error):
+                        raise error
+                    raise files.explain(error, f"{self.uri}/{printable(requests[i].name)}") from error
+            if not errors or delay_s is None:
+                break
             left = list(errors)
-            lasting = [i for i, error in errors.items() if delay_s is None or not _transient(error)]
-            if lasting:
-                error = errors[lasting[0]]
-                if isinstance(error, self.errors):
-                    raise files.explain(error, f"{self.uri}/{printable(called[lasting[0]])}") from error
-                raise error
-            assert delay_s is not None
             sleep(delay_s)
-        raise AssertionError("the last round returns or raises")
-
-    def _gather(self, calls: Sequence[Callable[[], Awaitable[Result]]]) -> list[Result | BaseException]:
-        async def all_of_them() -> list[Result | BaseException]:
-            return await asyncio.gather(*(call() for call in calls), return_exceptions=True)
-
-        return fsspec.asyn.sync(self.fs.loop, all_of_them)
+        return [answers[i] for i in range(len(requests))]
 
     def lost(self, error: OSError) -> bool:
         """Whether an error is of this one object; any other is of the store, and ends the run."""
-        return _settled(error)
+        return _lost_object(error)
 
     def open(self, name: str, sleep: Sleep) -> BinaryIO:
         """A seekable file with read-ahead. Raises OSError if the object is lost, else UserError or RunError."""
-        (size,) = self._settle([partial(self._size, name)], [name], sleep)
+        (size,) = self.settle(self._size, [_Request(name, 0, 1)], sleep)
         if isinstance(size, BaseException):
             if not _beyond_end(size):
                 raise size
             size = 0
-        return io.BufferedReader(_S3File(self, name, size, sleep), REMOTE_BLOCK_BYTES)
-
-    def read_range(self, name: str, start: int, stop: int, sleep: Sleep) -> bytes:
-        """Bytes start..stop (exclusive) of an object that has them. Raises as `open`."""
-        (answer,) = self._answers([_Request(name, start, stop, [])], sleep)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        return cast("BinaryIO", _Object(self, name, size, sleep))
 
 
-def _settled(error: BaseException) -> bool:
-    return _lost_object(error) or _beyond_end(error)
-
-
-def _groups(spans: Sequence[Span], limit_bytes: int) -> Iterator[list[Span]]:
-    group: list[Span] = []
-    held = 0
-    for span in spans:
-        size = span.size if span.size <= limit_bytes else 0
-        if group and (held + size > GROUP_BYTES or len(group) >= GROUP_REQUESTS):
-            yield group
-            group, held = [], 0
-        group.append(span)
-        held += size
-    if group:
-        yield group
+async def _all_of(calls: Sequence[Awaitable[Result]]) -> list[Result | BaseException]:
+    return await asyncio.gather(*calls, return_exceptions=True)
 
 
 def _merge(spans: Sequence[tuple[int, Span]], limit_bytes: int) -> list[_Request]:
@@ -622,29 +567,18 @@ def _cut(span: Span, request: _Request, answer: bytes | BaseException, limit_byt
     return data if len(data) == span.size else _shorter(len(data), span.size)
 
 
-class _S3File(io.RawIOBase):
-    """An object as an unbuffered file."""
+class _Object(AbstractBufferedFile):
+    """An object as a file with read-ahead."""
 
     def __init__(self, store: S3, name: str, size: int, sleep: Sleep) -> None:
-        self._store, self._name, self._size, self._sleep = store, name, size, sleep
-        self._position = 0
+        super().__init__(store.fs, name, block_size=REMOTE_BLOCK_BYTES, size=size)
+        self._store, self._sleep = store, sleep
 
-    def readable(self) -> bool:
-        return True
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        (data,) = self._store.settle(self._store.get, [_Request(self.path, start, end)], self._sleep)
+        if isinstance(data, BaseException):
+            raise data
+        return data
 
-    def seekable(self) -> bool:
-        return True
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._position + len(buffer), self._size)
-        if stop <= self._position:
-            return 0
-        data = self._store.read_range(self._name, self._position, stop, self._sleep)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+Store = Local | S3

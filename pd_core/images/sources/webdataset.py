@@ -1,7 +1,8 @@
 """WebDataset tars: members that share a name up to its first dot are one sample; its image members are the images.
 
 Only the headers and the small text members are read for the listing. Text members become metadata: a field per
-extension seen in the first tar (its first PEEK_MEMBERS members), and `other_members`, a JSON object of those seen later.
+extension seen in the first tar (its first PEEK_MEMBERS members), and `other_members`, a JSON object of those seen
+later.
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ from pd_core.images.sources import names, stores, tars
 from pd_core.images.sources.base import Source, containers, listing_table
 from pd_core.images.sources.stores import Span
 
-Store = stores.Local | stores.S3
-
 OTHER = "other_members"
-BROKEN_SIZE = -1  # the listing's `size` of the row that stands for what lies behind a break
+BROKEN_SIZE = -1  # and less: the listing's `size` of the row for what lies behind a break, less the images before it
 PEEK_MEMBERS = 1000
 MAX_NAME_CHARACTERS = 4096  # longer ones are of no file system
 MAX_TEXT_BYTES = 64 << 10
@@ -167,7 +166,7 @@ def _label_extension(source: Source) -> str | None:
     return extension.lstrip(".").lower() if form == "member" else None
 
 
-def _scan_entry(store: Store, name: str, max_members: int | None = None) -> Tar:
+def _scan_entry(store: stores.Store, name: str, max_members: int | None = None) -> Tar:
     with stores.explained(store, name), store.open(name, time.sleep) as file:
         return scan(file, printable(f"{store.uri}/{name}"), max_members)
 
@@ -178,7 +177,8 @@ def _scan_entry(store: Store, name: str, max_members: int | None = None) -> Tar:
 def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:
     """Tables of the listing, by tar and place in it; `offset` and `size` are the image's byte range.
 
-    A tar that breaks off gives one more row, with size BROKEN_SIZE, at the byte where it does.
+    A tar that breaks off gives one more row at the byte where it does, with size BROKEN_SIZE less its images before
+    that.
     """
     store = source.store()
     states = {entry.name: entry.state for entry in containers(source, skipped)}
@@ -191,7 +191,8 @@ def tables(source: Source, skipped: Counter[str]) -> Iterator[pa.Table]:
         if tar.broken_at is not None:
             metadata = pa.nulls(1, source.metadata_type)
             key = f"{name}#{tar.broken_at}"
-            yield listing_table(source, [key], [name], [tar.broken_at], [BROKEN_SIZE], [states[name]], [None], metadata)
+            size = BROKEN_SIZE - len(tar.images)
+            yield listing_table(source, [key], [name], [tar.broken_at], [size], [states[name]], [None], metadata)
 
 
 def _ahead(work: Callable[[str], Tar], items: list[str], workers: int) -> Iterator[tuple[str, Tar]]:
@@ -238,6 +239,8 @@ def _metadata(source: Source, texts: list[dict[str, str]], label: str | None) ->
 
 def span(name: str, offset: int, size: int) -> Span | BadImage:
     """Where to read a row of the listing."""
-    if size == BROKEN_SIZE:
-        return BadImage(Reason.UNREADABLE, f"the tar ends in the middle, or is corrupt, at byte {offset}")
+    if size <= BROKEN_SIZE:
+        before = f", images before that: {BROKEN_SIZE - size:,}" if size < BROKEN_SIZE else ""
+        at = f"the tar ends in the middle, or is corrupt, at byte {offset}{before}"
+        return BadImage(Reason.UNREADABLE, f"{at}; all behind it counts as one bad image")
     return Span(name, offset, size)
