@@ -50,7 +50,7 @@ class Fixture:
         self.template = ix.train_template(kind, features.shape[1], self.centroids, features, pq_bytes=8)
         self.shard_of = ix.assign_cells(self.centroids, np.bincount(self.own, minlength=cells), shards)
         parts = [np.flatnonzero(self.shard_of[self.own] == s) for s in range(shards)]
-        self.shards = [ix.serialize(ix.build_shard(self.template, features[r], ids[r], self.own[r])) for r in parts]
+        self.shards = [ix.build_shard(self.template, features[r], ids[r], self.own[r]) for r in parts]
 
     def probes(self, queries, nprobe=NPROBE):
         return ix.coarse_probes(self.quantizer, queries, nprobe)
@@ -113,7 +113,7 @@ def test_exact_search_gives_the_same_bits_whatever_the_blocks(blocks):
 def test_flat_shards_open_as_one():
     features, ids = clustered(500), random_ids(500)
     template = ix.train_template("flat", DIM)
-    shards = [ix.serialize(ix.build_shard(template, features[r], ids[r])) for r in np.array_split(np.arange(500), 3)]
+    shards = [ix.build_shard(template, features[r], ids[r]) for r in np.array_split(np.arange(500), 3)]
     one = knn.ShardSearch.open(shards, 1, "cpu").search_all(features, 10)
     parts = [knn.ShardSearch.open([s], 1, "cpu").search_all(features, 10) for s in shards]
     assert equal(knn.merge_topk(parts, 10), one)
@@ -251,7 +251,7 @@ def test_empty_cells_one_row_cells_and_queries_without_probes():
     ids = np.array([7, 8, 9])
     own = ix.cell_of(ix.quantizer_of(centroids), features)
     shard = ix.build_shard(ix.train_template("ivf_flat", 8, centroids), features, ids, own)
-    search = knn.ShardSearch.open([ix.serialize(shard)], 2, "cpu")
+    search = knn.ShardSearch.open([shard], 2, "cpu")
     probes = np.array([[0, 1], [2, -1], [-1, -1], [3, 4], [-1, 0]], np.int32)
     distances, found = search.search_cells(np.zeros((5, 8), np.float32), probes, 3)
     none = knn.MISSING_ID
@@ -272,7 +272,7 @@ def test_any_small_integer_rows_are_searched_exactly(data):
     quantizer = ix.quantizer_of(centroids)
     own, probes = ix.cell_of(quantizer, features), ix.coarse_probes(quantizer, features, 3)
     shard = ix.build_shard(ix.train_template("ivf_flat", 2, centroids), features, ids, own)
-    search = knn.ShardSearch.open([ix.serialize(shard)], 1, "cpu")
+    search = knn.ShardSearch.open([shard], 1, "cpu")
     allowed = (probes[:, :, None] == own[None, None, :]).any(1)
     wide = min(k, n)
     exact = brute_force(features, features, ids, wide, allowed)
