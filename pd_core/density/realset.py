@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field, FiniteFloat
@@ -16,6 +16,9 @@ from pd_core.density import formula
 from pd_core.density import predictor as density_predictor
 from pd_core.index import search
 from pd_core.index.extractor import ExtractorSpec
+
+if TYPE_CHECKING:
+    from pd_core.density.network import DensityPredictor
 
 STAGES = ("features", "index", "densities", "estimator")
 Quantiles = Annotated[tuple[trust.NotNegative, ...], Field(min_length=2, max_length=1001)]
@@ -83,7 +86,7 @@ class RealSet:
         apart = self.nearest_quantiles[self.nearest_quantiles > self.distance_floor]
         return float(np.quantile(apart, quantile)) if len(apart) else 0.0
 
-    def predictor(self) -> density_predictor.DensityPredictor:
+    def predictor(self) -> DensityPredictor:
         """f, loaded."""
         names = (density_predictor.WEIGHTS_FILE, density_predictor.DESCRIPTION_FILE)
         folder = files.join(self.uri, "estimator")

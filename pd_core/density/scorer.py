@@ -6,12 +6,13 @@ import functools
 from typing import TYPE_CHECKING
 
 from pd_core.core.errors import UserError
-from pd_core.density import predictor as density_predictor
 from pd_core.images.resize import Preprocess, resized_size
 from pd_core.index.extractor import Extractor, ExtractorSpec
 
 if TYPE_CHECKING:
     import torch
+
+    from pd_core.density.network import DensityPredictor
 
 # names of timm's interpolations that torch has with antialiasing, as Pillow does it
 _MODES = {"bilinear": "bilinear", "bicubic": "bicubic"}
@@ -33,7 +34,7 @@ class Scorer:
     def __init__(
         self,
         spec: ExtractorSpec,
-        predictor: density_predictor.DensityPredictor | None,
+        predictor: DensityPredictor | None,
         device: str = "cpu",
         threads: int = 1,
     ) -> None:

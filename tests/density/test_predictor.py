@@ -1,4 +1,4 @@
-"""estimator.py: what it learns, what it must not see, and that nothing depends on how rows are cut into parts."""
+"""density/fit.py and its predictor: what it learns, what it must not see, and that nothing depends on how rows are cut into parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scipy import stats
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import EstimatorSettings
 from pd_core.core.settings.load import PRESETS
-from pd_core.density import fit
+from pd_core.density import fit, network
 from pd_core.density import predictor as density_predictor
 
 DIM = 8
@@ -258,26 +258,17 @@ def test_same_settings_same_bytes(window_rows: int) -> None:
 
 def test_threads_are_restored_after_an_error() -> None:
     before = torch.get_num_threads()
-
-    def fail(loss: density_predictor.EpochLoss) -> None:
-        assert torch.get_num_threads() == before + 1
-        raise KeyError("from on_epoch")
-
-    with pytest.raises(KeyError):
-        fit.fit(_parts(_rows(100), 1), _settings(threads=before + 1), feature_dim=DIM, on_epoch=fail)
+    with pytest.raises(RuntimeError, match="not finite in epoch 1"):
+        _fit(_rows(500), learning_rate=1e30, threads=before + 1)
     assert torch.get_num_threads() == before
 
 
 def test_early_stopping_keeps_the_best_weights() -> None:
     sample_id, features, _ = _rows(400)
     noise = np.random.default_rng(5).standard_normal(400)  # nothing to learn: the held-out loss rises as it overfits
-    seen: list[density_predictor.EpochLoss] = []
-    settings = _settings(hidden=(128,), epochs=200, patience=4, learning_rate=3e-3)
-    result = fit.fit(
-        _parts((sample_id, features, noise), 2), settings, feature_dim=DIM, on_epoch=seen.append, device="cpu"
-    )
+    result = _fit((sample_id, features, noise), 2, hidden=(128,), epochs=200, patience=4, learning_rate=3e-3)
     losses = [loss.heldout_loss for loss in result.metrics.losses]
-    assert tuple(seen) == result.metrics.losses and [loss.epoch for loss in seen] == list(range(1, len(seen) + 1))
+    assert [loss.epoch for loss in result.metrics.losses] == list(range(1, len(losses) + 1))
     assert result.metrics.best_epoch == int(np.argmin(losses)) + 1
     assert len(losses) == result.metrics.best_epoch + 4 < 200
     # The weights that came back have the loss of the best epoch, not of the last.
@@ -290,11 +281,6 @@ def test_early_stopping_keeps_the_best_weights() -> None:
 
 def test_without_patience_the_last_weights_are_kept() -> None:
     assert _fit(_rows(500), epochs=5, patience=0).metrics.best_epoch == 5
-
-
-def test_a_diverging_fit_names_the_epoch() -> None:
-    with pytest.raises(RuntimeError, match="not finite in epoch 1"):
-        _fit(_rows(500), learning_rate=1e30)
 
 
 @pytest.mark.parametrize(("n", "changes"), [(0, {}), (8, {}), (60, {"holdout_fraction": 0.01})])
@@ -335,7 +321,7 @@ def test_gradient_agrees_with_finite_differences(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["log_density", "density"])
 def test_predict_agrees_with_forward(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(density_predictor, "PREDICT_ROWS", 100)
+    monkeypatch.setattr(network, "PREDICT_ROWS", 100)
     rows = _rows(750)
     predictor = _fit(rows, target=target).predictor
     features = rows[1]
@@ -416,35 +402,6 @@ def test_saved_and_loaded_to_the_bit(target: str, tmp_path: Path) -> None:
     assert description["tensors"]["feature_mean"] == [DIM]
 
 
-@pytest.mark.parametrize(
-    "fault", ["missing", "version", "truncated weights", "not json", "other shape", "no field", "target"]
-)
-def test_damaged_files_are_refused(fault: str) -> None:
-    predictor = density_predictor.new_predictor(density_predictor.Architecture(DIM, (4,), "density"))
-    metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
-    files = density_predictor.to_bytes(predictor, metrics)
-    description = json.loads(files["predictor.json"])
-    if fault == "missing":
-        del files["predictor.safetensors"]
-    elif fault == "truncated weights":
-        files["predictor.safetensors"] = files["predictor.safetensors"][:-7]
-    elif fault == "not json":
-        files["predictor.json"] = b"{"
-    else:
-        if fault == "version":
-            description["format_version"] = 2
-        elif fault == "other shape":
-            description["architecture"]["hidden"] = [5]
-        elif fault == "no field":
-            del description["architecture"]["target"]
-        else:
-            description["architecture"]["target"] = "rank"
-        files["predictor.json"] = json.dumps(description).encode()
-    with pytest.raises(UserError) as error:
-        density_predictor.from_bytes(files)
-    assert "\n" not in str(error.value)
-
-
 FEW = density_predictor.Architecture(DIM, (4, 3), "density")
 
 
@@ -453,11 +410,33 @@ def saved(architecture: density_predictor.Architecture = FEW) -> dict[str, bytes
     return density_predictor.to_bytes(density_predictor.new_predictor(architecture), metrics)
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"predictor.safetensors": saved()["predictor.safetensors"][:-7]}, "do not fit together"),
+        (
+            {"predictor.json": saved()["predictor.json"].replace(b'"format_version": 1', b'"format_version": 2')},
+            "version 2",
+        ),
+        *(({"predictor.json": text}, "predictor.json: ") for text in (b"", b"[]", b"[" * 200_000, b"\xff", b"{}")),
+    ],
+    ids=["cut weights", "version", "empty", "list", "nested", "no text", "no field"],
+)
+def test_damaged_files_are_one_line(changed: dict[str, bytes], expected: str) -> None:
+    with pytest.raises(UserError, match=rf"^density predictor: [^\n]*{expected}[^\n]*$"):
+        density_predictor.from_bytes(saved() | changed)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"predictor\.safetensors is missing"):
+        density_predictor.from_bytes({"predictor.json": saved()["predictor.json"]})
+
+
 @pytest.mark.parametrize("section", ["", "architecture", "tensors"])
 def test_whatever_a_description_says_nothing_is_made_of_it(section: str) -> None:
     """Every entry in turn is gone, doubled under another name, or something else; a width of 10^9 would take 72 GB."""
     files = saved()
-    others = [
+    others: list[Any] = [
         None,
         True,
         -1,
@@ -503,12 +482,6 @@ def test_widths_that_agree_with_each_other_are_held_to_the_tensors_before_anythi
         description["tensors"] |= {f"layers.{2 * number}.weight": [n_out, n_in], f"layers.{2 * number}.bias": [n_out]}
     with pytest.raises(UserError, match=r"of other layers than predictor\.json says"):
         density_predictor.from_bytes(saved() | {"predictor.json": json.dumps(description).encode()})
-
-
-@pytest.mark.parametrize("text", [b"", b"[]", b"[" * 200_000, b"\xff", b'{"format_version": 1}'])
-def test_a_description_that_is_none_is_one_line(text: bytes) -> None:
-    with pytest.raises(UserError, match=r"^density predictor: predictor.json: [^\n]*$"):
-        density_predictor.from_bytes(saved() | {"predictor.json": text})
 
 
 @pytest.mark.parametrize(
