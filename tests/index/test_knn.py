@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from pd_core.index import knn
 from pd_core.index import recall as index_recall
 from pd_core.index import shards as ix
+from tests import synthetic
+from tests.synthetic import DIM
 
-DIM = 24
 CELLS = 20
 NPROBE = 5
 
 
 def clustered(n, clusters=12, seed=0, dim=DIM, offset=0.0):
-    rng = np.random.default_rng(seed)
-    centers = 4 * rng.standard_normal((clusters, dim)) + offset
-    return (centers[rng.integers(0, clusters, n)] + rng.standard_normal((n, dim))).astype(np.float32)
+    return synthetic.clustered(n, dim, clusters, seed) + np.float32(offset)
 
 
 def random_ids(n, seed=1):
