@@ -62,7 +62,8 @@ def _probe(
         if tried > batch or sample.num_rows <= batch:  # the first batch pays for lazy set-up
             seconds, counted = seconds + np.diff([0.0, read, decoded, watch.seconds]), counted + len(chunk)
     size = sum(t.numel() * t.element_size() for t in extractor.model.state_dict().values())
-    return spec, Probe(*(seconds / max(1, counted)).tolist(), bad, tried, _flops(), size)
+    read_s, decode_s, extract_s = (seconds / max(1, counted)).tolist()
+    return spec, Probe(read_s, decode_s, extract_s, bad, tried, _flops(), size)
 
 
 def _flops() -> float:

@@ -90,12 +90,9 @@ class _UsedIndex:
     dim: trust.Small
     nprobe: trust.Whole
     cells: trust.Count | None = None
-    auto: bool = False
     changed: trust.Whole = 0
     rows_when_trained: trust.Count = 1
     cell_distance: trust.NotNegative | None = None
-    recall: trust.NotNegative | None = None
-    target_recall: trust.NotNegative | None = None
 
 
 @dataclass(frozen=True)
