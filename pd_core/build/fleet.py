@@ -33,7 +33,7 @@ class Fleet:
 
 
 def fleet_of(now: resources.Cluster) -> Fleet:
-    """The nodes that are up at this moment, which what ran since `now` may have brought; where none is, an assumed one."""
+    """The nodes that are up now, some of which may have come since `now`; where none is, an assumed one."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
@@ -81,8 +81,8 @@ def limit_lines(steps: Sequence[Step], fleet: Fleet) -> list[str]:
     for step in steps:
         if (needed := step.node_bytes(fleet)) > has:
             return [
-                f"limit:     {step.name}: memory, {bytes_text(needed)} on a node that has {bytes_text(has)} for processes; "
-                f"what moves it: nodes with more memory; {step.lever}"
+                f"limit:     {step.name}: memory, {bytes_text(needed)} on a node that has {bytes_text(has)} for "
+                f"processes; what moves it: nodes with more memory; {step.lever}"
             ]
     longest = max(steps, key=lambda step: step.seconds(fleet))
     if sum(step.seconds(fleet) for step in steps) < LARGE_S:

@@ -1,7 +1,7 @@
-"""The plan of a run, for --dry-run: what it will read, write, hold in memory and take, from a listing and a short probe.
+"""The plan of a run, for --dry-run: what it reads, writes, holds in memory and takes, by a listing and a short probe.
 
-A few plain formulas, of computing and of reading the images; benchmarks/costs.py models also what else store and network add
-on large clusters.
+A few plain formulas, of computing and of reading the images; benchmarks/costs.py models also what else store and
+network add on large clusters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEARCH_LEVER = (
 
 @dataclass(frozen=True)
 class Build:
-    """A run, its index resolved. gpus: the model runs on GPUs, which are not probed. new: of an update, the new images."""
+    """A run, its index resolved. gpus: the model runs on GPUs, which are not probed. new: images of an update."""
 
     settings: BuildIndexSettings
     rows: int
@@ -65,7 +65,7 @@ class Build:
 
     @property
     def scanned(self) -> float:
-        """Share of the rows that a query is compared with; calibration decides it, so of cells it is what other data had."""
+        """Share of the rows that a query is compared with; calibration decides it, so of cells what other data had."""
         return min(1.0, SCANNED * (self.rows / SCANNED_ROWS) ** SCANNED_GROWTH) if self.settings.index.cells else 1.0
 
     @property
@@ -154,8 +154,8 @@ def plan(
         searches = f", and the searches for whoever had one of the {lost:,} for a neighbor" if lost else ""
         lines += [
             f"update:    of {base.uri}: {found}",
-            f"           {_spent(replace(build, new=max(1, found.to_extract)))}{searches}; the lines above are of a whole "
-            "build, whose neighbors or fit come on top where quantizer or predictor do not hold any more",
+            f"           {_spent(replace(build, new=max(1, found.to_extract)))}{searches}; the lines above are of a "
+            "whole build, whose neighbors or fit come on top where quantizer or predictor do not hold any more",
         ]
     return "\n".join(lines)
 
@@ -183,8 +183,10 @@ def _sizes(build: Build, size: int, parts: int) -> list[str]:
         f"images:    {build.rows:,} listed, {bytes_text(size)}{bad}",
         f"features:  {spec.model}, {spec.feature_dim} dimensions, {spec.precision}, {parts:,} parts of "
         f"{chosen.features.whole_part_rows:,} images",
-        f"index:     {index.kind}, {index.shards} shards, {f'{index.cells:,} cells' if index.cells else 'exact search'}",
-        f"reads:     images once, {bytes_text(size)}; features up to {passes} times, {bytes_text(build.features_bytes)} each",
+        f"index:     {index.kind}, {index.shards} shards, "
+        f"{f'{index.cells:,} cells' if index.cells else 'exact search'}",
+        f"reads:     images once, {bytes_text(size)}; features up to {passes} times, "
+        f"{bytes_text(build.features_bytes)} each",
         f"writes:    about {bytes_text(written)} to {chosen.output}",
         f"memory:    of a process, about: {each}, driver {bytes_text(DRIVER_BYTES + parts * PART_BYTES)}",
     ]
@@ -196,8 +198,8 @@ def _times(build: Build, up: bool) -> list[str]:
     model = "" if build.gpus else f" and {unit.extract_s * 1e3:.1f} ms model"
     where = f"{fleet.cores:g} cores" if fleet.cluster.local else str(fleet)
     lines = [
-        f"time:      {_spent(build)}; at {unit.read_s * 1e3:.1f} ms reading from the source, {unit.decode_s * 1e3:.1f} ms "
-        f"decoding{model} per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, {where}",
+        f"time:      {_spent(build)}; at {unit.read_s * 1e3:.1f} ms reading from the source, "
+        f"{unit.decode_s * 1e3:.1f} ms decoding{model} per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, {where}",
         f"           the predictor's fit takes at most {build.settings.estimator.epochs} epochs, fewer where its loss "
         "stops falling",
     ]
@@ -206,17 +208,18 @@ def _times(build: Build, up: bool) -> list[str]:
     if build.settings.index.cells:
         exact = build.pairs_s(float(build.rows) * build.rows) / fleet.cores
         lines.append(
-            f"           neighbors: as if {build.scanned:.1%} of the rows reached the recall, which calibration decides; "
-            f"at most {time_text(exact)} (exact search)"
+            f"           neighbors: as if {build.scanned:.1%} of the rows reached the recall, which calibration "
+            f"decides; at most {time_text(exact)} (exact search)"
         )
     if fleet.cluster.elastic:
         here = f"the {fleet} that the cluster has now"
         if not up:
-            here = f"one node of {fleet.cores:g} CPUs and {bytes_text(fleet.memory_bytes)}, an assumption, since none is up"
+            memory = bytes_text(fleet.memory_bytes)
+            here = f"one node of {fleet.cores:g} CPUs and {memory}, an assumption, since none is up"
         hours = sum(step.core_s for step in build.steps()) / 3600
         lines.append(
-            f"fleet:     times are for {here}; the autoscaler adds nodes up to its maximum; the CPUs compute {hours:,.1f} "
-            "core-hours in all"
+            f"fleet:     times are for {here}; the autoscaler adds nodes up to its maximum; the CPUs compute "
+            f"{hours:,.1f} core-hours in all"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""The report of build_index: what its page shows of the committed artifacts and the source's images, gathered and drawn."""
+"""The report of build_index: what its page shows of the committed artifacts and of the images, gathered and drawn."""
 
 from __future__ import annotations
 
@@ -53,15 +53,17 @@ LIGHT_COLUMNS = ["sample_id", "key", "label", "mean_knn_distance", "density", "p
 QUARANTINE_ADVICE: Mapping[str, str] = {
     "empty": "The file has no bytes: an upload or copy was cut short. Copy it again, or delete it.",
     "truncated": "The file ends before the image does. Copy it again from where it came from.",
-    "not_an_image": "The content is of no image format, whatever the name says. Remove it, or leave it: it does no harm.",
+    "not_an_image": "The content is of no image format, whatever the name says. Remove it, or leave it: it does no "
+    "harm.",
     "unsupported_format": "An image, but not one that can be read without guessing. Convert it as the detail says.",
-    "too_many_bytes": "Larger than --data.max_image_bytes. Raise the limit if you trust the source, or shrink the file.",
-    "too_many_pixels": "Larger than --data.max_image_pixels, or made of tiles or frames that are. Raise the limit if you trust the source, or "
-    "shrink the image.",
-    "too_expensive": "Decoding it takes more time (--data.max_image_cpu_s) or memory than a picture does, or ends the decoder; "
-    "a hostile or broken file. Leave it out.",
-    "unreadable": "The file was listed but could not be read; of a tar that is damaged, all that lies behind the place is lost. Check "
-    "permissions and the store, or pack the tar again, then run again.",
+    "too_many_bytes": "Larger than --data.max_image_bytes. Raise the limit if you trust the source, or shrink the "
+    "file.",
+    "too_many_pixels": "Larger than --data.max_image_pixels, or made of tiles or frames that are. Raise the limit if "
+    "you trust the source, or shrink the image.",
+    "too_expensive": "Decoding it takes more time (--data.max_image_cpu_s) or memory than a picture does, or ends the "
+    "decoder; a hostile or broken file. Leave it out.",
+    "unreadable": "The file was listed but could not be read; of a tar that is damaged, all that lies behind the place "
+    "is lost. Check permissions and the store, or pack the tar again, then run again.",
     "corrupt": "The file has the marks of an image format, but decoding failed. Replace it.",
     "feature_not_finite": "The image decodes, but its feature holds NaN or infinity. Try --features.precision fp32.",
 }
@@ -351,7 +353,7 @@ def _examples(output: str, features: artifacts.Artifact) -> list[tuple[str, str,
     return rows[:QUARANTINE_EXAMPLES]
 
 
-# --- figures -----------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def histogram_png(data: ReportData, narrow: bool = False) -> bytes:
@@ -429,7 +431,7 @@ def labels_shown(labels: Sequence[LabelRow]) -> list[LabelRow]:
     return ordered if len(ordered) <= MAX_LABELS_SHOWN else [*ordered[:half], *ordered[-half:]]
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------
 def drawn(data: ReportData) -> dict[str, bytes]:
     """Files of the report by name. The same data gives the same bytes."""
     context = {

@@ -1,7 +1,7 @@
 """What is only about the base of an update: it is opened, and its settings and listing compared with what is there now.
 
-Images that lie unchanged in the source keep their features; what else is taken over, each stage says. Densities need numbers
-of the whole set (c and the ranks) and are always written anew.
+Images that lie unchanged in the source keep their features; what else is taken over, each stage says. Densities need
+numbers of the whole set (c and the ranks) and are always written anew.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class OtherSettings(UserError):
 def check_same(
     base: Base, settings: BuildIndexSettings, source: sources.Source, spec: ExtractorSpec, device: str
 ) -> None:
-    """Raises OtherSettings: a setting that decides features or densities, or the extractor, is not what the base was made with."""
+    """Raises OtherSettings: the extractor, or a setting that decides features or densities, is not that of the base."""
     now = settings.model_dump(mode="json")
     decides = {
         "data": ("kind", "labels", "image_column", "key_column", "metadata_columns"),
@@ -165,8 +165,8 @@ def check_same(
     )
     if found:
         raise OtherSettings(
-            f"--base {base.uri}: was made with other settings ({'; '.join(found[:6])}), so its numbers are not comparable; "
-            "leave --base out to build anew"
+            f"--base {base.uri}: was made with other settings ({'; '.join(found[:6])}), so its numbers are not "
+            "comparable; leave --base out to build anew"
         )
 
 
@@ -213,7 +213,7 @@ def _compare(
 def _list(
     source: sources.Source, base: Base, fresh: core_artifacts.Stage, stage: core_artifacts.Stage, part_rows: int
 ) -> tuple[list[core_artifacts.Part], dict[str, Any]]:
-    """Write and commit the listing of the new images, and write that of all; returns the parts and totals of the latter."""
+    """Write and commit the listing of new images, and write that of all; returns parts and totals of the latter."""
     before, known = base.artifacts["listing"].totals, _Known(base)
     fresh.begin(overwrite=True)
     skipped: Counter[str] = Counter()
@@ -307,8 +307,8 @@ class _Known:
 
     Attributes:
         ids: sample_id int64 [N].
-        again: bool [N], those that the store did not give (a passing reason), hence are not in the index; they are tried again.
-        place: int64 [N], a hash of the file that an image lies in, where, and of that file's state; 0 for those tried again.
+        again: bool [N], those that the store did not give, for a passing reason: not in the index, and tried again.
+        place: int64 [N], a hash of where an image lies, and of the state of its file; 0 for those tried again.
         seen: bool [N].
         found: sample ids of the source, as they came.
     """

@@ -21,7 +21,7 @@ STAGES = ("listing", "added/features", "features", "index", "neighbors", "densit
 
 
 def folders_of(record: Mapping[str, Any], stages: Sequence[str] = STAGES) -> list[str]:
-    """Of a finished run, by its run.json, the folders of those of these stages that it has, and of what was made beside them."""
+    """Of a finished run, by its run.json, the folders of these stages that it has, and of what was made beside them."""
     beside = {"features": "quarantine", "added/features": "added/quarantine"}
     if record["settings"].get("base"):
         beside["listing"] = "added/listing"
@@ -51,8 +51,8 @@ def prepare(settings: BuildIndexSettings) -> tuple[BuildIndexSettings, sources.S
     recursive = not (source.names or source.patterns) or any("**" in pattern for pattern in source.patterns)
     if recursive and files.is_inside(output, source.root):
         raise UserError(
-            f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it wrote "
-            "for images; choose an --output outside"
+            f"--output {settings.output}: lies in the source {source.root}, where the next run would take what it "
+            "wrote for images; choose an --output outside"
         )
     return settings, source
 
@@ -125,7 +125,7 @@ def _list(run: Run, settings: BuildIndexSettings, source: sources.Source, base: 
 def _extract(
     run: Run, settings: BuildIndexSettings, source: sources.Source, listed: _Listed
 ) -> tuple[artifacts.Artifact, Update | None]:
-    """Features of every image: of an update those of new images, the others from its base. What is taken over, completed."""
+    """Features of every image, in an update those of its base where they hold; and what is taken over, completed."""
     device = resources.device_of(run.now, listed.gpus)
     chosen = settings.features.model_copy(update={"actor_gpus": listed.gpus})
     most_bad, taken = settings.data.max_bad_fraction, listed.update

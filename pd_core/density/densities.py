@@ -37,7 +37,10 @@ def write_densities(
         settings.volume_dim, *[summaries.remote(neighbors_uri, group, settings.k) for group in groups]
     )
     totals, write = tasks.get(totals_ref), tasks.task(_write_group)
-    submit = lambda missing: write.remote(stage, neighbors_uri, features_uri, missing, settings, totals, ranks)  # noqa: E731
+
+    def submit(missing: Sequence[str]) -> Any:
+        return write.remote(stage, neighbors_uri, features_uri, missing, settings, totals, ranks)
+
     parts = tasks.make_missing(stage, groups, submit)
     return parts, totals | {"k": settings.k, "volume_dim": settings.volume_dim}
 

@@ -1,4 +1,4 @@
-"""The estimator stage on Ray: the density predictor is fitted to the committed features and densities, or kept from a base."""
+"""The estimator stage on Ray: the predictor is fitted to the committed features and densities, or kept from a base."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def run(
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Fit in one Ray task that streams the parts; returns the parts and totals to commit.
 
-    base: its predictor, on the new scale, is kept while its R² on held-out rows has not dropped by more than `max_r2_drop`.
+    base: its predictor, on the new scale, is kept while its R² on held-out rows has not dropped by more than
+        `max_r2_drop`.
     """
     uris = features_uri, densities_uri
     totals = None if base is None else _kept(stage, base, uris, densities, settings, max_r2_drop)
@@ -124,7 +125,8 @@ def _kept(
     fitted_r2 = before.totals.get("fitted_r2", before.totals["heldout"]["r2_log_density"])
     if asked != of_base or old["volume_dim"] != new["volume_dim"] or settings.split != "hash" or fitted_r2 is None:
         console.say(
-            "estimator: fitted anew, since the base's was made with other settings or cannot be judged on held-out images"
+            "estimator: fitted anew, since the base's was made with other settings or cannot be judged on held-out "
+            "images"
         )
         return None
     shift = new["log_normalizer"] - old["log_normalizer"]
@@ -143,7 +145,7 @@ def _kept(
 
 
 def spread(densities: artifacts.Artifact, settings: EstimatorSettings) -> list[str]:
-    """Parts that hold about `fit.HELDOUT_ROWS` held-out rows, evenly from all: the listing has an order, new images are last."""
+    """Parts with about `fit.HELDOUT_ROWS` held-out rows, evenly from all: in a listing's order new images are last."""
     names = [part.name for part in densities.parts if part.rows]
     wanted = len(names) * fit.HELDOUT_ROWS / max(1.0, densities.rows * settings.holdout_fraction)
     if wanted >= len(names):
@@ -160,7 +162,7 @@ def _keep(
     settings: EstimatorSettings,
     least: float,
 ) -> dict[str, Any] | None:
-    """Write the base's predictor with its target moved by `shift`, the change of log c; None where it does not hold any more."""
+    """Write the base's predictor, its target moved by `shift`, the change of log c; None where it does not hold."""
     described = files.read_bytes(files.join(folder, predictor.DESCRIPTION_FILE))
     weights = files.read_bytes(files.join(folder, predictor.WEIGHTS_FILE))
     kept = predictor.from_bytes({predictor.WEIGHTS_FILE: weights, predictor.DESCRIPTION_FILE: described}).rescaled(

@@ -82,14 +82,15 @@ def fit(
 ) -> FitResult:
     """Fits the density predictor to rows that are loaded part by part.
 
-    Memory: `window_rows` training rows, at most HELDOUT_ROWS held-out rows and one part. If all training rows fit in one
-    window, parts are loaded once, else once to take statistics and once per epoch; the order of parts, and of rows
-    within a window, is drawn from (seed, epoch). Held-out losses and metrics are those of the held-out rows in memory,
-    a fixed uniform draw if there are more. With patience the weights of the best held-out loss are kept, without it the
-    last ones. The result depends on parts, settings (threads included) and window_rows alone, to the bit.
+    Memory: `window_rows` training rows, at most HELDOUT_ROWS held-out rows and one part. If all training rows fit in
+        one window, parts are loaded once, else once to take statistics and once per epoch; the order of parts, and of
+        rows within a window, is drawn from (seed, epoch). Held-out losses and metrics are those of the held-out rows in
+        memory, a fixed uniform draw if there are more. With patience the weights of the best held-out loss are kept,
+        without it the last ones. The result depends on parts, settings (threads included) and window_rows alone, to the
+        bit.
 
-    parts: see LoadPart. Raises UserError for too few rows, ValueError for a malformed part, RunError (a RuntimeError) with
-    the epoch if a loss is not finite.
+    parts: see LoadPart. Raises UserError for too few rows, ValueError for a malformed part, RunError (a RuntimeError)
+        with the epoch if a loss is not finite.
     """
     import torch
 
@@ -208,7 +209,7 @@ def _threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# --- streamed data -----------------------------------------------------------------------------------------------------
+# --- streamed data ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Rows:
     features: NDArray[np.float32]  # [n, D]
@@ -361,8 +362,8 @@ def held_out(sample_id: NDArray[np.int64], settings: EstimatorSettings) -> NDArr
 def _split_position(sample_id: NDArray[np.int64], part: int, settings: EstimatorSettings) -> NDArray[np.float64]:
     """Uniform [0, 1) for each row; a row is held out where it is below holdout_fraction.
 
-    "hash" depends on the row's id alone: a row stays on its side in every run, also as the data grows. "random" is drawn
-    from (seed, part).
+    "hash" depends on the row's id alone: a row stays on its side in every run, also as the data grows. "random" is
+    drawn from (seed, part).
     """
     if settings.split == "hash":
         return seeds.uniform(sample_id)

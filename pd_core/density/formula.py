@@ -1,8 +1,8 @@
 """From k-NN distances to pseudo densities and thresholds on them: pure functions, float64 inside.
 
 Pseudo density (arXiv 2407.08659): a real image i takes the volume of an n-ball whose radius is its mean k-NN distance,
-V_i = pi^(n/2) / Gamma(n/2 + 1) * d_i^n, and rho_i is proportional to 1 / V_i with mean 1 over the real set. All of it is
-computed in logs, log rho_i = -n log d_i + c, because d^n leaves float64 long before n reaches the size of a feature.
+V_i = pi^(n/2) / Gamma(n/2 + 1) * d_i^n, and rho_i is proportional to 1 / V_i with mean 1 over the real set. All of it
+is computed in logs, log rho_i = -n log d_i + c, because d^n leaves float64 long before n reaches the size of a feature.
 
 n (`volume_dim`) is a sharpness, not the feature dimension. (n, c, floor) are stored with the index and used again for
 every other image: densities compare only under one (extractor, k, n, c).
@@ -31,7 +31,7 @@ _DISTANCE_FLOOR_OF_MEDIAN = 1e-3
 _THRESHOLD_TEXT = re.compile(r"(p?)([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 
 
-# --- distances ---------------------------------------------------------------------------------------------------------
+# --- distances --------------------------------------------------------------------------------------------------------
 
 
 def mean_knn_distance(neighbor_distances: ArrayLike) -> Float64Array:
@@ -80,7 +80,7 @@ def apply_distance_floor(mean_knn_distance: ArrayLike, floor: float) -> tuple[Fl
     return np.maximum(distances, floor), int(np.count_nonzero(distances < floor))
 
 
-# --- densities ---------------------------------------------------------------------------------------------------------
+# --- densities --------------------------------------------------------------------------------------------------------
 
 
 def log_normalizer(mean_knn_distance: ArrayLike, volume_dim: float) -> float:
@@ -127,7 +127,7 @@ def pseudo_density(mean_knn_distance: ArrayLike, volume_dim: float = 1.0) -> Flo
     return density_of(log_pseudo_density(distances, volume_dim, log_normalizer(distances, volume_dim)))
 
 
-# --- ranks and thresholds ----------------------------------------------------------------------------------------------
+# --- ranks and thresholds ---------------------------------------------------------------------------------------------
 
 
 def mid_ranks(log_density: Float64Array, sorted_log_density: Float64Array) -> Float64Array:
@@ -199,13 +199,13 @@ def threshold_inside(text: str | float, quantiles: ArrayLike, option: str, where
     low, high = np.asarray(quantiles, dtype=np.float64)[[0, -1]]
     if not low <= tau <= high:
         raise UserError(
-            f"{option} {text}: outside the densities of {where}, which lie in {low:.4g} ... {high:.4g}; choose one inside, or "
-            "a percentile such as p80"
+            f"{option} {text}: outside the densities of {where}, which lie in {low:.4g} ... {high:.4g}; choose one "
+            "inside, or a percentile such as p80"
         )
     return tau
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _log_inverse_power(mean_knn_distance: ArrayLike, volume_dim: float) -> Float64Array:

@@ -31,8 +31,8 @@ class DensityPredictor(torch.nn.Module):
     """f: F(x) -> pseudo density. Call it on a tensor for the differentiable log density, `predict` for numbers.
 
     The standardisation of features and target is part of the model: feature_mean and feature_std are [D], target_mean
-    and target_std are scalars, (0, 1) where nothing is standardised. Weights are frozen outside `fit`; new ones are torch's
-    usual, drawn from `seed` (the global generator is left alone).
+    and target_std are scalars, (0, 1) where nothing is standardised. Weights are frozen outside `fit`; new ones are
+    torch's usual, drawn from `seed` (the global generator is left alone).
     """
 
     feature_mean: torch.Tensor
@@ -77,7 +77,7 @@ class DensityPredictor(torch.nn.Module):
         return self._log_density(self.score(features))
 
     def predict(self, features: NDArray[Any] | torch.Tensor) -> Prediction:
-        """Predicted densities of features [N, D], array or tensor, without a gradient; runs on the predictor's device."""
+        """Predicted densities of features [N, D], array or tensor, without a gradient, on the predictor's device."""
         rows = len(features)
         log_density = np.empty(rows, dtype=np.float64)
         with torch.inference_mode():
@@ -90,7 +90,7 @@ class DensityPredictor(torch.nn.Module):
         return Prediction(density_of(log_density), log_density)
 
     def rescaled(self, shift: float) -> DensityPredictor:
-        """This predictor, changed in place, of log densities that are greater by `shift`: of the same d̄ under another c."""
+        """This predictor, changed in place, of log densities greater by `shift`: of the same d̄ under another c."""
         if self.architecture.target == "log_density":
             self.target_mean += shift
         else:

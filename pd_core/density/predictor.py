@@ -32,7 +32,7 @@ def new_predictor(architecture: Architecture, seed: int = 0) -> DensityPredictor
     return DensityPredictor(architecture, seed)
 
 
-# --- calibration -------------------------------------------------------------------------------------------------------
+# --- calibration ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Calibration:
     """Predicted against true log densities of n rows. None where a figure is undefined (constant values, < 2 rows)."""
@@ -80,7 +80,7 @@ class FitResult:
     heldout_predicted_log_density: NDArray[np.float64]
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 def to_bytes(predictor: DensityPredictor, metrics: FitMetrics) -> dict[str, bytes]:
     """The predictor's two files by name: safetensors with weights and statistics, JSON that describes them."""
     architecture = predictor.architecture

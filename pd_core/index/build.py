@@ -33,8 +33,9 @@ def resolve_kind(settings: IndexSettings, exact: bool, rows: int) -> str:
 
 
 def keeps_shards(update: Update) -> bool:
-    """Whether the shards of the base's flat index, beside those of the new rows, are neither many small ones, after many
-    updates, nor one that might be left without rows.
+    """Whether the shards of the base's flat index may be kept beside those of the new rows.
+
+    They may not where there are many small ones, after many updates, or one that might be left without rows.
     """
     before = update.base.artifacts["index"]
     dim = before.totals["dim"]
@@ -140,8 +141,9 @@ def run(
         features: their commit record.
         settings: from `stage_of`, resolved.
         density: k.
-        update: whose base's index is taken over: of a flat one the shards, less the rows that are gone; of one with cells the
-            quantizer and the number of probed cells. Then `recall` may fall short of the target, for the caller to judge.
+        update: whose base's index is taken over: of a flat one the shards, less the rows that are gone; of one with
+            cells the quantizer and the number of probed cells. Then `recall` may fall short of the target, for the
+            caller to judge.
 
     Raises:
         UserError: the target recall is out of reach.
@@ -210,7 +212,7 @@ def load_group(group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fill_flat(stage: artifacts.Stage, uris: Sequence[str], settings: IndexSettings, update: Update | None) -> None:
-    """Shards of a flat index are runs of whole parts. Of an update they follow the base's, less what is gone from these."""
+    """Shards of a flat index are runs of whole parts. In an update they follow the base's, less what is gone."""
     import ray
 
     assert settings.shards is not None
@@ -386,7 +388,7 @@ def _calibrate(
     k: int,
     nprobe: int | None,
 ) -> dict[str, Any]:
-    """Choose nprobe for the target recall by exact search on a sample, and measure what it gives; or what a given one gives."""
+    """Choose nprobe for the target recall by exact search on a sample, or take the given one; measure what it gives."""
     import ray
 
     if nprobe == 0:  # every search is exact
@@ -430,8 +432,8 @@ def _choose(
         return facts | {"nprobe": 0, "nprobe_at_target": nprobe}
     if given is None and scanned > settings.max_scan_fraction:
         raise UserError(
-            f"index: recall {settings.target_recall} needs {nprobe} of {cells} cells per query ({scanned:.0%} of the rows); "
-            "use --index.kind auto or flat, or lower --index.target_recall"
+            f"index: recall {settings.target_recall} needs {nprobe} of {cells} cells per query ({scanned:.0%} of the "
+            "rows); use --index.kind auto or flat, or lower --index.target_recall"
         )
     distances, found = _approximate(info, queries, query_ids, ranked[:, :nprobe], k)
     measured = recall.recall_and_error(exact_ids, exact_distances, found, distances)

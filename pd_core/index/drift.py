@@ -1,4 +1,4 @@
-"""Whether the index of a base still holds for an update: rows that have changed, how far new ones lie off, and recall."""
+"""Whether the index of a base still holds for an update: rows that changed, how far new ones lie off, and recall."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLE_PARTS = 4  # of the base, that new rows are compared with
 
 
 def reason_to_rebuild(update: Update, rows: int, settings: BuildIndexSettings) -> str | None:
-    """Why the index of `rows` images has to be built anew, its quantizer trained again, and every neighbor searched for; or None."""
+    """Why the index of `rows` images has to be built anew, and every neighbor searched for; or None."""
     before, most = update.base.artifacts["index"], settings.update.max_growth
     if before.totals["kind"] == "flat":
         if build.resolve_kind(settings.index, settings.density.exact, rows) != "flat":
@@ -35,8 +35,8 @@ def reason_to_rebuild(update: Update, rows: int, settings: BuildIndexSettings) -
     allowed, trained = settings.update.max_cell_distance, _trained_distance(update.base)
     if trained > 0 and far > allowed * trained:
         return (
-            f"the new rows' mean squared distance to their cells' centroids is {far / trained:.2f} times that of the others, "
-            f"--update.max_cell_distance is {allowed:g}"
+            f"the new rows' mean squared distance to their cells' centroids is {far / trained:.2f} times that of the "
+            f"others, --update.max_cell_distance is {allowed:g}"
         )
     return None
 

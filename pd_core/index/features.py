@@ -1,6 +1,7 @@
 """The features stage: every image of a source through extractor actors into committed parts.
 
-An update extracts the images that are not in its base as they are now, and puts the parts together with those of the base.
+An update extracts the images that are not in its base as they are now, and puts the parts together with those of the
+base.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def decoding(data: DataSettings) -> dict[str, Any]:
 def stage_of(
     output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, settings: FeatureSettings, device: str
 ) -> artifacts.Stage:
-    """The features stage under `output`; device (cpu or cuda), batch size, threads and torch are part of it, since they may
-    move the last bits.
+    """The features stage under `output`. Device, batch size, threads and torch are part of it: they may move last bits.
+
+    device: cpu or cuda.
     """
     identity = {
         "listing": listing.fingerprint,
@@ -206,7 +208,8 @@ def _conclude(
 def _complete(work: Work, now: resources.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, artifacts.Part]:
     """All parts by name, after as many executions as it takes.
 
-    After one that made nothing a task takes half as many batches: one that ends its worker takes ever fewer others along.
+    After one that made nothing a task takes half as many batches: one that ends its worker takes ever fewer others
+    along.
     """
     work.quarantine.begin(overwrite=True)  # the features stage has been begun: what lies here is its, or stale
 
@@ -528,7 +531,7 @@ def _gather(
     return pa.concat_tables(tables).combine_chunks() if tables else None
 
 
-# ---- what is said of features ------------------------------------------------------------------------------------------
+# ---- what is said of features ----------------------------------------------------------------------------------------
 def reasons_of(parts: Iterable[artifacts.Part]) -> dict[str, int]:
     """Quarantined images by reason, added up over features parts."""
     total: Counter[str] = Counter()
@@ -547,8 +550,8 @@ def stop_if_mostly_bad(bad: Mapping[str, int], listed: int, max_bad: int, quaran
     total = sum(bad.values())
     if total > max_bad:
         raise UserError(
-            f"data: {total} of {listed} images are unusable so far ({told(bad)}), --data.max_bad_fraction allows {max_bad}; "
-            f"see {quarantine}, mend them or raise the limit; what is done is kept"
+            f"data: {total} of {listed} images are unusable so far ({told(bad)}), --data.max_bad_fraction allows "
+            f"{max_bad}; see {quarantine}, mend them or raise the limit; what is done is kept"
         )
 
 

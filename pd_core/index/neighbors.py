@@ -1,8 +1,8 @@
 """Every row's neighbors over all shards, block by block: the first pass of the densities stage.
 
-A row's neighbors change in an update only where one of them is gone or a new row comes nearer, so old rows are compared with
-the new ones alone. The distance of a pair is the same bits wherever it is computed; with an exact index the result is that
-of a whole build on the same features.
+A row's neighbors change in an update only where one of them is gone or a new row comes nearer, so old rows are compared
+with the new ones alone. The distance of a pair is the same bits wherever it is computed; with an exact index the result
+is that of a whole build on the same features.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def find_neighbors(
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Write the missing neighbors parts; returns the parts and totals to commit.
 
-    update: new rows, and those that lost a neighbor, are searched for over the whole index; the others are merged from what
-    the base has and the new rows. `searched` in the totals counts the rows of the first kind in this call.
+    update: new rows, and those that lost a neighbor, are searched for over the whole index; the others are merged from
+        what the base has and the new rows. `searched` in the totals counts the rows of the first kind in this call.
     """
     blocks = make_blocks(features, settings.block_rows)
     searched = sent = 0
@@ -88,7 +88,8 @@ def find_neighbors(
 def make_blocks(features: artifacts.Artifact, block_rows: int) -> list[list[str]]:
     """Part names of each block of queries.
 
-    Every B-th part goes to the same of B blocks: a source sorted by class then does not send a whole block to one shard.
+    Every B-th part goes to the same of B blocks: a source sorted by class then does not send a whole block to one
+    shard.
     """
     parts = [part for part in features.parts if part.rows]
     count = max(1, -(-sum(part.rows for part in parts) // block_rows))
@@ -168,8 +169,8 @@ def _merge_block(
 ) -> search.Traffic:
     """Write the neighbors of some parts; returns how many rows were searched for in the whole index.
 
-    same: stage, directories of features and of the base's neighbors, k, rows of each cell of the base's index, int64 [cells],
-    and sample ids that are gone, int64.
+    same: stage, directories of features and of the base's neighbors, k, rows of each cell of the base's index, int64
+        [cells], and sample ids that are gone, int64.
     """
     stage, features_uri, before_uri, k, cell_rows, removed = same
     nearest = None if new is None else knn.ShardSearch.open([new], device="cpu")

@@ -156,7 +156,7 @@ class _Searcher:
             self.refused = error
 
     def ready(self) -> None:
-        """Answers once the shards are open. Raises UserError: their files are none that index.py writes, or of another index."""
+        """Answers once the shards are open. Raises UserError: their files are none of ours, or of another index."""
         if self.refused is not None:
             raise self.refused
 
@@ -310,7 +310,7 @@ def _quantizer(info: IndexInfo) -> Any:
 
 
 def read_quantizer(uri: str) -> Any:
-    """The coarse quantizer of the index stage in a directory. Raises UserError: its file is none that index.py writes."""
+    """The coarse quantizer of the index stage in a directory. Raises UserError: its file is none of ours."""
     with _named(core_files.join(uri, QUANTIZER)):
         template = index_shards.deserialize(core_files.read_bytes(core_files.join(uri, QUANTIZER)))
         return index_shards.quantizer_of(index_shards.centroids_of(template))

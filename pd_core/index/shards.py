@@ -1,8 +1,8 @@
 """The sharded FAISS index: coarse cells, the grouping of cells into shards, and shards as ordinary `.faiss` files.
 
-All shards share one coarse quantizer (k-means centroids, every shard holds all of them) and each owns whole cells. Plain
-faiss therefore opens a shard, searches it and merges shards (`merge_from`). Kind `flat` has no cells: its shards are
-row ranges. A cell is the Voronoi region of one centroid; `cells` counts them.
+All shards share one coarse quantizer (k-means centroids, every shard holds all of them) and each owns whole cells.
+Plain faiss therefore opens a shard, searches it and merges shards (`merge_from`). Kind `flat` has no cells: its shards
+are row ranges. A cell is the Voronoi region of one centroid; `cells` counts them.
 """
 
 from __future__ import annotations
@@ -213,14 +213,15 @@ def deserialize(data: bytes) -> Any:
         return faiss.deserialize_index(content)
     except (_OtherLayout, struct.error, RuntimeError) as error:
         raise UserError(
-            f"an index file is damaged, or was not written by pd_core ({one_line(error)}); do not use it, or build it again"
+            f"an index file is damaged, or was not written by pd_core ({one_line(error)}); do not use it, or build it "
+            "again"
         ) from None
 
 
-# --- what faiss is given to read -----------------------------------------------------------------------------------------
+# --- what faiss is given to read --------------------------------------------------------------------------------------
 #
-# faiss makes whatever a file says: lists on disk that open any file for writing, arrays of any size. It is given only what
-# `serialize` writes, with every count held to the file's own length (faiss/impl/index_write.cpp has the layout).
+# faiss makes whatever a file says: lists on disk that open any file for writing, arrays of any size. It is given only
+# what `serialize` writes, with every count held to the file's own length (faiss/impl/index_write.cpp has the layout).
 
 _NO_DIRECT_MAP = (0, 0)
 
@@ -343,7 +344,7 @@ _CODE_BYTES = {
 }  # reads a codec; bytes of a code
 
 
-# --- which shard owns which cell ---------------------------------------------------------------------------------------
+# --- which shard owns which cell --------------------------------------------------------------------------------------
 
 
 def assign_cells(centroids: np.ndarray, cell_rows: np.ndarray, shards: int) -> np.ndarray:
@@ -424,15 +425,15 @@ def _principal_order(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.argsort(centred @ direction, kind="stable")
 
 
-# --- opening shards ----------------------------------------------------------------------------------------------------
+# --- opening shards ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Rows:
     """The rows of one or several shards, taken out of faiss: contiguous, near cells side by side.
 
-    `rank_of[cell]` is the place of a cell in that order, rows `offsets[rank] : offsets[rank + 1]` are its own. Exactly one
-    of `vectors` and `codes` is there; codes (with `codec`, `centroids`) are decoded when they are read.
+    `rank_of[cell]` is the place of a cell in that order, rows `offsets[rank] : offsets[rank + 1]` are its own. Exactly
+    one of `vectors` and `codes` is there; codes (with `codec`, `centroids`) are decoded when they are read.
     """
 
     dim: int
@@ -464,10 +465,11 @@ Shard = bytes | Callable[[], bytes]  # a `.faiss` file: its bytes, or what reads
 
 
 def open_rows(sources: Sequence[Shard]) -> Rows:
-    """Rows of the given shards, which are of one kind and share no cell. Raises UserError: they are not, or are no shards.
+    """Rows of the given shards, of one kind, without a common cell. Raises UserError: they are not, or are no shards.
 
-    Memory: all rows once, plus twice the shard being read (its bytes and faiss's copy) where sources are not bytes held by
-    the caller. With cells every shard but the first is read twice: for the sizes of its cells, then for its rows.
+    Memory: all rows once, plus twice the shard being read (its bytes and faiss's copy) where sources are not bytes held
+        by the caller. With cells every shard but the first is read twice: for the sizes of its cells, then for its
+        rows.
     """
     assert sources, "no shard to open"
     first = _read(sources[0])

@@ -1,4 +1,4 @@
-"""An update of an index is a whole build: same rows, same neighbors, same densities; and nothing that was done is done again."""
+"""An update of an index is a whole build: same rows, neighbors and densities; and nothing done is done again."""
 
 import shutil
 from collections.abc import Callable

@@ -104,7 +104,7 @@ def test_same_tables_with_other_numbers_of_actors(built, inputs, tmp_path, actor
 
 
 def killed_once(title: str, started: str, *argv: object) -> tuple[int, list[int]]:
-    """A run of which one process of ours with this title is killed once a file of this pattern is there: exit code, pids."""
+    """Exit code of a run of which one process with this title is killed once there is a file of this pattern; pids."""
     output, killed, over = Path(str(argv[2])), [], threading.Event()
 
     def kill() -> None:

@@ -40,8 +40,8 @@ def test_log_density_has_the_slope_of_the_true_log_density_when_n_is_the_dimensi
     rho = formula.pseudo_density(formula.mean_knn_distance(neighbor_distances[:, 1:]), volume_dim=2)
     core = (points**2).sum(axis=1) < 4.0  # the tail is biased: a k-NN ball there reaches into denser space
     slope = np.polyfit(-0.5 * (points[core] ** 2).sum(axis=1), np.log(rho[core]), 1)[0]
-    # Per-row noise of log rho is about 1/sqrt(20) = 0.22; over 17k rows with a spread of 0.57 in x the standard error is
-    # below 0.01 even with the 20-fold correlation of neighbours. The rest of the 0.06 is for the smoothing bias.
+    # Per-row noise of log rho is about 1/sqrt(20) = 0.22; over 17k rows with a spread of 0.57 in x the standard error
+    # is below 0.01 even with the 20-fold correlation of neighbours. The rest of the 0.06 is for the smoothing bias.
     assert slope == pytest.approx(1.0, abs=0.06)
 
 

@@ -1,4 +1,4 @@
-"""density/fit.py and its predictor: what it learns, what it must not see, and that nothing depends on how rows are cut into parts."""
+"""density/fit.py: what it learns, what it must not see, and that nothing depends on how rows are cut into parts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _is_heldout(rows: tuple[np.ndarray, ...], fraction: float = 0.2) -> np.ndarr
     return np.array([position(int(i) & mask) < fraction for i in rows[0]])
 
 
-# --- what it learns ----------------------------------------------------------------------------------------------------
+# --- what it learns ---------------------------------------------------------------------------------------------------
 
 
 def test_a_unit_that_is_all_but_dead_does_not_spoil_held_out_rows():
@@ -130,7 +130,7 @@ def test_initial_weights_are_distributed_as_torch_initialises_a_linear_layer() -
         assert stats.ks_2samp(a, b).pvalue > 1e-3
 
 
-# --- the split ---------------------------------------------------------------------------------------------------------
+# --- the split --------------------------------------------------------------------------------------------------------
 
 
 def test_heldout_rows_do_not_influence_the_weights() -> None:
@@ -190,7 +190,7 @@ def test_heldout_draw_is_bounded_and_uniform(monkeypatch: pytest.MonkeyPatch) ->
     assert draw.count == 5000
 
 
-# --- streaming ---------------------------------------------------------------------------------------------------------
+# --- streaming --------------------------------------------------------------------------------------------------------
 
 
 def test_parts_that_fit_are_loaded_once_and_others_once_per_epoch() -> None:
@@ -240,7 +240,7 @@ def test_statistics_are_those_of_the_training_rows_in_one_piece() -> None:
     assert float(predictor.target_std) == pytest.approx(rows[2][train].std(), rel=1e-6)
 
 
-# --- the course of a fit -----------------------------------------------------------------------------------------------
+# --- the course of a fit ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window_rows", [200, 10_000])
@@ -304,7 +304,7 @@ def test_malformed_parts_are_refused(fault: str) -> None:
         fit.fit([lambda: (sample_id, features, log_density)], _settings(), feature_dim=DIM)
 
 
-# --- using it ----------------------------------------------------------------------------------------------------------
+# --- using it ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["log_density", "density"])
@@ -350,7 +350,7 @@ def test_features_of_another_extractor_are_refused() -> None:
         predictor.predict(np.zeros((2, 9), np.float32))
 
 
-# --- calibration -------------------------------------------------------------------------------------------------------
+# --- calibration ------------------------------------------------------------------------------------------------------
 
 
 def test_calibration_by_hand() -> None:
@@ -381,7 +381,7 @@ def test_calibration_of_a_perfect_and_of_a_constant_predictor() -> None:
     assert fit.calibration(true, true + 900.0).r2_density is None  # beyond float64: undefined, not inf
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["log_density", "density"])
@@ -524,10 +524,8 @@ def test_it_loads_and_predicts_without_ray(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     script = (
         "import sys; sys.modules['ray'] = sys.modules['faiss'] = None\n"
-        "from pd_core.density import predictor\n"
-        "assert 'torch' not in sys.modules, 'torch must be imported late'\n"
-        "import numpy as np\n"
-        f"p = predictor.load({str(tmp_path)!r}).predict(np.ones((2, {DIM}), np.float32))\n"
+        "from pd_core.density import predictor\nassert 'torch' not in sys.modules, 'torch must be imported late'\n"
+        f"import numpy as np\np = predictor.load({str(tmp_path)!r}).predict(np.ones((2, {DIM}), np.float32))\n"
         "print(repr(float(p.log_density[0])))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

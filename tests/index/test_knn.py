@@ -75,7 +75,8 @@ def equal(one, other):
 
 def assert_neighbors(found, exact):
     """Same distances to float32 rounding and same ids, but for pairs whose distances agree to that rounding."""
-    # fvec_L2sqr sums D squares of exactly rounded differences in float32: relative error of d² below (D + 2)·2^-24, of d half
+    # fvec_L2sqr sums D squares of exactly rounded differences in float32: relative error of d² below (D + 2)·2^-24, of
+    # d half
     np.testing.assert_allclose(found[0], exact[0], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found[0].mean(1, dtype=np.float64), exact[0].mean(1), rtol=1e-5, atol=1e-7)
     assert np.array_equal(found[1] == knn.MISSING_ID, np.isinf(exact[0]))
@@ -87,7 +88,7 @@ def assert_neighbors(found, exact):
                 assert near_edge or set(ids[near]) == set(true_ids[near])
 
 
-# --- exact -------------------------------------------------------------------------------------------------------------
+# --- exact ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])  # far from the origin, ‖x‖² − 2q·x cancels
@@ -119,7 +120,7 @@ def test_flat_shards_open_as_one():
     assert_neighbors(one, brute_force(features, features, ids, 10))
 
 
-# --- cell by cell ------------------------------------------------------------------------------------------------------
+# --- cell by cell -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heaps", [True, False])
@@ -196,7 +197,7 @@ def test_the_gpu_path_gives_the_same_bits():
     assert equal(heaps.search_all(features, 12), topk.search_all(features, 12))
 
 
-# --- duplicates, ties, self, and too few rows --------------------------------------------------------------------------
+# --- duplicates, ties, self, and too few rows -------------------------------------------------------------------------
 
 
 def test_duplicates_are_neighbors_at_exactly_zero_and_only_self_is_removed():
@@ -310,7 +311,7 @@ def test_merge_is_the_sorted_union():
         assert list(zip(found[0][row].tolist(), found[1][row].tolist(), strict=True)) == union
 
 
-# --- calibration -------------------------------------------------------------------------------------------------------
+# --- calibration ------------------------------------------------------------------------------------------------------
 
 
 def test_recall_curve_is_the_recall_that_plain_faiss_has():

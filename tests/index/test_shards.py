@@ -142,7 +142,7 @@ def test_open_rows_holds_every_row_once(kind, shards):
         assert np.array_equal(rows.rank_of[own], rank)
 
 
-# --- files of strangers ------------------------------------------------------------------------------------------------
+# --- files of strangers -----------------------------------------------------------------------------------------------
 
 
 def on_disk(folder) -> bytes:
@@ -271,7 +271,7 @@ def test_shards_of_different_kinds_or_of_one_cell_are_refused():
         ix.centroids_of(ix.deserialize(flat[0]))
 
 
-# --- assign_cells ------------------------------------------------------------------------------------------------------
+# --- assign_cells -----------------------------------------------------------------------------------------------------
 
 
 @given(
