@@ -199,7 +199,8 @@ def _times(build: Build, up: bool) -> list[str]:
     where = f"{fleet.cores:g} cores" if fleet.cluster.local else str(fleet)
     lines = [
         f"time:      {_spent(build)}; at {unit.read_s * 1e3:.1f} ms reading from the source, "
-        f"{unit.decode_s * 1e3:.1f} ms decoding{model} per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, {where}",
+        f"{unit.decode_s * 1e3:.1f} ms decoding{model} per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, "
+        f"{where}",
         f"           the predictor's fit takes at most {build.settings.estimator.epochs} epochs, fewer where its loss "
         "stops falling",
     ]
