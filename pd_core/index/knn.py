@@ -73,6 +73,10 @@ class ShardSearch:
         """Open shards of one kind, their cells disjoint; see index.open_rows."""
         return cls(open_rows(sources), threads, device)
 
+    def search(self, queries: np.ndarray, probes: np.ndarray | None, k: int) -> Found:
+        """`search_cells` of the cells that are probed, or `search_all` where none are named."""
+        return self.search_all(queries, k) if probes is None else self.search_cells(queries, probes, k)
+
     def search_cells(self, queries: np.ndarray, probes: np.ndarray, k: int) -> Found:
         """The k nearest rows among the cells each query probes.
 

@@ -181,15 +181,12 @@ def _merge_block(
         distances, found = _neighbors_before(before_uri, origin, sample_id, k)
         # new, or of other content under its id; one of its neighbors is gone; more than its cells were searched
         whole = (found[:, 0] == knn.MISSING_ID) | np.isin(sample_id, removed) | np.isin(found, removed).any(axis=1)
-        probes = None if pool.info.exact else search.probes_of(pool.info, vectors)
+        probes = search.probes_of(pool.info, vectors)
         if probes is not None:
             whole |= cell_rows[probes].sum(axis=1) <= k + 1
         old = np.flatnonzero(~whole)
         if nearest is not None and len(old):  # where a search of the whole index would have looked
-            if probes is None:
-                more = nearest.search_all(vectors[old], k)
-            else:
-                more = nearest.search_cells(vectors[old], probes[old], k)
+            more = nearest.search(vectors[old], None if probes is None else probes[old], k)
             distances[old], found[old] = knn.merge_topk([(distances[old], found[old]), more], k)
         if whole.any():
             distances[whole], found[whole], traffic = search.search(pool, vectors[whole], k, sample_id[whole])
