@@ -18,9 +18,10 @@ from pd_core.build import workflow
 from pd_core.core import artifacts, errors
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings, FeatureSettings
+from pd_core.density import realset
 from pd_core.index import extractor, features
-from tests import tiny, toy_generator
-from workflows import build_index, generate
+from tests import tiny
+from workflows import build_index
 
 
 def run(images, checkpoint, output, *more, tracking=False):
@@ -241,15 +242,12 @@ def test_parts_damaged_after_their_commit_are_made_again_and_what_follows_stays(
 
 
 @pytest.mark.parametrize("stage", ["features", "index", "estimator"])
-def test_a_damaged_index_is_refused_naming_the_part(built, tmp_path, capsys, stage):
-    shutil.copytree(built, tmp_path / "index")
-    part = sorted(f for f in (tmp_path / "index" / stage).iterdir() if f.is_file() and f.name.startswith(("p", "s")))[0]
+def test_a_damaged_index_is_refused_naming_the_part(built, tmp_path, stage):
+    output = Path(shutil.copytree(built, tmp_path / "index"))
+    part = sorted(f for f in (output / stage).iterdir() if f.is_file() and f.name.startswith(("p", "s")))[0]
     cut(part)
-    argv = [f"--index={tmp_path / 'index'}", "--n=5", f"--output={tmp_path / 'out'}", "--weighting.kind=none"]
-    argv += ["--generator.kind=python", f"--generator.path={toy_generator.__file__}:make", "--no-tracking.enabled"]
-    assert errors.exit_code(lambda: generate.main(argv)) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert f"{stage}: {part.name} has" in line and "run the command that wrote it again" in line
+    with pytest.raises(errors.UserError, match=f"{stage}: {part.name} has .* run the command that wrote it again"):
+        realset.open_realset(str(output))
 
 
 @pytest.mark.slow
@@ -349,26 +347,24 @@ def test_bad_input_on_the_cluster_is_one_line_and_exit_2(inputs, tmp_path, capsy
     assert "no images there" in capsys.readouterr().err
 
 
-def test_a_folder_of_somebody_else_is_refused_as_output(inputs, tmp_path, capsys, ray_cluster):
-    (tmp_path / "out" / "features").mkdir(parents=True)
-    (tmp_path / "out" / "features" / "thesis.doc").write_bytes(b"precious")
-    assert run(*inputs, tmp_path / "out") == 2
-    assert "not of this program" in capsys.readouterr().err
-    assert (tmp_path / "out" / "features" / "thesis.doc").read_bytes() == b"precious"
-
-
 @pytest.mark.parametrize("inside", [".", "pd", "a/pd"])
-def test_an_output_inside_the_source_is_refused(inputs, capsys, inside):
-    assert run(*inputs, inputs[0] / inside) == 2
-    assert "lies in the source" in capsys.readouterr().err
+def test_an_output_inside_the_source_is_refused(inputs, inside):
+    argv = tiny.arguments(*inputs, inputs[0] / inside)
+    with pytest.raises(errors.UserError, match="lies in the source"):
+        workflow.prepare(load.load(BuildIndexSettings, argv, prog="build_index.py"))
 
 
-def test_a_file_as_output_is_refused(inputs, tmp_path, capsys, ray_cluster):
-    (tmp_path / "out").write_bytes(b"precious")
-    assert run(*inputs, tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert f"error: {tmp_path / 'out'}" in error and "Traceback" not in error
-    assert (tmp_path / "out").read_bytes() == b"precious"
+def test_an_output_of_somebody_else_is_refused_and_left_alone(inputs, tmp_path, capsys, ray_cluster):
+    folder, file = tmp_path / "out" / "features", tmp_path / "file"
+    folder.mkdir(parents=True)
+    for precious, output, expected in (
+        (folder / "thesis.doc", tmp_path / "out", "not of this program"),
+        (file, file, f"error: {file}"),
+    ):
+        precious.write_bytes(b"precious")
+        assert run(*inputs, output) == 2
+        error = capsys.readouterr().err
+        assert expected in error and "Traceback" not in error and precious.read_bytes() == b"precious"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(inputs, tmp_path, capsys, ray_cluster):
