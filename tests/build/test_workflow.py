@@ -104,33 +104,35 @@ def test_same_tables_with_other_numbers_of_actors(built, inputs, tmp_path, actor
     assert tiny.tables(output) == tiny.tables(built)
 
 
-def killed_once(title: str, started: str, *argv: object) -> tuple[int, list[int]]:
-    """Exit code of a run of which one process with this title is killed once there is a file of this pattern; pids."""
-    output, killed, over = Path(str(argv[2])), [], threading.Event()
+def kill_once(title: str, stage: Path, killed: list[int], over: threading.Event) -> None:
+    """Kill one process of ours with this title while the stage is under way; its pid goes to `killed`."""
+    while not over.wait(0.02) and not (stage / "artifact.json").exists():
+        for process in psutil.process_iter(["cmdline"]) if (stage / "started.json").exists() else ():
+            if " ".join(process.info["cmdline"] or []).startswith(title) and is_ours(process):
+                process.kill()
+                killed.append(process.pid)
+                return
 
-    def kill() -> None:
-        while not killed and not over.wait(0.02):
-            for process in psutil.process_iter(["cmdline"]) if list(output.glob(started)) else ():
-                if " ".join(process.info["cmdline"] or []).startswith(title) and is_ours(process):
-                    process.kill()
-                    killed.append(process.pid)
-                    return
 
-    killer = threading.Thread(target=kill, daemon=True)
+def run_with_one_killed(title: str, stage: str, images, checkpoint, output, *more: str) -> int:
+    """Exit code of a run of which one process with this title is killed within the stage."""
+    killed, over = [], threading.Event()
+    killer = threading.Thread(target=kill_once, args=(title, output / stage, killed, over), daemon=True)
     killer.start()
     try:
-        return run(*argv), killed
+        code = run(images, checkpoint, output, *more)
     finally:
         over.set()
-        killer.join()
+    killer.join()
+    assert killed, "nothing was killed"
+    return code
 
 
 @pytest.mark.slow
 def test_a_killed_extractor_changes_nothing(built, inputs, tmp_path):
-    title = "ray::MapWorker(MapBatches(_ExtractBatch))"
-    code, killed = killed_once(title, "features/_parts/*.json", *inputs, tmp_path / "out", "--features.actors=1")
-    assert killed and code == 0
-    assert tiny.tables(tmp_path / "out") == tiny.tables(built)
+    title, output = "ray::MapWorker(MapBatches(_ExtractBatch))", tmp_path / "out"
+    assert run_with_one_killed(title, "features", *inputs, output, "--features.actors=1") == 0
+    assert tiny.tables(output) == tiny.tables(built)
 
 
 def is_ours(process: psutil.Process) -> bool:
@@ -197,10 +199,9 @@ def whole_ivf(inputs, ray_cluster, tmp_path_factory):
 
 @pytest.mark.slow
 def test_ivf_with_two_search_actors_one_of_them_killed(whole_ivf, inputs, tmp_path):
-    argv = (*inputs, tmp_path / "out", *IVF, "--index.actors=2")
-    code, killed = killed_once("ray::_Searcher", "neighbors/started.json", *argv)
-    assert killed and code == 0
-    assert tiny.tables(tmp_path / "out") == tiny.tables(whole_ivf)
+    output = tmp_path / "out"
+    assert run_with_one_killed("ray::_Searcher", "neighbors", *inputs, output, *IVF, "--index.actors=2") == 0
+    assert tiny.tables(output) == tiny.tables(whole_ivf)
 
 
 @pytest.mark.slow
