@@ -953,7 +953,7 @@ def _comparison(walk: Phase, build: Build, unit: UnitCosts) -> Phase:
 
 
 def _take_over(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> Phase:
-    """`update.merge_features`: a task per part; the store copies what is as it was, the others are written again."""
+    """`features.merge`: a task per part; the store copies what is as it was, the others are written again."""
     size = _features_bytes(fresh, unit)
     return Phase(
         "features",
@@ -989,7 +989,7 @@ def _drift(build: Build, fresh: Build, unit: UnitCosts) -> Phase:
 
 
 def _update_neighbors(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts) -> list[Phase]:
-    """`update.merge_neighbors`: every task has the new rows in memory as a shard and compares old ones with it.
+    """`neighbors._merge_block`: every task has the new rows in memory as a shard and compares old ones with it.
 
     New rows, and old ones that lost a neighbor, are searched for by processes that hold the whole index, beside the
     tasks.
@@ -1048,7 +1048,7 @@ def _update_neighbors(build: Build, fresh: Build, fleet: Fleet, unit: UnitCosts)
 
 
 def _keep(build: Build, unit: UnitCosts) -> Phase:
-    """`update._keep`: one task predicts held-out rows, of as many parts as it takes to meet enough of them."""
+    """`estimator._keep`: one task predicts held-out rows, of as many parts as it takes to meet enough of them."""
     chosen = build.settings.estimator
     read = min(float(build.rows), fit.HELDOUT_ROWS / chosen.holdout_fraction)
     share = read / build.rows

@@ -135,7 +135,7 @@ def rows_sent(vectors: str, work: str, nprobe: int, shards: list[int]) -> dict[s
     owners = {count: index_shards.assign_cells(centroids, counts, count) for count in shards}
     sent = dict.fromkeys(shards, 0)
     for start in range(0, len(x), 16384):
-        probes = index_shards.coarse_probes(quantizer, np.asarray(x[start : start + 16384]), nprobe, THREADS)
+        probes = index_shards.coarse_probes(quantizer, np.asarray(x[start : start + 16384]), nprobe)
         for count, owner in owners.items():
             held = owner[probes]
             sent[count] += sum(int((held == shard).any(axis=1).sum()) for shard in range(count))
@@ -218,7 +218,7 @@ def ours(vectors: str, work: str, nprobe: int, step: int, answers: str) -> dict[
     def run(q: np.ndarray) -> knn.Found:
         found = []
         for own, row in zip(np.array_split(q, blocks), np.array_split(rows[: len(q)], blocks), strict=True):
-            probes = index_shards.coarse_probes(quantizer, own, nprobe, THREADS)
+            probes = index_shards.coarse_probes(quantizer, own, nprobe)
             found.append(knn.merge_topk([searcher.search_cells(own, probes, K + 1)], K, row))
         distances, ids = zip(*found, strict=True)
         return np.concatenate(distances), np.concatenate(ids)

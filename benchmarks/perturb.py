@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import process, table
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.settings.base import TrackingSettings
-from pd_core.core.settings.generate import GeneratorSettings, PerturbSettings
+from pd_core.core.settings.generate import GeneratorSettings, ResolvedPerturb
 from pd_core.density import realset
 from pd_core.density import scorer as density_scorer
 from pd_core.generate import setup
@@ -52,8 +52,8 @@ def measure(quick: bool) -> table.Section:
     return section
 
 
-def _settings(index: str, generator: str, output: str, n: int) -> PerturbSettings:
-    return PerturbSettings(
+def _settings(index: str, generator: str, output: str, n: int) -> ResolvedPerturb:
+    return ResolvedPerturb(
         index=index,
         output=output,
         generator=GeneratorSettings(path=generator, scheduler="DDIMScheduler", steps=DENOISING_STEPS),

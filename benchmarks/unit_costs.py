@@ -218,7 +218,7 @@ def search() -> dict[str, float]:
         quantizer = shards.quantizer_of(centroids)
         own = shards.cell_of(quantizer, x)
         template = shards.train_template("ivf_flat", dim, centroids)
-        shard = shards.serialize(shards.build_shard(template, x, np.arange(rows), own))
+        shard = shards.build_shard(template, x, np.arange(rows), own)
         held = knn.ShardSearch.open([shard], 1, "cpu")
         taken = []
         for nprobe in (8, 64):
@@ -242,15 +242,15 @@ def training() -> dict[str, float]:
     """k-means of the coarse quantizer: products per second of its assignments, and building a shard per row."""
     from pd_core.index import shards
 
-    cells, iterations = 512, 5
+    cells = 512
     x = np.random.default_rng(0).standard_normal((64 * cells, DIM), np.float32)
-    seconds = cpu_s(lambda: shards.train_quantizer(x, cells, 0, 1, iterations), 1)
-    centroids = shards.train_quantizer(x, cells, 0, 1, 1)
+    seconds = cpu_s(lambda: shards.train_quantizer(x, cells, 0), 1)
+    centroids = x[:cells]
     template = shards.train_template("ivf_flat", DIM, centroids)
     own = shards.cell_of(shards.quantizer_of(centroids), x)
-    build = cpu_s(lambda: shards.serialize(shards.build_shard(template, x, np.arange(len(x)), own)), 2)
+    build = cpu_s(lambda: shards.build_shard(template, x, np.arange(len(x)), own), 2)
     return {
-        "kmeans_flops": 2.0 * iterations * len(x) * cells * DIM / seconds,
+        "kmeans_flops": 2.0 * shards.LLOYD_ITERATIONS * len(x) * cells * DIM / seconds,
         "shard_build_s_per_byte": build / x.nbytes,
     }
 
@@ -291,7 +291,7 @@ def fitting() -> dict[str, float]:
     rows = 16_384
     rng = np.random.default_rng(0)
     warm = rng.standard_normal((512, DIM), np.float32), rng.standard_normal(512)
-    fit.fit([lambda: (np.arange(512), *warm)], EstimatorSettings(epochs=1, patience=0), feature_dim=DIM, device="cpu")
+    fit.fit([lambda: (np.arange(512), *warm)], EstimatorSettings(epochs=1, patience=0), feature_dim=DIM)
     x, y = rng.standard_normal((rows, DIM), np.float32), rng.standard_normal(rows)
     costs: dict[str, float] = {}
     for batch in (256, 4096):
@@ -299,7 +299,7 @@ def fitting() -> dict[str, float]:
         for epochs in (1, 3):
             settings = EstimatorSettings(batch_size=batch, epochs=epochs, patience=0)
             part = lambda: (np.arange(rows), x, y)  # noqa: E731
-            run = lambda s=settings, p=part: fit.fit([p], s, feature_dim=DIM, device="cpu")  # noqa: E731
+            run = lambda s=settings, p=part: fit.fit([p], s, feature_dim=DIM)  # noqa: E731
             seconds[epochs] = cpu_s(run, 2)
         trained = rows * (1 - EstimatorSettings().holdout_fraction)
         costs[f"epoch_s.{batch}"] = (seconds[3] - seconds[1]) / (2 * trained)

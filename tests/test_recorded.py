@@ -131,7 +131,7 @@ def files_of_index() -> dict[str, bytes]:
     centroids = shards.train_quantizer(features, CELLS, seed=0)
     template = shards.train_template("ivf_flat", DIM, centroids)
     own = shards.cell_of(shards.quantizer_of(centroids), features)
-    shard = shards.serialize(shards.build_shard(template, features, np.arange(ROWS), own))
+    shard = shards.build_shard(template, features, np.arange(ROWS), own)
     cells = json.dumps({"shard_of_cell": [0] * CELLS, "rows_of_cell": [1] * CELLS}).encode()
     return {search.QUANTIZER: template, search.CELLS: cells, search.shard_name(0): shard}
 

@@ -1,32 +1,28 @@
-"""The plan of a run, for --dry-run: what it will read, write, hold in memory and take, from a listing and a short probe.
+"""The plan of a run, for --dry-run: what it reads, writes, holds in memory and takes, by a listing and a short probe.
 
-A few plain formulas, of computing alone; benchmarks/costs.py models also what store and network add on large clusters.
+A few plain formulas, of computing and of reading the images; benchmarks/costs.py models also what else store and
+network add on large clusters.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pd_core.build import probe as build_probe
 from pd_core.build import update as build_update
+from pd_core.build.fleet import PROCESS_BYTES, Fleet, Step, bytes_text, fleet_of, limit_lines, time_text
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.density import fit
 from pd_core.engine import resources, tasks
 from pd_core.images import decode, listing, sources
-from pd_core.index import build as index_build
-from pd_core.index import extractor as index_extractor
+from pd_core.index.base import Base
+from pd_core.index.build import GROUP_ROWS, resolve
+from pd_core.index.extractor import ExtractorSpec, describe_remotely
 
-GIB = float(1 << 30)
-ASSUMED_CORES, ASSUMED_BYTES = 8.0, 32 * GIB  # of a node where none is up to ask: as those of infra/
-GROWN_NODES = 10  # what a plan tells beside the nodes that are up, where there may be more
-LARGE_S = 3600.0  # a plan of a run that takes longer says what limits it
-PROCESS_BYTES = 400e6  # of a worker that has imported what it needs, before it holds any row
 DRIVER_BYTES, PART_BYTES = 200e6, 4 * 605.0  # of the driver, and what it knows of a part in four tables
-WORKER_SHARE = 0.7  # of a node's memory; Ray keeps the rest for its object store
 
 # Seconds of a core and FLOP that nobody probes, after docs/unit_costs.json. Comparing, training and fitting consist of
 # matrix products, whose rate is probed; memory makes them slower by what these numbers exceed 2, 20 and 6 by.
@@ -45,72 +41,12 @@ SEARCH_LEVER = (
 
 
 @dataclass(frozen=True)
-class Fleet:
-    """The machines, taken to be alike: what the stages size their processes by, nodes with CPUs and bytes of each."""
-
-    cluster: resources.Cluster
-    nodes: int
-    memory_bytes: float
-
-    @property
-    def cores(self) -> float:
-        """Of all nodes together."""
-        return float(resources.cores()) if self.cluster.local else self.cluster.cpus
-
-    def __str__(self) -> str:
-        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} of {self.cores / self.nodes:g} CPUs"
-
-
-def fleet_of(now: resources.Cluster) -> Fleet:
-    """The nodes that are up at this moment, which what ran since `now` may have brought; where none is, an assumed one."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    memory = min((n.get("memory", 0.0) + n.get("object_store_memory", 0.0) for n in nodes), default=0.0)
-    cluster = now if nodes else replace(now, cpus=ASSUMED_CORES, node_cpus=ASSUMED_CORES)
-    return Fleet(cluster, 1 if now.local else max(1, len(nodes)), memory or ASSUMED_BYTES)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Work of equal processes that run at the same time, one step after the other.
-
-    Attributes:
-        core_s: seconds of one core, of all processes together.
-        processes: at most. threads: of each.
-        memory_bytes: of each, beside PROCESS_BYTES.
-        lever: what makes it faster, or smaller.
-    """
-
-    name: str
-    core_s: float
-    processes: float
-    memory_bytes: float
-    lever: str
-    threads: float = 1.0
-
-    def seconds(self, fleet: Fleet) -> float:
-        """Of all processes, nothing failing."""
-        return self.core_s / max(1.0, min(self.processes * self.threads, fleet.cores))
-
-    def node_bytes(self, fleet: Fleet) -> float:
-        """Memory of the node that needs most, the object store apart."""
-        together = max(1.0, min(self.processes, fleet.cores))
-        return (PROCESS_BYTES + self.memory_bytes) * math.ceil(together / fleet.nodes)
-
-    def limit(self, fleet: Fleet) -> str:
-        """What it waits for."""
-        few = "one process" if self.processes == 1 else "few processes"
-        return few if self.processes * self.threads < WORKER_SHARE * fleet.cores else "cores"
-
-
-@dataclass(frozen=True)
 class Build:
-    """A run, its index resolved. gpus: the model runs on GPUs, which are not probed. new: of an update, the new images."""
+    """A run, its index resolved. gpus: the model runs on GPUs, which are not probed. new: images of an update."""
 
     settings: BuildIndexSettings
     rows: int
-    spec: index_extractor.ExtractorSpec
+    spec: ExtractorSpec
     unit: build_probe.Probe
     fleet: Fleet
     gpus: bool
@@ -128,72 +64,57 @@ class Build:
         return self.rows * (8.0 + {"ivf_sq8": dim, "ivf_pq": index.pq_bytes}.get(index.kind, 4 * dim))
 
     @property
-    def passes(self) -> int:
-        """Times that features are read: by index, search and fit."""
-        fits = 1 if self.rows <= fit.WINDOW_ROWS else 1 + self.settings.estimator.epochs
-        return (5 if self.settings.index.cells else 1) + 1 + fits
-
-    @property
     def scanned(self) -> float:
-        """Share of the rows that a query is compared with; calibration decides it, so of cells it is what other data had."""
+        """Share of the rows that a query is compared with; calibration decides it, so of cells what other data had."""
         return min(1.0, SCANNED * (self.rows / SCANNED_ROWS) ** SCANNED_GROWTH) if self.settings.index.cells else 1.0
 
-    def pairs_s(self, queries: float, rows: float) -> float:
-        """Of one core, to compare queries with rows."""
-        return queries * rows * self.spec.feature_dim * PAIR_FLOP / self.unit.flops
+    @property
+    def total_s(self) -> float:
+        """Seconds of all steps, and of the start."""
+        return START_UP_S + sum(step.seconds(self.fleet) for step in self.steps())
+
+    def pairs_s(self, pairs: float) -> float:
+        """Of one core, to compare so many queries and rows."""
+        return pairs * self.spec.feature_dim * PAIR_FLOP / self.unit.flops
 
     def steps(self) -> list[Step]:
         """In their order. An update takes quantizer and predictor over."""
-        rows, dim, unit, chosen = self.rows, self.spec.feature_dim, self.unit, self.settings
-        fresh = rows if self.new is None else self.new
+        rows, dim, unit, chosen = float(self.rows), self.spec.feature_dim, self.unit, self.settings
+        index, fresh = chosen.index, rows if self.new is None else float(self.new)
+        shards, cells, table_s = index.shards or 1, index.cells or 0, self.features_bytes * TABLE_S
         model_s = 0.0 if self.gpus else unit.extract_s * chosen.features.actor_cpus
         pixels = 3 * self.spec.preprocess.height * self.spec.preprocess.width
         extractor_bytes = unit.model_bytes + 12.0 * chosen.features.batch_size * pixels
-        found = [
-            Step("listing", rows * LIST_S, 1, 96.0 * rows, "a source of Parquet files or tars"),
-            Step("features", fresh * (unit.decode_s + model_s), math.inf, extractor_bytes, EXTRACT_LEVER),
-            *(self._cells() if chosen.index.cells else []),
-            self._shards(fresh),
-            self._search(fresh),
-            Step("densities", rows * ROW_S, math.inf, 0.0, "more nodes"),
-            Step("ranks", rows * RANK_S, 1, RANK_BYTES * rows, "nodes with more memory"),
-            Step("report", REPORT_S + rows * REPORT_ROW_S, 1, PROCESS_BYTES, "--features.part_rows larger"),
-        ]
+        image_s = unit.read_s + unit.decode_s + model_s
+        trained = min(rows, float(cells) * index.train_rows_per_cell)
+        train_s = trained * cells * dim * KMEANS_FLOP / unit.flops
+        compared = rows * (cells + index.calibration_queries * (1 + self.scanned))
+        group_bytes = 12.0 * dim * (min(rows, GROUP_ROWS) + cells)
+        actors, threads, *_ = resources.search_actors(self.fleet.cluster, index.actors, index.actor_cpus, shards)
+        pairs = fresh * rows + (rows - fresh) * fresh  # new rows with all, old ones with the new ones
+        search_s = self.pairs_s(pairs * self.scanned + rows * cells) + fresh * actors * MERGE_S + rows * ROW_S
+        block = PROCESS_BYTES + min(rows, chosen.density.block_rows) * (8.0 * dim + 36.0 * chosen.density.k)
+        search_bytes = self.index_bytes * (1 / actors + 2 / shards) + 20.0 * dim * threads * chosen.density.block_rows
         weights = sum(a * b for a, b in itertools.pairwise((dim, *chosen.estimator.hidden, 1)))
         fit_s = chosen.estimator.epochs * rows * (weights * FIT_FLOP / unit.flops + 4 * dim * TABLE_S)
         fit_bytes = 8.0 * dim * min(rows, fit.WINDOW_ROWS + fit.HELDOUT_ROWS)
-        found.insert(-1, Step("estimator", fit_s, 1, fit_bytes, "--estimator.epochs and --estimator.patience smaller"))
-        return [step for step in found if self.new is None or step.name not in ("quantizer", "estimator")]
-
-    def _cells(self) -> list[Step]:
-        index, rows, dim = self.settings.index, self.rows, self.spec.feature_dim
-        cells = index.cells or 0
-        trained = min(rows, cells * index.train_rows_per_cell)
-        train_s = float(trained) * cells * dim * KMEANS_FLOP / self.unit.flops
-        deal_s = 4 * self.features_bytes * TABLE_S
-        deal_s += self.pairs_s(rows, cells + index.calibration_queries * (1 + self.scanned))
-        group_bytes = 12.0 * dim * (min(rows, index_build.GROUP_ROWS) + cells)
-        return [
+        of_cells = [
             Step("quantizer", train_s, 1, 8.0 * trained * dim, CELLS_LEVER, index.actor_cpus),
-            Step("cells", deal_s, math.inf, group_bytes, "more nodes; --index.cells smaller"),
+            Step("cells", 4 * table_s + self.pairs_s(compared), math.inf, group_bytes, CELLS_LEVER),
         ]
-
-    def _shards(self, fresh: int) -> Step:
-        shards, dim = self.settings.index.shards or 1, self.spec.feature_dim
-        share = 1.0 if self.settings.index.cells else fresh / self.rows
-        size = 16.0 * self.rows * dim / shards
-        return Step("shards", 2 * share * self.features_bytes * TABLE_S, shards, size, "--index.shards larger")
-
-    def _search(self, fresh: int) -> Step:
-        index, density, dim = self.settings.index, self.settings.density, self.spec.feature_dim
-        shards, rows = index.shards or 1, float(self.rows)
-        cluster = self.fleet.cluster
-        actors, threads, *_ = resources.search_actors(cluster, index.actors, index.actor_cpus, shards)
-        pairs = fresh * rows + (rows - fresh) * fresh  # new rows with all, old ones with the new ones
-        search_s = self.pairs_s(pairs * self.scanned + rows * (index.cells or 0), 1) + fresh * actors * MERGE_S
-        block = PROCESS_BYTES + min(rows, density.block_rows) * (8.0 * dim + 36.0 * density.k)
-        size = self.index_bytes * (1 / actors + 2 / shards) + 20.0 * dim * threads * density.block_rows
-        return Step("neighbors", search_s + rows * ROW_S, actors, size + block, SEARCH_LEVER, threads)
+        filled = 1.0 if cells else fresh / rows
+        found = [
+            Step("listing", rows * LIST_S, 1, 96.0 * rows, "a source of Parquet files or tars"),
+            Step("features", fresh * image_s, math.inf, extractor_bytes, EXTRACT_LEVER),
+            *(of_cells if cells else []),
+            Step("shards", 2 * filled * table_s, shards, 16.0 * rows * dim / shards, "--index.shards larger"),
+            Step("neighbors", search_s, actors, search_bytes + block, SEARCH_LEVER, threads),
+            Step("densities", rows * ROW_S, math.inf, 0.0, "more nodes"),
+            Step("ranks", rows * RANK_S, 1, RANK_BYTES * rows, "nodes with more memory"),
+            Step("estimator", fit_s, 1, fit_bytes, "--estimator.epochs and --estimator.patience smaller"),
+            Step("report", REPORT_S + rows * REPORT_ROW_S, 1, PROCESS_BYTES, "--features.part_rows larger"),
+        ]
+        return [step for step in found if self.new is None or step.name not in ("quantizer", "estimator")]
 
 
 def plan(
@@ -201,7 +122,7 @@ def plan(
     source: sources.Source,
     now: resources.Cluster,
     limits: decode.DecodeLimits,
-    base: build_update.Base | None = None,
+    base: Base | None = None,
 ) -> str:
     """The plan as text.
 
@@ -222,125 +143,88 @@ def plan(
         )
     now = resources.refreshed(now)  # the probe may have brought a node
     parts = -(-rows // settings.features.whole_part_rows)
-    index = index_build.resolve(settings.index, settings.density.exact, rows, spec.feature_dim, parts)
+    index = resolve(settings.index, settings.density.exact, rows, spec.feature_dim, parts)
     asked = settings.features.actor_gpus
     gpus = now.gpus > 0 if asked is None else asked > 0  # those that are asked for may be still to come
     build = Build(settings.model_copy(update={"index": index}), rows, spec, unit, fleet_of(now), gpus)
-    lines = [*_sizes(build, counted["bytes"], parts), *_times(build), *_grown(build, now.cpus >= 1)]
+    lines = [*_sizes(build, counted["bytes"], parts), *_times(build, now.cpus >= 1)]
     lines += limit_lines(build.steps(), build.fleet)
-    return "\n".join(lines if base is None or found is None else [*lines, *_update(build, found, base.uri)])
+    if base is not None and found is not None:
+        lost = found.gone + found.changed
+        searches = f", and the searches for whoever had one of the {lost:,} for a neighbor" if lost else ""
+        lines += [
+            f"update:    of {base.uri}: {found}",
+            f"           {_spent(replace(build, new=max(1, found.to_extract)))}{searches}; the lines above are of a "
+            "whole build, whose neighbors or fit come on top where quantizer or predictor do not hold any more",
+        ]
+    return "\n".join(lines)
 
 
 def foresee(
-    settings: BuildIndexSettings, source: sources.Source, now: resources.Cluster, base: build_update.Base
+    settings: BuildIndexSettings, source: sources.Source, now: resources.Cluster, base: Base
 ) -> build_update.Foreseen:
     """What an update would find; before that, whether it can be one: the walk through a source may take an hour."""
-    spec: index_extractor.ExtractorSpec = tasks.get(index_extractor.describe_remotely(settings.features))
+    spec: ExtractorSpec = tasks.get(describe_remotely(settings.features))
     gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
     build_update.check_same(base, settings, source, spec, resources.device_of(now, gpus))
     return build_update.foresee(source, base)
 
 
 def _sizes(build: Build, size: int, parts: int) -> list[str]:
-    unit, spec, index = build.unit, build.spec, build.settings.index
+    unit, spec, chosen, index = build.unit, build.spec, build.settings, build.settings.index
     bad = f"; {unit.bad} of {unit.tried} probed are bad" if unit.bad else ""
-    if unit.bad > (allowed := build.settings.data.max_bad_fraction) * unit.tried:
+    if unit.bad > (allowed := chosen.data.max_bad_fraction) * unit.tried:
         bad += f": the run would stop, --data.max_bad_fraction is {allowed:g}"
-    written = build.features_bytes + build.index_bytes + build.rows * (32.0 * build.settings.density.k + 70)
-    each = ", ".join(f"{step.name} {_bytes(PROCESS_BYTES + step.memory_bytes)}" for step in build.steps())
+    fits = 1 if build.rows <= fit.WINDOW_ROWS else 1 + chosen.estimator.epochs
+    passes = (5 if index.cells else 1) + 1 + fits  # of index, search and fit
+    written = build.features_bytes + build.index_bytes + build.rows * (32.0 * chosen.density.k + 70)
+    each = ", ".join(f"{step.name} {bytes_text(PROCESS_BYTES + step.memory_bytes)}" for step in build.steps())
     return [
-        f"images:    {build.rows:,} listed, {_bytes(size)}{bad}",
+        f"images:    {build.rows:,} listed, {bytes_text(size)}{bad}",
         f"features:  {spec.model}, {spec.feature_dim} dimensions, {spec.precision}, {parts:,} parts of "
-        f"{build.settings.features.whole_part_rows:,} images",
-        f"index:     {index.kind}, {index.shards} shards, {f'{index.cells:,} cells' if index.cells else 'exact search'}",
-        f"reads:     images once, {_bytes(size)}; features up to {build.passes} times, {_bytes(build.features_bytes)} each",
-        f"writes:    about {_bytes(written)} to {build.settings.output}",
-        f"memory:    of a process, about: {each}, driver {_bytes(DRIVER_BYTES + parts * PART_BYTES)}",
+        f"{chosen.features.whole_part_rows:,} images",
+        f"index:     {index.kind}, {index.shards} shards, "
+        f"{f'{index.cells:,} cells' if index.cells else 'exact search'}",
+        f"reads:     images once, {bytes_text(size)}; features up to {passes} times, "
+        f"{bytes_text(build.features_bytes)} each",
+        f"writes:    about {bytes_text(written)} to {chosen.output}",
+        f"memory:    of a process, about: {each}, driver {bytes_text(DRIVER_BYTES + parts * PART_BYTES)}",
     ]
 
 
-def _times(build: Build) -> list[str]:
+def _times(build: Build, up: bool) -> list[str]:
+    """Seconds, by what unit costs, and for which nodes. up: there is a node; where none is, one is assumed."""
     unit, fleet = build.unit, build.fleet
     model = "" if build.gpus else f" and {unit.extract_s * 1e3:.1f} ms model"
     where = f"{fleet.cores:g} cores" if fleet.cluster.local else str(fleet)
     lines = [
-        f"time:      {_spent(build)}; at {unit.decode_s * 1e3:.1f} ms decoding{model} per image and core, "
-        f"{unit.flops / 1e9:.0f} GFLOP/s a core, {where}; what a remote store takes comes on top"
+        f"time:      {_spent(build)}; at {unit.read_s * 1e3:.1f} ms reading from the source, "
+        f"{unit.decode_s * 1e3:.1f} ms decoding{model} per image and core, {unit.flops / 1e9:.0f} GFLOP/s a core, "
+        f"{where}",
+        f"           the predictor's fit takes at most {build.settings.estimator.epochs} epochs, fewer where its loss "
+        "stops falling",
     ]
     if build.gpus:
         lines.append("           the model runs on GPUs, which are not probed: features are the time of decoding alone")
-    lines.append(
-        f"           the predictor's fit takes at most {build.settings.estimator.epochs} epochs, fewer where its loss stops falling"
-    )
     if build.settings.index.cells:
-        exact = build.pairs_s(build.rows, build.rows) / fleet.cores
+        exact = build.pairs_s(float(build.rows) * build.rows) / fleet.cores
         lines.append(
-            f"           neighbors: as if {build.scanned:.1%} of the rows reached the recall, which calibration decides; "
-            f"at most {_time(exact)} (exact search)"
+            f"           neighbors: as if {build.scanned:.1%} of the rows reached the recall, which calibration "
+            f"decides; at most {time_text(exact)} (exact search)"
+        )
+    if fleet.cluster.elastic:
+        here = f"the {fleet} that the cluster has now"
+        if not up:
+            memory = bytes_text(fleet.memory_bytes)
+            here = f"one node of {fleet.cores:g} CPUs and {memory}, an assumption, since none is up"
+        hours = sum(step.core_s for step in build.steps()) / 3600
+        lines.append(
+            f"fleet:     times are for {here}; the autoscaler adds nodes up to its maximum; the CPUs compute "
+            f"{hours:,.1f} core-hours in all"
         )
     return lines
 
 
-def _total_s(build: Build) -> float:
-    return START_UP_S + sum(step.seconds(build.fleet) for step in build.steps())
-
-
 def _spent(build: Build) -> str:
-    steps = ", ".join(f"{step.name} {_time(step.seconds(build.fleet))}" for step in build.steps())
-    return f"about {_time(_total_s(build))}: start {_time(START_UP_S)}, {steps}"
-
-
-def _grown(build: Build, up: bool) -> list[str]:
-    """For which nodes the times are, and what more of them would make of it, where an autoscaler may add some."""
-    fleet = build.fleet
-    if not fleet.cluster.elastic:
-        return []
-    nodes, cpus = fleet.nodes * GROWN_NODES, fleet.cluster.cpus * GROWN_NODES
-    grown = replace(build, fleet=replace(fleet, nodes=nodes, cluster=replace(fleet.cluster, cpus=cpus)))
-    here = f"the {fleet} that the cluster has now"
-    if not up:
-        here = f"one node of {fleet.cores:g} CPUs and {_bytes(fleet.memory_bytes)}, an assumption, since none is up"
-    return [
-        f"fleet:     times are for {here}; the autoscaler adds nodes up to its maximum, {nodes} such nodes would take about "
-        f"{_time(_total_s(grown))}; the CPUs compute {sum(s.core_s for s in build.steps()) / 3600:,.1f} core-hours in all"
-    ]
-
-
-def _update(build: Build, found: build_update.Foreseen, base: str) -> list[str]:
-    lost = found.gone + found.changed
-    searches = f", and the searches for whoever had one of the {lost:,} for a neighbor" if lost else ""
-    return [
-        f"update:    of {base}: {found}",
-        f"           {_spent(replace(build, new=max(1, found.to_extract)))}{searches}; the lines above are of a whole "
-        "build, whose neighbors or fit come on top where quantizer or predictor do not hold any more",
-    ]
-
-
-def limit_lines(steps: Sequence[Step], fleet: Fleet) -> list[str]:
-    """What limits a run that is large, or that does not fit into memory."""
-    has = WORKER_SHARE * fleet.memory_bytes
-    for step in steps:
-        if (needed := step.node_bytes(fleet)) > has:
-            return [
-                f"limit:     {step.name}: memory, {_bytes(needed)} on a node that has {_bytes(has)} for processes; "
-                f"what moves it: nodes with more memory; {step.lever}"
-            ]
-    longest = max(steps, key=lambda step: step.seconds(fleet))
-    if sum(step.seconds(fleet) for step in steps) < LARGE_S:
-        return []
-    spent = _time(longest.seconds(fleet))
-    return [f"limit:     {longest.name}: {longest.limit(fleet)}, {spent}; what moves it: {longest.lever}"]
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1024
-    raise AssertionError
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    steps = ", ".join(f"{step.name} {time_text(step.seconds(build.fleet))}" for step in build.steps())
+    return f"about {time_text(build.total_s)}: start {time_text(START_UP_S)}, {steps}"

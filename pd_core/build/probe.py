@@ -20,8 +20,12 @@ PROBE_BATCHES = 3  # the first one warms up
 
 @dataclass(frozen=True)
 class Probe:
-    """Unit costs measured on this cluster: seconds of one core per image, and its float32 matrix products in FLOP/s."""
+    """Unit costs measured on this cluster: seconds of one core per image, and its float32 matrix products in FLOP/s.
 
+    read_s: seconds that a process waits for an image from the source's disk or store.
+    """
+
+    read_s: float
     decode_s: float
     extract_s: float
     bad: int
@@ -43,10 +47,12 @@ def _probe(
     spec = index_extractor.describe(settings.features)
     extractor = index_extractor.Extractor(spec, "cpu", settings.features.actor_cpus)
     batch = settings.features.batch_size
-    decode_s, extract_s, bad, tried, counted = 0.0, 0.0, 0, 0, 0
+    seconds, bad, tried, counted = np.zeros(3), 0, 0, 0  # seconds: to read, decode and extract
     contents = sources.read(source, sample.slice(0, PROBE_BATCHES * batch))
-    for chunk in _batched(contents, batch):
+    for _ in range(0, min(sample.num_rows, PROBE_BATCHES * batch), batch):
         watch = artifacts.Stopwatch()
+        chunk = list(itertools.islice(contents, batch))
+        read = watch.seconds
         made = list(child.prepared(chunk, limits, spec.preprocess))
         pixels = [one.pixels for one in made if isinstance(one, resize.Prepared)]
         tried, bad = tried + len(made), bad + len(made) - len(pixels)
@@ -54,16 +60,10 @@ def _probe(
         if pixels:
             extractor.extract(np.stack(pixels))
         if tried > batch or sample.num_rows <= batch:  # the first batch pays for lazy set-up
-            decode_s, extract_s, counted = decode_s + decoded, extract_s + watch.seconds - decoded, counted + len(chunk)
-    counted = max(1, counted)
+            seconds, counted = seconds + np.diff([0.0, read, decoded, watch.seconds]), counted + len(chunk)
     size = sum(t.numel() * t.element_size() for t in extractor.model.state_dict().values())
-    return spec, Probe(decode_s / counted, extract_s / counted, bad, tried, _flops(), size)
-
-
-def _batched(items: Any, size: int) -> Any:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
+    read_s, decode_s, extract_s = (seconds / max(1, counted)).tolist()
+    return spec, Probe(read_s, decode_s, extract_s, bad, tried, _flops(), size)
 
 
 def _flops() -> float:

@@ -1,4 +1,4 @@
-"""The report of build_index: what its page shows of the committed artifacts and the source's images, gathered and drawn."""
+"""The report of build_index: what its page shows of the committed artifacts and of the images, gathered and drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,15 +53,17 @@ LIGHT_COLUMNS = ["sample_id", "key", "label", "mean_knn_distance", "density", "p
 QUARANTINE_ADVICE: Mapping[str, str] = {
     "empty": "The file has no bytes: an upload or copy was cut short. Copy it again, or delete it.",
     "truncated": "The file ends before the image does. Copy it again from where it came from.",
-    "not_an_image": "The content is of no image format, whatever the name says. Remove it, or leave it: it does no harm.",
+    "not_an_image": "The content is of no image format, whatever the name says. Remove it, or leave it: it does no "
+    "harm.",
     "unsupported_format": "An image, but not one that can be read without guessing. Convert it as the detail says.",
-    "too_many_bytes": "Larger than --data.max_image_bytes. Raise the limit if you trust the source, or shrink the file.",
-    "too_many_pixels": "Larger than --data.max_image_pixels, or made of tiles or frames that are. Raise the limit if you trust the source, or "
-    "shrink the image.",
-    "too_expensive": "Decoding it takes more time (--data.max_image_cpu_s) or memory than a picture does, or ends the decoder; "
-    "a hostile or broken file. Leave it out.",
-    "unreadable": "The file was listed but could not be read; of a tar that is damaged, all that lies behind the place is lost. Check "
-    "permissions and the store, or pack the tar again, then run again.",
+    "too_many_bytes": "Larger than --data.max_image_bytes. Raise the limit if you trust the source, or shrink the "
+    "file.",
+    "too_many_pixels": "Larger than --data.max_image_pixels, or made of tiles or frames that are. Raise the limit if "
+    "you trust the source, or shrink the image.",
+    "too_expensive": "Decoding it takes more time (--data.max_image_cpu_s) or memory than a picture does, or ends the "
+    "decoder; a hostile or broken file. Leave it out.",
+    "unreadable": "The file was listed but could not be read; of a tar that is damaged, all that lies behind the place "
+    "is lost. Check permissions and the store, or pack the tar again, then run again.",
     "corrupt": "The file has the marks of an image format, but decoding failed. Replace it.",
     "feature_not_finite": "The image decodes, but its feature holds NaN or infinity. Try --features.precision fp32.",
 }
@@ -161,7 +163,14 @@ def _gather(output: str, inputs: Inputs) -> ReportData:
     settings = inputs.settings
     uri = files.join(output, "densities")
     chosen = _choose(uri, inputs)
-    pictures = _Pictures(inputs, chosen)
+    pictures = _pictures(inputs, chosen)
+
+    def shown(rows: Iterable[Mapping[str, Any]]) -> list[Picture]:
+        return [pictures[row["sample_id"]] for row in rows]
+
+    def near(row: Mapping[str, Any]) -> list[Picture]:
+        return [replace(pictures[i], distance=distance) for i, distance in row["neighbors"] if i in pictures]
+
     totals = inputs.densities.totals
     quantiles = np.asarray(totals["density_quantiles"])
     quarantined = reasons_of(inputs.features.parts)
@@ -181,9 +190,9 @@ def _gather(output: str, inputs: Inputs) -> ReportData:
         quantiles=quantiles,
         thresholds=[(text, formula.parse_threshold(text).density(quantiles)) for text in settings.report.thresholds],
         index=inputs.index.totals,
-        lowest=[pictures.of(row) for row in chosen.lowest],
-        highest=[pictures.of(row) for row in chosen.highest],
-        neighbors=[(pictures.of(row), pictures.neighbors_of(row)) for row in chosen.shown],
+        lowest=shown(chosen.lowest),
+        highest=shown(chosen.highest),
+        neighbors=[(pictures[row["sample_id"]], near(row)) for row in chosen.shown],
         labels=_labels(chosen),
         calibration=_calibration(output, inputs.estimator),
         quarantine=quarantined,
@@ -264,30 +273,15 @@ def _with_neighbors(uri: str, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Pictures:
-    """Thumbnails of the chosen rows and their neighbors, each image read once."""
-
-    def __init__(self, inputs: Inputs, chosen: _Chosen) -> None:
-        rows = {row["sample_id"]: row for row in [*chosen.lowest, *chosen.highest, *chosen.shown]}
-        others = {i for row in chosen.shown for i, _ in row["neighbors"]} - set(rows)
-        self.rows: dict[int, dict[str, Any]] = rows | _find_densities(inputs, others)
-        self.thumbnails = _thumbnails(inputs, set(self.rows))
-
-    def of(self, row: Mapping[str, Any], distance: float | None = None) -> Picture:
-        """The picture of a densities row."""
-        return Picture(
-            key=row["key"],
-            label=row["label"],
-            density=row["density"],
-            percentile=row["percentile"],
-            mean_knn_distance=row["mean_knn_distance"],
-            thumbnail=self.thumbnails.get(row["sample_id"]),
-            distance=distance,
-        )
-
-    def neighbors_of(self, row: Mapping[str, Any]) -> list[Picture]:
-        """Pictures of a row's neighbors with their distances."""
-        return [self.of(self.rows[i], distance) for i, distance in row["neighbors"] if i in self.rows]
+def _pictures(inputs: Inputs, chosen: _Chosen) -> dict[int, Picture]:
+    """Pictures of the chosen rows and of their neighbors by sample_id, each image read once."""
+    rows = {row["sample_id"]: row for row in [*chosen.lowest, *chosen.highest, *chosen.shown]}
+    rows |= _find_densities(inputs, {i for row in chosen.shown for i, _ in row["neighbors"]} - set(rows))
+    found: dict[int, bytes] = {}
+    for _, listed in listing.rows_of_ids(inputs.listing.uri, set(rows)):
+        found |= thumbnails.readable(thumbnails.of_originals(inputs.source, listed))
+    columns = ("key", "label", "density", "percentile", "mean_knn_distance")
+    return {i: Picture(**{name: row[name] for name in columns}, thumbnail=found.get(i)) for i, row in rows.items()}
 
 
 def _find_densities(inputs: Inputs, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -301,13 +295,6 @@ def _find_densities(inputs: Inputs, wanted: Iterable[int]) -> dict[int, dict[str
         table = files.read_table(files.join(uri, part.name), LIGHT_COLUMNS)
         for row in table.filter(pc.is_in(table["sample_id"], value_set=value_set)).to_pylist():
             found[row["sample_id"]] = row
-    return found
-
-
-def _thumbnails(inputs: Inputs, wanted: set[int]) -> dict[int, bytes]:
-    found: dict[int, bytes] = {}
-    for _, rows in listing.rows_of_ids(inputs.listing.uri, wanted):
-        found |= thumbnails.readable(thumbnails.of_originals(inputs.source, rows))
     return found
 
 
@@ -351,7 +338,7 @@ def _examples(output: str, features: artifacts.Artifact) -> list[tuple[str, str,
     return rows[:QUARANTINE_EXAMPLES]
 
 
-# --- figures -----------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def histogram_png(data: ReportData, narrow: bool = False) -> bytes:
@@ -429,7 +416,7 @@ def labels_shown(labels: Sequence[LabelRow]) -> list[LabelRow]:
     return ordered if len(ordered) <= MAX_LABELS_SHOWN else [*ordered[:half], *ordered[-half:]]
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------
 def drawn(data: ReportData) -> dict[str, bytes]:
     """Files of the report by name. The same data gives the same bytes."""
     context = {

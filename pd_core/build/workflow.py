@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pd_core.build import plan, report, update
@@ -12,13 +11,12 @@ from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings, ResolvedBuildIndex
-from pd_core.density import densities as density_densities
-from pd_core.density import estimator, formula
+from pd_core.density import densities, estimator, formula
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, started
 from pd_core.images import decode, listing, sources
-from pd_core.index import build, extractor, features, search
-from pd_core.index import neighbors as index_neighbors
+from pd_core.index import build, drift, extractor, features, neighbors, search
+from pd_core.index.base import Base, Update
 
 STAGES = ("listing", "added/features", "features", "index", "neighbors", "densities", "estimator", "report")
 
@@ -81,206 +79,142 @@ def plan_build_index(settings: BuildIndexSettings) -> None:
 
 
 @dataclass(frozen=True)
-class _Featured:
-    """What the stages after features/ start from. base, changes, added: of an update, else None."""
+class _Listed:
+    """What the source has, and how it is extracted. update: where there is a base, what is taken over from it."""
 
+    listing: listing.Listing
+    artifact: artifacts.Artifact
     spec: extractor.ExtractorSpec
-    listed: listing.Listing
-    listing: artifacts.Artifact
-    features: artifacts.Artifact
-    base: update.Base | None = None
-    changes: update.Changes | None = None
-    added: artifacts.Artifact | None = None
+    gpus: float | None
+    update: Update | None
 
 
-def _build(run: Run, settings: BuildIndexSettings, source: sources.Source, base: update.Base | None) -> None:
-    featured = _extract(run, settings, source) if base is None else _update(run, settings, source, base)
-    if bad := features.reasons_of(featured.features.parts):
-        where = files.join(run.output, "quarantine")
-        run.say(
-            f"quarantine: {sum(bad.values()):,} of {featured.listed.rows:,} images left out ({features.told(bad)}): {where}"
-        )
-    indexed, info, kept = _index(run, settings, featured)
-    _finish(run, settings, source, featured, indexed, info, kept)
+def _build(run: Run, settings: ResolvedBuildIndex, source: sources.Source, base: Base | None) -> None:
+    listed = _list(run, settings, source, base)
+    featured, taken = _extract(run, settings, source, listed)
+    indexed, taken = _index(run, settings, featured, taken)
+    _finish(run, settings, source, listed, featured, indexed, taken)
 
 
-def _extract(run: Run, settings: BuildIndexSettings, source: sources.Source) -> _Featured:
-    """Features of every image of the source."""
-    output, now = run.output, run.now
-    describing = extractor.describe_remotely(settings.features)  # loads the model while the source is listed
-    listing_it = listing.start(source, output, settings.features.whole_part_rows, settings.overwrite)
+def _list(run: Run, settings: ResolvedBuildIndex, source: sources.Source, base: Base | None) -> _Listed:
+    """List the source, while the model loads; of an update once it is known that it can be one."""
+    output, part_rows, asked = run.output, settings.features.whole_part_rows, settings.features.actor_gpus
+    describing = extractor.describe_remotely(settings.features)
+    if base is None:
+        listing_it = listing.start(source, output, part_rows, settings.overwrite)
+        begun = None if settings.overwrite else artifacts.begun_identity(files.join(output, "features"))
+    else:
+        begun = base.artifacts["features"].identity
     console.silence_ray_data()  # which imports it, meanwhile
     with failures("features", output):  # first: a mistyped model is known in seconds, a listing may take an hour
         spec: extractor.ExtractorSpec = tasks.get(describing)
+    gpus = resources.gpus_to_ask(run.now, asked, (begun or {}).get("device"))
+    if base is not None:
+        update.check_same(base, settings, source, spec, resources.device_of(run.now, gpus))
+        listing_it = update.compare(source, base, output, part_rows, settings.overwrite)
     with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
-        listed, artifact = tasks.get(listing_it)
-        run.done(listed.uri, artifact, nested)
+        found, artifact = tasks.get(listing_it)
+        taken = found if base is not None else None
+        listed = found if taken is None else taken.listed
+        run.done(listed.uri, artifact, nested, [] if taken is None else [files.join(taken.folder, "listing")])
         nested.dataset("images", source.root, listed.fingerprint, "source", {"rows": listed.rows})
+    if taken is not None:
+        new = taken.fresh.rows if taken.fresh else 0
+        console.say(f"update: {new:,} new images, {len(taken.removed):,} gone or changed, of {listed.rows:,}")
     if settings.density.k >= listed.rows:
         raise UserError(f"--density.k {settings.density.k}: needs more than k images, found {listed.rows}; lower k")
-
-    begun = None if settings.overwrite else artifacts.begun_identity(files.join(output, "features"))
-    gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, (begun or {}).get("device"))
-    device = resources.device_of(now, gpus)
-    featuring = features.stage_of(output, listed, spec, settings.data, settings.features, device)
-    extracting = settings.features.model_copy(update={"actor_gpus": gpus})
-    work = features.Work(source, listed, spec, decode.limits_of(settings.data), settings.features.batch_size, featuring)
-    featured = run.stage(featuring, lambda: features.run(work, now, extracting, settings.data.max_bad_fraction))
-    return _Featured(spec, listed, artifact, featured)
+    return _Listed(listed, artifact, spec, gpus, taken)
 
 
-def _update(run: Run, settings: BuildIndexSettings, source: sources.Source, base: update.Base) -> _Featured:
-    """Features of the images that are not in the base as they are now, and those of the others from there."""
-    output, now = run.output, run.now
-    describing = extractor.describe_remotely(settings.features)
-    console.silence_ray_data()  # which imports it, meanwhile
-    with failures("features", output):
-        spec: extractor.ExtractorSpec = tasks.get(describing)
-    gpus = resources.gpus_to_ask(now, settings.features.actor_gpus, base.artifacts["features"].identity["device"])
-    update.check_same(base, settings, source, spec, resources.device_of(now, gpus))
-    with run.tracker.stage("listing") as nested, failures("listing", files.join(output, "listing")):
-        comparing = update.compare(source, base, output, settings.features.whole_part_rows, settings.overwrite)
-        changes, artifact = tasks.get(comparing)
-        run.done(changes.listed.uri, artifact, nested, [files.join(output, update.ADDED, "listing")])
-        nested.dataset("images", source.root, artifact.fingerprint, "source", {"rows": artifact.rows})
-    new = changes.added.rows if changes.added else 0
-    console.say(f"update: {new:,} new images, {len(changes.removed):,} gone or changed, of {artifact.rows:,}")
-    added: artifacts.Artifact | None = None
-    if changes.added is not None:
-        uri = files.join(output, update.ADDED)
-        fresh = features.stage_of(
-            uri, changes.added, spec, settings.data, settings.features, resources.device_of(now, gpus)
-        )
-        extracting = settings.features.model_copy(update={"actor_gpus": gpus})
-        work = features.Work(
-            source, changes.added, spec, decode.limits_of(settings.data), settings.features.batch_size, fresh
-        )
-        added = run.stage(fresh, lambda: features.run(work, now, extracting, max_bad_fraction=1.0, some=False))
-    stage = update.features_stage(output, changes, base, added)
-    merged = run.stage(
-        stage, lambda: update.merge_features(stage, changes, base, output, settings.data.max_bad_fraction)
-    )
-    return _Featured(spec, changes.listed, artifact, merged, base, changes, added)
+def _extract(
+    run: Run, settings: ResolvedBuildIndex, source: sources.Source, listed: _Listed
+) -> tuple[artifacts.Artifact, Update | None]:
+    """Features of every image, in an update those of its base where they hold; and what is taken over, completed."""
+    device = resources.device_of(run.now, listed.gpus)
+    chosen = settings.features.model_copy(update={"actor_gpus": listed.gpus})
+    most_bad, taken = settings.data.max_bad_fraction, listed.update
+
+    def stage_of(output: str, images: listing.Listing) -> artifacts.Stage:
+        return features.stage_of(output, images, listed.spec, settings.data, settings.features, device)
+
+    def extracted(output: str, images: listing.Listing, most_bad: float, some: bool = True) -> artifacts.Artifact:
+        stage, limits = stage_of(output, images), decode.limits_of(settings.data)
+        work = features.Work(source, images, listed.spec, limits, settings.features.batch_size, stage)
+        return run.stage(stage, lambda: features.run(work, run.now, chosen, most_bad, some))
+
+    if taken is None:
+        featured = extracted(run.output, listed.listing, most_bad)
+    else:
+        if taken.fresh is not None:
+            taken = replace(taken, added=extracted(taken.folder, taken.fresh, 1.0, some=False))
+        complete, added = taken, taken.added
+        stage = taken.base.continued(stage_of(run.output, listed.listing), added=added and added.fingerprint)
+        featured = run.stage(stage, lambda: features.merge(stage, complete, most_bad))
+    if bad := features.reasons_of(featured.parts):
+        left_out = f"{sum(bad.values()):,} of {listed.listing.rows:,} images left out ({features.told(bad)})"
+        run.say(f"quarantine: {left_out}: {files.join(run.output, 'quarantine')}")
+    return featured, taken
 
 
 def _index(
-    run: Run, settings: BuildIndexSettings, featured: _Featured
-) -> tuple[artifacts.Artifact, search.IndexInfo, bool]:
-    """The index over the features, and whether it has the quantizer of the base, if that has any."""
-    base, changes, output = featured.base, featured.changes, run.output
-    reason = None
-    if base is not None and changes is not None:
-        reason = update.drift(
-            base,
-            changes,
-            featured.added,
-            featured.features.rows,
-            output,
-            settings.update,
-            settings.index,
-            settings.density,
-        )
-        begun = artifacts.begun_identity(files.join(output, "index")) or {}
-        if begun.get("features") == featured.features.fingerprint and "cells" in begun and "base" not in begun:
-            reason = reason or "so it was decided before"
-    kept = None
-    if base is not None and changes is not None and not reason:
-        kept = update.kept_index(base, changes, output, featured.added)
-    indexed = _index_stage(run, settings, featured, kept)
-    if kept is not None and (reason := update.short_of_recall(indexed)):
-        indexed = _index_stage(run, settings, featured, None)
+    run: Run, settings: ResolvedBuildIndex, featured: artifacts.Artifact, taken: Update | None
+) -> tuple[artifacts.Artifact, Update | None]:
+    """The index over the features, and what later stages take over: nothing, where the base's index does not hold."""
+    uri = files.join(run.output, "features")
+
+    def indexed(kept: Update | None) -> artifacts.Artifact:
+        stage, resolved = build.stage_of(run.output, featured, settings.index, settings.density, kept)
+
+        def make() -> tuple[Iterable[artifacts.Part], dict[str, Any]]:
+            parts, facts = build.run(stage, uri, featured, resolved, settings.density, kept)
+            return parts, facts if kept is None or resolved.kind == "flat" else facts | drift.facts_of_quantizer(kept)
+
+        return run.stage(stage, make, replace=taken is not None)
+
+    if taken is None:
+        return indexed(None), None
+    reason = drift.reason_to_rebuild(taken, featured.rows, settings)
+    begun = artifacts.begun_identity(files.join(run.output, "index")) or {}
+    if begun.get("features") == featured.fingerprint and "cells" in begun and "base" not in begun:
+        reason = reason or "so it was decided before"
+    flat = taken.base.artifacts["index"].totals["kind"] == "flat"
+    kept = None if reason or (flat and not build.keeps_shards(taken)) else taken
+    made = indexed(kept)
+    if kept is not None and (reason := drift.short_of_recall(made)):
+        made = indexed(None)
     if reason:
         console.say(f"update: the index is built anew and all neighbors are searched for: {reason}")
-    return indexed, search.open_index(files.join(output, "index")), reason is None
-
-
-def _index_stage(
-    run: Run, settings: BuildIndexSettings, featured: _Featured, kept: build.Kept | build.KeptShards | None
-) -> artifacts.Artifact:
-    base, changes = featured.base, featured.changes
-    features_uri = files.join(run.output, "features")
-    stage, resolved = build.stage_of(run.output, featured.features, settings.index, settings.density, kept)
-
-    def make() -> tuple[Iterable[artifacts.Part], dict[str, Any]]:
-        parts, facts = build.run(stage, features_uri, featured.features, resolved, settings.density, kept)
-        if isinstance(kept, build.Kept) and base is not None and changes is not None:
-            facts |= update.trained_facts(base, changes, featured.added)
-        return parts, facts
-
-    return run.stage(stage, make, replace=base is not None)
+    return made, None if reason else taken
 
 
 def _finish(
     run: Run,
     settings: BuildIndexSettings,
     source: sources.Source,
-    featured: _Featured,
+    listed: _Listed,
+    featured: artifacts.Artifact,
     indexed: artifacts.Artifact,
-    info: search.IndexInfo,
-    kept: bool,
+    taken: Update | None,
 ) -> None:
-    """Neighbors, densities, predictor and report. kept: those of the base still hold, if there is one."""
-    output, now, base = run.output, run.now, featured.base
-    features_uri, featured_artifact = files.join(output, "features"), featured.features
-    if base is not None and kept:
-        assert featured.changes is not None
-        neighbors_stage = update.neighbors_stage(output, info, base, settings.density)
-        find = functools.partial(
-            update.merge_neighbors,
-            neighbors_stage,
-            info,
-            base,
-            featured.changes,
-            output,
-            featured_artifact,
-            settings.density,
-            settings.index,
-            now,
-        )
-    else:
-        neighbors_stage = index_neighbors.neighbors_stage(output, info, settings.density)
-        find = functools.partial(
-            index_neighbors.find_neighbors,
-            neighbors_stage,
-            info,
-            features_uri,
-            featured_artifact,
-            settings.density,
-            settings.index,
-            now,
-        )
-    neighbors = run.stage(neighbors_stage, find)
-    densities_stage = density_densities.stage_of(output, neighbors_stage, settings.density)
-    densities = run.stage(
-        densities_stage,
-        lambda: density_densities.write_densities(
-            densities_stage, neighbors_stage.uri, neighbors, features_uri, settings.density
-        ),
+    """Neighbors, densities, predictor and report. taken: what of a base still holds of the neighbors."""
+    output, now, density, features_uri = run.output, run.now, settings.density, files.join(run.output, "features")
+    base = listed.update.base if listed.update else None
+    info = search.open_index(files.join(output, "index"))
+    near = neighbors.neighbors_stage(output, info, density, taken.base if taken else None)
+    found = run.stage(
+        near,
+        lambda: neighbors.find_neighbors(near, info, features_uri, featured, density, settings.index, now, taken),
     )
-
-    dim = featured.spec.feature_dim
-    if base is not None:
-        fitting_stage = update.estimator_stage(output, densities_stage, settings.estimator, base)
-        fit = functools.partial(
-            update.keep_or_fit, fitting_stage, base, output, densities, dim, settings.estimator, settings.update
-        )
-    else:
-        fitting_stage = estimator.stage_of(output, densities_stage, settings.estimator)
-        fit = functools.partial(
-            estimator.run, fitting_stage, features_uri, densities_stage.uri, densities, dim, settings.estimator
-        )
-    fitted = run.stage(fitting_stage, fit)
-
-    reporting_stage = report.stage_of(output, densities_stage, fitting_stage, settings)
+    dense = densities.stage_of(output, near, density)
+    measured = run.stage(dense, lambda: densities.write_densities(dense, near.uri, found, features_uri, density))
+    dim, drop = listed.spec.feature_dim, settings.update.max_r2_drop
+    fitting = estimator.stage_of(output, dense, settings.estimator, base)
+    fitted = run.stage(
+        fitting,
+        lambda: estimator.run(fitting, features_uri, dense.uri, measured, dim, settings.estimator, base, drop),
+    )
+    reporting = report.stage_of(output, dense, fitting, settings)
     inputs = report.Inputs(
-        source,
-        featured.listed,
-        settings,
-        featured.listing,
-        featured_artifact,
-        indexed,
-        densities,
-        fitted,
-        run.timings_s,
+        source, listed.listing, settings, listed.artifact, featured, indexed, measured, fitted, run.timings_s
     )
-    run.stage(reporting_stage, lambda: report.run(reporting_stage, output, inputs))
+    run.stage(reporting, lambda: report.run(reporting, output, inputs))

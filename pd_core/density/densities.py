@@ -30,19 +30,17 @@ def write_densities(
     settings: DensitySettings,
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Densities of every row from its neighbors; returns the parts and the totals to commit."""
-    import ray
-
     names = [part.name for part in neighbors.parts]
     groups = [names[i : i + GROUP_PARTS] for i in range(0, len(names), GROUP_PARTS)]
-    options = {"num_cpus": 1, **tasks.TASK_OPTIONS}
-    summaries = ray.remote(_summary).options(**options)
-    calibrate = ray.remote(_calibrate).options(num_returns=2, **options)
+    summaries, calibrate = tasks.task(_summary), tasks.task(_calibrate, num_returns=2)
     totals_ref, ranks = calibrate.remote(
         settings.volume_dim, *[summaries.remote(neighbors_uri, group, settings.k) for group in groups]
     )
-    totals = tasks.get(totals_ref)
-    write = ray.remote(_write_group).options(**options)
-    submit = lambda missing: write.remote(stage, neighbors_uri, features_uri, missing, settings, totals, ranks)  # noqa: E731
+    totals, write = tasks.get(totals_ref), tasks.task(_write_group)
+
+    def submit(missing: Sequence[str]) -> Any:
+        return write.remote(stage, neighbors_uri, features_uri, missing, settings, totals, ranks)
+
     parts = tasks.make_missing(stage, groups, submit)
     return parts, totals | {"k": settings.k, "volume_dim": settings.volume_dim}
 
@@ -73,7 +71,7 @@ def _calibrate(volume_dim: float, *summaries: np.ndarray) -> tuple[dict[str, Any
         "distance_floor": floor,
         "floored_rows": touched,
         "density_quantiles": formula.density_quantiles(formula.density_of(log_density)).tolist(),
-        "nearest_distance_quantiles": formula.permille_quantiles(nearest, "nearest distance").tolist(),
+        "nearest_distance_quantiles": formula.density_quantiles(nearest).tolist(),
     }
     return totals, log_density
 

@@ -13,22 +13,15 @@ from numpy.typing import NDArray
 
 from pd_core.core import seeds
 from pd_core.core.errors import RunError, UserError
+from pd_core.density.architecture import PREDICT_ROWS, Architecture
 from pd_core.density.formula import density_of
-from pd_core.density.predictor import (
-    PREDICT_ROWS,
-    Architecture,
-    Calibration,
-    DensityPredictor,
-    EpochLoss,
-    FitMetrics,
-    FitResult,
-    new_predictor,
-)
+from pd_core.density.predictor import Calibration, EpochLoss, FitMetrics, FitResult, new_predictor
 
 if TYPE_CHECKING:
     import torch
 
     from pd_core.core.settings.index import EstimatorSettings
+    from pd_core.density.network import DensityPredictor
 
 WINDOW_ROWS = 131_072  # rows in memory at once while fitting: 0.4 GB of float32 features at D = 768
 HELDOUT_ROWS = 65_536  # held-out rows kept in memory; R2 and Spearman are then good to about 1/sqrt(65536) = 0.004
@@ -85,21 +78,19 @@ def fit(
     settings: EstimatorSettings,
     *,
     feature_dim: int,
-    on_epoch: Callable[[EpochLoss], None] | None = None,
     window_rows: int = WINDOW_ROWS,
-    device: str | None = None,
 ) -> FitResult:
     """Fits the density predictor to rows that are loaded part by part.
 
-    Memory: `window_rows` training rows, at most HELDOUT_ROWS held-out rows and one part. If all training rows fit in one
-    window, parts are loaded once, else once to take statistics and once per epoch; the order of parts, and of rows
-    within a window, is drawn from (seed, epoch). Held-out losses and metrics are those of the held-out rows in memory,
-    a fixed uniform draw if there are more. With patience the weights of the best held-out loss are kept, without it the
-    last ones. On the CPU the result depends on parts, settings (threads included) and window_rows alone, to the bit.
+    Memory: `window_rows` training rows, at most HELDOUT_ROWS held-out rows and one part. If all training rows fit in
+        one window, parts are loaded once, else once to take statistics and once per epoch; the order of parts, and of
+        rows within a window, is drawn from (seed, epoch). Held-out losses and metrics are those of the held-out rows in
+        memory, a fixed uniform draw if there are more. With patience the weights of the best held-out loss are kept,
+        without it the last ones. The result depends on parts, settings (threads included) and window_rows alone, to the
+        bit.
 
-    parts: see LoadPart. settings: the validated class or any object with its attributes. device: a torch device; None
-    takes the GPU that this process was given, else the CPU. Raises UserError for bad layers or too few rows, ValueError for a malformed part, RunError (a RuntimeError) with
-    the epoch if a loss is not finite.
+    parts: see LoadPart. Raises UserError for too few rows, ValueError for a malformed part, RunError (a RuntimeError)
+        with the epoch if a loss is not finite.
     """
     import torch
 
@@ -110,13 +101,12 @@ def fit(
         predictor.feature_std.copy_(torch.from_numpy(_input_scale(data.statistics.std()[:-1])))
         predictor.target_mean.fill_(data.statistics.mean[-1])
         predictor.target_std.fill_(data.statistics.std()[-1])
-    predictor.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _threads(settings.threads):
-        losses, best_epoch = _train(predictor, data, settings, on_epoch)
+        losses, best_epoch = _train(predictor, data, settings)
         predicted = predictor.predict(data.heldout.features).log_density
     true = data.heldout.log_density
     metrics = FitMetrics(calibration(true, predicted), data.statistics.count, data.n_heldout, best_epoch, tuple(losses))
-    return FitResult(predictor.to("cpu"), metrics, true[:CALIBRATION_ROWS], predicted[:CALIBRATION_ROWS])
+    return FitResult(predictor, metrics, true[:CALIBRATION_ROWS], predicted[:CALIBRATION_ROWS])
 
 
 def _input_scale(std: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -128,12 +118,7 @@ def _input_scale(std: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.maximum(std, INPUT_SCALE_FLOOR * np.sqrt(np.mean(std**2)))
 
 
-def _train(
-    predictor: DensityPredictor,
-    data: _Data,
-    settings: EstimatorSettings,
-    on_epoch: Callable[[EpochLoss], None] | None,
-) -> tuple[list[EpochLoss], int]:
+def _train(predictor: DensityPredictor, data: _Data, settings: EstimatorSettings) -> tuple[list[EpochLoss], int]:
     """Runs the epochs, leaves the weights to keep in the predictor, returns the losses and the epoch that was kept."""
     import torch
 
@@ -152,8 +137,6 @@ def _train(
                 f"{loss.heldout_loss}); lower estimator.learning_rate or use estimator.target log_density"
             )
         losses.append(loss)
-        if on_epoch is not None:
-            on_epoch(loss)
         if not settings.patience:
             best_epoch = epoch  # the last: held-out rows have no say in the weights
         elif loss.heldout_loss < best:
@@ -177,11 +160,10 @@ def _train_epoch(
     """One pass over every training row; returns the mean loss per row."""
     import torch
 
-    device = predictor.feature_mean.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64)
     for window in data.windows(rng):
-        features, target = (tensor.to(device) for tensor in _tensors(predictor, window))
-        for rows in torch.from_numpy(rng.permutation(len(target))).to(device).split(batch_size):
+        features, target = _tensors(predictor, window)
+        for rows in torch.from_numpy(rng.permutation(len(target))).split(batch_size):
             loss = torch.nn.functional.mse_loss(predictor.standardized_score(features[rows]), target[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -193,17 +175,16 @@ def _train_epoch(
 def _heldout_loss(predictor: DensityPredictor, heldout: _Rows) -> float:
     import torch
 
-    device = predictor.feature_mean.device
     features, target = _tensors(predictor, heldout)
     total = 0.0
     with torch.inference_mode():
         for x, y in zip(features.split(PREDICT_ROWS), target.split(PREDICT_ROWS), strict=True):
-            total += float((predictor.standardized_score(x.to(device)) - y.to(device)).double().square().sum())
+            total += float((predictor.standardized_score(x) - y).double().square().sum())
     return total / len(target)
 
 
 def _tensors(predictor: DensityPredictor, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 features [n, D] and standardised target [n], on the CPU."""
+    """float32 features [n, D] and standardised target [n]."""
     import torch
 
     target = _target(rows.log_density, predictor.architecture.target)
@@ -228,7 +209,7 @@ def _threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# --- streamed data -----------------------------------------------------------------------------------------------------
+# --- streamed data ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Rows:
     features: NDArray[np.float32]  # [n, D]
@@ -381,8 +362,8 @@ def held_out(sample_id: NDArray[np.int64], settings: EstimatorSettings) -> NDArr
 def _split_position(sample_id: NDArray[np.int64], part: int, settings: EstimatorSettings) -> NDArray[np.float64]:
     """Uniform [0, 1) for each row; a row is held out where it is below holdout_fraction.
 
-    "hash" depends on the row's id alone: a row stays on its side in every run, also as the data grows. "random" is drawn
-    from (seed, part).
+    "hash" depends on the row's id alone: a row stays on its side in every run, also as the data grows. "random" is
+    drawn from (seed, part).
     """
     if settings.split == "hash":
         return seeds.uniform(sample_id)

@@ -1,8 +1,8 @@
 """From k-NN distances to pseudo densities and thresholds on them: pure functions, float64 inside.
 
 Pseudo density (arXiv 2407.08659): a real image i takes the volume of an n-ball whose radius is its mean k-NN distance,
-V_i = pi^(n/2) / Gamma(n/2 + 1) * d_i^n, and rho_i is proportional to 1 / V_i with mean 1 over the real set. All of it is
-computed in logs, log rho_i = -n log d_i + c, because d^n leaves float64 long before n reaches the size of a feature.
+V_i = pi^(n/2) / Gamma(n/2 + 1) * d_i^n, and rho_i is proportional to 1 / V_i with mean 1 over the real set. All of it
+is computed in logs, log rho_i = -n log d_i + c, because d^n leaves float64 long before n reaches the size of a feature.
 
 n (`volume_dim`) is a sharpness, not the feature dimension. (n, c, floor) are stored with the index and used again for
 every other image: densities compare only under one (extractor, k, n, c).
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +31,7 @@ _DISTANCE_FLOOR_OF_MEDIAN = 1e-3
 _THRESHOLD_TEXT = re.compile(r"(p?)([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 
 
-# --- distances ---------------------------------------------------------------------------------------------------------
+# --- distances --------------------------------------------------------------------------------------------------------
 
 
 def mean_knn_distance(neighbor_distances: ArrayLike) -> Float64Array:
@@ -81,64 +80,21 @@ def apply_distance_floor(mean_knn_distance: ArrayLike, floor: float) -> tuple[Fl
     return np.maximum(distances, floor), int(np.count_nonzero(distances < floor))
 
 
-# --- densities ---------------------------------------------------------------------------------------------------------
-
-
-def log_volume(mean_knn_distance: ArrayLike, volume_dim: float) -> Float64Array:
-    """log V_i of the n-ball of radius d_i: (n/2) log pi - log Gamma(n/2 + 1) + n log d_i (arXiv 2407.08659).
-
-    mean_knn_distance: [N], all > 0. volume_dim: n > 0, need not be an integer. Returns float64 [N].
-    """
-    n = _volume_dim(volume_dim)
-    unit_ball = 0.5 * n * math.log(math.pi) - math.lgamma(0.5 * n + 1.0)
-    return unit_ball - _log_inverse_power(mean_knn_distance, n)
+# --- densities --------------------------------------------------------------------------------------------------------
 
 
 def log_normalizer(mean_knn_distance: ArrayLike, volume_dim: float) -> float:
     """The c for which the mean of exp(-n log d_i + c) over the real set is 1: log N - logsumexp(-n log d).
 
     The constants pi^(n/2) / Gamma(n/2 + 1) of the volume are the same for every row and cancel in this scaling, so c is
-    defined without them. mean_knn_distance: [N], N >= 1, all > 0. For blocks: `log_normalizer_sum`.
+    defined without them. The sum is rounded once (math.fsum), so c does not hang on the order of the rows.
+    mean_knn_distance: [N], N >= 1, all > 0.
     """
-    return merge_log_normalizer_sums([log_normalizer_sum(mean_knn_distance, volume_dim)]).log_normalizer
-
-
-@dataclass(frozen=True)
-class LogNormalizerSum:
-    """What one block of the real set adds to the normaliser: sum_i exp(-n log d_i) = scaled_sum * exp(log_max)."""
-
-    log_max: float
-    scaled_sum: float
-    count: int
-
-    @property
-    def log_normalizer(self) -> float:
-        """c of the rows in this sum."""
-        return math.log(self.count) - self.log_max - math.log(self.scaled_sum)
-
-
-def log_normalizer_sum(mean_knn_distance: ArrayLike, volume_dim: float) -> LogNormalizerSum:
-    """The part of the normaliser's sum that comes from one block: distances [B], B >= 1, all > 0."""
     log_density = _log_inverse_power(mean_knn_distance, volume_dim)
     if log_density.size == 0:
         raise ValueError("the normaliser of an empty set of distances is not defined")
     log_max = float(log_density.max())
-    return LogNormalizerSum(log_max, math.fsum(np.exp(log_density - log_max)), log_density.size)
-
-
-def merge_log_normalizer_sums(sums: Iterable[LogNormalizerSum]) -> LogNormalizerSum:
-    """The sum over all blocks, merged in one call.
-
-    The terms are brought to the largest log_max and added with a correctly rounded sum (math.fsum): the result does not
-    depend on the order of `sums`, nor on the order of rows in a block. Another cut into blocks moves c by rounding only
-    (about 1e-16 relative to the sum); merge all blocks in one call, not pairwise, to keep it so.
-    """
-    blocks = list(sums)
-    if not blocks:
-        raise ValueError("there is no block to merge")
-    log_max = max(block.log_max for block in blocks)
-    scaled_sum = math.fsum(block.scaled_sum * math.exp(block.log_max - log_max) for block in blocks)
-    return LogNormalizerSum(log_max, scaled_sum, sum(block.count for block in blocks))
+    return math.log(log_density.size) - log_max - math.log(math.fsum(np.exp(log_density - log_max)))
 
 
 def log_pseudo_density(mean_knn_distance: ArrayLike, volume_dim: float, log_normalizer: float) -> Float64Array:
@@ -171,37 +127,28 @@ def pseudo_density(mean_knn_distance: ArrayLike, volume_dim: float = 1.0) -> Flo
     return density_of(log_pseudo_density(distances, volume_dim, log_normalizer(distances, volume_dim)))
 
 
-# --- ranks and thresholds ----------------------------------------------------------------------------------------------
-
-
-def percentile_of(log_density: ArrayLike, sorted_log_density: ArrayLike) -> Float64Array:
-    """Percentile of each log density among those of the real set.
-
-    log_density: [M]. sorted_log_density: [N], ascending. Returns float64 [M] in [0, 100]. Ties take their mid-rank:
-    100 (number below + half the number equal) / N; so the real set's own percentiles have mean 50, and 0 and 100 are
-    reached only outside its range.
-    """
-    values = _finite_vector(log_density, "log_density")
-    return mid_ranks(values, _ascending_vector(sorted_log_density, "sorted_log_density"))
+# --- ranks and thresholds ---------------------------------------------------------------------------------------------
 
 
 def mid_ranks(log_density: Float64Array, sorted_log_density: Float64Array) -> Float64Array:
-    """`percentile_of` without its checks, which look at all N reference values."""
+    """Percentile of each log density among those of the real set, float64 [M] in [0, 100].
+
+    log_density: [M]. sorted_log_density: [N], ascending. Ties take their mid-rank: 100 (number below + half the number
+    equal) / N; so the real set's own percentiles have mean 50, and 0 and 100 are reached only outside its range.
+    """
     below = np.searchsorted(sorted_log_density, log_density, side="left")
     below_or_equal = np.searchsorted(sorted_log_density, log_density, side="right")
     return 50.0 * (below + below_or_equal) / sorted_log_density.size
 
 
 def density_quantiles(density: ArrayLike) -> Float64Array:
-    """p0, p0.1 ... p100 of the real set's densities, float64 [1001], by linear interpolation between ranks."""
-    return permille_quantiles(density, "density")
+    """p0, p0.1 ... p100 of the real set's densities, or of any values, float64 [1001]: linear between ranks.
 
-
-def permille_quantiles(values: ArrayLike, name: str) -> Float64Array:
-    """p0, p0.1 ... p100 of any finite values, float64 [1001], by linear interpolation between ranks."""
-    values = _finite_vector(values, name)
-    if values.size == 0:
-        raise ValueError(f"the quantiles of an empty set of values ({name}) are not defined")
+    Raises ValueError: there are none, or one is not finite.
+    """
+    values = np.asarray(density, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or not np.all(np.isfinite(values)):
+        raise ValueError(f"quantiles are of finite values [N], N >= 1, not of shape {values.shape}, NaN or infinity")
     # Interpolation can miss the order by one rounding between equal values.
     return np.maximum.accumulate(np.quantile(values, np.linspace(0.0, 1.0, N_QUANTILES)))
 
@@ -221,7 +168,7 @@ class Threshold:
         """
         if self.kind == "density":
             return self.value
-        densities = _ascending_vector(quantiles_or_sorted_density, "quantiles_or_sorted_density")
+        densities = np.asarray(quantiles_or_sorted_density, dtype=np.float64)
         rank = self.value * (densities.size - 1) / 100.0
         return float(np.interp(rank, np.arange(densities.size), densities))
 
@@ -252,13 +199,13 @@ def threshold_inside(text: str | float, quantiles: ArrayLike, option: str, where
     low, high = np.asarray(quantiles, dtype=np.float64)[[0, -1]]
     if not low <= tau <= high:
         raise UserError(
-            f"{option} {text}: outside the densities of {where}, which lie in {low:.4g} ... {high:.4g}; choose one inside, or "
-            "a percentile such as p80"
+            f"{option} {text}: outside the densities of {where}, which lie in {low:.4g} ... {high:.4g}; choose one "
+            "inside, or a percentile such as p80"
         )
     return tau
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _log_inverse_power(mean_knn_distance: ArrayLike, volume_dim: float) -> Float64Array:
@@ -287,19 +234,3 @@ def _check_distances(distances: Float64Array, name: str) -> None:
     # One expression catches NaN, inf and negatives: a NaN fails both comparisons.
     if not np.all((distances >= 0) & (distances < np.inf)):
         raise ValueError(f"{name} must be finite and >= 0; it holds a NaN, an infinite or a negative value")
-
-
-def _finite_vector(values: ArrayLike, name: str) -> Float64Array:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, has shape {vector.shape}")
-    if not np.all(np.isfinite(vector)):
-        raise ValueError(f"{name} must be finite; it holds a NaN or an infinite value")
-    return vector
-
-
-def _ascending_vector(values: ArrayLike, name: str) -> Float64Array:
-    vector = _finite_vector(values, name)
-    if vector.size == 0 or np.any(np.diff(vector) < 0):
-        raise ValueError(f"{name} must be in ascending order and not empty")
-    return vector

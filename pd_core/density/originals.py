@@ -39,8 +39,8 @@ def unchanged_original_of(
     now = tasks.get(tasks.task(sources.state, resources.IO_CPUS).remote(source))
     if what := artifacts.differences(artifact.identity.get("state") or {}, now):
         raise UserError(
-            f"{source.root}: has changed since {uri} was made of it ({'; '.join(what)}), so that another extractor would see "
-            "other images; bring it back, or run build_index.py again"
+            f"{source.root}: has changed since {uri} was made of it ({'; '.join(what)}), so that another extractor "
+            "would see other images; bring it back, or run build_index.py again"
         )
     return source, listed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field, FiniteFloat
@@ -16,6 +16,9 @@ from pd_core.density import formula
 from pd_core.density import predictor as density_predictor
 from pd_core.index import search
 from pd_core.index.extractor import ExtractorSpec
+
+if TYPE_CHECKING:
+    from pd_core.density.network import DensityPredictor
 
 STAGES = ("features", "index", "densities", "estimator")
 Quantiles = Annotated[tuple[trust.NotNegative, ...], Field(min_length=2, max_length=1001)]
@@ -76,14 +79,15 @@ class RealSet:
         return np.interp(values, self.density_quantiles, np.linspace(0.0, 100.0, len(self.density_quantiles)))
 
     def copy_distance(self, quantile: float) -> float:
-        """Distance to a real image within which a generated one is a likely copy of it: this quantile of the distances from
-        real images to their nearest other ones, without exact duplicates: those say nothing of how near a copy comes.
-        0 where all are duplicates.
+        """Distance to a real image within which a generated one is a likely copy of it; 0 where all are duplicates.
+
+        This quantile of the distances from real images to their nearest other ones, without exact duplicates, which say
+        nothing of how near a copy comes.
         """
         apart = self.nearest_quantiles[self.nearest_quantiles > self.distance_floor]
         return float(np.quantile(apart, quantile)) if len(apart) else 0.0
 
-    def predictor(self) -> density_predictor.DensityPredictor:
+    def predictor(self) -> DensityPredictor:
         """f, loaded."""
         names = (density_predictor.WEIGHTS_FILE, density_predictor.DESCRIPTION_FILE)
         folder = files.join(self.uri, "estimator")
@@ -104,8 +108,8 @@ def open_realset(uri: str, checkpoint: str | None = None) -> RealSet:
         checkpoint: of the extractor's weights, absolute; None: where its record says that they lie.
 
     Raises:
-        UserError: it is not finished, of another schema, its stages were not made from each other, or its record leads to
-            weights that the command has to name.
+        UserError: it is not finished, of another schema, its stages were not made from each other, or its record leads
+            to weights that the command has to name.
     """
     found = {stage: _finished(uri, stage) for stage in STAGES}
     _check_lineage(uri, found)
@@ -139,7 +143,7 @@ def open_realset(uri: str, checkpoint: str | None = None) -> RealSet:
 
 
 def open_for(uri: str, checkpoint: str | None, setting: str) -> RealSet:
-    """`open_realset` of a path as a user gives it under `setting`, the extractor's weights at `checkpoint` where that is given.
+    """`open_realset` of a path as a user gives it under `setting`; checkpoint: of the extractor, where it is given.
 
     Raises:
         UserError: as `open_realset`.

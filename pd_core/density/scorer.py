@@ -1,4 +1,4 @@
-"""Generated images to features and predicted densities, without leaving the device that made them; with gradients on request."""
+"""Generated images to features and predicted densities on the device that made them, with gradients on request."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import functools
 from typing import TYPE_CHECKING
 
 from pd_core.core.errors import UserError
-from pd_core.density import predictor as density_predictor
 from pd_core.images.resize import Preprocess, resized_size
 from pd_core.index.extractor import Extractor, ExtractorSpec
 
 if TYPE_CHECKING:
     import torch
+
+    from pd_core.density.network import DensityPredictor
 
 # names of timm's interpolations that torch has with antialiasing, as Pillow does it
 _MODES = {"bilinear": "bilinear", "bicubic": "bicubic"}
@@ -33,7 +34,7 @@ class Scorer:
     def __init__(
         self,
         spec: ExtractorSpec,
-        predictor: density_predictor.DensityPredictor | None,
+        predictor: DensityPredictor | None,
         device: str = "cpu",
         threads: int = 1,
     ) -> None:
@@ -61,8 +62,8 @@ class Scorer:
         """What the predictor was trained on (log rho or rho), float32 [B], of float images; differentiable.
 
         Args:
-            images: [B, 1 or 3, H, W] in [-1, 1], as `LatentGenerator.decode` gives them. What lies outside is clamped, as it
-                is when the image is saved, and has no gradient.
+            images: [B, 1 or 3, H, W] in [-1, 1], as `LatentGenerator.decode` gives them. What lies outside is clamped,
+                as it is when the image is saved, and has no gradient.
         """
         assert self.predictor is not None
         resized = resize_images(images, self.extractor.spec.preprocess)
@@ -94,10 +95,12 @@ def resize_batch(pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
 
 
 def resize_images(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """`resize_batch` without rounding: float [B, 1 or 3, H, W] in [-1, 1] to float32 [B, 3, h, w] in 0..255; differentiable.
+    """`resize_batch` without rounding, differentiable: float [B, 1 or 3, H, W] in [-1, 1] to float32 [B, 3, h, w].
 
-    Two products with the matrices of torch's own antialiased resize, since the backward pass of that adds in no fixed order on
-    a GPU, and the sign of a gradient that is nearly zero must not depend on who computes it.
+    The result is in 0..255.
+
+    Two products with the matrices of torch's own antialiased resize, since the backward pass of that adds in no fixed
+    order on a GPU, and the sign of a gradient that is nearly zero must not depend on who computes it.
 
     Raises:
         UserError: an interpolation that torch has no antialiased form of.
@@ -111,8 +114,9 @@ def resize_images(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
 
 
 def _resized(planes: torch.Tensor, target: tuple[int, int], mode: str, rounded: bool = False) -> torch.Tensor:
-    """float [B, C, H, W] in 0..255 to [B, C, h, w]: across, then down, held in 0..255 (and rounded) after each pass as Pillow
-    does. Without the first of the two a bicubic edge comes out up to 11 steps of 255 away.
+    """float [B, C, H, W] in 0..255 to [B, C, h, w]: across, then down, held in 0..255 after each pass as Pillow does.
+
+    rounded: after each pass, too. Not held after the first, a bicubic edge comes out up to 11 steps of 255 away.
     """
     height, width = planes.shape[2:]
     across = _resize_matrix(width, target[1], mode).to(planes.device)
@@ -125,7 +129,7 @@ def _resized(planes: torch.Tensor, target: tuple[int, int], mode: str, rounded: 
 
 @functools.lru_cache(maxsize=16)
 def _resize_matrix(old: int, new: int, mode: str) -> torch.Tensor:
-    """float32 [new, old]: what torch's antialiased resize makes of a column of `old` px, found by resizing the identity."""
+    """float32 [new, old]: torch's antialiased resize of a column of `old` px, found by resizing the identity."""
     import torch
 
     with torch.inference_mode(False):  # kept for later calls, which may want gradients

@@ -176,11 +176,12 @@ def _is_defect(error: Exception) -> bool:
     return isinstance(error, ray.exceptions.RayTaskError) and not files.is_failure(error.cause)
 
 
-def task(function: Any, cpus: float = 1, gpus: float = 0, memory: int | None = None) -> Any:
+def task(function: Any, cpus: float = 1, gpus: float = 0, memory: int | None = None, num_returns: int = 1) -> Any:
     """A Ray task of the function that survives the loss of its node; `.remote(...)` submits it."""
     import ray
 
-    return ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, memory=memory, **TASK_OPTIONS)
+    remote = ray.remote(function)
+    return remote.options(num_cpus=cpus, num_gpus=gpus, memory=memory, num_returns=num_returns, **TASK_OPTIONS)
 
 
 def get(reference: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_core.build import plan
+from pd_core.build import fleet
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
@@ -195,16 +195,16 @@ def _limits(
     """What limits a run that is large; nothing where the pilot's seconds are lost."""
     if math.isnan(pilot.actor_s):
         return []
-    real, fleet, chosen = job.recipe.realset, plan.fleet_of(run.now), settings.search
+    real, machines, chosen = job.recipe.realset, fleet.fleet_of(run.now), settings.search
     searchers, *_ = engine_resources.search_actors(
         run.now, chosen.actors, chosen.actor_cpus, real.index.shards, search.BESIDE_SHARE
     )
     # the index lies in memory beside the generators, in as many pieces as there are processes that search it
-    held = 4.0 * real.rows * real.index.dim / min(fleet.nodes, searchers)
-    together = math.ceil(min(replicas, fleet.cores) / fleet.nodes)
+    held = 4.0 * real.rows * real.index.dim / min(machines.nodes, searchers)
+    together = math.ceil(min(replicas, machines.cores) / machines.nodes)
     each = held / together + settings.chunk * PIXEL_BYTES_OF_PNG * pilot.png_bytes
-    step = plan.Step("samples", expected.candidates(settings.n) * pilot.actor_s, replicas, each, LEVER)
-    return [line.replace("limit:", "limit: ") for line in plan.limit_lines([step], fleet)]
+    step = fleet.Step("samples", expected.candidates(settings.n) * pilot.actor_s, replicas, each, LEVER)
+    return [line.replace("limit:", "limit: ") for line in fleet.limit_lines([step], machines)]
 
 
 def _job(

@@ -1,6 +1,4 @@
-"""Backbones of extractors, loaded by name with their weights: timm's models, and the Inception whose Fréchet distance is
-called FID.
-"""
+"""Backbones of extractors, loaded by name with their weights: timm's models, and the Inception of FID."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# The weights of the Inception of FID, TensorFlow's of 2015-12-05 as torch-fidelity publishes them; by the custom of torch's
-# hub the name ends in the first digits of the file's sha256.
+# The weights of the Inception of FID, TensorFlow's of 2015-12-05 as torch-fidelity publishes them; by the custom of
+# torch's hub the name ends in the first digits of the file's sha256.
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -111,8 +109,8 @@ def _inception(checkpoint: str | None) -> torch.nn.Module:
     data = _read_bytes(uri, INCEPTION_BYTES)
     if not hashlib.sha256(data).hexdigest().startswith(INCEPTION_SHA256):
         raise UserError(
-            f"--features.checkpoint {uri}: not the weights that an FID is computed with; give the file that torch-fidelity "
-            f"publishes, {INCEPTION_URL.rpartition('/')[2]}"
+            f"--features.checkpoint {uri}: not the weights that an FID is computed with; give the file that "
+            f"torch-fidelity publishes, {INCEPTION_URL.rpartition('/')[2]}"
         )
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:  # it unpickles what it is given: only plain tensors
         torch.save(_tensors(data, uri), file.name)
@@ -170,8 +168,9 @@ def _load_weights(model: torch.nn.Module, name: str, checkpoint: str) -> None:
     if missing or surplus or shapes:
         example = (missing or surplus or shapes)[0]
         raise UserError(
-            f"--features.checkpoint {checkpoint}: not weights of {name} ({len(missing)} tensors missing, {len(surplus)} "
-            f"unknown, {len(shapes)} of another shape, e.g. '{example}'); give --features.model the checkpoint's architecture"
+            f"--features.checkpoint {checkpoint}: not weights of {name} ({len(missing)} tensors missing, "
+            f"{len(surplus)} unknown, {len(shapes)} of another shape, e.g. '{example}'); "
+            "give --features.model the checkpoint's architecture"
         )
     model.load_state_dict(tensors)
 

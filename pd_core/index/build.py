@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from pd_core.core.settings.index import DensitySettings, IndexSettings
 from pd_core.engine import console, resources, tasks
 from pd_core.index import knn, recall, search
 from pd_core.index import shards as index_shards
+from pd_core.index.base import Update
 from pd_core.index.features import load_features
 
 FLAT_ROWS = 20_000  # below, exact search costs seconds and a quantizer is not worth training
@@ -33,76 +32,49 @@ def resolve_kind(settings: IndexSettings, exact: bool, rows: int) -> str:
     return settings.kind
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What an index takes over from an earlier one with cells: the trained quantizer, and how many cells are probed.
+def keeps_shards(update: Update) -> bool:
+    """Whether the shards of the base's flat index may be kept beside those of the new rows.
 
-    Attributes:
-        uri, fingerprint: of the earlier index stage. quantizer: its part.
-        kind, cells, nprobe: as its totals have them. rows: the index that the quantizer was trained for had.
-        auto: the kind was chosen, not given.
+    They may not where there are many small ones, after many updates, or one that might be left without rows.
     """
-
-    uri: str
-    fingerprint: str
-    quantizer: artifacts.Part
-    kind: str
-    cells: int
-    nprobe: int
-    rows: int
-    auto: bool
+    before = update.base.artifacts["index"]
+    dim = before.totals["dim"]
+    usual = index_shards.default_shards(before.rows + update.added_rows, dim)
+    few = len(before.parts) + _shards_of_added(update, dim) <= MOST_SMALL_SHARDS + 2 * usual
+    return few and len(update.removed) < min(part.rows for part in before.parts)
 
 
-@dataclass(frozen=True)
-class KeptShards:
-    """What a flat index takes over from an earlier one: its shards, less the rows that are gone; rows that are new get shards of their own.
+def _shards_of_added(update: Update, dim: int) -> int:
+    rows = update.added_rows
+    return min(index_shards.default_shards(rows, dim), len(update.added_parts)) if rows else 0
 
-    Attributes:
-        uri, fingerprint: of the earlier index stage. shards: its parts.
-        removed: sample ids that are gone, ascending int64; fewer than any shard has rows.
-        added: features parts of the new rows, as URIs, and how many rows they have.
-    """
 
-    uri: str
-    fingerprint: str
-    shards: tuple[artifacts.Part, ...]
-    removed: np.ndarray
-    added: tuple[str, ...]
-    added_rows: int
-
-    def count(self, dim: int) -> int:
-        """Shards of the index."""
-        return len(self.shards) + self.of_added(dim)
-
-    def of_added(self, dim: int) -> int:
-        """Shards of the new rows."""
-        return min(index_shards.default_shards(self.added_rows, dim), len(self.added)) if self.added_rows else 0
-
-    def worthwhile(self, rows: int, dim: int) -> bool:
-        """Whether the shards would be neither many small ones, after many updates, nor one without rows."""
-        smallest = min(part.rows for part in self.shards)
-        return len(self.removed) < smallest and self.count(dim) <= MOST_SMALL_SHARDS + 2 * index_shards.default_shards(
-            rows, dim
-        )
+def rows_when_trained(before: artifacts.Artifact) -> int:
+    """Rows of the index that the quantizer of an index was trained for."""
+    return int(before.identity.get("rows_when_trained", before.totals["rows"]))
 
 
 def resolve(
-    settings: IndexSettings, exact: bool, rows: int, dim: int, parts: int, kept: Kept | None = None
+    settings: IndexSettings, exact: bool, rows: int, dim: int, parts: int, update: Update | None = None
 ) -> IndexSettings:
     """The settings with kind, shards and cells as the index of so many features [rows, dim] has them.
 
     Raises:
         UserError: the kind does not fit the features.
     """
-    kind = kept.kind if kept else resolve_kind(settings, exact, rows)
+    before = {} if update is None else update.base.artifacts["index"].totals
+    kind = before.get("kind") or resolve_kind(settings, exact, rows)
     if kind == "ivf_pq" and dim % settings.pq_bytes:
         raise UserError(
-            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; try {index_shards.nearest_divisor(dim, settings.pq_bytes)}"
+            f"--index.pq_bytes {settings.pq_bytes}: must divide the feature dimension {dim}; "
+            f"try {index_shards.nearest_divisor(dim, settings.pq_bytes)}"
         )
     most_cells = max(1, rows // index_shards.ROWS_PER_CELL)
     cells = 0 if kind == "flat" else min(settings.cells or index_shards.default_cells(rows), most_cells)
-    cells = kept.cells if kept else cells
+    cells = before.get("cells", cells)
     shards = min(settings.shards or index_shards.default_shards(rows, dim), max(1, cells or parts))
+    if update is not None and kind == "flat":
+        shards = len(update.base.artifacts["index"].parts) + _shards_of_added(update, dim)
     return settings.model_copy(update={"kind": kind, "shards": shards, "cells": cells or None})
 
 
@@ -111,9 +83,11 @@ def stage_of(
     features: artifacts.Artifact,
     settings: IndexSettings,
     density: DensitySettings,
-    kept: Kept | KeptShards | None = None,
+    update: Update | None = None,
 ) -> tuple[artifacts.Stage, IndexSettings]:
     """The index stage under `output`, and the settings with kind, shards and cells resolved.
+
+    update: whose base's index is taken over, see `run`.
 
     Raises:
         UserError: k is not below the number of images, or the kind does not fit the features.
@@ -124,36 +98,31 @@ def stage_of(
             f"--density.k {density.k}: needs more than k images, found {rows} good ones; lower k or add images"
         )
     parts = sum(part.rows > 0 for part in features.parts)
-    resolved = resolve(settings, density.exact, rows, dim, parts, kept if isinstance(kept, Kept) else None)
-    if isinstance(kept, KeptShards):
-        resolved = resolved.model_copy(update={"shards": kept.count(dim)})
-    kind, shards, cells = resolved.kind, resolved.shards, resolved.cells
+    resolved = resolve(settings, density.exact, rows, dim, parts, update)
     identity: dict[str, Any] = {
         "features": features.fingerprint,
-        "kind": kind,
-        "shards": shards,
+        "kind": resolved.kind,
+        "shards": resolved.shards,
         "faiss": index_shards.faiss_version(),
     }
-    if kind != "flat":
+    if resolved.kind != "flat":
         identity |= {
-            "cells": cells,
+            "cells": resolved.cells,
             "target_recall": settings.target_recall,
             "max_scan_fraction": settings.max_scan_fraction,
             "train_rows_per_cell": settings.train_rows_per_cell,
             "calibration_queries": settings.calibration_queries,
-            "auto": kept.auto if isinstance(kept, Kept) else settings.kind == "auto",
+            "auto": settings.kind == "auto",
             "k": density.k,
             "seed": settings.seed,
             "threads": settings.actor_cpus,  # k-means sums per thread
         }
-    if kind == "ivf_pq":
+    if resolved.kind == "ivf_pq":
         identity["pq_bytes"] = settings.pq_bytes
-    if kept is not None:
-        identity |= {"base": kept.fingerprint}
-    if isinstance(kept, Kept):
-        identity |= {"rows_when_trained": kept.rows}
-    uri = files.join(output, "index")
-    return artifacts.Stage(uri, "index", schemas.VERSIONS["index"], identity), resolved
+    if update is not None and resolved.kind != "flat":
+        identity["rows_when_trained"] = rows_when_trained(update.base.artifacts["index"])
+    stage = artifacts.Stage(files.join(output, "index"), "index", schemas.VERSIONS["index"], identity)
+    return stage if update is None else update.base.continued(stage), resolved
 
 
 def run(
@@ -162,7 +131,7 @@ def run(
     features: artifacts.Artifact,
     settings: IndexSettings,
     density: DensitySettings,
-    kept: Kept | KeptShards | None = None,
+    update: Update | None = None,
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Build what is missing of the index; returns the parts and totals to commit.
 
@@ -172,25 +141,25 @@ def run(
         features: their commit record.
         settings: from `stage_of`, resolved.
         density: k.
-        kept: what is taken over of an earlier index: shards, or the quantizer and the number of probed cells; then `recall` in
-            the totals may fall short of the target, for the caller to judge.
+        update: whose base's index is taken over: of a flat one the shards, less the rows that are gone; of one with
+            cells the quantizer and the number of probed cells. Then `recall` may fall short of the target, for the
+            caller to judge.
 
     Raises:
         UserError: the target recall is out of reach.
     """
-    groups = list(_groups(features_uri, features))
     rows, dim = features.rows, features.totals["dim"]
     facts: dict[str, Any] = {"kind": settings.kind, "rows": rows, "dim": dim, "shards": settings.shards, "nprobe": 0}
-    if isinstance(kept, KeptShards):
-        _extend_flat(stage, kept, dim)
-        return _all_parts(stage, rows), facts
     if settings.kind == "flat":
-        _fill_flat(stage, groups, settings)
+        uris = [files.join(features_uri, part.name) for part in features.parts if part.rows]
+        _fill_flat(stage, uris if update is None else update.added_parts, settings, update)
         return _all_parts(stage, rows), facts
+    groups = list(_groups(features_uri, features))
     assert settings.cells is not None and settings.shards is not None
-    if kept is not None and search.QUANTIZER not in stage.finished_parts():
-        stage.adopt(kept.uri, kept.quantizer)
-    template = _train(stage, groups, settings, rows, dim)
+    if update is not None and search.QUANTIZER not in stage.finished_parts():
+        before = update.base.artifacts["index"]
+        stage.adopt(update.base.folder("index"), next(p for p in before.parts if p.name == search.QUANTIZER))
+    template = _train(stage, groups, settings, rows)
     owners = _fill_cells(stage, groups, template, settings, rows * dim * 4 // settings.shards)
     info = search.IndexInfo(
         stage.uri,
@@ -202,8 +171,8 @@ def run(
         settings.cells,
         tuple(owners.tolist()),
     )
-    facts |= {"cells": settings.cells}
-    facts |= _calibrate(stage, info, groups, settings, density.k, None if kept is None else kept.nprobe)
+    nprobe = None if update is None else update.base.artifacts["index"].totals["nprobe"]
+    facts |= {"cells": settings.cells, **_calibrate(stage, info, groups, settings, density.k, nprobe)}
     return _all_parts(stage, rows), facts
 
 
@@ -230,12 +199,6 @@ def _groups(uri: str, features: artifacts.Artifact) -> Iterator[list[str]]:
         yield group
 
 
-def _task(function: Any, **options: Any) -> Any:
-    import ray
-
-    return ray.remote(function).options(**{"num_cpus": 1, **tasks.TASK_OPTIONS, **options})
-
-
 def load_group(group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """sample_id int64 [n] and features float32 [n, D] of some parts."""
     loaded = [load_features(uri) for uri in group]
@@ -248,66 +211,56 @@ def load_group(group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 # ---- fill ------------------------------------------------------------------------------------------------------------
 
 
-def _fill_flat(stage: artifacts.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings) -> None:
-    """Shards of a flat index are runs of whole parts."""
-    assert settings.shards is not None
-    parts = [uri for group in groups for uri in group]
-    done = stage.finished_parts()
-    wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
-    runs = np.array_split(np.arange(len(parts)), settings.shards)  # none empty: there are no more shards than parts
-    build = _task(_build_flat)
-    with console.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
-        for _ in tasks.bounded(lambda s: build.remote(stage, s, [parts[p] for p in runs[s]]), wanted, tasks.in_flight):
-            bar.update(1)
-
-
-def _build_flat(stage: artifacts.Stage, shard: int, group: Sequence[str]) -> None:
-    sample_id, features = load_group(group)
-    filled = index_shards.build_shard(index_shards.train_template("flat", features.shape[1]), features, sample_id)
-    stage.write_part(search.shard_name(shard), index_shards.serialize(filled), len(sample_id))
-
-
-def _extend_flat(stage: artifacts.Stage, kept: KeptShards, dim: int) -> None:
-    """The shards of an earlier index, less what is gone, then those of what is new."""
+def _fill_flat(stage: artifacts.Stage, uris: Sequence[str], settings: IndexSettings, update: Update | None) -> None:
+    """Shards of a flat index are runs of whole parts. In an update they follow the base's, less what is gone."""
     import ray
 
-    done = stage.finished_parts()
-    runs = np.array_split(np.array(kept.added, object), max(1, kept.of_added(dim)))
-    names = [
-        *(part.name for part in kept.shards),
-        *(search.shard_name(s) for s in range(len(kept.shards), kept.count(dim))),
-    ]
-    wanted = [s for s in range(len(names)) if names[s] not in done]
-    removed = ray.put(kept.removed)
-    take, build = _task(_take_shard), _task(_build_flat)
+    assert settings.shards is not None
+    kept = () if update is None else update.base.artifacts["index"].parts
+    names = [*(part.name for part in kept), *map(search.shard_name, range(len(kept), settings.shards))]
+    removed = None if update is None else ray.put(update.removed)
+    take, build = tasks.task(_take_shard), tasks.task(_build_flat)
+    shards = max(1, settings.shards - len(kept))  # never more than parts, so that none is empty
+    runs = np.array_split(np.array(uris, object), shards)
 
-    def submit(shard: int) -> Any:
-        if shard < len(kept.shards):
-            return take.remote(stage, kept.uri, kept.shards[shard], removed)
-        return build.remote(stage, shard, runs[shard - len(kept.shards)].tolist())
+    def submit(missing: Sequence[str]) -> Any:
+        shard = names.index(missing[0])
+        if update is not None and shard < len(kept):
+            return take.remote(stage, update.base.folder("index"), kept[shard], removed)
+        return build.remote(stage, names[shard], runs[shard - len(kept)].tolist())
 
-    with console.progress("index", len(names), "shards", len(names) - len(wanted)) as bar:
-        for _ in tasks.bounded(submit, wanted, tasks.in_flight):
-            bar.update(1)
+    tasks.make_missing(stage, [[name] for name in names], submit, unit="shards")
+
+
+def _build_flat(stage: artifacts.Stage, name: str, group: Sequence[str]) -> None:
+    sample_id, features = load_group(group)
+    _write_shard(stage, name, index_shards.train_template("flat", features.shape[1]), features, sample_id)
+
+
+def _write_shard(
+    stage: artifacts.Stage,
+    name: str,
+    template: bytes,
+    features: np.ndarray,
+    sample_id: np.ndarray,
+    cells: np.ndarray | None = None,
+) -> None:
+    stage.write_part(name, index_shards.build_shard(template, features, sample_id, cells), len(sample_id))
 
 
 def _take_shard(stage: artifacts.Stage, uri: str, part: artifacts.Part, removed: np.ndarray) -> None:
-    if not len(removed):
-        stage.adopt(uri, part)
-        return
-    rows = index_shards.open_rows([files.read_bytes(files.join(uri, part.name))])
-    stays = np.flatnonzero(~np.isin(rows.ids, removed))
-    if len(stays) == len(rows.ids):
-        stage.adopt(uri, part)
-        return
-    template = index_shards.train_template("flat", rows.dim)
-    filled = index_shards.build_shard(template, np.ascontiguousarray(rows.at(stays)), rows.ids[stays])
-    stage.write_part(part.name, index_shards.serialize(filled), len(stays))
+    if len(removed):
+        rows = index_shards.open_rows([files.read_bytes(files.join(uri, part.name))])
+        stays = np.flatnonzero(~np.isin(rows.ids, removed))
+        if len(stays) < len(rows.ids):
+            features = np.ascontiguousarray(rows.at(stays))
+            template = index_shards.train_template("flat", rows.dim)
+            _write_shard(stage, part.name, template, features, rows.ids[stays])
+            return
+    stage.adopt(uri, part)
 
 
-def _train(
-    stage: artifacts.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings, rows: int, dim: int
-) -> Any:
+def _train(stage: artifacts.Stage, groups: Sequence[Sequence[str]], settings: IndexSettings, rows: int) -> Any:
     """Reference to the trained, empty index that every shard starts from; committed as QUANTIZER."""
     import ray
 
@@ -315,12 +268,12 @@ def _train(
         return ray.put(files.read_bytes(files.join(stage.uri, search.QUANTIZER)))
     assert settings.cells is not None
     wanted = settings.cells * settings.train_rows_per_cell
-    sample = _task(_sample)
+    sample = tasks.task(_sample)
     picked = [sample.remote(group, settings.seed, min(1.0, wanted / rows)) for group in groups]
     console.say(f"index: training {settings.cells} cells on about {min(wanted, rows)} of {rows} rows")
     gpu = index_shards.HAS_GPUS and ray.cluster_resources().get("GPU", 0.0) >= 1
     cpus = 1 if gpu else resources.feasible_cpus(settings.actor_cpus)
-    train = _task(_train_template, num_cpus=cpus, num_gpus=int(gpu))
+    train = tasks.task(_train_template, cpus, int(gpu))
     return train.remote(stage, settings, *picked)
 
 
@@ -359,7 +312,7 @@ def _fill_cells(
     if all(name in done for name in names):
         return np.array(search.read_cells(stage.uri).shard_of_cell, dtype=np.int32)
     assert settings.shards is not None and settings.cells is not None
-    assign = _task(_assign, num_returns=2)
+    assign = tasks.task(_assign, num_returns=2)
     with console.progress("index: cells", len(groups), "groups") as bar:
         cells: list[Any] = [None] * len(groups)
         counts = np.zeros(settings.cells, dtype=np.int64)
@@ -368,54 +321,45 @@ def _fill_cells(
             cells[g] = numbers
             counts += tasks.get(count)
             bar.update(1)
-    owners = tasks.get(_task(_deal_cells).remote(template, counts, settings.shards))
+    owners = tasks.get(tasks.task(_deal_cells).remote(template, counts, settings.shards))
     table = {"shard_of_cell": owners.tolist(), "rows_of_cell": counts.tolist()}
     if search.CELLS not in done:
         stage.write_part(search.CELLS, artifacts.canonical(table).encode(), 0)
     wanted = [s for s in range(settings.shards) if search.shard_name(s) not in done]
-    build = _task(_build_shard)
-    shared = ray.put(owners)
+    build, shared = tasks.task(_build_shard), ray.put(owners)
+    # each round reads all features once, so few rounds are best
+    together = fit_shards(ray.cluster_resources().get("object_store_memory", 0.0), shard_bytes, len(groups))
     with console.progress("index", settings.shards, "shards", settings.shards - len(wanted)) as bar:
-        together = _shards_at_once(shard_bytes, len(groups))
         for first in range(0, len(wanted), together):
             some = wanted[first : first + together]
-            deal = _task(_deal, num_returns=len(some))
+            deal = tasks.task(_deal, num_returns=len(some))
             dealt = [deal.remote(group, numbers, shared, some) for group, numbers in zip(groups, cells, strict=True)]
-            pieces = [[d] for d in dealt] if len(some) == 1 else dealt
-            submit = functools.partial(_submit_build, build, stage, template, some, pieces)
-            for _ in tasks.bounded(submit, range(len(some)), tasks.in_flight):
+            pieces = zip(*([[d] for d in dealt] if len(some) == 1 else dealt), strict=True)
+            submit = lambda shard: build.remote(stage, shard[0], template, *shard[1])  # noqa: E731
+            for _ in tasks.bounded(submit, zip(some, pieces, strict=True), tasks.in_flight):
                 bar.update(1)
     return owners
 
 
-def _submit_build(
-    build: Any, stage: artifacts.Stage, template: Any, shards: Sequence[int], pieces: Sequence[Any], number: int
-) -> Any:
-    return build.remote(stage, shards[number], template, *[piece[number] for piece in pieces])
-
-
-def _shards_at_once(shard_bytes: int, groups: int) -> int:
-    """Shards whose rows are in the object store together: each round reads all features once, so few rounds are best.
-
-    The driver holds a reference for each piece, shards times groups of them, and Ray keeps small pieces themselves there.
-    """
-    import ray
-
-    return fit_shards(ray.cluster_resources().get("object_store_memory", 0.0), shard_bytes, groups)
-
-
 def fit_shards(store_bytes: float, shard_bytes: int, groups: int) -> int:
-    """Shards whose rows are in an object store of so many bytes together, each in a piece of every group."""
+    """Shards whose rows are in an object store of so many bytes together, each in a piece of every group.
+
+    The driver holds a reference for each piece, and Ray keeps small pieces themselves there.
+    """
     fit = min(int(STORE_SHARE * store_bytes / max(shard_bytes, 1)), MOST_SHARDS_AT_ONCE, MOST_PIECES // groups)
     return max(FEWEST_SHARDS_AT_ONCE, fit)
 
 
+def _centroids(template: bytes) -> np.ndarray:
+    return index_shards.centroids_of(index_shards.deserialize(template))
+
+
 def _deal_cells(template: bytes, counts: np.ndarray, shards: int) -> np.ndarray:
-    return index_shards.assign_cells(index_shards.centroids_of(index_shards.deserialize(template)), counts, shards)
+    return index_shards.assign_cells(_centroids(template), counts, shards)
 
 
 def _assign(template: bytes, group: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    quantizer = index_shards.quantizer_of(index_shards.centroids_of(index_shards.deserialize(template)))
+    quantizer = index_shards.quantizer_of(_centroids(template))
     _, features = load_group(group)
     cells = index_shards.cell_of(quantizer, features)
     return cells, np.bincount(cells, minlength=quantizer.ntotal)
@@ -429,12 +373,8 @@ def _deal(group: Sequence[str], cells: np.ndarray, owners: np.ndarray, wanted: S
 
 
 def _build_shard(stage: artifacts.Stage, shard: int, template: bytes, *pieces: tuple[np.ndarray, ...]) -> None:
-    sample_id, features, cells = (np.concatenate([piece[i] for piece in pieces]) for i in range(3))
-    stage.write_part(
-        search.shard_name(shard),
-        index_shards.serialize(index_shards.build_shard(template, features, sample_id, cells)),
-        len(sample_id),
-    )
+    sample_id, features, cells = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
+    _write_shard(stage, search.shard_name(shard), template, features, sample_id, cells)
 
 
 # ---- calibrate -------------------------------------------------------------------------------------------------------
@@ -448,19 +388,19 @@ def _calibrate(
     k: int,
     nprobe: int | None,
 ) -> dict[str, Any]:
-    """Choose nprobe for the target recall by exact search on a sample, and measure what it gives; or what a given one gives."""
+    """Choose nprobe for the target recall by exact search on a sample, or take the given one; measure what it gives."""
     import ray
 
     if nprobe == 0:  # every search is exact
         return {"nprobe": 0}
 
-    sample = _task(_sample)
+    sample = tasks.task(_sample)
     fraction = min(1.0, settings.calibration_queries / info.rows)
     picked = tasks.get([sample.remote(group, settings.seed + 1, fraction) for group in groups])
     query_ids = np.concatenate([i for i, _ in picked])
     queries = ray.put(np.concatenate([f for _, f in picked]))
     exact = _exact(stage, queries, query_ids, groups, k)
-    return tasks.get(_task(_choose).remote(stage, info, settings, k, queries, query_ids, exact, nprobe))
+    return tasks.get(tasks.task(_choose).remote(stage, info, settings, k, queries, query_ids, exact, nprobe))
 
 
 def _choose(
@@ -492,8 +432,8 @@ def _choose(
         return facts | {"nprobe": 0, "nprobe_at_target": nprobe}
     if given is None and scanned > settings.max_scan_fraction:
         raise UserError(
-            f"index: recall {settings.target_recall} needs {nprobe} of {cells} cells per query ({scanned:.0%} of the rows); "
-            "use --index.kind auto or flat, or lower --index.target_recall"
+            f"index: recall {settings.target_recall} needs {nprobe} of {cells} cells per query ({scanned:.0%} of the "
+            "rows); use --index.kind auto or flat, or lower --index.target_recall"
         )
     distances, found = _approximate(info, queries, query_ids, ranked[:, :nprobe], k)
     measured = recall.recall_and_error(exact_ids, exact_distances, found, distances)
@@ -517,7 +457,7 @@ def _approximate(
     import ray
 
     shared = ray.put((queries, probes))
-    probe = _task(_probe_shard)
+    probe = tasks.task(_probe_shard)
     best: tuple[np.ndarray, np.ndarray] | None = None
     for _, part in tasks.bounded(
         lambda s: probe.remote(info.uri, s, shared, k + 1), range(info.shards), tasks.in_flight
@@ -537,7 +477,7 @@ def _exact(
     stage: artifacts.Stage, queries: Any, query_ids: np.ndarray, groups: Sequence[Sequence[str]], k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Exact neighbors of the calibration queries over all rows, streamed: distances, ids, and the cells they lie in."""
-    exact = _task(_exact_in_group)
+    exact = tasks.task(_exact_in_group)
     best: tuple[np.ndarray, np.ndarray] | None = None
     cell_of_id: dict[int, int] = {}
     with console.progress("index: recall", len(groups), "groups") as bar:

@@ -106,8 +106,8 @@ class Extractor:
         found = backbones.weights_hash(model)
         if found != spec.weights_sha256:
             raise UserError(
-                f"{spec.checkpoint or spec.model}: weights {found[:12]} are not those of the run ({spec.weights_sha256[:12]}); "
-                "make the same file visible on every node"
+                f"{spec.checkpoint or spec.model}: weights {found[:12]} are not those of the run "
+                f"({spec.weights_sha256[:12]}); make the same file visible on every node"
             )
         self.spec = spec
         self.device = torch.device(device)
@@ -205,8 +205,8 @@ def _feature_dim(model: torch.nn.Module, name: str, preprocess: Preprocess) -> i
             output = model(torch.zeros(1, 3, preprocess.height, preprocess.width))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
-            f"--features.model {name}: does not take {preprocess.height}x{preprocess.width} px images ({one_line(error)}); "
-            "choose another --features.image_size or --features.preprocess"
+            f"--features.model {name}: does not take {preprocess.height}x{preprocess.width} px images "
+            f"({one_line(error)}); choose another --features.image_size or --features.preprocess"
         ) from None
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         raise UserError(f"--features.model {name}: gives no pooled feature vector; choose a classification backbone")

@@ -1,17 +1,23 @@
-"""The features stage: every image of a source through extractor actors into committed parts."""
+"""The features stage: every image of a source through extractor actors into committed parts.
+
+An update extracts the images that are not in its base as they are now, and puts the parts together with those of the
+base.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as version_of
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from pd_core.core import artifacts, files, schemas, trust
@@ -23,6 +29,7 @@ from pd_core.images import child, resize, sources
 from pd_core.images import decode as images_decode
 from pd_core.images.decode import Reason
 from pd_core.images.listing import Listing
+from pd_core.index.base import Update
 from pd_core.index.extractor import Extractor, ExtractorSpec
 
 MAX_TASKS = 8192  # read tasks of one execution: the driver's plan stays this small for any number of images
@@ -48,8 +55,9 @@ def decoding(data: DataSettings) -> dict[str, Any]:
 def stage_of(
     output: str, listing: Listing, spec: ExtractorSpec, data: DataSettings, settings: FeatureSettings, device: str
 ) -> artifacts.Stage:
-    """The features stage under `output`; device (cpu or cuda), batch size, threads and torch are part of it, since they may
-    move the last bits.
+    """The features stage under `output`. Device, batch size, threads and torch are part of it: they may move last bits.
+
+    device: cpu or cuda.
     """
     identity = {
         "listing": listing.fingerprint,
@@ -173,35 +181,35 @@ def run(
         UserError: more images than that are unusable.
         RunError: parts are still missing after as many executions as `tasks.ROUND_DELAYS_S`.
     """
-    watch = artifacts.Stopwatch()
-    max_bad = int(max_bad_fraction * work.listing.rows)
-    parts = _complete(work, now, settings, max_bad)
-    reasons = reasons_of(parts.values())
-    stop_if_mostly_bad(reasons, work.listing.rows, max_bad, work.quarantine.uri)
-    good, bad = sum(part.rows for part in parts.values()), sum(reasons.values())
-    if good + bad != work.listing.rows:
+    parts = list(_complete(work, now, settings, int(max_bad_fraction * work.listing.rows)).values())
+    totals = _conclude(work.quarantine, parts, work.listing.rows, max_bad_fraction)
+    if totals["rows"] == 0 and some:
+        bad = totals["quarantined"]
+        raise UserError(f"{work.source.root}: none of the {bad} images is usable; see {work.quarantine.uri}")
+    return parts, totals | {"dim": work.spec.feature_dim, "extractor": work.spec.to_json()}
+
+
+def _conclude(
+    quarantine: artifacts.Stage, parts: Sequence[artifacts.Part], listed: int, max_bad_fraction: float
+) -> dict[str, Any]:
+    """Commit the quarantine beside features parts; returns their counts. Every listed image is in one of the two."""
+    reasons = reasons_of(parts)
+    stop_if_mostly_bad(reasons, listed, int(max_bad_fraction * listed), quarantine.uri)
+    good, bad = sum(part.rows for part in parts), sum(reasons.values())
+    if good + bad != listed:
         raise RunError(
-            f"features: {work.listing.rows} images listed, but {good} features and {bad} quarantined; "
+            f"features: {listed} images listed, but {good} features and {bad} quarantined; "
             "this is a defect: keep the output and report it"
         )
-    if good == 0 and some:
-        raise UserError(f"{work.source.root}: none of the {bad} images is usable; see {work.quarantine.uri}")
-    quarantine = {"rows": bad, "reasons": reasons}
-    work.quarantine.commit(work.quarantine.finished_parts().values(), quarantine, {"quarantine": watch.seconds})
-    totals = {
-        "rows": good,
-        "listed": work.listing.rows,
-        "quarantined": bad,
-        "dim": work.spec.feature_dim,
-        "extractor": work.spec.to_json(),
-    }
-    return list(parts.values()), totals
+    quarantine.commit(quarantine.finished_parts().values(), {"rows": bad, "reasons": reasons}, {})
+    return {"rows": good, "listed": listed, "quarantined": bad}
 
 
 def _complete(work: Work, now: resources.Cluster, settings: FeatureSettings, max_bad: int) -> dict[str, artifacts.Part]:
     """All parts by name, after as many executions as it takes.
 
-    After one that made nothing a task takes half as many batches: one that ends its worker takes ever fewer others along.
+    After one that made nothing a task takes half as many batches: one that ends its worker takes ever fewer others
+    along.
     """
     work.quarantine.begin(overwrite=True)  # the features stage has been begun: what lies here is its, or stale
 
@@ -416,20 +424,11 @@ def _write_part(work: Work, rows: pa.Table) -> pa.Table:
     listed = work.listing.read(part)
     bad = rows["reason"].is_valid().to_numpy(zero_copy_only=False)
     name = artifacts.part_name(part)
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     if bad.any():
-        kept = pa.array(bad)
-        table = pa.table(
-            [
-                listed["sample_id"].filter(kept),
-                listed["key"].filter(kept),
-                rows["reason"].filter(kept),
-                rows["detail"].filter(kept),
-            ],
-            schema=schemas.quarantine(),
-        )
-        for reason in table["reason"].to_pylist():
-            reasons[reason] = reasons.get(reason, 0) + 1
+        told = [listed["sample_id"], listed["key"], rows["reason"], rows["detail"]]
+        table = pa.table([column.filter(pa.array(bad)) for column in told], schema=schemas.quarantine())
+        reasons.update(table["reason"].to_pylist())
         work.quarantine.write_table(name, table, reasons)
     else:  # an attempt that died may have left rows here that this one could read
         work.quarantine.drop_part(name)
@@ -441,13 +440,104 @@ def _write_part(work: Work, rows: pa.Table) -> pa.Table:
     return pa.table({"rows": [rows.num_rows], "quarantined": [json.dumps(reasons)]})
 
 
+# ---- an update -------------------------------------------------------------------------------------------------------
+_Place = tuple[str, artifacts.Part]  # a part, and the directory of its stage
+
+
+def merge(
+    stage: artifacts.Stage, update: Update, max_bad_fraction: float
+) -> tuple[list[artifacts.Part], dict[str, Any]]:
+    """Put features/ and quarantine/ of an update together from those of its base and of its new images.
+
+    Returns:
+        The parts and totals of features/ to commit.
+
+    Raises:
+        UserError: more images than `max_bad_fraction` of the listed ones are unusable.
+    """
+    import ray
+
+    quarantine = quarantine_of(stage)
+    quarantine.begin(overwrite=True)
+    origins, removed, merge_part = update.origins(), ray.put(update.removed), tasks.task(_merge_part)
+    folders = {kind: (update.base.folder(kind), files.join(update.folder, kind)) for kind in ("features", "quarantine")}
+    there = {uri: _parts_of(uri) for pair in folders.values() for uri in pair}
+
+    def submit(names: Sequence[str]) -> Any:
+        (name,) = names
+        origin = origins[name]
+        places = {
+            kind: (_places(old, there[old], origin.old), _places(new, there[new], origin.new))
+            for kind, (old, new) in folders.items()
+        }
+        return merge_part.remote(stage, quarantine, update.listed.uri, name, origin.whole, places, removed)
+
+    parts = tasks.make_missing(stage, [[name] for name in origins], submit)
+    totals = _conclude(quarantine, parts, update.listed.rows, max_bad_fraction)
+    return parts, update.base.artifacts["features"].totals | totals
+
+
+def _parts_of(uri: str) -> dict[str, artifacts.Part]:
+    artifact = artifacts.load_artifact(uri)
+    return {} if artifact is None else {part.name: part for part in artifact.parts}
+
+
+def _places(uri: str, parts: Mapping[str, artifacts.Part], numbers: Iterable[int]) -> list[_Place]:
+    names = map(artifacts.part_name, numbers)
+    return [(uri, parts[name]) for name in names if name in parts]
+
+
+def _merge_part(
+    stage: artifacts.Stage,
+    quarantine: artifacts.Stage,
+    listing_uri: str,
+    name: str,
+    whole: bool,
+    places: Mapping[str, tuple[list[_Place], list[_Place]]],
+    removed: np.ndarray,
+) -> None:
+    """Write a part of both stages. places: of each, parts of the base and parts of the new images."""
+    if whole:
+        for target in (quarantine, stage):
+            for uri, part in places[target.kind][0]:
+                target.adopt(uri, part)
+        return
+    wanted = files.read_table(files.join(listing_uri, name), ["sample_id"])["sample_id"]
+    bad = _gather(*places["quarantine"], wanted, removed)
+    reasons: dict[str, int] = {}
+    if bad is not None and bad.num_rows:
+        reasons = dict(sorted(Counter(bad["reason"].to_pylist()).items()))
+        quarantine.write_table(name, bad, reasons)
+    else:
+        quarantine.drop_part(name)
+    good = _gather(*places["features"], wanted, removed)
+    assert good is not None, "every part has features, if only of no rows"
+    stage.write_table(name, good, reasons)
+
+
+def _gather(
+    old: Iterable[_Place], new: Iterable[_Place], wanted: pa.ChunkedArray, removed: np.ndarray
+) -> pa.Table | None:
+    """Rows of a table of the base and of the new images that belong to a part, in the order of the listing.
+
+    An image whose content has changed is in both under one id: the base's row is among the removed.
+    """
+    tables = []
+    for places, gone in ((old, removed), (new, removed[:0])):
+        for uri, part in places:
+            table = files.read_table(files.join(uri, part.name))
+            stays = pa.array(~np.isin(table["sample_id"].to_numpy(), gone))
+            tables.append(table.filter(pc.and_(pc.is_in(table["sample_id"], value_set=wanted), stays)))
+    return pa.concat_tables(tables).combine_chunks() if tables else None
+
+
+# ---- what is said of features ----------------------------------------------------------------------------------------
 def reasons_of(parts: Iterable[artifacts.Part]) -> dict[str, int]:
     """Quarantined images by reason, added up over features parts."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for part in parts:
-        for reason, count in part.counts.items():
-            total[reason] = total.get(reason, 0) + count
-    return total
+        total.update(part.counts)
+    return dict(total)
 
 
 def told(bad: Mapping[str, int]) -> str:
@@ -460,8 +550,8 @@ def stop_if_mostly_bad(bad: Mapping[str, int], listed: int, max_bad: int, quaran
     total = sum(bad.values())
     if total > max_bad:
         raise UserError(
-            f"data: {total} of {listed} images are unusable so far ({told(bad)}), --data.max_bad_fraction allows {max_bad}; "
-            f"see {quarantine}, mend them or raise the limit; what is done is kept"
+            f"data: {total} of {listed} images are unusable so far ({told(bad)}), --data.max_bad_fraction allows "
+            f"{max_bad}; see {quarantine}, mend them or raise the limit; what is done is kept"
         )
 
 

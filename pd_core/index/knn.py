@@ -2,14 +2,17 @@
 
 Inside a shard the work goes cell by cell as matrix products, all queries that probe a cell at once. It has two steps:
 
-1. *Candidates.* Scores ‖x‖² − 2·q·x (float32, vectors centred, the constant ‖q‖² left out) select a few more than k rows.
-2. *Distances.* The candidates' distances are computed again from the differences, so that a distance depends on the pair
+1. *Candidates.* Scores ‖x‖² − 2·q·x (float32, vectors centred, the constant ‖q‖² left out) select a few more
+   than k rows.
+2. *Distances.* The candidates' distances are computed again from the differences, so that a distance depends on
+   the pair
    alone: the same bits in whatever block, shard or number of threads it was found, and exactly 0 for a duplicate.
 
-A bound on the rounding error of the scores tells whether a row outside the candidates could belong to the k nearest. Where
-it could (more near-ties than spare candidates, such as many copies of one image), that query is searched again, directly.
-The result is therefore a function of the query and of the set of rows it is compared with, ties broken by id. (The bits
-of a distance follow faiss's instruction set, AVX2 or AVX-512; between two such machines they differ by float32 rounding.)
+A bound on the rounding error of the scores tells whether a row outside the candidates could belong to the k nearest.
+Where it could (more near-ties than spare candidates, such as many copies of one image), that query is searched again,
+directly. The result is therefore a function of the query and of the set of rows it is compared with, ties broken by id.
+(The bits of a distance follow faiss's instruction set, AVX2 or AVX-512; between two such machines they differ by
+float32 rounding.)
 """
 
 from __future__ import annotations
@@ -69,6 +72,10 @@ class ShardSearch:
     def open(cls, sources: Sequence[Shard], threads: int = 1, device: str = "auto") -> ShardSearch:
         """Open shards of one kind, their cells disjoint; see index.open_rows."""
         return cls(open_rows(sources), threads, device)
+
+    def search(self, queries: np.ndarray, probes: np.ndarray | None, k: int) -> Found:
+        """`search_cells` of the cells that are probed, or `search_all` where none are named."""
+        return self.search_all(queries, k) if probes is None else self.search_cells(queries, probes, k)
 
     def search_cells(self, queries: np.ndarray, probes: np.ndarray, k: int) -> Found:
         """The k nearest rows among the cells each query probes.
@@ -179,7 +186,8 @@ class ShardSearch:
         found = np.where(positions >= 0, self.rows.ids[positions], MISSING_ID)
         squared, found = (values[:, :k] for values in _sorted(squared, found))
         # Any row at a squared distance <= t has a centred norm of at most ‖q‖ + sqrt(t), so its score is off by at most
-        # γ·(2‖q‖‖x‖ + ‖x‖²). γ: D + 1 products summed in any order, a norm of D terms, the centring, the distance itself.
+        # γ·(2‖q‖‖x‖ + ‖x‖²). γ: D + 1 products summed in any order, a norm of D terms, the centring, the distance
+        # itself.
         t = squared[:, -1].astype(np.float64)
         q_norm = np.linalg.norm((queries - self.center).astype(np.float64), axis=1)
         x_norm = q_norm + np.sqrt(t)
@@ -220,7 +228,7 @@ class ShardSearch:
         return squared, found
 
 
-# --- candidates --------------------------------------------------------------------------------------------------------
+# --- candidates -------------------------------------------------------------------------------------------------------
 _Work = tuple[np.ndarray, int, int]  # queries (int64, ascending) to be compared with rows start:stop
 
 
@@ -243,7 +251,7 @@ def _cell_work(ranks: np.ndarray, offsets: np.ndarray) -> Iterator[_Work]:
 
 
 class _Heaps:
-    """The lowest `keep` scores of each query in faiss's heaps: one pass over a block, most of it rejected by a compare."""
+    """The lowest `keep` scores of each query in faiss's heaps: one pass, most of a block rejected by a compare."""
 
     def __init__(self, queries: int, keep: int) -> None:
         self.result = faiss.ResultHeap(queries, keep)
@@ -318,12 +326,12 @@ def _pairwise(queries: np.ndarray, vectors: np.ndarray, positions: np.ndarray) -
 
 
 def score_error(dim: int) -> float:
-    """γ: a squared distance from centred float32 scores differs from `pair_distances` squared by at most γ·(‖q‖ + ‖x‖)²."""
+    """γ: a squared distance from centred float32 scores errs by at most γ·(‖q‖ + ‖x‖)² (`pair_distances`)."""
     return (3 * dim + 32) * _UNIT_ROUNDOFF
 
 
 def pair_distances(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Euclidean distances float32 [p] of queries[rows] to vectors[positions]: the same bits as every search gives a pair.
+    """Euclidean distances float32 [p] of queries[rows] to vectors[positions], in the bits that every search gives.
 
     Args:
         queries: float32 [m, D].
@@ -340,7 +348,7 @@ def pair_distances(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, p
     return np.sqrt(out)
 
 
-# --- merging and the exact reference -----------------------------------------------------------------------------------
+# --- merging and the exact reference ----------------------------------------------------------------------------------
 def _sorted(distances: np.ndarray, ids: np.ndarray) -> Found:
     order = np.lexsort((ids, distances), axis=-1)
     return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
@@ -352,7 +360,8 @@ def merge_topk(parts: Sequence[Found], k: int, exclude_ids: np.ndarray | None = 
     Args:
         parts: Found of each search, all of the same m queries; the number of columns may differ.
         k: neighbors wanted. To remove each query itself, search k + 1.
-        exclude_ids: int64 [m], an id per query that is no neighbor of it: its own. A duplicate has another id and stays.
+        exclude_ids: int64 [m], an id per query that is no neighbor of it: its own. A duplicate has another id and
+            stays.
 
     Returns:
         Found with k columns, padded with inf and MISSING_ID.

@@ -8,11 +8,11 @@ import numpy as np
 
 from pd_core.index.knn import MISSING_ID
 
-# --- recall and its calibration ----------------------------------------------------------------------------------------
+# --- recall and its calibration ---------------------------------------------------------------------------------------
 Z_95 = 1.6448536269514722  # one-sided 95%
 TIE = 1e-6  # relative; distances of two paths to one pair differ by float32 rounding at most
-# Cost in pairs of search_all, measured on 2 CPU cores at N = 20k to 50k, D = 384, k = 20 where the two searches cost the
-# same (a quarter of the rows scanned): small products and gathered queries make a pair of search_cells dearer; the
+# Cost in pairs of search_all, measured on 2 CPU cores at N = 20k to 50k, D = 384, k = 20 where the two searches cost
+# the same (a quarter of the rows scanned): small products and gathered queries make a pair of search_cells dearer; the
 # coarse step keeps a long list of cells per query.
 PAIR_COST_RATIO = 3.0
 COARSE_COST_RATIO = 5.0

@@ -93,17 +93,6 @@ def read_cells(uri: str) -> Cells:
     return trust.checked(Cells, core_files.read_json(where), where)
 
 
-def _shard_files(info: IndexInfo, shards: Iterable[int]) -> list[index_shards.Shard]:
-    return [functools.partial(core_files.read_bytes, core_files.join(info.uri, shard_name(shard))) for shard in shards]
-
-
-def _open_shards(info: IndexInfo, files: Sequence[index_shards.Shard], threads: int, device: str) -> knn.ShardSearch:
-    opened = knn.ShardSearch.open(files, threads=threads, device=device)
-    if (opened.rows.dim, len(opened.rows.rank_of)) != (info.dim, len(info.shard_of_cell) or 1):
-        raise UserError("its shards have other cells or dimensions than its record; build it again")
-    return opened
-
-
 @contextmanager
 def _named(uri: str) -> Iterator[None]:
     """What is said inside of an index file, said of the index in a directory."""
@@ -111,6 +100,15 @@ def _named(uri: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{uri}: {error}") from None
+
+
+def _open_shards(info: IndexInfo, shards: Iterable[int], threads: int, device: str) -> knn.ShardSearch:
+    uris = [core_files.join(info.uri, shard_name(shard)) for shard in shards]
+    with _named(info.uri):
+        opened = knn.ShardSearch.open([functools.partial(core_files.read_bytes, uri) for uri in uris], threads, device)
+        if (opened.rows.dim, len(opened.rows.rank_of)) != (info.dim, len(info.shard_of_cell) or 1):
+            raise UserError("its shards have other cells or dimensions than its record; build it again")
+    return opened
 
 
 class OpenIndex:
@@ -122,8 +120,7 @@ class OpenIndex:
 
     def __init__(self, info: IndexInfo, threads: int, device: str) -> None:
         self.info = info
-        with _named(info.uri):
-            self.rows = _open_shards(info, _shard_files(info, range(info.shards)), threads, device)
+        self.rows = _open_shards(info, range(info.shards), threads, device)
 
     def search(self, queries: np.ndarray, k: int, exclude_ids: np.ndarray) -> knn.Found:
         """The k nearest rows, of fewer than there are, for float32 [m, D].
@@ -131,10 +128,7 @@ class OpenIndex:
         exclude_ids: int64 [m], the id that is no neighbor of its query, or knn.MISSING_ID.
         """
         assert k < self.info.rows, k
-        if self.info.exact:
-            found = self.rows.search_all(queries, k + 1)
-        else:
-            found = self.rows.search_cells(queries, probes_of(self.info, queries), k + 1)
+        found = self.rows.search(queries, probes_of(self.info, queries), k + 1)
         distances, ids = knn.merge_topk([found], k, exclude_ids)
         short = np.flatnonzero(~np.isfinite(distances[:, -1]))  # their cells hold fewer rows
         if len(short):
@@ -150,21 +144,18 @@ class _Searcher:
         telemetry.hold(workflow, stage)
         self.refused: UserError | None = None  # an error here would reach the driver as Ray's, without its line
         try:
-            with _named(info.uri):
-                self.rows = _open_shards(info, _shard_files(info, shards), threads, resources.assigned_device())
+            self.rows = _open_shards(info, shards, threads, resources.assigned_device())
         except UserError as error:
             self.refused = error
 
     def ready(self) -> None:
-        """Answers once the shards are open. Raises UserError: their files are none that index.py writes, or of another index."""
+        """Answers once the shards are open. Raises UserError: their files are none of ours, or of another index."""
         if self.refused is not None:
             raise self.refused
 
     def search(self, queries: np.ndarray, probes: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Within the probed cells that are held here, or within all rows."""
-        if probes is None:
-            return self.rows.search_all(queries, k)
-        return self.rows.search_cells(queries, probes, k)
+        return self.rows.search(queries, probes, k)
 
 
 @dataclass(frozen=True)
@@ -277,10 +268,10 @@ def search(
 def _routes(pool: SearchPool, queries: np.ndarray) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
     """(actor, rows of the queries that go there, cells they probe); None: every cell."""
     info = pool.info
-    if info.exact:
+    probes = probes_of(info, queries)
+    if probes is None:
         yield from ((actor, np.arange(len(queries)), None) for actor in pool.actors)
         return
-    probes = probes_of(info, queries)
     holder = _holder(np.asarray(info.shard_of_cell), info.shards, len(pool.actors))
     holders = holder[probes]
     for number, actor in enumerate(pool.actors):
@@ -289,9 +280,9 @@ def _routes(pool: SearchPool, queries: np.ndarray) -> Iterator[tuple[Any, np.nda
             yield actor, rows, probes[rows]  # cells held elsewhere count as empty there
 
 
-def probes_of(info: IndexInfo, queries: np.ndarray) -> np.ndarray:
-    """Cells that each query is compared with, nearest first: int32 [m, nprobe] for float32 [m, D]."""
-    return index_shards.coarse_probes(_quantizer(info), queries, info.nprobe)
+def probes_of(info: IndexInfo, queries: np.ndarray) -> np.ndarray | None:
+    """Cells that each query is compared with, nearest first: int32 [m, nprobe] for float32 [m, D]; None: all rows."""
+    return None if info.exact else index_shards.coarse_probes(_quantizer(info), queries, info.nprobe)
 
 
 _open_quantizers: dict[str, Any] = {}  # one per process: tasks of one run share it
@@ -310,7 +301,7 @@ def _quantizer(info: IndexInfo) -> Any:
 
 
 def read_quantizer(uri: str) -> Any:
-    """The coarse quantizer of the index stage in a directory. Raises UserError: its file is none that index.py writes."""
+    """The coarse quantizer of the index stage in a directory. Raises UserError: its file is none of ours."""
     with _named(core_files.join(uri, QUANTIZER)):
         template = index_shards.deserialize(core_files.read_bytes(core_files.join(uri, QUANTIZER)))
         return index_shards.quantizer_of(index_shards.centroids_of(template))

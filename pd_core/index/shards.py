@@ -1,8 +1,8 @@
 """The sharded FAISS index: coarse cells, the grouping of cells into shards, and shards as ordinary `.faiss` files.
 
-All shards share one coarse quantizer (k-means centroids, every shard holds all of them) and each owns whole cells. Plain
-faiss therefore opens a shard, searches it and merges shards (`merge_from`). Kind `flat` has no cells: its shards are
-row ranges. A cell is the Voronoi region of one centroid; `cells` counts them.
+All shards share one coarse quantizer (k-means centroids, every shard holds all of them) and each owns whole cells.
+Plain faiss therefore opens a shard, searches it and merges shards (`merge_from`). Kind `flat` has no cells: its shards
+are row ranges. A cell is the Voronoi region of one centroid; `cells` counts them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +35,7 @@ ShardKind = Literal["flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
 
 ROWS_PER_CELL = 39  # training rows each centroid needs; below it faiss's k-means warns (ClusteringParameters)
 MAX_ROWS_PER_CELL = 256  # and more than this it does not use
+LLOYD_ITERATIONS = 10
 SHARD_BYTES = 1 << 30
 _PQ_ROWS = 256 * MAX_ROWS_PER_CELL  # what the 256 codewords of a sub-quantizer are trained on at most
 MAX_DIM = 1 << 20
@@ -57,14 +57,7 @@ def nearest_divisor(dim: int, near: int) -> int:
     return min((d for d in range(1, dim + 1) if dim % d == 0), key=lambda d: abs(d - near))
 
 
-def training_rows(cells: int) -> int:
-    """How many rows k-means uses at most; a larger sample brings nothing."""
-    return max(cells * MAX_ROWS_PER_CELL, _PQ_ROWS)
-
-
-def train_quantizer(
-    sample: np.ndarray, cells: int, seed: int, threads: int = 1, iterations: int = 10, gpu: bool = False
-) -> np.ndarray:
+def train_quantizer(sample: np.ndarray, cells: int, seed: int, threads: int = 1, gpu: bool = False) -> np.ndarray:
     """Centroids of the coarse quantizer by k-means (faiss.Clustering).
 
     Args:
@@ -72,7 +65,6 @@ def train_quantizer(
         cells: number of centroids.
         seed: of the choice of initial centroids and of the sub-sample.
         threads: OpenMP threads. Bits are reproducible for a fixed count only (the update step sums per thread).
-        iterations: Lloyd iterations.
         gpu: on the first GPU, if this faiss has GPUs at all.
 
     Returns:
@@ -86,7 +78,7 @@ def train_quantizer(
         raise UserError(f"index.cells is {cells} for {n} rows to train on; set it to at most {n // ROWS_PER_CELL or 1}")
     faiss.omp_set_num_threads(threads)
     clustering = faiss.Clustering(dim, cells)
-    clustering.seed, clustering.niter = seed, iterations
+    clustering.seed, clustering.niter = seed, LLOYD_ITERATIONS
     clustering.min_points_per_centroid = 1  # default_cells sees to ROWS_PER_CELL; asking for more cells is the user's
     clustering.max_points_per_centroid = MAX_ROWS_PER_CELL
     assign = faiss.IndexFlatL2(dim)
@@ -110,13 +102,13 @@ def centroids_of(template: Any) -> np.ndarray:
     return faiss.downcast_index(template.quantizer).reconstruct_n(0, template.nlist)
 
 
-def coarse_probes(quantizer: Any, queries: np.ndarray, nprobe: int, threads: int = 1) -> np.ndarray:
+def coarse_probes(quantizer: Any, queries: np.ndarray, nprobe: int) -> np.ndarray:
     """The nprobe nearest cells of every query, nearest first: int32 [m, nprobe] for float32 [m, D]."""
     assert 1 <= nprobe <= quantizer.ntotal, f"nprobe {nprobe} of {quantizer.ntotal} cells"
     block, m = 65536, len(queries)
     probes = np.empty((m, nprobe), np.int32)
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(threads)
+    faiss.omp_set_num_threads(1)
     for start in range(0, m, block):
         rows = np.ascontiguousarray(queries[start : start + block], np.float32)
         probes[start : start + block] = quantizer.search(rows, nprobe)[1]
@@ -124,9 +116,9 @@ def coarse_probes(quantizer: Any, queries: np.ndarray, nprobe: int, threads: int
     return probes
 
 
-def cell_of(quantizer: Any, features: np.ndarray, threads: int = 1) -> np.ndarray:
+def cell_of(quantizer: Any, features: np.ndarray) -> np.ndarray:
     """Cell of every row: int32 [n], the nearest centroid to float32 [n, D]."""
-    return coarse_probes(quantizer, features, 1, threads)[:, 0]
+    return coarse_probes(quantizer, features, 1)[:, 0]
 
 
 def train_template(
@@ -151,7 +143,7 @@ def train_template(
         threads: OpenMP threads.
 
     Raises:
-        UserError: pq_bytes does not divide D, or too few rows to train the codec.
+        UserError: too few rows to train the codec.
     """
     faiss.omp_set_num_threads(threads)
     if kind == "flat":
@@ -173,49 +165,39 @@ def train_template(
 
 def _empty_ivf(kind: ShardKind, quantizer: Any, cells: int, dim: int, pq_bytes: int, seed: int) -> Any:
     if kind == "ivf_flat":
-        index = faiss.IndexIVFFlat(quantizer, dim, cells, faiss.METRIC_L2)
-    elif kind == "ivf_sq8":
-        index = faiss.IndexIVFScalarQuantizer(
-            quantizer, dim, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2, True
-        )
-    elif kind == "ivf_pq":
-        if dim % pq_bytes:
-            nearest = nearest_divisor(dim, pq_bytes)
-            raise UserError(f"index.pq_bytes {pq_bytes} does not divide {dim} dimensions; set it to {nearest}")
-        index = faiss.IndexIVFPQ(quantizer, dim, cells, pq_bytes, 8)
-        index.pq.cp.seed = seed
-    else:
-        raise AssertionError(f"unknown kind {kind!r}")
+        return faiss.IndexIVFFlat(quantizer, dim, cells, faiss.METRIC_L2)
+    if kind == "ivf_sq8":
+        bits = faiss.ScalarQuantizer.QT_8bit
+        return faiss.IndexIVFScalarQuantizer(quantizer, dim, cells, bits, faiss.METRIC_L2, True)
+    assert kind == "ivf_pq", kind
+    index = faiss.IndexIVFPQ(quantizer, dim, cells, pq_bytes, 8)
+    index.pq.cp.seed = seed
     return index
 
 
-def build_shard(
-    template: bytes, features: np.ndarray, ids: np.ndarray, cells: np.ndarray | None = None, threads: int = 1
-) -> Any:
-    """A filled shard; its content is a function of the set of rows, not of their order.
+def build_shard(template: bytes, features: np.ndarray, ids: np.ndarray, cells: np.ndarray | None = None) -> bytes:
+    """A filled shard, as the bytes of a `.faiss` file: a function of the set of rows, not of their order.
+
+    Its ids are the sample_ids, its rows are in order of (cell, id).
 
     Args:
         template: of train_template.
         features: float32 [n, D].
         ids: int64 [n], sample_id, each once.
         cells: int32 [n], of cell_of; None for kind flat.
-        threads: OpenMP threads.
-
-    Returns:
-        A faiss index whose ids are the sample_ids, rows in order of (cell, id).
     """
     n = len(ids)
     assert features.shape[0] == n and ids.dtype == np.int64 and features.dtype == np.float32
-    faiss.omp_set_num_threads(threads)
+    faiss.omp_set_num_threads(1)
     index = deserialize(template)
     order = np.argsort(ids, kind="stable") if cells is None else np.lexsort((ids, cells))
     x, sorted_ids = np.ascontiguousarray(features[order]), np.ascontiguousarray(ids[order])
     if cells is None:
         index.add_with_ids(x, sorted_ids)
-        return index
-    assigned = cells[order].astype(np.int64)
-    index.add_core(n, faiss.swig_ptr(x), faiss.swig_ptr(sorted_ids), faiss.swig_ptr(assigned))
-    return index
+    else:
+        assigned = cells[order].astype(np.int64)
+        index.add_core(n, faiss.swig_ptr(x), faiss.swig_ptr(sorted_ids), faiss.swig_ptr(assigned))
+    return serialize(index)
 
 
 def serialize(index: Any) -> bytes:
@@ -223,26 +205,23 @@ def serialize(index: Any) -> bytes:
     return faiss.serialize_index(index).tobytes()
 
 
-def deserialize(data: bytes | np.ndarray) -> Any:
-    """The index in the bytes of a `.faiss` file; array: uint8 [n].
-
-    Raises:
-        UserError: it is none that `serialize` gives.
-    """
-    content = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+def deserialize(data: bytes) -> Any:
+    """The index in the bytes of a `.faiss` file. Raises UserError: it is none that `serialize` gives."""
+    content = np.frombuffer(data, np.uint8)
     try:
         _check_layout(_Fields(content))
         return faiss.deserialize_index(content)
     except (_OtherLayout, struct.error, RuntimeError) as error:
         raise UserError(
-            f"an index file is damaged, or was not written by pd_core ({one_line(error)}); do not use it, or build it again"
+            f"an index file is damaged, or was not written by pd_core ({one_line(error)}); do not use it, or build it "
+            "again"
         ) from None
 
 
-# --- what faiss is given to read -----------------------------------------------------------------------------------------
+# --- what faiss is given to read --------------------------------------------------------------------------------------
 #
-# faiss makes whatever a file says: lists on disk that open any file for writing, arrays of any size. It is given only what
-# `serialize` writes, with every count held to the file's own length (faiss/impl/index_write.cpp has the layout).
+# faiss makes whatever a file says: lists on disk that open any file for writing, arrays of any size. It is given only
+# what `serialize` writes, with every count held to the file's own length (faiss/impl/index_write.cpp has the layout).
 
 _NO_DIRECT_MAP = (0, 0)
 
@@ -290,7 +269,7 @@ def _check_layout(fields: _Fields) -> None:
     (kind,) = fields.numbers("4s")
     if kind == b"IxM2":
         dim, rows = _head(fields)
-        _hold(fields.numbers("4s") == (b"IxF2",) and _flat(fields) == (dim, rows), "it is not flat inside")
+        _vectors(fields, (dim, rows), "it is not flat inside")
         fields.array(rows, 8)
     else:
         _hold(kind in _CODE_BYTES, "it is of another kind")
@@ -308,17 +287,16 @@ def _head(fields: _Fields) -> tuple[int, int]:
     return dim, rows
 
 
-def _flat(fields: _Fields) -> tuple[int, int]:
-    """(D, rows) of vectors one after the other."""
-    dim, rows = _head(fields)
-    fields.array(rows * dim, 4)
-    return dim, rows
+def _vectors(fields: _Fields, of: tuple[int, int], otherwise: str) -> None:
+    """A flat index of vectors one after the other; of: (D, rows)."""
+    _hold(fields.numbers("4s") == (b"IxF2",) and _head(fields) == of, otherwise)
+    fields.array(of[0] * of[1], 4)
 
 
 def _cells(fields: _Fields, code_bytes_of: Callable[[_Fields, int], int]) -> None:
     dim, rows = _head(fields)
     cells, _ = fields.numbers("QQ")
-    _hold(fields.numbers("4s") == (b"IxF2",) and _flat(fields) == (dim, cells), "its cells have no centroids")
+    _vectors(fields, (dim, cells), "its cells have no centroids")
     _hold(fields.numbers("BQ") == _NO_DIRECT_MAP, "it has a direct map")
     code_bytes = code_bytes_of(fields, dim)
     _hold(fields.numbers("4s") == (b"ilar",), "its rows are not in the file")
@@ -343,10 +321,6 @@ def _list_sizes(fields: _Fields, cells: int) -> np.ndarray:
     return sizes
 
 
-def _flat_codes(fields: _Fields, dim: int) -> int:
-    return 4 * dim
-
-
 def _scalar_codes(fields: _Fields, dim: int) -> int:
     kind, _, _, own_dim, own_bytes = fields.numbers("iifQQ")
     _hold((kind, own_dim, own_bytes) == (faiss.ScalarQuantizer.QT_8bit, dim, dim), "its codes are of another codec")
@@ -363,10 +337,14 @@ def _product_codes(fields: _Fields, dim: int) -> int:
     return int(code_bytes)
 
 
-_CODE_BYTES = {b"IwFl": _flat_codes, b"IwSq": _scalar_codes, b"IwPQ": _product_codes}  # reads a codec; bytes of a code
+_CODE_BYTES = {
+    b"IwFl": lambda _, dim: 4 * dim,
+    b"IwSq": _scalar_codes,
+    b"IwPQ": _product_codes,
+}  # reads a codec; bytes of a code
 
 
-# --- which shard owns which cell ---------------------------------------------------------------------------------------
+# --- which shard owns which cell --------------------------------------------------------------------------------------
 
 
 def assign_cells(centroids: np.ndarray, cell_rows: np.ndarray, shards: int) -> np.ndarray:
@@ -447,15 +425,15 @@ def _principal_order(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.argsort(centred @ direction, kind="stable")
 
 
-# --- opening shards ----------------------------------------------------------------------------------------------------
+# --- opening shards ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Rows:
     """The rows of one or several shards, taken out of faiss: contiguous, near cells side by side.
 
-    `rank_of[cell]` is the place of a cell in that order, rows `offsets[rank] : offsets[rank + 1]` are its own. Exactly one
-    of `vectors` and `codes` is there; codes (with `codec`, `centroids`) are decoded when they are read.
+    `rank_of[cell]` is the place of a cell in that order, rows `offsets[rank] : offsets[rank + 1]` are its own. Exactly
+    one of `vectors` and `codes` is there; codes (with `codec`, `centroids`) are decoded when they are read.
     """
 
     dim: int
@@ -483,14 +461,15 @@ class Rows:
         return decoded
 
 
-Shard = bytes | str | Path | Callable[[], bytes]  # a `.faiss` file: its bytes, a local path, or what reads it
+Shard = bytes | Callable[[], bytes]  # a `.faiss` file: its bytes, or what reads it
 
 
 def open_rows(sources: Sequence[Shard]) -> Rows:
-    """Rows of the given shards, which are of one kind and share no cell. Raises UserError: they are not, or are no shards.
+    """Rows of the given shards, of one kind, without a common cell. Raises UserError: they are not, or are no shards.
 
-    Memory: all rows once, plus twice the shard being read (its bytes and faiss's copy) where sources are not bytes held by
-    the caller. With cells every shard but the first is read twice: for the sizes of its cells, then for its rows.
+    Memory: all rows once, plus twice the shard being read (its bytes and faiss's copy) where sources are not bytes held
+        by the caller. With cells every shard but the first is read twice: for the sizes of its cells, then for its
+        rows.
     """
     assert sources, "no shard to open"
     first = _read(sources[0])
@@ -534,9 +513,7 @@ def _form(index: Any) -> tuple[Any, ...]:
 
 
 def _read(source: Shard) -> Any:
-    if callable(source):
-        source = source()
-    return deserialize(source if isinstance(source, bytes) else np.fromfile(source, np.uint8))
+    return deserialize(source if isinstance(source, bytes) else source())
 
 
 def _copy_lists(lists: Any, order: np.ndarray, offsets: np.ndarray, codes: np.ndarray, ids: np.ndarray) -> None:

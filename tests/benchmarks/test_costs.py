@@ -1,4 +1,4 @@
-"""The model of what runs cost: closed forms, conservation, the stages it stands for, and the page that is made from it."""
+"""The model of what runs cost: closed forms, conservation, the stages it stands for, and the page made from it."""
 
 import json
 import math
@@ -174,7 +174,7 @@ def commit_features(output: str, x: np.ndarray, part_rows: int) -> artifacts.Art
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory, ray_cluster):
-    """Exact index in three shards, neighbors and densities of 9,000 rows: commit records by stage, and the model's run."""
+    """Exact index in three shards, neighbors and densities of 9,000 rows: commit records by stage, and the model's."""
     output = str(tmp_path_factory.mktemp("costs"))
     settings = BuildIndexSettings.model_validate(
         {
@@ -196,8 +196,9 @@ def test_stages_write_the_bytes_that_the_model_says(joined):
     # of the index nothing is compressed: 8 bytes an id and 4 a value, and less than 1 kB of headers a shard
     assert 0 <= found["index"] - ROWS * (4 * DIM + 8) <= SHARDS * 1000
     assert written["index"] == ROWS * (4 * DIM + 8)
-    # Random floats compress hardly, by 7%. But Parquet keeps the first MiB of different values twice, in a dictionary and as
-    # places in it: of these parts a third of the values, 2 bytes each, which makes them larger by 17%; at D = 768, 4%.
+    # Random floats compress hardly, by 7%. But Parquet keeps the first MiB of different values twice, in a dictionary
+    # and as places in it: of these parts a third of the values, 2 bytes each, which makes them larger by 17%; at D =
+    # 768, 4%.
     assert written["features"] == pytest.approx(found["features"], rel=0.15)
     # the model takes neighbors for drawn at random, and distances for random floats: near rows share theirs
     assert written["neighbors"] == pytest.approx(found["neighbors"], rel=0.25)
@@ -305,14 +306,14 @@ def test_a_self_join_waits_for_every_node():
     spot = simulation.Spot(losses_per_hour=1.0, replace_s=replace_s)
     took = [simulation.play([phase], machines, spot, seed)[0].seconds for seed in range(40)]
     up = (1 + replace_s / 3600) ** -nodes
-    # a node that is back has up to 21 blocks of 0.5 s to answer that the others have answered already: 10.5 of the 90 s are not
-    # lost to these. 40 runs meet some 700 losses, so that their share of the time is known to 4%.
+    # a node that is back has up to 21 blocks of 0.5 s to answer that the others have answered already: 10.5 of the 90 s
+    # are not lost to these. 40 runs meet some 700 losses, so that their share of the time is known to 4%.
     hidden = (nodes + 1) * work_s / blocks / replace_s
     lost = work_s * (1 / up - 1)
     assert work_s + lost * (1 - hidden) * 0.88 <= np.mean(took) <= work_s + lost * 1.12
 
 
-# ---- the page ---------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def test_the_page_is_what_the_code_gives():

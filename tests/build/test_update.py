@@ -1,4 +1,4 @@
-"""An update of an index is a whole build: same rows, same neighbors, same densities; and nothing that was done is done again."""
+"""An update of an index is a whole build: same rows, neighbors and densities; and nothing done is done again."""
 
 import shutil
 from collections.abc import Callable
@@ -18,18 +18,20 @@ from pd_core.core import files as core_files
 from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings, EstimatorSettings
-from pd_core.density import predictor
+from pd_core.density import estimator, predictor
 from pd_core.images import sources
 from pd_core.index import build as index_build
 from pd_core.index import search
+from pd_core.index.base import Base, Update
 from tests import tiny
 
-EARLIER = 110  # images of the base
+GONE, CHANGED = (0, 40, 41), (7, 100, 107)
+NEW = 30  # and a broken one
 
 
-def built(source: Path, checkpoint: Path, output: Path, *more: str) -> int:
+def run(source: Path, checkpoint: Path, output: Path, *more: str, command: Callable = workflow.build_index) -> int:
     argv = tiny.arguments(source, checkpoint, output, "--no-tracking.enabled", *more)
-    return errors.exit_code(lambda: workflow.build_index(load.load(BuildIndexSettings, argv, prog="build_index.py")))
+    return errors.exit_code(lambda: command(load.load(BuildIndexSettings, argv, prog="build_index.py")))
 
 
 def rows(output: Path, stage: str) -> pa.Table:
@@ -46,9 +48,9 @@ def totals(output: Path, stage: str) -> dict:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """The images of the base; `grow` adds the others."""
-    return write(tmp_path / "images", list(tiny.files().items())[:EARLIER])
+def source(inputs: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The images of `built`, with their times, which are part of what a file is."""
+    return Path(shutil.copytree(inputs[0], tmp_path / "images", copy_function=shutil.copy2))
 
 
 def write(root: Path, files: list[tuple[str, bytes]]) -> Path:
@@ -58,13 +60,26 @@ def write(root: Path, files: list[tuple[str, bytes]]) -> Path:
     return root
 
 
+def path_of(number: int) -> str:
+    return f"{'abc'[number % 3]}/image {number:03d}.png"
+
+
 def grow(source: Path) -> None:
-    """New images, broken ones among them, three that are gone, and three whose content is another."""
-    write(source, list(tiny.files().items())[EARLIER:])
-    for number in (0, 40, 41):
-        (source / f"{'abc'[number % 3]}/image {number:03d}.png").unlink()
-    for number in (7, 100, 107):  # the last one in the base's last part, where old and new rows meet
-        (source / f"{'abc'[number % 3]}/image {number:03d}.png").write_bytes(tiny.png(1000 + number))
+    """New images, a broken one among them, three that are gone, and three whose content is another."""
+    write(source, [(f"new/{number}.png", tiny.png(500 + number)) for number in range(NEW)] + [("new/broken.png", b"")])
+    for number in GONE:
+        (source / path_of(number)).unlink()
+    write(source, [(path_of(number), tiny.png(1000 + number)) for number in CHANGED])
+
+
+@pytest.fixture(scope="module")
+def updated(inputs, built, tmp_path_factory) -> tuple[Path, Path]:
+    """A source that has changed, and the undisturbed update of `built` to it."""
+    folder = tmp_path_factory.mktemp("updated")
+    source = Path(shutil.copytree(inputs[0], folder / "images", copy_function=shutil.copy2))
+    grow(source)
+    assert run(source, inputs[1], folder / "out", f"--base={built}") == 0
+    return source, folder / "out"
 
 
 def same_rows(output: Path, whole: Path) -> None:
@@ -75,22 +90,16 @@ def same_rows(output: Path, whole: Path) -> None:
         assert totals(output, "densities")[name] == totals(whole, "densities")[name]
 
 
-def test_an_exact_index_is_updated_to_that_of_a_whole_build(source, inputs, tmp_path, ray_cluster):
-    base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
-    assert built(source, inputs[1], base) == 0
-    before = tiny.tables(base)
-    grow(source)
-    assert built(source, inputs[1], output, f"--base={base}") == 0
-    assert built(source, inputs[1], whole) == 0
-    same_rows(output, whole)
+def test_an_exact_index_is_updated_to_that_of_a_whole_build(updated, inputs, tmp_path):
+    source, output = updated
+    assert run(source, inputs[1], tmp_path / "whole") == 0
+    same_rows(output, tmp_path / "whole")
     # what lies unchanged was not looked at again, and only those that lost a neighbor or are new were searched for
-    changed = len(tiny.files()) - EARLIER + 3
-    assert totals(output / "added", "features")["listed"] == changed
+    assert totals(output / "added", "features")["listed"] == NEW + 1 + len(CHANGED)
     neighbors = totals(output, "neighbors")
-    assert changed - len(tiny.BAD) <= neighbors["searched"] < neighbors["rows"]
+    assert NEW + len(CHANGED) <= neighbors["searched"] < neighbors["rows"]
     assert totals(output, "index")["shards"] == 2  # that of the base, less what is gone, and that of what is new
     assert (output / "report" / "index.html").exists()
-    assert tiny.tables(base) == before
 
 
 @pytest.mark.slow
@@ -101,59 +110,59 @@ def test_images_that_could_not_be_read_are_tried_again_and_are_no_drift(inputs, 
     for key in lost:
         (source / key).symlink_to(tmp_path / "nowhere" / key.rpartition("/")[2])
     base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
-    assert built(source, inputs[1], base) == 0
+    assert run(source, inputs[1], base) == 0
     listed = sources.open_source(DataSettings(source=str(source), labels="parent"))
     assert str(update.foresee(listed, update.open_base(str(base)))) == (
         "0 new images, 0 changed, 0 gone, 3 to be tried again, 30 as they were"
     )
     for target, same in ((output, base), (tmp_path / "again", output)):
-        assert built(source, inputs[1], target, f"--base={same}", "--update.max_growth=0.01") == 0
+        assert run(source, inputs[1], target, f"--base={same}", "--update.max_growth=0.01") == 0
         assert totals(target, "neighbors")["searched"] == 0  # nothing was built anew
         assert totals(target, "listing")["indexed_removed"] == 0
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "nowhere" / "lost 1.png").write_bytes(tiny.png(500))
-    assert built(source, inputs[1], tmp_path / "third", f"--base={output}") == 0
-    assert built(source, inputs[1], whole) == 0
+    assert run(source, inputs[1], tmp_path / "third", f"--base={output}") == 0
+    assert run(source, inputs[1], whole) == 0
     same_rows(tmp_path / "third", whole)
 
 
 @pytest.mark.parametrize(
-    ("shards", "removed", "added", "worthwhile"),
+    ("shards", "removed", "added", "kept"),
     [
-        ([1000], 0, [10], True),
-        ([1000], 999, [], True),
-        ([1000, 5], 5, [10], False),  # one of them might be left without rows
-        ([1000, *[5] * 8], 0, [10], True),
-        ([1000, *[5] * 9], 0, [10], False),  # many small ones: they are put together again
+        ([1000], 0, 10, True),
+        ([1000], 999, 0, True),
+        ([1000, 5], 5, 10, False),  # one of them might be left without rows
+        ([1000, *[5] * 8], 0, 10, True),
+        ([1000, *[5] * 9], 0, 10, False),  # many small ones: they are put together again
     ],
 )
-def test_shards_of_a_flat_index_are_kept_while_they_are_neither_empty_nor_many(shards, removed, added, worthwhile):
-    parts = tuple(artifacts.Part(search.shard_name(i), rows, 1, "") for i, rows in enumerate(shards))
-    names = tuple(f"part {i}" for i in range(len(added)))
-    kept = index_build.KeptShards("", "", parts, np.arange(removed), names, sum(added))
-    assert kept.count(8) == len(shards) + bool(added)
-    assert kept.worthwhile(sum(shards) + sum(added), 8) is worthwhile
+def test_shards_of_a_flat_index_are_kept_while_they_are_neither_empty_nor_many(shards, removed, added, kept):
+    def recorded(name: str, counts: list[int], **totals: Any) -> artifacts.Artifact:
+        parts = tuple(artifacts.Part(str(i), rows, 1, "") for i, rows in enumerate(counts))
+        return artifacts.Artifact(name, 1, "", {}, parts, totals, {}, {})
+
+    index, news = recorded("index", shards, kind="flat", dim=8), recorded("features", [added])
+    update = Update(Base("", {"index": index}, {}), None, None, (), np.arange(removed), removed, "", news)  # type: ignore[arg-type]
+    assert index_build.keeps_shards(update) is kept
+    resolved = index_build.resolve(BuildIndexSettings().index, False, sum(shards) + added, 8, 1, update)
+    assert resolved.shards == len(shards) + bool(added)
 
 
 def test_the_predictor_is_judged_on_rows_from_the_whole_listing():
     parts = [artifacts.Part(artifacts.part_name(i), 10_000, 1, "") for i in range(100)]
     artifact = artifacts.Artifact("densities", 1, "", {}, tuple(parts), {}, {}, {})
-    chosen = update._spread(artifact, EstimatorSettings(holdout_fraction=0.2))
+    chosen = estimator.spread(artifact, EstimatorSettings(holdout_fraction=0.2))
     assert len(chosen) == 33 and {parts[0].name, parts[-1].name} <= set(chosen)
-    assert len(update._spread(artifact, EstimatorSettings(holdout_fraction=0.01))) == 100
+    assert len(estimator.spread(artifact, EstimatorSettings(holdout_fraction=0.01))) == 100
 
 
 @pytest.mark.slow
-def test_an_update_of_an_update_whose_news_have_gone_again(source, inputs, tmp_path, ray_cluster):
-    base, output = tmp_path / "base", tmp_path / "updated"
-    assert built(source, inputs[1], base) == 0
-    grow(source)
-    assert built(source, inputs[1], output, f"--base={base}") == 0
+def test_an_update_of_an_update_whose_news_have_gone_again(updated, inputs, tmp_path):
     third, again = tmp_path / "third", tmp_path / "again"
-    for key in list(tiny.files())[EARLIER:]:
-        (source / key).unlink()
-    assert built(source, inputs[1], third, f"--base={output}") == 0
-    assert built(source, inputs[1], again) == 0
+    source = Path(shutil.copytree(updated[0], tmp_path / "images", copy_function=shutil.copy2))
+    shutil.rmtree(source / "new")
+    assert run(source, inputs[1], third, f"--base={updated[1]}") == 0
+    assert run(source, inputs[1], again) == 0
     same_rows(third, again)
 
 
@@ -162,24 +171,21 @@ def test_an_overwritten_image_is_there_once_with_the_neighbors_of_what_it_shows_
     """Its new row lies in the part that its old one lay in, under the same id."""
     source = write(tmp_path / "images", list(tiny.files().items())[:20])
     base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
-    assert built(source, inputs[1], base) == 0
-    for number in (4, 19):
-        (source / f"{'abc'[number % 3]}/image {number:03d}.png").write_bytes(tiny.png(2000 + number))
-    assert built(source, inputs[1], output, f"--base={base}") == 0
-    assert built(source, inputs[1], whole) == 0
+    assert run(source, inputs[1], base) == 0
+    write(source, [(path_of(number), tiny.png(2000 + number)) for number in (4, 19)])
+    assert run(source, inputs[1], output, f"--base={base}") == 0
+    assert run(source, inputs[1], whole) == 0
     same_rows(output, whole)
 
 
-def test_an_update_of_an_unchanged_source_takes_everything_over(source, inputs, tmp_path, ray_cluster):
-    base, output = tmp_path / "base", tmp_path / "updated"
-    assert built(source, inputs[1], base) == 0
-    assert built(source, inputs[1], output, f"--base={base}") == 0
-    same_rows(output, base)
+def test_an_update_of_an_unchanged_source_takes_everything_over(inputs, built, tmp_path):
+    output = tmp_path / "updated"
+    assert run(*inputs, output, f"--base={built}") == 0
+    same_rows(output, built)
     assert totals(output, "neighbors")["searched"] == 0
-    # parts are links, not copies
     for part in ("features/part-00000000.parquet", f"index/{search.shard_name(0)}"):
-        assert (output / part).samefile(base / part)
-    ours, theirs = (predictor.load(at / "estimator") for at in (output, base))
+        assert (output / part).samefile(built / part)  # a link, not a copy
+    ours, theirs = (predictor.load(at / "estimator") for at in (output, built))
     assert all((a == b).all() for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
@@ -193,13 +199,20 @@ IVF = (
 )
 
 
+@pytest.fixture(scope="module")
+def ivf_base(inputs, ray_cluster, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("ivf") / "out"
+    assert run(*inputs, output, *IVF) == 0
+    return output
+
+
 @pytest.mark.slow
-def test_an_index_with_cells_keeps_its_quantizer_and_stays_within_its_error(source, inputs, tmp_path, ray_cluster):
-    base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "whole"
-    assert built(source, inputs[1], base, *IVF) == 0
-    grow(source)
-    assert built(source, inputs[1], output, f"--base={base}", *IVF) == 0
-    assert built(source, inputs[1], whole) == 0  # exact
+def test_an_index_with_cells_keeps_its_quantizer_and_stays_within_its_error(
+    updated, inputs, ivf_base, tmp_path, ray_cluster
+):
+    output, (source, whole) = tmp_path / "updated", updated  # whole: exact
+    base = ivf_base
+    assert run(source, inputs[1], output, f"--base={base}", *IVF) == 0
     quantizer = [(at / "index" / "quantizer.faiss").read_bytes() for at in (base, output)]
     assert quantizer[0] == quantizer[1]
     facts = totals(output, "index")
@@ -215,6 +228,16 @@ def test_an_index_with_cells_keeps_its_quantizer_and_stays_within_its_error(sour
     found = rows(output, "neighbors")
     assert np.array_equal(np.stack(found["neighbor_ids"].to_numpy()), ids)
     assert np.array_equal(np.stack(found["neighbor_distances"].to_numpy()), distances)
+
+
+@pytest.mark.slow
+def test_a_quantizer_that_new_rows_have_left_behind_is_trained_again(source, inputs, ivf_base, tmp_path, capsys):
+    base, output = ivf_base, tmp_path / "updated"
+    grow(source)
+    assert run(source, inputs[1], output, f"--base={base}", *IVF, "--update.max_growth=0.1") == 0
+    assert "the index is built anew" in capsys.readouterr().out
+    assert (base / "index" / "quantizer.faiss").read_bytes() != (output / "index" / "quantizer.faiss").read_bytes()
+    assert totals(output, "neighbors").get("searched") is None
 
 
 # Tasks and actors that the driver starts, and the phase of the model that stands for each.
@@ -237,11 +260,11 @@ STARTED = {
     "density.estimator._fit": "estimator: fit the predictor",
     "engine.runs._draw": "report: draw",
     "build.update._compare": "listing: walk and compare",
-    "build.update._merge_part": "features: take over what is unchanged",
-    "build.update._cell_distance": "index: look whether the quantizer holds",
-    "build.update._shard_of": "neighbors: make a shard of the new rows",
-    "build.update._merge_block": "neighbors: old rows with new ones, new rows with all",
-    "build.update._keep": "estimator: look whether the predictor holds",
+    "index.features._merge_part": "features: take over what is unchanged",
+    "index.drift._cell_distance": "index: look whether the quantizer holds",
+    "index.neighbors._shard_of": "neighbors: make a shard of the new rows",
+    "index.neighbors._merge_block": "neighbors: old rows with new ones, new rows with all",
+    "density.estimator._keep": "estimator: look whether the predictor holds",
 }
 SMALL = {
     "index.extractor.describe",
@@ -276,40 +299,28 @@ def test_the_model_of_costs_has_the_phases_that_build_and_update_have(
     base, settings = tmp_path / "base", BuildIndexSettings.model_validate({"index": {"kind": "ivf_flat"}})
     machines = costs.Fleet(1, 2.0, 1e11)
     build = costs.build_of(settings, 10**5, 10**5, 16, 1, 0.0, 0.0, 0.0)
-    assert built(source, inputs[1], base, *IVF) == 0
+    assert run(source, inputs[1], base, *IVF) == 0
     phases = {phase.title for phase in costs.build_index(build, machines)}
     assert phases == {STARTED[one] for one in started - SMALL} | {DRAW}
     grow(source)
     started.clear()
-    assert built(source, inputs[1], tmp_path / "updated", f"--base={base}", *IVF, *keeps) == 0
+    assert run(source, inputs[1], tmp_path / "updated", f"--base={base}", *IVF, *keeps) == 0
     updates = {phase.title for phase in costs.update_index(build, 10**4, machines)}
     assert updates == {STARTED[one] for one in started - SMALL}
-
-
-@pytest.mark.slow
-def test_a_quantizer_that_new_rows_have_left_behind_is_trained_again(source, inputs, tmp_path, ray_cluster, capsys):
-    base, output = tmp_path / "base", tmp_path / "updated"
-    assert built(source, inputs[1], base, *IVF) == 0
-    grow(source)
-    assert built(source, inputs[1], output, f"--base={base}", *IVF, "--update.max_growth=0.1") == 0
-    assert "the index is built anew" in capsys.readouterr().out
-    assert (base / "index" / "quantizer.faiss").read_bytes() != (output / "index" / "quantizer.faiss").read_bytes()
-    assert totals(output, "neighbors").get("searched") is None
 
 
 @pytest.mark.parametrize(
     "point", ["listing/_parts/*", "added/features/artifact.json", "features/_parts/*", "neighbors/_parts/*"]
 )
 @pytest.mark.slow
-def test_a_killed_update_resumes_to_the_same_bytes(source, inputs, tmp_path, ray_cluster, point):
-    base, output, whole = tmp_path / "base", tmp_path / "updated", tmp_path / "undisturbed"
-    assert built(source, inputs[1], base) == 0
-    grow(source)
-    more = ("--no-tracking.enabled", f"--base={base}")
-    assert built(source, inputs[1], whole, f"--base={base}") == 0
+def test_a_killed_update_resumes_to_the_same_bytes(updated, inputs, built, tmp_path, point):
+    source, whole = updated
+    output, before = tmp_path / "updated", tiny.tables(built)
+    more = ("--no-tracking.enabled", f"--base={built}")
     tiny.kill_when(point, output, *tiny.arguments(source, inputs[1], output, *more), workflow="build_index.py")
-    assert built(source, inputs[1], output, f"--base={base}") == 0
+    assert run(source, inputs[1], output, f"--base={built}") == 0
     assert tiny.tables(output) == tiny.tables(whole)
+    assert tiny.tables(built) == before
 
 
 @pytest.mark.parametrize(
@@ -320,43 +331,21 @@ def test_a_killed_update_resumes_to_the_same_bytes(source, inputs, tmp_path, ray
         (("--base=/nowhere",), "no finished run of build_index there"),
     ],
 )
-def test_a_base_of_other_settings_is_refused(built_base, inputs, tmp_path, ray_cluster, capsys, more, expected):
-    source, base = built_base
-    argv = (f"--base={base}", *more)
-    assert built(source, inputs[1], tmp_path / "out", *argv) == errors.EXIT_BAD_INPUT
+def test_a_base_of_other_settings_is_refused(inputs, built, tmp_path, capsys, more, expected):
+    assert run(*inputs, tmp_path / "out", f"--base={built}", *more) == errors.EXIT_BAD_INPUT
     line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(line) == 1 and expected in line[0] and "leave --base out" in line[0]
 
 
-def test_a_plan_tells_what_an_update_would_find(built_base, inputs, tmp_path, ray_cluster, capsys):
-    source, base = built_base
-    images = shutil.copytree(
-        source, tmp_path / "images", copy_function=shutil.copy2
-    )  # the times are part of what a file is
+def test_a_plan_tells_what_an_update_would_find(updated, inputs, built, tmp_path, capsys):
+    def plan(*more: str) -> int:
+        arguments = f"--base={built}", *more
+        return run(updated[0], inputs[1], tmp_path / "out", *arguments, command=workflow.plan_build_index)
 
-    def planned(*more: str) -> int:
-        argv = tiny.arguments(images, inputs[1], tmp_path / "out", f"--base={base}", *more)
-        return errors.exit_code(
-            lambda: workflow.plan_build_index(load.load(BuildIndexSettings, argv, prog="build_index.py"))
-        )
-
-    assert planned() == 0
-    assert f"update:    of {base}: 0 new images, 0 changed, 0 gone, 40 as they were" in capsys.readouterr().out
-    write(images, [("a/new.png", tiny.png(900)), ("a/another.png", tiny.png(901))])
-    changed, gone = sorted(images.rglob("image*.png"))[:2]
-    changed.write_bytes(tiny.png(902))
-    gone.unlink()
-    assert planned() == 0
-    said = capsys.readouterr().out
-    assert "2 new images, 1 changed, 1 gone, 38 as they were" in said and "neighbors" in said.partition("update: ")[2]
-    assert planned("--density.k=6") == errors.EXIT_BAD_INPUT
+    assert plan() == 0
+    said, kept = capsys.readouterr().out, len(tiny.files()) - len(GONE) - len(CHANGED)
+    assert f"update:    of {built}: {NEW + 1} new images, 3 changed, 3 gone, {kept} as they were" in said
+    assert "neighbors" in said.partition("update: ")[2]
+    assert plan("--density.k=6") == errors.EXIT_BAD_INPUT
     assert "density.k: 5 -> 6" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def built_base(inputs, ray_cluster, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    source = write(folder / "images", list(tiny.files().items())[:40])
-    assert built(source, inputs[1], folder / "out") == 0
-    return source, folder / "out"

@@ -31,7 +31,6 @@ DOORS: dict[str, set[str]] = {
         "generators/pairs.py",
     },
     "jit.load": {"generators/torchscript.py"},
-    "numpy.fromfile": {"index/shards.py"},  # of a file whose layout was looked at
     "yaml.safe_load": {"core/settings/load.py"},
     "exec": {"generators/python.py"},  # a factory that the command names
     "import_module": {"generators/python.py"},

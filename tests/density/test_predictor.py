@@ -1,8 +1,7 @@
-"""estimator.py: what it learns, what it must not see, and that nothing depends on how rows are cut into parts."""
+"""density/fit.py: what it learns, what it must not see, and that nothing depends on how rows are cut into parts."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import subprocess
@@ -21,7 +20,7 @@ from scipy import stats
 from pd_core.core.errors import UserError
 from pd_core.core.settings.index import EstimatorSettings
 from pd_core.core.settings.load import PRESETS
-from pd_core.density import fit
+from pd_core.density import fit, network
 from pd_core.density import predictor as density_predictor
 
 DIM = 8
@@ -74,7 +73,7 @@ def _is_heldout(rows: tuple[np.ndarray, ...], fraction: float = 0.2) -> np.ndarr
     return np.array([position(int(i) & mask) < fraction for i in rows[0]])
 
 
-# --- what it learns ----------------------------------------------------------------------------------------------------
+# --- what it learns ---------------------------------------------------------------------------------------------------
 
 
 def test_a_unit_that_is_all_but_dead_does_not_spoil_held_out_rows():
@@ -130,7 +129,7 @@ def test_initial_weights_are_distributed_as_torch_initialises_a_linear_layer() -
         assert stats.ks_2samp(a, b).pvalue > 1e-3
 
 
-# --- the split ---------------------------------------------------------------------------------------------------------
+# --- the split --------------------------------------------------------------------------------------------------------
 
 
 def test_heldout_rows_do_not_influence_the_weights() -> None:
@@ -152,27 +151,16 @@ def test_heldout_rows_do_not_influence_the_weights() -> None:
 
 @pytest.mark.parametrize("split", ["hash", "random"])
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
-def test_split_has_the_asked_size(split: str, fraction: float) -> None:
-    rows = np.arange(20_000, dtype=np.int64) - 10_000, np.zeros((20_000, DIM), np.float32), np.zeros(20_000)
-    settings = _settings(split=split, holdout_fraction=fraction)
-    n = fit._scan(_parts(rows, 3), settings, DIM, 10**6).n_heldout
-    # Binomial: five standard deviations.
-    assert abs(n - 20_000 * fraction) < 5 * math.sqrt(20_000 * fraction * (1 - fraction))
-
-
-def test_hash_split_depends_on_the_id_alone() -> None:
-    ids = np.array([0, 1, -1, 2**63 - 1, 12345], dtype=np.int64)
-    rows = (np.tile(ids, 10), np.zeros((50, DIM), np.float32), np.zeros(50))
-    for part, seed in ((0, 0), (3, 9)):
-        position = fit._split_position(ids, part, _settings(seed=seed))
-        assert ((position < 0.2) == _is_heldout((ids, *rows[1:]))).all()
-
-
-def test_random_split_follows_the_seed() -> None:
-    ids = np.arange(1000, dtype=np.int64)
-    a, b, c = (fit._split_position(ids, 0, _settings(split="random", seed=seed)) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(a, b)
-    assert (a != c).any()
+def test_split_has_the_asked_size_and_hangs_on_ids_or_the_seed_alone(split: str, fraction: float) -> None:
+    ids = np.arange(20_000, dtype=np.int64) - 10_000
+    settings = [_settings(split=split, holdout_fraction=fraction, seed=seed) for seed in (1, 1, 2)]
+    first, again, other = (fit._split_position(ids, 3, one) < fraction for one in settings)
+    # binomial: five standard deviations
+    assert abs(first.sum() - 20_000 * fraction) < 5 * math.sqrt(20_000 * fraction * (1 - fraction))
+    assert (first == again).all() and (first == other).all() == (split == "hash")
+    if split == "hash":
+        edges = np.array([0, 1, -1, 2**63 - 1, 12345], dtype=np.int64)
+        assert (fit.held_out(edges, settings[0]) == _is_heldout((edges,), fraction)).all()
 
 
 def test_heldout_draw_is_bounded_and_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +178,7 @@ def test_heldout_draw_is_bounded_and_uniform(monkeypatch: pytest.MonkeyPatch) ->
     assert draw.count == 5000
 
 
-# --- streaming ---------------------------------------------------------------------------------------------------------
+# --- streaming --------------------------------------------------------------------------------------------------------
 
 
 def test_parts_that_fit_are_loaded_once_and_others_once_per_epoch() -> None:
@@ -240,44 +228,34 @@ def test_statistics_are_those_of_the_training_rows_in_one_piece() -> None:
     assert float(predictor.target_std) == pytest.approx(rows[2][train].std(), rel=1e-6)
 
 
-# --- the course of a fit -----------------------------------------------------------------------------------------------
+# --- the course of a fit ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window_rows", [200, 10_000])
 def test_same_settings_same_bytes(window_rows: int) -> None:
-    rows = _rows(1000)
-    state = torch.random.get_rng_state(), torch.get_num_threads()
-    torch.manual_seed(1)
-    first = _fit(rows, window_rows=window_rows)
-    torch.manual_seed(2)  # the global generator must not matter
-    assert _weights(first) == _weights(_fit(rows, window_rows=window_rows))
+    rows, threads = _rows(1000), torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = _fit(rows, window_rows=window_rows)
+        torch.manual_seed(2)  # the global generator must not matter
+        assert _weights(first) == _weights(_fit(rows, window_rows=window_rows))
     assert _weights(first) != _weights(_fit(rows, window_rows=window_rows, seed=1))
-    assert torch.get_num_threads() == state[1]
-    torch.random.set_rng_state(state[0])
+    assert torch.get_num_threads() == threads
 
 
 def test_threads_are_restored_after_an_error() -> None:
     before = torch.get_num_threads()
-
-    def fail(loss: density_predictor.EpochLoss) -> None:
-        assert torch.get_num_threads() == before + 1
-        raise KeyError("from on_epoch")
-
-    with pytest.raises(KeyError):
-        fit.fit(_parts(_rows(100), 1), _settings(threads=before + 1), feature_dim=DIM, on_epoch=fail)
+    with pytest.raises(RuntimeError, match="not finite in epoch 1"):
+        _fit(_rows(500), learning_rate=1e30, threads=before + 1)
     assert torch.get_num_threads() == before
 
 
 def test_early_stopping_keeps_the_best_weights() -> None:
     sample_id, features, _ = _rows(400)
     noise = np.random.default_rng(5).standard_normal(400)  # nothing to learn: the held-out loss rises as it overfits
-    seen: list[density_predictor.EpochLoss] = []
-    settings = _settings(hidden=(128,), epochs=200, patience=4, learning_rate=3e-3)
-    result = fit.fit(
-        _parts((sample_id, features, noise), 2), settings, feature_dim=DIM, on_epoch=seen.append, device="cpu"
-    )
+    result = _fit((sample_id, features, noise), 2, hidden=(128,), epochs=200, patience=4, learning_rate=3e-3)
     losses = [loss.heldout_loss for loss in result.metrics.losses]
-    assert tuple(seen) == result.metrics.losses and [loss.epoch for loss in seen] == list(range(1, len(seen) + 1))
+    assert [loss.epoch for loss in result.metrics.losses] == list(range(1, len(losses) + 1))
     assert result.metrics.best_epoch == int(np.argmin(losses)) + 1
     assert len(losses) == result.metrics.best_epoch + 4 < 200
     # The weights that came back have the loss of the best epoch, not of the last.
@@ -292,33 +270,29 @@ def test_without_patience_the_last_weights_are_kept() -> None:
     assert _fit(_rows(500), epochs=5, patience=0).metrics.best_epoch == 5
 
 
-def test_a_diverging_fit_names_the_epoch() -> None:
-    with pytest.raises(RuntimeError, match="not finite in epoch 1"):
-        _fit(_rows(500), learning_rate=1e30)
-
-
 @pytest.mark.parametrize(("n", "changes"), [(0, {}), (8, {}), (60, {"holdout_fraction": 0.01})])
 def test_too_few_rows_are_refused(n: int, changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="needs at least"):
         _fit(_rows(n), n_parts=1, **changes)
 
 
-@pytest.mark.parametrize("fault", ["dim", "length", "feature", "density"])
-def test_malformed_parts_are_refused(fault: str) -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda features, density: (features[:, 1:], density),
+        lambda features, density: (features, density[1:]),
+        lambda features, density: (np.where(features == features[3, 3], np.nan, features), density),
+        lambda features, density: (features, np.where(density == density[3], -np.inf, density)),
+    ],
+    ids=["dim", "length", "feature", "density"],
+)
+def test_malformed_parts_are_refused(spoil: Any) -> None:
     sample_id, features, log_density = _rows(100)
-    if fault == "dim":
-        features = features[:, 1:]
-    elif fault == "length":
-        log_density = log_density[1:]
-    elif fault == "feature":
-        features[3, 3] = np.nan
-    else:
-        log_density[3] = -np.inf
     with pytest.raises(ValueError, match="part 0"):
-        fit.fit([lambda: (sample_id, features, log_density)], _settings(), feature_dim=DIM)
+        fit.fit([lambda: (sample_id, *spoil(features, log_density))], _settings(), feature_dim=DIM)
 
 
-# --- using it ----------------------------------------------------------------------------------------------------------
+# --- using it ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["log_density", "density"])
@@ -335,7 +309,7 @@ def test_gradient_agrees_with_finite_differences(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["log_density", "density"])
 def test_predict_agrees_with_forward(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(density_predictor, "PREDICT_ROWS", 100)
+    monkeypatch.setattr(network, "PREDICT_ROWS", 100)
     rows = _rows(750)
     predictor = _fit(rows, target=target).predictor
     features = rows[1]
@@ -364,7 +338,7 @@ def test_features_of_another_extractor_are_refused() -> None:
         predictor.predict(np.zeros((2, 9), np.float32))
 
 
-# --- calibration -------------------------------------------------------------------------------------------------------
+# --- calibration ------------------------------------------------------------------------------------------------------
 
 
 def test_calibration_by_hand() -> None:
@@ -395,7 +369,7 @@ def test_calibration_of_a_perfect_and_of_a_constant_predictor() -> None:
     assert fit.calibration(true, true + 900.0).r2_density is None  # beyond float64: undefined, not inf
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["log_density", "density"])
@@ -416,35 +390,6 @@ def test_saved_and_loaded_to_the_bit(target: str, tmp_path: Path) -> None:
     assert description["tensors"]["feature_mean"] == [DIM]
 
 
-@pytest.mark.parametrize(
-    "fault", ["missing", "version", "truncated weights", "not json", "other shape", "no field", "target"]
-)
-def test_damaged_files_are_refused(fault: str) -> None:
-    predictor = density_predictor.new_predictor(density_predictor.Architecture(DIM, (4,), "density"))
-    metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
-    files = density_predictor.to_bytes(predictor, metrics)
-    description = json.loads(files["predictor.json"])
-    if fault == "missing":
-        del files["predictor.safetensors"]
-    elif fault == "truncated weights":
-        files["predictor.safetensors"] = files["predictor.safetensors"][:-7]
-    elif fault == "not json":
-        files["predictor.json"] = b"{"
-    else:
-        if fault == "version":
-            description["format_version"] = 2
-        elif fault == "other shape":
-            description["architecture"]["hidden"] = [5]
-        elif fault == "no field":
-            del description["architecture"]["target"]
-        else:
-            description["architecture"]["target"] = "rank"
-        files["predictor.json"] = json.dumps(description).encode()
-    with pytest.raises(UserError) as error:
-        density_predictor.from_bytes(files)
-    assert "\n" not in str(error.value)
-
-
 FEW = density_predictor.Architecture(DIM, (4, 3), "density")
 
 
@@ -453,11 +398,33 @@ def saved(architecture: density_predictor.Architecture = FEW) -> dict[str, bytes
     return density_predictor.to_bytes(density_predictor.new_predictor(architecture), metrics)
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"predictor.safetensors": saved()["predictor.safetensors"][:-7]}, "do not fit together"),
+        (
+            {"predictor.json": saved()["predictor.json"].replace(b'"format_version": 1', b'"format_version": 2')},
+            "version 2",
+        ),
+        *(({"predictor.json": text}, "predictor.json: ") for text in (b"", b"[]", b"[" * 200_000, b"\xff", b"{}")),
+    ],
+    ids=["cut weights", "version", "empty", "list", "nested", "no text", "no field"],
+)
+def test_damaged_files_are_one_line(changed: dict[str, bytes], expected: str) -> None:
+    with pytest.raises(UserError, match=rf"^density predictor: [^\n]*{expected}[^\n]*$"):
+        density_predictor.from_bytes(saved() | changed)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"predictor\.safetensors is missing"):
+        density_predictor.from_bytes({"predictor.json": saved()["predictor.json"]})
+
+
 @pytest.mark.parametrize("section", ["", "architecture", "tensors"])
 def test_whatever_a_description_says_nothing_is_made_of_it(section: str) -> None:
     """Every entry in turn is gone, doubled under another name, or something else; a width of 10^9 would take 72 GB."""
     files = saved()
-    others = [
+    others: list[Any] = [
         None,
         True,
         -1,
@@ -505,12 +472,6 @@ def test_widths_that_agree_with_each_other_are_held_to_the_tensors_before_anythi
         density_predictor.from_bytes(saved() | {"predictor.json": json.dumps(description).encode()})
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"[" * 200_000, b"\xff", b'{"format_version": 1}'])
-def test_a_description_that_is_none_is_one_line(text: bytes) -> None:
-    with pytest.raises(UserError, match=r"^density predictor: predictor.json: [^\n]*$"):
-        density_predictor.from_bytes(saved() | {"predictor.json": text})
-
-
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
@@ -531,32 +492,17 @@ def test_weights_that_no_fit_leaves_are_refused(name: str, change: Any, expected
         density_predictor.from_bytes(saved() | {"predictor.safetensors": save(tensors)})
 
 
-def test_weights_of_any_bytes_are_a_predictor_or_one_line() -> None:
-    files, rng = saved(), np.random.default_rng(0)
-    for number in range(300):
-        harmed = bytearray(files["predictor.safetensors"])
-        at = int(rng.integers(600))
-        if number % 3 == 0:
-            del harmed[at:]
-        else:
-            harmed[at : at + number % 4] = rng.bytes(number % 4)
-        with contextlib.suppress(UserError):
-            density_predictor.from_bytes(files | {"predictor.safetensors": bytes(harmed)})
-
-
 def test_it_loads_and_predicts_without_ray(tmp_path: Path) -> None:
-    predictor = density_predictor.new_predictor(density_predictor.Architecture(DIM, (4,), "log_density"), seed=3)
-    metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
-    for name, content in density_predictor.to_bytes(predictor, metrics).items():
+    files = saved()
+    for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     script = (
         "import sys; sys.modules['ray'] = sys.modules['faiss'] = None\n"
-        "from pd_core.density import predictor\n"
-        "assert 'torch' not in sys.modules, 'torch must be imported late'\n"
-        "import numpy as np\n"
-        f"p = predictor.load({str(tmp_path)!r}).predict(np.ones((2, {DIM}), np.float32))\n"
+        "from pd_core.density import predictor\nassert 'torch' not in sys.modules, 'torch must be imported late'\n"
+        f"import numpy as np\np = predictor.load({str(tmp_path)!r}).predict(np.ones((2, {DIM}), np.float32))\n"
         "print(repr(float(p.log_density[0])))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == predictor.predict(np.ones((2, DIM), np.float32)).log_density[0]
+    expected = density_predictor.from_bytes(files).predict(np.ones((2, DIM), np.float32))
+    assert float(done.stdout) == expected.log_density[0]

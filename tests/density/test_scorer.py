@@ -34,8 +34,10 @@ def smooth(height: int, width: int, seed: int) -> np.ndarray:
     ],
 )
 def test_a_batch_is_resized_as_pillow_resizes_each(size, interpolation, crop_pct, crop_mode):
-    """Both round to whole steps between the two passes, in another order of axes: an error of 0.5 there grows by the sum
-    of the absolute weights of the second (1.5 for bicubic at most), and each rounds once more: less than 2 steps of 255."""
+    """Both round between the two passes, in another order of axes, and once more: less than 2 steps of 255.
+
+    An error of 0.5 between them grows by the sum of the absolute weights of the second (1.5 for bicubic at most).
+    """
     preprocess = Preprocess(64, 64, interpolation, crop_pct, crop_mode, MEAN, STD)
     batch = np.stack([smooth(size[0], size[1], seed) for seed in range(5)])
     expected = np.stack([resize.resize(Image.fromarray(p), preprocess) for p in batch]).astype(int)
@@ -51,9 +53,11 @@ def test_a_batch_is_resized_as_pillow_resizes_each(size, interpolation, crop_pct
     [("bicubic", 0.875, "center"), ("bilinear", 1.0, "squash"), ("bicubic", 0.95, "border")],
 )
 def test_without_rounding_a_batch_is_resized_to_the_same_within_the_rounding(size, interpolation, crop_pct, crop_mode):
-    """The bytes are rounded once between the passes, an error of 0.5 that grows by the sum of the absolute weights of the
-    second (1.5 for bicubic at most), and once after it: 0.5 * 1.5 + 0.5 = 1.25 steps of 255. `rounded`, the way of a GPU, does
-    the same in another arithmetic, and may take a half to the other side: one step, which grows by 1.5 and is rounded: 2."""
+    """The bytes are rounded between the passes and after them: 0.5 * 1.5 + 0.5 = 1.25 steps of 255.
+
+    1.5: the largest sum of the absolute weights of the second pass, bicubic. `rounded`, the way of a GPU, does the same
+    in another arithmetic, and may take a half to the other side: one step, which grows by 1.5 and is rounded: 2.
+    """
     preprocess = Preprocess(64, 64, interpolation, crop_pct, crop_mode, MEAN, STD)
     batch = torch.from_numpy(np.stack([smooth(size[0], size[1], seed) for seed in range(5)]))
     expected = scorer.resize_batch(batch, preprocess).float()
@@ -69,7 +73,7 @@ def test_without_rounding_a_batch_is_resized_to_the_same_within_the_rounding(siz
 
 
 def test_gradients_of_a_resized_image_are_its_differences():
-    """Central differences in float64 would need another path: in float32 a step of 1/64 of values about 100 leaves 4 digits."""
+    """Central differences: in float32 a step of 1/64 of values about 100 leaves 4 digits."""
     preprocess = Preprocess(12, 12, "bicubic", 0.9, "center", MEAN, STD)
     generator = torch.Generator().manual_seed(0)
     image = (torch.rand(1, 3, 8, 8, generator=generator) - 0.5).requires_grad_()

@@ -48,7 +48,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealSet:
     distances = np.sort(np.linalg.norm(rows[:, None] - rows[None], axis=2), axis=1)[:, 1:6]
     log_density = -np.log(formula.mean_knn_distance(distances))
     settings = EstimatorSettings(epochs=20, hidden=(32,))
-    fitted = fit.fit([lambda: (np.arange(400), rows, log_density)], settings, feature_dim=rows.shape[1], device="cpu")
+    fitted = fit.fit([lambda: (np.arange(400), rows, log_density)], settings, feature_dim=rows.shape[1])
     (root / "estimator").mkdir()
     for name, data in predictor.to_bytes(fitted.predictor, fitted.metrics).items():
         (root / "estimator" / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""The Inception of FID against torch-fidelity itself; timm's models are held to timm in test_ground and test_pipeline."""
+"""The Inception of FID against torch-fidelity; timm's models are held to timm in test_ground and test_workflow."""
 
 import hashlib
 import io

@@ -10,18 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_core.index import knn
-from pd_core.index import recall as index_recall
 from pd_core.index import shards as ix
+from tests import synthetic
+from tests.synthetic import DIM
 
-DIM = 24
 CELLS = 20
 NPROBE = 5
 
 
 def clustered(n, clusters=12, seed=0, dim=DIM, offset=0.0):
-    rng = np.random.default_rng(seed)
-    centers = 4 * rng.standard_normal((clusters, dim)) + offset
-    return (centers[rng.integers(0, clusters, n)] + rng.standard_normal((n, dim))).astype(np.float32)
+    return synthetic.clustered(n, dim, clusters, seed) + np.float32(offset)
 
 
 def random_ids(n, seed=1):
@@ -50,7 +48,7 @@ class Fixture:
         self.template = ix.train_template(kind, features.shape[1], self.centroids, features, pq_bytes=8)
         self.shard_of = ix.assign_cells(self.centroids, np.bincount(self.own, minlength=cells), shards)
         parts = [np.flatnonzero(self.shard_of[self.own] == s) for s in range(shards)]
-        self.shards = [ix.serialize(ix.build_shard(self.template, features[r], ids[r], self.own[r])) for r in parts]
+        self.shards = [ix.build_shard(self.template, features[r], ids[r], self.own[r]) for r in parts]
 
     def probes(self, queries, nprobe=NPROBE):
         return ix.coarse_probes(self.quantizer, queries, nprobe)
@@ -76,7 +74,8 @@ def equal(one, other):
 
 def assert_neighbors(found, exact):
     """Same distances to float32 rounding and same ids, but for pairs whose distances agree to that rounding."""
-    # fvec_L2sqr sums D squares of exactly rounded differences in float32: relative error of d² below (D + 2)·2^-24, of d half
+    # fvec_L2sqr sums D squares of exactly rounded differences in float32: relative error of d² below (D + 2)·2^-24, of
+    # d half
     np.testing.assert_allclose(found[0], exact[0], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found[0].mean(1, dtype=np.float64), exact[0].mean(1), rtol=1e-5, atol=1e-7)
     assert np.array_equal(found[1] == knn.MISSING_ID, np.isinf(exact[0]))
@@ -88,7 +87,7 @@ def assert_neighbors(found, exact):
                 assert near_edge or set(ids[near]) == set(true_ids[near])
 
 
-# --- exact -------------------------------------------------------------------------------------------------------------
+# --- exact ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])  # far from the origin, ‖x‖² − 2q·x cancels
@@ -113,14 +112,14 @@ def test_exact_search_gives_the_same_bits_whatever_the_blocks(blocks):
 def test_flat_shards_open_as_one():
     features, ids = clustered(500), random_ids(500)
     template = ix.train_template("flat", DIM)
-    shards = [ix.serialize(ix.build_shard(template, features[r], ids[r])) for r in np.array_split(np.arange(500), 3)]
+    shards = [ix.build_shard(template, features[r], ids[r]) for r in np.array_split(np.arange(500), 3)]
     one = knn.ShardSearch.open(shards, 1, "cpu").search_all(features, 10)
     parts = [knn.ShardSearch.open([s], 1, "cpu").search_all(features, 10) for s in shards]
     assert equal(knn.merge_topk(parts, 10), one)
     assert_neighbors(one, brute_force(features, features, ids, 10))
 
 
-# --- cell by cell ------------------------------------------------------------------------------------------------------
+# --- cell by cell -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heaps", [True, False])
@@ -197,7 +196,7 @@ def test_the_gpu_path_gives_the_same_bits():
     assert equal(heaps.search_all(features, 12), topk.search_all(features, 12))
 
 
-# --- duplicates, ties, self, and too few rows --------------------------------------------------------------------------
+# --- duplicates, ties, self, and too few rows -------------------------------------------------------------------------
 
 
 def test_duplicates_are_neighbors_at_exactly_zero_and_only_self_is_removed():
@@ -251,7 +250,7 @@ def test_empty_cells_one_row_cells_and_queries_without_probes():
     ids = np.array([7, 8, 9])
     own = ix.cell_of(ix.quantizer_of(centroids), features)
     shard = ix.build_shard(ix.train_template("ivf_flat", 8, centroids), features, ids, own)
-    search = knn.ShardSearch.open([ix.serialize(shard)], 2, "cpu")
+    search = knn.ShardSearch.open([shard], 2, "cpu")
     probes = np.array([[0, 1], [2, -1], [-1, -1], [3, 4], [-1, 0]], np.int32)
     distances, found = search.search_cells(np.zeros((5, 8), np.float32), probes, 3)
     none = knn.MISSING_ID
@@ -272,7 +271,7 @@ def test_any_small_integer_rows_are_searched_exactly(data):
     quantizer = ix.quantizer_of(centroids)
     own, probes = ix.cell_of(quantizer, features), ix.coarse_probes(quantizer, features, 3)
     shard = ix.build_shard(ix.train_template("ivf_flat", 2, centroids), features, ids, own)
-    search = knn.ShardSearch.open([ix.serialize(shard)], 1, "cpu")
+    search = knn.ShardSearch.open([shard], 1, "cpu")
     allowed = (probes[:, :, None] == own[None, None, :]).any(1)
     wide = min(k, n)
     exact = brute_force(features, features, ids, wide, allowed)
@@ -309,80 +308,3 @@ def test_merge_is_the_sorted_union():
     for row in range(20):
         union = sorted(zip(distances[row, 1:].tolist(), ids[row, 1:].tolist(), strict=True))[:12]
         assert list(zip(found[0][row].tolist(), found[1][row].tolist(), strict=True)) == union
-
-
-# --- calibration -------------------------------------------------------------------------------------------------------
-
-
-def test_recall_curve_is_the_recall_that_plain_faiss_has():
-    features, ids = clustered(2000, clusters=1), np.arange(2000)
-    made = Fixture(features, ids, cells=30)
-    queries = features[:150]
-    _, exact = knn.merge_topk([knn.exact_search(queries, [(ids, features)], 11, 1, "cpu")], 10, ids[:150])
-    ranks = index_recall.neighbor_ranks(made.own[exact], made.probes(queries, 30))
-    curve = index_recall.recall_curve(ranks, 30)
-    index = ix.deserialize(made.shards[0])
-    for nprobe in (1, 2, 5, 12, 30):
-        index.nprobe = nprobe
-        _, found = index.search(queries, 11)
-        hits = sum(len(set(f) & set(e)) for f, e in zip(found, exact, strict=True))
-        assert curve.mean[nprobe - 1] == pytest.approx(hits / exact.size, abs=1e-12)
-    assert curve.mean[-1] == curve.lower[-1] == 1.0
-    assert (np.diff(curve.mean) >= 0).all() and (curve.lower <= curve.mean).all()
-
-
-def test_curve_variance_is_that_of_per_query_recall():
-    ranks = np.random.default_rng(0).integers(0, 9, (40, 6)).astype(np.int32)
-    curve = index_recall.recall_curve(ranks, 9)
-    for nprobe in range(1, 9):
-        share = (ranks < nprobe).mean(1)
-        lower = index_recall.lower_bound(share.mean(), np.asarray(share.var(ddof=1)), 40, 6)
-        assert curve.lower[nprobe - 1] == pytest.approx(float(lower), abs=1e-9)
-
-
-@pytest.mark.parametrize("alike", [False, True])
-def test_lower_bound_covers_95_percent(alike):
-    # neighbors of one query found independently, or all together (then only queries count)
-    rng, queries, k, recall, runs = np.random.default_rng(0), 400, 10, 0.97, 2000
-    draws = rng.random((runs, queries, 1 if alike else k)) < recall
-    share = np.broadcast_to(draws, (runs, queries, k)).mean(2)
-    covered = (index_recall.lower_bound(share.mean(1), share.var(1, ddof=1), queries, k) <= recall).mean()
-    # nominal 0.95; binomial standard deviation over the runs 0.005, and discreteness with 400 queries
-    assert 0.93 < covered < 0.975
-
-
-def test_choose_nprobe_takes_the_smallest_whose_bound_reaches():
-    lower = np.array([0.2, 0.7, 0.95, 0.97, 1.0])
-    curve = index_recall.RecallCurve(lower + 0.01, lower)
-    assert index_recall.choose_nprobe(curve, 0.95) == 3
-    assert index_recall.choose_nprobe(curve, 0.951) == 4
-    assert index_recall.choose_nprobe(index_recall.RecallCurve(lower[:3], lower[:3]), 0.99) is None
-
-
-def test_scan_fraction_and_cost():
-    rows = np.array([10, 20, 30, 40])
-    probes = np.array([[0, 1], [2, 3]], np.int32)
-    assert index_recall.scan_fraction(probes, rows) == pytest.approx(0.5)
-    assert index_recall.relative_cost(1.0, 100, 4) >= 1  # scanning everything cell by cell never pays
-    assert index_recall.relative_cost(0.05, 100_000, 1265) < 1
-    assert index_recall.relative_cost(0.5, 100, 4) == pytest.approx(
-        0.5 * index_recall.PAIR_COST_RATIO + 0.04 * index_recall.COARSE_COST_RATIO
-    )
-
-
-def test_recall_and_error_by_hand():
-    exact_ids = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
-    exact_d = np.array([[1, 2, 3, 4], [1, 1, 2, 2]], np.float32)
-    approx_ids = np.array([[1, 2, 4, 9], [5, 6, 7, 99]])  # 3 is missed; 99 ties with 8
-    approx_d = np.array([[1, 2, 4, 5], [1, 1, 2, 2]], np.float32)
-    measured = index_recall.recall_and_error(exact_ids, exact_d, approx_ids, approx_d)
-    assert measured.recall == pytest.approx((3 / 4 + 1) / 2)
-    assert measured.max_relative_error == pytest.approx(3 / 2.5 - 1)
-    assert measured.mean_relative_error == pytest.approx(0.1)
-    assert measured.recall_lower < measured.recall
-
-
-def test_recall_and_error_of_zero_distances():
-    ids, zero = np.array([[1, 2]]), np.zeros((1, 2), np.float32)
-    assert index_recall.recall_and_error(ids, zero, ids, zero).max_relative_error == 0
-    assert index_recall.recall_and_error(ids, zero, ids, zero + 1).max_relative_error == np.inf
