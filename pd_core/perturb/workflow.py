@@ -97,7 +97,7 @@ def job_of(
 ) -> perturb_stage.Job:
     """The stage at `uri`; facts: of the generator, from `setup.describe`."""
     assert settings.n is not None
-    recipe = setup.recipe_of(
+    recipe = setup.origin_of(
         settings.generator,
         facts,
         real,

@@ -100,8 +100,8 @@ class WeightingSettings(Section):
     kind: WeightingKind = Field(
         "two_level",
         description="two_level: the paper's, one threshold; quantiles: one weight per bin of the real densities; match: the "
-        "real set's densities; polarity: exp(polarity * v), v the log-volume of the generator at the sample, whatever its density; "
-        "magnet: polarity 1, uniform on what the generator can make; none: as the generator draws",
+        "real set's densities; polarity: exp(polarity * v), v the log-volume of the generator at the sample, whatever "
+        "its density; magnet: polarity 1, uniform on what the generator can make; none: as the generator draws",
     )
     threshold: str = Field(
         "p80",
@@ -134,6 +134,11 @@ class WeightingSettings(Section):
         gt=0,
         description="polarity, magnet: larger images are averaged to this side before they are differentiated, px",
     )
+
+    @property
+    def statistic(self) -> Literal["density", "log_volume"]:
+        """Column of `samples/` that the weight is a function of."""
+        return "log_volume" if self.kind in ("polarity", "magnet") else "density"
 
     @property
     def exponent(self) -> float | None:
@@ -213,8 +218,8 @@ class GenerateSettings(WorkflowSettings):
     def _consistent(self) -> GenerateSettings:
         if self.score == "index" and self.weighting.kind in ("polarity", "magnet"):
             raise ValueError(
-                f"score index, the decision by true neighbors, has no meaning for weighting.kind {self.weighting.kind!r}, which "
-                "decides by the log-volume; use predictor or both"
+                "score index, the decision by true neighbors, has no meaning for weighting.kind "
+                f"{self.weighting.kind!r}, which decides by the log-volume; use predictor or both"
             )
         return self
 
