@@ -174,7 +174,7 @@ def _import_from(code: str | None) -> str:
 def _content(data: bytes, where: str) -> Mapping[str, Any]:
     try:
         with _version_parser():
-            content = pickle.load(io.BytesIO(data))  # noqa: S301 - the user said --generator.allow-pickle; NVIDIA has no other format
+            content = pickle.load(io.BytesIO(data))  # noqa: S301 - permitted; NVIDIA has no other form
     except Exception as error:  # bytes of another kind are opcodes at random, which may raise nearly anything
         reason = one_line(error)
         raise UserError(

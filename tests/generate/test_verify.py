@@ -326,7 +326,8 @@ def test_a_record_that_names_code_of_its_own_runs_none_of_it(copy, tmp_path, cap
     arguments = {"args": f"touch {touched}", "shell": True}
     values["totals"]["settings"]["generator"] |= {"path": "subprocess:run", "arguments": arguments}
     commit(copy, values)
-    named = f"--generator.kind python --generator.path subprocess:run --generator.arguments '{artifacts.canonical(arguments)}'"
+    named = f"--generator.arguments '{artifacts.canonical(arguments)}'"
+    named = f"--generator.kind python --generator.path subprocess:run {named}"
     python = GeneratorSettings(kind="python", path="subprocess:run")
     artifact = artifacts.load_artifact(str(copy / "samples"))
     assert artifact is not None

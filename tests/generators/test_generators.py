@@ -564,7 +564,7 @@ def test_code_that_transformers_would_load_is_not_run(tmp_path):
 
 
 def test_diffusers_is_told_to_run_no_code_of_others():
-    code = "from pd_core.generators import diffusers as ours; from diffusers.utils import constants as theirs; print(theirs.{})"
+    code = "import pd_core.generators.diffusers; from diffusers.utils import constants as theirs; print(theirs.{})"
     command = [sys.executable, "-c", code.format("DIFFUSERS_DISABLE_REMOTE_CODE")]
     environment = {**os.environ, "DIFFUSERS_DISABLE_REMOTE_CODE": "0"}
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "True\n"
