@@ -81,11 +81,11 @@ def _build_index(settings: BuildIndexSettings) -> None:
 
 
 def _generate(settings: GenerateSettings) -> None:
-    from pd_core.generate import verification, workflow
+    from pd_core.generate import verify, workflow
 
     if settings.verify is not None:
         told = (settings.generator, settings.verify_seed, settings.index, settings.checkpoint)
-        verification.verify(settings.verify, settings.rows, *told)
+        verify.verify(settings.verify, settings.rows, *told)
     else:
         (workflow.plan_generate if settings.dry_run else workflow.generate)(settings)
 

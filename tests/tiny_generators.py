@@ -1,4 +1,6 @@
-"""Tiny generators with random weights, saved in the formats that pd_core opens; made in a second, of no use but to tests."""
+"""Tiny generators with random weights, saved in the formats that pd_core opens; made in a second, of no use but to
+tests.
+"""
 
 from __future__ import annotations
 

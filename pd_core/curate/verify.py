@@ -10,7 +10,7 @@ from pd_core.curate import releases
 from pd_core.engine import console, resources, session, tasks
 from pd_core.engine.runs import failures
 from pd_core.generate import verify as generate_verify
-from pd_core.generate.verification import commit_of, say_some
+from pd_core.generate.verify import commit_of, say_some
 
 
 def verify_release(uri: str) -> None:

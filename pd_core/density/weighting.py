@@ -1,15 +1,16 @@
-"""Weight functions ω(ρ) and the probabilities of rejection sampling by them: pure functions, float64 inside.
+"""Weight functions ω(ρ), how settings name them, and the probabilities of rejection sampling by them; float64 inside.
 
 What is said of densities here holds for any other number that is known of each sample: `tilted` is of log-volumes.
 
 Importance sampling at inference (arXiv 2407.08659, Algorithm 2): from a generator with distribution p_G draw the target
-q(x) ∝ ω(ρ(x)) p_G(x) by accepting x with probability a = ω(ρ(x)) / sup ω. Every weighting here is a step function of the
-density, the paper's rule (weight w above a threshold τ, 1 elsewhere) being the one with a single step.
+q(x) ∝ ω(ρ(x)) p_G(x) by accepting x with probability a = ω(ρ(x)) / sup ω. Every weighting here is a step function of
+the density, the paper's rule (weight w above a threshold τ, 1 elsewhere) being the one with a single step.
 
-Where each label y has a weighting of its own the target is q(x, y) ∝ ω_y(ρ(x)) p_G(x, y), and sup ω is that of all of them:
-labels divided by a supremum each would be reweighted against each other by what no one asked for.
+Where each label y has a weighting of its own the target is q(x, y) ∝ ω_y(ρ(x)) p_G(x, y), and sup ω is that of all of
+them: labels divided by a supremum each would be reweighted against each other by what no one asked for.
 
-Each accepted sample keeps its a: with weights 1/a an average over the accepted is one over p_G again (Horvitz & Thompson).
+Each accepted sample keeps its a: with weights 1/a an average over the accepted is one over p_G again (Horvitz &
+Thompson).
 """
 
 from __future__ import annotations
@@ -22,11 +23,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError
+from pd_core.core.settings.generate import WeightingSettings
+from pd_core.density import formula
 
 Float64Array = NDArray[np.float64]
 
 Z = 1.959963984540054  # normal quantile of intervals of 95%
+EVERYTHING = ""  # name of the weighting of samples without one of their own
+LABEL_ROWS = 1_000_000  # real densities that the quantiles of labels are taken from
+FEWEST_OF_LABEL = 20  # real images of a label, or pilot candidates of it: fewer tell no quantiles
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,8 @@ class Weighting:
         """JSON-able."""
         return {"edges": list(self.edges), "weights": list(self.weights)}
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Weighting:
-        """Inverse of `to_json`."""
-        return cls(tuple(values["edges"]), tuple(values["weights"]))
 
-
-# --- weight functions ---------------------------------------------------------------------------------------------------
+# --- weight functions -------------------------------------------------------------------------------------------------
 
 
 def uniform() -> Weighting:
@@ -77,7 +79,9 @@ def uniform() -> Weighting:
 
 
 def two_level(threshold: float, weight: float) -> Weighting:
-    """The paper's: `weight` where ρ > `threshold`, 1 elsewhere (arXiv 2407.08659, Algorithm 2). Raises UserError: w <= 0."""
+    """The paper's: `weight` where ρ > `threshold`, 1 elsewhere (arXiv 2407.08659, Algorithm 2). Raises UserError: w <=
+    0.
+    """
     if not (math.isfinite(weight) and weight > 0):
         raise UserError(f"weight {weight}: must be finite and > 0 (above 1 for typical, below 1 for varied samples)")
     return Weighting((float(threshold),), (1.0, float(weight)))
@@ -86,9 +90,10 @@ def two_level(threshold: float, weight: float) -> Weighting:
 def by_quantile(real_quantiles: ArrayLike, weights: Sequence[float]) -> Weighting:
     """One weight for each of len(weights) bins that hold equally many real images, lowest densities first.
 
-    real_quantiles: `formula.density_quantiles` of the real set. Real images of one and the same density cannot be parted:
-    where they fill several bins they have the weight of the lowest, and the weights of bins that are left without a real
-    image are not used, nor is sup ω taken over them. The weighting then has fewer bins than there are weights.
+    real_quantiles: `formula.density_quantiles` of the real set. Real images of one and the same density cannot be
+        parted:
+    where they fill several bins they have the weight of the lowest, and the weights of bins that are left without a
+    real image are not used, nor is sup ω taken over them. The weighting then has fewer bins than there are weights.
     Raises UserError: no weight that is used is above 0.
     """
     given = tuple(float(w) for w in weights)
@@ -96,24 +101,26 @@ def by_quantile(real_quantiles: ArrayLike, weights: Sequence[float]) -> Weightin
     used = tuple(given[place] for place in bins.places)
     if max(used) == 0 < max(given):
         raise UserError(
-            f"weights {list(weights)}: those above 0 are of bins without a real image, since so many real images have the "
-            "same density; give fewer weights, or give one above 0 to the bin where these images begin"
+            f"weights {list(weights)}: those above 0 are of bins without a real image, since so many real images have "
+            "the same density; give fewer weights, or give one above 0 to the bin where these images begin"
         )
     return Weighting(bins.edges, used)
 
 
 def match(real_quantiles: ArrayLike, generated_density: ArrayLike, bins: int, most: float) -> Weighting:
-    """ω ∝ min(p_real / p_G, C) over `bins` bins of equally many real images: the accepted have the real set's densities.
+    """ω ∝ min(p_real / p_G, C) over `bins` bins of equally many real images: the accepted have the real set's
+    densities.
 
-    real_quantiles: `formula.density_quantiles` of the real set. Real images of one and the same density cannot be parted:
-    bins that they fill are one, and so is what is left of a bin above them with the next, unless it is half a bin. p_real of
-    these is the share of the real set that the quantiles tell, of the others 1/B.
+    real_quantiles: `formula.density_quantiles` of the real set. Real images of one and the same density cannot be
+        parted:
+    bins that they fill are one, and so is what is left of a bin above them with the next, unless it is half a bin.
+    p_real of these is the share of the real set that the quantiles tell, of the others 1/B.
     generated_density: [M], densities of samples of the generator (a pilot), c_j of them in bin j of B.
-    p_real / p_G = p_real / ((c_j + 1) / (M + 1)), a candidate being counted with the pilot it is compared with: finite where
-    the pilot has none, and without the bias of c_j / M, since E[(M + 1) / (c_j + 1)] p_j = 1 - (1 - p_j)^(M + 1).
-    ω is divided by its mean over the generator (`unseen`), so that the generator's labels, each matched by itself, keep their
-    shares, and C is the largest cap with which no weight is then above `most`: the acceptance rate that the pilot tells is
-    at least 1/most. Bins at the cap stay under-represented, in proportion to p_G among themselves.
+    p_real / p_G = p_real / ((c_j + 1) / (M + 1)), a candidate being counted with the pilot it is compared with: finite
+    where the pilot has none, and without the bias of c_j / M, since E[(M + 1) / (c_j + 1)] p_j = 1 - (1 - p_j)^(M + 1).
+    ω is divided by its mean over the generator (`unseen`), so that the generator's labels, each matched by itself, keep
+    their shares, and C is the largest cap with which no weight is then above `most`: the acceptance rate that the pilot
+    tells is at least 1/most. Bins at the cap stay under-represented, in proportion to p_G among themselves.
     """
     equal = _equal_bins(real_quantiles, bins, least=0.5)
     edges, filled = equal.edges, np.array(equal.filled)
@@ -134,18 +141,20 @@ def _cap(shares: Float64Array, ratios: Float64Array, most: float, top: float) ->
 
     if excess(top) >= 0:
         return top
-    # concave in C and positive at the smallest ratio, so it crosses zero once, above the last ratio where it is not negative
+    # concave in C and positive at the smallest ratio, so it crosses zero once, above the last ratio where it is not
+    # negative
     start = max(ratio for ratio in ratios.tolist() if excess(ratio) >= 0)
     return start + excess(start) / (1 / most - float(shares[ratios > start].sum()))
 
 
 def tilted(generated: ArrayLike, exponent: float, bins: int) -> Weighting:
-    """ω = exp(exponent · v) as steps over at most `bins` bins of equally many samples of the generator (a pilot), 1 in the mean.
+    """ω = exp(exponent · v) as steps over at most `bins` bins of equally many samples of the generator (a pilot), 1 in
+    the mean.
 
-    Polarity Sampling (arXiv 2203.01993) draws from a pool with chances ∝ exp(polarity · v). A bin's weight is the mean of these
-    over its samples, so that each bin gets the share that a draw from the pilot as the pool would give it; within a bin all
-    are alike. The outermost bins reach on beyond the pilot: that bounds ω, which exp does not, and since the bin of the
-    largest weight holds one in `bins` of the pilot, its acceptance rate is at least 1/bins.
+    Polarity Sampling (arXiv 2203.01993) draws from a pool with chances ∝ exp(polarity · v). A bin's weight is the mean
+    of these over its samples, so that each bin gets the share that a draw from the pilot as the pool would give it;
+    within a bin all are alike. The outermost bins reach on beyond the pilot: that bounds ω, which exp does not, and
+    since the bin of the largest weight holds one in `bins` of the pilot, its acceptance rate is at least 1/bins.
 
     Args:
         generated: v, [M], finite. Values that are equal are in one bin, so there may be fewer.
@@ -165,7 +174,7 @@ def tilted(generated: ArrayLike, exponent: float, bins: int) -> Weighting:
 
 
 def exponential(v: ArrayLike, exponent: float) -> Float64Array:
-    """exp(exponent · v) of [M] values over its largest, float64 [M]: the weights of Polarity Sampling (arXiv 2203.01993)."""
+    """exp(exponent · v) of [M] values over its largest, float64 [M]; Polarity Sampling (arXiv 2203.01993)."""
     tilt = exponent * np.asarray(v, dtype=np.float64)
     return np.exp(tilt - tilt.max())
 
@@ -179,8 +188,8 @@ def effective_size(weights: ArrayLike) -> float:
 def unseen(weighting: Weighting, generated_density: ArrayLike) -> Weighting:
     """The weights that `match` would have given each of the samples it was made from, had that one not been among them.
 
-    With them the mean over those samples tells that over new ones. With the weights themselves it would tell too little: a
-    sample makes its own bin look frequent, and so its weight small.
+    With them the mean over those samples tells that over new ones. With the weights themselves it would tell too
+    little: a sample makes its own bin look frequent, and so its weight small.
     """
     counts = np.bincount(_bin(generated_density, weighting.edges), minlength=weighting.bins)
     m, seen = counts.sum(), np.maximum(counts, 1)
@@ -206,9 +215,9 @@ class _EqualBins:
 def _equal_bins(real_quantiles: ArrayLike, bins: int, least: float) -> _EqualBins:
     """Edge j of B - 1 is the real density of rank j/B; edges on one tie are one, which has all of the tie below it.
 
-    How far up a tie reaches is known to one step of the quantiles, and what lies within that step is interpolated: a bin
-    above a tie that holds no more may hold no real image at all. It is joined with the next one up, or at the top with the
-    tie, and so is one that is smaller than `least` of a 1/B.
+    How far up a tie reaches is known to one step of the quantiles, and what lies within that step is interpolated: a
+    bin above a tie that holds no more may hold no real image at all. It is joined with the next one up, or at the top
+    with the tie, and so is one that is smaller than `least` of a 1/B.
     """
     quantiles = np.asarray(real_quantiles, dtype=np.float64)
     if bins < 1:
@@ -233,7 +242,113 @@ def _equal_bins(real_quantiles: ArrayLike, bins: int, least: float) -> _EqualBin
     return _EqualBins(tuple(edges[kept].tolist()), tuple(np.diff([*tops, bins]).tolist()), (*kept, j))
 
 
-# --- acceptance ---------------------------------------------------------------------------------------------------------
+# --- from the settings ------------------------------------------------------------------------------------------------
+
+
+def check(settings: WeightingSettings, labels: str) -> None:
+    """Refuse what can be refused of a weighting without the real set. labels: those of the samples, or "none".
+
+    Raises:
+        UserError: a weight is missing, the threshold cannot be read, or weights per label of samples without labels.
+    """
+    if settings.kind == "two_level":
+        formula.parse_threshold(settings.threshold)
+        if settings.weight is None:
+            raise UserError(
+                "--weighting.weight: not set; above 1 asks for typical images, below 1 for varied ones "
+                "(or --weighting.kind none)"
+            )
+    if settings.kind == "quantiles":
+        if not settings.weights:
+            raise UserError("--weighting.weights: not set; kind quantiles needs a weight for each bin, e.g. [1,1,2,4]")
+        Weighting(tuple(map(float, range(1, len(settings.weights)))), tuple(settings.weights))
+    if settings.kind == "polarity" and settings.polarity is None:
+        raise UserError(
+            "--weighting.polarity: not set; below 0 asks for the generator's modes, above 0 for its anti-modes, e.g. "
+            "-0.5"
+        )
+    if settings.per_label and labels == "none":
+        raise UserError("--weighting.per_label: the samples have no labels; set --generator.labels or leave it out")
+
+
+def resolve(
+    settings: WeightingSettings,
+    quantiles: ArrayLike,
+    generated: ArrayLike = (),
+    option: str = "--weighting.threshold",
+    where: str = "the index",
+) -> Weighting:
+    """The weight function that settings, once `check` has passed them, ask for against one set of real densities.
+
+    Args:
+        settings: kind and numbers.
+        quantiles: `formula.density_quantiles` of the real set.
+        generated: `settings.statistic` of samples of the generator (a pilot), [M], for `match`, `polarity` and
+            `magnet`.
+        option, where: the setting of the threshold and the real set, for the message.
+
+    Raises:
+        UserError: the threshold lies outside the real densities, or no weight that is used is above 0.
+    """
+    if settings.kind == "none":
+        return uniform()
+    if settings.exponent is not None:
+        return tilted(generated, settings.exponent, settings.bins)
+    if settings.kind == "match":
+        return match(quantiles, generated, settings.bins, settings.max_weight)
+    if settings.kind == "quantiles":
+        assert settings.weights, "check refuses none"
+        return by_quantile(quantiles, settings.weights)
+    assert settings.weight is not None, "check refuses none"
+    return two_level(formula.threshold_inside(settings.threshold, quantiles, option, where), settings.weight)
+
+
+def resolve_labels(
+    settings: WeightingSettings,
+    by_label: Mapping[str, ArrayLike],
+    generated: NDArray[Any] | None = None,
+    labels: NDArray[Any] | None = None,
+) -> dict[str, Weighting]:
+    """`resolve` for each label by itself, against the quantiles of its own real densities.
+
+    generated, labels: statistic and label of each sample of a pilot, [M]; None where there is no pilot.
+
+    Raises:
+        UserError: as `resolve`; the pilot has too few samples of a label to be matched.
+    """
+    found = {}
+    for label, quantiles in by_label.items():
+        own = np.empty(0) if generated is None else generated[labels == label]
+        if settings.kind == "match" and len(own) < FEWEST_OF_LABEL:
+            raise UserError(
+                f"--weighting.kind match: the pilot has {len(own)} candidates of label {label!r}, fewer than "
+                f"{FEWEST_OF_LABEL}; raise --pilot"
+            )
+        found[label] = resolve(settings, quantiles, own, where=f"label {label!r}")
+    return found
+
+
+def label_quantiles(uri: str) -> dict[str, Float64Array]:
+    """p0, p0.1 ... p100 of the real densities of each label that has enough of them, by at most LABEL_ROWS rows.
+
+    uri: of an output of build_index. Reads all its densities: for a Ray task.
+    """
+    uri = files.join(uri, "densities")
+    artifact = artifacts.load_artifact(uri)
+    assert artifact is not None, "an index without densities is not opened"
+    fraction = LABEL_ROWS / max(1, artifact.rows)
+    found: dict[str, list[Float64Array]] = {}
+    for part in artifact.parts:
+        table = files.read_table(files.join(uri, part.name), ["sample_id", "label", "density"])
+        keep = seeds.uniform(table["sample_id"].to_numpy(), seed=0) < fraction
+        labels, values = np.array(table["label"].to_pylist(), dtype=object)[keep], table["density"].to_numpy()[keep]
+        for label in {label for label in labels if label is not None}:
+            found.setdefault(label, []).append(values[labels == label])
+    joined = {label: np.concatenate(values) for label, values in found.items()}
+    return {label: formula.density_quantiles(v) for label, v in joined.items() if len(v) >= FEWEST_OF_LABEL}
+
+
+# --- acceptance -------------------------------------------------------------------------------------------------------
 
 
 def weight_of(density: ArrayLike, weighting: Weighting) -> Float64Array:
@@ -266,29 +381,23 @@ def bin_shares(density: ArrayLike, weighting: Weighting) -> Float64Array:
     return np.bincount(inside, minlength=weighting.bins) / inside.size
 
 
-def acceptance_rate(shares: ArrayLike, weighting: Weighting) -> float:
-    """Expected share of accepted samples: Σ share_j a_j.
-
-    For two levels: P + (1 - P)/w for w >= 1, P w + (1 - P) for w < 1.
-    """
-    return float(np.dot(np.asarray(shares, dtype=np.float64), weighting.weights) / max(weighting.weights))
-
-
 def rate_interval(chances: ArrayLike, lowest: float, highest: float, fitted_bins: int = 0) -> tuple[float, float]:
-    """95% confidence interval of the acceptance rate from the acceptance probabilities of a pilot, within [lowest, highest].
+    """95% confidence interval of the acceptance rate from the acceptance probabilities of a pilot, within [lowest,
+    highest].
 
-    Agresti & Coull (1998) for values that are not 0 and 1 alone: z²/2 observations are added at each end of what a can be,
-    then mean ± z standard errors. For two levels that is theirs for P = Pr(ρ > τ), mapped through P + (1 - P)/w, or through
-    P w + (1 - P) for w < 1; its centre is Wilson's, and it contains Wilson's interval, which for rare events misses the rate
-    on one side far more often than it says. The added observations keep it from being a point where all values are equal,
-    while others are possible.
+    Agresti & Coull (1998) for values that are not 0 and 1 alone: z²/2 observations are added at each end of what a can
+    be, then mean ± z standard errors. For two levels that is theirs for P = Pr(ρ > τ), mapped through P + (1 - P)/w, or
+    through P w + (1 - P) for w < 1; its centre is Wilson's, and it contains Wilson's interval, which for rare events
+    misses the rate on one side far more often than it says. The added observations keep it from being a point where all
+    values are equal, while others are possible.
 
     Args:
         chances: a of each candidate, [M].
         lowest, highest: bounds of a that hold whatever the density, seen in the pilot or not.
-        fitted_bins: B where ω was estimated from the same candidates over B bins (`match`; `chances` then by `unseen`); of all
-            labels together. Where p_G has the real densities already the standard error above is next to nothing, and the
-            mean of ω errs by Σ_j (c_j / M - p_j)² / p_j, which is χ² of B over M: a standard deviation of sqrt(2 B) / M.
+        fitted_bins: B where ω was estimated from the same candidates over B bins (`match`; `chances` then by `unseen`);
+            of all labels together. Where p_G has the real densities already the standard error above is next to
+            nothing, and the mean of ω errs by Σ_j (c_j / M - p_j)² / p_j, which is χ² of B over M: a standard deviation
+            of sqrt(2 B) / M.
     """
     a = np.asarray(chances, dtype=np.float64)
     if a.size == 0:
@@ -306,8 +415,8 @@ def rate_interval(chances: ArrayLike, lowest: float, highest: float, fitted_bins
 def measured_interval(rate: float, low: float, high: float, candidates: float) -> tuple[float, float]:
     """Where the measured rate of a run of so many candidates lies with 95%, if a pilot told its true rate: (low, high).
 
-    Mean ± sqrt(e² + z² rate (1 - rate) / candidates), e being the pilot's error on that side, `rate - low` or `high - rate`
-    of `rate_interval`: those of the pilot and of the run's own draws are independent. Within [0, 1].
+    Mean ± sqrt(e² + z² rate (1 - rate) / candidates), e being the pilot's error on that side, `rate - low` or `high -
+    rate` of `rate_interval`: those of the pilot and of the run's own draws are independent. Within [0, 1].
     """
     own = Z * Z * rate * (1 - rate) / candidates
     return max(0.0, rate - math.sqrt((rate - low) ** 2 + own)), min(1.0, rate + math.sqrt((high - rate) ** 2 + own))
@@ -316,8 +425,8 @@ def measured_interval(rate: float, low: float, high: float, candidates: float) -
 def candidates_surely(n: int, rate: float, low: float) -> float:
     """Candidates that are enough for n accepted with a probability of 97.5%; inf where the rate may be 0.
 
-    The c of which n is the low end of `measured_interval`: rate c - sqrt((rate - low)² c² + z² rate (1 - rate) c) = n. The
-    pilot's error grows as c, that of the run's own draws as sqrt(c).
+    The c of which n is the low end of `measured_interval`: rate c - sqrt((rate - low)² c² + z² rate (1 - rate) c) = n.
+    The pilot's error grows as c, that of the run's own draws as sqrt(c).
     """
     if low == 0:
         return math.inf

@@ -21,10 +21,8 @@ from pd_core.core.settings.generate import WeightingSettings
 from pd_core.density import originals
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
-from pd_core.density.weighting import Weighting
+from pd_core.density.weighting import EVERYTHING, Weighting
 from pd_core.engine import console, resources, runs, tasks
-from pd_core.generate import pilot
-from pd_core.generate.candidates import EVERYTHING
 from pd_core.images import sources
 from pd_core.images.listing import Listing, read_artifact
 from pd_core.images.listing import start as start_listing
@@ -95,39 +93,32 @@ def check_settings(settings: WeightingSettings, labels: str) -> None:
     """Refuse what needs no real set to be refused. labels: `data.labels`, or another word where labels are there anyway.
 
     Raises:
-        UserError: as `pilot.check_settings`, or a weighting of generated samples.
+        UserError: as `weighting.check`, or a weighting of generated samples.
     """
     if settings.kind not in KINDS:
         raise UserError(
             f"--weighting.kind {settings.kind}: weighs what a generator makes, not real images; fine-tuning takes "
             f"{', '.join(KINDS)}"
         )
-    pilot.check_settings(settings, labels)
+    density_weighting.check(settings, labels)
 
 
 def weightings_of(settings: WeightingSettings, real: RealSet) -> dict[str, Weighting]:
     """ω for all real images, under EVERYTHING, or with `per_label` for each label of the index that has enough of them.
 
     Raises:
-        UserError: as `check_settings` and `pilot.weighting_of`; no label has enough images.
+        UserError: as `check_settings` and `weighting.resolve`; no label has enough images.
     """
     check_settings(settings, "labels")
-    nothing = np.empty(0)
     if not settings.per_label:
-        return {EVERYTHING: pilot.weighting_of(settings, real.density_quantiles, nothing, "the index")}
-    densities = artifacts.load_artifact(files.join(real.uri, "densities"))
-    assert densities is not None, "open_realset refuses an index without densities"
-    names = [part.name for part in densities.parts]
-    by_label = tasks.get(tasks.task(pilot.label_quantiles).remote(real, names))
+        return {EVERYTHING: density_weighting.resolve(settings, real.density_quantiles)}
+    by_label = tasks.get(tasks.task(density_weighting.label_quantiles).remote(real.uri))
     if not by_label:
         raise UserError(
-            f"--weighting.per_label: no label of --index {real.uri} has {pilot.FEWEST_OF_LABEL} images; run build_index.py "
+            f"--weighting.per_label: no label of --index {real.uri} has {density_weighting.FEWEST_OF_LABEL} images; run build_index.py "
             "with --data.labels, or leave it out"
         )
-    return {
-        label: pilot.weighting_of(settings, quantiles, nothing, f"label {label!r}")
-        for label, quantiles in sorted(by_label.items())
-    }
+    return density_weighting.resolve_labels(settings, dict(sorted(by_label.items())))
 
 
 def weights_of(density: np.ndarray, labels: np.ndarray, weightings: Mapping[str, Weighting]) -> np.ndarray:
@@ -315,7 +306,7 @@ def _check(work: Work, parts: Sequence[artifacts.Part], max_bad_fraction: float,
     if many := _count(parts, "unknown_label"):
         raise UserError(
             f"--weighting.per_label: {many} of {rows} images have no label, or one of which the index holds fewer than "
-            f"{pilot.FEWEST_OF_LABEL} images (first: {_first(work, parts, 'unknown_label', known)}); leave it out, or set "
+            f"{density_weighting.FEWEST_OF_LABEL} images (first: {_first(work, parts, 'unknown_label', known)}); leave it out, or set "
             "--data.labels"
         )
 

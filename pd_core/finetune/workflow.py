@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-
 from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.finetune import FinetuneSettings, ResolvedFinetune
-from pd_core.density import formula, originals, realset
+from pd_core.core.settings.generate import WeightingSettings
+from pd_core.density import originals, realset
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
@@ -25,7 +24,7 @@ from pd_core.finetune import best as finetune_best
 from pd_core.finetune import checkpoints, judge, loop, report, stream, training, weights
 from pd_core.finetune import merge as finetune_merge
 from pd_core.finetune.models import opened
-from pd_core.generate import pilot, setup
+from pd_core.generate import setup
 from pd_core.index import features
 
 STAGES = ("weights", "training", "merging", "best", "report")
@@ -57,7 +56,7 @@ def prepare(settings: FinetuneSettings) -> tuple[ResolvedFinetune, RealSet]:
         discriminator=settings.discriminator and files.absolute(settings.discriminator),
     )
     if not settings.weighting.per_label:
-        pilot.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
+        density_weighting.resolve(settings.weighting, real.density_quantiles)
     fake_weighting(checked, real)
     return checked, real
 
@@ -142,8 +141,8 @@ def fake_weighting(settings: FinetuneSettings, real: RealSet) -> Weighting | Non
         threshold, weight = fake.threshold, fake.weight
     if weight == 1:
         return None
-    tau = formula.threshold_inside(threshold, real.density_quantiles, "--fake.threshold", "the index")
-    return density_weighting.two_level(tau, weight)
+    asked = WeightingSettings(threshold=threshold, weight=weight)
+    return density_weighting.resolve(asked, real.density_quantiles, option="--fake.threshold")
 
 
 def finetune(settings: FinetuneSettings) -> None:

@@ -1,8 +1,9 @@
-"""Candidates in fixed chunks: what is drawn, generated, scored and accepted. Knows nothing of Ray, parts or how many are wanted.
+"""Candidates in fixed chunks: what is drawn, generated, scored and accepted. Knows nothing of Ray, parts or how many
+are wanted.
 
-Algorithm 2 of arXiv 2407.08659 for any bounded weight function. Candidate i is a function of (generator, run seed, i): its
-image is drawn from a seed of its own, and so are its label, its prompt and the u that decides. A chunk of candidates is
-always run as one batch.
+Algorithm 2 of arXiv 2407.08659 for any bounded weight function. Candidate i is a function of (generator, run seed, i):
+its image is drawn from a seed of its own, and so are its label, its prompt and the u that decides. A chunk of
+candidates is always run as one batch.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import functools
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,30 +28,22 @@ from pd_core.density import formula
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.scorer import Scorer
-from pd_core.density.weighting import Weighting
+from pd_core.density.weighting import EVERYTHING, Weighting
 from pd_core.generate.volume import Volume, floored, log_volume, top_singular_values
 from pd_core.generators import protocol
 from pd_core.generators.open import open_generator
 from pd_core.index import search
 
-if TYPE_CHECKING:
-    import torch
-
-EVERYTHING = ""  # name of the weighting of candidates without one of their own
-
-
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the rows, but not how many of them; picklable.
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Everything that decides the candidates and what is measured of each; picklable.
 
     Attributes:
         generator: G. generator_identity: of the weights that were found when the run began.
         realset: F, f, the index and the constants of the density.
-        weightings: ω for each label name, or one for all under EVERYTHING.
-        score: predictor, index or both, as in the settings.
         seed: of the run.
         chunk: candidates of one batch.
         threads: of the CPU arithmetic of one replica.
@@ -59,15 +52,12 @@ class Recipe:
         prompts: texts that prompts are drawn from, or empty.
         device: cpu or cuda; the last bits of an image differ between the two, and with them its hash.
         copy_distance: a row at most this far from a real image is a likely copy of it.
-        drop_copies: such rows are not accepted.
-        volume: how log-volumes are measured, which decide then; None where densities do.
+        volume: how log-volumes are measured; None where they are not.
     """
 
     generator: GeneratorSettings
     generator_identity: Mapping[str, Any]
     realset: RealSet
-    weightings: Mapping[str, Weighting]
-    score: str
     seed: int
     chunk: int
     threads: int
@@ -76,7 +66,6 @@ class Recipe:
     prompts: tuple[str, ...]
     device: str
     copy_distance: float
-    drop_copies: bool
     volume: Volume | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -87,9 +76,7 @@ class Recipe:
             "generator": dict(self.generator_identity),
             "settings": self.generator.model_dump(mode="json", exclude={"path", "code", "prompts", "allow_pickle"}),
             "realset": dict(self.realset.fingerprints),
-            "weightings": {label: weighting.to_json() for label, weighting in self.weightings.items()},
             "volume": None if self.volume is None else asdict(self.volume),
-            "score": self.score,
             "seed": self.seed,
             "chunk": self.chunk,
             "device": self.device,
@@ -98,9 +85,44 @@ class Recipe:
             "class_names": list(self.class_names),
             "prompts": prompts_hash(self.prompts),
             "copy_distance": self.copy_distance,
-            "drop_copies": self.drop_copies,
             "torch": version("torch"),  # not torch.__version__: every task would import torch to unpickle it
             "pillow": PIL.__version__,
+        }
+
+    def accepting(self, weightings: Mapping[str, Weighting], score: str, drop_copies: bool = False) -> Recipe:
+        """The recipe of those of its candidates that are accepted so."""
+        return Recipe(**vars(self), weightings=weightings, score=score, drop_copies=drop_copies)
+
+    def everyone(self) -> Recipe:
+        """The recipe of all of its candidates, scored by both predictor and index."""
+        return self.accepting({EVERYTHING: density_weighting.uniform()}, "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Origin):
+    """Everything that decides the rows, but not how many of them; picklable.
+
+    Attributes:
+        weightings: ω for each label name, or one for all under EVERYTHING.
+        score: predictor, index or both, as in the settings.
+        drop_copies: likely copies are not accepted.
+    """
+
+    weightings: Mapping[str, Weighting]
+    score: str
+    drop_copies: bool
+
+    @property
+    def statistic(self) -> str:
+        """What the weights are functions of, by its column: density, or log_volume where that is measured."""
+        return "density" if self.volume is None else "log_volume"
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: that of the candidates, and who of them is accepted."""
+        return super().identity() | {
+            "weightings": {label: weighting.to_json() for label, weighting in self.weightings.items()},
+            "score": self.score,
+            "drop_copies": self.drop_copies,
         }
 
     @classmethod
@@ -116,23 +138,9 @@ class Recipe:
 
         where: URI of the record, for messages. Raises UserError: it says what cannot be.
         """
-        said = trust.checked(_Recorded, identity, where, whole=False)
+        said = dict(vars(trust.checked(_Recorded, identity, where, whole=False)))
         return cls(
-            generator=generator,
-            generator_identity=said.generator,
-            realset=realset,
-            weightings=said.weightings,
-            volume=said.volume,
-            score=said.score,
-            seed=said.seed,
-            chunk=said.chunk,
-            threads=said.threads,
-            classes=said.classes,
-            class_names=said.class_names,
-            prompts=prompts,
-            device=said.device,
-            copy_distance=said.copy_distance,
-            drop_copies=said.drop_copies,
+            generator=generator, generator_identity=said.pop("generator"), realset=realset, prompts=prompts, **said
         )
 
 
@@ -182,25 +190,26 @@ class Candidates:
     prompt: np.ndarray | None
 
 
-def candidates_of(recipe: Recipe, chunk: int) -> Candidates:
+def candidates_of(recipe: Origin, chunk: int) -> Candidates:
     """Candidates [chunk * size, (chunk + 1) * size), drawn from their numbers alone."""
     number = np.arange(chunk * recipe.chunk, (chunk + 1) * recipe.chunk, dtype=np.int64)
 
+    def uniform(name: str) -> np.ndarray:
+        return core_seeds.uniform(number, core_seeds.stream(recipe.seed, name))
+
     def pick(name: str, many: int) -> np.ndarray | None:
-        return (
-            (core_seeds.uniform(number, core_seeds.stream(recipe.seed, name)) * many).astype(np.int64) if many else None
-        )
+        return (uniform(name) * many).astype(np.int64) if many else None
 
     return Candidates(
         number=number,
         seed=core_seeds.integers(number, core_seeds.stream(recipe.seed, "image")),
-        u=core_seeds.uniform(number, core_seeds.stream(recipe.seed, "acceptance")),
+        u=uniform("acceptance"),
         label=pick("label", len(recipe.classes)),
         prompt=pick("prompt", len(recipe.prompts)),
     )
 
 
-def conditions_of(recipe: Recipe, drawn: Candidates) -> protocol.Conditions:
+def conditions_of(recipe: Origin, drawn: Candidates) -> protocol.Conditions:
     """What the generator is asked to show."""
     return protocol.Conditions(
         labels=None if drawn.label is None else tuple(recipe.classes[i] for i in drawn.label),
@@ -208,37 +217,39 @@ def conditions_of(recipe: Recipe, drawn: Candidates) -> protocol.Conditions:
     )
 
 
+# ---- who is accepted -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Scores:
-    """What is known of each candidate of a chunk.
+class Scored:
+    """Every candidate of a chunk after the decision, a row each; it is made once, by whoever has the deciding score.
 
     Attributes:
         density: ρ, by the predictor or by the index, float64 [n].
-        log_volume: v, float64 [n], or None where it was not asked for.
+        statistic: what ω is a function of (`Recipe.statistic`), float64 [n].
+        probability: a, of being accepted, float64 [n]. accepted: whether it was, bool [n].
     """
 
     density: np.ndarray
-    log_volume: np.ndarray | None = None
-
-    @property
-    def deciding(self) -> np.ndarray:
-        """What ω is a function of."""
-        return self.density if self.log_volume is None else self.log_volume
+    statistic: np.ndarray
+    probability: np.ndarray
+    accepted: np.ndarray
 
 
-def probabilities(recipe: Recipe, drawn: Candidates, deciding: np.ndarray) -> np.ndarray:
-    """Acceptance probability of each candidate of a chunk, float64: ω of its label over the supremum of all labels' ω."""
+def decide(recipe: Recipe, drawn: Candidates, density: np.ndarray, statistic: np.ndarray) -> Scored:
+    """Accept with a = ω of the candidate's label over the supremum of all labels' ω; arguments as in `Scored`."""
     if drawn.label is None or EVERYTHING in recipe.weightings:
-        return density_weighting.acceptance_probability(deciding, recipe.weightings[EVERYTHING])
-    chances, sup = np.empty(len(deciding)), density_weighting.supremum(recipe.weightings.values())
-    for place in np.unique(drawn.label):
-        rows = drawn.label == place
-        weighting = recipe.weightings[recipe.class_names[place]]
-        chances[rows] = density_weighting.acceptance_probability(deciding[rows], weighting, sup)
-    return chances
+        chances = density_weighting.acceptance_probability(statistic, recipe.weightings[EVERYTHING])
+    else:
+        chances, sup = np.empty(len(statistic)), density_weighting.supremum(recipe.weightings.values())
+        for place in np.unique(drawn.label):
+            rows = drawn.label == place
+            weighting = recipe.weightings[recipe.class_names[place]]
+            chances[rows] = density_weighting.acceptance_probability(statistic[rows], weighting, sup)
+    return Scored(density, statistic, chances, drawn.u < chances)
 
 
-# ---- generated and scored ----------------------------------------------------------------------------------------------
+# ---- generated and scored --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -247,39 +258,46 @@ class Batch:
 
     Attributes:
         rows: int64 [m]. pixels: uint8 [m, H, W, 3]. features: float32 [m, D].
-        log_density: predicted, float64 [chunk], of all candidates; None where no predictor was asked for.
-        log_volume: float64 [chunk], of all candidates; None where it was not asked for.
+        scored: all candidates, of which `rows` are the accepted; None where the index decides, and `rows` are all.
         degenerate: candidates with a singular value that counts as zero.
     """
 
     rows: np.ndarray
     pixels: np.ndarray
     features: np.ndarray
-    log_density: np.ndarray | None
-    log_volume: np.ndarray | None = None
+    scored: Scored | None
     degenerate: int = 0
 
 
-class ChunkMaker:
+class Models:
     """The generator, the extractor and the predictor of one replica."""
 
-    def __init__(self, recipe: Recipe, device: str) -> None:
-        self.recipe = recipe
-        self.generator = open_generator(recipe.generator, device, recipe.threads)
-        if artifacts.canonical(self.generator.identity()) != artifacts.canonical(recipe.generator_identity):
+    def __init__(self, origin: Origin, device: str, predicted: bool = True) -> None:
+        """predicted: whether the predictor is wanted. Raises UserError: the generator is another, or has no volumes."""
+        self.generator = open_generator(origin.generator, device, origin.threads)
+        if artifacts.canonical(self.generator.identity()) != artifacts.canonical(origin.generator_identity):
             raise UserError(
-                f"--generator.path {recipe.generator.path}: differs from what the run began with; make the same files "
+                f"--generator.path {origin.generator.path}: differs from what the run began with; make the same files "
                 "visible on every node and leave them as they are while it runs"
             )
-        self.name = f"--generator.path {recipe.generator.path}"
-        if recipe.volume is not None and not isinstance(self.generator, protocol.LatentGenerator):
+        self.name = f"--generator.path {origin.generator.path}"
+        if origin.volume is not None and not isinstance(self.generator, protocol.LatentGenerator):
             raise UserError(
-                f"{self.name}: its images are not a function of latents that gradients pass (docs/generators.md); Polarity and "
-                "MaGNET need a LatentGenerator, such as diffusion with --generator.scheduler DDIMScheduler --generator.eta 0"
+                f"{self.name}: its images are not a function of latents that gradients pass (docs/generators.md); "
+                "Polarity and MaGNET need a LatentGenerator, such as diffusion with --generator.scheduler "
+                "DDIMScheduler --generator.eta 0"
             )
+        predictor = origin.realset.predictor() if predicted else None
+        self.scorer = Scorer(origin.realset.extractor, predictor, device, origin.threads)
+
+
+class ChunkMaker(Models):
+    """Models that make the chunks of a recipe."""
+
+    def __init__(self, recipe: Recipe, device: str) -> None:
         assert recipe.volume is None or recipe.score != "index", "GenerateSettings refuses both"
-        predictor = None if recipe.score == "index" else recipe.realset.predictor()
-        self.scorer = Scorer(recipe.realset.extractor, predictor, device, recipe.threads)
+        super().__init__(recipe, device, predicted=recipe.score != "index")
+        self.recipe = recipe
 
     def make(self, chunk: int) -> Batch:
         """Generate and score a chunk; where the index does not decide, only what is accepted leaves the device.
@@ -298,79 +316,87 @@ class ChunkMaker:
             if not bool(torch.isfinite(features).all()):
                 raise ValueError("features of generated images are not finite")
             if self.scorer.predictor is None:
-                return _batch(np.arange(len(images)), images, features, None)
+                return Batch(np.arange(len(images)), images.cpu().numpy(), features.cpu().numpy(), None)
             log_density = self.scorer.log_density(features).cpu().numpy()
         if not np.isfinite(log_density).all():
             raise ValueError("predicted densities of generated images are not finite")
-        values = self._singular_values(seeds, conditions)
-        scores = Scores(formula.density_of(log_density), None if values is None else log_volume(values))
-        accepted = np.flatnonzero(drawn.u < probabilities(self.recipe, drawn, scores.deciding))
-        degenerate = 0 if values is None else int(floored(values).sum())
-        return replace(
-            _batch(accepted, images, features, log_density), log_volume=scores.log_volume, degenerate=degenerate
-        )
+        statistic = density = formula.density_of(log_density)
+        degenerate = 0
+        if self.recipe.volume is not None:
+            values = self._singular_values(self.recipe.volume, seeds, conditions)
+            statistic, degenerate = log_volume(values), int(floored(values).sum())
+        scored = decide(self.recipe, drawn, density, statistic)
+        rows = np.flatnonzero(scored.accepted)
+        kept = torch.from_numpy(rows).to(images.device)
+        return Batch(rows, images[kept].cpu().numpy(), features[kept].cpu().numpy(), scored, degenerate)
 
-    def _singular_values(self, seeds: Sequence[int], conditions: protocol.Conditions) -> np.ndarray | None:
-        """Of the Jacobian at each sample, float64 [chunk, rank]; None where volumes were not asked for."""
-        if self.recipe.volume is None:
-            return None
+    def _singular_values(self, volume: Volume, seeds: Sequence[int], conditions: protocol.Conditions) -> np.ndarray:
+        """Of the Jacobian at each sample, float64 [chunk, rank]."""
         assert isinstance(self.generator, protocol.LatentGenerator)
         decode = functools.partial(self.generator.decode, conditions=conditions)
         with protocol.own_randomness(self.name, self.scorer.extractor.device):
-            latents = self.generator.latents(seeds)
-            return top_singular_values(decode, latents, seeds, self.recipe.volume, self.name)
+            return top_singular_values(decode, self.generator.latents(seeds), seeds, volume, self.name)
 
 
-def _batch(rows: np.ndarray, images: torch.Tensor, features: torch.Tensor, log_density: np.ndarray | None) -> Batch:
-    import torch
-
-    kept = torch.from_numpy(rows).to(images.device)
-    return Batch(rows, images[kept].cpu().numpy(), features[kept].cpu().numpy(), log_density)
+# ---- searched and encoded --------------------------------------------------------------------------------------------
 
 
-# ---- searched, accepted, encoded --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Finished:
+    """A chunk as it is written: `schemas.samples`, `schemas.rejected`, and likely copies among what was accepted."""
+
+    accepted: pa.Table
+    rejected: pa.Table
+    copies: int
 
 
-def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> tuple[pa.Table, Scores, int]:
-    """The accepted rows of a chunk (`schemas.samples`), the scores of all its candidates, likely copies."""
-    drawn, real = candidates_of(recipe, chunk), recipe.realset
+def finish(recipe: Recipe, pool: search.SearchPool, chunk: int, made: Batch) -> Finished:
+    """Search the index for what `make` gave, decide by it where it is to decide, and encode what is accepted."""
+    drawn, real, scored = candidates_of(recipe, chunk), recipe.realset, made.scored
     k = 1 if recipe.score == "predictor" else real.k
-    if len(made.rows) == 0:
-        assert made.log_density is not None
-        return schemas.samples().empty_table(), Scores(formula.density_of(made.log_density), made.log_volume), 0
-    distances, neighbors, _ = search.search(pool, made.features, k)
-    by_index = None if recipe.score == "predictor" else formula.density_of(real.log_density(distances))
-    if made.log_density is None:  # the index decides: every candidate is here
+    distances, neighbors, by_index = np.empty((0, k), np.float32), np.empty((0, k), np.int64), None
+    if len(made.rows):
+        distances, neighbors, _ = search.search(pool, made.features, k)
+        by_index = None if recipe.score == "predictor" else formula.density_of(real.log_density(distances))
+    if scored is None:
         assert by_index is not None and len(made.rows) == recipe.chunk
-        scores = Scores(by_index)
-    else:
-        scores = Scores(formula.density_of(made.log_density), made.log_volume)
-    chances = probabilities(recipe, drawn, scores.deciding)
-    copies = distances[:, 0] <= recipe.copy_distance
-    chosen = drawn.u[made.rows] < chances[made.rows]
-    likely = int((chosen & copies).sum())
+        scored = decide(recipe, drawn, by_index, by_index)
+    copies, chosen = distances[:, 0] <= recipe.copy_distance, scored.accepted[made.rows]
     keep = np.flatnonzero(chosen & ~copies) if recipe.drop_copies else np.flatnonzero(chosen)
     rows = made.rows[keep]
+    rest = np.setdiff1d(np.arange(recipe.chunk), rows)
     columns = {
-        "sample_id": drawn.number[rows],
-        "seed": drawn.seed[rows],
-        "density": scores.density[rows],
-        "density_predicted": None if made.log_density is None else formula.density_of(made.log_density[rows]),
+        "sample_id": drawn.number,
+        "seed": drawn.seed,
+        "density": scored.density,
+        "log_volume": scored.statistic if recipe.statistic == "log_volume" else None,
+        "acceptance_probability": scored.probability,
+    }
+    pictures = zip(made.pixels[keep], drawn.number[rows].tolist(), strict=True)
+    accepted = {name: None if column is None else column[rows] for name, column in columns.items()} | {
+        "density_predicted": None if made.scored is None else scored.density[rows],
         "density_index": None if by_index is None else by_index[keep],
-        "percentile": real.percentile(scores.density[rows]),
-        "log_volume": None if scores.log_volume is None else scores.log_volume[rows],
-        "acceptance_probability": chances[rows],
+        "percentile": real.percentile(scored.density[rows]),
         "label": None if drawn.label is None else [recipe.class_names[i] for i in drawn.label[rows]],
         "prompt": None if drawn.prompt is None else [recipe.prompts[i] for i in drawn.prompt[rows]],
         "nearest_real_id": neighbors[keep, 0],
         "nearest_real_distance": distances[keep, 0],
         "likely_copy": copies[keep],
         "image_hash": [pixels_hash(pixels) for pixels in made.pixels[keep]],
-        "image": [picture(p, f"{n:012d}") for p, n in zip(made.pixels[keep], drawn.number[rows].tolist(), strict=True)],
+        "image": [picture(pixels, f"{number:012d}") for pixels, number in pictures],
     }
-    schema = schemas.samples()
-    arrays = [pa.nulls(len(keep), f.type) if (c := columns[f.name]) is None else pa.array(c, f.type) for f in schema]
-    return pa.table(arrays, schema=schema), scores, likely
+    rejected = {name: None if column is None else column[rest] for name, column in columns.items()}
+    return Finished(
+        _table(schemas.samples(), accepted, len(rows)),
+        _table(schemas.rejected(), rejected, len(rest)),
+        int((chosen & copies).sum()),
+    )
+
+
+def _table(schema: pa.Schema, columns: Mapping[str, Any], rows: int) -> pa.Table:
+    """Of columns by name, null where they are None."""
+    arrays = [pa.nulls(rows, f.type) if (c := columns[f.name]) is None else pa.array(c, f.type) for f in schema]
+    return pa.table(arrays, schema=schema)
 
 
 def pixels_hash(pixels: np.ndarray) -> str:

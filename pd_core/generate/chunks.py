@@ -1,7 +1,8 @@
 """Chunks of generated images on Ray: made by actors that hold the models, finished by tasks, committed part by part.
 
-A part holds a fixed run of chunks and a chunk is always made as one batch, so what is committed does not depend on the number
-of actors, on who died meanwhile, or on where a run was taken up again. What a chunk holds is the affair of a `Work`.
+A part holds a fixed run of chunks and a chunk is always made as one batch, so what is committed does not depend on the
+number of actors, on who died meanwhile, or on where a run was taken up again. What a chunk holds is the affair of a
+`Work`.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _row(schema: pa.Schema, values: Mapping[str, Any]) -> pa.Table:
 
 
 class _MakeChunk:
-    """Ray Data actor: a chunk's number to what it holds. A chunk that fails twice goes on as an error, not as an exception."""
+    """Ray Data actor: a chunk's number to what it holds. A chunk that fails twice goes on as an error, not raised."""
 
     def __init__(self, work: Work, deadline: float | None, workflow: str = "") -> None:
         """deadline: in seconds since the epoch; chunks that come later are not made. workflow: for the metrics."""
@@ -230,7 +231,8 @@ def execute(
     enough: Callable[[], bool],
     deadline: float | None = None,
 ) -> None:
-    """Make the wanted parts, in ascending order, until all are made, `enough` says so, or `state` says that it is no use.
+    """Make the wanted parts, in ascending order, until all are made, `enough` says so, or `state` says that it is no
+    use.
 
     n: rows at which the progress bar ends.
     """
@@ -317,7 +319,7 @@ def failed_line(work: Work, failed: Mapping[int, str], seeds_of: Callable[[int],
     number, reason = min(failed.items())
     seeds = seeds_of(int(reason.removeprefix("chunk ").partition(":")[0]))
     return (
-        f"{work.name}: {len(failed)} parts are missing, since the generator failed {ATTEMPTS} times on a chunk: {reason} "
-        f"(part {number}, seeds {seeds[0]} ... {seeds[-1]}, run seed {run_seed}); the others are kept, mend the "
-        "generator or run the same command again"
+        f"{work.name}: {len(failed)} parts are missing, since the generator failed {ATTEMPTS} times on a chunk: "
+        f"{reason} (part {number}, seeds {seeds[0]} ... {seeds[-1]}, run seed {run_seed}); the others are kept, mend "
+        "the generator or run the same command again"
     )

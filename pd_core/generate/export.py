@@ -75,7 +75,9 @@ def _folder(label: str) -> str:
 
 
 def _tar(rows: list[dict[str, Any]]) -> bytes:
-    """NUMBER.png, NUMBER.json and, where there is a label, NUMBER.cls of every row; the same rows give the same bytes."""
+    """NUMBER.png, NUMBER.json and, where there is a label, NUMBER.cls of every row; the same rows give the same
+    bytes.
+    """
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for row in rows:

@@ -1,4 +1,4 @@
-"""Figures of the report of generate: real, generated and accepted on one axis of densities, and acceptance over candidates."""
+"""Figures of the report of generate: real, generated and accepted densities on one axis, and acceptance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Steps:
 def steps(quantiles: np.ndarray, generated: np.ndarray, accepted: np.ndarray, span: tuple[float, float]) -> Steps:
     """What the histogram draws: bins of equally many real images, those too narrow to be seen joined with the next.
 
-    The outermost bins hold what lies beyond the real set; they reach to the ends of the axis, where nearly all of it is.
+    The outermost bins hold what lies beyond the real set; they reach to the ends of the axis, where nearly all of it
+    is.
 
     Args:
         quantiles: float64 [1001], of the real set. generated, accepted: int64 [B]. span: how far the axis must reach.

@@ -1,11 +1,10 @@
-"""The pilot: a few hundred candidates that tell the acceptance rate, the cost and the weighting before the run is paid for."""
+"""The pilot: a few hundred candidates that tell acceptance rate, cost and weighting before the run is paid for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,20 +12,18 @@ import pyarrow.compute as pc
 from pd_core.core import artifacts, files, seeds
 from pd_core.core.errors import UserError, printable
 from pd_core.core.settings.generate import GenerateSettings, WeightingSettings
-from pd_core.density import fit, formula, predictor
+from pd_core.density import fit, predictor
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
-from pd_core.density.weighting import Weighting
+from pd_core.density.weighting import EVERYTHING, Weighting
 from pd_core.engine import runs, tasks
 from pd_core.generate import chunks as generate_chunks
 from pd_core.generate import sampling
-from pd_core.generate.candidates import EVERYTHING, Recipe
+from pd_core.generate.candidates import Origin
 from pd_core.generate.volume import FLOOR, Volume
 from pd_core.index import search
 
 PART_CHUNKS = 8  # of the pilot
-LABEL_ROWS = 1_000_000  # real densities that the quantiles of labels are taken from
-FEWEST_OF_LABEL = 20  # real images of a label, or pilot candidates of it: fewer tell no quantiles
 SMALLEST_PARTS = 20  # parts that a small n is cut into, so that little is made beyond it
 PART_CANDIDATES = 4096  # of one part, more only where a run would have more than MOST_PARTS of them
 MOST_PARTS = 1000
@@ -55,7 +52,7 @@ class Agreement:
 
 
 def agreement(by_index: np.ndarray, predicted: np.ndarray) -> Agreement:
-    """Densities float64 [M] by index and by predictor; one that is 0, as far from the real images it may be, has no log."""
+    """Of densities float64 [M] by index and by predictor; one that is 0, far from the real images, has no logarithm."""
     with np.errstate(divide="ignore"):
         true, guessed = np.log(by_index), np.log(predicted)
     finite = np.isfinite(true) & np.isfinite(guessed)
@@ -86,18 +83,12 @@ class Pilot:
         """M."""
         return len(self.predicted)
 
-    def densities(self, score: str) -> np.ndarray:
-        """Those that the run takes for a candidate's."""
+    def statistic(self, name: str, score: str = "predictor") -> np.ndarray:
+        """float64 [M]: log_volume, or the density that decides where `score` does."""
+        if name == "log_volume":
+            assert self.log_volume is not None, "a pilot for weights of volumes has volumes"
+            return self.log_volume
         return self.by_index if score == "index" else self.predicted
-
-    def deciding(self, score: str) -> np.ndarray:
-        """What decides in the run: densities, or log-volumes."""
-        return self.densities(score) if self.log_volume is None else self.log_volume
-
-    @property
-    def axis(self) -> str:
-        """Name of what decides, in the plural."""
-        return "densities" if self.log_volume is None else "log-volumes"
 
     def calibration(self) -> Agreement:
         """How the predictor fares off the real manifold, against the index (docs/method.md, section 2)."""
@@ -106,13 +97,17 @@ class Pilot:
 
 def make(
     run: runs.Run,
-    recipe: Recipe,
+    origin: Origin,
     pool: generate_chunks.Pool,
     open_index: Callable[[], search.SearchPool],
     candidates: int,
     folder: str = "pilot",
 ) -> Pilot:
-    """The pilot stage in a folder of the run's output: so many candidates, rounded up to whole chunks, all accepted."""
+    """The pilot stage in a folder of the run's output: so many candidates, rounded up to whole chunks, all accepted.
+
+    They are drawn by a seed of their own, which that of `origin` decides.
+    """
+    recipe = replace(origin, seed=seeds.stream(origin.seed, "pilot")).everyone()
     chunks = -(-candidates // recipe.chunk)
     rows = chunks * recipe.chunk
     stage = sampling.stage_of(files.join(run.output, folder), "pilot", recipe, {"n": rows})
@@ -144,98 +139,19 @@ def read(stage: artifacts.Stage, artifact: artifacts.Artifact) -> Pilot:
 # ---- weightings ------------------------------------------------------------------------------------------------------
 
 
-def label_quantiles(real: RealSet, parts: Mapping[str, Any] | list[str]) -> dict[str, np.ndarray]:
-    """p0, p0.1 ... p100 of the real densities of each label, from at most LABEL_ROWS rows; runs in a Ray task."""
-    uri = files.join(real.uri, "densities")
-    fraction = LABEL_ROWS / max(1, real.rows)
-    found: dict[str, list[np.ndarray]] = {}
-    for name in parts:
-        table = files.read_table(files.join(uri, name), ["sample_id", "label", "density"])
-        keep = seeds.uniform(table["sample_id"].to_numpy(), seed=0) < fraction
-        labels, values = np.array(table["label"].to_pylist(), dtype=object)[keep], table["density"].to_numpy()[keep]
-        for label in {label for label in labels if label is not None}:
-            found.setdefault(label, []).append(values[labels == label])
-    joined = {label: np.concatenate(values) for label, values in found.items()}
-    return {label: formula.density_quantiles(v) for label, v in joined.items() if len(v) >= FEWEST_OF_LABEL}
-
-
-def check_settings(settings: WeightingSettings, labels: str) -> None:
-    """Refuse before anything is paid for what needs no real set to be refused.
-
-    Raises:
-        UserError: a weight is missing, the threshold cannot be read, or weights per label of samples without labels.
-    """
-    if settings.kind == "two_level":
-        formula.parse_threshold(settings.threshold)
-        if settings.weight is None:
-            raise UserError(
-                "--weighting.weight: not set; above 1 asks for typical images, below 1 for varied ones "
-                "(or --weighting.kind none)"
-            )
-    if settings.kind == "quantiles":
-        if not settings.weights:
-            raise UserError("--weighting.weights: not set; kind quantiles needs a weight for each bin, e.g. [1,1,2,4]")
-        density_weighting.Weighting(tuple(map(float, range(1, len(settings.weights)))), tuple(settings.weights))
-    if settings.kind == "polarity" and settings.polarity is None:
-        raise UserError(
-            "--weighting.polarity: not set; below 0 asks for the generator's modes, above 0 for its anti-modes, e.g. -0.5"
-        )
-    if settings.per_label and labels == "none":
-        raise UserError("--weighting.per_label: the samples have no labels; set --generator.labels or leave it out")
-
-
 def volume_of(settings: WeightingSettings) -> Volume | None:
     """How log-volumes are measured, where they decide."""
     return None if settings.exponent is None else Volume(settings.rank, settings.output_size)
 
 
-def weighting_of(settings: WeightingSettings, quantiles: np.ndarray, generated: np.ndarray, where: str) -> Weighting:
-    """The weight function of the settings for one set of real densities.
-
-    Args:
-        settings: kind and numbers.
-        quantiles: of the real densities, [1001].
-        generated: of the pilot's candidates what decides, for `match`, `polarity` and `magnet`.
-        where: what the set is, for messages: `the index` or `label '3'`.
-
-    Raises:
-        UserError: the threshold lies outside the real densities.
-    """
-    if settings.kind == "none":
-        return density_weighting.uniform()
-    if settings.exponent is not None:
-        return density_weighting.tilted(generated, settings.exponent, settings.bins)
-    if settings.kind == "match":
-        return density_weighting.match(quantiles, generated, settings.bins, settings.max_weight)
-    if settings.kind == "quantiles":
-        assert settings.weights, "check_settings refuses none"
-        return density_weighting.by_quantile(quantiles, settings.weights)
-    assert settings.weight is not None, "check_settings refuses none"
-    threshold = formula.threshold_inside(settings.threshold, quantiles, "--weighting.threshold", where)
-    return density_weighting.two_level(threshold, settings.weight)
-
-
 def weightings_of(
     settings: WeightingSettings, real: RealSet, by_label: Mapping[str, np.ndarray], pilot: Pilot, score: str
 ) -> dict[str, Weighting]:
-    """ω for all candidates, or for each label.
-
-    by_label: quantiles of each label that is generated, empty unless `settings.per_label`.
-    """
-    generated = pilot.deciding(score)
+    """ω for all candidates, or for each label. by_label: real quantiles of those generated; empty: not by label."""
+    generated = pilot.statistic(settings.statistic, score)
     if not by_label:
-        return {EVERYTHING: weighting_of(settings, real.density_quantiles, generated, "the index")}
-    assert pilot.label is not None
-    made = {}
-    for label, quantiles in by_label.items():
-        own = generated[pilot.label == label]
-        if settings.kind == "match" and len(own) < FEWEST_OF_LABEL:
-            raise UserError(
-                f"--weighting.kind match: the pilot has {len(own)} candidates of label {label!r}, fewer than "
-                f"{FEWEST_OF_LABEL}; raise --pilot"
-            )
-        made[label] = weighting_of(settings, quantiles, own, f"label {label!r}")
-    return made
+        return {EVERYTHING: density_weighting.resolve(settings, real.density_quantiles, generated)}
+    return density_weighting.resolve_labels(settings, by_label, generated, pilot.label)
 
 
 # ---- what to expect --------------------------------------------------------------------------------------------------
@@ -266,10 +182,10 @@ class Expectation:
     def chunks_per_part(self, n: int, part_rows: int, chunk: int, png_bytes: float) -> int:
         """Chunks of one part: what is lost at most when a run is ended, and how often it looks at its limits.
 
-        Accepted rows of a part are about `part_rows`, or an n-th of SMALLEST_PARTS where n is small, or as many images of
-        `png_bytes` as fill PART_BYTES, whichever is least. Its candidates are at most PART_CANDIDATES, however few of them
-        are accepted, or a MOST_PARTS-th of the whole run, which bounds the number of files; parts without rows are fine.
-        No measured time enters: the same settings give the same files on any machine.
+        Accepted rows of a part are about `part_rows`, or an n-th of SMALLEST_PARTS where n is small, or as many images
+        of `png_bytes` as fill PART_BYTES, whichever is least. Its candidates are at most PART_CANDIDATES, however few
+        of them are accepted, or a MOST_PARTS-th of the whole run, which bounds the number of files; parts without rows
+        are fine. No measured time enters: the same settings give the same files on any machine.
         """
         rows = max(1.0, min(part_rows, n // SMALLEST_PARTS, PART_BYTES // max(1.0, png_bytes)))
         most = max(PART_CANDIDATES, n / self.rate / MOST_PARTS)
@@ -283,21 +199,21 @@ def expect(settings: GenerateSettings, weightings: Mapping[str, Weighting], pilo
     Raises:
         UserError: not one of them could be accepted.
     """
-    deciding = pilot.deciding(settings.score)
+    statistic = pilot.statistic(settings.weighting.statistic, settings.score)
     fitted = settings.weighting.kind == "match"
     sup = density_weighting.supremum(weightings.values())
     chances = np.empty(pilot.rows)
     for label, weighting in weightings.items():
         rows = np.full(pilot.rows, True) if label == EVERYTHING else np.asarray(pilot.label == label)
-        seen_from = density_weighting.unseen(weighting, deciding[rows]) if fitted else weighting
-        chances[rows] = density_weighting.acceptance_probability(deciding[rows], seen_from, sup)
+        seen_from = density_weighting.unseen(weighting, statistic[rows]) if fitted else weighting
+        chances[rows] = density_weighting.acceptance_probability(statistic[rows], seen_from, sup)
     if settings.drop_copies:
         chances = chances * ~pilot.copies
     rate = float(chances.mean())
     if rate == 0:
         raise UserError(
-            f"weighting: none of the {pilot.rows} pilot candidates could be accepted ({pilot.axis} "
-            f"{deciding.min():.4g} ... {deciding.max():.4g}); choose other weights or raise --pilot"
+            f"weighting: none of the {pilot.rows} pilot candidates could be accepted ({_axis(settings)} "
+            f"{statistic.min():.4g} ... {statistic.max():.4g}); choose other weights or raise --pilot"
         )
     lowest = 0.0 if settings.drop_copies else min(min(w.weights) for w in weightings.values()) / sup
     bins = sum(weighting.bins for weighting in weightings.values()) if fitted else 0
@@ -305,7 +221,7 @@ def expect(settings: GenerateSettings, weightings: Mapping[str, Weighting], pilo
     above = None
     if settings.weighting.kind == "two_level" and len(weightings) == 1:
         (weighting,) = weightings.values()
-        above = float(density_weighting.bin_shares(deciding, weighting)[1])
+        above = float(density_weighting.bin_shares(statistic, weighting)[1])
     return Expectation(rate, low, high, above)
 
 
@@ -325,8 +241,8 @@ def check_affordable(
     raised = f"raise it to {math.ceil(surely)}" if math.isfinite(surely) else "raise it"
     ways = f"{raised}, lower --n, or use {advice}, with which it fits" if advice else f"{raised} or lower --n"
     raise UserError(
-        f"--max-candidates {most}: {n} accepted images need about {expected.candidates(n)} candidates, generated in parts of "
-        f"{_part(settings, pilot, expected)}, at the pilot's acceptance rate {_interval(expected)}; {ways}"
+        f"--max-candidates {most}: {n} accepted images need about {expected.candidates(n)} candidates, generated in "
+        f"parts of {_part(settings, pilot, expected)}, at the pilot's acceptance rate {_interval(expected)}; {ways}"
     )
 
 
@@ -429,7 +345,8 @@ def plan(
         f"candidates: about {candidates:,} for {n:,} accepted, in parts of {part:,}",
         f"time:       {_time(candidates * pilot.actor_s, pilot.actor_s, actors)}",
         f"disk:       about {n * (pilot.png_bytes + 200) / 2**20:,.1f} MiB",
-        f"copies:     {copies} of {pilot.rows} pilot candidates ({copies / pilot.rows:.2g}) are likely copies of real images, "
+        f"copies:     {copies} of {pilot.rows} pilot candidates ({copies / pilot.rows:.2g}) are likely copies of real "
+        "images, "
         + (
             "which are exact ones: the copy distance is 0"
             if copy_distance == 0
@@ -443,7 +360,7 @@ def plan(
         name = f" of {printable(label)}" if label else ""
         edges = ", ".join(f"{edge:.4g}" for edge in weighting.edges[:5]) + (", ..." if weighting.bins > 6 else "")
         weights = ", ".join(f"{w:.3g}" for w in weighting.weights[:6]) + (", ..." if weighting.bins > 6 else "")
-        lines.append(f"weights{name}:    {weights}" + (f" ({pilot.axis} cut at {edges})" if edges else ""))
+        lines.append(f"weights{name}:    {weights}" + (f" ({_axis(settings)} cut at {edges})" if edges else ""))
     return "\n".join(lines)
 
 
@@ -460,10 +377,14 @@ def _of_volumes(settings: GenerateSettings, pilot: Pilot) -> list[str]:
         exact, steps = density_weighting.exponential(v, exponent), density_weighting.weight_of(v, weighting)
         size, capped = (density_weighting.effective_size(w) for w in (exact, steps))
         lines.append(
-            f"cap:        all v {side} {edge:.4g} have the weight {max(weighting.weights):.3g} (1 is the generator's mean); "
-            f"effective sample size of the pilot {capped:.1f} of {pilot.rows}, without steps and cap {size:.1f}"
+            f"cap:        all v {side} {edge:.4g} have the weight {max(weighting.weights):.3g} (1 is the generator's "
+            f"mean); effective sample size of the pilot {capped:.1f} of {pilot.rows}, without steps and cap {size:.1f}"
         )
     return lines
+
+
+def _axis(settings: GenerateSettings) -> str:
+    return {"density": "densities", "log_volume": "log-volumes"}[settings.weighting.statistic]
 
 
 def _interval(expected: Expectation) -> str:
@@ -486,7 +407,8 @@ def _warnings(settings: GenerateSettings, expected: Expectation, pilot: Pilot) -
     if most is not None and surely > _usable(settings, pilot, expected):
         need = f"up to {math.ceil(surely):,}" if math.isfinite(surely) else "many more"
         lines.append(
-            f"warning:    --max-candidates {most} may not be enough: at the low end of the interval it takes {need} candidates"
+            f"warning:    --max-candidates {most} may not be enough: at the low end of the interval it takes {need} "
+            "candidates"
         )
     r2 = calibration.figures.r2_log_density if calibration.figures else None
     if r2 is not None and r2 < 0:
@@ -497,13 +419,14 @@ def _warnings(settings: GenerateSettings, expected: Expectation, pilot: Pilot) -
     if calibration.left_out:
         lines.append(
             f"warning:    {calibration.left_out} of {pilot.rows} pilot candidates are left out of what is said of the "
-            "predictor: they lie so far from the real images that their density underflows to 0, by the index or by the "
-            "predictor; an index with a smaller --density.volume_dim would tell such images apart"
+            "predictor: they lie so far from the real images that their density underflows to 0, by the index or by "
+            "the predictor; an index with a smaller --density.volume_dim would tell such images apart"
         )
     if pilot.degenerate:
         lines.append(
-            f"warning:    {pilot.degenerate} of {pilot.rows} pilot candidates have singular values that are zero up to rounding "
-            f"among their top {settings.weighting.rank}, and count as {FLOOR:g} of the largest; lower --weighting.rank"
+            f"warning:    {pilot.degenerate} of {pilot.rows} pilot candidates have singular values that are zero up to "
+            f"rounding among their top {settings.weighting.rank}, and count as {FLOOR:g} of the largest; lower "
+            "--weighting.rank"
         )
     if expected.above in (0.0, 1.0):
         side = "above" if expected.above else "below"

@@ -127,8 +127,9 @@ class SamplesData:
         expected: by the pilot, of `pilot_rows` candidates, `pilot_copies` of them likely copies.
         inverse_sum, inverse_square_sum: Σ 1/a and Σ 1/a² over the accepted.
         quantiles: float64 [1001], p0, p0.1 ... p100 of the real set's densities.
-        generated: int64 [B], candidates in each of B bins of equally many real images; those beyond the real set count in
-            the outermost. All candidates that were made, `candidates` of them or more. accepted: int64 [B], adds up to n.
+        generated: int64 [B], candidates in each of B bins of equally many real images; those beyond the real set count
+            in the outermost. All candidates that were made, `candidates` of them or more. accepted: int64 [B], adds up
+            to n.
         accepted_by_index: int64 [B], the accepted in the bins of their index-scored densities, where those are known.
         span: lowest and highest ρ among pilot and accepted, a few extremes apart: how far the axis must reach.
         bands: name of a range of percentiles of the accepted, and images from it in ascending density.
@@ -264,7 +265,7 @@ def gather(inputs: Inputs) -> SamplesData:
     seen = tallied(job.samples.uri, inputs.sampled, recipe.realset, settings.score)
     shown = _choose(seen, settings.images)
     pairs, originals_note = _pairs(inputs, seen)
-    pilot_densities = pilot.densities(settings.score)
+    pilot_densities = pilot.statistic("density", settings.score)
     return SamplesData(
         title="Generated images",
         output=str(settings.output),
@@ -307,7 +308,7 @@ def gather(inputs: Inputs) -> SamplesData:
     )
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def _span(densities: np.ndarray) -> tuple[float, float]:
@@ -345,7 +346,7 @@ def _weights(recipe: Recipe) -> Iterator[Weight]:
 
 
 def _choose(seen: Tally, many: int) -> dict[str, list[tuple[str, int]]]:
-    """For each band of percentiles of the accepted the (part, row) of its share of `many` images, evenly over the band."""
+    """For each band of percentiles of the accepted the (part, row) of its share of `many` images, evenly over it."""
     table = seen.rows.sort_by([("density", "ascending"), ("sample_id", "ascending")])
     taken: set[int] = set()
     chosen = {}
@@ -541,7 +542,7 @@ def counts_shown(counts: Sequence[Count]) -> list[Count]:
 
 
 def _snippets(data: SamplesData) -> dict[str, str]:
-    """Code that reads the samples; the directory holds records beside the tables, and its path may hold `name=value`."""
+    """Code that reads the samples; records lie beside the tables, and the path may hold `name=value`."""
     folder = data.output.rstrip("/") + "/samples"
     return {
         "pandas": f"""\

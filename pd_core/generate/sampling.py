@@ -1,4 +1,5 @@
-"""Rejection sampling on Ray: chunks of candidates are made by generator actors, finished by tasks, committed part by part.
+"""Rejection sampling on Ray: chunks of candidates are made by generator actors, finished by tasks, committed part by
+part.
 
 A part holds what was accepted of a fixed run of chunks, so the rows do not depend on the number of actors, on who died
 meanwhile, or on where a run was taken up again. The samples are the first n accepted in candidate order.
@@ -6,6 +7,7 @@ meanwhile, or on where a run was taken up again. The samples are the first n acc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import RunError
 from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.generate import chunks as generate_chunks
-from pd_core.generate.candidates import Batch, ChunkMaker, Recipe, Scores, candidates_of, finish, probabilities
+from pd_core.generate.candidates import Batch, ChunkMaker, Recipe, Scored, candidates_of, finish
 from pd_core.generate.chunks import LATE, MAX_CHUNKS, Pool, Progress
 from pd_core.index import search
 
@@ -36,16 +38,17 @@ _MADE = pa.schema(
         ("width", pa.int32()),
         ("pixels", pa.large_binary()),
         ("features", pa.large_binary()),
-        ("log_density", pa.list_(pa.float64())),
-        ("log_volume", pa.list_(pa.float64())),
+        ("density", pa.list_(pa.float64())),  # this and the next: of all candidates, as in `Scored`
+        ("statistic", pa.list_(pa.float64())),
+        ("probability", pa.list_(pa.float64())),
+        ("accepted", pa.list_(pa.bool_())),
         ("degenerate", pa.int64()),
     ]
 )
 _FINISHED = pa.schema(
     [
-        ("accepted", pa.large_binary()),  # Arrow stream of schemas.samples()
-        ("density", pa.list_(pa.float64())),  # of all candidates, as in `Scores`
-        ("log_volume", pa.list_(pa.float64())),
+        ("accepted", pa.large_binary()),  # Arrow streams: of schemas.samples()
+        ("rejected", pa.large_binary()),  # of schemas.rejected()
         ("degenerate", pa.int64()),
         ("copies", pa.int64()),  # likely copies among what the weighting accepted
     ]
@@ -60,9 +63,8 @@ def _made_values(made: Batch) -> dict[str, Any]:
         "width": width,
         "pixels": made.pixels.tobytes(),
         "features": made.features.tobytes(),
-        "log_density": made.log_density,
-        "log_volume": made.log_volume,
         "degenerate": made.degenerate,
+        **({} if made.scored is None else vars(made.scored)),
     }
 
 
@@ -70,10 +72,9 @@ def _read_made(row: Mapping[str, Any], dim: int) -> Batch:
     rows = np.asarray(row["rows"], dtype=np.int64)
     pixels = np.frombuffer(row["pixels"], np.uint8).reshape(len(rows), row["height"], row["width"], 3)
     features = np.frombuffer(row["features"], np.float32).reshape(len(rows), dim)
-    log_density, log_volume = (
-        None if row[name] is None else np.asarray(row[name]) for name in ("log_density", "log_volume")
-    )
-    return Batch(rows, pixels, features, log_density, log_volume, row["degenerate"])
+    names = [field.name for field in dataclasses.fields(Scored)]
+    scored = None if row["density"] is None else Scored(**{name: np.asarray(row[name]) for name in names})
+    return Batch(rows, pixels, features, scored, row["degenerate"])
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -121,21 +122,24 @@ class Job:
     def finish(self, pool: search.SearchPool, chunk: int, made: Mapping[str, Any]) -> dict[str, Any]:
         """Nearest real images, index-scored densities where they are asked for, and PNG encoding."""
         batch = _read_made(made, self.recipe.realset.extractor.feature_dim)
-        table, scores, copies = finish(self.recipe, pool, chunk, batch)
-        values = {"accepted": generate_chunks.to_stream(table), "copies": copies, "degenerate": batch.degenerate}
-        return values | {"density": scores.density, "log_volume": scores.log_volume}
+        found = finish(self.recipe, pool, chunk, batch)
+        tables = {"accepted": found.accepted, "rejected": found.rejected}
+        streams = {name: generate_chunks.to_stream(table) for name, table in tables.items()}
+        return streams | {"copies": found.copies, "degenerate": batch.degenerate}
 
     def write(self, part: int, finished: pa.Table) -> int:
         """What was accepted of the part's chunks, and beside it what was not."""
-        table = generate_chunks.from_streams(finished["accepted"]).replace_schema_metadata(schemas.samples().metadata)
-        scores = _scores(self.recipe, finished)
-        counts = {"candidates": len(scores.density), "copies": int(pc.sum(finished["copies"]).as_py())}
+        accepted, rejected = (generate_chunks.from_streams(finished[name]) for name in ("accepted", "rejected"))
+        accepted = accepted.replace_schema_metadata(schemas.samples().metadata)
+        densities = np.concatenate([table["density"].to_numpy() for table in (accepted, rejected)])
+        counts = {"candidates": len(densities), "copies": int(pc.sum(finished["copies"]).as_py())}
         if self.recipe.volume is not None:
             counts["degenerate"] = int(pc.sum(finished["degenerate"]).as_py())
         if self.rejected is not None:  # first: a part of samples without it is not finished
-            self.rejected.write_table(artifacts.part_name(part), _rejected(self.recipe, part, self, table, scores))
-        self.samples.write_table(artifacts.part_name(part), table, counts | _histogram(self.recipe, scores.density))
-        return table.num_rows
+            self.rejected.write_table(artifacts.part_name(part), rejected.combine_chunks())
+        counts |= histogram(self.recipe.realset.percentile(densities))
+        self.samples.write_table(artifacts.part_name(part), accepted, counts)
+        return accepted.num_rows
 
     @property
     def kind(self) -> str:
@@ -156,7 +160,7 @@ class Job:
         return {number: part for number, part in done.items() if number in beside}
 
     def prefix(self, rows: Mapping[int, int]) -> int | None:
-        """The number of the part in which the n-th row lies, or None while parts before it are missing or rows too few."""
+        """The part in which the n-th row lies, or None while parts before it are missing or rows too few."""
         total = number = 0
         while number in rows:
             total += rows[number]
@@ -171,31 +175,15 @@ def stage_of(uri: str, kind: str, recipe: Recipe, more: Mapping[str, Any]) -> ar
     return artifacts.Stage(uri, kind, schemas.VERSIONS[kind], {**recipe.identity(), **more})
 
 
-def _scores(recipe: Recipe, chunks: pa.Table) -> Scores:
-    """Those of all chunks of a part together."""
-    join = lambda name: np.concatenate([np.asarray(values) for values in chunks[name].to_pylist()])  # noqa: E731
-    return Scores(join("density"), None if recipe.volume is None else join("log_volume"))
+def binned(percentile: np.ndarray) -> np.ndarray:
+    """Rows in each of DENSITY_BINS bins of equally many real images, int64 [B], by their percentiles."""
+    bins = (percentile / 100 * DENSITY_BINS).astype(np.int64).clip(0, DENSITY_BINS - 1)
+    return np.bincount(bins, minlength=DENSITY_BINS)
 
 
-def _rejected(recipe: Recipe, part: int, job: Job, accepted: pa.Table, scores: Scores) -> pa.Table:
-    drawn = [candidates_of(recipe, part * job.chunks_per_part + i) for i in range(job.chunks_per_part)]
-    number = np.concatenate([d.number for d in drawn])
-    split = np.split(scores.deciding, job.chunks_per_part)
-    chances = np.concatenate([probabilities(recipe, d, values) for d, values in zip(drawn, split, strict=True)])
-    out = ~np.isin(number, accepted["sample_id"].to_numpy())
-    seed = np.concatenate([d.seed for d in drawn])
-    columns = {"sample_id": number, "seed": seed, "density": scores.density, "acceptance_probability": chances}
-    if scores.log_volume is not None:
-        columns["log_volume"] = scores.log_volume
-    schema = schemas.rejected()
-    arrays = [pa.array(columns[f.name][out]) if f.name in columns else pa.nulls(int(out.sum()), f.type) for f in schema]
-    return pa.table(arrays, schema=schema)
-
-
-def _histogram(recipe: Recipe, densities: np.ndarray) -> dict[str, int]:
-    """Candidates in each of DENSITY_BINS bins of equally many real images, by `bin_NN`."""
-    bins = (recipe.realset.percentile(densities) / 100 * DENSITY_BINS).astype(np.int64).clip(0, DENSITY_BINS - 1)
-    return {f"bin_{b:02d}": int(count) for b, count in enumerate(np.bincount(bins, minlength=DENSITY_BINS)) if count}
+def histogram(percentile: np.ndarray) -> dict[str, int]:
+    """The filled ones of `binned` by `bin_NN`."""
+    return {f"bin_{b:02d}": int(count) for b, count in enumerate(binned(percentile)) if count}
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -328,8 +316,8 @@ def _spent_line(job: Job, rows: Mapping[int, int], budget: Budget, late: bool) -
     made, candidates = sum(rows.values()), len(rows) * job.candidates_per_part
     spent = LATE if late else f"--max-candidates {budget.candidates} would be passed by the next part"
     return (
-        f"samples: {made} of {job.n} rows accepted of {candidates} candidates when {spent}; they are kept: raise the limit "
-        "and run the same command again"
+        f"samples: {made} of {job.n} rows accepted of {candidates} candidates when {spent}; they are kept: raise the "
+        "limit and run the same command again"
     )
 
 

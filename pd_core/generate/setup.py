@@ -1,4 +1,4 @@
-"""What a workflow with a generator starts from: paths that are there, the real set, the generator's abilities, its conditions."""
+"""What a workflow with a generator starts from: paths that are there, the generator's abilities and conditions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 from pd_core.core import files
 from pd_core.core.errors import UserError
 from pd_core.core.settings.generate import GeneratorSettings
-from pd_core.density import weighting
 from pd_core.density.realset import RealSet
 from pd_core.engine import resources, tasks
 from pd_core.engine.runs import failures
-from pd_core.generate.candidates import EVERYTHING, Recipe
+from pd_core.generate.candidates import Origin
 from pd_core.generate.chunks import Pool
 from pd_core.generate.volume import Volume
 from pd_core.generators import protocol
-from pd_core.generators.open import check_path, open_generator
+from pd_core.generators.open import absolute, check_path, open_generator
 from pd_core.generators.python import split
 
 
@@ -28,19 +27,13 @@ def resolved(generator: GeneratorSettings) -> GeneratorSettings:
     """
     check_path(generator)
     assert generator.path is not None, "check_path refuses none"
-    paths = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
-    local = {name: files.absolute(value) for name, value in paths.items() if _is_file(value)}
     if generator.kind == "python":
-        source, factory = split(generator.path)
-        if _is_file(source):
-            local["path"] = f"{files.absolute(source)}:{factory}"
-    if "prompts" in paths and "prompts" not in local and files.is_local(paths["prompts"]):
-        raise UserError(f"--generator.prompts {paths['prompts']}: no such file; check the path")
-    return generator.model_copy(update=local)
-
-
-def _is_file(value: str) -> bool:
-    return files.is_local(value) and files.exists(files.absolute(value))
+        split(generator.path)
+    prompts = generator.prompts
+    if prompts is not None and files.is_local(prompts) and not files.exists(files.absolute(prompts)):
+        raise UserError(f"--generator.prompts {prompts}: no such file; check the path")
+    named = {name: value for name in ("path", "code", "prompts") if (value := getattr(generator, name))}
+    return generator.model_copy(update={name: absolute(value) for name, value in named.items()})
 
 
 def describe(settings: GeneratorSettings, now: resources.Cluster, pool: Pool) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def facts_of(generator: protocol.Generator) -> dict[str, Any]:
     }
 
 
-def recipe_of(
+def origin_of(
     settings: GeneratorSettings,
     facts: Mapping[str, Any],
     real: RealSet,
@@ -75,8 +68,8 @@ def recipe_of(
     device: str,
     copies_quantile: float,
     volume: Volume | None = None,
-) -> Recipe:
-    """Every candidate accepted, and scored by both predictor and index.
+) -> Origin:
+    """Where the candidates of a run come from.
 
     Args:
         settings: of the generator, `resolved`.
@@ -93,12 +86,10 @@ def recipe_of(
         UserError: labels or prompts do not fit the generator.
     """
     classes, names = classes_of(settings, facts)
-    return Recipe(
+    return Origin(
         generator=settings,
         generator_identity=facts["identity"],
         realset=real,
-        weightings={EVERYTHING: weighting.uniform()},
-        score="both",
         seed=seed,
         chunk=chunk,
         threads=threads,
@@ -107,7 +98,6 @@ def recipe_of(
         prompts=prompts_of(settings, facts),
         device=device,
         copy_distance=real.copy_distance(copies_quantile),
-        drop_copies=False,
         volume=volume,
     )
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pd_core.core import artifacts, files, seeds
 from pd_core.density.realset import RealSet
-from pd_core.generate.sampling import DENSITY_BINS
+from pd_core.generate.sampling import DENSITY_BINS, binned
 
 SAMPLE_ROWS = 1_000_000  # accepted rows that the shown ones are chosen from
 CALIBRATION_ROWS = 20_000  # accepted rows that the predictor is held against the index on
@@ -78,10 +78,10 @@ def tallied(samples: str, sampled: artifacts.Artifact, real: RealSet, score: str
         table = files.read_table(files.join(samples, part.name), LIGHT)
         place = {"part": pa.array([part.name] * table.num_rows), "row": pa.array(np.arange(table.num_rows))}
         table = pa.table({name: table[name] for name in table.column_names} | place)
-        seen.bins += _binned(table["percentile"].to_numpy())
+        seen.bins += binned(table["percentile"].to_numpy())
         if score == "both":
             true, predicted = (table[name].to_numpy() for name in ("density_index", "density_predicted"))
-            seen.index_bins += _binned(real.percentile(true))
+            seen.index_bins += binned(real.percentile(true))
             seen.scored.append(np.stack([true, predicted])[:, _drawn(table, CALIBRATION_ROWS / sampled.rows)])
         inverse = 1.0 / table["acceptance_probability"].to_numpy()
         seen.inverse_sum += float(inverse.sum())
@@ -93,12 +93,6 @@ def tallied(samples: str, sampled: artifacts.Artifact, real: RealSet, score: str
         seen.tally("prompt", table)
     seen.rows = pa.concat_tables(chosen)
     return seen
-
-
-def _binned(percentile: np.ndarray) -> np.ndarray:
-    """Counts int64 [DENSITY_BINS] of percentiles, in the bins that the candidates were counted in."""
-    bins = (percentile / 100 * DENSITY_BINS).astype(np.int64).clip(0, DENSITY_BINS - 1)
-    return np.bincount(bins, minlength=DENSITY_BINS)
 
 
 def _drawn(table: pa.Table, fraction: float) -> np.ndarray:

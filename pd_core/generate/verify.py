@@ -1,135 +1,168 @@
-"""Checking finished samples (`generate.py --verify`): every file against the commit records, some rows against their seeds.
+"""`generate.py --verify`: every file against its commit record, some rows against their seeds, what differs line by
+line.
 
-Of an output all finished stages are checked: the files, the totals that are their sums, and that a candidate is on one side,
-in the samples or among the rejected, where these were kept. A commit record tells whether a file is the one that was written.
-Whether its rows are what their seeds give, only making them again tells: the whole chunk is made, scored, searched and accepted
-as in the run, so that every value must be equal to the last bit and the rows accepted of the chunk must be those of the table.
-The number of search processes may be another: distances do not depend on it (knn.py).
+A commit record tells whether a file is the one that was written. Whether its rows are what their seeds give, only
+making them again tells: the whole chunk is made, scored, searched and accepted as in the run, so that every value must
+be equal to the last bit. The number of search processes may be another: distances do not depend on it (knn.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import secrets
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pd_core.core import artifacts, schemas, seeds, tables, trust
+from pd_core.core import artifacts, schemas, seeds, trust
 from pd_core.core import files as core_files
-from pd_core.core.errors import UserError, one_line
+from pd_core.core.errors import RunError, UserError, one_line, printable
 from pd_core.core.settings.data import DataSettings
-from pd_core.engine import console, resources, tasks
-from pd_core.generate import sampling
-from pd_core.generate.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash
+from pd_core.core.settings.generate import GeneratorSettings
+from pd_core.density import realset
+from pd_core.engine import console, resources, session, tasks
+from pd_core.engine.runs import failures
+from pd_core.generate.candidates import Batch, ChunkMaker, Recipe, finish, pixels_hash, prompts_hash
+from pd_core.generators import protocol
+from pd_core.generators.open import permitted
 from pd_core.images import child, decode
 from pd_core.index import search
 
+STAGES = ("samples", "rejected", "pilot", "export", "report")  # of an output; those that are finished are checked
+ROUNDED = ("torch", "torchvision", "faiss-cpu", "faiss-gpu-cu12", "numpy", "pillow")  # versions move numbers' last bits
+SHOWN = 50  # differences of each kind
 BLOCK_BYTES = 1 << 23  # of a file, read at once
-BATCH_ROWS = 64  # with their images, read at once
-GROUP_CHUNKS = 32  # of one part, compared by one task: its file is read once for them
 READ_AS_WHOLE = (".parquet", ".tar", ".jsonl")  # files that are opened by their suffix, all that lie in a directory
-MISSING = "is missing"
-IN_FLIGHT = 3  # groups: one that is made, one that is read, one that is compared
+IN_FLIGHT = 3  # parts: one that is made, one that is read, one that is compared
 _SPOKEN = {"density_predicted": "predicted density", "density_index": "density by the index"}
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The choice of rows: the `rows` of them with the smallest hashes of their ids and this seed."""
+def verify(
+    uri: str,
+    rows: int,
+    generator: GeneratorSettings,
+    seed: int | None = None,
+    index: str | None = None,
+    checkpoint: str | None = None,
+) -> None:
+    """Check every part of an output's finished stages against its record, make `rows` rows again from their seeds,
+    compare.
 
-    rows: int
-    seed: int
+    Args:
+        uri: output of generate.py.
+        rows: how many.
+        generator: of this command. Only that it names the recorded one is used, and its permission to load a pickle.
+        seed: of the choice of rows; None: another one in each call, which is printed.
+        index: of this command; only that it lies where the recorded one does is used.
+        checkpoint: of the weights of the index's extractor, where they are not at the place they had then.
 
-
-@dataclass(frozen=True)
-class Samples:
-    """A finished samples stage; picklable.
-
-    Attributes:
-        uri: its directory.
-        recipe: of its rows.
-        chunks_per_part: chunks whose accepted rows make one part.
-        candidates: up to the one that gave the last row; what lies behind it is not in the table.
-        rejected: directory of the other candidates, or None where they were not kept.
+    Raises:
+        UserError: nothing finished is there, the record names code that this command does not name, what it was made
+            from is gone or has changed, or it was made on a GPU and there is none here.
+        RunError: something differs.
     """
-
-    uri: str
-    recipe: Recipe
-    chunks_per_part: int
-    candidates: int
-    rejected: str | None = None
-
-    def part_of(self, chunk: int) -> str:
-        """File that holds the rows of a chunk."""
-        return artifacts.part_name(chunk // self.chunks_per_part)
-
-    def beside(self, stage: str) -> str:
-        """Directory of another stage of the same output, or of this one."""
-        return core_files.join(self.uri.rpartition("/")[0], stage)
-
-    def ids_of(self, part: str) -> tuple[int, int]:
-        """First candidate of a part and the first one after it."""
-        number, size = artifacts.part_number(part), self.chunks_per_part * self.recipe.chunk
-        assert number is not None, part
-        return number * size, min((number + 1) * size, self.candidates)
-
-
-@dataclass(frozen=True)
-class PartCheck:
-    """What was found of one part.
-
-    Attributes:
-        differences: from the commit record, one text each.
-        keys: float64, ascending, of the rows that the part offers for the choice. ids: int64, their sample_ids.
-    """
-
-    differences: list[str]
-    keys: np.ndarray = field(default_factory=lambda: np.empty(0))
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    uri, seed = core_files.absolute(uri), secrets.randbits(31) if seed is None else seed
+    with failures("verify", uri):
+        committed = {stage: one for stage in STAGES if (one := commit_of(core_files.join(uri, stage))) is not None}
+    artifact = committed.pop("samples", None)
+    if artifact is None or artifact.kind != "samples":
+        raise UserError(f"--verify {uri}: no finished samples there; name the --output of a finished generate.py")
+    with session.session(uri, "verify") as now, failures("verify", uri):
+        recipe = recipe_of(uri, artifact, generator, index, checkpoint)
+        if recipe.device == "cuda" and not now.gpus:
+            raise UserError(
+                f"--verify {uri}: these samples were made on GPUs and the cluster has none; on CPUs their last bits, "
+                "and with them their hashes, are others; verify where there is a GPU"
+            )
+        _say_versions(artifact)
+        found, chosen = check_files(uri, {"samples": artifact, **committed}, rows, seed)
+        say_some([f"{name}: {text}" for name, texts in found.items() for text in texts])  # whatever comes of the rows
+        console.say(f"verify: {len(chosen)} of {artifact.rows} rows are made again, chosen by seed {seed}")
+        made: dict[int, str | None] = {}
+        if chosen:
+            with search.open_pool(recipe.realset.index, now, None, 1, True, "scoring") as pool:
+                made = check_rows(core_files.join(uri, "samples"), recipe, pool, now, chosen)
+    wrong = {number: text for number, text in sorted(made.items()) if text is not None}
+    say_some([f"sample {number}: {text}" for number, text in wrong.items()])
+    failed = [f"files not as committed: {len(found)}"] if found else []
+    failed += [f"{len(wrong)} of {len(made)} rows are not what their seeds give"] if wrong else []
+    if failed:
+        raise RunError(f"verify: {'; '.join(failed)}; see above")
+    files = ", ".join(f"{len(one.parts)} of {stage}/" for stage, one in {"samples": artifact, **committed}.items())
+    console.say(
+        f"verify: all files are as committed ({files}), {len(made)} of {len(made)} rows are what their seeds give"
+    )
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What differs.
+def commit_of(uri: str) -> artifacts.Artifact | None:
+    """The commit record of an output; None where nothing was committed. Raises RunError if it is no such record."""
+    name = f"{uri.rpartition('/')[2]}/{core_files.ARTIFACT}"
+    try:
+        found = artifacts.load_artifact(uri)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"verify: {name} is no commit record ({one_line(error)})") from None
+    if found is None and core_files.exists(core_files.join(uri, core_files.ARTIFACT)):
+        raise RunError(f"verify: {name} is no commit record (it is no whole JSON file)")
+    return found
 
-    Attributes:
-        parts: texts by file, of those that differ from the commit record or are missing or surplus.
-        rows: every chosen row by sample_id, and what differs from what its seed gives, or None.
-        chunks: texts by chunk, of those whose accepted rows are not those of the table.
-    """
 
-    parts: dict[str, list[str]] = field(default_factory=dict)
-    rows: dict[int, str | None] = field(default_factory=dict)
-    chunks: dict[int, list[str]] = field(default_factory=dict)
+def _say_versions(artifact: artifacts.Artifact) -> None:
+    """A line where packages that decide the last bits of images and densities are not those of the run."""
+    here = artifacts.package_versions()
+    was = artifact.versions
+    moved = [f"{name} {was.get(name)} -> {here.get(name)}" for name in ROUNDED if was.get(name) != here.get(name)]
+    if moved:
+        console.say(
+            f"verify: other packages than in the run ({printable(', '.join(moved))}); numbers may differ by rounding"
+        )
 
-    def add(self, other: Findings) -> None:
-        """Take the rows and chunks of another over."""
-        self.rows.update(other.rows)
-        self.chunks.update(other.chunks)
+
+def say_some(lines: Sequence[str]) -> None:
+    """Say the first of many lines, and how many more there are."""
+    for line in lines[:SHOWN]:
+        console.say(printable(line))
+    if len(lines) > SHOWN:
+        console.say(f"... and {len(lines) - SHOWN} more")
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 
-def record_differences(artifact: artifacts.Artifact) -> list[str]:
-    """What in the commit record of a samples stage contradicts itself."""
-    found = [*own_differences(artifact), *_sums(artifact)]
-    wanted = artifact.identity["n"]
-    if not artifact.rows == artifact.totals["rows"] == wanted:
-        found.append(f"its parts hold {artifact.rows} rows, its totals {artifact.totals['rows']}, --n was {wanted}")
-    names, candidates = [part.name for part in artifact.parts], artifact.totals["candidates"]
-    if names != [artifacts.part_name(number) for number in range(len(names))]:
-        found.append("its parts are not numbered from 0 without gaps")
-    if -(-candidates // (artifact.identity["chunks_per_part"] * artifact.identity["chunk"])) != len(names):
-        found.append(f"{candidates} candidates do not end in the last of its {len(names)} parts")
-    return found
+def check_files(
+    uri: str, stages: Mapping[str, artifacts.Artifact], rows: int, seed: int
+) -> tuple[dict[str, list[str]], list[tuple[str, int]]]:
+    """Every part of every stage of an output against its commit record, each in a Ray task.
+
+    Args:
+        uri: the output.
+        stages: the commit records of its finished stages, by name.
+        rows, seed: the `rows` samples with the smallest hashes of their ids and this seed are chosen.
+
+    Returns:
+        texts by file (STAGE/NAME), and (part, sample_id) of the chosen; a part that differs offers none.
+    """
+    found: dict[str, list[str]] = {}
+    for stage, artifact in stages.items():
+        found[f"{stage}/{core_files.ARTIFACT}"] = own_differences(artifact)
+        there = surplus(core_files.join(uri, stage), artifact)
+        found |= {f"{stage}/{name}": texts for name, texts in there.items()}
+    if stages["samples"].identity.get("keep_rejected") and "rejected" not in stages:
+        found[f"rejected/{core_files.ARTIFACT}"] = ["is missing, though --keep-rejected was set"]
+    items = [(stage, part) for stage, artifact in stages.items() for part in artifact.parts]
+    task, offered = tasks.task(_check_file, resources.IO_CPUS), list[tuple[float, int, str]]()
+    with console.progress("verify parts", len(items), "parts") as bar:
+        submit = lambda item: task.remote(uri, *item, rows, seed)  # noqa: E731
+        for (stage, part), (texts, ids) in tasks.bounded(submit, items, tasks.in_flight):
+            found[f"{stage}/{part.name}"] = texts
+            offered = sorted([*offered, *((key, number, part.name) for key, number in ids)])[:rows]
+            bar.update()
+    return {name: texts for name, texts in sorted(found.items()) if texts}, [(name, n) for _, n, name in offered]
 
 
 def own_differences(artifact: artifacts.Artifact) -> list[str]:
@@ -138,85 +171,6 @@ def own_differences(artifact: artifacts.Artifact) -> list[str]:
     if artifacts.fingerprint(identity) != artifact.fingerprint:
         return ["its fingerprint is not that of its identity"]
     return []
-
-
-def _sums(artifact: artifacts.Artifact) -> list[str]:
-    """Totals that are not the sums of the parts' counts, in a samples or pilot stage."""
-    totals, parts = artifact.totals, artifact.parts
-    candidates = totals.get("candidates")
-    if not isinstance(candidates, int) or candidates < 1:
-        return [f"its total candidates is {candidates}"]
-    bins = [sum(part.counts.get(f"bin_{b:02d}", 0) for part in parts) for b in range(sampling.DENSITY_BINS)]
-    sums = {
-        "copies": sum(part.counts.get("copies", 0) for part in parts),
-        "density_bins": bins,
-        "acceptance_rate": artifact.rows / candidates,
-    }
-    found = [
-        f"its total {name} is {totals.get(name)}, the sum of its parts {value}"
-        for name, value in sums.items()
-        if totals.get(name) != value
-    ]
-    if (binned := sum(bins)) != (counted := sum(part.counts.get("candidates", 0) for part in parts)):
-        found.append(f"its parts count {counted} candidates, and the densities of {binned}")
-    return found
-
-
-def beside_differences(samples: artifacts.Artifact, beside: Mapping[str, artifacts.Artifact]) -> dict[str, list[str]]:
-    """What in the commit records of an output's other stages, by name, contradicts themselves or that of the samples."""
-    found = {}
-    for stage, artifact in beside.items():
-        texts = own_differences(artifact)
-        theirs = samples.identity if stage == "rejected" else {"samples": samples.fingerprint}
-        if artifact.kind != stage:
-            texts.append(f"is the record of {artifact.kind}")
-        elif stage == "pilot":
-            texts += _sums(artifact)
-        elif any(artifact.identity.get(name) != value for name, value in theirs.items()):
-            texts.append("is of other samples")
-        if stage == "rejected" and _stems(artifact).keys() != _stems(samples).keys():
-            texts.append("names other parts than samples/")
-        if stage == "export" and _stems(artifact) != {stem: rows for stem, rows in _stems(samples).items() if rows}:
-            texts.append("names other parts than samples/, or with other numbers of rows")
-        found[f"{stage}/{core_files.ARTIFACT}"] = texts
-    if samples.identity.get("keep_rejected") and "rejected" not in beside:
-        found[f"rejected/{core_files.ARTIFACT}"] = ["is missing, though --keep-rejected was set"]
-    return found
-
-
-def _stems(artifact: artifacts.Artifact) -> dict[str, int]:
-    """Rows by name of a part without its suffix."""
-    return {part.name.partition(".")[0]: part.rows for part in artifact.parts}
-
-
-def check_parts(
-    samples: Samples, artifact: artifacts.Artifact, beside: Mapping[str, artifacts.Artifact], draw: Draw
-) -> tuple[dict[str, list[str]], np.ndarray]:
-    """Every part of every stage against its commit record, each in a Ray task.
-
-    Args:
-        samples: whose rows may be chosen.
-        artifact: their commit record.
-        beside: those of the output's other finished stages, by name.
-        draw: the choice of rows.
-
-    Returns:
-        texts by file (STAGE/NAME), and the chosen sample_ids, int64.
-    """
-    stages = {"samples": artifact, **beside}
-    found = {f"samples/{core_files.ARTIFACT}": record_differences(artifact), **beside_differences(artifact, beside)}
-    for stage, committed in stages.items():
-        found |= {f"{stage}/{name}": texts for name, texts in surplus(samples.beside(stage), committed).items()}
-    items = [(stage, part) for stage, committed in stages.items() for part in committed.parts]
-    task = tasks.task(_check, resources.IO_CPUS)
-    keys, chosen = np.empty(0), np.empty(0, np.int64)
-    with console.progress("verify parts", len(items), "parts") as bar:
-        submit = lambda item: task.remote(samples, *item, draw)  # noqa: E731
-        for (stage, part), check in tasks.bounded(submit, items, tasks.in_flight):
-            found[f"{stage}/{part.name}"] = check.differences
-            keys, chosen = _first(np.append(keys, check.keys), np.append(chosen, check.ids), draw.rows)
-            bar.update()
-    return {name: texts for name, texts in sorted(found.items()) if texts}, chosen
 
 
 def surplus(uri: str, artifact: artifacts.Artifact, folders: Sequence[str] = ("",)) -> dict[str, list[str]]:
@@ -231,164 +185,62 @@ def surplus(uri: str, artifact: artifacts.Artifact, folders: Sequence[str] = (""
     return {name: [text] for name in there if name.endswith(READ_AS_WHOLE) and name not in known}
 
 
-def _check(samples: Samples, stage: str, part: artifacts.Part, draw: Draw) -> PartCheck:
-    if stage == "samples":
-        return check_part(samples, part, draw)
+def _check_file(
+    uri: str, stage: str, part: artifacts.Part, rows: int, seed: int
+) -> tuple[list[str], list[tuple[float, int]]]:
+    """What differs in a part of a stage, and of samples the (key, sample_id) of the rows that it offers."""
     if "/" in part.name:
-        return PartCheck(["is no name of a part"])
-    differences = file_differences(core_files.join(samples.beside(stage), part.name), part)
-    if not differences and stage == "export" and part.name.endswith(".jsonl"):
-        differences = picture_differences(samples, part)
-    return PartCheck(differences)
-
-
-def check_part(samples: Samples, part: artifacts.Part, draw: Draw) -> PartCheck:
-    """One part of the samples against its record, and the rows it offers for the choice; runs in a Ray task.
-
-    Holds a block of the file and the columns of ids and copies; no image is decoded.
-    """
-    location = core_files.join(samples.uri, part.name)
-    if artifacts.part_number(part.name) is None:
-        return PartCheck(["is no name of a part"])
+        return ["is no name of a part"], []
+    location = core_files.join(uri, stage, part.name)
     differences = file_differences(location, part)
-    if differences == [MISSING]:
-        return PartCheck(differences)
-    try:
-        table = _columns(location, ["sample_id", "likely_copy"], schemas.samples())
-    except (pa.ArrowException, OSError, ValueError) as error:  # its bytes were read just now: they are no such table
-        if _is_refusal(error):
-            raise
-        return PartCheck([*differences, f"cannot be read: {one_line(error)}"])
-    numbers, copies = table["sample_id"].to_numpy(), int(pc.sum(table["likely_copy"].cast(pa.int64())).as_py() or 0)
-    counted = {"rows": (len(numbers), part.rows)}
-    if not samples.recipe.drop_copies:  # else they are not in the table
-        counted["copies"] = (copies, part.counts.get("copies", 0))
-    size = samples.chunks_per_part * samples.recipe.chunk
-    counted["candidates"] = (size, part.counts.get("candidates", 0))
-    differences += _unequal(counted)
-    first, end = samples.ids_of(part.name)
-    inside = (numbers >= first) & (numbers < end)
-    if not inside.all():
-        differences.append(f"sample_id {numbers[~inside][0]} is not one of its own, {first} ... {end - 1}")
-    if not (np.diff(numbers) > 0).all():
-        differences.append("its sample_ids do not ascend")
-    if end == samples.candidates and end - 1 not in numbers:
-        differences.append(f"sample {end - 1}, the last of all, is not in it")
-    own = np.unique(numbers[inside])
-    differences += _rejected_differences(samples, part.name, own)
-    return PartCheck(differences, *_first(seeds.uniform(own, seeds.stream(draw.seed, "verify")), own, draw.rows))
+    if not differences and stage == "export" and part.name.endswith(".jsonl"):
+        differences = picture_differences(uri, part.name)
+    if differences or stage != "samples":
+        return differences, []
+    numbers = core_files.read_table(location, ["sample_id"])["sample_id"].to_numpy()
+    keys = seeds.uniform(numbers, seeds.stream(seed, "verify"))
+    return [], sorted(zip(keys.tolist(), numbers.tolist(), strict=True))[:rows]
 
 
 def file_differences(location: str, part: artifacts.Part) -> list[str]:
     """How the bytes of a file differ from its record."""
+    digest, size = hashlib.sha256(), 0
     try:
-        size, digest = _digest(location)
+        with core_files.open_file(location) as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+                size += len(block)
     except FileNotFoundError:
-        return [MISSING]
-    return _unequal({"bytes": (size, part.bytes), "sha256": (digest, part.sha256)})
+        return ["is missing"]
+    compared = {"bytes": (size, part.bytes), "sha256": (digest.hexdigest(), part.sha256)}
+    return [f"{name} {now}, committed {then}" for name, (now, then) in compared.items() if now != then]
 
 
-def picture_differences(samples: Samples, part: artifacts.Part) -> list[str]:
-    """Whether the files of exported pictures, which no record holds, are those in the samples; `part` is their list.
-
-    Not whether the samples can be read, which the check of their own file tells. Holds BATCH_ROWS pictures twice.
-    """
-    folder, other = samples.beside("export"), dict[str, list[str]]()
+def picture_differences(uri: str, name: str) -> list[str]:
+    """Whether the files of exported pictures, which no record holds, are those in the samples; `name` is their list."""
     try:
-        lines = [json.loads(line) for line in core_files.read_bytes(core_files.join(folder, part.name)).splitlines()]
-        files: dict[int, str] = {line["sample_id"]: trust.relative(line["file"], part.name) for line in lines}
+        lines = core_files.read_bytes(core_files.join(uri, "export", name)).splitlines()
+        files = [trust.relative(json.loads(line)["file"], name) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         return [f"is no list of pictures: {one_line(error)}"]
+    try:
+        table = core_files.read_table(core_files.join(uri, "samples", name.replace(".jsonl", ".parquet")), ["image"])
+    except (FileNotFoundError, UserError):
+        return []  # which the check of that file tells
 
-    def differs(row: Mapping[str, Any]) -> None:
-        file = files.pop(row["sample_id"], None)
-        if file is None:
-            other.setdefault("is not in it", []).append(f"sample {row['sample_id']}")
-            return
+    def verdict(file: str, picture: bytes | None) -> str | None:
         try:
-            same = (
-                row["image"] is not None
-                and core_files.read_bytes(core_files.join(folder, file)) == row["image"]["bytes"]
-            )
+            same = core_files.read_bytes(core_files.join(uri, "export", file)) == picture
         except FileNotFoundError:
-            other.setdefault("is missing", []).append(file)
-        else:
-            if not same:
-                other.setdefault("is not the picture of its sample", []).append(file)
+            return "is missing"
+        return None if same else "is not the picture of its sample"
 
-    location = core_files.join(samples.uri, part.name.replace(".jsonl", ".parquet"))
-    try:
-        with core_files.open_file(location) as file, ThreadPoolExecutor(core_files.READERS) as readers:
-            table = tables.open_parquet(file, location, buffer_size=BLOCK_BYTES, pre_buffer=False)
-            for batch in table.iter_batches(BATCH_ROWS, columns=["sample_id", "image"]):
-                list(readers.map(differs, batch.to_pylist()))
-    except FileNotFoundError:
-        return []
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if _is_refusal(error):
-            raise
-        return []
-    if files:
-        other["is of no sample"] = list(files.values())
-    return [f"{min(names)} {text} ({len(names)} such)" for text, names in other.items()]
-
-
-def _rejected_differences(samples: Samples, name: str, accepted: np.ndarray) -> list[str]:
-    """Whether each candidate of a part is either in `accepted`, int64, or in the table of the rejected; not whether that
-    can be read, which the check of its own file tells.
-    """
-    if samples.rejected is None:
-        return []
-    try:
-        table = _columns(core_files.join(samples.rejected, name), ["sample_id"], schemas.rejected())
-    except FileNotFoundError:
-        return []
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if _is_refusal(error):
-            raise
-        return [f"rejected/{name} beside it cannot be read: {one_line(error)}"]
-    first, end = samples.ids_of(name)
-    there, counts = np.unique(np.append(accepted, table["sample_id"].to_numpy()), return_counts=True)
-    texts = {
-        "is neither in it nor in rejected/": np.setdiff1d(np.arange(first, end), there),
-        "is more than once in it and rejected/ together": there[counts > 1],
-        "is in rejected/ beside it, but not of this part": there[(there < first) | (there >= end)],
-    }
-    return [f"candidate {found[0]} {text} ({len(found)} such)" for text, found in texts.items() if len(found)]
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether the bytes were not to be had. What pyarrow cannot decode is an OSError too, but one of no system call."""
-    return isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None)
-
-
-def _first(keys: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    order = np.lexsort((numbers, keys))[:count]
-    return keys[order], numbers[order]
-
-
-def _unequal(compared: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    return [
-        f"{name} {found}, committed {recorded}" for name, (found, recorded) in compared.items() if found != recorded
-    ]
-
-
-def _digest(location: str) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file of any size."""
-    digest, size = hashlib.sha256(), 0
-    with core_files.open_file(location) as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
-
-
-def _columns(location: str, names: list[str], schema: pa.Schema) -> pa.Table:
-    with core_files.open_file(location) as file:
-        parquet = tables.open_parquet(file, location)
-        if not parquet.schema_arrow.equals(schema):
-            raise ValueError("its columns are not those that it should have")
-        return parquet.read(names)
+    wrong: dict[str, list[str]] = defaultdict(list)
+    with ThreadPoolExecutor(core_files.READERS) as readers:
+        pictures = pc.struct_field(table["image"], "bytes").to_pylist()
+        for file, text in zip(files, readers.map(verdict, files, pictures), strict=False):
+            wrong[text or ""].append(file)
+    return [f"{min(names)} {text} ({len(names)} such)" for text, names in wrong.items() if text]
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -420,8 +272,12 @@ class _Maker:
             return f"{type(error).__name__}: {one_line(error)}"
 
 
-def check_rows(samples: Samples, pool: search.SearchPool, now: resources.Cluster, chosen: np.ndarray) -> Findings:
-    """Make the chunks of these sample_ids again, on one actor and on the device type that made them, and compare.
+def check_rows(
+    uri: str, recipe: Recipe, pool: search.SearchPool, now: resources.Cluster, chosen: Sequence[tuple[str, int]]
+) -> dict[int, str | None]:
+    """Make the chunks of these rows again, on one actor and on the device type that made them, and compare.
+
+    uri: of the samples. chosen: (part, sample_id). Returns by sample_id what differs, or None.
 
     Raises:
         UserError: the generator, the extractor or the predictor are not what they were.
@@ -429,105 +285,45 @@ def check_rows(samples: Samples, pool: search.SearchPool, now: resources.Cluster
     import ray
 
     free = replace(now, held_cpus=pool.cpus)
-    gpus = 1.0 if samples.recipe.device == "cuda" else 0.0
-    _, _, cpus, gpus = resources.actor_pool(free, 1, samples.recipe.threads, gpus)
-    maker: Any = ray.remote(_Maker).options(num_cpus=cpus, num_gpus=gpus, **tasks.ACTOR_OPTIONS).remote(samples.recipe)
-    task = tasks.task(compare_group, pool.io_cpus)
-    found = Findings()
+    gpus = 1.0 if recipe.device == "cuda" else 0.0
+    _, _, cpus, gpus = resources.actor_pool(free, 1, recipe.threads, gpus)
+    maker: Any = ray.remote(_Maker).options(num_cpus=cpus, num_gpus=gpus, **tasks.ACTOR_OPTIONS).remote(recipe)
+    task, parts = tasks.task(_compare_part, pool.io_cpus), defaultdict(list)
+    for name, number in chosen:
+        parts[core_files.join(uri, name)].append(number)
+    found: dict[int, str | None] = {}
     try:
         tasks.wait_for([maker], "verify")
         with console.progress("verify rows", len(chosen), "rows") as bar:
-            submit = lambda group: task.remote(samples, pool, maker, group)  # noqa: E731
-            for _, findings in tasks.bounded(submit, _groups(samples, chosen), lambda: IN_FLIGHT):
-                found.add(findings)
-                bar.update(len(findings.rows))
+            submit = lambda part: task.remote(recipe, pool, maker, *part)  # noqa: E731
+            for _, rows in tasks.bounded(submit, sorted(parts.items()), lambda: IN_FLIGHT):
+                found |= rows
+                bar.update(len(rows))
     finally:
         ray.kill(maker)
     return found
 
 
-Group = dict[int, list[int]]  # chosen sample_ids by chunk, all of one part
-
-
-def _groups(samples: Samples, chosen: np.ndarray) -> Iterator[Group]:
-    parts: dict[str, Group] = defaultdict(dict)
-    for number in sorted(chosen.tolist()):
-        chunk = number // samples.recipe.chunk
-        parts[samples.part_of(chunk)].setdefault(chunk, []).append(number)
-    for group in parts.values():
-        chunks = list(group)
-        for start in range(0, len(chunks), GROUP_CHUNKS):
-            yield {chunk: group[chunk] for chunk in chunks[start : start + GROUP_CHUNKS]}
-
-
-def compare_group(samples: Samples, pool: search.SearchPool, maker: Any, group: Group) -> Findings:
-    """Some chunks of one part; runs in a Ray task, which holds the chosen rows, one chunk, and while it reads a part."""
-    found = Findings()
-    try:
-        present, stored = _stored(samples, group)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if _is_refusal(error):
-            raise
-        text = f"its file cannot be read: {one_line(error)}"
-        return Findings(rows={number: text for chosen in group.values() for number in chosen})
-    for chunk, chosen in group.items():
+def _compare_part(
+    recipe: Recipe, pool: search.SearchPool, maker: Any, location: str, numbers: Sequence[int]
+) -> dict[int, str | None]:
+    """Some rows of a part of samples; runs in a Ray task, which holds the part and one chunk."""
+    table, found = core_files.read_table(location), dict[int, str | None]()
+    for chunk in sorted({number // recipe.chunk for number in numbers}):
+        own = [number for number in numbers if number // recipe.chunk == chunk]
         made = tasks.get(maker.make.remote(chunk))
         if isinstance(made, str):
-            found.rows.update(dict.fromkeys(chosen, f"cannot be made again: {made}"))
+            found |= dict.fromkeys(own, f"cannot be made again: {made}")
             continue
-        table, _, _ = finish(samples.recipe, pool, chunk, made)
-        table = table.filter(pc.less(table["sample_id"], samples.candidates))
-        if differences := compare_accepted(present[chunk], table["sample_id"].to_pylist()):
-            found.chunks[chunk] = differences
-        own = stored.filter(pc.is_in(stored["sample_id"], pa.array(chosen)))
-        found.rows.update(compare_rows(own, table))
+        stored = table.filter(pc.is_in(table["sample_id"], pa.array(own)))
+        found |= compare_rows(stored, finish(recipe, pool, chunk, made).accepted)
     return found
-
-
-def _stored(samples: Samples, group: Group) -> tuple[dict[int, list[int]], pa.Table]:
-    """All sample_ids that the table has of each chunk, and the chosen rows; the file is read in batches.
-
-    Raises:
-        pa.ArrowException, OSError, ValueError: the file cannot be decoded, or not be had (`_is_refusal`).
-    """
-    (name,) = {samples.part_of(chunk) for chunk in group}
-    chosen = pa.array([number for numbers in group.values() for number in numbers])
-    present: dict[int, list[int]] = {chunk: [] for chunk in group}
-    kept = []
-    location = core_files.join(samples.uri, name)
-    with core_files.open_file(location) as file:
-        table = tables.open_parquet(file, location, buffer_size=BLOCK_BYTES, pre_buffer=False)
-        for batch in table.iter_batches(BATCH_ROWS):
-            numbers = batch["sample_id"]
-            for number in numbers.to_pylist():
-                if (chunk := number // samples.recipe.chunk) in present:
-                    present[chunk].append(number)
-            kept.append(batch.filter(pc.is_in(numbers, chosen)))
-    stored = pa.Table.from_batches(kept)
-    stored.validate(full=True)  # texts that are no UTF-8 would raise later
-    return present, stored
-
-
-def compare_accepted(table: Iterable[int], made: Iterable[int]) -> list[str]:
-    """How the sample_ids that the table has of a chunk differ from those accepted when it is made again."""
-    stored, expected = Counter(table), set(made)
-    texts = dict.fromkeys(expected - stored.keys(), "is accepted, but not in the table")
-    for number, count in stored.items():
-        if number not in expected:
-            texts[number] = "is in the table, but not accepted"
-        elif count > 1:
-            texts[number] = f"is in the table {count} times"
-    return [f"sample {number} {text}" for number, text in sorted(texts.items())]
 
 
 def compare_rows(stored: pa.Table, made: pa.Table) -> dict[int, str | None]:
     """What differs in each stored row from the row made again, by sample_id; None where nothing does."""
     expected = {row["sample_id"]: row for row in made.to_pylist()}
-    found: dict[int, str | None] = {}
-    for row in stored.to_pylist():
-        number = row["sample_id"]
-        found[number] = found.get(number) or _difference(row, expected.get(number))
-    return found
+    return {row["sample_id"]: _difference(row, expected.get(row["sample_id"])) for row in stored.to_pylist()}
 
 
 def _difference(row: Mapping[str, Any], made: Mapping[str, Any] | None) -> str | None:
@@ -546,8 +342,49 @@ def _difference(row: Mapping[str, Any], made: Mapping[str, Any] | None) -> str |
 
 
 def _pixels_hash(image: Mapping[str, Any] | None) -> str | None:
-    """Of the picture in a file; its compressed bytes may be others, as another zlib makes them. None: no RGB picture."""
+    """Of the picture in a file, whose compressed bytes may be others with another zlib. None: no RGB picture."""
     if image is None or image["bytes"] is None:
         return None
     pixels = child.pixels(image["bytes"], decode.limits_of(DataSettings()))
     return None if pixels is None else pixels_hash(pixels)
+
+
+# ---- the recipe of a record ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What is used of the settings that samples were made with."""
+
+    generator: dict[str, Any]
+    index: object
+    checkpoint: object = None
+
+
+def recipe_of(
+    uri: str,
+    artifact: artifacts.Artifact,
+    told: GeneratorSettings,
+    index: str | None = None,
+    checkpoint: str | None = None,
+) -> Recipe:
+    """The recipe of finished samples by their commit record alone; the rest, of this command, permits what it names."""
+    identity, where = artifact.identity, core_files.join(uri, "samples", core_files.ARTIFACT)
+    if artifact.schema_version != schemas.VERSIONS["samples"] or "device" not in identity:
+        raise UserError(f"--verify {uri}: made by another version of pd_core; verify with that one")
+    stored = trust.checked(_Stored, artifact.totals.get("settings"), where, whole=False)
+    try:
+        recorded = GeneratorSettings.model_validate(stored.generator)
+    except ValueError as error:
+        raise UserError(f"--verify {uri}: its record holds no settings of a generator ({one_line(error)})") from None
+    generator = permitted(uri, where, recorded, told)
+    named = trust.recorded_path(stored.index, where, [uri, index], "--index")
+    if not checkpoint and stored.checkpoint:
+        checkpoint = trust.recorded_path(stored.checkpoint, where, [uri], "--checkpoint")
+    real = realset.open_for(named, checkpoint, "--index")
+    if dict(real.fingerprints) != identity.get("realset"):
+        raise UserError(f"--index {named}: is not as it was when the samples were made; nothing to compare with")
+    prompts = protocol.read_prompts(generator.prompts) if generator.prompts else ()
+    if prompts_hash(prompts) != identity.get("prompts"):
+        raise UserError(f"--generator.prompts {generator.prompts}: has changed since the samples were made")
+    return Recipe.from_identity(identity, generator, real, prompts, where)

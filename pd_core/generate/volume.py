@@ -38,8 +38,8 @@ class Volume:
 
     Attributes:
         rank: r, singular values that count.
-        output_size: images are averaged down to this side before they are differentiated, px; None: as they are. Another
-            size gives other volumes, and memory grows with its square.
+        output_size: images are averaged down to this side before they are differentiated, px; None: as they are.
+            Another size gives other volumes, and memory grows with its square.
         iterations: products with J^T J; each costs r forward-mode and r reverse-mode passes, after r forward-mode ones.
     """
 
@@ -48,17 +48,11 @@ class Volume:
     iterations: trust.Small = 3
 
 
-def log_volumes(
-    decode: Decode, latents: torch.Tensor, seeds: Sequence[int], volume: Volume, name: str = "the generator"
-) -> np.ndarray:
-    """v = Σ log σ of the top r singular values of J at each latent, float64 [B]; see `top_singular_values`, `log_volume`."""
-    return log_volume(top_singular_values(decode, latents, seeds, volume, name))
-
-
 def log_volume(singular_values: np.ndarray) -> np.ndarray:
     """v = Σ log σ, float64 [B], of singular values [B, r], descending (docs/method.md, section 6).
 
-    A σ that is zero, or lost in the rounding of the products (`floored`), counts as FLOOR times the largest: v stays finite.
+    A σ that is zero, or lost in the rounding of the products (`floored`), counts as FLOOR times the largest: v stays
+    finite.
     """
     tiny = float(np.finfo(np.float32).tiny)  # of a sample that does not depend on its latent at all
     least = np.maximum(FLOOR * singular_values[:, :1], tiny)
@@ -75,10 +69,11 @@ def top_singular_values(
 ) -> np.ndarray:
     """The r largest singular values of J_G at each latent, descending, float64 [B, r].
 
-    Randomised block Krylov iteration (Musco & Musco 2015, algorithm 2; with the first block as in Halko, Martinsson & Tropp 2011,
-    algorithm 4.1), for all samples of the batch together: V spans J^T J's powers up to `iterations` times r Gaussian probes, and
-    the values are those of J V. They are never too large, and exact, to rounding, where V spans all latents. For as many products
-    they are nearer than those of a subspace iteration, which forgets the blocks before the last (docs/log.md).
+    Randomised block Krylov iteration (Musco & Musco 2015, algorithm 2; with the first block as in Halko, Martinsson &
+    Tropp 2011, algorithm 4.1), for all samples of the batch together: V spans J^T J's powers up to `iterations` times r
+    Gaussian probes, and the values are those of J V. They are never too large, and exact, to rounding, where V spans
+    all latents. For as many products they are nearer than those of a subspace iteration, which forgets the blocks
+    before the last (docs/log.md).
 
     Args:
         decode: latents [B, ...] to images [B, ...], differentiable, row i of one from row i of the other alone.
@@ -88,7 +83,8 @@ def top_singular_values(
         name: the generator as the user knows it, for messages.
 
     Raises:
-        UserError: not a differentiable function of latents, fewer than r dimensions, a size that images cannot be averaged to.
+        UserError: not a differentiable function of latents, fewer than r dimensions, a size that images cannot be
+            averaged to.
         ValueError: a derivative is not finite.
     """
     import torch
@@ -102,8 +98,8 @@ def top_singular_values(
         y = jacobian.forward(v)
         if (most := min(y.shape[1:])) < volume.rank:
             raise UserError(
-                f"{name}: a map of {jacobian.inputs} latent dimensions to {y.shape[1]} values has no {volume.rank} singular "
-                f"values; set --weighting.rank to at most {most}, or {INSTEAD}"
+                f"{name}: a map of {jacobian.inputs} latent dimensions to {y.shape[1]} values has no {volume.rank} "
+                f"singular values; set --weighting.rank to at most {most}, or {INSTEAD}"
             )
         for _ in range(volume.iterations):
             if v.shape[2] == jacobian.inputs:
@@ -117,7 +113,7 @@ def top_singular_values(
 
 
 class _Jacobian:
-    """Products with J of images, averaged to a size and flat, by latents, flat; for each sample of a batch by itself."""
+    """Products with J of images, averaged to a size and flat, by latents, flat; for each sample by itself."""
 
     def __init__(self, decode: Decode, latents: torch.Tensor, volume: Volume, name: str):
         self.latents, self.name = latents, name
@@ -164,7 +160,8 @@ class _Jacobian:
             yield
         except NotImplementedError as error:  # torch, of operations without a derivative
             raise UserError(
-                f"{self.name}: holds an operation that cannot be differentiated both ways ({one_line(error)}); {INSTEAD}"
+                f"{self.name}: holds an operation that cannot be differentiated both ways ({one_line(error)}); "
+                f"{INSTEAD}"
             ) from None
 
 
@@ -186,8 +183,8 @@ def averaged(images: torch.Tensor, size: int | None, name: str = "the generator"
     factors = [max(1, side // size) for side in (height, width)]
     if any(side > size and side % size for side in (height, width)):
         raise UserError(
-            f"{name}: its images of {height}x{width} px cannot be averaged to {size} px; set --weighting.output_size to a "
-            f"divisor, or {INSTEAD}"
+            f"{name}: its images of {height}x{width} px cannot be averaged to {size} px; set --weighting.output_size "
+            f"to a divisor, or {INSTEAD}"
         )
     rows, columns = factors
     blocks = images.reshape(batch, channels, height // rows, rows, width // columns, columns)
@@ -195,19 +192,19 @@ def averaged(images: torch.Tensor, size: int | None, name: str = "the generator"
 
 
 def _beyond(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns that with those of v, [B, d, n], span w too, [B, d, r]: [B, d, min(r, d - n)], whatever w's rank."""
+    """Orthonormal columns that with those of v, [B, d, n], span w too, [B, d, r]: [B, d, min(r, d - n)]."""
     import torch
 
     return torch.linalg.qr(torch.cat([v, w], dim=2)).Q[:, :, v.shape[2] :]
 
 
 def _check_adjoint(forward: torch.Tensor, backward: torch.Tensor, name: str) -> None:
-    """Q^T (J V) by forward mode against (J^T Q)^T V by reverse mode, [B, r, r]: a custom gradient, or a lost one, parts them."""
+    """Compare Q^T (J V), forward mode, with (J^T Q)^T V, reverse, [B, r, r]: custom or lost gradients part them."""
     wrong = (forward - backward).flatten(1).norm(dim=1) > ADJOINT_TOLERANCE * forward.flatten(1).norm(dim=1)
     if bool(wrong.any()):
         raise UserError(
-            f"{name}: its derivatives forwards and backwards disagree, as with a gradient of its own making, and volumes need "
-            f"the derivative of what it computes; {INSTEAD}"
+            f"{name}: its derivatives forwards and backwards disagree, as with a gradient of its own making, and "
+            f"volumes need the derivative of what it computes; {INSTEAD}"
         )
 
 
@@ -215,8 +212,8 @@ def _check_adjoint(forward: torch.Tensor, backward: torch.Tensor, name: str) -> 
 def _differentiable() -> Iterator[None]:
     """Operations that have both derivatives, and give the same bits each time.
 
-    Fused attention has no forward mode, nor have kernels that TorchScript fuses on GPUs; reverse mode of some operations adds up
-    in any order there, unless they are asked for another one.
+    Fused attention has no forward mode, nor have kernels that TorchScript fuses on GPUs; reverse mode of some
+    operations adds up in any order there, unless they are asked for another one.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from pd_core.build import fleet
-from pd_core.core import artifacts, files, seeds
+from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.generate import GenerateSettings, ResolvedGenerate
 from pd_core.density import realset
+from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.engine import console, tasks
 from pd_core.engine import resources as engine_resources
@@ -43,7 +44,7 @@ def prepare(settings: GenerateSettings) -> tuple[ResolvedGenerate, RealSet]:
     checked = check(settings)
     real = realset.open_for(checked.index, checked.checkpoint, "--index")
     if settings.weighting.kind == "two_level" and not settings.weighting.per_label:
-        generate_pilot.weighting_of(settings.weighting, real.density_quantiles, np.empty(0), "the index")
+        density_weighting.resolve(settings.weighting, real.density_quantiles)
     return checked, real
 
 
@@ -57,7 +58,7 @@ def check(settings: GenerateSettings) -> ResolvedGenerate:
     index = required(settings.index, "index", "name the --output of build_index.py")
     n = required(settings.n, "n", "how many accepted images are wanted")
     generator = setup.resolved(settings.generator)
-    generate_pilot.check_settings(settings.weighting, generator.labels)
+    density_weighting.check(settings.weighting, generator.labels)
     return load.resolved(
         ResolvedGenerate,
         settings,
@@ -90,8 +91,8 @@ def plan_generate(settings: GenerateSettings) -> None:
         finished = artifacts.load_artifact(files.join(output, "samples")) is not None
     if settings.overwrite and finished:
         raise UserError(
-            f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were made "
-            "with; choose another --output"
+            f"--output {output}: holds finished samples, and --dry-run --overwrite would replace the pilot they were "
+            "made with; choose another --output"
         )
     with started(checked, "generate", STAGES, tracked=False) as run, contextlib.ExitStack() as resources:
         console.say(_plan(run, checked, real, resources).text)
@@ -145,18 +146,18 @@ def _plan(run: Run, settings: ResolvedGenerate, real: RealSet, resources: contex
         begun = None if settings.overwrite else artifacts.begun_identity(files.join(run.output, "pilot"))
     gpus = engine_resources.gpus_to_ask(run.now, settings.actor_gpus, (begun or {}).get("device"))
     pool = chunks.Pool(settings.actors, settings.actor_cpus, gpus)
-    recipe = setup.recipe_of(
+    origin = setup.origin_of(
         settings.generator,
         setup.describe(settings.generator, run.now, pool),
         real,
-        seed=seeds.stream(settings.seed, "pilot"),
+        seed=settings.seed,
         chunk=settings.chunk,
         threads=settings.actor_cpus,
         device=engine_resources.device_of(run.now, gpus),
         copies_quantile=settings.copies_quantile,
         volume=generate_pilot.volume_of(settings.weighting),
     )
-    by_label = _label_quantiles(settings, real, recipe.class_names)
+    by_label = _label_quantiles(settings, real, origin.class_names)
 
     @functools.cache
     def open_index() -> search.SearchPool:
@@ -164,17 +165,11 @@ def _plan(run: Run, settings: ResolvedGenerate, real: RealSet, resources: contex
         opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, True, "scoring")
         return resources.enter_context(opened)
 
-    pilot = generate_pilot.make(run, recipe, pool, open_index, settings.pilot)
+    pilot = generate_pilot.make(run, origin, pool, open_index, settings.pilot)
     weightings = generate_pilot.weightings_of(settings.weighting, real, by_label, pilot, settings.score)
     expected = generate_pilot.expect(settings, weightings, pilot)
     generate_pilot.check_affordable(settings, real, by_label, pilot, expected)
-    recipe = replace(
-        recipe,
-        weightings=weightings,
-        score=settings.score,
-        seed=settings.seed,
-        drop_copies=settings.drop_copies,
-    )
+    recipe = origin.accepting(weightings, settings.score, settings.drop_copies)
     job = _job(run.output, settings, recipe, expected, pilot.png_bytes)
     _, most, _, _ = engine_resources.actor_pool(run.now, pool.actors, pool.actor_cpus, pool.actor_gpus)
     fit = engine_resources.actors_that_fit(run.now, pool.actor_cpus, pool.actor_gpus)
@@ -228,12 +223,11 @@ def _label_quantiles(settings: GenerateSettings, real: RealSet, names: tuple[str
     """Real densities of each label that is generated, where weightings are per label."""
     if not settings.weighting.per_label:
         return {}
-    densities = artifacts.load_artifact(files.join(real.uri, "densities"))
-    assert densities is not None
-    found = tasks.get(tasks.task(generate_pilot.label_quantiles).remote(real, [part.name for part in densities.parts]))
+    found = tasks.get(tasks.task(density_weighting.label_quantiles).remote(real.uri))
     if absent := [name for name in names if name not in found]:
         raise UserError(
-            f"--weighting.per_label: the index holds fewer than {generate_pilot.FEWEST_OF_LABEL} images of label {absent[0]!r} "
-            f"(its labels: {', '.join(sorted(found)[:10]) or 'none'}); set --generator.label_names to the index's labels"
+            f"--weighting.per_label: the index holds fewer than {density_weighting.FEWEST_OF_LABEL} images of label "
+            f"{absent[0]!r} (its labels: {', '.join(sorted(found)[:10]) or 'none'}); set --generator.label_names to "
+            "the index's labels"
         )
     return {name: found[name] for name in dict.fromkeys(names)}

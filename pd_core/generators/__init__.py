@@ -1,4 +1,6 @@
-"""Image generators behind one protocol (seeds to images; latents to images): noise, an adapter for each format, and how one is opened."""
+"""Image generators behind one protocol (seeds to images; latents to images): noise, an adapter for each format, and how
+one is opened.
+"""
 
 # what factories of users import (docs/generators.md)
 from pd_core.generators.noise import generators_of, normal_latents, truncated_latents

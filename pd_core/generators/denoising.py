@@ -1,8 +1,10 @@
-"""The denoising loop of pixel and latent diffusion: any network, any of diffusers' schedulers, one random generator per sample.
+"""The denoising loop of pixel and latent diffusion: any network, any of diffusers' schedulers, one random generator per
+sample.
 
-diffusers' own loops are passed over where they hold only a U-Net or a DiT, for three reasons: DDIMPipeline and PNDMPipeline
-put their own scheduler in the place of any other, LDMPipeline and DiTPipeline hand the scheduler no random generator, and all
-of them turn gradients off. With the scheduler a pipeline was saved with, the images are those of the pipeline.
+diffusers' own loops are passed over where they hold only a U-Net or a DiT, for three reasons: DDIMPipeline and
+PNDMPipeline put their own scheduler in the place of any other, LDMPipeline and DiTPipeline hand the scheduler no random
+generator, and all of them turn gradients off. With the scheduler a pipeline was saved with, the images are those of the
+pipeline.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Network:
     """A denoising network with its way from latents to pixels; float32 outside, its own arithmetic inside.
 
     Attributes:
-        predict: noisy latents [B, C, h, w], timestep, labels int64 [B] or None, to the network's output [B, C or 2C, h, w].
+        predict: noisy latents [B, C, h, w], timestep, labels int64 [B] or None, to the network's output [B, C or 2C, h,
+            w].
         to_pixels: latents [B, C, h, w] to images [B, 1 or 3, H, W] in [-1, 1].
         shape: (C, h, w) of one sample's latents.
         out_channels: channels of the output; 2C where it predicts a variance too.
@@ -248,7 +251,7 @@ def _predict(
 
 
 class DeterministicDiffusion(Diffusion):
-    """Diffusion whose scheduler draws no noise, so that an image is a function of its first noise; a `LatentGenerator`."""
+    """Diffusion whose scheduler draws no noise: an image is a function of its first noise; a `LatentGenerator`."""
 
     def latents(self, seeds: Sequence[int]) -> torch.Tensor:
         """Standard normal float32 [B, C, h, w] on the device: the noise that denoising starts from."""
@@ -257,8 +260,8 @@ class DeterministicDiffusion(Diffusion):
     def decode(self, latents: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """float32 [B, 1 or 3, H, W], about [-1, 1], not clamped; differentiable in the latents.
 
-        Each call of the network is a checkpoint: its activations are computed again on the way back, so memory grows with the
-        number of steps by a few latents, not by a network's activations each (Chen et al. 2016).
+        Each call of the network is a checkpoint: its activations are computed again on the way back, so memory grows
+        with the number of steps by a few latents, not by a network's activations each (Chen et al. 2016).
         """
         from torch.utils.checkpoint import checkpoint
 

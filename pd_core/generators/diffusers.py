@@ -1,7 +1,7 @@
 """Saved diffusers pipelines: unconditional, class-conditional, latent, text-to-image, consistency models.
 
-Pipelines that are a U-Net or a DiT with a scheduler run in our own loop (denoising.py); all others are called as they are,
-with one CPU random generator per sample.
+Pipelines that are a U-Net or a DiT with a scheduler run in our own loop (denoising.py); all others are called as they
+are, with one CPU random generator per sample.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def open_pipeline(settings: GeneratorSettings, device: str = "cpu") -> Generator
         device: "cpu", "cuda", "cuda:1".
 
     Raises:
-        UserError: no such directory or hub id, not a saved pipeline, weights only as pickles without permission, one that makes
-            no images from noise, or steps, scheduler, guidance, eta or size that it does not take.
+        UserError: no such directory or hub id, not a saved pipeline, weights only as pickles without permission, one
+            that makes no images from noise, or steps, scheduler, guidance, eta or size that it does not take.
     """
     pipeline, files = _loaded(settings, device)
     if settings.scheduler is not None:
@@ -81,7 +81,8 @@ class TrainablePipeline:
     """A saved pipeline of our own loop whose network is to be trained, in float32; the rest of it is frozen.
 
     Attributes:
-        network: U-Net or transformer, in training mode. scheduler: the one it was saved with, which tells how it was trained.
+        network: U-Net or transformer, in training mode. scheduler: the one it was saved with, which tells how it was
+            trained.
         size: (height, width) of its images, px. colors: 1 or 3. num_classes: 0 where it takes no labels.
     """
 
@@ -102,7 +103,7 @@ class TrainablePipeline:
         self.colors = self.shape[0] if autoencoder is None else int(autoencoder.config.in_channels)
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The network's output, float32 [B, C or 2C, h, w], of noisy latents [B, C, h, w] and a timestep of each, [B]."""
+        """The network's output, float32 [B, C or 2C, h, w], of noisy latents [B, C, h, w] and their timesteps, [B]."""
         return self._described().predict(noisy, timesteps, labels)
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -141,15 +142,15 @@ def open_trainable(settings: GeneratorSettings, device: str = "cpu") -> Trainabl
     """A saved pipeline to be trained on, in float32 whatever precision it is sampled with.
 
     Raises:
-        UserError: as `open_pipeline`; or a pipeline that has a loop of its own, or one that was distilled, whose loss is no
-            prediction of noise.
+        UserError: as `open_pipeline`; or a pipeline that has a loop of its own, or one that was distilled, whose loss
+            is no prediction of noise.
     """
     pipeline, files = _loaded(settings.model_copy(update={"precision": "fp32"}), device)
     name = type(pipeline).__name__
     if not _in_own_loop(pipeline) or name in DISTILLED:
         raise UserError(
-            f"--generator.path {settings.path}: {name} cannot be fine-tuned here; pipelines of a U-Net or DiT and a scheduler "
-            f"can ({', '.join(sorted({*UNET_PIPELINES, 'DiTPipeline'} - {*DISTILLED}))})"
+            f"--generator.path {settings.path}: {name} cannot be fine-tuned here; pipelines of a U-Net or DiT and a "
+            f"scheduler can ({', '.join(sorted({*UNET_PIPELINES, 'DiTPipeline'} - {*DISTILLED}))})"
         )
     for part in pipeline.components.values():
         if hasattr(part, "requires_grad_"):
@@ -179,7 +180,7 @@ def _loaded(settings: GeneratorSettings, device: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _local_folder(path: str, allow_pickle: bool) -> Iterator[str]:
-    """The pipeline's directory on this machine: as it is, copied from a store for the time of loading, or from the hub."""
+    """The pipeline's directory on this machine: as it is, copied from a store while it is loaded, or from the hub."""
     if not core_files.is_local(path):
         fs, remote = core_files.filesystem(path)
         if not fs.isdir(remote):
@@ -210,8 +211,8 @@ def _from_hub(name: str, allow_pickle: bool) -> str:
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise UserError(
-            f"--generator.path {name}: no such directory here, and the hub does not give it ({reason}); check the name, the "
-            "network, or HF_TOKEN for one that asks for a licence"
+            f"--generator.path {name}: no such directory here, and the hub does not give it ({reason}); check the "
+            "name, the network, or HF_TOKEN for one that asks for a licence"
         ) from None
 
 
@@ -222,7 +223,8 @@ def _model_index(folder: str, path: str) -> dict[str, Any]:
         index = json.loads(core_files.read_file(os.path.join(folder, "model_index.json"), where, trust.TEXT_BYTES))
     except FileNotFoundError:
         raise UserError(
-            f"{where}: no model_index.json in it, so not a saved diffusers pipeline; name the directory that save_pretrained wrote"
+            f"{where}: no model_index.json in it, so not a saved diffusers pipeline; name the directory that "
+            "save_pretrained wrote"
         ) from None
     except UserError:
         raise
@@ -230,7 +232,8 @@ def _model_index(folder: str, path: str) -> dict[str, Any]:
         raise UserError(f"{where}: model_index.json is not JSON ({error}); save the pipeline again") from None
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UserError(
-            f"{where}: model_index.json names no pipeline class of diffusers; one with code of its own needs --generator.kind python"
+            f"{where}: model_index.json names no pipeline class of diffusers; one with code of its own needs "
+            "--generator.kind python"
         )
     return index
 
@@ -243,8 +246,8 @@ def _refuse_pickles(folder: str, path: str) -> None:
         pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles and not any(name.endswith(".safetensors") for name in names):
             raise UserError(
-                f"--generator.path {path}: {part}/{pickles[0]} is a pickle, which can run any code it holds; save the pipeline "
-                "with safetensors, or pass --generator.allow-pickle if you trust it"
+                f"--generator.path {path}: {part}/{pickles[0]} is a pickle, which can run any code it holds; save the "
+                "pipeline with safetensors, or pass --generator.allow-pickle if you trust it"
             )
 
 
@@ -310,7 +313,7 @@ def _scheduler(name: str, pipeline: Any) -> Any:
 
 
 def _call_arguments(pipeline: Any, settings: GeneratorSettings) -> dict[str, Any]:
-    """The settings under the names of a pipeline's `__call__`, with its own number of steps and guidance where unset."""
+    """The settings under the names of a pipeline's `__call__`, with its own steps and guidance where they are unset."""
     accepted = inspect.signature(type(pipeline).__call__).parameters
     arguments = {
         name: accepted[name].default for name in (PARAMETERS["steps"], PARAMETERS["guidance"]) if name in accepted
@@ -400,8 +403,8 @@ class CalledPipeline:
         if other or "generator" not in accepted or not {"prompt", "batch_size"} & accepted.keys():
             wants = f"needs {', '.join(sorted(other))}" if other else "takes neither prompts nor a number of images"
             raise UserError(
-                f"--generator.path {pipeline.config._name_or_path}: {type(pipeline).__name__} {wants}; use a pipeline that makes "
-                "images from noise or text, or write a --generator.kind python"
+                f"--generator.path {pipeline.config._name_or_path}: {type(pipeline).__name__} {wants}; use a pipeline "
+                "that makes images from noise or text, or write a --generator.kind python"
             )
         self.takes_prompts = "prompt" in accepted
         self._pipeline, self._arguments = pipeline, arguments

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# Where torch's CPU generator, a Mersenne Twister, keeps its words: 32 bits each, widened to uint64, after a header that begins
+# Where torch's CPU generator, a Mersenne Twister, keeps its words: 32 bits each, widened to uint64, after a header that
+# begins
 # with the seed as uint64. `_twister_state` holds torch to it.
 TWISTER_WORDS = 624
 WORDS_AT = slice(24, 24 + 8 * TWISTER_WORDS)
@@ -22,8 +23,8 @@ WORDS_AT = slice(24, 24 + 8 * TWISTER_WORDS)
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU random generator for each seed in [0, 2^64); the whole seed decides.
 
-    `manual_seed` would drop all but the low 32 bits of a seed, and 256 of a million candidates would share their noise. The
-    words of the Mersenne Twister's state are SHAKE-128 (FIPS 202) of the seed's 8 bytes, little-endian, instead.
+    `manual_seed` would drop all but the low 32 bits of a seed, and 256 of a million candidates would share their noise.
+    The words of the Mersenne Twister's state are SHAKE-128 (FIPS 202) of the seed's 8 bytes, little-endian, instead.
 
     Raises:
         RuntimeError: this torch keeps the state of its generators in another way.
@@ -71,8 +72,8 @@ def _twister_state() -> np.ndarray:
         raise RuntimeError(f"torch {torch.__version__}: cannot set the state of its CPU generator ({error})") from error
     if generator.initial_seed() != 1 or not np.array_equal(found, reference.random_raw(drawn) & 0x7FFFFFFF):
         raise RuntimeError(
-            f"torch {torch.__version__}: keeps the state of its CPU generator in a way that pd_core does not know, so seeds "
-            "would be cut to 32 bits; use torch 2.15, and report this"
+            f"torch {torch.__version__}: keeps the state of its CPU generator in a way that pd_core does not know, so "
+            "seeds would be cut to 32 bits; use torch 2.15, and report this"
         )
     return blank
 
@@ -92,7 +93,7 @@ def normal_latents(seeds: Sequence[int], shape: Sequence[int], device: torch.dev
 def truncated_latents(
     seeds: Sequence[int], shape: Sequence[int], bound: float, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """`normal_latents` whose entries beyond ±bound > 0 are drawn again until none is (Brock et al. 2019, section 3.1)."""
+    """`normal_latents` whose entries beyond ±bound > 0 are drawn again (Brock et al. 2019, section 3.1)."""
     import torch
 
     rows = []

@@ -1,11 +1,13 @@
-"""A GAN's generator with the discriminator that it is trained against: opened from what the adapters open, saved as that again.
+"""A GAN's generator with the discriminator that it is trained against: opened from what the adapters open, saved as
+that again.
 
-Nothing here trains. What an adapter calls latents, images and classes is meant here too; a discriminator sees images as its
-generator gives them, [B, 1 or 3, H, W] in [-1, 1].
+Nothing here trains. What an adapter calls latents, images and classes is meant here too; a discriminator sees images as
+its generator gives them, [B, 1 or 3, H, W] in [-1, 1].
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -62,7 +64,8 @@ class Pair:
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         if shape not in ((count,), (count, 1)):
             raise UserError(
-                f"{self.name}: gives {shape} for {count} images; it must give one logit for each, [{count}] or [{count}, 1]"
+                f"{self.name}: gives {shape} for {count} images; it must give one logit for each, [{count}] or "
+                f"[{count}, 1]"
             )
         return found.reshape(count).float()
 
@@ -86,6 +89,24 @@ def image_shape(live: LatentGenerator) -> tuple[int, tuple[int, int]]:
         found = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
         raise UserError(f"the generator gives {found} for one latent; it must give an image [1, 1 or 3, H, W]")
     return image.shape[1], (image.shape[2], image.shape[3])
+
+
+def frozen(network: Any, weights: Weights | None = None) -> Any:
+    """A copy of a network to be sampled from or saved, with other weights if there are any; it is not trained."""
+    import torch
+
+    with torch.no_grad():  # TorchScript would copy within the graph
+        copied = copy.deepcopy(network)
+    if weights is not None:
+        copied.load_state_dict(weights)
+    set_trained(copied, False)
+    return copied.eval()
+
+
+def set_trained(network: Any, on: bool) -> None:
+    """Whether a network's weights require gradients."""
+    for parameter in network.parameters():  # one by one: modules of TorchScript have no requires_grad_
+        parameter.requires_grad_(on)
 
 
 def check_trainable(network: torch.nn.Module, where: str) -> None:
@@ -116,8 +137,9 @@ def check_passes(pair: Pair, sizes: Iterable[int]) -> None:
             raise
         except Exception as error:  # its code is the user's, and may raise anything
             raise UserError(
-                f"{pair.name}: does not take {count} images of the generator, {list(images.shape)} ({_reason(error)}); name the "
-                "one that belongs to this generator, or choose another --training.batch_size or --training.accumulate"
+                f"{pair.name}: does not take {count} images of the generator, {list(images.shape)} ({_reason(error)}); "
+                "name the one that belongs to this generator, or choose another --training.batch_size or "
+                "--training.accumulate"
             ) from None
     pair.discriminator.train(training)
 
@@ -174,5 +196,6 @@ def load_weights(path: str, **networks: torch.nn.Module) -> None:
             network.load_state_dict(own)
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"weights {path}: not those of this factory's networks ({one_line(error)}); name the file that belongs to them"
+            f"weights {path}: not those of this factory's networks ({one_line(error)}); name the file that belongs to "
+            "them"
         ) from None

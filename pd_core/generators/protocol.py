@@ -1,9 +1,9 @@
 """Image generators behind one small protocol: seeds to uint8 images; where a format allows, seeds to latents to images.
 
-An adapter is a class in a module of its own with the two methods of `Generator`, or the four of `LatentGenerator`. Sample i
-of a batch is a function of seeds[i] and its own condition; everything random in it is drawn on the CPU from a
-`torch.Generator` that all bits of seeds[i] decide (`generators_of`, `normal_latents`), so that it does not depend on batch,
-device or worker; `generate_checked` holds every generator to it. docs/generators.md tells how to write one.
+An adapter is a class in a module of its own with the two methods of `Generator`, or the four of `LatentGenerator`.
+Sample i of a batch is a function of seeds[i] and its own condition; everything random in it is drawn on the CPU from a
+`torch.Generator` that all bits of seeds[i] decide (`generators_of`, `normal_latents`), so that it does not depend on
+batch, device or worker; `generate_checked` holds every generator to it. docs/generators.md tells how to write one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Generator(Protocol):
     takes_prompts: bool
 
     def identity(self) -> dict[str, Any]:
-        """JSON-able: everything beside the settings that decides an image (weights' hash, scheduler, library versions)."""
+        """JSON-able: all beside the settings that decides an image (weights' hash, scheduler, library versions)."""
         ...
 
     def generate(self, seeds: Sequence[int], conditions: Conditions) -> torch.Tensor:
@@ -80,8 +80,8 @@ def own_randomness(name: str, device: torch.device | str) -> Iterator[None]:
     after = _global_states(device)
     if moved := [library for library, state in before.items() if state != after[library]]:
         raise UserError(
-            f"{name}: draws from the global random state of {' and '.join(moved)}, so that an image is no function of its seed; "
-            "choose another scheduler or generator, or draw from generators_of(seeds)"
+            f"{name}: draws from the global random state of {' and '.join(moved)}, so that an image is no function of "
+            "its seed; choose another scheduler or generator, or draw from generators_of(seeds)"
         )
 
 
@@ -117,6 +117,14 @@ def generate_checked(
     with own_randomness(name, device):
         images = generator.generate(seeds, conditions)
     return checked(images, len(seeds))
+
+
+def generate_decoded(generator: LatentGenerator, seeds: Sequence[int], conditions: Conditions) -> torch.Tensor:
+    """`Generator.generate` of one whose images are those of its latents: uint8 [B, H, W, 3], on its device."""
+    import torch
+
+    with torch.no_grad():
+        return to_uint8(generator.decode(generator.latents(seeds), conditions))
 
 
 def check_conditions(generator: Generator, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> None:

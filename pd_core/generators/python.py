@@ -1,4 +1,4 @@
-"""Generators of the user's own: a factory named MODULE:FACTORY or FILE.py:FACTORY. docs/generators.md holds an example."""
+"""Generators of the user's own: a factory named MODULE:FACTORY or FILE.py:FACTORY (docs/generators.md)."""
 
 from __future__ import annotations
 
@@ -46,17 +46,18 @@ def open_factory(settings: GeneratorSettings, device: str = "cpu") -> Generator:
     """What the factory makes of `settings.arguments`, and of `device` where it has a parameter of that name.
 
     Raises:
-        UserError: no such module, file or factory, arguments it does not take, a result that is no Generator, or whatever the
-            user's code raises, with its line.
+        UserError: no such module, file or factory, arguments it does not take, a result that is no Generator, or
+            whatever the user's code raises, with its line.
     """
     return _adapted(_factory(settings, device))
 
 
 def open_pair(settings: GeneratorSettings, device: str = "cpu") -> Pair:
-    """What the factory makes, whose object then has two networks more: `generator_network`, which `decode` runs, and `discriminator`.
+    """What the factory makes, whose object then has two networks more: `generator_network`, which `decode` runs, and
+    `discriminator`.
 
-    The discriminator takes images float32 [B, C, H, W] in [-1, 1], and where there are classes also their numbers, int64 [B];
-    it gives logits [B] or [B, 1]. The factory's parameter `weights` names a file of `pairs.save_weights`.
+    The discriminator takes images float32 [B, C, H, W] in [-1, 1], and where there are classes also their numbers,
+    int64 [B]; it gives logits [B] or [B, 1]. The factory's parameter `weights` names a file of `pairs.save_weights`.
 
     Raises:
         UserError: what `open_factory` refuses, or an object or a factory without one of these.
@@ -113,11 +114,13 @@ def _check_pair(made: Any, factory: _Factory) -> None:
     if missing or not isinstance(made, LatentGenerator):
         missing += [] if isinstance(made, LatentGenerator) else ["latents", "decode"]
         raise UserError(
-            f"{factory.where}: {type(made).__name__} has no {', no '.join(missing)}, which fine-tuning needs; see docs/generators.md"
+            f"{factory.where}: {type(made).__name__} has no {', no '.join(missing)}, which fine-tuning needs; see "
+            "docs/generators.md"
         )
     if "weights" not in factory.parameters:
         raise UserError(
-            f"{factory.where}: takes no argument weights, by which a fine-tuned generator is opened; see docs/generators.md"
+            f"{factory.where}: takes no argument weights, by which a fine-tuned generator is opened; see "
+            "docs/generators.md"
         )
 
 
@@ -283,7 +286,8 @@ def _check_protocol(generator: Any, where: str) -> None:
     if missing or one_of_two:
         missing += [n for n in ("latents", "decode") if one_of_two and not hasattr(generator, n)]
         raise UserError(
-            f"{where}: gave {type(generator).__name__} without {', '.join(missing)}; see docs/generators.md for what a generator has"
+            f"{where}: gave {type(generator).__name__} without {', '.join(missing)}; see docs/generators.md for what a "
+            "generator has"
         )
     classes = generator.num_classes
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:

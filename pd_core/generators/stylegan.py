@@ -1,14 +1,14 @@
-"""NVIDIA's StyleGAN2-ADA and StyleGAN3 network pickles: G_ema, run with reference operations, so without compiling anything.
+"""NVIDIA's StyleGAN2-ADA and StyleGAN3 network pickles: G_ema, run with reference operations, so without compiling
+anything.
 
-The pickles hold the source of their networks and import `torch_utils` and `dnnlib` from NVIDIA's code, which its licence keeps
-out of this package; the user names a directory that holds it. Latents are ours (a CPU generator per seed), so a seed's image
-is another than that of NVIDIA's scripts, which draw with numpy.
+The pickles hold the source of their networks and import `torch_utils` and `dnnlib` from NVIDIA's code, which its
+licence keeps out of this package; the user names a directory that holds it. Latents are ours (a CPU generator per
+seed), so a seed's image is another than that of NVIDIA's scripts, which draw with numpy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import io
 import os
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError, one_line
 from pd_core.generators.noise import normal_latents
-from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, weights_hash
-from pd_core.generators.protocol import Conditions, check_conditions, files_hash, read_file, to_uint8
+from pd_core.generators.pairs import Pair, Weights, check_trainable, frozen, image_shape, weights_hash
+from pd_core.generators.protocol import Conditions, check_conditions, files_hash, generate_decoded, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,8 @@ COMPILED = ("bias_act", "upfirdn2d", "filtered_lrelu")
 def open_pickle(settings: GeneratorSettings, device: str = "cpu") -> StyleGAN:
     """G_ema of a network pickle, on a device.
 
-    Its code stays on `sys.path` for as long as the process lives: networks import from it when they are copied or pickled again.
+    Its code stays on `sys.path` for as long as the process lives: networks import from it when they are copied or
+    pickled again.
 
     Args:
         settings: `path` of the pickle, local or s3://; `code`, the directory of stylegan2-ada-pytorch or stylegan3.
@@ -57,8 +58,9 @@ def open_pickle(settings: GeneratorSettings, device: str = "cpu") -> StyleGAN:
 def open_pair(settings: GeneratorSettings, device: str = "cpu") -> Pair:
     """G and D of a network pickle; the moving average starts from its G_ema.
 
-    D is called as NVIDIA's training does, with images float32 [B, C, H, W] in [-1, 1] and one-hot classes. The truncation of
-    the settings is for sampling; noise inputs are theirs, in training too, so that an image is a function of its latent.
+    D is called as NVIDIA's training does, with images float32 [B, C, H, W] in [-1, 1] and one-hot classes. The
+    truncation of the settings is for sampling; noise inputs are theirs, in training too, so that an image is a function
+    of its latent.
 
     Args:
         settings: as for `open_pickle`.
@@ -98,22 +100,14 @@ def _judged(critic: Any, num_classes: int, images: torch.Tensor, labels: torch.T
 
 
 def _sampler(generator: Any, settings: GeneratorSettings, device: str, code_hash: str, weights: Weights) -> StyleGAN:
-    return StyleGAN(_still(generator, weights), settings, device, weights_hash(weights), code_hash)
+    return StyleGAN(frozen(generator, weights), settings, device, weights_hash(weights), code_hash)
 
 
 def _save(content: Mapping[str, Any], generator: Any, critic: Any, folder: str, weights: Weights) -> None:
     """network.pkl: what the original held, with other networks."""
-    networks = {"G": _still(generator), "D": _still(critic), "G_ema": _still(generator, weights)}
+    networks = {"G": frozen(generator), "D": frozen(critic), "G_ema": frozen(generator, weights)}
     with open(os.path.join(folder, "network.pkl"), "wb") as file:
         pickle.dump({**content, **{name: network.to("cpu") for name, network in networks.items()}}, file)
-
-
-def _still(network: Any, weights: Weights | None = None) -> Any:
-    """A copy to be sampled from or saved, with other weights if there are any."""
-    copied = copy.deepcopy(network)
-    if weights is not None:
-        copied.load_state_dict(weights)
-    return copied.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -137,12 +131,13 @@ class _Pickled:
 
 
 def _unpickled(settings: GeneratorSettings) -> _Pickled:
-    """What the pickle of the settings holds, once all of them are checked; NVIDIA's operations are the reference ones."""
+    """What the pickle of the settings holds, once all of them are checked; NVIDIA's reference operations are set."""
     assert settings.path is not None, "open_generator refuses settings without a path"
     where = f"--generator.path {settings.path}"
     if not settings.allow_pickle:
         raise UserError(
-            f"{where}: a pickle, which can run any code it holds when it is loaded; pass --generator.allow-pickle if you trust it"
+            f"{where}: a pickle, which can run any code it holds when it is loaded; pass --generator.allow-pickle if "
+            "you trust it"
         )
     if settings.precision == "bf16":
         raise UserError(f"--generator.precision bf16: {PRECISIONS}")
@@ -157,13 +152,15 @@ def _import_from(code: str | None) -> str:
     """Put NVIDIA's code on sys.path; its absolute path."""
     if code is None:
         raise UserError(
-            "--generator.code: not set; StyleGAN pickles need NVIDIA's code, name your copy of stylegan2-ada-pytorch or stylegan3"
+            "--generator.code: not set; StyleGAN pickles need NVIDIA's code, name your copy of stylegan2-ada-pytorch "
+            "or stylegan3"
         )
     folder = files.absolute(code)
     missing = [name for name in CODE if not os.path.isdir(os.path.join(folder, name))]
     if missing:
         raise UserError(
-            f"--generator.code {code}: has no {' and no '.join(missing)}; name the directory of stylegan2-ada-pytorch or stylegan3"
+            f"--generator.code {code}: has no {' and no '.join(missing)}; name the directory of stylegan2-ada-pytorch "
+            "or stylegan3"
         )
     for name in CODE:
         loaded = getattr(sys.modules.get(name), "__file__", None)
@@ -177,19 +174,19 @@ def _import_from(code: str | None) -> str:
 def _content(data: bytes, where: str) -> Mapping[str, Any]:
     try:
         with _version_parser():
-            content = pickle.load(io.BytesIO(data))  # noqa: S301 - the user said --generator.allow-pickle; NVIDIA has no other format
+            content = pickle.load(io.BytesIO(data))  # noqa: S301 - permitted; NVIDIA has no other form
     except Exception as error:  # bytes of another kind are opcodes at random, which may raise nearly anything
         reason = one_line(error)
         raise UserError(
-            f"{where}: cannot be unpickled with this code ({type(error).__name__}: {reason}); use the code it was made with, and "
-            "convert TensorFlow's with its legacy.py"
+            f"{where}: cannot be unpickled with this code ({type(error).__name__}: {reason}); use the code it was made "
+            "with, and convert TensorFlow's with its legacy.py"
         ) from None
     return content if isinstance(content, dict) else {}
 
 
 @contextlib.contextmanager
 def _version_parser() -> Iterator[None]:
-    """`from pkg_resources import parse_version`, as StyleGAN3's operations do at import; setuptools 82 took that module away."""
+    """Stand in for `pkg_resources.parse_version`, which StyleGAN3's operations import and setuptools 82 took away."""
     if importlib.util.find_spec("pkg_resources") is not None:
         yield
         return
@@ -207,8 +204,9 @@ def _version_parser() -> Iterator[None]:
 def _use_reference_operations() -> None:
     """Let NVIDIA's operations take the way they take on a CPU everywhere.
 
-    On a GPU they compile CUDA code at first use: that needs a compiler on every node, fails on many, and StyleGAN2-ADA then goes
-    on with other operations after a warning. The reference ones are slower, are there always, and differentiate to any order.
+    On a GPU they compile CUDA code at first use: that needs a compiler on every node, fails on many, and StyleGAN2-ADA
+    then goes on with other operations after a warning. The reference ones are slower, are there always, and
+    differentiate to any order.
     """
     for name in COMPILED:
         module: Any = sys.modules.get(f"torch_utils.ops.{name}")
@@ -243,10 +241,7 @@ class StyleGAN:
 
     def generate(self, seeds: Sequence[int], conditions: Conditions) -> torch.Tensor:
         """uint8 [B, H, W, 3] on the device; see Generator."""
-        import torch
-
-        with torch.no_grad():
-            return to_uint8(self.decode(self.latents(seeds), conditions))
+        return generate_decoded(self, seeds, conditions)
 
     def latents(self, seeds: Sequence[int]) -> torch.Tensor:
         """Standard normal z, float32 [B, z_dim], on the device."""
@@ -256,7 +251,8 @@ class StyleGAN:
         """float32 [B, 3, H, W], about [-1, 1], not clamped; differentiable in z, noise inputs held constant.
 
         Raises:
-            UserError: fp16 on a CPU. It is not refused at opening: a driver without a GPU opens generators to describe them.
+            UserError: fp16 on a CPU. It is not refused at opening: a driver without a GPU opens generators to describe
+                them.
         """
         if not self._options["force_fp32"] and latents.device.type != "cuda":
             raise UserError(f"--generator.precision fp16: this process runs on {latents.device.type}; {PRECISIONS}")

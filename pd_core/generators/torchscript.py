@@ -1,12 +1,11 @@
 """TorchScript files: a module from latents, and class numbers where it takes them, to images.
 
-No Python of the file runs: TorchScript is a small language with an interpreter of its own. It is code all the same, and torch
-does not promise that a hostile file does no harm: load files of people you trust.
+No Python of the file runs: TorchScript is a small language with an interpreter of its own. It is code all the same, and
+torch does not promise that a hostile file does no harm: load files of people you trust.
 """
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 import warnings
@@ -19,8 +18,16 @@ from typing import TYPE_CHECKING, Any
 from pd_core.core import artifacts, files, trust
 from pd_core.core.errors import UserError, one_line
 from pd_core.generators.noise import normal_latents, truncated_latents
-from pd_core.generators.pairs import Pair, Weights, check_trainable, image_shape, weights_hash
-from pd_core.generators.protocol import Conditions, check_conditions, to_uint8
+from pd_core.generators.pairs import (
+    Pair,
+    Weights,
+    check_trainable,
+    frozen,
+    image_shape,
+    set_trained,
+    weights_hash,
+)
+from pd_core.generators.protocol import Conditions, check_conditions, generate_decoded
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +38,16 @@ if TYPE_CHECKING:
 def open_module(settings: GeneratorSettings, device: str = "cpu") -> TorchScript:
     """A module that `torch.jit.save` wrote, on a device.
 
-    Its forward takes float32 latents [B, *latent_shape] and gives images [B, 1 or 3, H, W]. A second argument takes class
-    numbers, int64 [B]; the module then holds their count as an integer attribute `num_classes`.
+    Its forward takes float32 latents [B, *latent_shape] and gives images [B, 1 or 3, H, W]. A second argument takes
+    class numbers, int64 [B]; the module then holds their count as an integer attribute `num_classes`.
 
     Args:
         settings: `path`, local or s3://; `latent_shape`; `value_range` of the output.
         device: "cpu", "cuda", "cuda:1".
 
     Raises:
-        UserError: no such file, not TorchScript, no latent_shape, another signature, or no num_classes where labels are taken.
+        UserError: no such file, not TorchScript, no latent_shape, another signature, or no num_classes where labels are
+            taken.
     """
     where = f"--generator.path {settings.path}"
     assert settings.path is not None, "open_generator refuses settings without a path"
@@ -48,15 +56,15 @@ def open_module(settings: GeneratorSettings, device: str = "cpu") -> TorchScript
             "--generator.latent_shape: not set; a TorchScript module does not tell, e.g. [128] or [3,32,32]"
         )
     module, file_hash = _load(settings.path, where, device)
-    _train(module, False)
+    set_trained(module, False)
     return TorchScript(module.eval(), settings, device, _classes(module, where), file_hash)
 
 
 def open_pair(settings: GeneratorSettings, discriminator: str | None, device: str = "cpu") -> Pair:
     """The generator of `open_module` with a discriminator, another file of `torch.jit.save`.
 
-    The discriminator's forward takes images float32 [B, C, H, W] in [-1, 1], whatever `value_range` the generator's output
-    has, and gives logits [B] or [B, 1]. A second argument takes the class numbers, int64 [B].
+    The discriminator's forward takes images float32 [B, C, H, W] in [-1, 1], whatever `value_range` the generator's
+    output has, and gives logits [B] or [B, 1]. A second argument takes the class numbers, int64 [B].
 
     Args:
         settings: as for `open_module`; latents are drawn within a bound when images are sampled, not while training.
@@ -64,7 +72,8 @@ def open_pair(settings: GeneratorSettings, discriminator: str | None, device: st
         device: "cpu", "cuda", "cuda:1".
 
     Raises:
-        UserError: what `open_module` refuses, of both; no discriminator; one that takes labels where the generator takes none.
+        UserError: what `open_module` refuses, of both; no discriminator; one that takes labels where the generator
+            takes none.
     """
     if discriminator is None:
         raise UserError(
@@ -79,7 +88,7 @@ def open_pair(settings: GeneratorSettings, discriminator: str | None, device: st
     if len(takes) > 1 and not live.num_classes:
         raise UserError(f"{where}: takes labels, which the generator does not; name the one that belongs to it")
     for module, name in ((generator, f"--generator.path {settings.path}"), (critic, where)):
-        _train(module.float(), True)
+        set_trained(module.float(), True)
         check_trainable(module, name)
     colors, size = image_shape(live)
     return Pair(
@@ -106,33 +115,16 @@ def _judged(critic: Any, with_labels: bool, images: torch.Tensor, labels: torch.
 def _sampler(
     generator: Any, settings: GeneratorSettings, device: str, num_classes: int, weights: Weights
 ) -> TorchScript:
-    return TorchScript(_still(generator, weights), settings, device, num_classes, weights_hash(weights))
+    return TorchScript(frozen(generator, weights), settings, device, num_classes, weights_hash(weights))
 
 
 def _save(generator: Any, critic: Any, folder: str, weights: Weights) -> None:
     """generator.pt and discriminator.pt, which `open_pair` takes."""
     import torch
 
-    for name, module in (("generator", _still(generator, weights)), ("discriminator", _still(critic))):
+    for name, module in (("generator", frozen(generator, weights)), ("discriminator", frozen(critic))):
         with _quiet():
             torch.jit.save(module.to("cpu"), os.path.join(folder, f"{name}.pt"))
-
-
-def _still(module: Any, weights: Weights | None = None) -> Any:
-    """A copy to be sampled from or saved, with other weights if there are any."""
-    import torch
-
-    with torch.no_grad():  # TorchScript would copy within the graph
-        copied = copy.deepcopy(module)
-    if weights is not None:
-        copied.load_state_dict(weights)
-    _train(copied, False)
-    return copied.eval()
-
-
-def _train(module: Any, on: bool) -> None:
-    for parameter in module.parameters():  # one by one: modules of TorchScript have no requires_grad_
-        parameter.requires_grad_(on)
 
 
 def _load(path: str, where: str, device: str) -> tuple[Any, str]:
@@ -201,10 +193,7 @@ class TorchScript:
 
     def generate(self, seeds: Sequence[int], conditions: Conditions) -> torch.Tensor:
         """uint8 [B, H, W, 3] on the device; see Generator."""
-        import torch
-
-        with torch.no_grad():
-            return to_uint8(self.decode(self.latents(seeds), conditions))
+        return generate_decoded(self, seeds, conditions)
 
     def latents(self, seeds: Sequence[int]) -> torch.Tensor:
         """Standard normal float32 [B, *latent_shape] on the device, within ±latent_bound where one is set."""

@@ -20,7 +20,7 @@ from pd_core.core.errors import RunError, UserError
 from pd_core.density import formula, weighting
 from pd_core.engine import console, resources, tasks, telemetry
 from pd_core.generate import chunks as generate_chunks
-from pd_core.generate.candidates import ChunkMaker, Recipe, candidates_of, conditions_of, picture, pixels_hash
+from pd_core.generate.candidates import Models, Origin, candidates_of, conditions_of, picture, pixels_hash
 from pd_core.generate.chunks import MAX_CHUNKS, Pool, Progress
 from pd_core.generators import protocol
 from pd_core.index import search
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 SIGNS = {"up": 1, "down": -1}
-NOT_OURS = ("weightings", "score", "drop_copies")  # of a recipe's identity: nothing is accepted or rejected here
 PROBE_STEPS = 2
 
 
@@ -57,7 +56,7 @@ class Job:
         n: samples; the last chunk is made whole and cut, so that a row does not depend on n.
     """
 
-    recipe: Recipe
+    recipe: Origin
     move: Move
     stage: artifacts.Stage
     chunks_per_part: int
@@ -96,13 +95,13 @@ class Job:
         """Samples of a chunk that are among the first n."""
         return min(self.recipe.chunk, self.n - chunk * self.recipe.chunk)
 
-    def open(self, device: str) -> ChunkMaker:
+    def open(self, device: str) -> Models:
         """Generator, extractor and predictor."""
         if device != "cpu":
             _be_deterministic()
-        return ChunkMaker(self.recipe, device)
+        return Models(self.recipe, device)
 
-    def make(self, opened: ChunkMaker, chunk: int) -> dict[str, Any]:
+    def make(self, opened: Models, chunk: int) -> dict[str, Any]:
         """Moved, saved as uint8, and scored by the predictor again as saved."""
         return _made_values(opened, perturb_chunk(self, opened, chunk, self.move.steps), self.kept(chunk))
 
@@ -127,10 +126,9 @@ class Job:
         telemetry.IMAGES.add(rows, stage=self.kind)
 
 
-def stage_of(uri: str, recipe: Recipe, move: Move, chunks_per_part: int, n: int) -> artifacts.Stage:
+def stage_of(uri: str, recipe: Origin, move: Move, chunks_per_part: int, n: int) -> artifacts.Stage:
     """The stage at `uri`; everything that decides its rows is its identity."""
-    identity = {name: value for name, value in recipe.identity().items() if name not in NOT_OURS}
-    identity |= {"move": {**asdict(move), "directions": list(move.directions)}}
+    identity = recipe.identity() | {"move": {**asdict(move), "directions": list(move.directions)}}
     identity |= {"n": n, "chunks_per_part": chunks_per_part}
     return artifacts.Stage(uri, "perturbed", schemas.VERSIONS["perturbed"], identity)
 
@@ -148,7 +146,7 @@ def _be_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def perturb_chunk(job: Job, maker: ChunkMaker, chunk: int, steps: int) -> list[Perturbed]:
+def perturb_chunk(job: Job, maker: Models, chunk: int, steps: int) -> list[Perturbed]:
     """The chunk's samples moved in each direction, on the device.
 
     Raises:
@@ -190,7 +188,7 @@ def perturb_chunk(job: Job, maker: ChunkMaker, chunk: int, steps: int) -> list[P
     return made
 
 
-def _made_values(maker: ChunkMaker, made: list[Perturbed], kept: int) -> dict[str, Any]:
+def _made_values(maker: Models, made: list[Perturbed], kept: int) -> dict[str, Any]:
     """Columns of `Job.made`. The images are measured as they are saved: uint8, in batches of the chunk's size."""
     import torch
 

@@ -96,7 +96,7 @@ def job_of(
     settings: ResolvedPerturb, real: RealSet, facts: Mapping[str, Any], device: str, uri: str
 ) -> perturb_stage.Job:
     """The stage at `uri`; facts: of the generator, from `setup.describe`."""
-    recipe = setup.recipe_of(
+    recipe = setup.origin_of(
         settings.generator,
         facts,
         real,

@@ -278,6 +278,6 @@ def test_volumes_that_cannot_be_measured_are_refused_by_the_options_of_this_work
 def test_a_refusal_of_volumes_names_no_option_that_this_workflow_lacks(decode):
     own = {f"--{name}" for name in TradeoffSettings.model_fields}
     with pytest.raises(UserError) as raised, workflow._own_words():
-        volume.log_volumes(decode, torch.randn(2, 8), [1, 2], volume.Volume(3, 4))
+        volume.top_singular_values(decode, torch.randn(2, 8), [1, 2], volume.Volume(3, 4))
     named = set(re.findall(r"--[a-z_.]+", str(raised.value)))
     assert "--polarities" in named and named <= own

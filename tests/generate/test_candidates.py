@@ -21,11 +21,12 @@ from pd_core.core.settings.index import EstimatorSettings, FeatureSettings
 from pd_core.density import fit, formula, predictor
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
+from pd_core.density.weighting import EVERYTHING
 from pd_core.engine import resources
 from pd_core.generate import chunks as generate_chunks
 from pd_core.generate import pilot as generate_pilot
 from pd_core.generate import sampling, verify
-from pd_core.generate.candidates import EVERYTHING, ChunkMaker, Recipe, candidates_of, finish
+from pd_core.generate.candidates import ChunkMaker, Recipe, candidates_of, finish
 from pd_core.generate.volume import Volume
 from pd_core.generators import noise
 from pd_core.generators.open import open_generator
@@ -33,7 +34,7 @@ from pd_core.index import extractor, search
 from tests import tiny, tiny_generators, toy_generator
 
 CHUNK = 50
-CHUNKS = 120
+CHUNKS = 40
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_a_chunk_is_the_same_whoever_makes_it_and_after_whatever(
             expected = forwards[number]
             np.testing.assert_array_equal(batch.pixels, expected.pixels)
             np.testing.assert_array_equal(batch.features, expected.features)
-            np.testing.assert_array_equal(batch.log_density, expected.log_density)
+            np.testing.assert_array_equal(batch.scored.density, expected.scored.density)
     assert not np.array_equal(forwards[0].pixels, forwards[1].pixels)
 
 
@@ -119,11 +120,11 @@ def everyone(real: RealSet, toy: GeneratorSettings) -> np.ndarray:
     """Densities of CHUNKS chunks of candidates, nobody rejected."""
     maker = ChunkMaker(recipe_of(real, toy, density_weighting.uniform()), "cpu")
     made = [maker.make(number) for number in range(CHUNKS)]
-    assert all(len(batch.rows) == CHUNK and batch.log_density is not None for batch in made)
-    return formula.density_of(np.concatenate([batch.log_density for batch in made if batch.log_density is not None]))
+    assert all(len(batch.rows) == CHUNK for batch in made)
+    return np.concatenate([batch.scored.density for batch in made if batch.scored is not None])
 
 
-@pytest.mark.parametrize("weight", [0.01, 0.1, 10.0, 100.0])
+@pytest.mark.parametrize("weight", [0.1, 10.0])
 def test_the_engine_accepts_in_proportion_to_the_weights(
     real: RealSet, toy: GeneratorSettings, everyone: np.ndarray, weight: float
 ) -> None:
@@ -165,20 +166,20 @@ def volumes_of(recipe: Recipe, chunks: int) -> tuple[np.ndarray, np.ndarray]:
     maker, found, accepted = ChunkMaker(recipe, "cpu"), [], np.zeros(recipe.chunk * chunks, bool)
     for number in range(chunks):
         made = maker.make(number)
-        assert made.log_volume is not None and made.degenerate == 0
-        found.append(made.log_volume)
+        assert made.scored is not None and made.degenerate == 0
+        found.append(made.scored.statistic)
         accepted[number * recipe.chunk + made.rows] = True
     return np.concatenate(found), accepted
 
 
-@pytest.mark.parametrize("polarity", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("polarity", [-1.0, 1.0])
 def test_polarity_draws_the_tilted_distribution_from_a_generator(
     real: RealSet, bars: GeneratorSettings, polarity: float
 ) -> None:
     """v of the bars is N(μ, s²) with s = 2 RATE = 1; exp(p v) makes it N(μ + p s², s²).
 
-    χ² over 8 bins of the accepted, some 1,000. The pilot of 2,000 in 40 steps errs by exp's spread within a step over sqrt(50):
-    2%, in the outermost one 6%, where the counts err by 9% and more.
+    χ² over 8 bins of the accepted, some 1,000. The pilot of 2,000 in 40 steps errs by exp's spread within a step over
+    sqrt(50): 2%, in the outermost one 6%, where the counts err by 9% and more.
     """
     recipe = recipe_of(real, bars, density_weighting.uniform(), chunk=250, volume=Volume(4, 16))
     pilot, everyone = volumes_of(replace(recipe, seed=1), 8)
@@ -189,8 +190,6 @@ def test_polarity_draws_the_tilted_distribution_from_a_generator(
     seeds = np.concatenate([candidates_of(recipe, chunk).seed for chunk in range(24)])
     latents = noise.normal_latents(seeds.tolist(), (4,)).numpy()
     np.testing.assert_allclose(v, tiny_generators.Bars.log_volume(latents), atol=1e-4)
-    if polarity == 0:
-        assert accepted.all()
     mean = float(tiny_generators.Bars.log_volume(np.zeros((1, 4)))[0]) + polarity * (2 * tiny_generators.RATE) ** 2
     observed, _ = np.histogram(v[accepted], stats.norm.ppf(np.linspace(0, 1, 9), mean, 2 * tiny_generators.RATE))
     assert observed.min() > 50
@@ -244,7 +243,9 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
     monkeypatch: pytest.MonkeyPatch,
     volume: Volume | None,
 ) -> None:
-    """Pilot, accepted and rejected: v of the closed form at the latents of each row's seed, a of the step it lies in."""
+    """Pilot, accepted and rejected: v of the closed form at the latents of each row's seed, a of the step it lies
+    in.
+    """
     monkeypatch.setattr(resources, "assigned_device", lambda: "cpu")
     monkeypatch.setattr(
         search, "search", nearest(np.random.default_rng(0).normal(size=(9, real.extractor.feature_dim)))
@@ -254,7 +255,7 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
     stage = made_part(replace(recipe, seed=1), tmp_path / "before", 2, "pilot").samples
     pilot = generate_pilot.read(stage, stage.commit(stage.finished_parts().values(), {}, {}))
     if volume is None:
-        assert pilot.log_volume is None and pilot.axis == "densities"
+        assert pilot.log_volume is None
         weighting = density_weighting.two_level(float(np.median(pilot.predicted)), 5)
     else:
         assert pilot.log_volume is not None and pilot.degenerate == 0
@@ -277,6 +278,6 @@ def test_log_volumes_reach_the_tables_and_are_what_decided(
             latents = noise.normal_latents(table["seed"].to_pylist(), (4,)).numpy()
             np.testing.assert_allclose(deciding, tiny_generators.Bars.log_volume(latents), atol=1e-4)
         np.testing.assert_array_equal(chance, density_weighting.acceptance_probability(deciding, weighting))
-    again, _, _ = finish(job.recipe, cast("Any", None), 1, ChunkMaker(job.recipe, "cpu").make(1))
+    again = finish(job.recipe, cast("Any", None), 1, ChunkMaker(job.recipe, "cpu").make(1)).accepted
     assert set(again["sample_id"].to_pylist()) <= set(tables[0]["sample_id"].to_pylist())
     assert set(verify.compare_rows(again, tables[0]).values()) == {None}

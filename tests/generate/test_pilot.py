@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from pd_core.core.settings import load
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.core.settings.load import to_yaml
 from pd_core.density import weighting as density_weighting
+from pd_core.density.weighting import EVERYTHING
 from pd_core.generate import chunks as generate_chunks
 from pd_core.generate import pilot as generate_pilot
-from pd_core.generate.candidates import EVERYTHING, Candidates, probabilities
+from pd_core.generate.candidates import Candidates, decide
 
 QUANTILES = stats.expon.ppf(np.clip(np.linspace(0, 1, 1001), 0, 1 - 1e-5))  # of a real set with ρ ~ Exp(1)
 REAL: Any = SimpleNamespace(density_quantiles=QUANTILES)
@@ -45,9 +46,16 @@ def forecast(settings, pilot, by_label=None):
     return weightings, generate_pilot.expect(settings, weightings, pilot)
 
 
-def drawn_of(label):
+def probabilities(weightings, label, densities):
     numbers = np.arange(len(label))
-    return Candidates(numbers, numbers, numbers / len(label), label, None)
+    drawn = Candidates(numbers, numbers, numbers / len(label), label, None)
+    recipe: Any = SimpleNamespace(weightings=weightings, class_names=NAMES)
+    return decide(recipe, drawn, densities, densities).probability
+
+
+def rate_of(shares, weighting):
+    """The expected share of accepted samples: Σ share_j a_j."""
+    return np.dot(shares, weighting.weights) / max(weighting.weights)
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -71,8 +79,7 @@ def test_match_per_label_keeps_the_label_shares_and_gives_each_label_its_real_de
     label, densities = labelled(rng, 1_000_000)  # so many that what the pilot errs by does not show below
     weightings, _ = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
     label, densities = labelled(rng, 60_000)
-    recipe: Any = SimpleNamespace(weightings=weightings, class_names=NAMES)
-    kept = rng.random(label.size) < probabilities(recipe, drawn_of(label), densities)
+    kept = rng.random(label.size) < probabilities(weightings, label, densities)
     counts = np.bincount(label[kept], minlength=3)
     assert counts.sum() > 2000
     assert stats.chisquare(counts, SHARES * counts.sum()).pvalue > 1e-3
@@ -93,9 +100,7 @@ def test_weights_that_all_labels_share_are_accepted_as_if_alone(given):
     label, densities = labelled(rng, 5000)
     settings = settings_of(weighting={"per_label": True, **given})
     weightings, _ = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
-    found = probabilities(
-        cast("Any", SimpleNamespace(weightings=weightings, class_names=NAMES)), drawn_of(label), densities
-    )
+    found = probabilities(weightings, label, densities)
     for place, name in enumerate(NAMES):
         own = label == place
         np.testing.assert_array_equal(
@@ -109,8 +114,7 @@ def test_the_rate_of_a_pilot_with_labels_is_that_of_the_run():
     label, densities = labelled(rng, 2000)
     weightings, expected = forecast(settings, pilot_of(densities, np.array(NAMES)[label]), BY_LABEL)
     label, densities = labelled(rng, 200_000)
-    recipe: Any = SimpleNamespace(weightings=weightings, class_names=NAMES)
-    assert expected.low <= probabilities(recipe, drawn_of(label), densities).mean() <= expected.high
+    assert expected.low <= probabilities(weightings, label, densities).mean() <= expected.high
 
 
 def test_the_rate_of_match_is_told_for_new_candidates_though_the_pilot_made_the_weights():
@@ -121,7 +125,7 @@ def test_the_rate_of_match_is_told_for_new_candidates_though_the_pilot_made_the_
     for _ in range(100):
         weightings, expected = forecast(settings, pilot_of(rng.exponential(size=256)))
         weighting = weightings[EVERYTHING]
-        rate = density_weighting.acceptance_rate(np.full(20, 1 / 20), weighting)
+        rate = rate_of(np.full(20, 1 / 20), weighting)
         hits += expected.low <= rate <= expected.high
     assert hits >= 88  # of 95 expected
 
@@ -181,10 +185,11 @@ def test_what_only_the_low_end_does_not_fit_is_a_warning_in_the_plan():
     ids=["typical", "varied", "quantiles"],
 )
 def test_the_advised_weights_work(most, weighting):
-    """200 pilots of 256, a run of each with what was advised and as many candidates as whole parts allow: 97.5% succeed.
+    """200 pilots of 256, a run of each with what was advised and as many candidates as whole parts allow: 97.5%
+    succeed.
 
-    Fewer than 94% of 200 would happen with probability 0.4%, were it 97.5%; with weights for which only the point estimate
-    fits about half of them fail.
+    Fewer than 94% of 200 would happen with probability 0.4%, were it 97.5%; with weights for which only the point
+    estimate fits about half of them fail.
     """
     rng = np.random.default_rng(5)
     refused = worked = 0
@@ -249,7 +254,9 @@ def test_more_images_than_candidates_get_no_weights_as_advice():
 
 
 def test_the_candidates_that_surely_suffice():
-    """Of 4,000 pilots and runs with that many candidates 97.5% give n; without the run's own draws it would be fewer."""
+    """Of 4,000 pilots and runs with that many candidates 97.5% give n; without the run's own draws it would be
+    fewer.
+    """
     rng = np.random.default_rng(7)
     for rate, m, n in [(0.3, 256, 1000), (0.3, 20_000, 100), (0.02, 4096, 50)]:
         found = rng.binomial(m, rate, 4000)
@@ -331,7 +338,9 @@ def test_copies_are_told_with_their_share_and_distance():
 
 
 def far_off(many, m=256):
-    """Candidates of which the index gives the first `many` a density of 0, and on the rest the predictor is worthless."""
+    """Candidates of which the index gives the first `many` a density of 0, and on the rest the predictor is
+    worthless.
+    """
     rng = np.random.default_rng(8)
     by_index = np.where(np.arange(m) < many, 0.0, rng.lognormal(0, 0.3, m))
     return generate_pilot.Pilot(None, rng.lognormal(0, 1.0, m), by_index, np.zeros(m, bool), 0.01, 1500.0)
@@ -384,7 +393,9 @@ def test_log_volumes_decide_and_densities_do_not(kind, exponent):
 
 
 def test_the_rate_of_volumes_is_told_for_new_candidates_though_the_pilot_made_the_steps():
-    """The rate of a weighting is Σ ω_j p_j / max ω with p_j those of N(-3, 1): within the interval in most of 200 pilots."""
+    """The rate of a weighting is Σ ω_j p_j / max ω with p_j those of N(-3, 1): within the interval in most of 200
+    pilots.
+    """
     rng = np.random.default_rng(10)
     hits = 0
     for _ in range(200):
@@ -393,12 +404,14 @@ def test_the_rate_of_volumes_is_told_for_new_candidates_though_the_pilot_made_th
         )
         weighting = weightings[EVERYTHING]
         shares = np.diff(stats.norm.cdf([-np.inf, *weighting.edges, np.inf], loc=-3))
-        hits += expected.low <= density_weighting.acceptance_rate(shares, weighting) <= expected.high
+        hits += expected.low <= rate_of(shares, weighting) <= expected.high
     assert hits >= 180  # of 190 expected
 
 
 def test_the_plan_tells_the_cap_and_the_effective_sample_size():
-    """By hand: of v = 0 and log 3, half of the pilot each, exp(v) has (1 + 3)² / (1 + 9) / 2 = 80% of the sample's size."""
+    """By hand: of v = 0 and log 3, half of the pilot each, exp(v) has (1 + 3)² / (1 + 9) / 2 = 80% of the sample's
+    size.
+    """
     pilot = replace(pilot_of(np.ones(200)), log_volume=np.repeat([0.0, math.log(3)], 100), degenerate=7)
     settings = settings_of(weighting={"kind": "magnet"})
     weightings, expected = forecast(settings, pilot)
@@ -413,8 +426,8 @@ def test_the_plan_tells_the_cap_and_the_effective_sample_size():
 
 def test_polarity_wants_its_number_and_no_decision_by_the_index():
     with pytest.raises(UserError, match=r"--weighting.polarity: not set"):
-        generate_pilot.check_settings(WeightingSettings(kind="polarity"), "none")
-    generate_pilot.check_settings(WeightingSettings(kind="magnet"), "none")
+        density_weighting.check(WeightingSettings(kind="polarity"), "none")
+    density_weighting.check(WeightingSettings(kind="magnet"), "none")
     for kind in ("--weighting.kind=magnet", "--weighting.kind=polarity"):
         with pytest.raises(UserError, match=r"score index.* has no meaning for weighting.kind") as raised:
             load.load(GenerateSettings, [kind, "--score=index"], "test")

@@ -1,4 +1,6 @@
-"""The report of generate: true to the samples it was gathered from, complete, and unharmed by hostile labels and prompts."""
+"""The report of generate: true to the samples it was gathered from, complete, and unharmed by hostile labels and
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ from pd_core.report import page as report_page
 from pd_core.report.page import Calibration
 from tests.report.test_page import HOSTILE, LOADING_ATTRIBUTES, Page, pixels
 
-# --- the page, from constructed data -----------------------------------------------------------------------------------
+# --- the page, from constructed data ----------------------------------------------------------------------------------
 
 
 def sample(i: int, *, label: str | None = "cat", prompt: str | None = None, probability: float | None = 0.25) -> Sample:
@@ -250,7 +252,9 @@ def test_drawn_areas_are_one_and_the_bins_keep_their_shares(quantiles, span):
 
 
 def test_the_line_of_the_real_set_is_its_density():
-    """Against the histogram of the real densities themselves, over the drawn edges; bins hold 2% each but at the ends."""
+    """Against the histogram of the real densities themselves, over the drawn edges; bins hold 2% each but at the
+    ends.
+    """
     real = np.random.default_rng(3).gamma(8, 1 / 8, 100_000)
     shown = steps(example(quantiles=formula.density_quantiles(real), span=(0.5, 1.5)))
     counts, _ = np.histogram(real, shown.edges)
@@ -266,25 +270,12 @@ def test_stretches_keep_every_candidate():
     assert (candidates.sum(), accepted.sum()) == tuple(np.sum(parts, axis=0))
 
 
-@pytest.mark.parametrize(
-    ("a", "expected"),
-    [([1.0] * 7, 7), ([0.2] * 7, 7), ([1.0] * 4 + [0.1] * 2, (4 + 20) ** 2 / (4 + 200))],
-)
-def test_the_effective_sample_size(a, expected):
-    inverse = 1 / np.array(a)
-    data = example(inverse_sum=inverse.sum(), inverse_square_sum=(inverse**2).sum())
-    assert data.effective_sample_size == pytest.approx(expected)
-
-
 def test_a_rate_outside_of_what_the_pilot_said_is_marked(no_figures):
     page = Page(report.drawn(example(expected=Expectation(0.5, 0.4, 0.6, None)))[runs.REPORT])
     assert "acceptance rate 30.8% outside of what the pilot said: 39.8% … 60.2%" in page.text
     assert "Pr(ρ > τ) =" not in page.text
     assert any(a.get("class") == "card warn" for _, a in page.tags)
-
-
-def test_a_run_that_chance_alone_can_put_outside_of_the_pilots_interval_is_not_marked():
-    """0.3077 of 1,950 candidates, whose own error is 2.05% at 95%: 32% ... 34% in the pilot is no contradiction."""
+    # 0.3077 of 1,950 candidates, whose own error is 2.05% at 95%: 32% ... 34% in the pilot is no contradiction
     near = example(expected=Expectation(0.33, 0.32, 0.34, None))
     assert near.acceptance_rate < 0.32 and near.as_expected
     assert not example(expected=Expectation(0.34, 0.33, 0.35, None)).as_expected
@@ -442,7 +433,7 @@ def test_data_that_do_not_add_up_are_refused(changes):
         example(**changes)
 
 
-# --- gathering, from committed stages ----------------------------------------------------------------------------------
+# --- gathering, from committed stages ---------------------------------------------------------------------------------
 
 REAL, PILOT, PARTS, PART_CANDIDATES = 200, 40, 4, 100
 WORDS = ("a red square", "two circles")
@@ -747,7 +738,7 @@ def test_images_are_read_of_the_shown_parts_only_and_never_with_the_rest(world, 
     assert len([1 for _, columns in samples if "image" in columns]) <= 2 * (PARTS - 1)  # for the rows and for the pairs
 
 
-# --- what can be gone, or otherwise ------------------------------------------------------------------------------------
+# --- what can be gone, or otherwise -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -828,7 +819,7 @@ def test_one_accepted_image_makes_a_report(tmp_path, no_figures):
     assert Page(report.drawn(data)[runs.REPORT]).open == []
 
 
-# --- how to load the data ----------------------------------------------------------------------------------------------
+# --- how to load the data ---------------------------------------------------------------------------------------------
 
 
 def snippet(page: Page, word: str) -> str:

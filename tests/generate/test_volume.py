@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,12 @@ def whole(decode: Decode, latents: torch.Tensor) -> np.ndarray:
         return torch.linalg.svdvals(torch.stack(rows, dim=1).double()).numpy()
 
 
+def log_volumes(
+    decode: Decode, latents: torch.Tensor, seeds: Sequence[int], how: Volume, name: str = "G"
+) -> np.ndarray:
+    return volume.log_volume(volume.top_singular_values(decode, latents, seeds, how, name))
+
+
 def conv_gan(dim: int = 24, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -61,8 +67,9 @@ def conv_gan(dim: int = 24, dtype: torch.dtype = torch.float32) -> torch.nn.Modu
 @pytest.mark.parametrize("outputs", [20, 64])
 def test_of_a_linear_generator_they_are_those_of_its_matrix(outputs: int) -> None:
     """σ_i = 2^-i, r = 4, three products with J^T J: the share of the 5th and later directions in V falls by
-    (σ_5/σ_4)^6 = 2^-6 or more with the plain power, by (σ_13/σ_4)^2 = 2^-18 a product with the 12 directions that the first
-    three blocks have caught; it enters squared. The worst of 4 values is off by far less than 1e-5, and only downwards.
+    (σ_5/σ_4)^6 = 2^-6 or more with the plain power, by (σ_13/σ_4)^2 = 2^-18 a product with the 12 directions that the
+    first three blocks have caught; it enters squared. The worst of 4 values is off by far less than 1e-5, and only
+    downwards.
     """
     wanted = [2.0**-i for i in range(20)]
     decode, d = linear(wanted, outputs)
@@ -70,7 +77,7 @@ def test_of_a_linear_generator_they_are_those_of_its_matrix(outputs: int) -> Non
     assert found.dtype == np.float64 and found.shape == (4, 4)
     assert (found <= np.array(wanted[:4]) * (1 + 1e-12)).all()
     np.testing.assert_allclose(found, np.tile(wanted[:4], (4, 1)), rtol=1e-5)
-    v = volume.log_volumes(decode, torch.zeros(4, d, dtype=torch.float64), SEEDS, Volume(4))
+    v = log_volumes(decode, torch.zeros(4, d, dtype=torch.float64), SEEDS, Volume(4))
     np.testing.assert_allclose(v, -6 * math.log(2), atol=4e-5)
 
 
@@ -78,7 +85,7 @@ def test_of_a_nonlinear_map_in_closed_form() -> None:
     """x_i = exp(a_i z_i) has σ_i = a_i exp(a_i z_i), and v = Σ log a_i + Σ a_i z_i."""
     a = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
     z = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = volume.log_volumes(lambda z: torch.exp(a * z), z, range(6), Volume(4))
+    found = log_volumes(lambda z: torch.exp(a * z), z, range(6), Volume(4))
     np.testing.assert_allclose(found, (a.log().sum() + z @ a).numpy(), rtol=1e-12)
 
 
@@ -97,11 +104,11 @@ def test_rotations_change_nothing(rotated: str) -> None:
     turn = torch.from_numpy(np.linalg.qr(rng.normal(size=(d, d)))[0])
     swap = torch.from_numpy(np.linalg.qr(rng.normal(size=(768, 768)))[0])
     z = torch.from_numpy(rng.normal(size=(3, d)))
-    plain = volume.log_volumes(gan, z, [1, 2, 3], Volume(8))
+    plain = log_volumes(gan, z, [1, 2, 3], Volume(8))
     if rotated == "latents":
-        turned = volume.log_volumes(lambda x: gan(x @ turn.T), z @ turn, [1, 2, 3], Volume(8))
+        turned = log_volumes(lambda x: gan(x @ turn.T), z @ turn, [1, 2, 3], Volume(8))
     else:
-        turned = volume.log_volumes(lambda x: gan(x).flatten(1) @ swap, z, [1, 2, 3], Volume(8))
+        turned = log_volumes(lambda x: gan(x).flatten(1) @ swap, z, [1, 2, 3], Volume(8))
     np.testing.assert_allclose(turned, plain, rtol=1e-10)
 
 
@@ -110,7 +117,9 @@ def test_rotations_change_nothing(rotated: str) -> None:
 
 @pytest.mark.parametrize("size", [None, 4])
 def test_of_a_convolutional_generator(size: int | None) -> None:
-    """24 latents, 4 blocks of 8: V spans all, and what is left is the rounding of float32 products, some 1e-7 of σ_1 each."""
+    """24 latents, 4 blocks of 8: V spans all, and what is left is the rounding of float32 products, some 1e-7 of σ_1
+    each.
+    """
     gan = conv_gan()
     z = noise.normal_latents(SEEDS, (24,))
     expected = whole(lambda x: volume.averaged(gan(x), size), z)[:, :8]
@@ -119,7 +128,8 @@ def test_of_a_convolutional_generator(size: int | None) -> None:
 
 
 def test_of_a_wide_generator_whose_latents_the_probes_do_not_span() -> None:
-    """256 latents, 32 directions; a random network, whose spectrum is flat: never too large, in the same order, nearer with
+    """256 latents, 32 directions; a random network, whose spectrum is flat: never too large, in the same order, nearer
+    with
     each block (what is missing falls as a Chebyshev polynomial of the blocks, Musco & Musco 2015, theorem 1)."""
     gan = conv_gan(256)
     seeds = list(range(8))
@@ -138,7 +148,9 @@ def test_of_a_wide_generator_whose_latents_the_probes_do_not_span() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_of_diffusion_through_its_checkpoints(tmp_path: Path) -> None:
-    """DDIM in 2 steps at 16 px: 768 latents to 12 values. 3 blocks of 4 J^T Q span the rows of J: exact but for rounding."""
+    """DDIM in 2 steps at 16 px: 768 latents to 12 values. 3 blocks of 4 J^T Q span the rows of J: exact but for
+    rounding.
+    """
     settings = GeneratorSettings(path=tiny_generators.save_ddim(tmp_path / "ddim"), steps=2)
     generator = open_generator(settings)
     assert isinstance(generator, protocol.LatentGenerator)
@@ -158,10 +170,10 @@ def test_of_torchscript_it_is_that_of_the_module(tmp_path: Path) -> None:
     assert isinstance(generator, protocol.LatentGenerator)
     z = generator.latents(SEEDS)
     decode = lambda z: generator.decode(z, protocol.Conditions())  # noqa: E731
-    first = volume.log_volumes(decode, z, SEEDS, Volume(8))
-    np.testing.assert_allclose(first, volume.log_volumes(gan, z, SEEDS, Volume(8)), rtol=1e-6)
+    first = log_volumes(decode, z, SEEDS, Volume(8))
+    np.testing.assert_allclose(first, log_volumes(gan, z, SEEDS, Volume(8)), rtol=1e-6)
     for _ in range(3):  # TorchScript compiles anew after its first calls
-        np.testing.assert_array_equal(volume.log_volumes(decode, z, SEEDS, Volume(8)), first)
+        np.testing.assert_array_equal(log_volumes(decode, z, SEEDS, Volume(8)), first)
 
 
 # ---- of a sample alone -----------------------------------------------------------------------------------------------
@@ -171,13 +183,13 @@ def test_a_samples_volume_does_not_depend_on_its_batch() -> None:
     """Up to the rounding of float32 sums in another batch; a probe of another seed would move it by far more."""
     gan = conv_gan(256)
     z = noise.normal_latents(SEEDS, (256,))
-    together = volume.log_volumes(gan, z, SEEDS, Volume(8))
-    alone = [volume.log_volumes(gan, z[i : i + 1], SEEDS[i : i + 1], Volume(8))[0] for i in range(4)]
+    together = log_volumes(gan, z, SEEDS, Volume(8))
+    alone = [log_volumes(gan, z[i : i + 1], SEEDS[i : i + 1], Volume(8))[0] for i in range(4)]
     np.testing.assert_allclose(together, alone, atol=8 * 3e-6)
     order = [2, 0, 3, 1]
-    shuffled = volume.log_volumes(gan, z[order], [SEEDS[i] for i in order], Volume(8))
+    shuffled = log_volumes(gan, z[order], [SEEDS[i] for i in order], Volume(8))
     np.testing.assert_allclose(shuffled, together[order], atol=8 * 3e-6)
-    other = volume.log_volumes(gan, z, [1, 2, 3, 4], Volume(8))
+    other = log_volumes(gan, z, [1, 2, 3, 4], Volume(8))
     assert np.abs(other - together).min() > 1e-4
 
 
@@ -185,9 +197,9 @@ def test_no_global_state_is_read_or_moved() -> None:
     gan, z = conv_gan(), noise.normal_latents(SEEDS, (24,))
     before = torch.are_deterministic_algorithms_enabled()
     with protocol.own_randomness("volumes", "cpu"):
-        first = volume.log_volumes(gan, z, SEEDS, Volume(4, iterations=1))
+        first = log_volumes(gan, z, SEEDS, Volume(4, iterations=1))
     torch.manual_seed(99)
-    np.testing.assert_array_equal(volume.log_volumes(gan, z, SEEDS, Volume(4, iterations=1)), first)
+    np.testing.assert_array_equal(log_volumes(gan, z, SEEDS, Volume(4, iterations=1)), first)
     assert torch.are_deterministic_algorithms_enabled() == before
 
 
@@ -240,11 +252,11 @@ class Halved(torch.autograd.Function):
 )
 def test_what_has_no_volume_is_refused_in_one_line(decode: Decode, expected: str) -> None:
     with pytest.raises(UserError, match=expected) as raised:
-        volume.log_volumes(decode, torch.randn(2, 8), [1, 2], Volume(3, 4), "--generator.path X")
+        log_volumes(decode, torch.randn(2, 8), [1, 2], Volume(3, 4), "--generator.path X")
     assert str(raised.value).startswith("--generator.path X: ") and "\n" not in str(raised.value)
     assert str(raised.value).endswith(volume.INSTEAD)
 
 
 def test_derivatives_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        volume.log_volumes(lambda z: torch.sqrt(z), torch.zeros(2, 8), [1, 2], Volume(3))
+        log_volumes(lambda z: torch.sqrt(z), torch.zeros(2, 8), [1, 2], Volume(3))

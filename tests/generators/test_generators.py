@@ -123,18 +123,19 @@ def test_a_sample_is_a_function_of_its_seed_whatever_its_batch(saved, family):
     save, settings, conditions = FAMILIES[family]
     generator = opened(saved(save), **settings)
     assert isinstance(generator, Generator)
-    seeds = [11, 2**62 + 5, 13]
+    seeds = [11, 2**62 + 11, 13]  # of which 32 bits could not tell the first two apart
     together = checked(generator.generate(seeds, conditions), 3)
     assert together.shape == (3, tiny.SIZE, tiny.SIZE, 3)
     turned = generator.generate(seeds[::-1], pick(conditions, [2, 1, 0])).flip(0)
     alone = torch.cat([generator.generate([seeds[row]], pick(conditions, [row])) for row in range(3)])
-    # other batch shapes sum in another order: float32 moves by 1e-6 or so, which may cross one level of 256; where it is between
+    # other batch shapes sum in another order: float32 moves by 1e-6 or so, which may cross one level of 256; where it
+    # is between
     # two codes of a vector-quantised decoder (one of 192 here), a patch takes the other code
     for again in (turned, alone):
         differences = (together.int() - again.int()).abs()
         assert (differences > 1).float().mean() <= (0.01 if save is tiny.save_ldm else 0)
     same_condition = pick(conditions, [0, 0, 0])
-    other = generator.generate([11, 12, 13], same_condition)
+    other = generator.generate(seeds, same_condition)
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert levels_apart(other[a], other[b]) > 8  # other seeds, other images
 
@@ -160,36 +161,26 @@ def test_a_generator_is_the_mersenne_twister_from_the_words_of_its_seed():
 
 
 def test_draws_of_many_seeds_are_standard_normal_and_independent():
-    from scipy import stats
-
     seeds = [*range(1000), *(2**32 * i for i in range(1, 1001))]  # neighbours, and what 32 bits could not tell apart
     draws = normal_latents(seeds, (1024,)).double().numpy()
-    # Kolmogorov-Smirnov of all, and of the first draw of each seed; the seeds are fixed, so this passes or fails for good
+    # Kolmogorov-Smirnov of all, and of the first draw of each seed; the seeds are fixed, so this passes or fails for
+    # good
     assert stats.kstest(draws.ravel(), "norm").pvalue > 0.01
     assert stats.kstest(draws[:, 0], "norm").pvalue > 0.01
-    # correlations of independent rows of 1024 are N(0, 1/1024): the largest of 2 million lies below 6 / sqrt(1024) but for 4e-3
+    # correlations of independent rows of 1024 are N(0, 1/1024): the largest of 2 million lies below 6 / sqrt(1024) but
+    # for 4e-3
     correlation = draws @ draws.T / draws.shape[1]
     correlation[range(len(seeds)), range(len(seeds))] = 0
     assert abs(correlation).max() < 6 / 32
 
 
 def test_another_layout_of_torchs_state_is_noticed(monkeypatch):
-    from pd_core.generators import noise
-
     noise._twister_state.cache_clear()
     monkeypatch.setattr(noise, "WORDS_AT", slice(32, 32 + 8 * 624))
     with pytest.raises(RuntimeError, match="in a way that pd_core does not know"):
         generators_of([1])
     monkeypatch.undo()
     generators_of([1])
-
-
-@pytest.mark.parametrize("family", ["ddim", "stable diffusion"])
-def test_seeds_2_to_the_32_apart_give_other_images(saved, family):
-    save, settings, conditions = FAMILIES[family]
-    images = opened(saved(save), **settings).generate([5, 5 + 2**32, 5 + 2**62], pick(conditions, [0, 0, 0]))
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert levels_apart(images[a], images[b]) > 8
 
 
 @pytest.mark.parametrize("family", ["ddpm, classes", "consistency", "dit", "stable diffusion"])
@@ -327,25 +318,14 @@ def test_every_kind_of_generator_is_held_to_its_seeds(library):
     call = partial(generate_checked, Careless(), [1, 2], Conditions(), "--generator.path g.py:make", "cpu")
     if library is None:
         assert call().shape == (2, 4, 4, 3)
+        Careless.generate = lambda *_: torch.zeros(1, 4, 4, 3, dtype=torch.uint8)  # type: ignore[method-assign]
+        with pytest.raises(UserError, match=r"gave \[1, 4, 4, 3\]"):
+            call()
         return
     with pytest.raises(
         UserError, match=f"^--generator.path g.py:make: draws from the global random state of {library}, so"
     ):
         call()
-
-
-def test_generated_images_are_checked():
-    class Wrong:
-        num_classes, takes_prompts = 0, False
-
-        def identity(self) -> dict[str, Any]:
-            return {}
-
-        def generate(self, seeds, conditions) -> torch.Tensor:
-            return torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
-
-    with pytest.raises(UserError, match=r"gave \[1, 4, 4, 3\]"):
-        generate_checked(Wrong(), [1, 2], Conditions(), "it", "cpu")
 
 
 # ---- Latents and gradients -------------------------------------------------------------------------------------------
@@ -584,7 +564,7 @@ def test_code_that_transformers_would_load_is_not_run(tmp_path):
 
 
 def test_diffusers_is_told_to_run_no_code_of_others():
-    code = "from pd_core.generators import diffusers as ours; from diffusers.utils import constants as theirs; print(theirs.{})"
+    code = "import pd_core.generators.diffusers; from diffusers.utils import constants as theirs; print(theirs.{})"
     command = [sys.executable, "-c", code.format("DIFFUSERS_DISABLE_REMOTE_CODE")]
     environment = {**os.environ, "DIFFUSERS_DISABLE_REMOTE_CODE": "0"}
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout == "True\n"
@@ -882,7 +862,9 @@ def test_the_documented_factory(example):
 
 def test_a_factory_of_a_module(example, monkeypatch):
     monkeypatch.syspath_prepend(str(example.parent))
-    assert isinstance(opened("blobs:make", kind="python", arguments={"size": 8}), Generator)
+    generator = opened("blobs:make", kind="python", arguments={"size": 8})
+    assert isinstance(generator, Generator)
+    assert (generator.identity()["factory"], generator.identity()["file"]) == ("make", files_hash(str(example)))
     monkeypatch.delitem(sys.modules, "blobs")
 
 
@@ -1012,13 +994,6 @@ def test_identity_tells_factories_and_versions_of_a_file_apart(example):
     assert edited.generate([1], Conditions(labels=(0,))).shape == (1, 7, 7, 3)
 
 
-def test_identity_of_a_modules_factory_holds_its_file(example, monkeypatch):
-    monkeypatch.syspath_prepend(str(example.parent))
-    identity = opened("blobs:make", kind="python", arguments={"size": 8}).identity()
-    assert identity["factory"] == "make" and identity["file"] == files_hash(str(example))
-    monkeypatch.delitem(sys.modules, "blobs")
-
-
 # ---- StyleGAN --------------------------------------------------------------------------------------------------------
 
 
@@ -1137,7 +1112,9 @@ def test_a_store_that_refuses_is_one_line(s3_environment, monkeypatch, read):
 
 @pytest.mark.parametrize("bound", [0.2, 1.0])
 def test_truncated_latents_are_a_truncated_normal_and_change_only_what_lies_beyond(bound):
-    """Kolmogorov–Smirnov against scipy's truncnorm, 20,000 entries; those of normal_latents within the bound are kept."""
+    """Kolmogorov–Smirnov against scipy's truncnorm, 20,000 entries; those of normal_latents within the bound are
+    kept.
+    """
     seeds = list(range(200))
     plain, cut = noise.normal_latents(seeds, (100,)), noise.truncated_latents(seeds, (100,), bound)
     inside = plain.abs() <= bound

@@ -141,6 +141,11 @@ class WeightingSettings(Section):
     )
 
     @property
+    def statistic(self) -> Literal["density", "log_volume"]:
+        """Column of `samples/` that the weight is a function of."""
+        return "log_volume" if self.kind in ("polarity", "magnet") else "density"
+
+    @property
     def exponent(self) -> float | None:
         """Of the volume in the weights, where log-volumes decide and not densities."""
         return {"polarity": self.polarity, "magnet": 1.0}.get(self.kind)

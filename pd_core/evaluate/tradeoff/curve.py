@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pd_core.core import artifacts, files, schemas, seeds
 from pd_core.core.settings.evaluate import TradeoffSettings
-from pd_core.density import formula
+from pd_core.core.settings.generate import WeightingSettings
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import Weighting
@@ -157,7 +157,7 @@ def _metadata(table: pa.Table, name: str) -> np.ndarray:
 
 
 def weighting_of(setting: Setting, real: RealSet, log_volume: np.ndarray | None, bins: int) -> Weighting:
-    """ω of a setting of any method but truncation, as generate.py has it.
+    """ω of a setting of any method but truncation; see `weighting.resolve`.
 
     log_volume: of the pilot's candidates, [M], for Polarity Sampling. bins: steps of its weight.
 
@@ -165,13 +165,13 @@ def weighting_of(setting: Setting, real: RealSet, log_volume: np.ndarray | None,
         UserError: the threshold cannot be read, or lies outside the real densities.
     """
     if setting.method == "polarity":
-        assert log_volume is not None and setting.polarity is not None, setting
-        return density_weighting.tilted(log_volume, setting.polarity, bins)
-    if setting.method == "generator":
-        return density_weighting.uniform()
-    assert setting.threshold is not None and setting.weight is not None, setting
-    threshold = formula.threshold_inside(setting.threshold, real.density_quantiles, "--thresholds", "the index")
-    return density_weighting.two_level(threshold, setting.weight)
+        asked = WeightingSettings(kind="polarity", polarity=setting.polarity, bins=bins)
+    elif setting.method == "generator":
+        asked = WeightingSettings(kind="none")
+    else:
+        asked = WeightingSettings(threshold=str(setting.threshold), weight=setting.weight)
+    volumes = () if log_volume is None else log_volume
+    return density_weighting.resolve(asked, real.density_quantiles, volumes, option="--thresholds")
 
 
 @dataclass(frozen=True)

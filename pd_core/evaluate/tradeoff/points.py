@@ -41,6 +41,11 @@ class Setting:
     truncation: float | None = None
 
     @property
+    def statistic(self) -> str:
+        """What its weights are functions of."""
+        return "log_volume" if self.method == "polarity" else "density"
+
+    @property
     def curve(self) -> str:
         """Name of the curve that it is a point of."""
         if self.method == "density":

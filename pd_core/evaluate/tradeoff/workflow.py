@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from pd_core.core import artifacts, files, seeds
+from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.data import DataSettings
@@ -31,7 +29,7 @@ from pd_core.evaluate.tradeoff.points import Setting
 from pd_core.generate import chunks as generate_chunks
 from pd_core.generate import pilot as generate_pilot
 from pd_core.generate import sampling, setup
-from pd_core.generate.candidates import Recipe
+from pd_core.generate.candidates import Origin, Recipe
 from pd_core.generate.volume import INSTEAD, Volume
 from pd_core.index import search
 
@@ -177,9 +175,9 @@ def _plan(
 ) -> Planned:
     gpus = run.gpus_to_ask(settings.actor_gpus, files.join(run.output, PILOT))
     pool = generate_chunks.Pool(settings.actors, settings.actor_cpus, gpus)
-    recipe = _recipe(run, settings, real, pool, settings.generator)
+    origin = _origin(run, settings, real, pool, settings.generator)
     if any(setting.method == "polarity" for setting in found):
-        recipe = replace(recipe, volume=Volume(settings.rank, settings.output_size))
+        origin = replace(origin, volume=Volume(settings.rank, settings.output_size))
 
     @functools.cache
     def open_index() -> search.SearchPool:
@@ -187,13 +185,15 @@ def _plan(
         opened = search.open_pool(real.index, now, searching.actors, searching.actor_cpus, True, "scoring")
         return resources.enter_context(opened)
 
-    piloted = replace(recipe, seed=seeds.stream(settings.seed, "pilot"))
-    pilot = generate_pilot.make(run, piloted, pool, open_index, settings.pilot, PILOT)
+    pilot = generate_pilot.make(run, origin, pool, open_index, settings.pilot, PILOT)
     weightings = {
         s.name: curve.weighting_of(s, real, pilot.log_volume, settings.bins) for s in found if s.method != "truncation"
     }
-    densities = pilot.densities(settings.score)
-    deciding = {s.name: (_deciding(s, pilot, densities), weightings[s.name]) for s in found if s.name in weightings}
+    deciding = {
+        s.name: (pilot.statistic(s.statistic, settings.score), weightings[s.name])
+        for s in found
+        if s.name in weightings
+    }
     most = settings.max_candidates or POOL_TIMES * settings.n
     wanted = tradeoff_points.pool_needed(deciding.values(), settings.n, most)
     chunks = max(-(-settings.n // settings.chunk), min(-(-wanted // settings.chunk), most // settings.chunk))
@@ -204,26 +204,19 @@ def _plan(
         lines[0] += f", about {chunks * settings.chunk * pilot.actor_s:.0f} s of one generator process"
     if short:
         lines.append(f"pool: too small for {', '.join(short)}, which are left out; raise --max-candidates (now {most})")
-    return Planned(recipe, weightings, pool, chunks * settings.chunk, open_index, "\n".join(lines))
+    return Planned(origin.everyone(), weightings, pool, chunks * settings.chunk, open_index, "\n".join(lines))
 
 
-def _deciding(setting: Setting, pilot: generate_pilot.Pilot, densities: np.ndarray) -> np.ndarray:
-    if setting.method != "polarity":
-        return densities
-    assert pilot.log_volume is not None, "a pilot of a run with polarities has volumes"
-    return pilot.log_volume
-
-
-def _recipe(
+def _origin(
     run: Run, settings: TradeoffSettings, real: RealSet, pool: generate_chunks.Pool, generator: GeneratorSettings
-) -> Recipe:
+) -> Origin:
     facts = setup.describe(generator, run.now, pool)
     if polarities_of(settings) and not facts["latents"]:
         raise UserError(
             f"--generator.path {generator.path}: offers no latents, which Polarity Sampling needs "
             "(docs/generators.md); give --polarities '[]' to leave it out"
         )
-    return setup.recipe_of(
+    return setup.origin_of(
         generator,
         facts,
         real,
@@ -239,7 +232,7 @@ def _truncated(run: Run, settings: TradeoffSettings, real: RealSet, planned: Pla
     """n images of a truncation ψ, which are other images, and so not of the pool."""
     name = TRUNCATION_SETTINGS[settings.generator.kind]
     generator = settings.generator.model_copy(update={name: psi})
-    recipe = _recipe(run, settings, real, planned.pool, generator)
+    recipe = _origin(run, settings, real, planned.pool, generator).everyone()
     rows = -(-settings.n // settings.chunk) * settings.chunk
     return _candidates(run, f"truncated-{psi:g}", recipe, planned, rows)
 
