@@ -42,7 +42,6 @@ DOORS = {
         "index/backbones.py",
         "density/predictor.py",
         "finetune/checkpoints.py",
-        "finetune/merge.py",
         "generators/pairs.py",
     },
     "jit.load": {"generators/torchscript.py"},
