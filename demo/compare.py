@@ -100,7 +100,8 @@ def page(sets: list[Samples], real: realset.RealSet) -> str:
     return f"""<!doctype html><html lang=en><meta charset=utf-8><title>Typical and varied</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }}
 td, th {{ text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #dfe4ea; }} .plot {{ width: 100%; }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fill, 56px); gap: 6px; }} .grid img {{ width: 56px; }}</style>
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, 56px); gap: 6px; }}
+.grid img {{ width: 56px; }}</style>
 <h1>One generator, {len(sets)} sets of samples</h1>
 <p>Same generator, same real images; what differs is the weight given to samples by their pseudo density.</p>
 <table><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr>{rows}</table>

@@ -43,7 +43,8 @@ class Modulated(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latents, standard normal float32 [B, latent_dim], to images [B, colors, S, S] in [-1, 1]; smooth, for its gradients.
+    """Latents, standard normal float32 [B, latent_dim], to images [B, colors, S, S] in [-1, 1]; smooth, for its
+    gradients.
 
     channels: at half of the images' resolution, at a quarter, and so on. The last step up moves four channels into 2x2
     pixels (Shi et al. 2016): layers at full resolution would take most of the time.
@@ -105,10 +106,11 @@ class Discriminator(nn.Module):
 
 
 def deviation(x: torch.Tensor, of: int = DEVIATIONS_OF) -> torch.Tensor:
-    """Mean standard deviation over groups of images, so that a batch of look-alikes shows (Karras et al. 2018, section 3).
+    """Mean standard deviation over groups of images, so that a batch of look-alikes shows (Karras et al. 2018, section
+    3).
 
-    x: float32 [B, C, S, S], with B a multiple of the group; returns [B, 1, S, S]. of: a default, since TorchScript sees no
-    globals. Raises ValueError: another B.
+    x: float32 [B, C, S, S], with B a multiple of the group; returns [B, 1, S, S]. of: a default, since TorchScript sees
+    no globals. Raises ValueError: another B.
     """
     batch, _, height, width = x.shape
     if batch % of != 0:
@@ -122,7 +124,9 @@ def deviation(x: torch.Tensor, of: int = DEVIATIONS_OF) -> torch.Tensor:
 
 
 def augmented(images: torch.Tensor, how: Sequence[str], random: torch.Generator) -> torch.Tensor:
-    """Images changed by the functions of AUGMENTATIONS that `how` names, each its own way: [B, C, S, S], differentiable."""
+    """Images changed by the functions of AUGMENTATIONS that `how` names, each its own way: [B, C, S, S],
+    differentiable.
+    """
     for name in how:
         images = AUGMENTATIONS[name](images, random)
     return images

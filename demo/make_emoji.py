@@ -6,8 +6,9 @@
 
     runs/emoji32/<category>/<code points>.png    1,911 colour images, 32x32: flags, smileys-emotion, animals-nature, ...
 
-One image per emoji. The package has 3,786 images, the other half of which are skin tones: the same drawings of people five
-times over, in other colours. Pseudo density counts near neighbours, so it would tell how many tones a drawing comes in.
+One image per emoji. The package has 3,786 images, the other half of which are skin tones: the same drawings of people
+five times over, in other colours. Pseudo density counts near neighbours, so it would tell how many tones a drawing
+comes in.
 """
 
 from __future__ import annotations

@@ -5,14 +5,13 @@
     runs/generators/ddpm/model_index.json, unet/, scheduler/    a DDPMPipeline, weights as safetensors
     runs/generators/ddpm/train.json                             settings, seed and a hash of the images
 
-A function of images, settings, --seed and --threads alone: the number of steps is fixed, however long they take. The folder
-appears when it is complete; one that holds a model of the same settings and images is kept.
+A function of images, settings, --seed and --threads alone: the number of steps is fixed, however long they take. The
+folder appears when it is complete; one that holds a model of the same settings and images is kept.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +22,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its modules are demo.X
 
 from demo import training
-from demo.training import read_images as read_images
-from demo.training import shuffled_batches as shuffled_batches
 from pd_core.core.errors import RunError, UserError
 from pd_core.engine import console
 
@@ -77,7 +74,7 @@ def train(images: np.ndarray, recipe: Recipe) -> tuple[UNet2DModel, DDPMSchedule
     )
     rate = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
     random = torch.Generator().manual_seed(recipe.seed)
-    batches = shuffled_batches(torch.from_numpy(images), recipe.batch_size, random)
+    batches = training.shuffled_batches(torch.from_numpy(images), recipe.batch_size, random)
     with console.progress("training", recipe.steps, "steps") as bar:
         for step in range(recipe.steps):
             loss = v_loss(model, scheduler, next(batches), random)
@@ -115,14 +112,18 @@ def unet(recipe: Recipe, sample_size: int, colors: int = 1) -> UNet2DModel:
 
 
 def check_channels(channels: tuple[int, ...]) -> None:
-    """Raises UserError unless the groups of its norms and the heads of its attention divide the channels of the U-Net."""
+    """Raises UserError unless the groups of its norms and the heads of its attention divide the channels of the
+    U-Net.
+    """
     if any(count % GROUPS for count in channels) or channels[-1] % HEAD:
         given = " ".join(map(str, channels))
         raise UserError(f"--channels {given}: must be multiples of {GROUPS}, and the last one of {HEAD}; change them")
 
 
 def noise_schedule() -> DDPMScheduler:
-    """1,000 steps that end in pure noise, where every sampler then starts ("trailing": Lin et al. 2023, section 3.3)."""
+    """1,000 steps that end in pure noise, where every sampler then starts ("trailing": Lin et al. 2023, section
+    3.3).
+    """
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing")
@@ -149,26 +150,20 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
     """
     output = output.absolute()
     check_channels(recipe.channels)
-    images = read_images(data)
+    images = training.read_images(data)
     training.check_side(images, len(recipe.channels) - 1, data)
     identity = training.identity_of(images, recipe)
-    if training.is_finished(output, identity, overwrite):
-        console.say(f"demo generator: {output} (kept, it is of these settings and images)")
-        return
-    with training.moved_into_place(output) as partial:
-        import torch
+
+    def write(folder: Path) -> None:
         from diffusers import DDPMPipeline
 
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
         model, scheduler = train(images, recipe)
-        DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(partial)
-        mode = (partial / "model_index.json").stat().st_mode
-        for weights in partial.rglob("*.safetensors"):
+        DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(folder)
+        mode = (folder / "model_index.json").stat().st_mode
+        for weights in folder.rglob("*.safetensors"):
             weights.chmod(mode)  # as written, only their owner can read them
-        training.write_record(partial, identity)
-    seconds = time.perf_counter() - start
-    console.say(f"demo generator: {output} ({len(images)} images, {recipe.steps} steps, {seconds:.0f} s)")
+
+    training.make_model("demo generator", output, images, identity, threads, overwrite, write)
 
 
 def main(arguments: list[str] | None = None) -> int:

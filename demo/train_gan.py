@@ -12,7 +12,6 @@ A function of images, settings, --seed and --threads alone, as demo/train_ddpm.p
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,7 +136,9 @@ def _latents(recipe: Recipe, random: torch.Generator) -> Iterator[torch.Tensor]:
 def discriminator_loss(
     discriminator: torch.nn.Module, real: torch.Tensor, fake: torch.Tensor, penalty: float
 ) -> torch.Tensor:
-    """Cross entropy of the logits with real and fake, plus R1: penalty / 2 times the squared gradient on real images."""
+    """Cross entropy of the logits with real and fake, plus R1: penalty / 2 times the squared gradient on real
+    images.
+    """
     from torch.nn.functional import softplus
 
     loss = softplus(discriminator(fake)).mean() + softplus(-discriminator(real)).mean()
@@ -182,21 +183,13 @@ def make_generator(data: Path, output: Path, recipe: Recipe, threads: int, overw
     check_channels(recipe.channels)
     # with what is written: a folder of an earlier version of this program lacks the discriminator
     identity = training.identity_of(images, recipe) | {"files": [FILE, DISCRIMINATOR]}
-    if training.is_finished(output, identity, overwrite):
-        console.say(f"GAN: {output} (kept, it is of these settings and images); {options(output, recipe)}")
-        return
-    with training.moved_into_place(output) as folder:
-        import torch
 
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
+    def write(folder: Path) -> None:
         for network, file in zip(train(images, recipe), (FILE, DISCRIMINATOR), strict=True):
             save(network, folder / file)
-        training.write_record(folder, identity)
-    seconds = time.perf_counter() - start
-    console.say(
-        f"GAN: {output} ({len(images)} images, {recipe.steps} steps, {seconds:.0f} s); {options(output, recipe)}"
-    )
+
+    said = f"; {options(output, recipe)}"
+    training.make_model("GAN", output, images, identity, threads, overwrite, write, said)
 
 
 def options(output: Path, recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from pd_core.core import artifacts, errors
 from pd_core.core.errors import UserError
+from pd_core.engine import console
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +34,8 @@ def read_images(folder: Path) -> np.ndarray:
     """uint8 [N, S, S] or [N, S, S, 3]: the grey or the colour PNGs in the label folders of `folder`, by name.
 
     Raises:
-        UserError: no such folder, no PNG in it, an image that is unreadable, neither 8-bit grey nor RGB, or of another mode
-            or size than the first, or images that are not square.
+        UserError: no such folder, no PNG in it, an image that is unreadable, neither 8-bit grey nor RGB, or of another
+            mode or size than the first, or images that are not square.
     """
     from PIL import Image
 
@@ -104,11 +106,6 @@ def identity_of(images: np.ndarray, recipe: Any) -> dict[str, Any]:
     return identity
 
 
-def write_record(folder: Path, identity: dict[str, Any]) -> None:
-    """Writes the file that `is_finished` reads."""
-    (folder / RECORD).write_text(json.dumps(identity, indent=2) + "\n")
-
-
 def is_finished(output: Path, identity: dict[str, Any], overwrite: bool) -> bool:
     """Whether `output` holds the model of this identity.
 
@@ -133,7 +130,9 @@ def is_finished(output: Path, identity: dict[str, Any], overwrite: bool) -> bool
 
 @contextlib.contextmanager
 def moved_into_place(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its place as a whole; after an error it is gone, and `output` as it was."""
+    """An empty folder beside `output` that takes its place as a whole; after an error it is gone, and `output` as it
+    was.
+    """
     partial, replaced = (output.with_name(f".{kind}-{output.name}-{os.getpid()}") for kind in ("partial", "replaced"))
     try:
         partial.mkdir(parents=True)
@@ -149,6 +148,42 @@ def moved_into_place(output: Path) -> Iterator[Path]:
             replaced.rename(output)
         for folder in (partial, replaced):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_model(
+    name: str,
+    output: Path,
+    images: np.ndarray,
+    identity: dict[str, Any],
+    threads: int,
+    overwrite: bool,
+    write: Callable[[Path], None],
+    said: str = "",
+) -> None:
+    """Make a model in `output`, unless it is there, and say so.
+
+    Args:
+        name: of what is made. said: how to use it.
+        images, identity: see `identity_of`.
+        threads: of torch.
+        write: trains it, and saves it into an empty folder.
+
+    Raises:
+        UserError: of `is_finished` and `moved_into_place`.
+    """
+    if is_finished(output, identity, overwrite):
+        console.say(f"{name}: {output} (kept, it is of these settings and images){said}")
+        return
+    with moved_into_place(output) as folder:
+        import torch
+
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        write(folder)
+        (folder / RECORD).write_text(json.dumps(identity, indent=2) + "\n")
+    seconds = time.perf_counter() - start
+    steps = identity["recipe"]["steps"]
+    console.say(f"{name}: {output} ({len(images)} images, {steps} steps, {seconds:.0f} s){said}")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Tries the claim of fine-tuning by pseudo density: some weightings, several seeds, and the control that matters.
 
-    python demo/try_finetuning.py --output runs/results/finetuned --seeds 3 --jobs 2 -- --index runs/digits --generator.path ... --steps 200
+    python demo/try_finetuning.py --output runs/results/finetuned --seeds 3 --jobs 2 -- --index runs/digits
+    --generator.path ... --steps 200
 
-What follows -- goes to workflows/finetune.py as it is. Each setting of SETTINGS is trained from each seed into OUTPUT/SETTING-SEED;
-a run that is there is kept, and refused where it was made with other settings. The table, OUTPUT/table.md, is of the model at the last step, not at the best one: every row has had the same
-steps. `plain` is the control: the same steps on all images alike. Numbers: mean over seeds; intervals of 95% by Student's t,
-those of differences from `plain` with the same seed (the same noise, latents and evaluation seeds) paired.
+What follows -- goes to workflows/finetune.py as it is. Each setting of SETTINGS is trained from each seed into
+OUTPUT/SETTING-SEED; a run that is there is kept, and refused where it was made with other settings. The table,
+OUTPUT/table.md, is of the model at the last step, not at the best one: every row has had the same steps. `plain` is the
+control: the same steps on all images alike. Numbers: mean over seeds; intervals of 95% by Student's t, those of
+differences from `plain` with the same seed (the same noise, latents and evaluation seeds) paired.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The moving average of a network's weights, which is what is evaluated and saved, and the warm-up of the learning rate."""
+"""The moving average of a network's weights, which is evaluated and saved, and the warm-up of the learning rate."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
 
 def decay_at(update: int, decay: float) -> float:
-    """Of the moving average at update 1, 2, ...: min(decay, (1 + t) / (10 + t)), so that the first steps of a short run count."""
+    """Of the moving average at update 1, 2, ...: min(decay, (1 + t) / (10 + t)); the first steps of a short run
+    count.
+    """
     return min(decay, (1 + update) / (10 + update))
 
 
 def averaged(network: torch.nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of a network's parameters, which begins at the network as it is; buffers are copied."""
+    """The exponential moving average of a network's parameters, which begins at the network as it is; buffers are
+    copied.
+    """
     import torch
     from torch.optim.swa_utils import AveragedModel
 

@@ -1,4 +1,5 @@
-"""What a training leaves behind, as parts of its stage: states to go on from, averages of each evaluation, what was measured.
+"""What a training leaves behind, as parts of its stage: states to go on from, averages of each evaluation, what was
+measured.
 
     state-00000100.pt               everything that step 100 and later depend on; the newest few are kept
     average-00000100.safetensors    the moving average of the generator's weights at an evaluation
@@ -6,9 +7,9 @@
     samples-00000100.parquet        a few images of that evaluation, from the same seeds each time
     evaluations.parquet, history.parquet, summary.json    written when the training is over
 
-Each part is one write with a record of its hash (storage.Stage), on any store; a state whose bytes do not have it is not
-taken up. Ray Train's own checkpoints are not used: they are registered some time after they were reported, and a driver that
-dies in between loses them.
+Each part is one write with a record of its hash (storage.Stage), on any store; a state whose bytes do not have it is
+not taken up. Ray Train's own checkpoints are not used: they are registered some time after they were reported, and a
+driver that dies in between loses them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,7 @@ from pd_core.finetune import judge as finetune_judge
 if TYPE_CHECKING:
     import torch
 
-STATE = re.compile(r"state-(\d{8})\.pt")
-COMPANIONS = "companions-{:08d}.safetensors"
-AVERAGE = re.compile(r"average-(\d{8})\.safetensors")
-BY_STEP = re.compile(r"(?:average|companions|samples)-(\d{8})\.\w+")  # written at an evaluation
+AT_EVALUATIONS = ("average", "companions", "samples")  # kinds of parts, which are written once and not read again
 SUMMARY, EVALUATIONS, HISTORY = "summary.json", "evaluations.parquet", "history.parquet"
 HISTORY_ROWS = 2000  # steps that are logged, at most; of more, every so manieth
 
@@ -92,7 +90,7 @@ def average_name(step: int) -> str:
 
 def companions_name(step: int) -> str:
     """Part of what is saved with the averaged weights."""
-    return COMPANIONS.format(step)
+    return f"companions-{step:08d}.safetensors"
 
 
 def samples_name(step: int) -> str:
@@ -100,10 +98,10 @@ def samples_name(step: int) -> str:
     return f"samples-{step:08d}.parquet"
 
 
-def step_of(name: str) -> int | None:
-    """Step of a part with averaged weights; None of any other part."""
-    found = AVERAGE.fullmatch(name)
-    return None if found is None else int(found[1])
+def by_step(names: Iterable[str], kind: str) -> dict[int, str]:
+    """Those of a kind, such as `state`, by their step, ascending."""
+    form = re.compile(rf"{kind}-(\d{{8}})\.\w+")
+    return {int(found[1]): name for name in sorted(names) if (found := form.fullmatch(name))}
 
 
 def write_state(stage: artifacts.Stage, progress: Progress, model: Mapping[str, Any], keep: int) -> None:
@@ -113,39 +111,37 @@ def write_state(stage: artifacts.Stage, progress: Progress, model: Mapping[str, 
     sink = io.BytesIO()
     torch.save({"progress": asdict(progress), "model": model}, sink)
     stage.write_part(f"state-{progress.step:08d}.pt", bytes(sink.getbuffer()), 0)
-    for name in sorted(filter(STATE.fullmatch, stage.finished_parts()))[:-keep]:
+    for name in list(by_step(stage.finished_parts(), "state").values())[:-keep]:
         stage.drop_part(name)
 
 
 def drop_after_loss(stage: artifacts.Stage) -> None:
-    """Where parts that training writes once and reads no more are gone or cut short: drop the states behind the first of
-    them, and the summary, so that training goes on from before it and writes them again.
+    """Where parts that training writes once and reads no more are gone or cut short: drop the states behind the first
+    of them, and the summary, so that training goes on from before it and writes them again.
     """
     lost = stage.lost_parts()
-    states = {name for name in lost if STATE.fullmatch(name)}
+    states = set(by_step(lost, "state").values())
     for name in states:
         stage.drop_part(name)
     if not lost.keys() - states:
         return
-    written = [int(found[1]) for name in lost if (found := BY_STEP.fullmatch(name))]
-    for name in stage.finished_parts():
-        if (found := STATE.fullmatch(name)) and written and int(found[1]) >= min(written):
-            stage.drop_part(name)
     stage.drop_part(SUMMARY)
-    if written:
+    if written := [step for kind in AT_EVALUATIONS for step in by_step(lost, kind)]:
+        for step, name in by_step(stage.finished_parts(), "state").items():
+            if step >= min(written):
+                stage.drop_part(name)
         console.say(f"training: {artifacts.told_damage(lost)}; going on from before step {min(written)}")
 
 
 def newest(stage: artifacts.Stage) -> int:
     """Step of the last state, -1 where there is none."""
-    found = [int(match[1]) for name in stage.finished_parts() if (match := STATE.fullmatch(name))]
-    return max(found, default=-1)
+    return max(by_step(stage.finished_parts(), "state"), default=-1)
 
 
 def newest_state(stage: artifacts.Stage) -> str | None:
     """Part of the last whole state; those before it are gone where a later one was broken."""
     parts = stage.finished_parts()
-    for name in sorted(filter(STATE.fullmatch, parts), reverse=True):
+    for name in reversed(by_step(parts, "state").values()):
         if artifacts.sha256(_state_bytes(stage, name)) == parts[name].sha256:
             return name
         console.say(f"training: {name} is not as it was written; going on from the one before")
@@ -169,8 +165,8 @@ def _state_bytes(stage: artifacts.Stage, name: str) -> bytes:
         return files.read_bytes(uri)
     except FileNotFoundError:
         raise RunError(
-            f"{uri}: gone since it was found, another run of this --output is still writing; end it, or run the same command "
-            "again when it is over"
+            f"{uri}: gone since it was found, another run of this --output is still writing; end it, or run the same "
+            "command again when it is over"
         ) from None
 
 

@@ -1,15 +1,16 @@
-"""Which image is draw p of a run: a function of the weights, the seed and p alone, found without walking the draws before it.
+"""Which image is draw p of a run: a function of the weights, the seed and p alone, found without walking the draws
+before it.
 
 The draws are epochs of E each, E the number of images. In epoch e the parts of the weights table are permuted and their
-weights laid end to end, W in all; draw j is the image whose stretch holds (j + u) W / E, with one u ~ U[0, 1) for the epoch:
-systematic resampling (Kitagawa 1996, "Monte Carlo filter and smoother for non-Gaussian nonlinear state space models",
-appendix). Image i is then drawn E ω_i / W times on average, exactly, and in each epoch that number rounded down or up. The
-parts are cut into windows of about WINDOW_ROWS images, whose draws are shuffled among themselves: what is read at a time is a
-window's.
+weights laid end to end, W in all; draw j is the image whose stretch holds (j + u) W / E, with one u ~ U[0, 1) for the
+epoch: systematic resampling (Kitagawa 1996, "Monte Carlo filter and smoother for non-Gaussian nonlinear state space
+models", appendix). Image i is then drawn E ω_i / W times on average, exactly, and in each epoch that number rounded
+down or up. The parts are cut into windows of about WINDOW_ROWS images, whose draws are shuffled among themselves: what
+is read at a time is a window's.
 
-Which draws belong to a part follows from the sums of the parts, which draws to an image from the weights of its part. Both
-levels ask the same question of the same floating-point number: how many draws lie below a cumulative weight (`_below`).
-A part's last cumulative weight is the next one's first, to the bit, so every draw has one image.
+Which draws belong to a part follows from the sums of the parts, which draws to an image from the weights of its part.
+Both levels ask the same question of the same floating-point number: how many draws lie below a cumulative weight
+(`_below`). A part's last cumulative weight is the next one's first, to the bit, so every draw has one image.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class Draws:
     """All draws of a run.
 
     Args:
-        part_weights: sum of the weights of each part, by its number, not all 0: the last of their cumulative sum, to the bit.
+        part_weights: sum of the weights of each part, by its number, not all 0: the last of their cumulative sum, to
+            the bit.
         rows: images of each part, those of weight 0 too; E is their sum.
         seed: of the run.
     """
@@ -167,8 +169,8 @@ class Draws:
     def window_of(self, position: int) -> Window:
         """The window that has the draw at a position. Time and memory: of the parts' sums and of the window's draws.
 
-        A window has at most WINDOW_ROWS images and one part more, and on average as many draws; where its images weigh more
-        than others, as many times that.
+        A window has at most WINDOW_ROWS images and one part more, and on average as many draws; where its images weigh
+        more than others, as many times that.
         """
         epoch_number, draw = divmod(position, self.size)
         epoch = self._epoch(epoch_number)

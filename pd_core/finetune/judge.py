@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
+from pd_core.core import schemas
 from pd_core.core import seeds as core_seeds
 from pd_core.core.settings.evaluate import MetricSettings
 from pd_core.density.scorer import Scorer
@@ -15,6 +17,7 @@ from pd_core.evaluate import measure as evaluate_measure
 from pd_core.evaluate import metrics, spaces
 from pd_core.evaluate.halfsamples import Estimate
 from pd_core.evaluate.spaces import Features
+from pd_core.generate.candidates import picture
 from pd_core.generators.protocol import Conditions, Generator, generate_checked
 from pd_core.index.extractor import ExtractorSpec
 
@@ -32,7 +35,7 @@ class Plan:
         spec: extractor of the index.
         seed: of the run. stream: name of the seeds' stream; another one gives other images.
         n: images. chunk: of one batch.
-        classes: class numbers that images get in turn; empty where the generator takes none.
+        classes: class number of each label, which images get in turn; empty where the generator takes none.
         name: the generator as the user knows it, for messages.
     """
 
@@ -41,7 +44,7 @@ class Plan:
     stream: str
     n: int
     chunk: int
-    classes: tuple[int, ...]
+    classes: Mapping[str, int]
     name: str
 
     @property
@@ -57,14 +60,22 @@ class Plan:
         """Seed of each image."""
         return [int(seed) for seed in core_seeds.integers(numbers, core_seeds.stream(self.seed, self.stream))]
 
+    def labels(self, numbers: np.ndarray) -> list[str | None]:
+        """Label of each image: all equally often, up to one; which come first is drawn, since there may be more than
+        images.
+        """
+        if not self.classes:
+            return [None] * len(numbers)
+        stream = core_seeds.stream(self.seed, f"{self.stream}/classes")
+        order = np.argsort(core_seeds.integers(np.arange(len(self.classes)), stream))
+        names = list(self.classes)
+        return [names[order[i % len(order)]] for i in numbers.tolist()]
+
     def conditions(self, numbers: np.ndarray) -> Conditions:
-        """Class of each image: all equally often, up to one; which come first is drawn, since there may be more than images."""
+        """What the generator is asked for: the class of each image's label."""
         if not self.classes:
             return Conditions()
-        order = np.argsort(
-            core_seeds.integers(np.arange(len(self.classes)), core_seeds.stream(self.seed, f"{self.stream}/classes"))
-        )
-        return Conditions(labels=tuple(self.classes[int(order[int(i) % len(order)])] for i in numbers))
+        return Conditions(labels=tuple(self.classes[str(label)] for label in self.labels(numbers)))
 
 
 def generate(plan: Plan, sampler: Generator, chunk: int, device: str) -> torch.Tensor:
@@ -78,10 +89,20 @@ def features_of(scorer: Scorer, images: torch.Tensor) -> np.ndarray:
     return scorer.features(images.to(scorer.extractor.device)).float().cpu().numpy()
 
 
-def features(plan: Plan, sampler: Generator, scorer: Scorer, chunks: Iterable[int]) -> dict[int, np.ndarray]:
-    """Features float32 [m, D] of the batches asked for, by their number."""
-    device = str(scorer.extractor.device)
-    return {chunk: features_of(scorer, generate(plan, sampler, chunk, device)) for chunk in chunks}
+def samples(plan: Plan, images: torch.Tensor, densities: np.ndarray) -> pa.Table:
+    """`schemas.finetuned_samples` of the first images of an evaluation, uint8 [m, H, W, 3], with their predicted
+    densities.
+    """
+    numbers = np.arange(len(images))
+    pixels = zip(numbers.tolist(), images.cpu().numpy(), strict=True)
+    columns = {
+        "number": numbers,
+        "seed": plan.seeds(numbers),
+        "label": plan.labels(numbers),
+        "density_predicted": densities,
+        "image": [picture(image, f"{number:012d}") for number, image in pixels],
+    }
+    return pa.table(columns, schema=schemas.finetuned_samples())
 
 
 def prepare(real: Features, n_real: int, settings: MetricSettings, threads: int) -> metrics.Reference:

@@ -1,4 +1,6 @@
-"""One worker of a training: steps, evaluations and checkpoints, from wherever the last checkpoint is to the last step."""
+"""One worker of a training: steps, evaluations and checkpoints, from wherever the last checkpoint is to the
+last step.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +8,23 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
-from pd_core.core import artifacts, schemas
+from pd_core.core import artifacts
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.core.settings.finetune import FinetuneSettings
-from pd_core.density.scorer import Scorer
 from pd_core.engine import resources, telemetry
 from pd_core.evaluate import measure
 from pd_core.finetune import checkpoints, judge, parallel, stream, weights
 from pd_core.finetune.checkpoints import Progress
 from pd_core.finetune.models import opened
 from pd_core.finetune.protocol import Batch, Share, Trainable
-from pd_core.generate.candidates import picture
 
 if TYPE_CHECKING:
     import torch
-
-    from pd_core.evaluate.metrics import Reference
 
 REPORT_S = 0.5  # between two messages to the driver
 
@@ -51,14 +48,15 @@ class Job:
     stage: artifacts.Stage
     settings: FinetuneSettings
 
-    @property
-    def history_every(self) -> int:
-        """Steps from one that is logged to the next."""
-        return max(1, math.ceil(self.settings.steps / checkpoints.HISTORY_ROWS))
+
+class HopelessError(RunError):
+    """What another attempt would only repeat."""
 
 
 def work(values: Mapping[str, Any]) -> None:
-    """What Ray Train runs in each worker. values: job (Job), reference (of metrics.Reference), monitor (actor), workflow."""
+    """What Ray Train runs in each worker. values: job (Job), reference (of metrics.Reference), monitor (actor),
+    workflow.
+    """
     import ray
     import ray.train
     import torch
@@ -76,14 +74,10 @@ def work(values: Mapping[str, Any]) -> None:
         training.run()
     except (UserError, RunError) as error:
         ray.get(values["monitor"].failed.remote(str(error), type(error).__name__))
-        # What all workers have is told, and they leave: Ray Train would print the exception four times, and take it for a
-        # failure of its own. What this one alone has must end the others, which wait for it.
+        # What all workers have is told, and they leave: Ray Train would print the exception four times, and take it for
+        # a failure of its own. What this one alone has must end the others, which wait for it.
         if not training.agreed:
             raise
-
-
-class HopelessError(RunError):
-    """What another attempt would only repeat."""
 
 
 class Loop:
@@ -99,15 +93,12 @@ class Loop:
     def __init__(self, job: Job, share: Share, reference: Any, monitor: Any):
         self.job, self.share, self.settings = job, share, job.settings
         self.model: Trainable
-        self.scorer: Scorer
         self.progress = Progress()
-        self._reference_in_store, self._monitor = reference, monitor
-        self._reference: Reference | None = None
         self.agreed = False  # whether the error that ends this worker ends all of them
+        self._reference, self._monitor = reference, monitor
         self._told_s = 0.0
-        self._times: list[
-            tuple[float, float]
-        ] = []  # seconds of each step made here, and of them of waiting for its images
+        # seconds of each step made here, and of them of waiting for its images
+        self._times: list[tuple[float, float]] = []
 
     def run(self) -> None:
         """To the last step.
@@ -117,8 +108,7 @@ class Loop:
         """
         with self._together():
             self.model = self.job.model.open(self.share)
-            real = self.job.model.real
-            self.scorer = Scorer(real.extractor, real.predictor(), self.share.device, self.share.threads)
+            self.scorer = self.job.model.scorer(self.share.device, self.share.threads)
         self._restore()
         if not self.progress.evaluations:
             self._evaluate()
@@ -138,7 +128,7 @@ class Loop:
             self.progress, state = checkpoints.read_state(self.job.stage, name, self.share.device)
             self.model.load_state(state)
             if self.share.rank == 0 and self.progress.step:
-                self._monitor.say.remote(f"training: goes on from step {self.progress.step}")
+                self._monitor.tell.remote("line", f"training: goes on from step {self.progress.step}")
 
     def _train(self) -> None:
         settings, progress = self.settings, self.progress
@@ -200,11 +190,11 @@ class Loop:
 
     def _log(self, values: Mapping[str, float]) -> None:
         step = self.progress.step
-        if step % self.job.history_every == 0:
+        if step % max(1, math.ceil(self.settings.steps / checkpoints.HISTORY_ROWS)) == 0:
             self.progress.history += [(step, n, float(v)) for n, v in values.items() if n not in ("step_s", "data_s")]
         if self.share.rank == 0 and (time.monotonic() - self._told_s > REPORT_S or step == self.settings.steps):
             self._told_s = time.monotonic()
-            self._monitor.stepped.remote(step, dict(values))
+            self._monitor.tell.remote("step", step, dict(values))
 
     def _rates(self) -> dict[str, float]:
         """Medians of the steps made by this process, without its first, which warms up."""
@@ -222,11 +212,9 @@ class Loop:
             if self.share.rank == 0:
                 checkpoints.write_state(self.job.stage, self.progress, self.model.state(), self.settings.keep)
 
-    # ---- evaluation ----
-
     def _evaluate(self) -> None:
         """Every worker makes its chunks of the images; the first measures all of them and tells the others."""
-        share, plan = self.share, self.job.plan
+        share, plan, progress = self.share, self.job.plan, self.progress
         weights = self.model.averaged()
         own: dict[int, np.ndarray] = {}
         with self._together():
@@ -236,42 +224,31 @@ class Loop:
                     images = judge.generate(plan, sampler, chunk, share.device)
                     own[chunk] = judge.features_of(self.scorer, images)
                     if chunk == 0:
-                        self._keep(images, own[chunk])
+                        self._keep(images[: self.settings.images], own[chunk][: self.settings.images])
             except UserError:
                 raise
             except ValueError as error:  # images of weights that have left all bounds
                 raise self._unmeasurable(error) from None
-        rows = self._measured(weights, parallel.gathered(own, share.world))
-        self.progress.evaluations += rows
-        self.progress.judge(self.settings.evaluation.metric, self.settings.evaluation.patience)
-
-    def _measured(self, weights: Mapping[str, torch.Tensor], found: Mapping[int, np.ndarray]) -> list[dict[str, Any]]:
-        """Rows of the evaluation: the first worker's, on all of them."""
-        share, rows = self.share, None
+        found, rows = parallel.gathered(own, share.world), None
         with self._together():
             if share.rank == 0:
-                checkpoints.write_average(self.job.stage, self.progress.step, weights, self.model.companions())
-                rows = self._rows([found[chunk] for chunk in range(self.job.plan.chunks)])
-                self._monitor.evaluated.remote(self.progress.step, rows)
-        told: list[dict[str, Any]] = parallel.from_first(rows, share.world)
-        return told
+                checkpoints.write_average(self.job.stage, progress.step, weights, self.model.companions())
+                rows = self._rows([found[chunk] for chunk in range(plan.chunks)])
+                self._monitor.tell.remote("evaluation", progress.step, rows)
+        progress.evaluations += parallel.from_first(rows, share.world)
+        progress.judge(self.settings.evaluation.metric, self.settings.evaluation.patience)
 
     def _unmeasurable(self, error: ValueError) -> HopelessError:
         return HopelessError(
-            f"training: images of step {self.progress.step} (seed {self.settings.seed}) cannot be measured ({one_line(error)}); "
-            "lower --training.learning_rate"
+            f"training: images of step {self.progress.step} (seed {self.settings.seed}) cannot be measured "
+            f"({one_line(error)}); lower --training.learning_rate"
         )
-
-    def _real(self) -> Reference:
-        import ray
-
-        if self._reference is None:
-            self._reference = ray.get(self._reference_in_store)
-        return self._reference
 
     def _rows(self, found: list[np.ndarray]) -> list[dict[str, Any]]:
         """Rows of schemas.evaluations() of the features of all images, by chunk."""
-        real = self._real()
+        import ray
+
+        real = ray.get(self._reference)
         try:
             estimates = judge.measure(real, found, self.share.threads, self.share.device)
         except ValueError as error:  # features that are not finite, or without a direction
@@ -280,9 +257,7 @@ class Loop:
             {
                 "step": self.progress.step,
                 "metric": name,
-                "value": estimate.value,
-                "low": estimate.low,
-                "high": estimate.high,
+                **asdict(estimate),
                 "k": measure.neighbors_of(name, self.settings.evaluation.metrics),
                 "n_real": real.rows,
                 "n_generated": self.job.plan.n,
@@ -294,19 +269,6 @@ class Loop:
         """Write the first images, with their predicted densities."""
         import torch
 
-        plan, many = self.job.plan, self.settings.images
-        numbers = plan.numbers(0)[:many]
-        densities = self.scorer.log_density(torch.from_numpy(features[:many]).to(self.share.device)).exp()
-        names = {number: name for name, number in self.job.model.classes.items()}
-        labels = plan.conditions(numbers).labels
-        pixels = images[:many].cpu().numpy()
-        schema = schemas.finetuned_samples()
-        columns: dict[str, Any] = {
-            "number": numbers,
-            "seed": plan.seeds(numbers),
-            "label": [None] * len(numbers) if labels is None else [names[label] for label in labels],
-            "density_predicted": densities.cpu().numpy(),
-            "image": [picture(image, f"{number:012d}") for number, image in zip(numbers.tolist(), pixels, strict=True)],
-        }
-        table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+        densities = self.scorer.log_density(torch.from_numpy(features).to(self.share.device)).exp()
+        table = judge.samples(self.job.plan, images, densities.cpu().numpy())
         self.job.stage.write_table(checkpoints.samples_name(self.progress.step), table)

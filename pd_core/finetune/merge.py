@@ -1,20 +1,19 @@
 """The merging stage: the linear combination of saved averages that is best by a metric, found by evolutionary search.
 
-LCSC, Liu et al. 2024 (arXiv 2404.02241): combine the checkpoints of a training as Σ α_k θ_k with Σ α_k = 1, α_k of any sign,
-and search α by generating images and measuring them, without gradients. Sizes of the search and the form of its mutation are
-ours: it has some dozens of candidates to spend, not the paper's thousands.
+LCSC, Liu et al. 2024 (arXiv 2404.02241): combine the checkpoints of a training as Σ α_k θ_k with Σ α_k = 1, α_k of any
+sign, and search α by generating images and measuring them, without gradients. Sizes of the search and the form of its
+mutation are ours: it has some dozens of candidates to spend, not the paper's thousands.
 
-What is best among many by one set of seeds looks better on these seeds than it is. So combination and best single step are
-judged on seeds that the search has not seen, each image of one against the same seed's of the other.
+What is best among many by one set of seeds looks better on these seeds than it is. So combination and best single step
+are judged on seeds that the search has not seen, each image of one against the same seed's of the other.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,18 +25,15 @@ from pd_core.density import formula
 from pd_core.engine import console, resources, tasks
 from pd_core.evaluate import metrics
 from pd_core.evaluate.halfsamples import Estimate
-from pd_core.finetune import checkpoints
+from pd_core.finetune import checkpoints, loop
 from pd_core.finetune import judge as finetune_judge
-from pd_core.finetune.judge import Plan
-from pd_core.generate.candidates import picture
+from pd_core.finetune.protocol import Share
 
 if TYPE_CHECKING:
     import torch
 
-SEARCH_STREAM, HOLDOUT_STREAM = (
-    "finetune/merge",
-    "finetune/merge-holdout",
-)  # of the seeds that candidates are measured on
+SEARCH_STREAM = "finetune/merge"  # of the seeds that candidates are measured on
+HOLDOUT_STREAM = "finetune/merge-holdout"
 MERGED, CANDIDATES, SAMPLES = "merged.safetensors", "candidates.parquet", "samples.parquet"
 GENERATION = 8  # candidates of each generation after the first
 PARENTS = 4  # best candidates that the next generation is bred from
@@ -45,72 +41,46 @@ KEPT = (0.3, 0.5, 0.7, 0.9)  # decays of the first generation's exponential aver
 SMALLEST_MUTATION = 0.03  # standard deviation of a coefficient
 _RECORD = re.compile(r"candidate-(\d+)\.parquet")
 
+Row = Mapping[str, Any]
+"""A candidate: number, generation, coefficients and value of `schemas.candidates`; its value is None where it has none.
+"""
+
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Search:
-    """Evolutionary search over coefficients, told nothing but values. A generation is a function of the seed and of the values before it.
+def search(
+    checkpoints: int, budget: int, seed: int, lower_is_better: bool, measure: Callable[[Sequence[Row]], Sequence[Row]]
+) -> list[Row]:
+    """All candidates of an evolutionary search, in their order: a function of its seed and of their values.
 
-    Attributes:
+    Args:
         checkpoints: K, which are combined. budget: candidates in all.
         seed: of crossover and mutation. lower_is_better: of the values.
-        coefficients: of the candidates told so far, float64 [K] each. values: theirs, None where a candidate has none.
-        generations: number of each candidate's generation.
+        measure: gives the candidates of a generation their values.
     """
+    rows: list[Row] = []
+    while len(rows) < budget:
+        generation = rows[-1]["generation"] + 1 if rows else 0
+        if rows:
+            rng = np.random.default_rng([seed, generation])
+            parents = np.array([row["coefficients"] for row in ranked(rows, lower_is_better)[:PARENTS]])
+            proposed = np.array([bred(parents, rng) for _ in range(GENERATION)])
+        else:
+            proposed = first_generation(checkpoints)
+        numbered = enumerate(proposed[: budget - len(rows)].tolist(), len(rows))
+        rows += measure([{"number": i, "generation": generation, "coefficients": row} for i, row in numbered])
+    return rows
 
-    checkpoints: int
-    budget: int
-    seed: int
-    lower_is_better: bool
-    coefficients: list[np.ndarray] = field(default_factory=list)
-    values: list[float | None] = field(default_factory=list)
-    generations: list[int] = field(default_factory=list)
 
-    @property
-    def generation(self) -> int:
-        """Number of the next one."""
-        return self.generations[-1] + 1 if self.generations else 0
-
-    def propose(self) -> np.ndarray:
-        """The next generation, float64 [m, K], each row adding up to 1; m = 0 when the budget is spent."""
-        left = self.budget - len(self.values)
-        if not self.values:
-            return first_generation(self.checkpoints)[:left]
-        rng = np.random.default_rng([self.seed, self.generation])
-        parents = np.stack([self.coefficients[place] for place in self._order()[:PARENTS]])
-        return np.array([bred(parents, rng) for _ in range(min(GENERATION, left))]).reshape(-1, self.checkpoints)
-
-    def tell(self, coefficients: np.ndarray, values: Sequence[float | None]) -> None:
-        """What came out of a generation that was proposed."""
-        self.generations += [self.generation] * len(coefficients)
-        self.coefficients += list(coefficients)
-        self.values += values
-
-    @property
-    def best(self) -> int:
-        """Place of the best candidate; of equals the first, so that a combination never displaces a single that is as good."""
-        return self._order()[0]
-
-    def table(self) -> pa.Table:
-        """`schemas.candidates` of those told so far."""
-        columns = {
-            "number": list(range(len(self.values))),
-            "generation": self.generations,
-            "coefficients": self.coefficients,
-            "value": self.values,
-        }
-        return pa.table(columns, schema=schemas.candidates())
-
-    def _order(self) -> list[int]:
-        sign = 1.0 if self.lower_is_better else -1.0
-        keys = np.array([math.inf if value is None else sign * value for value in self.values])
-        return np.argsort(keys, kind="stable").tolist()
+def ranked(rows: Sequence[Row], lower_is_better: bool) -> list[Row]:
+    """The best first; of equals the first, so that a combination never displaces a single that is as good."""
+    sign = 1.0 if lower_is_better else -1.0
+    return sorted(rows, key=lambda row: math.inf if row["value"] is None else sign * row["value"])
 
 
 def first_generation(checkpoints: int) -> np.ndarray:
-    """float64 [K + 1 + len(KEPT), K]: each checkpoint alone, their plain mean, and exponential averages that favour the last."""
+    """float64 [K + 1 + len(KEPT), K]: each checkpoint alone, their plain mean, and averages that favour the last."""
     age = np.arange(checkpoints)[::-1]
     exponentials = np.stack([decay**age / (decay**age).sum() for decay in KEPT])
     return np.concatenate([np.eye(checkpoints), np.full((1, checkpoints), 1 / checkpoints), exponentials])
@@ -126,9 +96,6 @@ def bred(parents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     width = max(float(parents.std(axis=0).mean()), SMALLEST_MUTATION)
     child = mixed + width * rng.standard_normal(one.size)
     return child + (1 - child.sum()) / one.size
-
-
-# ---- combining -------------------------------------------------------------------------------------------------------
 
 
 def combine(
@@ -174,194 +141,140 @@ class Job:
     """The stage; picklable.
 
     Attributes:
-        stage: where it goes. training: uri of the training stage.
-        averages: its parts with the averages, in the order of their `steps`. single: place of the best one among them.
-        open_model: device and threads to an object with `Trainable.sampler`.
-        open_scorer: device and threads to a scorer with the index's predictor.
-        plan: of the evaluations while training; the search takes seeds of its own.
-        metric: that is searched by. candidates: that are tried.
-        seed: of the run. threads: of CPU arithmetic, of each actor.
+        stage: where it goes. training: whose averages are merged.
+        steps: of the averages, ascending. single: place of the best one among them.
     """
 
     stage: artifacts.Stage
-    training: str
-    averages: tuple[str, ...]
+    training: loop.Job
     steps: tuple[int, ...]
     single: int
-    open_model: Callable[[str, int], Any]
-    open_scorer: Callable[[str, int], Any]
-    plan: Plan
-    metric: str
-    candidates: int
-    seed: int
-    threads: int
+
+    @property
+    def metric(self) -> str:
+        """That is searched by."""
+        return self.training.settings.evaluation.metric
 
     def weights(self, coefficients: np.ndarray) -> dict[str, torch.Tensor]:
         """The combination; checkpoints that have no part in it are not read."""
         used = [k for k, alpha in enumerate(coefficients) if alpha != 0 or k == self.single]
-        return combine(self._read(used), coefficients[used].tolist(), used.index(self.single))
-
-    def _read(self, places: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
-        import safetensors.torch
-
-        for place in places:
-            yield safetensors.torch.load(files.read_bytes(files.join(self.training, self.averages[place])))
+        names = (checkpoints.average_name(self.steps[place]) for place in used)
+        averages = (checkpoints.read_weights(files.join(self.training.stage.uri, name)) for name in names)
+        return combine(averages, coefficients[used].tolist(), used.index(self.single))
 
 
-def job_of(
-    output: str,
-    training: str,
-    trained: artifacts.Artifact,
-    open_model: Callable[[str, int], Any],
-    open_scorer: Callable[[str, int], Any],
-    plan: Plan,
-    *,
-    metric: str,
-    candidates: int,
-    seed: int,
-    threads: int,
-    device: str,
-) -> Job:
+def job_of(output: str, training: loop.Job, trained: artifacts.Artifact, device: str) -> Job:
     """The stage under `output` of a finished training stage, whose fingerprint covers model, real set and metrics.
 
     Raises:
-        UserError: there is nothing to combine, or the candidates do not suffice to try each average alone and a mixture.
+        UserError: there is nothing to combine, or the candidates do not suffice to try each average alone and a
+            mixture.
     """
-    by_step = {step: part.name for part in trained.parts if (step := checkpoints.step_of(part.name)) is not None}
-    steps = tuple(sorted(by_step))
-    averages = tuple(by_step[step] for step in steps)
-    if len(averages) < 2:
+    steps = tuple(checkpoints.by_step((part.name for part in trained.parts), "average"))
+    settings, plan = training.settings, training.plan
+    if len(steps) < 2:
         raise UserError("--merge best-of: the training saved one average only; lower --evaluation.every")
-    if candidates <= len(averages):
+    if settings.merge_candidates <= len(steps):
         raise UserError(
-            f"--merge_candidates {candidates}: the training saved {len(averages)} averages, each of which is tried alone before "
-            f"any mixture; give {len(averages) + len(KEPT) + 1 + GENERATION} or more, or raise --evaluation.every"
+            f"--merge_candidates {settings.merge_candidates}: the training saved {len(steps)} averages, each of which "
+            f"is tried alone before any mixture; give {len(steps) + len(KEPT) + 1 + GENERATION} or more, or raise "
+            "--evaluation.every"
         )
     single = steps.index(trained.totals["best"])
     identity = {
         "training": trained.fingerprint,
-        "averages": list(averages),
+        "averages": [checkpoints.average_name(step) for step in steps],
         "single": single,
-        "plan": asdict(plan) | {"spec": plan.spec.identity(), "classes": list(plan.classes)},
-        "metric": metric,
-        "candidates": candidates,
-        "seed": seed,
-        "threads": threads,
+        "plan": asdict(plan) | {"spec": plan.spec.identity(), "classes": list(plan.classes.values())},
+        "metric": settings.evaluation.metric,
+        "candidates": settings.merge_candidates,
+        "seed": settings.seed,
+        "threads": settings.worker_cpus,
         "device": device,
     }
     stage = artifacts.Stage(files.join(output, "merging"), "merging", schemas.VERSIONS["merging"], identity)
-    return Job(
-        stage, training, averages, steps, single, open_model, open_scorer, plan, metric, candidates, seed, threads
-    )
+    return Job(stage, training, steps, single)
 
 
 def run(
-    job: Job, now: resources.Cluster, reference: Any, actors: int | None = None, gpus: float | None = None
+    job: Job, now: resources.Cluster, reference: Any, gpus: float | None
 ) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make what is missing; returns the parts and totals to commit.
 
     Args:
-        job: the stage.
+        job: the stage. It is made by as many processes as trained; no number depends on them.
         now: the cluster.
         reference: the real side, a metrics.Reference or an ObjectRef of one.
-        actors: processes that generate and measure; no number depends on them. None: as many as fit.
-        gpus: of each, None: 1 where there are any.
+        gpus: of each process, None: 1 where there are any.
 
     Raises:
-        UserError: of the model or the extractor; or images of the best single step, or on held-out seeds of the combination,
-            cannot be measured.
+        UserError: of the model or the extractor; or images of the best single step, or on held-out seeds of the
+            combination, cannot be measured.
     """
-    totals: dict[str, Any] = {}
+    import ray
+
+    settings, totals = job.training.settings, {}
+    _, count, cpus, per_gpu = resources.actor_pool(
+        now, settings.workers, settings.worker_cpus, gpus, settings.merge_candidates
+    )
+    actor = ray.remote(_Judge).options(num_cpus=cpus, num_gpus=per_gpu, **tasks.ACTOR_OPTIONS)
 
     def execute() -> None:
-        with _open(job, now, reference, actors, gpus) as judges:
+        judges: list[Any] = [actor.remote(job, reference) for _ in range(count)]
+        try:
+            tasks.wait_for(judges, "merging")
             totals.update(_merge(job, judges))
+        finally:
+            for judge in judges:
+                ray.kill(judge)
 
     tasks.persist("merging", execute, lambda: len(job.stage.finished_parts()))
     done = job.stage.finished_parts()
     return [done[name] for name in (MERGED, CANDIDATES, SAMPLES)], totals
 
 
-@contextmanager
-def _open(
-    job: Job, now: resources.Cluster, reference: Any, actors: int | None, gpus: float | None
-) -> Iterator[list[Any]]:
-    import ray
-
-    _, most, cpus, per_gpu = resources.actor_pool(now, actors, job.threads, gpus, job.candidates)
-    count = most if actors else max(1, min(most, resources.actors_that_fit(now, job.threads, gpus)))
-    actor = ray.remote(_Judge).options(num_cpus=cpus, num_gpus=per_gpu, **tasks.ACTOR_OPTIONS)
-    judges: list[Any] = [actor.remote(job, reference) for _ in range(count)]
-    try:
-        tasks.wait_for(judges, "merging")
-        yield judges
-    finally:
-        for judge in judges:
-            ray.kill(judge)
-
-
 def _merge(job: Job, judges: Sequence[Any]) -> dict[str, Any]:
     """Search, save and judge; the totals."""
-    search = _search(job, judges)
-    _write_candidates(job, search)
-    best, single = search.coefficients[search.best], np.eye(len(job.averages))[job.single]
-    first, last = judges[0], judges[-1]
-    tasks.get(first.save.remote(best))
-    held_out = first.held_out.remote(best), last.held_out.remote(single)
-    totals = tasks.get(first.judge.remote(*held_out))
+    rows = _search(job, judges)
+    best, single = ranked(rows, job.metric in finetune_judge.LOWER_IS_BETTER)[0], np.eye(len(job.steps))[job.single]
+    merged, first, last = np.array(best["coefficients"]), judges[0], judges[-1]
+    tasks.get(first.save.remote(merged))
+    totals = tasks.get(first.judge.remote(first.held_out.remote(merged), last.held_out.remote(single)))
     return totals | {
         "metric": job.metric,
-        "coefficients": best.tolist(),
+        "coefficients": best["coefficients"],
         "steps": list(job.steps),
         "single_step": job.steps[job.single],
-        "candidates": len(search.values),
-        "unmeasured": sum(value is None for value in search.values),
-        "search": {"merged": search.values[search.best], "single": search.values[job.single]},
+        "candidates": len(rows),
+        "unmeasured": sum(row["value"] is None for row in rows),
+        "search": {"merged": best["value"], "single": rows[job.single]["value"]},
     }
 
 
-def _search(job: Job, judges: Sequence[Any]) -> Search:
-    """The search with all its candidates told: those of the records, and the others measured now."""
-    known = _recorded(job)
-    lower = job.metric in finetune_judge.LOWER_IS_BETTER
-    search = Search(len(job.averages), job.candidates, seeds.stream(job.seed, "finetune/merge-search"), lower)
-    with console.progress("merging", job.candidates, "combinations", len(known)) as bar:
-        while len(proposed := search.propose()):
-            first, generation = len(search.values), search.generation
-            numbers = range(first, first + len(proposed))
+def _search(job: Job, judges: Sequence[Any]) -> list[Row]:
+    """All candidates: those that an earlier run has recorded, and the others measured now; as one table, which from
+    then on stands for their records.
+    """
+    settings, stage, done = job.training.settings, job.stage, job.stage.finished_parts()
+    names = [CANDIDATES] if CANDIDATES in done else list(filter(_RECORD.fullmatch, done))
+    recorded = [row for name in names for row in files.read_table(files.join(stage.uri, name)).to_pylist()]
+    known = {row["number"]: row["value"] for row in recorded}
+    with console.progress("merging", settings.merge_candidates, "combinations", len(known)) as bar:
 
-            def submit(number: int, first: int = first, generation: int = generation, rows: Any = proposed) -> Any:
-                return judges[number % len(judges)].measure.remote(number, generation, rows[number - first])
-
-            missing = [number for number in numbers if number not in known]
-            for number, value in tasks.bounded(submit, missing, lambda: len(judges)):
-                known[number] = value
+        def measure(rows: Sequence[Row]) -> list[Row]:
+            missing = (row for row in rows if row["number"] not in known)
+            submit = lambda row: judges[row["number"] % len(judges)].measure.remote(row)  # noqa: E731
+            for row, value in tasks.bounded(submit, missing, lambda: len(judges)):
+                known[row["number"]] = value
                 bar.update()
-            search.tell(proposed, [known[number] for number in numbers])
-    return search
+            return [{**row, "value": known[row["number"]]} for row in rows]
 
-
-def _record(number: int) -> str:
-    return f"candidate-{number:04d}.parquet"
-
-
-def _recorded(job: Job) -> dict[int, float | None]:
-    """Values by number of the candidates that an earlier run has measured."""
-    done = job.stage.finished_parts()
-    names = [CANDIDATES] if CANDIDATES in done else [name for name in done if _RECORD.fullmatch(name)]
-    rows = [row for name in names for row in files.read_table(files.join(job.stage.uri, name)).to_pylist()]
-    return {row["number"]: row["value"] for row in rows}
-
-
-def _write_candidates(job: Job, search: Search) -> None:
-    """All candidates as one table, which from now on stands for their records."""
-    job.stage.write_table(CANDIDATES, search.table())
-    for name in job.stage.finished_parts():
-        if _RECORD.fullmatch(name):
-            job.stage.drop_part(name)
-
-
-# ---- on an actor -----------------------------------------------------------------------------------------------------
+        seed, lower = seeds.stream(settings.seed, "finetune/merge-search"), job.metric in finetune_judge.LOWER_IS_BETTER
+        rows = search(len(job.steps), settings.merge_candidates, seed, lower, measure)
+    stage.write_table(CANDIDATES, pa.Table.from_pylist(rows, schema=schemas.candidates()))
+    for name in filter(_RECORD.fullmatch, stage.finished_parts()):
+        stage.drop_part(name)
+    return rows
 
 
 class _Judge:
@@ -369,36 +282,33 @@ class _Judge:
 
     def __init__(self, job: Job, reference: metrics.Reference) -> None:
         self.job, self.reference = job, reference
-        self.device = resources.assigned_device()
-        self.model = job.open_model(self.device, job.threads)
-        self.scorer = job.open_scorer(self.device, job.threads)
+        self.device, self.threads = resources.assigned_device(), job.training.settings.worker_cpus
+        self.model = job.training.model.open(Share(0, 1, self.device, self.threads))
+        self.scorer = job.training.model.scorer(self.device, self.threads)
 
     def ready(self) -> None:
         """Answers when the models are loaded."""
 
-    def measure(self, number: int, generation: int, coefficients: np.ndarray) -> float | None:
+    def measure(self, row: Row) -> float | None:
         """The metric of a candidate on the search's seeds, also as a record in the stage."""
         value: float | None = None
         try:
-            value = self._value(coefficients)
+            found = [self._features(np.array(row["coefficients"]), SEARCH_STREAM)]
+            value = finetune_judge.measure(self.reference, found, self.threads, self.device)[self.job.metric].value
         except ValueError as error:  # weights beyond those that were trained may give images that are not finite
-            if number == self.job.single:
-                raise _explained(f"step {self.job.steps[number]}", error) from error
-        row = {"number": number, "generation": generation, "coefficients": coefficients.tolist(), "value": value}
-        self.job.stage.write_table(_record(number), pa.Table.from_pylist([row], schema=schemas.candidates()))
+            if row["number"] == self.job.single:
+                raise _explained(f"step {self.job.steps[self.job.single]}", error) from error
+        value = None if value is None or not math.isfinite(value) else float(value)
+        table = pa.Table.from_pylist([{**row, "value": value}], schema=schemas.candidates())
+        self.job.stage.write_table(f"candidate-{row['number']:04d}.parquet", table)
         return value
 
-    def _value(self, coefficients: np.ndarray) -> float | None:
-        found = self._features(coefficients, SEARCH_STREAM)
-        value = finetune_judge.measure(self.reference, [found], self.job.threads, self.device)[self.job.metric].value
-        return float(value) if math.isfinite(value) else None
-
     def _features(self, coefficients: np.ndarray, stream: str) -> np.ndarray:
-        """Float32 [n, D] of a combination's images from the seeds of a stream."""
-        plan = replace(self.job.plan, stream=stream)
+        """float32 [n, D] of a combination's images from the seeds of a stream."""
+        plan = replace(self.job.training.plan, stream=stream)
         sampler = self.model.sampler(self.job.weights(coefficients))
-        found = finetune_judge.features(plan, sampler, self.scorer, range(plan.chunks))
-        return np.concatenate([found[chunk] for chunk in range(plan.chunks)])
+        images = (finetune_judge.generate(plan, sampler, chunk, self.device) for chunk in range(plan.chunks))
+        return np.concatenate([finetune_judge.features_of(self.scorer, batch) for batch in images])
 
     def held_out(self, coefficients: np.ndarray) -> np.ndarray:
         """Features float32 [n, D] of a combination's images from seeds that the search has not seen."""
@@ -411,7 +321,7 @@ class _Judge:
         """Metrics of both, float32 [n, D] each, and whether the one beats the other beyond doubt."""
         rows = np.arange(len(merged))
         one, other = (
-            metrics.evaluate(self.reference, features, rows, threads=self.job.threads, device=self.device)
+            metrics.evaluate(self.reference, features, rows, threads=self.threads, device=self.device)
             for features in (merged, single)
         )
         difference = metrics.difference(one, other, self.job.metric)
@@ -426,31 +336,12 @@ class _Judge:
 
     def save(self, coefficients: np.ndarray) -> None:
         """The combined weights, and images from them from the seeds of the images that the training stage shows."""
-        import safetensors.torch
-
-        weights = self.job.weights(coefficients)
-        self.job.stage.write_part(MERGED, safetensors.torch.save(weights), 0)
-        table = self._samples(self.model.sampler(weights))
-        self.job.stage.write_table(SAMPLES, table)
-
-    def _samples(self, sampler: Any) -> pa.Table:
-        plan = self.job.plan
-        name = checkpoints.samples_name(self.job.steps[self.job.single])
-        shown = files.read_table(files.join(self.job.training, name), ["number", "seed", "label"])
-        columns: dict[str, list[Any]] = {"density_predicted": [], "image": []}
-        for chunk in range(-(-shown.num_rows // plan.chunk)):
-            images = finetune_judge.generate(plan, sampler, chunk, self.device).to(self.scorer.extractor.device)
-            predicted = formula.density_of(self.scorer.log_density(self.scorer.features(images)).cpu().numpy())
-            columns["density_predicted"] += predicted.tolist()
-            columns["image"] += [
-                picture(pixels, f"{number:012d}")
-                for number, pixels in zip(plan.numbers(chunk).tolist(), images.cpu().numpy(), strict=True)
-            ]
-        many = shown.num_rows
-        numbers = np.arange(many)
-        assert shown["number"].to_pylist() == numbers.tolist() and shown["seed"].to_pylist() == plan.seeds(numbers)
-        values = shown.to_pydict() | {name: column[:many] for name, column in columns.items()}
-        return pa.table(values, schema=schemas.finetuned_samples())
+        weights, plan, many = self.job.weights(coefficients), self.job.training.plan, self.job.training.settings.images
+        self.job.stage.write_part(MERGED, checkpoints.to_safetensors(weights), 0)
+        images = finetune_judge.generate(plan, self.model.sampler(weights), 0, self.device)
+        features = self.scorer.features(images.to(self.scorer.extractor.device))
+        densities = formula.density_of(self.scorer.log_density(features).cpu().numpy())
+        self.job.stage.write_table(SAMPLES, finetune_judge.samples(plan, images[:many], densities[:many]))
 
 
 def _explained(what: str, error: ValueError) -> UserError:

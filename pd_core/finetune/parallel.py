@@ -1,7 +1,7 @@
 """Workers that train on one batch together: gradients and numbers of all of them, and randomness that is theirs alone.
 
-Gradients are summed after the backward passes, not in hooks as DistributedDataParallel does: R1 differentiates twice, and
-passes are accumulated. StyleGAN2-ADA does likewise.
+Gradients are summed after the backward passes, not in hooks as DistributedDataParallel does: R1 differentiates twice,
+and passes are accumulated. StyleGAN2-ADA does likewise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def average_gradients(parameters: Iterable[torch.nn.Parameter], world: int) -> None:
     """Set each gradient to its mean over the workers, which all get the same bytes; one that is missing counts as 0.
 
-    Not DistributedDataParallel, whose hooks do not see a gradient of a gradient. world: workers; with 1 nothing happens.
+    Not DistributedDataParallel, whose hooks do not see a gradient of a gradient. world: workers; with 1 nothing
+    happens.
     """
     import torch
 
@@ -112,7 +113,9 @@ def own_random_state(seed: int, step: int, share: Share) -> Iterator[None]:
 
 
 def images_of(pixels: np.ndarray, colors: int, device: str) -> torch.Tensor:
-    """float32 [B, colors, H, W] in [-1, 1] of uint8 [B, H, W, 3]; grey as Pillow's mode L, which leaves grey as it is."""
+    """float32 [B, colors, H, W] in [-1, 1] of uint8 [B, H, W, 3]; grey as Pillow's mode L, which leaves grey as
+    it is.
+    """
     import torch
 
     planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(device)

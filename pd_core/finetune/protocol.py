@@ -1,8 +1,9 @@
-"""Fine-tuning by importance sampling (arXiv 2407.08659, Algorithm 3): weighted real images, and loops that train on them.
+"""Fine-tuning by importance sampling (arXiv 2407.08659, Algorithm 3): weighted real images, and loops that train on
+them.
 
-What a step sees is a function of the run's seed and the step's number alone. Draw p of a run (position p = step · B + place,
-B images a step in all) has one image, one noise, one latent, whoever computes it: a run of one worker and one of several
-train on the same batches, and a run that is taken up at a step goes on as if nothing had happened.
+What a step sees is a function of the run's seed and the step's number alone. Draw p of a run (position p = step · B +
+place, B images a step in all) has one image, one noise, one latent, whoever computes it: a run of one worker and one of
+several train on the same batches, and a run that is taken up at a step goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ class Trainable(Protocol):
         ...
 
     def companions(self) -> dict[str, torch.Tensor]:
-        """What else is saved with the average, by name, on the CPU: a GAN's networks in training; nothing of a diffusion model."""
+        """What else is saved with the average, by name, on the CPU: a GAN's networks in training; nothing of a
+        diffusion model.
+        """
         ...
 
     def load_companions(self, companions: Mapping[str, torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The report of finetune: what its page shows of the training, and of the merge where there is one, gathered and drawn.
 
-Metrics over the steps beside those of the generator as it came, what the loss did meanwhile, and images from the same seeds
-before and after.
+Metrics over the steps beside those of the generator as it came, what the loss did meanwhile, and images from the same
+seeds before and after.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,122 +49,6 @@ HISTORY = {  # in order of display: name, and how it reads
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One evaluation: its step, metrics by name, real and generated images measured."""
-
-    step: int
-    numbers: Mapping[str, Number]
-    n_real: int
-    n_generated: int
-
-
-@dataclass(frozen=True)
-class Logged:
-    """What the steps logged under a name: int64 and float64 [S], in ascending order of the steps."""
-
-    name: str
-    step: np.ndarray
-    value: np.ndarray
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One image: its predicted density ρ and its thumbnail."""
-
-    density: float
-    thumbnail: bytes
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The images of a seed by their state: `before`, `best`, and `merged` where there is a combination."""
-
-    number: int
-    seed: int
-    label: str | None
-    shots: Mapping[str, Shot]
-
-
-@dataclass(frozen=True)
-class FinetunedData:
-    """All that the page shows.
-
-    Attributes:
-        created: ISO 8601 time, given by the caller, so that `render` is a function of its argument alone.
-        generator: as the user named it. weighting: of the real images, in words. effective_size: images that the weighted real ones are worth.
-        n_images: real images that were trained on.
-        asked, steps: optimiser steps, those done. stopped_early: no better step came for a while.
-        metric: by which the best step was chosen. best: that step; 0 where no step was better than the generator as it came.
-        extractor: of the space that was measured in. k_precision, k_coverage: neighbors of the metrics.
-        evaluations: in ascending order of their steps, that of step 0 first.
-        history: of the steps. shown: some images.
-        merged: totals of the merge, whose metrics are Numbers, on seeds that its search has not seen; None without one.
-        command: that generates with the result.
-    """
-
-    title: str
-    output: str
-    index: str
-    created: str
-    generator: str
-    weighting: str
-    effective_size: float
-    n_images: int
-    asked: int
-    steps: int
-    stopped_early: bool
-    metric: str
-    best: int
-    extractor: str
-    k_precision: int
-    k_coverage: int
-    evaluations: Sequence[Evaluated]
-    history: Sequence[Logged]
-    shown: Sequence[Shown]
-    merged: Mapping[str, Any] | None
-    command: str
-    facts: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
-    timings_s: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    settings_yaml: str = ""
-
-    def __post_init__(self) -> None:
-        """Conservation: the steps are those of the run, and what is compared is there."""
-        steps = [evaluated.step for evaluated in self.evaluations]
-        assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] <= self.steps <= self.asked, steps
-        assert self.best in steps, (self.best, steps)
-        assert all(set(evaluated.numbers) == set(self.evaluations[0].numbers) for evaluated in self.evaluations)
-        assert all(list(shown.shots) == self.states for shown in self.shown)
-
-    @property
-    def before(self) -> Evaluated:
-        """The generator as it came."""
-        return self.evaluations[0]
-
-    @property
-    def after(self) -> Evaluated:
-        """The best step."""
-        return next(evaluated for evaluated in self.evaluations if evaluated.step == self.best)
-
-    @property
-    def states(self) -> list[str]:
-        """Of the images of a seed, from left to right; where no step is better than 0, the last one shows what training did."""
-        last = self.best == 0 and self.evaluations[-1].step > 0
-        there = {"before": True, "best": self.best > 0, "last": last, "merged": self.merged is not None}
-        return [state for state in STATES if there[state]]
-
-
-def parted(one: Number, other: Number) -> bool | None:
-    """Whether two intervals have no point in common; None where there is none."""
-    if one.low is None or one.high is None or other.low is None or other.high is None:
-        return None
-    return one.low > other.high or other.low > one.high
-
-
-# --- what it is gathered from ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What the stage reads; picklable.
 
@@ -197,40 +81,60 @@ def run(stage: artifacts.Stage, inputs: Inputs) -> runs.Made:
 
 
 def _draw(inputs: Inputs) -> runs.Drawn:
-    return runs.Drawn(drawn(gather(inputs)))
+    data = gather(inputs)
+    drawings: dict[str, figures.Drawing] = {
+        f"metric_{name}": functools.partial(metric_png, data, name) for name in data["metrics"]
+    }
+    drawings["precision_recall_path"] = functools.partial(path_png, data)
+    drawings |= {f"history_{i}": functools.partial(history_png, one) for i, one in enumerate(data["history"])}
+    names = {"d": data, "history_names": HISTORY, "interval": interval, "states": STATES, "zip": zip}
+    return runs.Drawn(figures.page_files("finetuned.html.j2", names, drawings))
 
 
-def gather(inputs: Inputs) -> FinetunedData:
-    """All that the page shows."""
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def gather(inputs: Inputs) -> dict[str, Any]:
+    """All that the page shows, as its template names it."""
     settings, totals = inputs.settings, inputs.trained.totals
-    weights = totals["weights"]
-    return FinetunedData(
-        title="Fine-tuned generator",
-        output=str(settings.output),
-        index=str(settings.index),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        generator=str(settings.generator.path),
-        weighting=weighting_text(settings),
-        effective_size=weights["effective_sample_size"],
-        n_images=weights["rows"],
-        asked=settings.steps,
-        steps=totals["steps"],
-        stopped_early=totals["stopped_early"],
-        metric=totals["metric"],
-        best=totals["best"],
-        extractor=inputs.extractor,
-        k_precision=settings.evaluation.metrics.k_precision,
-        k_coverage=settings.evaluation.metrics.k_coverage,
-        evaluations=_evaluations(inputs.training),
-        history=_history(inputs.training),
-        shown=_shown(inputs),
-        merged=None if inputs.merging is None else _merged(inputs.merging[1].totals),
-        command=command(inputs),
-        facts=_facts(inputs),
-        timings_s=inputs.timings_s,
-        versions=inputs.trained.versions,
-        settings_yaml=to_yaml(settings),
-    )
+    weights, metric, names = totals["weights"], totals["metric"], metric_names(inputs.extractor)
+    evaluations = _evaluations(inputs.training)
+    before, after = evaluations[0], next(one for one in evaluations if one["step"] == totals["best"])
+    merged = None if inputs.merging is None else _merged(inputs.merging[1].totals)
+    return {
+        "title": "Fine-tuned generator",
+        "output": str(settings.output),
+        "index": str(settings.index),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "generator": str(settings.generator.path),
+        "weighting": weighting_text(settings),
+        "effective_size": weights["effective_sample_size"],
+        "n_images": weights["rows"],
+        "asked": settings.steps,
+        "steps": totals["steps"],
+        "stopped_early": totals["stopped_early"],
+        "metric": metric,
+        "metric_names": names,
+        # that of the real set alone stands still
+        "metrics": [name for name in names if name in before["numbers"] and name != "vendi_real"],
+        "best": totals["best"],
+        "verdict": verdict(names[metric], before["numbers"][metric], after["numbers"][metric], totals["best"]),
+        "merge_verdict": None if merged is None else merge_verdict(names[metric], metric, merged),
+        "extractor": inputs.extractor,
+        "k_precision": settings.evaluation.metrics.k_precision,
+        "k_coverage": settings.evaluation.metrics.k_coverage,
+        "evaluations": evaluations,
+        "before": before,
+        "after": after,
+        "history": _history(inputs.training),
+        "shown": _shown(inputs, evaluations[-1]["step"]),
+        "merged": merged,
+        "command": command(inputs),
+        "facts": _facts(inputs),
+        "timings_s": inputs.timings_s,
+        "versions": inputs.trained.versions,
+        "settings_yaml": to_yaml(settings),
+    }
 
 
 def weighting_text(settings: FinetuneSettings) -> str:
@@ -241,9 +145,7 @@ def weighting_text(settings: FinetuneSettings) -> str:
     by_label = ", by label" if weighting.per_label else ""
     if weighting.kind == "two_level":
         return f"w = {page.number(weighting.weight)} where ρ > {weighting.threshold}, else 1{by_label}"
-    if weighting.kind == "quantiles":
-        return f"weights {', '.join(map(page.number, weighting.weights or ()))} of equally large bins of ρ{by_label}"
-    return f"{weighting.kind}{by_label}"
+    return f"weights {', '.join(map(page.number, weighting.weights or ()))} of equally large bins of ρ{by_label}"
 
 
 def command(inputs: Inputs) -> str:
@@ -264,31 +166,31 @@ def _option(name: str, value: Any) -> list[str]:
     return [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def _evaluations(training: str) -> list[Evaluated]:
-    rows = files.read_table(files.join(training, checkpoints.EVALUATIONS)).to_pylist()
-    by_step: dict[int, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], []).append(row)
-    return [
-        Evaluated(step, {row["metric"]: _number(row) for row in own}, own[0]["n_real"], own[0]["n_generated"])
-        for step, own in sorted(by_step.items())
-    ]
+def _evaluations(training: str) -> list[dict[str, Any]]:
+    """Step, sizes and metrics by name of each evaluation, in ascending order of their steps; step 0 is the first."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in files.read_table(files.join(training, checkpoints.EVALUATIONS)).sort_by("step").to_pylist():
+        sizes = {name: row[name] for name in ("step", "n_real", "n_generated")}
+        found.setdefault(row["step"], sizes | {"numbers": {}})["numbers"][row["metric"]] = _number(row)
+    return list(found.values())
 
 
 def _number(values: Mapping[str, Any]) -> Number:
     return Number(values["value"], values["low"], values["high"])
 
 
-def _history(training: str) -> list[Logged]:
-    table = files.read_table(files.join(training, checkpoints.HISTORY))
-    found = []
-    for name in pc.unique(table["name"]).to_pylist():
-        own = table.filter(pc.equal(table["name"], name)).sort_by("step")
-        found.append(Logged(name, own["step"].to_numpy(), own["value"].to_numpy()))
-    return found
+def _history(training: str) -> list[dict[str, Any]]:
+    """What the steps logged, by name in order of display, unknown names last: arrays of step and value."""
+    table = files.read_table(files.join(training, checkpoints.HISTORY)).sort_by("step")
+    order = list(HISTORY)
+    names = sorted(
+        pc.unique(table["name"]).to_pylist(),
+        key=lambda name: (order.index(name) if name in HISTORY else len(order), name),
+    )
+    own = {name: table.filter(pc.equal(table["name"], name)) for name in names}
+    return [
+        {"name": name, "step": rows["step"].to_numpy(), "value": rows["value"].to_numpy()} for name, rows in own.items()
+    ]
 
 
 def _merged(totals: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,41 +198,27 @@ def _merged(totals: Mapping[str, Any]) -> dict[str, Any]:
     return {**totals, **numbers, "difference": _number(totals["difference"])}
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def _shown(inputs: Inputs) -> list[Shown]:
-    """Images of the same seeds, in every state."""
-    best, last = inputs.trained.totals["best"], _evaluations(inputs.training)[-1].step
-    places = {"before": _samples(inputs.training, 0)}
-    if best > 0:
-        places["best"] = _samples(inputs.training, best)
-    elif last > 0:
-        places["last"] = _samples(inputs.training, last)
+def _shown(inputs: Inputs, last: int) -> list[dict[str, Any]]:
+    """Images of the same seeds, in every state: density and thumbnail. Where no step is better than 0, the last one
+    shows what training did.
+    """
+    best, steps = inputs.trained.totals["best"], {"before": 0}
+    if best or last:
+        steps |= {"best": best} if best else {"last": last}
+    uris = {state: files.join(inputs.training, checkpoints.samples_name(step)) for state, step in steps.items()}
     if inputs.merging is not None:
-        places["merged"] = files.join(inputs.merging[0], merge.SAMPLES)
-    states = {state: files.read_table(uri).sort_by("number").to_pylist() for state, uri in places.items()}
-    return [
-        _one_seed(dict(zip(states, rows, strict=True))) for rows in zip(*states.values(), strict=True)
-    ]  # strict: a state that lacks an image is a defect, and none is left out
+        uris["merged"] = files.join(inputs.merging[0], merge.SAMPLES)
+    rows = [files.read_table(uri).sort_by("number").to_pylist() for uri in uris.values()]
+    # strict: a state that lacks an image is a defect, and none is left out
+    return [_one_seed(tuple(uris), of_seed) for of_seed in zip(*rows, strict=True)]
 
 
-def _samples(training: str, step: int) -> str:
-    return files.join(training, checkpoints.samples_name(step))
-
-
-def _one_seed(rows: Mapping[str, Mapping[str, Any]]) -> Shown:
-    first = rows["before"]
-    assert {(row["number"], row["seed"]) for row in rows.values()} == {(first["number"], first["seed"])}, rows.keys()
-    pictures = thumbnails.of_samples([row["image"] for row in rows.values()], "samples")
-    shots = {
-        state: Shot(row["density_predicted"], picture)
-        for (state, row), picture in zip(rows.items(), pictures, strict=True)
-    }
-    return Shown(first["number"], first["seed"], first["label"], shots)
-
-
-# ---- facts -----------------------------------------------------------------------------------------------------------
+def _one_seed(states: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = {name: rows[0][name] for name in ("number", "seed", "label")}
+    assert all((row["number"], row["seed"]) == (first["number"], first["seed"]) for row in rows), first
+    pictures = thumbnails.of_samples([row["image"] for row in rows], "samples")
+    shots = zip((row["density_predicted"] for row in rows), pictures, strict=True)
+    return first | {"shots": dict(zip(states, shots, strict=True))}
 
 
 def _facts(inputs: Inputs) -> dict[str, list[tuple[str, str]]]:
@@ -353,47 +241,59 @@ def _text(value: Any) -> str:
     return page.shorten(value if isinstance(value, str) else artifacts.canonical(value), 120)
 
 
-# --- figures -----------------------------------------------------------------------------------------------------------
+def verdict(name: str, before: Number, after: Number, best: int) -> str:
+    """What fine-tuning did to the metric that the best step was chosen by, with what that is worth."""
+    if best == 0:
+        return f"No evaluated step has a better {name} than the generator as it came, {interval(before)}."
+    line = f"{name}: {interval(before)} as it came, {interval(after)} at step {best:,}."
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return f"{line} There are too few images for intervals: whether they differ cannot be told."
+    apart = before.low > after.high or after.low > before.high
+    return f"{line} {'The intervals part.' if apart else 'The intervals overlap: the two are not told apart.'}"
 
 
-def metric_png(data: FinetunedData, metric: str, narrow: bool = False) -> bytes:
+def merge_verdict(name: str, metric: str, merged: Mapping[str, Any]) -> str:
+    """Whether the combination of checkpoints beats the best single one, with held-out intervals."""
+    outcome, step = "beats" if merged["beats"] else "does not beat", f"{merged['single_step']:,}"
+    combined, single, difference = merged["merged"][metric], merged["single"][metric], merged["difference"]
+    return (
+        f"The combination of checkpoints {outcome} the best single step ({step}) on held-out seeds: {name} "
+        f"{interval(combined)} against {interval(single)}, difference {interval(difference)}. "
+        f"best/ holds {'the combination' if merged['beats'] else f'step {step}'}."
+    )
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def metric_png(data: Mapping[str, Any], metric: str, narrow: bool = False) -> bytes:
     """A metric over the steps with 95% intervals; the generator as it came as a band, the best step marked."""
     figure, axes = figures.new_figure(narrow, height_in=2.6 if narrow else 3.0, width_in=4.8)
-    numbers = [evaluated.numbers[metric] for evaluated in data.evaluations]
-    steps = [evaluated.step for evaluated in data.evaluations]
-    before, after = data.before.numbers[metric], data.after.numbers[metric]
+    points = [(one["step"], one["numbers"][metric]) for one in data["evaluations"]]
+    before, after = data["before"]["numbers"][metric], data["after"]["numbers"][metric]
     if before.low is not None and before.high is not None:
         axes.axhspan(before.low, before.high, color=figures.BAR, alpha=0.25, linewidth=0)
     axes.axhline(before.value, color=figures.BAR, linewidth=1.2)
-    axes.plot(steps, [number.value for number in numbers], color=figures.INK, linewidth=1.4)
-    for step, number in zip(steps, numbers, strict=True):
+    axes.plot([step for step, _ in points], [y.value for _, y in points], color=figures.INK, linewidth=1.4)
+    for step, number in points:
         draw_point(axes, Number(step, None, None), number, None, figures.INK, "o")
-    axes.axvline(data.best, color=figures.MARK, linewidth=1.0, linestyle=":")
-    draw_point(axes, Number(data.best, None, None), after, None, figures.MARK, "o")
+    axes.axvline(data["best"], color=figures.MARK, linewidth=1.0, linestyle=":")
+    draw_point(axes, Number(data["best"], None, None), after, None, figures.MARK, "o")
     axes.set_xlabel("step")
-    axes.set_ylabel(metric_names(data.extractor)[metric])
+    axes.set_ylabel(data["metric_names"][metric])
     axes.margins(0.06)
     return figures.to_png(figure)
 
 
-def path_png(data: FinetunedData, narrow: bool = False) -> bytes:
+def path_png(data: Mapping[str, Any], narrow: bool = False) -> bytes:
     """Precision over recall, from the generator as it came along the steps."""
     figure, axes = figures.new_figure(narrow, height_in=3.6 if narrow else 4.6, width_in=6.4)
-    points = [(e.step, e.numbers["recall"], e.numbers["precision"]) for e in data.evaluations]
-    axes.plot(
-        [x.value for _, x, _ in points],
-        [y.value for _, _, y in points],
-        color=figures.INK,
-        linewidth=1.2,
-        alpha=0.6,
-    )
-    for step, recall, precision in points:
-        if step not in (0, data.best):
-            draw_point(axes, recall, precision, None, figures.INK, "o")
-    start, end = data.before.numbers, data.after.numbers
-    draw_point(axes, start["recall"], start["precision"], "as it came", figures.BAR, "s")
-    if data.best > 0:
-        draw_point(axes, end["recall"], end["precision"], f"best, step {data.best:,}", figures.MARK, "D")
+    points = [(one["step"], one["numbers"]["recall"], one["numbers"]["precision"]) for one in data["evaluations"]]
+    recalls, precisions = [x.value for _, x, _ in points], [y.value for _, _, y in points]
+    axes.plot(recalls, precisions, color=figures.INK, linewidth=1.2, alpha=0.6)
+    styles = {data["best"]: (f"best, step {data['best']:,}", figures.MARK, "D"), 0: ("as it came", figures.BAR, "s")}
+    for step, recall, precision in sorted(points, key=lambda point: point[0] in styles):  # those with a name on top
+        draw_point(axes, recall, precision, *styles.get(step, (None, figures.INK, "o")))
     for step, recall, precision in points[1:]:
         axes.annotate(
             f"{step:,}",
@@ -408,90 +308,14 @@ def path_png(data: FinetunedData, narrow: bool = False) -> bytes:
     return figures.to_png(figure)
 
 
-def history_png(logged: Logged, narrow: bool = False) -> bytes:
-    """What the steps logged (thin) and its mean over windows (line)."""
+def history_png(logged: Mapping[str, Any], narrow: bool = False) -> bytes:
+    """What the steps logged (thin) and its mean over SMOOTHING windows of equally many rows (line)."""
     figure, axes = figures.new_figure(narrow, height_in=2.4 if narrow else 2.7, width_in=4.8)
-    if len(logged.step) > 2 * SMOOTHING:
-        axes.plot(logged.step, logged.value, color=figures.BAR, linewidth=0.6, alpha=0.6)
-        step, value = smoothed(logged)
-    else:
-        step, value = logged.step, logged.value
+    step, value = logged["step"], logged["value"]
+    if len(step) > 2 * SMOOTHING:
+        axes.plot(step, value, color=figures.BAR, linewidth=0.6, alpha=0.6)
+        step, value = (np.array([w.mean() for w in np.array_split(whole, SMOOTHING)]) for whole in (step, value))
     axes.plot(step, value, color=figures.INK, linewidth=1.4, marker="o" if len(step) == 1 else None, markersize=4)
     axes.set_xlabel("step")
-    axes.set_ylabel(page.drawable(page.visible(HISTORY.get(logged.name, logged.name))), parse_math=False)
+    axes.set_ylabel(page.drawable(page.visible(HISTORY.get(logged["name"], logged["name"]))), parse_math=False)
     return figures.to_png(figure)
-
-
-def smoothed(logged: Logged) -> tuple[np.ndarray, np.ndarray]:
-    """Means of step and value over SMOOTHING windows of equally many rows, float64 [SMOOTHING] each."""
-    windows = np.array_split(np.arange(len(logged.step)), SMOOTHING)
-    means = [(logged.step[window].mean(), logged.value[window].mean()) for window in windows]
-    step, value = np.array(means).T
-    return step, value
-
-
-def shown_metrics(data: FinetunedData) -> list[str]:
-    """Metrics that were measured, in order of display; that of the real set alone stands still."""
-    return [name for name in metric_names(data.extractor) if name in data.before.numbers and name != "vendi_real"]
-
-
-def history_shown(history: Sequence[Logged]) -> list[Logged]:
-    """In order of display, others after them by name."""
-    order = list(HISTORY)
-    return sorted(history, key=lambda one: (order.index(one.name) if one.name in order else len(order), one.name))
-
-
-def _drawings(data: FinetunedData) -> dict[str, figures.Drawing]:
-    drawings: dict[str, figures.Drawing] = {
-        f"metric_{name}": functools.partial(metric_png, data, name) for name in shown_metrics(data)
-    }
-    drawings["precision_recall_path"] = functools.partial(path_png, data)
-    return drawings | {
-        f"history_{i}": functools.partial(history_png, one) for i, one in enumerate(history_shown(data.history))
-    }
-
-
-# --- the page ----------------------------------------------------------------------------------------------------------
-
-
-def drawn(data: FinetunedData) -> dict[str, bytes]:
-    """Files of the report by name. The same data gives the same bytes."""
-    context: dict[str, Any] = {
-        "d": data,
-        "metric_names": metric_names(data.extractor),
-        "metrics": shown_metrics(data),
-        "history": history_shown(data.history),
-        "history_names": HISTORY,
-        "interval": interval,
-        "states": STATES,
-        "verdict": verdict(data),
-        "merge_verdict": None if data.merged is None else merge_verdict(data, data.merged),
-        "zip": zip,
-    }
-    return figures.page_files("finetuned.html.j2", context, _drawings(data))
-
-
-def verdict(data: FinetunedData) -> str:
-    """What fine-tuning did to the metric that the best step was chosen by, with what that is worth."""
-    name = metric_names(data.extractor)[data.metric]
-    before, after = data.before.numbers[data.metric], data.after.numbers[data.metric]
-    if data.best == 0:
-        return f"No evaluated step has a better {name} than the generator as it came, {interval(before)}."
-    line = f"{name}: {interval(before)} as it came, {interval(after)} at step {data.best:,}."
-    apart = parted(before, after)
-    if apart is None:
-        return f"{line} There are too few images for intervals: whether they differ cannot be told."
-    return f"{line} {'The intervals part.' if apart else 'The intervals overlap: the two are not told apart.'}"
-
-
-def merge_verdict(data: FinetunedData, merged: Mapping[str, Any]) -> str:
-    """Whether the combination of checkpoints beats the best single one, with held-out intervals."""
-    name = metric_names(data.extractor)[data.metric]
-    outcome = "beats" if merged["beats"] else "does not beat"
-    combined, single, difference = merged["merged"][data.metric], merged["single"][data.metric], merged["difference"]
-    step = f"{merged['single_step']:,}"
-    return (
-        f"The combination of checkpoints {outcome} the best single step ({step}) on held-out seeds: {name} "
-        f"{interval(combined)} against {interval(single)}, difference {interval(difference)}. "
-        f"best/ holds {'the combination' if merged['beats'] else f'step {step}'}."
-    )

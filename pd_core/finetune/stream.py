@@ -1,24 +1,24 @@
-"""Batches of weighted real images, drawn (`draws`), read and decoded by Ray Data in the worker that trains on them.
+"""Batches of weighted real images, drawn (`draws`), read and decoded by tasks of the worker that trains on them.
 
-One task makes the batches of a run of consecutive steps, each image read once for it however often it is drawn. Which images,
-and what stands in for one that cannot be read any more, depends on the position of a draw alone.
+One task makes the batches of a run of consecutive steps, each image read once for it however often it is drawn. Which
+images, and what stands in for one that cannot be read any more, depends on the position of a draw alone.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
-from pd_core.engine import console, resources
+from pd_core.engine import resources
 from pd_core.engine import tasks as engine_tasks
 from pd_core.finetune.draws import Draws, Window
 from pd_core.finetune.protocol import Batch, Share
@@ -26,12 +26,8 @@ from pd_core.finetune.weights import Drawable
 from pd_core.images import child, decode, resize, sources
 
 TASK_BYTES = 32 << 20  # pixels that a task hands over at most, unless one step has more
-TASK_IMAGES = (
-    4096  # of a task: Ray Data's own work of some 0.1 s a task halved the rate of small images at 512 (docs/log.md)
-)
-EXECUTION_TASKS = 2048  # of one execution: the plan stays this small for any number of steps
-AHEAD_BYTES = 256 << 20  # of pixels that wait for a slow consumer; Ray Data alone would fill half of the object store
-AHEAD_BLOCKS = 2  # fetched before they are asked for
+TASK_IMAGES = 4096  # of a task: at 512, starting tasks and handing over took as long as decoding small images
+AHEAD_TASKS = 2  # whose batches wait for a slow consumer, beside those that run
 WINDOWS_KEPT = 2  # tables of so many windows stay in a process that decodes
 ELASTIC_TASKS = 4  # of each worker, where an autoscaler finds room for them
 MOST_TRIES = 100  # images in a row that cannot be read
@@ -49,7 +45,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a task needs to know; picklable. share: rank and world of the worker. b: images of its share of a step."""
+    """What a task needs to know; picklable. rank: of the worker. b: images of its share of a step."""
 
     drawable: Drawable
     rank: int
@@ -59,9 +55,14 @@ class _Plan:
     preprocess: resize.Preprocess
 
     @property
-    def step_bytes(self) -> int:
-        """Pixels of its share of a step, bytes."""
-        return self.b * self.preprocess.height * self.preprocess.width * 3
+    def steps_together(self) -> int:
+        """Steps of one task: what fits into TASK_BYTES; fewer where images are read one by one, which a task may do as
+        well.
+        """
+        together = TASK_BYTES // (self.b * self.preprocess.height * self.preprocess.width * 3)
+        if self.drawable.pictures.source.kind != "parquet":  # there a row group is decoded whole for any of its images
+            together = min(together, TASK_IMAGES // self.b)
+        return max(1, together)
 
     def positions(self, step: int) -> np.ndarray:
         """Of this worker's draws of a step, int64 [b]."""
@@ -73,7 +74,8 @@ def check_share(batch_size: int, world: int) -> int:
     """Images of each worker's share of a step. Raises UserError: they cannot be shared equally."""
     if batch_size % world:
         raise UserError(
-            f"--training.batch_size {batch_size}: cannot be shared equally by --workers {world}; it must be a multiple of --workers {world}"
+            f"--training.batch_size {batch_size}: cannot be shared equally by --workers {world}; it must be a "
+            f"multiple of --workers {world}"
         )
     return batch_size // world
 
@@ -81,8 +83,8 @@ def check_share(batch_size: int, world: int) -> int:
 def feed_of(now: resources.Cluster, world: int) -> Feed:
     """Tasks for each of `world` workers that train on this cluster at the same time.
 
-    now: with what the workers claim in `held_cpus`. Where they have claimed everything the tasks claim nothing: they would
-    wait for ever.
+    now: with what the workers claim in `held_cpus`. Where they have claimed everything the tasks claim nothing: they
+    would wait for ever.
     """
     if now.elastic:  # what is there now says little; what is asked for is added
         return Feed(ELASTIC_TASKS, resources.DECODE_CPUS)
@@ -118,113 +120,60 @@ def batches(
     settings, b = drawable.pictures.source.settings, check_share(batch_size, share.world)
     preprocess = resize.Preprocess(*size, "bicubic", 1.0, "center", (0.0,) * 3, (1.0,) * 3)
     plan = _Plan(drawable, share.rank, batch_size, b, mirror, preprocess)
-    stop, together = first_step + steps, _steps_together(plan)
-    most_replaced, replaced = int(settings.max_bad_fraction * stop * b), 0
-    for first in range(first_step, stop, together * EXECUTION_TASKS):
-        last = min(stop, first + together * EXECUTION_TASKS)
-        runs = [{"first": step, "stop": min(step + together, last)} for step in range(first, last, together)]
-        with contextlib.closing(_execution(plan, runs, feed)) as made:
-            for batch in made:
-                replaced += batch.replaced
-                if replaced > most_replaced:
-                    raise UserError(
-                        f"data: {replaced} of the images drawn up to step {batch.step} cannot be read any more, "
-                        f"--data.max_bad_fraction allows {most_replaced} of {stop * b} draws; bring them back, or raise it"
-                    )
-                yield batch
+    stop, replaced = first_step + steps, 0
+    most_replaced = int(settings.max_bad_fraction * stop * b)
+    with contextlib.closing(_in_order(plan, range(first_step, stop), feed)) as made:
+        for batch in made:
+            replaced += batch.replaced
+            if replaced > most_replaced:
+                raise UserError(
+                    f"data: {replaced} of the images drawn up to step {batch.step} cannot be read any more, "
+                    f"--data.max_bad_fraction allows {most_replaced} of {stop * b} draws; bring them back, or raise it"
+                )
+            yield batch
 
 
-def _steps_together(plan: _Plan) -> int:
-    """Steps of one task: what fits into TASK_BYTES; fewer where images are read one by one, which a task may do as well."""
-    together = TASK_BYTES // plan.step_bytes
-    if plan.drawable.pictures.source.kind != "parquet":  # there a row group is decoded whole for any of its images
-        together = min(together, TASK_IMAGES // plan.b)
-    return max(1, together)
+def _in_order(plan: _Plan, steps: range, feed: Feed) -> Generator[Batch, None, None]:
+    """The batches of these steps; at most `feed.tasks` tasks run, and the batches of AHEAD_TASKS more are kept."""
+    import ray
 
-
-def _execution(plan: _Plan, runs: Sequence[dict[str, int]], feed: Feed) -> Generator[Batch, None, None]:
-    """Batches of consecutive runs of steps by one execution of Ray Data; its settings are its own, not the process's."""
-    import ray.data
-
-    console.silence_ray_data()
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    block_bytes = _steps_together(plan) * plan.step_bytes
-    context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=max(
-            AHEAD_BYTES, 2 * (feed.tasks + AHEAD_BLOCKS) * block_bytes
-        )  # or tasks wait for each other
+    make = ray.remote(_make).options(
+        num_cpus=feed.cpus,
+        memory=resources.decode_memory(decode.limits_of(plan.drawable.pictures.source.settings).memory_bytes),
+        scheduling_strategy="SPREAD",  # anywhere, not in what this worker has claimed for itself
+        **engine_tasks.TASK_OPTIONS,
     )
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # else our errors arrive as text inside Ray's
-    with ray.data.DataContext.current(context):
-        made = ray.data.from_items(list(runs), override_num_blocks=len(runs)).map_batches(
-            functools.partial(_make, plan),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=feed.cpus,
-            memory=resources.decode_memory(decode.limits_of(plan.drawable.pictures.source.settings).memory_bytes),
-            compute=ray.data.TaskPoolStrategy(size=min(feed.tasks, len(runs))),
-        )
-    blocks: Any = iter(made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD_BLOCKS))
+    together, shared = plan.steps_together, ray.put(plan)
+    runs = (steps[i : i + together] for i in range(0, len(steps), together))
+    pending: collections.deque[ray.ObjectRef] = collections.deque()
     try:
-        for block in blocks:
-            for row in range(block.num_rows):
-                yield _batch(plan, block.slice(row, 1))
-    except ray.exceptions.RayError as error:
-        engine_tasks.raise_cause(error)
-        raise
+        while True:
+            done, running = ray.wait(list(pending), num_returns=len(pending), timeout=0) if pending else ([], [])
+            room = min(feed.tasks - len(running), feed.tasks + AHEAD_TASKS - len(pending))
+            started = [make.remote(shared, run) for run in itertools.islice(runs, max(0, room))]
+            pending.extend(started)
+            if not pending:
+                return
+            if pending[0] not in done:
+                ray.wait(running + started, num_returns=1)
+                continue
+            for batch in engine_tasks.get(pending.popleft()):
+                # copies, so that nobody holds a block of the object store, and they may be written to
+                arrays = {name: getattr(batch, name).copy() for name in ("sample_id", "density", "pixels")}
+                yield replace(batch, **arrays)
     finally:
-        blocks.close()
-
-
-# A batch is one row.
-_BATCH = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("sample_id", pa.list_(pa.int64())),
-        ("density", pa.list_(pa.float64())),
-        ("label", pa.list_(pa.string())),
-        ("replaced", pa.int64()),
-        ("pixels", pa.large_binary()),
-    ]
-)
-
-
-def _batch(plan: _Plan, row: pa.Table) -> Batch:
-    step = row["step"][0].as_py()
-    shape = (plan.b, plan.preprocess.height, plan.preprocess.width, 3)
-    raw = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(shape)
-    return Batch(
-        step=step,
-        first=int(plan.positions(step)[0]),
-        sample_id=row["sample_id"].combine_chunks().flatten().to_numpy(),
-        density=row["density"].combine_chunks().flatten().to_numpy(),
-        label=tuple(row["label"][0].as_py()),
-        pixels=raw.copy(),  # so that nobody holds a block of the object store, and it may be written to
-        replaced=row["replaced"][0].as_py(),
-    )
+        for reference in pending:
+            ray.cancel(reference)
 
 
 # ---- a task ----------------------------------------------------------------------------------------------------------
 
 
-def _make(plan: _Plan, runs: pa.Table) -> Iterator[pa.Table]:
-    """Runs of steps (first, stop) to batches."""
-    for run in runs.to_pylist():
-        steps = range(run["first"], run["stop"])
-        maker = _Maker(plan)
-        drawn = maker.draw(np.concatenate([plan.positions(step) for step in steps]))
-        for i, step in enumerate(steps):
-            yield maker.batch(step, drawn[i * plan.b : (i + 1) * plan.b])
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """What a draw came to: an image, and whether that stands in for another."""
-
-    image: Place
-    replaced: bool
+def _make(plan: _Plan, steps: range) -> list[Batch]:
+    """The batches of a run of steps."""
+    maker = _Maker(plan)
+    drawn = maker.draw(np.concatenate([plan.positions(step) for step in steps]))
+    return [maker.batch(step, drawn[i * plan.b : (i + 1) * plan.b]) for i, step in enumerate(steps)]
 
 
 class _Maker:
@@ -242,15 +191,15 @@ class _Maker:
         self.facts: dict[Place, tuple[int, float, str | None]] = {}
         self.bad: dict[Place, decode.BadImage] = {}
 
-    def draw(self, positions: np.ndarray) -> list[_Drawn]:
-        """The image of each draw at ascending positions, or the one that stands in for it."""
-        drawn: list[_Drawn] = []
+    def draw(self, positions: np.ndarray) -> list[tuple[Place, bool]]:
+        """The image of each draw at ascending positions, or the one that stands in for it, and whether it does."""
+        drawn: list[tuple[Place, bool]] = []
         for window, inside in self.draws.windows(positions):
             wanted = self._locate(window, inside)
             self._fetch(window, wanted)
             for position, image in zip(inside.tolist(), wanted, strict=True):
                 shown = image if image in self.pixels else self._stand_in(window, position, image)
-                drawn.append(_Drawn(shown, shown != image))
+                drawn.append((shown, shown != image))
         return drawn
 
     def _tables(self, window: Window) -> dict[int, pa.Table]:
@@ -277,8 +226,9 @@ class _Maker:
         part, row = image
         key = self._tables(window)[part]["key"][row].as_py()
         raise UserError(
-            f"{self.plan.drawable.pictures.source.root}: {len(tried)} images that were drawn one after the other cannot be "
-            f"read any more (first: {key!r}, {self.bad[image]}); bring them back, then run the same command again"
+            f"{self.plan.drawable.pictures.source.root}: {len(tried)} images that were drawn one after the other "
+            "cannot be read any more "
+            f"(first: {key!r}, {self.bad[image]}); bring them back, then run the same command again"
         )
 
     def _fetch(self, window: Window, wanted: Sequence[Place]) -> None:
@@ -301,28 +251,27 @@ class _Maker:
             else:
                 self.pixels[image], self.facts[image] = one.pixels, facts
 
-    def batch(self, step: int, drawn: Sequence[_Drawn]) -> pa.Table:
-        """One row of _BATCH."""
-        plan = self.plan
-        pixels = np.stack([self.pixels[one.image] for one in drawn])
-        if plan.mirror:
-            mirrored = self.draws.mirrored(plan.positions(step))
+    def batch(self, step: int, drawn: Sequence[tuple[Place, bool]]) -> Batch:
+        """Of a step, what its draws came to."""
+        positions = self.plan.positions(step)
+        pixels = np.stack([self.pixels[image] for image, _ in drawn])
+        if self.plan.mirror:
+            mirrored = self.draws.mirrored(positions)
             pixels[mirrored] = pixels[mirrored, :, ::-1]
-        sample_id, density, label = zip(*(self.facts[one.image] for one in drawn), strict=True)
-        values = {
-            "step": [step],
-            "sample_id": [list(sample_id)],
-            "density": [list(density)],
-            "label": [list(label)],
-            "replaced": [sum(one.replaced for one in drawn)],
-            "pixels": [pixels.tobytes()],
-        }
-        return pa.table(values, schema=_BATCH)
+        sample_id, density, label = zip(*(self.facts[image] for image, _ in drawn), strict=True)
+        return Batch(
+            step=step,
+            first=int(positions[0]),
+            sample_id=np.array(sample_id, dtype=np.int64),
+            density=np.array(density, dtype=np.float64),
+            label=label,
+            pixels=pixels,
+            replaced=sum(stands_in for _, stands_in in drawn),
+        )
 
 
-@functools.lru_cache(
-    maxsize=WINDOWS_KEPT
-)  # consecutive runs of steps are of one window, and meet the same few processes
+# consecutive runs of steps are of one window, and meet the same few processes
+@functools.lru_cache(maxsize=WINDOWS_KEPT)
 def _read_tables(uri: str, fingerprint: str, listing_uri: str, parts: tuple[int, ...]) -> dict[int, pa.Table]:
     """Rows of parts of weights/ at a URI, with what the listing says of where their images are; by part.
 
@@ -335,8 +284,7 @@ def _read_table(uri: str, listing_uri: str, name: str) -> pa.Table:
     with files.explained(files.join(uri, name)):
         table = files.read_table(files.join(uri, name))
     with files.explained(files.join(listing_uri, name)):
-        listed = files.read_table(files.join(listing_uri, name), ["container", "offset", "size"])
-    places = listed.take(table["row"])
+        places = files.read_table(files.join(listing_uri, name), ["container", "offset", "size"]).take(table["row"])
     for column in places.column_names:
         table = table.append_column(column, places[column])
     return table.combine_chunks()

@@ -1,4 +1,6 @@
-"""The training stage: workers of Ray Train from the last checkpoint to the last step, through the loss of any of them."""
+"""The training stage: workers of Ray Train from the last checkpoint to the last step, through the loss of any
+of them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +16,15 @@ from pd_core.core import artifacts, files
 from pd_core.core.errors import RunError, UserError, one_line
 from pd_core.engine import console, tasks, telemetry, tracking
 from pd_core.engine import resources as engine_resources
+from pd_core.evaluate.report import METRICS
 from pd_core.finetune import checkpoints, loop
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 POLL_S = 1.0
+SHOWN = ("loss", "d_loss", "g_loss", "acceptance")  # beside the progress bar
+TOLD = ("frechet_distance", "precision", "recall", "coverage")  # of an evaluation
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")  # in what torch.distributed says
 
 
@@ -50,9 +55,7 @@ class Monitor:
     """Ray actor: what workers tell, until the driver asks."""
 
     def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._steps: list[tuple[int, dict[str, float]]] = []
-        self._evaluations: list[tuple[int, list[dict[str, Any]]]] = []
+        self._messages: list[tuple[Any, ...]] = []
         self._failure: tuple[str, str] | None = None
 
     def failed(self, message: str, kind: str) -> None:
@@ -63,23 +66,14 @@ class Monitor:
         """What they said of it."""
         return self._failure
 
-    def say(self, line: str) -> None:
-        """A line for the console."""
-        self._lines.append(line)
+    def tell(self, *message: Any) -> None:
+        """(`line`, text), (`step`, step, numbers) or (`evaluation`, step, rows)."""
+        self._messages.append(message)
 
-    def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of a step."""
-        self._steps.append((step, values))
-
-    def evaluated(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Rows of an evaluation."""
-        self._evaluations.append((step, rows))
-
-    def drain(self) -> tuple[list[str], list[tuple[int, dict[str, float]]], list[tuple[int, list[dict[str, Any]]]]]:
-        """(lines, steps, evaluations) since the last call."""
-        told = self._lines, self._steps, self._evaluations
-        self._lines, self._steps, self._evaluations = [], [], []
-        return told
+    def drain(self) -> list[tuple[Any, ...]]:
+        """What was told since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
 
 
 def run(
@@ -140,15 +134,11 @@ def _execute(
 
     monitor: Any = ray.remote(Monitor).options(num_cpus=0, max_restarts=tasks.ACTOR_OPTIONS["max_restarts"]).remote()
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    values = {"job": job, "reference": reference, "monitor": monitor, "workflow": telemetry.workflow()}
     with tempfile.TemporaryDirectory() as scratch, _watched(monitor, job, tracker):
         trainer = _trainer_class(now.local)(
             loop.work,
-            train_loop_config={
-                "job": job,
-                "reference": reference,
-                "monitor": monitor,
-                "workflow": telemetry.workflow(),
-            },
+            train_loop_config=values,
             torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=workers.count, use_gpu=bool(workers.gpus), resources_per_worker=resources
@@ -170,8 +160,8 @@ def _execute(
 
 
 def _trainer_class(own: bool) -> Any:
-    """Ray Train's trainer; on a cluster of our own without its cleaner, which asks the dashboard that such a cluster has not,
-    once a second and in vain, for what ends with the cluster anyway.
+    """Ray Train's trainer; on a cluster of our own without its cleaner, which asks the dashboard that such a cluster
+    has not, once a second and in vain, for what ends with the cluster anyway.
     """
     from ray.train.torch import TorchTrainer
 
@@ -187,7 +177,9 @@ def _trainer_class(own: bool) -> Any:
 
 
 def _failure(error: Exception) -> Exception:
-    """What ended a training: our own error of any worker, a defect as it was raised, or else infrastructure, which is tried again."""
+    """What ended a training: our own error of any worker, a defect as it was raised, or else infrastructure, which is
+    tried again.
+    """
     import torch
 
     raised: list[Any] = [*getattr(error, "worker_failures", {}).values()]
@@ -208,7 +200,9 @@ def _failure(error: Exception) -> Exception:
 
 
 def _passes(failure: BaseException) -> bool:
-    """Whether it is one of machines and networks: of Ray and Ray Train, of a store, or of a worker whose peer has gone."""
+    """Whether it is one of machines and networks: of Ray and Ray Train, of a store, or of a worker whose peer
+    has gone.
+    """
     import ray
     import torch
 
@@ -245,12 +239,11 @@ def _watch(monitor: Any, begun: int, tracker: tracking.Tracker, bar: tqdm[Any], 
     while not last:
         last = over(POLL_S)
         try:
-            lines, steps, evaluations = ray.get(monitor.drain.remote(), timeout=30)
+            messages = ray.get(monitor.drain.remote(), timeout=30)
         except (ray.exceptions.RayError, TimeoutError):  # the run itself tells what is wrong
             time.sleep(POLL_S)
             continue
-        for line in lines:
-            console.say(line)
+        steps = [message[1:] for message in messages if message[0] == "step"]
         for step, values in steps:
             if not bar.n:  # starting up and the first evaluation are no steps
                 bar.reset()
@@ -258,22 +251,14 @@ def _watch(monitor: Any, begun: int, tracker: tracking.Tracker, bar: tqdm[Any], 
             bar.update(step - bar.n)
             telemetry.STEPS.add(max(0, step - begun), stage="training")
             begun = max(begun, step)
-            bar.set_postfix(
-                {name: f"{values[name]:.3g}" for name in ("loss", "d_loss", "g_loss", "acceptance") if name in values}
-            )
+            bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
         if steps:
             tracker.metrics(steps[-1][1], step=steps[-1][0])
-        for step, rows in evaluations:
-            console.say(f"step {step}: {_told(rows)}")
-            tracker.metrics({f"evaluation.{row['metric']}": row["value"] for row in rows}, step=step)
-
-
-def _told(rows: list[dict[str, Any]]) -> str:
-    shown: Mapping[str, str] = {
-        "frechet_distance": "Fréchet distance",
-        "precision": "precision",
-        "recall": "recall",
-        "coverage": "coverage",
-    }
-    by_name = {row["metric"]: row for row in rows}
-    return ", ".join(f"{text} {by_name[name]['value']:.4g}" for name, text in shown.items())
+        for kind, *told in messages:
+            if kind == "line":
+                console.say(*told)
+            elif kind == "evaluation":
+                step, rows = told
+                values = {row["metric"]: row["value"] for row in rows}
+                console.say(f"step {step}: {', '.join(f'{METRICS[name]} {values[name]:.4g}' for name in TOLD)}")
+                tracker.metrics({f"evaluation.{name}": value for name, value in values.items()}, step=step)

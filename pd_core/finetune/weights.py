@@ -1,7 +1,9 @@
-"""The stage `weights/`: which real images may be drawn, and how often each in proportion (arXiv 2407.08659, Algorithm 3).
+"""The stage `weights/`: which real images may be drawn, and how often each in proportion (arXiv 2407.08659, Algorithm
+3).
 
-Listed images meet the index's densities by sample_id, the hash of their key. Where they are the index's own, a part of the
-listing meets the part of the same name; those of another source meet the whole index, sorted by id, in the object store.
+Listed images meet the index's densities by sample_id, the hash of their key. Where they are the index's own, a part of
+the listing meets the part of the same name; those of another source meet the whole index, sorted by id, in the object
+store.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import numpy as np
 import pyarrow as pa
 
 from pd_core.core import artifacts, files, schemas
-from pd_core.core.errors import RunError, UserError
+from pd_core.core.errors import UserError
 from pd_core.core.settings.data import DataSettings
+from pd_core.core.settings.finetune import FinetuneSettings
 from pd_core.core.settings.generate import WeightingSettings
 from pd_core.density import originals
 from pd_core.density import weighting as density_weighting
 from pd_core.density.realset import RealSet
 from pd_core.density.weighting import EVERYTHING, Weighting
-from pd_core.engine import console, resources, runs, tasks
+from pd_core.engine import resources, runs, tasks
 from pd_core.images import sources
 from pd_core.images.listing import Listing, read_artifact
 from pd_core.images.listing import start as start_listing
@@ -90,7 +93,8 @@ def open_pictures(run: runs.Run, real: RealSet, data: DataSettings) -> Pictures:
 
 
 def check_settings(settings: WeightingSettings, labels: str) -> None:
-    """Refuse what needs no real set to be refused. labels: `data.labels`, or another word where labels are there anyway.
+    """Refuse what needs no real set to be refused. labels: `data.labels`, or another word where labels are there
+    anyway.
 
     Raises:
         UserError: as `weighting.check`, or a weighting of generated samples.
@@ -115,21 +119,10 @@ def weightings_of(settings: WeightingSettings, real: RealSet) -> dict[str, Weigh
     by_label = tasks.get(tasks.task(density_weighting.label_quantiles).remote(real.uri))
     if not by_label:
         raise UserError(
-            f"--weighting.per_label: no label of --index {real.uri} has {density_weighting.FEWEST_OF_LABEL} images; run build_index.py "
-            "with --data.labels, or leave it out"
+            f"--weighting.per_label: no label of --index {real.uri} has {density_weighting.FEWEST_OF_LABEL} images; "
+            "run build_index.py with --data.labels, or leave it out"
         )
     return density_weighting.resolve_labels(settings, dict(sorted(by_label.items())))
-
-
-def weights_of(density: np.ndarray, labels: np.ndarray, weightings: Mapping[str, Weighting]) -> np.ndarray:
-    """ω of images, float64 [n]; NaN where their label has no weighting. labels: texts or None, object [n]."""
-    if EVERYTHING in weightings:
-        return density_weighting.weight_of(density, weightings[EVERYTHING])
-    found = np.full(len(density), np.nan)
-    for label, weighting in weightings.items():
-        own = labels == label
-        found[own] = density_weighting.weight_of(density[own], weighting)
-    return found
 
 
 # ---- the stage -------------------------------------------------------------------------------------------------------
@@ -140,14 +133,14 @@ class Work:
     """What every task of the stage needs to know; small and picklable.
 
     Attributes:
-        real_uri: the index. densities: names of its parts that have any.
+        real: the index. densities: names of its parts that have any.
         pictures: the images. weightings: ω, of all or by label.
         classes: labels that the model knows; None: it takes none.
         size: (height, width) of the model's images, px. resize: crop or none.
         stage: weights/.
     """
 
-    real_uri: str
+    real: RealSet
     densities: frozenset[str]
     pictures: Pictures
     weightings: Mapping[str, Weighting]
@@ -158,73 +151,67 @@ class Work:
 
 
 def work_of(
-    output: str,
-    real: RealSet,
-    pictures: Pictures,
-    weightings: Mapping[str, Weighting],
-    mapping: Mapping[str, int] | None,
-    size: tuple[int, int],
-    resize: str,
+    run: runs.Run, settings: FinetuneSettings, real: RealSet, mapping: Mapping[str, int], size: tuple[int, int]
 ) -> Work:
-    """The stage under an output, begun by nobody yet.
+    """The stage under the output of a run, begun by nobody yet; the listing of a source of its own is made.
 
     Args:
-        mapping: class number of each label, of a model that takes classes.
+        mapping: class number of each label; empty for a model that takes none.
         size: (height, width) of the model's images, px.
-        resize: `training.resize`.
+
+    Raises:
+        UserError: as `open_pictures` and `weightings_of`.
     """
-    densities = artifacts.load_artifact(files.join(real.uri, "densities"))
-    assert densities is not None, "open_realset refuses an index without densities"
+    pictures = open_pictures(run, real, settings.data)
+    weightings = weightings_of(settings.weighting, real)
     identity = {
         "listing": pictures.listing.fingerprint,
         "realset": {name: real.fingerprints[name] for name in ("features", "densities")},
         "weightings": {label or "all": weighting.to_json() for label, weighting in weightings.items()},
-        "classes": None if mapping is None else sorted(mapping),
+        "classes": sorted(mapping) or None,
         "size": list(size),
-        "resize": resize,
+        "resize": settings.training.resize,
     }
-    stage = artifacts.Stage(files.join(output, "weights"), "weights", schemas.VERSIONS["weights"], identity)
     return Work(
-        real_uri=real.uri,
-        densities=frozenset(part.name for part in densities.parts if part.rows),
+        real=real,
+        densities=frozenset(part.name for part in _densities(real).parts if part.rows),
         pictures=pictures,
         weightings=weightings,
-        classes=None if mapping is None else frozenset(mapping),
+        classes=frozenset(mapping) or None,
         size=size,
-        resize=resize,
-        stage=stage,
+        resize=settings.training.resize,
+        stage=artifacts.Stage(files.join(run.output, "weights"), "weights", schemas.VERSIONS["weights"], identity),
     )
 
 
-def run(work: Work, real: RealSet, max_bad_fraction: float) -> tuple[list[artifacts.Part], dict[str, Any]]:
+def _densities(real: RealSet) -> artifacts.Artifact:
+    artifact = artifacts.load_artifact(files.join(real.uri, "densities"))
+    assert artifact is not None, "open_realset refuses an index without densities"
+    return artifact
+
+
+def run(work: Work) -> tuple[list[artifacts.Part], dict[str, Any]]:
     """Make the missing parts; returns all parts and the totals to commit.
 
-    max_bad_fraction: share of the images of a source other than the index's that may have no density.
-
     Raises:
-        UserError: more have none; labels that the model or the weighting does not know; with resize `none` images of another
-            size; all weights are 0.
+        UserError: more images of a source other than the index's have no density than `data.max_bad_fraction` allows;
+            labels that the model or the weighting does not know; with resize `none` images of another size; all weights
+            are 0.
     """
-    listing = work.pictures.listing
-    known = None if work.pictures.own else tasks.task(_known_all).remote(work.real_uri, sorted(work.densities))
-    sums: dict[int, np.ndarray] = {}
-    done = work.stage.finished_parts()
-    weigh = tasks.task(_weigh_part, resources.IO_CPUS)
-    submit = lambda number: weigh.remote(work, number, artifacts.part_name(number) in done, known)  # noqa: E731
-    with console.progress("weights", listing.rows, "images") as bar:
-        for number, found in tasks.bounded(submit, range(listing.parts), tasks.in_flight):
-            sums[number] = found
-            bar.update(listing.rows_of(number))
-    finished = work.stage.finished_parts()
-    if absent := listing.parts - len(finished):
-        raise RunError(f"weights: {absent} of {listing.parts} parts are missing; run the same command again")
-    parts = [finished[artifacts.part_name(number)] for number in range(listing.parts)]
-    _check(work, parts, max_bad_fraction, known)
-    table = np.array([sums[number] for number in range(listing.parts)])
-    return parts, _totals(work, real, parts, table)
+    known = None if work.pictures.own else tasks.task(_known).remote(work.real.uri, sorted(work.densities))
+    weigh, add_up = (tasks.task(function, resources.IO_CPUS) for function in (_weigh_part, _add_up_part))
+    names = [artifacts.part_name(number) for number in range(work.pictures.listing.parts)]
+    sums: dict[str, np.ndarray] = {}  # of each part, see `_sums`
+    parts = tasks.make_missing(
+        work.stage, [[name] for name in names], lambda missing: weigh.remote(work, missing[0], known), heard=sums.update
+    )
+    made_before = [name for name in names if name not in sums]
+    sums |= tasks.bounded(lambda name: add_up.remote(work, name), made_before, tasks.in_flight)
+    _check(work, parts, known)
+    return parts, _totals(work, parts, np.array([sums[name] for name in names]))
 
 
-def _totals(work: Work, real: RealSet, parts: Sequence[artifacts.Part], sums: np.ndarray) -> dict[str, Any]:
+def _totals(work: Work, parts: Sequence[artifacts.Part], sums: np.ndarray) -> dict[str, Any]:
     """sums: float64 [parts, 3] of `_sums`."""
     weight, squares, above = (math.fsum(column) for column in sums.T)
     if not weight:
@@ -235,7 +222,7 @@ def _totals(work: Work, real: RealSet, parts: Sequence[artifacts.Part], sums: np
         "rows": rows,
         "zero": _count(parts, "zero"),
         "without_density": _count(parts, "without_density"),
-        "absent": real.rows - rows,
+        "absent": work.real.rows - rows,
         "enlarged": _count(parts, "enlarged"),
         "part_weights": sums[:, 0].tolist(),
         "weight": weight,
@@ -262,7 +249,8 @@ def summary(work: Work, artifact: artifacts.Artifact) -> list[str]:
         lines.append(f"weights: {totals['share_above']:.1%} of the draws are above the threshold")
     if totals["without_density"]:
         lines.append(
-            f"weights: {totals['without_density']} of {totals['listed']} listed images have no density and are not drawn"
+            f"weights: {totals['without_density']} of {totals['listed']} listed images have no density and are not "
+            "drawn"
         )
     if totals["absent"]:
         lines.append(f"weights: {totals['absent']} images of the index are not among the images to train on")
@@ -281,14 +269,15 @@ def _count(parts: Sequence[artifacts.Part], what: str) -> int:
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def _check(work: Work, parts: Sequence[artifacts.Part], max_bad_fraction: float, known: Any) -> None:
-    listed, index = work.pictures.listing.rows, work.real_uri
+def _check(work: Work, parts: Sequence[artifacts.Part], known: Any) -> None:
+    listed, max_bad_fraction = work.pictures.listing.rows, work.pictures.source.settings.max_bad_fraction
     rows, without = sum(part.rows for part in parts), _count(parts, "without_density")
     if not rows or (not work.pictures.own and without > max_bad_fraction * listed):
         raise UserError(
-            f"data: {without} of {listed} images of --data.source have no density in --index {index} (first: "
+            f"data: {without} of {listed} images of --data.source have no density in --index {work.real.uri} (first: "
             f"{_first(work, parts, 'without_density', known)}); name the source that the index was made from, "
-            f"or run build_index.py on this one and name its output by --index{', or raise --data.max_bad_fraction' if rows else ''}"
+            "or run build_index.py on this one and name its output by --index"
+            f"{', or raise --data.max_bad_fraction' if rows else ''}"
         )
     height, width = work.size
     if work.resize == "none" and (many := _count(parts, "other_size")):
@@ -300,27 +289,27 @@ def _check(work: Work, parts: Sequence[artifacts.Part], max_bad_fraction: float,
         assert work.classes is not None
         raise UserError(
             f"data.labels: {many} of {rows} images have no label that the model knows (first: "
-            f"{_first(work, parts, 'unknown_class', known)}); it knows {', '.join(sorted(work.classes)[:10])}; set --data.labels "
-            "or the generator's --generator.label_names"
+            f"{_first(work, parts, 'unknown_class', known)}); it knows {', '.join(sorted(work.classes)[:10])}; set "
+            "--data.labels or the generator's --generator.label_names"
         )
     if many := _count(parts, "unknown_label"):
         raise UserError(
             f"--weighting.per_label: {many} of {rows} images have no label, or one of which the index holds fewer than "
-            f"{density_weighting.FEWEST_OF_LABEL} images (first: {_first(work, parts, 'unknown_label', known)}); leave it out, or set "
-            "--data.labels"
+            f"{density_weighting.FEWEST_OF_LABEL} images (first: {_first(work, parts, 'unknown_label', known)}); "
+            "leave it out, or set --data.labels"
         )
 
 
 def _first(work: Work, parts: Sequence[artifacts.Part], what: str, known: Any) -> str:
     """The first images of a kind that parts have counted, by key and, where that is at fault, label."""
-    number = next(i for i, part in enumerate(parts) if part.counts.get(what))
-    return tasks.get(tasks.task(_name_some, resources.IO_CPUS).remote(work, number, what, known))
+    name = next(part.name for part in parts if part.counts.get(what))
+    return tasks.get(tasks.task(_name_some, resources.IO_CPUS).remote(work, name, what, known))
 
 
-def _name_some(work: Work, number: int, what: str, known: _Known | None) -> str:
-    joined = _join(work, number, known)
-    rows = joined.listed.filter(pa.array(joined.found)) if what != "without_density" else joined.listed
-    chosen = rows.filter(pa.array(_kinds(work, joined)[what])).slice(0, NAMED)
+def _name_some(work: Work, name: str, what: str, known: pa.Table | None) -> str:
+    listed, found, joined = _join(work, name, known)
+    rows = listed if what == "without_density" else joined
+    chosen = rows.filter(pa.array(_kinds(work, found, joined)[what])).slice(0, NAMED)
     if what in ("unknown_class", "unknown_label"):
         pairs = zip(chosen["key"].to_pylist(), chosen["label"].to_pylist(), strict=True)
         return ", ".join(f"{key!r} has {label!r}" if label is not None else f"{key!r} has none" for key, label in pairs)
@@ -330,110 +319,87 @@ def _name_some(work: Work, number: int, what: str, known: _Known | None) -> str:
 # ---- one part --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Known:
-    """Densities and image sizes of the index by sample_id, ascending; 24 bytes a row.
-
-    Attributes:
-        sample_id: int64 [n]. density: float64 [n]. width, height: int32 [n], px.
+def _known(uri: str, names: Sequence[str]) -> pa.Table:
+    """Densities and image sizes (int32, px) of parts of the index, by ascending sample_id; 24 bytes a row. Of all parts
+    it is a Ray task, so that its result is in the object store once, whoever reads it.
     """
+    tables = []
+    for name in names:
+        densities = files.read_table(files.join(uri, "densities", name), ["sample_id", "density"])
+        features = files.read_table(files.join(uri, "features", name), ["sample_id", "width", "height"])
+        assert densities["sample_id"].equals(features["sample_id"]), name
+        sizes = {side: features[side] for side in ("width", "height")}
+        tables.append(pa.table({"sample_id": densities["sample_id"], "density": densities["density"], **sizes}))
+    return pa.concat_tables(tables).sort_by("sample_id").combine_chunks()
 
-    sample_id: np.ndarray
-    density: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
 
-
-@dataclass(frozen=True)
-class _Joined:
-    """A part of the listing with what the index knows of it.
-
-    Attributes:
-        listed: sample_id, key and label of all its rows, [n].
-        found: bool [n], rows that have a density.
-        density, width, height: of those rows.
+def _join(work: Work, name: str, known: pa.Table | None) -> tuple[pa.Table, np.ndarray, pa.Table]:
+    """A part of the listing: sample_id, key and label of all its rows; which of them have a density, bool; and these
+    rows, with their `row` and what the index knows of them.
     """
-
-    listed: pa.Table
-    found: np.ndarray
-    density: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Of the rows that have a density, object."""
-        return np.array(self.listed["label"].to_pylist(), dtype=object)[self.found]
-
-
-def _known_part(uri: str, name: str) -> _Known:
-    """In the part's order."""
-    densities = files.read_table(files.join(uri, "densities", name), ["sample_id", "density"])
-    features = files.read_table(files.join(uri, "features", name), ["sample_id", "width", "height"])
-    assert densities["sample_id"].equals(features["sample_id"]), name
-    return _Known(*(column.to_numpy() for column in (*densities.columns, features["width"], features["height"])))
-
-
-def _known_all(uri: str, names: Sequence[str]) -> _Known:
-    """Of the whole index; a Ray task, so that its result is in the object store once, whoever reads it."""
-    parts = [_known_part(uri, name) for name in names]
-    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in _Known.__dataclass_fields__]
-    order = np.argsort(columns[0], kind="stable")
-    return _Known(*(column[order] for column in columns))
-
-
-def _join(work: Work, number: int, known: _Known | None) -> _Joined:
-    name = artifacts.part_name(number)
     listed = files.read_table(files.join(work.pictures.listing.uri, name), ["sample_id", "key", "label"])
     if known is None:
-        # a part without one usable image has no densities
-        names = [name] if name in work.densities else []
-        known = _known_all(work.real_uri, names) if names else _Known(*(np.empty(0, t) for t in "qdii"))
+        if name in work.densities:
+            known = _known(work.real.uri, [name])
+        else:  # a part without one usable image
+            known = pa.table({column: pa.array([], kind) for column, kind in _KNOWN.items()})
+    columns = {column: known[column].to_numpy() for column in _KNOWN}
     wanted = listed["sample_id"].to_numpy()
-    places = np.searchsorted(known.sample_id, wanted)
-    found = places < len(known.sample_id)
-    found[found] = known.sample_id[places[found]] == wanted[found]
-    chosen = places[found]
-    return _Joined(listed, found, known.density[chosen], known.width[chosen], known.height[chosen])
+    places = np.searchsorted(columns["sample_id"], wanted)
+    found = places < known.num_rows
+    found[found] = columns["sample_id"][places[found]] == wanted[found]
+    joined = listed.filter(pa.array(found)).append_column("row", pa.array(np.flatnonzero(found).astype(np.int32)))
+    for column in ("density", "width", "height"):
+        joined = joined.append_column(column, pa.array(columns[column][places[found]]))
+    return listed, found, joined
 
 
-def _kinds(work: Work, joined: _Joined) -> dict[str, np.ndarray]:
-    """What is counted of a part: bool over its listed rows for `without_density`, over those with a density for the others."""
-    labels, (height, width) = joined.labels, work.size
-    weight = weights_of(joined.density, labels, work.weightings)
-    other = (joined.height != height) | (joined.width != width)
-    small = np.minimum(joined.height / height, joined.width / width) < 1
-    classes = work.classes
-    strange = np.array([classes is not None and label not in classes for label in labels], dtype=bool)
+_KNOWN = {"sample_id": pa.int64(), "density": pa.float64(), "width": pa.int32(), "height": pa.int32()}
+
+
+def _kinds(work: Work, found: np.ndarray, joined: pa.Table) -> dict[str, np.ndarray]:
+    """What is counted of a part: bool over its listed rows for `without_density`, over those with a density for the
+    others.
+    """
+    labels, (height, width) = joined["label"].to_pylist(), work.size
+    weight, classes = _weights_of(work, joined), work.classes
+    heights, widths = joined["height"].to_numpy(), joined["width"].to_numpy()
     return {
-        "without_density": ~joined.found,
+        "without_density": ~found,
         "zero": weight == 0,
-        "other_size": other,
-        "enlarged": small,
-        "unknown_class": strange,
+        "other_size": (heights != height) | (widths != width),
+        "enlarged": np.minimum(heights / height, widths / width) < 1,
+        "unknown_class": np.array([classes is not None and label not in classes for label in labels], dtype=bool),
         "unknown_label": np.isnan(weight),
     }
 
 
-def _weigh_part(work: Work, number: int, done: bool, known: _Known | None) -> np.ndarray:
-    """Write a part, unless that is done; the sums of its weights, see `_sums`."""
-    name = artifacts.part_name(number)
-    uri = files.join(work.stage.uri, name)
-    if done:
-        return _sums(files.read_table(uri, ["label", "density", "weight"]), work.weightings)
-    joined = _join(work, number, known)
-    kinds = _kinds(work, joined)
-    weight = weights_of(joined.density, joined.labels, work.weightings)
-    columns = {
-        **{column: joined.listed[column].filter(pa.array(joined.found)) for column in joined.listed.column_names},
-        "row": pa.array(np.flatnonzero(joined.found).astype(np.int32)),
-        "density": pa.array(joined.density),
-        "weight": pa.array(np.where(kinds["unknown_label"], 0.0, weight)),
-    }
-    schema = schemas.weights()
+def _weights_of(work: Work, joined: pa.Table) -> np.ndarray:
+    """ω of images, float64 [n]; NaN where their label has no weighting."""
+    density = joined["density"].to_numpy()
+    if EVERYTHING in work.weightings:
+        return density_weighting.weight_of(density, work.weightings[EVERYTHING])
+    labels, found = np.array(joined["label"].to_pylist(), dtype=object), np.full(len(density), np.nan)
+    for label, weighting in work.weightings.items():
+        own = labels == label
+        found[own] = density_weighting.weight_of(density[own], weighting)
+    return found
+
+
+def _weigh_part(work: Work, name: str, known: pa.Table | None) -> dict[str, np.ndarray]:
+    """Write a part; the sums of its weights by its name, see `_sums`."""
+    _, found, joined = _join(work, name, known)
+    kinds = _kinds(work, found, joined)
+    weight = np.where(kinds["unknown_label"], 0.0, _weights_of(work, joined))
+    schema, columns = schemas.weights(), joined.append_column("weight", pa.array(weight))
     table = pa.table([columns[column] for column in schema.names], schema=schema)
     work.stage.write_table(name, table, {kind: int(rows.sum()) for kind, rows in kinds.items() if rows.any()})
-    return _sums(table, work.weightings)
+    return {name: _sums(table, work.weightings)}
+
+
+def _add_up_part(work: Work, name: str) -> np.ndarray:
+    """The sums of a part that an earlier run has made."""
+    return _sums(files.read_table(files.join(work.stage.uri, name), ["label", "density", "weight"]), work.weightings)
 
 
 def _sums(table: pa.Table, weightings: Mapping[str, Weighting]) -> np.ndarray:

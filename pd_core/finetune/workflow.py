@@ -21,7 +21,7 @@ from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, 
 from pd_core.evaluate import spaces
 from pd_core.evaluate.measure import measuring_cpus
 from pd_core.finetune import best as finetune_best
-from pd_core.finetune import checkpoints, judge, loop, report, stream, training, weights
+from pd_core.finetune import judge, loop, report, stream, training, weights
 from pd_core.finetune import merge as finetune_merge
 from pd_core.finetune.models import opened
 from pd_core.generate import setup
@@ -237,73 +237,43 @@ def _on_worker(function: Any, workers: training.Workers, *arguments: Any) -> Any
 
 
 def _finetune(run: Run, planned: Planned) -> report.Inputs:
-    settings, real, spec = planned.settings, planned.real, planned.spec
-    drawable = _weights(run, planned)
+    settings, real, spec, output = planned.settings, planned.real, planned.spec, run.output
+    job = _job(run, planned, _weights(run, planned))
     featured = spaces.features_of(*_finished_features(real))
-    job = _job(run, planned, drawable)
 
     def train() -> tuple[list[artifacts.Part], dict[str, Any]]:
         reference = _reference(run, settings, featured)
         parts, totals = training.run(job, run.now, planned.workers, reference, run.tracker)
-        return parts, totals | {"weights": _told_weights(run), "settings": settings.model_dump(mode="json")}
+        weighed = {name: value for name, value in run.artifacts["weights"].totals.items() if name != "part_weights"}
+        return parts, totals | {"weights": weighed, "settings": settings.model_dump(mode="json")}
 
     trained = run.stage(job.stage, train)
     step = trained.totals["best"]
     came = ", the generator as it came: no later one was better" if step == 0 else ""
     run.say(f"best: step {step} by {settings.evaluation.metric}, {trained.totals['best_value']:.4g}{came}")
     merged = _merge(run, planned, job, trained, featured) if settings.merge == "best-of" else None
-    if merged is not None:
-        run.say(_told_merge(merged, step))
-    companions = checkpoints.companions_name(step)
-    beside = files.join(job.stage.uri, companions) if companions in {part.name for part in trained.parts} else None
-    source = finetune_best.Source(
-        job.stage.uri, checkpoints.average_name(step), beside, trained.fingerprint, step, merged=False
-    )
-    if merged is not None and merged.totals["beats"]:
-        uri = files.join(run.output, "merging")
-        source = finetune_best.Source(uri, finetune_merge.MERGED, beside, merged.fingerprint, step, merged=True)
-    best = finetune_best.stage_of(run.output, source)
-    run.stage(best, lambda: finetune_best.run(best, spec, source), replace=True)
+    best = finetune_best.stage_of(output, trained, merged)
+    run.stage(best, lambda: finetune_best.run(best, output, spec, trained), replace=True)
     inputs = report.Inputs(
         training=job.stage.uri,
         trained=trained,
-        merging=None if merged is None else (files.join(run.output, "merging"), merged),
+        merging=None if merged is None else (files.join(output, "merging"), merged),
         settings=settings,
         result=finetune_best.result_of(settings.generator, best.uri),
         extractor=real.extractor.model,
         timings_s=dict(run.timings_s),
     )
-    reporting = report.stage_of(run.output, trained, merged)
+    reporting = report.stage_of(output, trained, merged)
     run.stage(reporting, lambda: report.run(reporting, inputs), replace=True)
     return inputs
 
 
-def _told_merge(merged: artifacts.Artifact, step: int) -> str:
-    """What came of the merge."""
-    totals, metric = merged.totals, merged.totals["metric"]
-    one, other = (totals[which][metric]["value"] for which in ("merged", "single"))
-    verdict = "beats" if totals["beats"] else "does not beat"
-    kept = "the combination" if totals["beats"] else f"step {step}"
-    return f"merging: the combination {verdict} step {step} on fresh seeds ({metric} {one:.4g}, {other:.4g}); best/ holds {kept}"
-
-
 def _weights(run: Run, planned: Planned) -> weights.Drawable:
-    settings, real = planned.settings, planned.real
-    pictures = weights.open_pictures(run, real, settings.data)
-    weightings = weights.weightings_of(settings.weighting, real)
-    classes = planned.spec.classes or None
-    size = planned.facts["size"]
-    work = weights.work_of(
-        run.output, real, pictures, weightings, classes, (size[0], size[1]), settings.training.resize
-    )
-    artifact = run.stage(work.stage, lambda: weights.run(work, real, settings.data.max_bad_fraction))
+    height, width = planned.facts["size"]
+    work = weights.work_of(run, planned.settings, planned.real, planned.spec.classes, (height, width))
+    artifact = run.stage(work.stage, lambda: weights.run(work))
     run.say(*weights.summary(work, artifact))
-    return weights.opened(work, artifact, settings.seed)
-
-
-def _told_weights(run: Run) -> dict[str, Any]:
-    """Totals of the weights stage but for its long list."""
-    return {name: value for name, value in run.artifacts["weights"].totals.items() if name != "part_weights"}
+    return weights.opened(work, artifact, planned.settings.seed)
 
 
 def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
@@ -315,7 +285,7 @@ def _job(run: Run, planned: Planned, drawable: weights.Drawable) -> loop.Job:
         stream=EVALUATION_STREAM,
         n=judged.n,
         chunk=judged.chunk,
-        classes=tuple(spec.classes.values()),
+        classes=spec.classes,
         name=f"--generator.path {settings.generator.path}",
     )
     identity = {
@@ -364,23 +334,18 @@ def _reference(run: Run, settings: FinetuneSettings, featured: spaces.Features) 
 def _merge(
     run: Run, planned: Planned, job: loop.Job, trained: artifacts.Artifact, featured: spaces.Features
 ) -> artifacts.Artifact:
-    settings = planned.settings
-    merge = finetune_merge.job_of(
-        run.output,
-        job.stage.uri,
-        trained,
-        opened.Opener(planned.spec),
-        opened.ScorerOpener(planned.real),
-        job.plan,
-        metric=settings.evaluation.metric,
-        candidates=settings.merge_candidates,
-        seed=settings.seed,
-        threads=settings.worker_cpus,
-        device=planned.device,
-    )
+    merge = finetune_merge.job_of(run.output, job, trained, planned.device)
 
     def make() -> tuple[list[artifacts.Part], dict[str, Any]]:
-        reference = _reference(run, settings, featured)
-        return finetune_merge.run(merge, run.now, reference, settings.workers, planned.workers.gpus or None)
+        reference = _reference(run, planned.settings, featured)
+        return finetune_merge.run(merge, run.now, reference, planned.workers.gpus or None)
 
-    return run.stage(merge.stage, make)
+    merged = run.stage(merge.stage, make)
+    totals, metric, step = merged.totals, merged.totals["metric"], trained.totals["best"]
+    one, other = (totals[which][metric]["value"] for which in ("merged", "single"))
+    verdict, kept = ("beats", "the combination") if totals["beats"] else ("does not beat", f"step {step}")
+    run.say(
+        f"merging: the combination {verdict} step {step} on fresh seeds ({metric} {one:.4g}, {other:.4g}); best/ holds "
+        f"{kept}"
+    )
+    return merged

@@ -27,7 +27,6 @@ DOORS: dict[str, set[str]] = {
         "index/backbones.py",
         "density/predictor.py",
         "finetune/checkpoints.py",
-        "finetune/merge.py",
         "generators/pairs.py",
     },
     "jit.load": {"generators/torchscript.py"},

@@ -1,4 +1,6 @@
-"""The demo as a whole, with a generator of few training steps: what its two sets hold, and at which rate they were accepted."""
+"""The demo as a whole, with a generator of few training steps: what its two sets hold, and at which rate they were
+accepted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Weighted data of fine-tuning: the draws against closed forms and brute force, the stage and the stream on a tiny index."""
+"""Weighted data of fine-tuning: the draws against closed forms and brute force, the stage and the stream on a tiny
+index.
+"""
 
 import dataclasses
 import io
@@ -15,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-import ray.data
 import scipy.stats
 from PIL import Image
 
@@ -83,7 +84,9 @@ def small_windows(monkeypatch):
 @pytest.mark.parametrize("name", weight_sets())
 @pytest.mark.parametrize("rows", [[200], [1] * 200, [0, 70, 0, 1, 9, 64, 56, 0]])
 def test_draws_are_those_of_systematic_resampling_computed_flat_and_exactly(name, rows):
-    """Brute force in rational numbers: the points (j + u) W / E on the line of all weights in the epoch's order of parts."""
+    """Brute force in rational numbers: the points (j + u) W / E on the line of all weights in the epoch's order of
+    parts.
+    """
     parts, seed = cut(weight_sets()[name], rows), 3
     found, size = draws_of(parts, seed), 200
     flat = np.concatenate(parts)
@@ -122,30 +125,6 @@ def test_every_draw_is_below_the_whole_weight_whatever_rounding_makes_of_the_off
     below = draws._below(np.array([0.0, 0.1, 0.1, 0.3]), 0.3, size, offset)
     assert below[0] == 0 and below[-1] == size
     assert below[1] == below[2] and abs(below[1] - (size / 3 - offset)) <= 1
-
-
-def test_pooled_counts_over_epochs_follow_the_weights():
-    rng = np.random.default_rng(1)
-    values = rng.choice([0.25, 1.0, 7.0], 300) * rng.random(300)
-    parts = cut(values, [100, 3, 97, 100])
-    found, epochs = draws_of(parts), 400
-    every = located(found, parts, np.arange(300 * epochs))
-    counts = np.bincount(every, minlength=300)
-    assert counts.sum() == 300 * epochs
-    expected = 300 * epochs * values / values.sum()
-    # an epoch's count is its expected number rounded down or up, so its variance is f (1 - f), f what is cut off
-    fraction = (expected / epochs) % 1
-    z = (counts - expected) / np.sqrt(epochs * fraction * (1 - fraction))
-    chi_square = float(
-        z @ z
-    )  # the counts of an epoch sum to E: 299 free, and they are not independent: only a bound above
-    assert chi_square < scipy.stats.chi2.isf(1e-3, 300) * 2
-    # one draw taken from each epoch, at a place of its own: independent draws from the weights
-    positions = np.arange(4000) * 300 + seeds.integers(np.arange(4000), 9) % 300
-    single = np.array([located(found, parts, np.array([p]))[0] for p in positions])
-    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable") // 30
-    observed, chances = np.bincount(ranks[single], minlength=10), np.bincount(ranks, values / values.sum())
-    assert scipy.stats.chisquare(observed, 4000 * chances).pvalue > 1e-3
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -208,17 +187,14 @@ def real(built):
     return realset.open_realset(str(built))
 
 
-def weigh(real, output, now, *, data=None, weighting=None, mapping=None, size=(16, 16), resize="crop", overwrite=False):
+def weigh(real, output, now, *, mapping=None, size=(16, 16), resize="crop", **settings):
     """The stage, as the workflow runs it."""
-    data = data or DataSettings()
-    settings = FinetuneSettings(output=str(output), data=data, overwrite=overwrite, tracking={"enabled": False})
-    with tracking.start(settings.tracking, str(output), "finetune", {}) as tracker:
-        run = runs.Run(settings, str(output), now, tracker, "finetune", ("listing", "weights"))
-        pictures = weights.open_pictures(run, real, data)
-        omega = weights.weightings_of(weighting or WeightingSettings(weight=33.0), real)
-        work = weights.work_of(str(output), real, pictures, omega, mapping, size, resize)
-        artifact = run.stage(work.stage, lambda: weights.run(work, real, data.max_bad_fraction))
-    return work, artifact
+    values = {"weighting": WeightingSettings(weight=33.0), "training": {"resize": resize}} | settings
+    made = FinetuneSettings(output=str(output), tracking={"enabled": False}, **values)
+    with tracking.start(made.tracking, str(output), "finetune", {}) as tracker:
+        run = runs.Run(made, str(output), now, tracker, "finetune", ("listing", "weights"))
+        work = weights.work_of(run, made, real, mapping or {}, size)
+        return work, run.stage(work.stage, lambda: weights.run(work))
 
 
 def table_of(work, artifact):
@@ -254,13 +230,7 @@ def test_weights_are_those_of_every_density(built, real, ray_cluster, tmp_path):
         here = core_files.read_table(core_files.join(work.stage.uri, part.name))
         assert rows.take(here["row"])["key"].equals(here["key"])
     totals = artifact.totals
-    assert (totals["listed"], totals["rows"], totals["without_density"], totals["zero"], totals["absent"]) == (
-        153,
-        150,
-        3,
-        0,
-        0,
-    )
+    assert [totals[name] for name in ("listed", "rows", "without_density", "zero", "absent")] == [153, 150, 3, 0, 0]
     assert totals["weight"] == weight.sum() == sum(totals["part_weights"])
     assert totals["effective_sample_size"] == pytest.approx(density_weighting.effective_size(weight), rel=1e-12)
     assert totals["share_above"] == pytest.approx(weight[weight > 1].sum() / weight.sum(), rel=1e-12)
@@ -317,12 +287,7 @@ def test_own_source_meets_the_index_by_key(built, real, inputs, ray_cluster, tmp
         weigh(real, tmp_path / "strict", ray_cluster, data=data.model_copy(update={"max_bad_fraction": 0.01}))
     strange = folder_of(tmp_path / "strange", {f"{i}.png": tiny.png(i) for i in range(5)})
     with pytest.raises(UserError, match="5 of 5 images"):
-        weigh(
-            real,
-            tmp_path / "none",
-            ray_cluster,
-            data=DataSettings(source=strange, max_bad_fraction=1.0),
-        )
+        weigh(real, tmp_path / "none", ray_cluster, data=DataSettings(source=strange, max_bad_fraction=1.0))
     same = DataSettings(source=str(inputs[0]), labels="parent")
     assert weigh(real, tmp_path / "same", ray_cluster, data=same)[0].pictures.own
 
@@ -337,7 +302,7 @@ def test_what_does_not_fit_the_model_is_refused_with_numbers(real, ray_cluster, 
     with pytest.raises(UserError, match=r"50 of 150 images have no label that the model knows \(first: 'c/.* has 'c'"):
         weigh(real, tmp_path / "class", ray_cluster, mapping={"a": 0, "b": 1})
     with pytest.raises(UserError, match="match: weighs what a generator makes"):
-        weigh(real, tmp_path / "match", ray_cluster, weighting=WeightingSettings(kind="match"))
+        weights.check_settings(WeightingSettings(kind="match"), "labels")
     assert weigh(real, tmp_path / "fits", ray_cluster, size=(16, 16), resize="none")[1].rows == 150
 
 
@@ -387,9 +352,8 @@ def drawable(real, ray_cluster, tmp_path_factory):
 
 @pytest.fixture
 def short_runs(monkeypatch):
-    """Two steps of one worker to a task, two tasks to an execution."""
+    """Two steps of one worker to a task."""
     monkeypatch.setattr(stream, "TASK_IMAGES", 24)
-    monkeypatch.setattr(stream, "EXECUTION_TASKS", 2)
 
 
 @pytest.mark.usefixtures("short_runs")
@@ -471,22 +435,14 @@ def test_images_that_are_gone_stop_the_run_in_one_line(drawable, tmp_path):
         batches(harmed)
 
 
-def test_a_stream_that_is_left_ends_its_tasks_and_leaves_no_settings_behind(drawable, ray_cluster):
-    before = ray.data.DataContext.get_current()
-    ordered = before.execution_options.preserve_order
-    before.execution_options.preserve_order = False
-    try:
-        share = Share(0, 1, "cpu", 1)
-        left = stream.batches(drawable, 0, 100_000, 12, share, False, SIZE, FEED)
-        assert next(left).step == 0
-        assert ray.data.DataContext.get_current() is before and not before.execution_options.preserve_order
-        left.close()
-        deadline = time.monotonic() + 10
-        while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-            assert time.monotonic() < deadline, "its tasks still hold CPUs"
-            time.sleep(0.1)
-    finally:
-        before.execution_options.preserve_order = ordered
+def test_a_stream_that_is_left_ends_its_tasks(drawable, ray_cluster):
+    left = stream.batches(drawable, 0, 100_000, 12, Share(0, 1, "cpu", 1), False, SIZE, FEED)
+    assert next(left).step == 0
+    left.close()
+    deadline = time.monotonic() + 10
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "its tasks still hold CPUs"
+        time.sleep(0.1)
 
 
 def packed(kind, files, folder):

@@ -1,4 +1,6 @@
-"""The diffusion loop: its losses against closed forms, every kind of prediction, and steps that nothing but their number decides."""
+"""The diffusion loop: its losses against closed forms, every kind of prediction, and steps that nothing but their
+number decides.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ KINDS: dict[str, Any] = {
 LABELLED = ("transformer with a variance", "transformer", "classes, one channel")
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------------
+# ---- the loss --------------------------------------------------------------------------------------------------------
 
 
 def latents_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +130,9 @@ def test_flow_goes_from_the_image_to_the_noise_on_the_schedulers_own_levels():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_min_snr_is_one_loss_of_the_image_whatever_is_predicted(prediction):
-    """Hang et al. 2023: with the same image guessed, every kind of prediction has the loss min(SNR, gamma) |x - x'|^2."""
+    """Hang et al. 2023: with the same image guessed, every kind of prediction has the loss min(SNR, gamma) |x -
+    x'|^2.
+    """
     from diffusers import DDPMScheduler
 
     saved = DDPMScheduler(prediction_type=prediction)
@@ -151,7 +155,9 @@ def test_min_snr_is_one_loss_of_the_image_whatever_is_predicted(prediction):
 
 
 def test_the_loss_is_that_of_the_networks_prediction(tmp_path):
-    """A network whose output is known: zero weights in its last layer predict 0, so that the loss is the mean of noise^2."""
+    """A network whose output is known: zero weights in its last layer predict 0, so that the loss is the mean of
+    noise^2.
+    """
     opened = model(save_ddpm(tmp_path / "ddpm"), learning_rate=1e-12, accumulate=2)
     with torch.no_grad():
         opened.network.conv_out.weight.zero_()
@@ -161,7 +167,7 @@ def test_the_loss_is_that_of_the_networks_prediction(tmp_path):
     assert opened.step(given)["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-# ---- every kind trains -------------------------------------------------------------------------------------------------
+# ---- every kind trains -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,7 +205,7 @@ def test_learning_rate_rises_to_its_value():
     assert averaging.warm_up(0, 0) == 1.0
 
 
-# ---- a function of seed and step -----------------------------------------------------------------------------------------
+# ---- a function of seed and step -------------------------------------------------------------------------------------
 
 
 def bytes_of(opened: Any) -> list[bytes]:
@@ -219,7 +225,10 @@ def test_a_run_that_is_taken_up_ends_with_the_same_bits(tmp_path):
     for step in range(2):
         first.step(batch(step, first.size))
     sink = io.BytesIO()
-    torch.save(first.state(), sink)
+    torch.save(state := first.state(), sink)
+    # states that earlier releases wrote are opened by these names
+    assert set(state) == {"network", "averaged", "optimizer", "scaler"}
+    assert set(state["averaged"]) == {"n_averaged", *(f"module.{name}" for name in state["network"])}
     torch.rand(3)  # the global random state is nobody's
     second = model(path, accumulate=2)
     second.load_state(torch.load(io.BytesIO(sink.getvalue()), weights_only=True))
@@ -266,12 +275,12 @@ def test_noise_and_levels_are_those_of_the_draw_whoever_computes_it(tmp_path):
     spread = np.sort(levels)
     assert (np.diff(spread) == 250).all(), "four levels of a thousand, evenly apart"
     everything = np.concatenate([whole._levels(b, b.positions) for b in (batch(s, whole.size) for s in range(500))])
-    # uniform: 2,000 draws in ten bins; stratified draws vary less than independent ones, so chi-square's bound is generous
+    # uniform: 2,000 draws in ten bins; stratified draws vary less than independent ones: chi-square's bound is generous
     counts = np.bincount(everything // 100, minlength=10)
     assert ((counts - 200) ** 2 / 200).sum() < 27.9  # 99.9% of chi-square with 9 degrees of freedom
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

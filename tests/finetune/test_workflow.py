@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,8 +19,11 @@ import pytest
 from pd_core.core import artifacts as core_artifacts
 from pd_core.core import errors, files
 from pd_core.core.errors import EXIT_BAD_INPUT, EXIT_FAILED
+from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.engine import resources
 from pd_core.finetune import checkpoints
+from pd_core.generators.open import open_generator
+from pd_core.generators.protocol import Conditions
 from tests import tiny, tiny_generators
 from workflows import evaluate, finetune, generate
 
@@ -69,7 +71,9 @@ def done(built: Path, ddpm: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def results(output: Path) -> dict[str, bytes]:
-    """Bytes of everything that must not depend on what happened on the way: averages, images, numbers, the saved model."""
+    """Bytes of everything that must not depend on what happened on the way: averages, images, numbers, the
+    saved model.
+    """
     kept = [
         *output.glob("training/*.safetensors"),
         *output.glob("training/*.parquet"),
@@ -83,7 +87,7 @@ def history(output: Path, name: str) -> list[float]:
     return [row["value"] for row in table if row["name"] == name]
 
 
-# ---- a run -------------------------------------------------------------------------------------------------------------
+# ---- a run -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_a_model_an_evaluation_of_each_state_and_a_report(done: Path, built: Path) -> None:
@@ -111,7 +115,7 @@ def test_a_run_leaves_a_model_an_evaluation_of_each_state_and_a_report(done: Pat
     assert record["workflow"] == "finetune" and set(record["stages"]) >= {"weights", "training", "best", "report"}
 
 
-def test_what_was_saved_is_the_best_average(done: Path) -> None:
+def test_what_was_saved_is_the_best_average_and_opens_as_it_is(done: Path) -> None:
     import safetensors.torch
 
     training = core_artifacts.load_artifact(str(done / "training"))
@@ -120,6 +124,8 @@ def test_what_was_saved_is_the_best_average(done: Path) -> None:
     saved = safetensors.torch.load_file(done / "best" / "unet" / "diffusion_pytorch_model.safetensors")
     assert average.keys() == saved.keys()
     assert all(average[name].equal(saved[name]) for name in average)
+    opened = open_generator(GeneratorSettings(path=str(done / "best"), scheduler="DDIMScheduler", steps=2))
+    assert opened.generate([1, 2], Conditions()).shape == (2, 16, 16, 3)
 
 
 def test_the_same_command_again_makes_nothing(
@@ -139,6 +145,7 @@ def test_other_settings_are_refused_on_the_same_output(
     assert "training.learning_rate: 0.001 -> 0.0001" in error and "--overwrite" in error
 
 
+@pytest.mark.slow
 def test_the_result_goes_through_generate_and_evaluate_as_it_is(done: Path, built: Path, tmp_path: Path) -> None:
     options = ["--generator.scheduler=DDIMScheduler", "--generator.steps=2", "--no-tracking.enabled"]
     argv = [f"--index={built}", f"--generator.path={done / 'best'}", "--n=12", "--pilot=16", "--chunk=8", *options]
@@ -188,7 +195,7 @@ def test_merging_is_reported_with_what_it_gained(built: Path, ddpm: str, tmp_pat
     assert sum(merged.totals["coefficients"]) == pytest.approx(1)
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,17 +232,7 @@ def test_bad_settings_end_in_one_line(
     assert len(error.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_images_of_another_size_are_refused_where_they_may_not_be_resized(
-    built: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from diffusers import DDPMPipeline, DDPMScheduler
-
-    pipeline = DDPMPipeline(tiny_generators.unet(size=8), DDPMScheduler())
-    path = tiny_generators._save(pipeline, tmp_path / "ddpm")
-    assert finetuned(*arguments(built, path, tmp_path / "out", "--training.resize=none")) == EXIT_BAD_INPUT
-    assert f"{tiny.GOOD} of {tiny.GOOD} images are not of the model's 8x8 px" in capfd.readouterr().err
-
-
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
     built: Path, ddpm: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,13 +246,11 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_checkpoint(
     assert not (tmp_path / "out" / "training" / files.ARTIFACT).exists()
 
 
-# ---- kills -------------------------------------------------------------------------------------------------------------
+# ---- kills -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "when", ["weights/artifact.json", "training/state-00000002.pt", "training/state-00000006.pt", "best/_parts/*"]
-)
+@pytest.mark.parametrize("when", ["weights/artifact.json", "training/state-00000006.pt", "best/_parts/*"])
 def test_a_killed_driver_resumes_to_the_same_bits(
     built: Path, ddpm: str, done: Path, tmp_path: Path, when: str
 ) -> None:
@@ -267,15 +262,25 @@ def test_a_killed_driver_resumes_to_the_same_bits(
     assert results(output) == results(done)
 
 
+LONG = ("--steps=40", "--evaluation.every=40")
+
+
+@pytest.fixture(scope="module")
+def alone(built: Path, ddpm: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of a longer run of one worker."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    assert finetuned(*arguments(built, ddpm, output, *LONG)) == 0
+    return history(output, "loss")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0], ids=["one", "both"])
 def test_two_workers_do_what_one_does_and_go_on_after_a_loss(
-    built: Path, ddpm: str, done: Path, tmp_path: Path, lost: int
+    built: Path, ddpm: str, done: Path, alone: list[float], tmp_path: Path, lost: int
 ) -> None:
     """Same batches, same noise: losses agree up to the order in which floats are added, whoever is killed meanwhile."""
     output = tmp_path / "out"
-    argv = [*arguments(built, ddpm, output, "--workers=2", "--steps=40", "--evaluation.every=40")]
-    process = tiny.start(*argv, workflow="finetune.py")
+    process = tiny.start(*arguments(built, ddpm, output, "--workers=2", *LONG), workflow="finetune.py")
     deadline = time.monotonic() + 240
     while not (output / "training" / "state-00000004.pt").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
@@ -289,15 +294,11 @@ def test_two_workers_do_what_one_does_and_go_on_after_a_loss(
     assert process.returncode == 0, out
     assert "goes on from step" in out, out
     two = history(output, "loss")
-    alone = tmp_path / "alone"
-    assert finetuned(*arguments(built, ddpm, alone, "--steps=40", "--evaluation.every=40")) == 0
-    one = history(alone, "loss")
-    assert len(one) == len(two) == 40
-    # float32 sums in another order: 1e-7 a step, amplified by 40 steps of Adam, whose step is large where gradients are small
-    assert np.allclose(one, two, rtol=2e-3), np.abs(np.array(one) / two - 1).max()
-    assert one[:STEPS] == pytest.approx(history(done, "loss"), rel=1e-6), (
-        "the first steps of a longer run are those of a shorter"
-    )
+    assert len(alone) == len(two) == 40
+    # float32 sums in another order: 1e-7 a step, amplified by 40 of Adam, large where gradients are small
+    assert np.allclose(alone, two, rtol=2e-3), np.abs(np.array(alone) / two - 1).max()
+    # the first steps of a longer run are those of a shorter
+    assert alone[:STEPS] == pytest.approx(history(done, "loss"), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -345,34 +346,22 @@ def test_to_a_bucket(built: Path, ddpm: str, done: Path, s3_environment: Any, ra
         assert files.read_bytes(files.join(output, name)) == data, name
 
 
-# ---- GANs --------------------------------------------------------------------------------------------------------------
+# ---- GANs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_gan_goes_through_the_workflow_and_generates(built: Path, tmp_path: Path) -> None:
-    from demo import train_gan
-    from demo.training import read_images
-
-    folder = tmp_path / "images"
+    folder, gan = tmp_path / "images", tmp_path / "gan"
+    (folder / "x").mkdir(parents=True)
     for i in range(48):
-        (folder / "x").mkdir(parents=True, exist_ok=True)
         (folder / "x" / f"{i}.png").write_bytes(tiny.png(i))
-    assert read_images(folder).shape[1:] == (16, 16, 3)
-    gan = tmp_path / "gan"
     command = ["--data", str(folder), "--output", str(gan), "--steps", "4", "--channels", "8", "16", "--threads", "1"]
-    subprocess.run([sys.executable, str(tiny.ROOT / "demo" / "train_gan.py"), *command], check=True, env={**os.environ})
-    assert train_gan.FILE == "generator.pt"
-    more = [
-        "--generator.kind=torchscript",
-        "--generator.latent_shape=[64]",
-        f"--discriminator={gan / 'discriminator.pt'}",
-    ]
-    argv = [
-        a
-        for a in arguments(built, gan / "generator.pt", tmp_path / "out", *more)
-        if "scheduler" not in a and "generator.steps" not in a
-    ]
-    argv = [a.replace("weight=33", "weight=2") for a in argv]
+    subprocess.run([sys.executable, str(tiny.ROOT / "demo" / "train_gan.py"), *command], check=True)
+    more = ["--generator.kind=torchscript", "--generator.latent_shape=[64]"]
+    given = arguments(
+        built, gan / "generator.pt", tmp_path / "out", *more, f"--discriminator={gan / 'discriminator.pt'}"
+    )
+    argv = [a.replace("weight=33", "weight=2") for a in given if "scheduler" not in a and "generator.steps" not in a]
     assert finetuned(*argv) == 0
     import safetensors.torch
     import torch
@@ -388,13 +377,7 @@ def test_a_gan_goes_through_the_workflow_and_generates(built: Path, tmp_path: Pa
     assert trained.totals["best"] == 0 or not all(saved[name].equal(came[name]) for name in saved)
     acceptance = history(tmp_path / "out", "acceptance")
     assert len(acceptance) == STEPS and all(0 < value <= 1 for value in acceptance)
-    options = [*more[:2], f"--generator.path={tmp_path / 'out' / 'best' / 'generator.pt'}", "--no-tracking.enabled"]
-    argv = [
-        f"--index={built}",
-        "--n=12",
-        "--pilot=16",
-        "--chunk=8",
-        "--weighting.kind=none",
-        f"--output={tmp_path / 's'}",
-    ]
-    assert errors.exit_code(lambda: generate.main([*argv, *options])) == 0
+    output = tmp_path / "samples"
+    argv = [f"--index={built}", *more, f"--generator.path={tmp_path / 'out' / 'best' / 'generator.pt'}", "--n=12"]
+    argv += ["--pilot=16", "--chunk=8", "--weighting.kind=none", f"--output={output}", "--no-tracking.enabled"]
+    assert errors.exit_code(lambda: generate.main(argv)) == 0

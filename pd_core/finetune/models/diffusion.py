@@ -1,4 +1,5 @@
-"""The diffusion loop: one step of denoising training on weighted images; the loss is the one the model was trained with.
+"""Diffusion models in training: one step of denoising training on weighted images; the loss is the one the model was
+trained with.
 
 Only the real side is weighted (docs/method.md, section 5): the generated images of a diffusion model take no part in
 its training. What the network predicts is what the scheduler saved with it says: the noise (Ho et al. 2020, Algorithm
@@ -9,9 +10,9 @@ its training. What the network predicts is what the scheduler saved with it says
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,34 +34,18 @@ DISTILLED = ("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler", "
 PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 
-# ---- the forward process -----------------------------------------------------------------------------------------------
-
-
-class Process(Protocol):
-    """How noise is added while training, and what the network is to say of it. Levels are integers in [0, levels)."""
-
-    @property
-    def levels(self) -> int:
-        """How many."""
-        ...
-
-    def noisy(
-        self, latents: torch.Tensor, noise: torch.Tensor, level: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(noisy latents, timesteps as the network takes them [B], target) of latents and noise [B, C, h, w], level [B]."""
-        ...
-
-    def weight(self, level: torch.Tensor) -> torch.Tensor:
-        """Of each image's loss, float32 [B]."""
-        ...
+# ---- the forward process ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class VariancePreserving:
     """x_t = sqrt(ᾱ_t) x + sqrt(1 - ᾱ_t) ε; the target is ε, x or v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x.
 
-    min_snr: γ of Hang et al. 2023 ("Efficient diffusion training via min-SNR weighting strategy", equation 5 and section
-    3.4): min(SNR, γ) in the image's loss is min(SNR, γ)/SNR in that of ε and min(SNR, γ)/(SNR + 1) in that of v. None: 1.
+    How noise is added while training, and what the network is to say of it. Levels are integers in [0, levels).
+
+    min_snr: γ of Hang et al. 2023 ("Efficient diffusion training via min-SNR weighting strategy", equation 5 and
+    section 3.4): min(SNR, γ) in the image's loss is min(SNR, γ)/SNR in that of ε and min(SNR, γ)/(SNR + 1) in that of
+    v. None: 1.
     """
 
     scheduler: Any
@@ -69,13 +54,15 @@ class VariancePreserving:
 
     @property
     def levels(self) -> int:
-        """T."""
+        """How many: T."""
         return int(self.scheduler.config.num_train_timesteps)
 
     def noisy(
         self, latents: torch.Tensor, noise: torch.Tensor, level: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See Process."""
+        """(noisy latents, timesteps as the network takes them [B], target) of latents and noise [B, C, h, w], level
+        [B].
+        """
         target = {
             "epsilon": lambda: noise,
             "sample": lambda: latents,
@@ -84,7 +71,7 @@ class VariancePreserving:
         return self.scheduler.add_noise(latents, noise, level), level, target
 
     def weight(self, level: torch.Tensor) -> torch.Tensor:
-        """See Process."""
+        """Of each image's loss, float32 [B]."""
         import torch
 
         if self.min_snr is None:
@@ -97,28 +84,33 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class Flow:
-    """x_σ = (1 - σ) x + σ ε, target ε - x; σ on the scheduler's own grid, its shift included (Esser et al. 2024, section 5.3.2)."""
+    """x_σ = (1 - σ) x + σ ε, target ε - x; σ on the scheduler's own grid, its shift included (Esser et al. 2024,
+    section 5.3.2).
+    """
 
     scheduler: Any
 
     @property
     def levels(self) -> int:
-        """Number of σ."""
+        """How many σ."""
         return len(self.scheduler.sigmas)
 
     def noisy(
         self, latents: torch.Tensor, noise: torch.Tensor, level: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See Process."""
+        """See VariancePreserving."""
         sigma = self.scheduler.sigmas.to(latents.device)[level].view(-1, 1, 1, 1)
         timesteps = self.scheduler.timesteps.to(latents.device)[level]
         return (1 - sigma) * latents + sigma * noise, timesteps, noise - latents
 
     def weight(self, level: torch.Tensor) -> torch.Tensor:
-        """See Process."""
+        """See VariancePreserving."""
         import torch
 
         return torch.ones(len(level), device=level.device)
+
+
+Process = VariancePreserving | Flow
 
 
 def process_of(saved: Any, min_snr: float | None, channels: int, out_channels: int, where: str) -> Process:
@@ -127,25 +119,26 @@ def process_of(saved: Any, min_snr: float | None, channels: int, out_channels: i
     Args:
         saved: the scheduler of the pipeline.
         min_snr: of the settings.
-        channels: C of the latents. out_channels: of the network, C or 2C, the latter with a variance behind the prediction.
+        channels: C of the latents. out_channels: of the network, C or 2C, the latter with a variance behind the
+            prediction.
         where: the pipeline, for messages.
 
     Raises:
-        UserError: a distilled or preconditioned model, another number of channels, an unknown kind of prediction, min-SNR
-            where it means nothing.
+        UserError: a distilled or preconditioned model, another number of channels, an unknown kind of prediction,
+            min-SNR where it means nothing.
     """
     from diffusers import DDPMScheduler
 
     name, config = type(saved).__name__, saved.config
     if name in (*DISTILLED, *PRECONDITIONED):
         raise UserError(
-            f"{where}: {name} belongs to a distilled or preconditioned model, whose loss is not a plain prediction; fine-tune "
-            "the model that it was made from"
+            f"{where}: {name} belongs to a distilled or preconditioned model, whose loss is not a plain prediction; "
+            "fine-tune the model that it was made from"
         )
     if out_channels not in (channels, 2 * channels):
         raise UserError(
-            f"{where}: the network gives {out_channels} channels for latents of {channels}; model and scheduler disagree, "
-            f"expected {channels}, or {2 * channels} with a variance"
+            f"{where}: the network gives {out_channels} channels for latents of {channels}; model and scheduler "
+            f"disagree, expected {channels}, or {2 * channels} with a variance"
         )
     prediction = config.get("prediction_type", "epsilon")
     if name.startswith("FlowMatch"):
@@ -158,17 +151,17 @@ def process_of(saved: Any, min_snr: float | None, channels: int, out_channels: i
         return Flow(type(saved).from_config(config))
     if prediction not in ("epsilon", "sample", "v_prediction") or "beta_schedule" not in config:
         raise UserError(
-            f"{where}: {name} with prediction_type {prediction!r}: model and scheduler disagree, or it is not known here; "
-            "known are epsilon, sample and v_prediction with a beta schedule, and flow matching"
+            f"{where}: {name} with prediction_type {prediction!r}: model and scheduler disagree, or it is not known "
+            "here; known are epsilon, sample and v_prediction with a beta schedule, and flow matching"
         )
     return VariancePreserving(DDPMScheduler.from_config(config), prediction, min_snr)
 
 
-# ---- the model ---------------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 class DiffusionModel:
-    """A diffusers pipeline that is trained; a `Trainable`. A variance that the network predicts behind the noise is not trained.
+    """A diffusers pipeline that is trained; a `Trainable`. A variance that it predicts behind the noise is not trained.
 
     Args:
         settings: of the generator: what is loaded, and how images are sampled for evaluation.
@@ -220,7 +213,7 @@ class DiffusionModel:
         self._optimizer.zero_grad()
         total = 0.0
         with parallel.own_random_state(self._seed, batch.step, self._share):
-            for part in self._pieces(batch):
+            for part in np.array_split(np.arange(len(batch.sample_id)), min(training.accumulate, len(batch.sample_id))):
                 loss = self._loss(batch, part) * (len(part) / len(batch.sample_id))
                 self._scaler.scale(loss).backward()
                 total += loss.item()
@@ -231,25 +224,19 @@ class DiffusionModel:
         loss_of_all = parallel.sum_of({"loss": total}, world, self._share.device)["loss"] / world
         if not math.isfinite(loss_of_all) or not (math.isfinite(norm) or self._scaler.is_enabled()):
             raise RunError(
-                f"training: the loss is {loss_of_all:g} and its gradient {norm:g} at step {batch.step} (seed {self._seed}); lower "
-                "--training.learning_rate, or set --training.precision fp32"
+                f"training: the loss is {loss_of_all:g} and its gradient {norm:g} at step {batch.step} (seed "
+                f"{self._seed}); lower --training.learning_rate, or set --training.precision fp32"
             )
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        if (
-            self._scaler.is_enabled() and self._scaler.get_scale() < 1
-        ):  # every step so far has been skipped on the way there
+        if self._scaler.is_enabled() and self._scaler.get_scale() < 1:  # every step so far has been skipped on the way
             raise RunError(
-                f"training: gradients in fp16 are not finite however they are scaled, up to step {batch.step} (seed {self._seed}); set "
-                "--training.precision bf16 or fp32"
+                f"training: gradients in fp16 are not finite however they are scaled, up to step {batch.step} (seed "
+                f"{self._seed}); set --training.precision bf16 or fp32"
             )
         if math.isfinite(norm):
             self._averaged.update_parameters(self.network)
         return {"loss": loss_of_all, "gradient_norm": norm, "learning_rate": rate}
-
-    def _pieces(self, batch: Batch) -> Iterator[np.ndarray]:
-        """Places in the batch of each pass."""
-        yield from np.array_split(np.arange(len(batch.sample_id)), min(self._training.accumulate, len(batch.sample_id)))
 
     def _loss(self, batch: Batch, part: np.ndarray) -> torch.Tensor:
         import torch
@@ -287,21 +274,24 @@ class DiffusionModel:
         numbers = [self._classes[str(batch.label[i])] for i in part]
         return torch.tensor(numbers, device=self._share.device)
 
+    @property
+    def _kept(self) -> dict[str, Any]:
+        """What its state is made of."""
+        return {
+            "network": self.network,
+            "averaged": self._averaged,
+            "optimizer": self._optimizer,
+            "scaler": self._scaler,
+        }
+
     def state(self) -> dict[str, Any]:
         """See Trainable."""
-        return {
-            "network": self.network.state_dict(),
-            "averaged": self._averaged.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-        }
+        return {name: kept.state_dict() for name, kept in self._kept.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See Trainable."""
-        self.network.load_state_dict(state["network"])
-        self._averaged.load_state_dict(state["averaged"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        for name, kept in self._kept.items():
+            kept.load_state_dict(state[name])
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """See Trainable."""
@@ -317,12 +307,8 @@ class DiffusionModel:
 
     def sampler(self, weights: Mapping[str, torch.Tensor]) -> Generator:
         """See Trainable."""
-        return self._pipeline.sampler(self._with(weights))
+        return self._pipeline.sampler(averaging.with_weights(self.network, weights))
 
     def save(self, folder: str, weights: Mapping[str, torch.Tensor]) -> None:
         """See Trainable."""
-        self._pipeline.save(folder, self._with(weights))
-
-    def _with(self, weights: Mapping[str, torch.Tensor]) -> Any:
-        """A network of its own with these weights, for use alone."""
-        return averaging.with_weights(self.network, weights)
+        self._pipeline.save(folder, averaging.with_weights(self.network, weights))

@@ -1,11 +1,12 @@
 """The GAN loop: non-saturating logistic loss with lazy R1, whose generated images are drawn by importance sampling.
 
-Algorithm 3 of arXiv 2407.08659: the discriminator's and the generator's batches of generated images are both rejection-sampled
-from the generator of that step, by the predicted density of each image as it would be saved. Without DistributedDataParallel:
-R1 is a gradient of a gradient.
+Algorithm 3 of arXiv 2407.08659: the discriminator's and the generator's batches of generated images are both
+rejection-sampled from the generator of that step, by the predicted density of each image as it would be saved. Without
+DistributedDataParallel: R1 is a gradient of a gradient.
 
-An image is a function of its latent and class alone, in training as in sampling: the generator runs in evaluation mode, so that
-the image that is scored is the one that is trained on, in whatever batch. The discriminator runs in training mode.
+An image is a function of its latent and class alone, in training as in sampling: the generator runs in evaluation mode,
+so that the image that is scored is the one that is trained on, in whatever batch. The discriminator runs in training
+mode.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.density import weighting as density_weighting
 from pd_core.density.formula import density_of
 from pd_core.density.scorer import Scorer
-from pd_core.finetune.averaging import decay_at, warm_up
+from pd_core.finetune.averaging import decay_at, warm_up, weights_of
 from pd_core.finetune.parallel import average, average_gradients, images_of, own_random_state, sum_of
 from pd_core.finetune.protocol import Batch, Share
 from pd_core.generators.pairs import Pair, check_passes, conditions_of
@@ -48,7 +49,7 @@ class FakeSampling:
     Attributes:
         densities: of images, such as `predicted` gives.
         threshold: τ on the density scale.
-        weight: w > 0; with 1 every image is taken, none is scored.
+        weight: w > 0.
         max_candidates: of one image, after which the run stops.
     """
 
@@ -73,7 +74,8 @@ def predicted(scorer: Scorer) -> Densities:
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of a search: images wanted, candidates up to the accepted one of each, those of them above τ, images without one.
+    """Counts of a search: images wanted, candidates up to the accepted one of each, those of them above τ, images
+    without one.
 
     broken: batches with an image that was not finite, after which the search ended.
     """
@@ -87,7 +89,9 @@ class Tally:
 
 @dataclass(frozen=True)
 class Choice:
-    """latents: float32 [b, ...]. images: [b, C, H, W] in [-1, 1], without gradient, or None where none had to be made."""
+    """latents: float32 [b, ...]. images: [b, C, H, W] in [-1, 1], without gradient, or None where none had to
+    be made.
+    """
 
     latents: torch.Tensor
     images: torch.Tensor | None
@@ -95,7 +99,9 @@ class Choice:
 
 
 def seeds_of(positions: np.ndarray, attempts: np.ndarray, stream: int) -> np.ndarray:
-    """Seeds in [0, 2^63) of candidates, int64 [m]: those of a draw's position and the number of the attempt, int64 [m]."""
+    """Seeds in [0, 2^63) of candidates, int64 [m]: those of a draw's position and the number of the attempt,
+    int64 [m].
+    """
     return core_seeds.integers(
         core_seeds.integers(positions, stream).astype(np.uint64) + attempts.astype(np.uint64), stream
     )
@@ -106,8 +112,9 @@ def choose(
 ) -> Choice:
     """One generated image for each draw: its first candidate that rejection sampling accepts.
 
-    Candidate t of a draw has a latent and a u of its own, so that the choice does not depend on which candidates are made
-    together, up to the rounding of other batches. As draws are done, the batch is filled with further candidates of the others.
+    Candidate t of a draw has a latent and a u of its own, so that the choice does not depend on which candidates are
+    made together, up to the rounding of other batches. As draws are done, the batch is filled with further candidates
+    of the others.
 
     Args:
         live: the generator.
@@ -118,7 +125,7 @@ def choose(
         name: of the random stream; other batches of a step have others.
     """
     stream = core_seeds.stream(seed, f"finetune/{name}-latent")
-    if fake is None or fake.weight == 1:
+    if fake is None:
         seeds = seeds_of(positions, np.zeros_like(positions), stream)
         return Choice(live.latents(seeds.tolist()), None, Tally())
     import torch
@@ -177,9 +184,10 @@ def squared_gradients(logits: torch.Tensor, images: torch.Tensor) -> torch.Tenso
 class Gan:
     """A pair in training; a `Trainable`.
 
-    Per step: Adam on the discriminator's loss -log σ(D(x)) - log(1 - σ(D(G(z)))) (Goodfellow et al. 2014) plus γ/2 R1, computed
-    at every r1_interval-th step and then that many times as heavy (Karras et al. 2020, appendix B); Adam on the generator's,
-    -log σ(D(G(z))); the moving average of the generator. A draw's generated images have the class of its real one.
+    Per step: Adam on the discriminator's loss -log σ(D(x)) - log(1 - σ(D(G(z)))) (Goodfellow et al. 2014) plus γ/2 R1,
+    computed at every r1_interval-th step and then that many times as heavy (Karras et al. 2020, appendix B); Adam on
+    the generator's, -log σ(D(G(z))); the moving average of the generator. A draw's generated images have the class of
+    its real one.
 
     Args:
         pair: the networks; they are moved in place.
@@ -230,9 +238,10 @@ class Gan:
         self._steps = 0
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One step of discriminator and generator; see Trainable.
+        """See Trainable.
 
-        Returns: d_loss and g_loss; real_logit and fake_logit, the discriminator's means; r1, the mean squared gradient, where
+        Returns: d_loss and g_loss; real_logit and fake_logit, the discriminator's means; r1, the mean squared gradient,
+            where
         it was penalised; acceptance, accepted over candidates of both batches, where images are drawn by their density.
 
         Raises:
@@ -241,11 +250,10 @@ class Gan:
         """
         assert batch.step == self._steps and batch.pixels.shape[1:3] == self.size, (batch.step, batch.pixels.shape)
         labels = self._labels(batch)
+        rate = self._training.learning_rate * warm_up(batch.step, self._training.warmup_steps)
         with own_random_state(self._seed, batch.step, self._share):
             for optimizer in self._optimizers.values():
-                optimizer.param_groups[0]["lr"] = self._training.learning_rate * warm_up(
-                    batch.step, self._training.warmup_steps
-                )
+                optimizer.param_groups[0]["lr"] = rate
             logged, d_tally = self._step_discriminator(batch, labels)
             moved, g_tally = self._step_generator(batch, labels)
         average(self._pair.discriminator.buffers(), self._share.world)
@@ -255,21 +263,19 @@ class Gan:
             moved["acceptance"] = (d_tally.wanted + g_tally.wanted) / candidates
         return logged | moved
 
+    @property
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        return {"generator": self._pair.generator, "discriminator": self._pair.discriminator}
+
     def state(self) -> dict[str, Any]:
-        """Networks, optimisers, average and steps. The tensors are the live ones: write them before the next step."""
-        generator, discriminator = self._pair.generator, self._pair.discriminator
-        return {
-            "generator": dict(generator.state_dict()),
-            "discriminator": dict(discriminator.state_dict()),
-            "averaged": dict(self._averaged),
-            "generator_optimizer": self._optimizers[generator].state_dict(),
-            "discriminator_optimizer": self._optimizers[discriminator].state_dict(),
-            "steps": self._steps,
-        }
+        """See Trainable. The tensors are the live ones: write them before the next step."""
+        networks = {name: dict(network.state_dict()) for name, network in self._networks.items()}
+        optimizers = {f"{n}_optimizer": self._optimizers[network].state_dict() for n, network in self._networks.items()}
+        return networks | optimizers | {"averaged": dict(self._averaged), "steps": self._steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
-        for name, network in (("generator", self._pair.generator), ("discriminator", self._pair.discriminator)):
+        """See Trainable."""
+        for name, network in self._networks.items():
             network.load_state_dict(state[name])
             self._optimizers[network].load_state_dict(state[f"{name}_optimizer"])
         for name, tensor in self._averaged.items():
@@ -277,30 +283,29 @@ class Gan:
         self._steps = state["steps"]
 
     def averaged(self) -> dict[str, torch.Tensor]:
-        """The moving average of the generator's weights, with its buffers, by name, on the CPU."""
+        """See Trainable; with its buffers."""
         return {name: tensor.cpu().clone() for name, tensor in self._averaged.items()}
 
     def companions(self) -> dict[str, torch.Tensor]:
-        """Generator and discriminator as they are in training."""
-        networks = {"generator": self._pair.generator, "discriminator": self._pair.discriminator}
+        """See Trainable: generator and discriminator as they are in training."""
         return {
-            f"{part}.{name}": tensor.detach().cpu().clone()
-            for part, network in networks.items()
-            for name, tensor in network.state_dict().items()
+            f"{part}.{name}": tensor
+            for part, network in self._networks.items()
+            for name, tensor in weights_of(network).items()
         }
 
     def load_companions(self, companions: Mapping[str, torch.Tensor]) -> None:
-        """The inverse of `companions`."""
-        for part, network in (("generator", self._pair.generator), ("discriminator", self._pair.discriminator)):
+        """See Trainable."""
+        for part, network in self._networks.items():
             own = {n.removeprefix(f"{part}."): t for n, t in companions.items() if n.startswith(f"{part}.")}
             network.load_state_dict(own)
 
     def sampler(self, weights: Mapping[str, torch.Tensor]) -> Generator:
-        """A generator of its own with these weights."""
+        """See Trainable."""
         return self._pair.sampler(weights)
 
     def save(self, folder: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """The pair in the format that it came in: the generator with these weights, the discriminator as it is."""
+        """See Trainable: the generator with these weights, the discriminator as it is."""
         self._pair.save(folder, weights)
 
     # -- one step
@@ -347,7 +352,7 @@ class Gan:
     def _chosen(self, batch: Batch, labels: Labels, name: str) -> tuple[Choice, Tally]:
         """This worker's choice, and the counts of all workers'."""
         choice = choose(self._pair.live, self._fake, batch.positions, labels, self._seed, name)
-        if self._fake is None or self._fake.weight == 1:
+        if self._fake is None:
             return choice, choice.tally
         tally = Tally(**sum_of(asdict(choice.tally), self._share.world, self._share.device))
         if tally.broken:
@@ -360,7 +365,8 @@ class Gan:
         return self._pair.live.decode(latents[part], conditions_of(labels and labels[part]))
 
     def _backward(self, loss: torch.Tensor) -> None:
-        # a sum over this pass, divided by what is a worker's on average: gradients averaged over workers are those of the mean
+        # a sum over this pass, divided by what is a worker's on average: gradients averaged over workers are those of
+        # the mean
         (loss * (self._share.world / self._training.batch_size)).backward()
 
     def _move(self, network: torch.nn.Module, sums: dict[str, float], count: int, step: int) -> dict[str, float]:
@@ -382,7 +388,9 @@ class Gan:
         return means
 
     def _follow(self) -> None:
-        """The moving average after t steps; buffers are copied. One that came with the pair is not to be forgotten at first."""
+        """The moving average after t steps; buffers are copied. One that came with the pair is not to be forgotten at
+        first.
+        """
         import torch
 
         decay = self._training.ema_decay if self.came_averaged else decay_at(self._steps, self._training.ema_decay)
@@ -407,8 +415,8 @@ class Gan:
             if label is None or label not in self._classes:
                 known = ", ".join(list(self._classes)[:8])
                 raise UserError(
-                    f"--data: image {image} has the label {label!r}, of which the generator has no class (it has {known}); name "
-                    "its classes by --generator.label_names, or leave such images out"
+                    f"--data: image {image} has the label {label!r}, of which the generator has no class (it has "
+                    f"{known}); name its classes by --generator.label_names, or leave such images out"
                 )
         return [self._classes[str(label)] for label in batch.label]
 
@@ -421,8 +429,8 @@ class Gan:
 
     def _not_finite(self, what: str, step: int) -> RunError:
         return RunError(
-            f"training: {what} is not finite at step {step}, seed {self._seed}; lower --training.learning_rate or raise "
-            "--training.r1_weight, and go on from the last checkpoint"
+            f"training: {what} is not finite at step {step}, seed {self._seed}; lower --training.learning_rate or "
+            "raise --training.r1_weight, and go on from the last checkpoint"
         )
 
     def _hopeless(self, tally: Tally, fake: FakeSampling, step: int) -> str:
@@ -430,10 +438,10 @@ class Gan:
         times = min(fake.max_candidates, VAIN) if tally.rejected == tally.wanted else fake.max_candidates
         side = "lower --fake.threshold" if fake.weight > 1 else "raise --fake.threshold"
         return (
-            f"training: at step {step}, seed {self._seed}, {tally.rejected:.0f} of {tally.wanted:.0f} generated images were "
-            f"rejected {times} times: {tally.above / tally.candidates:.2%} of {tally.candidates:.0f} candidates have a "
-            f"density above tau = {fake.threshold:.4g}, and with w = {fake.weight:.4g} {accepted:.2%} were accepted; set "
-            f"--fake.weight nearer to 1, {side}, or raise --fake.max_candidates at the cost of time"
+            f"training: at step {step}, seed {self._seed}, {tally.rejected:.0f} of {tally.wanted:.0f} generated images "
+            f"were rejected {times} times: {tally.above / tally.candidates:.2%} of {tally.candidates:.0f} candidates "
+            f"have a density above tau = {fake.threshold:.4g}, and with w = {fake.weight:.4g} {accepted:.2%} were "
+            f"accepted; set --fake.weight nearer to 1, {side}, or raise --fake.max_candidates at the cost of time"
         )
 
 

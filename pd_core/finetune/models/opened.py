@@ -55,44 +55,25 @@ class ModelSpec:
 
             return DiffusionModel(self.generator, self.training, share, self.seed, self.classes)
         from pd_core.finetune.models.gan import FakeSampling, Gan, predicted
-        from pd_core.generators.open import open_pair
 
-        pair = open_pair(self.generator, self.discriminator, share.device, share.threads)
+        pair = generators_open.open_pair(self.generator, self.discriminator, share.device, share.threads)
         fake = None
         if self.fake is not None:
             (threshold,), (_, weight) = self.fake.edges, self.fake.weights
-            densities = predicted(Scorer(self.real.extractor, self.real.predictor(), share.device, share.threads))
+            densities = predicted(self.scorer(share.device, share.threads))
             fake = FakeSampling(densities, threshold, weight, self.sampling.max_candidates)
         return Gan(pair, self.training, share, self.seed, self.classes, fake)
 
-
-@dataclass(frozen=True)
-class Opener:
-    """`ModelSpec.open` of a worker that is alone; picklable."""
-
-    spec: ModelSpec
-
-    def __call__(self, device: str, threads: int) -> Trainable:
-        """The model."""
-        return self.spec.open(Share(0, 1, device, threads))
-
-
-@dataclass(frozen=True)
-class ScorerOpener:
-    """F and f of the real set; picklable."""
-
-    real: RealSet
-
-    def __call__(self, device: str, threads: int) -> Scorer:
-        """On a device."""
+    def scorer(self, device: str, threads: int) -> Scorer:
+        """F and f of the real set on a device."""
         return Scorer(self.real.extractor, self.real.predictor(), device, threads)
 
 
 def describe(spec: ModelSpec) -> dict[str, Any]:
     """Facts of the generator (`setup.facts_of`) and of training it; in a Ray task, before anything is trained.
 
-    Beside those: class number of each label; size of its images (height, width), px; parameters that are trained; whether
-    an average came with it; hash of the discriminator's file.
+    Beside those: class number of each label; size of its images (height, width), px; parameters that are trained;
+    whether an average came with it; hash of the discriminator's file.
 
     Raises:
         UserError: it cannot be opened, or cannot be trained.
@@ -119,7 +100,7 @@ def probe(spec: ModelSpec, images: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     label = next(iter(spec.classes), None)
     times = []
-    _forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # what this process took for earlier tasks is not of this one
     for step in range(PROBED_STEPS):
         pixels = rng.integers(0, 256, (images, *model.size, 3), dtype=np.uint8)
         numbers = np.arange(images)
@@ -136,8 +117,3 @@ def _peak_bytes() -> float:
         return float(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status").read_text()
     return float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024
-
-
-def _forget_peak() -> None:
-    """What this process took for earlier tasks is not of this one."""
-    Path("/proc/self/clear_refs").write_text("5")
