@@ -285,7 +285,7 @@ def test_hostile_names_are_text_and_nothing_else(text, tmp_path, no_figures):
     assert [(tag, sorted(a)) for tag, a in dirty.tags] == [(tag, sorted(a)) for tag, a in clean.tags]
 
 
-@pytest.mark.parametrize("text", [HOSTILE[2], HOSTILE[7], HOSTILE[8], "$x"])
+@pytest.mark.parametrize("text", [HOSTILE[1], HOSTILE[5], "$x"])
 def test_figures_bear_hostile_names(text):
     assert report.history_png({"name": text, "step": np.arange(1, 5), "value": np.ones(4)}).startswith(b"\x89PNG")
 
