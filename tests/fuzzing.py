@@ -43,6 +43,7 @@ from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.index import BuildIndexSettings
 from pd_core.curate import releases
 from pd_core.density import fit, originals, predictor, realset
+from pd_core.density.architecture import Architecture
 from pd_core.images import sources
 from pd_core.images.decode import BadImage, DecodeLimits
 from pd_core.images.resize import Preprocess, prepare
@@ -52,6 +53,7 @@ from tests import tiny
 from tests.images import test_decode as test_images
 from tests.images import test_sources
 from tests.index import test_shards as test_index
+from tests.synthetic import DIM, clustered
 
 SECONDS, BYTES = 10.0, 1 << 30
 LIMITS = DecodeLimits(max_bytes=2**22, max_pixels=2**22, background=(0, 0, 0), max_cpu_s=5)
@@ -173,13 +175,13 @@ def _completed(stage: artifacts.Stage) -> None:
 
 
 def shards(_: Path) -> Files:
-    rows, ids = test_index.clustered(600), np.arange(600)
+    rows, ids = clustered(600), np.arange(600)
     made = {kind: test_index.filled(kind, rows, ids, 1, cells=4)[0][0] for kind in test_index.KINDS}
     return made | {"quantizer": index_shards.serialize(index_shards.quantizer_of(rows[:4]))}
 
 
 def predictors(_: Path) -> Files:
-    made = predictor.new_predictor(predictor.Architecture(8, (4,), "log_density"))
+    made = predictor.new_predictor(Architecture(8, (4,), "log_density"))
     measured = predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
     return predictor.to_bytes(made, measured)
 
@@ -239,7 +241,7 @@ def read_shard(file: Path) -> None:
     index_shards.deserialize(file.read_bytes())
     if file.name != "quantizer":
         opened = knn.ShardSearch.open([file.read_bytes()])
-        opened.search_all(np.zeros((2, test_index.DIM), np.float32), 3)
+        opened.search_all(np.zeros((2, DIM), np.float32), 3)
 
 
 class Target(NamedTuple):

@@ -16,6 +16,7 @@ from pd_core.core import files as core_files
 from pd_core.core.errors import UserError
 from pd_core.density import fit, originals, realset
 from pd_core.density import predictor as density_predictor
+from pd_core.density.architecture import Architecture
 from pd_core.engine import session
 from pd_core.images.resize import Preprocess
 from pd_core.index import search, shards
@@ -287,7 +288,7 @@ def test_a_shard_of_strangers_is_one_line_where_it_is_opened(built, dim, cells, 
 def test_a_predictor_is_of_the_features_of_its_index(built):
     metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
     for dim in (DIM, DIM + 1):
-        predictor = density_predictor.new_predictor(density_predictor.Architecture(dim, (2,), "density"))
+        predictor = density_predictor.new_predictor(Architecture(dim, (2,), "density"))
         for name, data in density_predictor.to_bytes(predictor, metrics).items():
             (built / "estimator" / name).write_bytes(data)
         real = realset.open_realset(str(built))

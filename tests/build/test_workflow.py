@@ -116,7 +116,8 @@ def kill_once(title: str, stage: Path, killed: list[int], over: threading.Event)
 
 def run_with_one_killed(title: str, stage: str, images, checkpoint, output, *more: str) -> int:
     """Exit code of a run of which one process with this title is killed within the stage."""
-    killed, over = [], threading.Event()
+    killed: list[int] = []
+    over = threading.Event()
     killer = threading.Thread(target=kill_once, args=(title, output / stage, killed, over), daemon=True)
     killer.start()
     try:

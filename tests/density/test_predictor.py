@@ -22,6 +22,7 @@ from pd_core.core.settings.index import EstimatorSettings
 from pd_core.core.settings.load import PRESETS
 from pd_core.density import fit, network
 from pd_core.density import predictor as density_predictor
+from pd_core.density.architecture import Architecture
 
 DIM = 8
 
@@ -122,7 +123,7 @@ def test_paper_settings_give_the_network_of_the_paper() -> None:
 
 
 def test_initial_weights_are_distributed_as_torch_initialises_a_linear_layer() -> None:
-    ours = density_predictor.new_predictor(density_predictor.Architecture(400, (300,), "density"), seed=1).layers[0]
+    ours = density_predictor.new_predictor(Architecture(400, (300,), "density"), seed=1).layers[0]
     torchs = torch.nn.Linear(400, 300)
     for name in ("weight", "bias"):
         a, b = (getattr(layer, name).detach().flatten().numpy() for layer in (ours, torchs))
@@ -333,7 +334,7 @@ def test_a_network_that_predicts_a_negative_density_gives_finite_logs() -> None:
 
 
 def test_features_of_another_extractor_are_refused() -> None:
-    predictor = density_predictor.new_predictor(density_predictor.Architecture(DIM, (4,), "density"))
+    predictor = density_predictor.new_predictor(Architecture(DIM, (4,), "density"))
     with pytest.raises(ValueError, match=r"features must be \[N, 8\]"):
         predictor.predict(np.zeros((2, 9), np.float32))
 
@@ -390,10 +391,10 @@ def test_saved_and_loaded_to_the_bit(target: str, tmp_path: Path) -> None:
     assert description["tensors"]["feature_mean"] == [DIM]
 
 
-FEW = density_predictor.Architecture(DIM, (4, 3), "density")
+FEW = Architecture(DIM, (4, 3), "density")
 
 
-def saved(architecture: density_predictor.Architecture = FEW) -> dict[str, bytes]:
+def saved(architecture: Architecture = FEW) -> dict[str, bytes]:
     metrics = density_predictor.FitMetrics(fit.calibration(np.arange(4.0), np.arange(4.0)), 10, 4, 1, ())
     return density_predictor.to_bytes(density_predictor.new_predictor(architecture), metrics)
 
@@ -462,7 +463,7 @@ def test_whatever_a_description_says_nothing_is_made_of_it(section: str) -> None
 
 
 def test_widths_that_agree_with_each_other_are_held_to_the_tensors_before_anything_is_made() -> None:
-    wide = density_predictor.Architecture(DIM, (10**9, 10**9), "density")
+    wide = Architecture(DIM, (10**9, 10**9), "density")
     description = json.loads(saved()["predictor.json"])
     widths = [DIM, *wide.hidden, 1]
     description["architecture"]["hidden"], description["layer_widths"] = list(wide.hidden), widths

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pd_core.core import artifacts, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.generate import GenerateSettings
-from pd_core.core.settings.index import BuildIndexSettings
+from pd_core.core.settings.index import BuildIndexSettings, ResolvedBuildIndex
 from pd_core.engine import finished, runs, session
 from pd_core.engine.resources import Cluster
 from tests import tiny
@@ -46,17 +47,21 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def settings_of(place: Path, **more: Any) -> BuildIndexSettings:
+def settings_of(place: Path, **more: Any) -> ResolvedBuildIndex:
     given: dict[str, Any] = {
         "output": str(place / "out"),
         "data": {"source": str(place / "images")},
         "features": {"checkpoint": str(place / "weights.safetensors")},
         "tracking": {"enabled": False},
     }
-    return load.made(BuildIndexSettings, **given | more)
+    return load.made(ResolvedBuildIndex, **given | more)
 
 
-def run(settings: BuildIndexSettings, refusal: UserError | None = None) -> None:
+def made(stage: artifacts.Stage) -> tuple[list[artifacts.Part], dict[str, Any]]:
+    return [stage.write_part("part-0.parquet", b"rows", 1)], {}
+
+
+def run(settings: ResolvedBuildIndex, refusal: UserError | None = None) -> None:
     """A run of two stages, of which one is made together with a third."""
 
     def body(run: runs.Run) -> None:
@@ -66,14 +71,14 @@ def run(settings: BuildIndexSettings, refusal: UserError | None = None) -> None:
             if name == "features":
                 beside.complete(lambda: ([beside.write_part("part-0.parquet", b"bad", 0)], {}), False)
                 stage = dataclasses.replace(stage, beside=(beside.uri,))
-            run.stage(stage, lambda stage=stage: ([stage.write_part("part-0.parquet", b"rows", 1)], {}))
+            run.stage(stage, functools.partial(made, stage))
         run.say("said on the way")
         run.finish((), {"report": f"{run.output}/report"}, lambda: ["of its numbers"], refusal)
 
     runs.execute(settings, "build_index", STAGES, body)
 
 
-def is_whole(settings: BuildIndexSettings, monkeypatch) -> bool:
+def is_whole(settings: ResolvedBuildIndex, monkeypatch) -> bool:
     """Whether the same command goes its whole way."""
 
     def begins(*_: Any, **__: Any) -> None:

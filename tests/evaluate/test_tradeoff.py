@@ -102,7 +102,7 @@ def test_frontier_is_what_no_point_dominates(points):
 
 
 def test_target_takes_the_best_counterpart_among_those_that_reach_it():
-    measured = [
+    measured: list[dict[str, Any]] = [
         {"precision": 0.9, "recall": 0.3},
         {"precision": 0.7, "recall": 0.6},
         {"precision": None, "recall": None},

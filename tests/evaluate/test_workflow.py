@@ -159,7 +159,7 @@ def test_a_judge_labels_and_what_was_selected(built, sets, inputs, tmp_path):
     assert run_generate(built, tmp_path / "typical", "--weighting.weight=5", n=70) == 0
     assert run_generate(built, tmp_path / "plain", "--weighting.kind=none", n=70) == 0
     output, samples = tmp_path / "out", (sets / "half.parquet", tmp_path / "typical", tmp_path / "plain")
-    more = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}", "--judge.image_size=64")
+    more: tuple[str, ...] = (f"--judge.model={tiny.MODEL}", f"--judge.checkpoint={inputs[1]}", "--judge.image_size=64")
     more += ("--per-label", "--data.labels=column:label", "--metrics.k_precision=2", "--metrics.k_coverage=2")
     assert run(built, output, *samples, more=more) == 0
     both = [numbers(output, "plain", space)["frechet_distance"]["value"] for space in ("index", "judge")]

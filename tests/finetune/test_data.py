@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from pd_core.core import artifacts, seeds
 from pd_core.core import files as core_files
 from pd_core.core.errors import RunError, UserError
 from pd_core.core.settings.data import DataSettings
-from pd_core.core.settings.finetune import FinetuneSettings
+from pd_core.core.settings.finetune import ResolvedFinetune
 from pd_core.core.settings.generate import WeightingSettings
 from pd_core.density import formula, realset
 from pd_core.density import weighting as density_weighting
@@ -189,8 +190,8 @@ def real(built):
 
 def weigh(real, output, now, *, mapping=None, size=(16, 16), resize="crop", **settings):
     """The stage, as the workflow runs it."""
-    values = {"weighting": WeightingSettings(weight=33.0), "training": {"resize": resize}} | settings
-    made = FinetuneSettings(output=str(output), tracking={"enabled": False}, **values)
+    values: dict[str, Any] = {"weighting": WeightingSettings(weight=33.0), "training": {"resize": resize}} | settings
+    made = ResolvedFinetune(index=real.uri, output=str(output), tracking={"enabled": False}, **values)
     with tracking.start(made.tracking, str(output), "finetune", {}) as tracker:
         run = runs.Run(made, str(output), now, tracker, "finetune", ("listing", "weights"))
         work = weights.work_of(run, made, real, mapping or {}, size)

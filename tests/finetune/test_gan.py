@@ -31,6 +31,7 @@ from pd_core.core.settings.finetune import TrainingSettings
 from pd_core.core.settings.generate import GeneratorSettings
 from pd_core.core.settings.index import FeatureSettings
 from pd_core.density import predictor as density_predictor
+from pd_core.density.architecture import Architecture
 from pd_core.density.scorer import Scorer
 from pd_core.finetune import parallel
 from pd_core.finetune.models.gan import VAIN, FakeSampling, Gan, choose, predicted, seeds_of, squared_gradients
@@ -360,7 +361,7 @@ def test_without_weights_nothing_is_made_twice() -> None:
 def test_densities_of_the_predictor_are_those_of_the_image_as_it_is_saved(tmp_path: Path) -> None:
     checkpoint = str(tiny.write_checkpoint(tmp_path / "tiny.safetensors"))
     spec = extractor.describe(FeatureSettings(model=tiny.MODEL, checkpoint=checkpoint))
-    predictor = density_predictor.new_predictor(density_predictor.Architecture(spec.feature_dim, (8,), "log_density"))
+    predictor = density_predictor.new_predictor(Architecture(spec.feature_dim, (8,), "log_density"))
     scorer = Scorer(spec, predictor)
     pair = small_pair()
     middle = float(np.median(predicted(scorer)(pair.live.generate(list(range(20)), Conditions()))))

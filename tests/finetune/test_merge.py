@@ -232,10 +232,16 @@ def write_training(folder: Path, shifts=SHIFTS) -> artifacts.Artifact:
 
 
 def job_of(folder: Path, trained: artifacts.Artifact, plan=PLAN, metric="frechet_distance", **changes: Any):
-    values = {"merge_candidates": CANDIDATES, "seed": 5, "images": 5, "evaluation": {"metric": metric}} | changes
+    values: dict[str, Any] = {
+        "merge_candidates": CANDIDATES,
+        "seed": 5,
+        "images": 5,
+        "evaluation": {"metric": metric},
+    } | changes
     stage = artifacts.Stage(str(folder / "training"), "training", schemas.VERSIONS["training"], {"toy": 1})
+    toy: Any = Toy(folder)
     unused: Any = None
-    training = loop.Job(Toy(folder), unused, unused, plan, stage, FinetuneSettings(**values))
+    training = loop.Job(toy, unused, unused, plan, stage, FinetuneSettings(**values))
     return finetune_merge.job_of(str(folder), training, trained, "cpu")
 
 

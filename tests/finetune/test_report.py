@@ -272,7 +272,7 @@ def test_figures_move_with_the_data(drawn, inputs):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_are_text_and_nothing_else(text, tmp_path, no_figures):
-    pages = []
+    pages: list[Page] = []
     for name in ("plain", text):
         made = inputs_of(tmp_path / str(len(pages)), text=name)
         trained = dataclasses.replace(made.trained, versions={name: name})

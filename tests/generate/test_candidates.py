@@ -111,6 +111,7 @@ def test_a_chunk_is_the_same_whoever_makes_it_and_after_whatever(
             expected = forwards[number]
             np.testing.assert_array_equal(batch.pixels, expected.pixels)
             np.testing.assert_array_equal(batch.features, expected.features)
+            assert batch.scored is not None and expected.scored is not None
             np.testing.assert_array_equal(batch.scored.density, expected.scored.density)
     assert not np.array_equal(forwards[0].pixels, forwards[1].pixels)
 

@@ -23,9 +23,10 @@ from pd_core.core.settings.data import DataSettings
 from pd_core.core.settings.generate import GenerateSettings, GeneratorSettings, WeightingSettings
 from pd_core.density import formula, realset
 from pd_core.density import weighting as density_weighting
+from pd_core.density.weighting import EVERYTHING
 from pd_core.engine import runs
 from pd_core.generate import figures, pilot, report, sampling, tally
-from pd_core.generate.candidates import EVERYTHING, Recipe
+from pd_core.generate.candidates import Recipe
 from pd_core.generate.pilot import Expectation
 from pd_core.generate.report import Pair, Sample, SamplesData, Weight
 from pd_core.generate.tally import Count

@@ -16,7 +16,7 @@ from pd_core.index import shards as ix
 from tests.synthetic import DIM, clustered
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ["flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
+KINDS: list[ix.ShardKind] = ["flat", "ivf_flat", "ivf_sq8", "ivf_pq"]
 
 
 def distinct(n):
@@ -225,7 +225,7 @@ for file in sys.argv[1:]:
 """
 
 
-def written(kind: str, rows: int) -> bytes:
+def written(kind: ix.ShardKind, rows: int) -> bytes:
     """An index of so many rows, of 8 cells, as it lies in a file."""
     features = clustered(400)
     template = ix.train_template(kind, DIM, ix.train_quantizer(features, 8, seed=0), features, pq_bytes=8)

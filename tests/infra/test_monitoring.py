@@ -51,7 +51,10 @@ VALUES = {  # of labels that have a closed list
     "cronjob": {CRONJOB["name"]},
     "resource": {"cpu", "gpu"},
     "device": {"cpu", "gpu"},
-    "stage": {"features", "neighbors", "densities", "scoring", "pilot", "samples", "perturbed", "training"},
+    "stage": {
+        *("features", "index", "neighbors", "densities", "scoring", "pilot", "samples", "export", "perturbed"),
+        *("metrics", "curve", "weights", "training", "release"),
+    },
 }
 # What Grafana puts in the place of its variables: its own, and a number or a pattern for those of the dashboard.
 VARIABLES = {"$__rate_interval": "1m", "$__range": "6h", "$workflow": ".*", "$cpu_hour": "0.04", "$gpu_hour": "1.00"}
