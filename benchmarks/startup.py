@@ -1,4 +1,4 @@
-"""How long a user waits for `--help`, for `make demo` after installation, for a small index, and for one that is there."""
+"""How long a user waits for `--help`, `make demo` after installation, a small index, and one that is there."""
 
 from __future__ import annotations
 

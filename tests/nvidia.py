@@ -1,4 +1,4 @@
-"""The mechanism of NVIDIA's pickles in miniature, written for the tests: an object is pickled as the source of its module, its
+"""The mechanism of NVIDIA's pickles in miniature, for tests: an object is pickled as the source of its module, its
 class's name and its state; the source imports `torch_utils` and `dnnlib` when it is loaded.
 """
 

@@ -1,6 +1,7 @@
-"""Add a user to the MLflow server beside this process: its password on standard input, so that it stands in no command line.
+"""Add a user to the MLflow server beside this process: its password on standard input, so that no command line has it.
 
-printf %s "$PASSWORD" | kubectl --namespace pd-core exec --stdin deployment/mlflow -- python /opt/mlflow/add_user.py pd-core
+printf %s "$PASSWORD" | kubectl --namespace pd-core exec --stdin deployment/mlflow --
+    python /opt/mlflow/add_user.py pd-core
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Pseudo density: formula, weightings by it, its predictor, the opened real set, and the scorer from image to density."""
+"""Pseudo density: formula, weightings by it, its predictor, the opened real set, and the scorer of images."""

@@ -82,8 +82,8 @@ def _check_numbers(settings: FinetuneSettings) -> None:
             )
     if settings.images > min(judged.n, judged.chunk):
         raise UserError(
-            f"--images {settings.images}: the report shows images of an evaluation's first batch, {min(judged.n, judged.chunk)}; "
-            "lower it, or raise --evaluation.chunk"
+            f"--images {settings.images}: the report shows images of an evaluation's first batch, "
+            f"{min(judged.n, judged.chunk)}; lower it, or raise --evaluation.chunk"
         )
 
 
@@ -106,7 +106,8 @@ def _check_kind(settings: FinetuneSettings) -> None:
         raise UserError(f"--discriminator: a generator of kind {kind} brings its own; drop it")
     if kind == "torchscript" and settings.discriminator is None:
         raise UserError(
-            "--discriminator: not set; a TorchScript generator is fine-tuned against one, name its file (demo/train_gan.py writes both)"
+            "--discriminator: not set; a TorchScript generator is fine-tuned against one, name its file "
+            "(demo/train_gan.py writes both)"
         )
     if settings.weighting.per_label:
         raise UserError(
@@ -115,8 +116,8 @@ def _check_kind(settings: FinetuneSettings) -> None:
     given, weighting = {fake.threshold is not None, fake.weight is not None}, settings.weighting.kind
     if (weighting == "none" and len(given) > 1) or (weighting == "quantiles" and False in given):
         raise UserError(
-            f"--fake.threshold and --fake.weight: how generated images are drawn does not follow from --weighting.kind {weighting}; "
-            "set both (--fake.weight 1: all of them)"
+            f"--fake.threshold and --fake.weight: how generated images are drawn does not follow from --weighting.kind "
+            f"{weighting}; set both (--fake.weight 1: all of them)"
         )
 
 
@@ -171,8 +172,8 @@ def plan_finetune(settings: FinetuneSettings) -> None:
                 opened.probe, planned.workers, planned.spec, checked.training.batch_size // checked.workers
             )
         console.say(
-            f"time: {found['step_s']:.3g} s a step, {checked.steps * found['step_s']:.0f} s in all, beside evaluations and "
-            f"starting up\nmemory: a step took a process to {found['peak_bytes'] / 2**30:.2g} GiB; lower "
+            f"time: {found['step_s']:.3g} s a step, {checked.steps * found['step_s']:.0f} s in all, beside evaluations "
+            f"and starting up\nmemory: a step took a process to {found['peak_bytes'] / 2**30:.2g} GiB; lower "
             "--training.batch_size, or raise --training.accumulate, where that is too much"
         )
 
@@ -216,17 +217,18 @@ def _plan(run: Run, settings: FinetuneSettings, real: RealSet) -> Planned:
     device = resources.device_of(run.now, gpus)
     text = (
         f"training: {settings.steps} steps of {settings.training.batch_size} images on {workers.count} "
-        f"{'worker' if workers.count == 1 else 'workers'} ({device}); {facts['parameters']:,} parameters are trained, images of "
-        f"{facts['size'][1]}x{facts['size'][0]} px\n"
-        f"evaluation: {settings.evaluation.n} images every {settings.evaluation.every} steps and at the first and last, best by {settings.evaluation.metric}"
+        f"{'worker' if workers.count == 1 else 'workers'} ({device}); {facts['parameters']:,} parameters are trained, "
+        f"images of {facts['size'][1]}x{facts['size'][0]} px\n"
+        f"evaluation: {settings.evaluation.n} images every {settings.evaluation.every} steps and at the first "
+        f"and last, best by {settings.evaluation.metric}"
     )
     if spec.fake is not None:
         (tau,), (_, weight) = spec.fake.edges, spec.fake.weights
         text += f"\ngenerated images: drawn with weight {weight:.4g} where their density is above {tau:.4g}"
     if facts["came_averaged"] and settings.steps * (1 - settings.training.ema_decay) < 1:
         text += (
-            f"\naverage: {settings.training.ema_decay**settings.steps:.0%} of it will still be the average that came; lower "
-            "--training.ema_decay to see more of what is trained"
+            f"\naverage: {settings.training.ema_decay**settings.steps:.0%} of it will still be the average that came; "
+            "lower --training.ema_decay to see more of what is trained"
         )
     return Planned(settings, real, spec, facts, workers, device, text)
 

@@ -17,7 +17,7 @@ from pd_core.core import artifacts, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.generate import GenerateSettings
-from pd_core.core.settings.index import BuildIndexSettings, ResolvedBuildIndex
+from pd_core.core.settings.index import ResolvedBuildIndex
 from pd_core.engine import finished, runs, session
 from pd_core.engine.resources import Cluster
 from tests import tiny
