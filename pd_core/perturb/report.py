@@ -27,8 +27,8 @@ ORDER = ("down", "before", "up")  # of the images of a sample, from left to righ
 
 
 # All images of one direction: its name; the stage's totals of it; log(after / before) by index and by predictor,
-# float64 [rows or less] of the same rows, left out of both where a density underflows to 0; exp of their means, or None; how
-# the predictor agrees with the index about the images after.
+# float64 [rows or less] of the same rows, left out of both where a density underflows to 0; exp of their means, or
+# None; how the predictor agrees with the index about the images after.
 Moved = Mapping[str, Any]
 
 
