@@ -217,7 +217,20 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def vendi_score(features: np.ndarray) -> float:
-    """Effective number of different rows of float32 [N, D], 1 to min(N, D): moments.vendi, in float64."""
+    """Effective number of different rows: exp of the entropy of the eigenvalues of their cosine similarities over N.
+
+    Friedman and Dieng 2022, arXiv 2210.02410, equation 1; docs/method.md, section 7.
+
+    Args:
+        features: float32 [N, D], finite, no row all zero.
+
+    Returns:
+        1, where all rows have one direction, to min(N, D).
+
+    Raises:
+        ValueError: another shape or type, no row, or values that are not finite.
+        UserError: a row is all zero.
+    """
     return float(_vendi(_moments("given", features, 0, unit=True), None, _NO_HALVES, "cpu")[0])
 
 

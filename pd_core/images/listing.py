@@ -79,8 +79,7 @@ def _count(source: sources.Source) -> dict[str, Any]:
 def say_outside(skipped: Counter[str]) -> None:
     """Say that links were left out, if some were, and how they are followed."""
     if many := skipped[sources.OUTSIDE]:
-        told = f"listing: {sources.leading_out(many)} and {'is' if many == 1 else 'are'} left out"
-        console.say(f"{told}; {sources.HOW_TO_FOLLOW}")
+        console.say(f"listing: {sources.leading_out(many)}, left out; {sources.HOW_TO_FOLLOW}")
 
 
 def counted(source: sources.Source, tables: Iterable[pa.Table]) -> dict[str, Any]:

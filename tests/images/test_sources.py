@@ -257,7 +257,7 @@ def test_links_are_followed_inside_the_source_only_and_loops_end(linked: Path) -
 
 @pytest.mark.parametrize(
     ("many", "told"),
-    [(1, "1 link leads out of the source and is"), (1200, "1,200 links lead out of the source and are")],
+    [(1, "1 link leads out of the source,"), (1200, "1,200 links lead out of the source,")],
 )
 def test_links_that_are_left_out_are_told(capsys: pytest.CaptureFixture[str], many: int, told: str) -> None:
     listing.say_outside(Counter({stores.OUTSIDE: many}))
