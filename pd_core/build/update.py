@@ -223,8 +223,8 @@ def _list(
     gone = int((~known.seen & ~known.again).sum())
     if skipped[sources.OUTSIDE] and gone and sources.OUTSIDE not in (before.get("skipped") or {}):
         raise UserError(
-            f"{source.root}: {sources.leading_out(skipped[sources.OUTSIDE])}, of --base {gone:,} images are not "
-            "there any more, and it may have followed links; add --data.follow-links, or remove the links"
+            f"{source.root}: {sources.leading_out(skipped[sources.OUTSIDE])}, left out, and images of --base "
+            f"that are gone ({gone:,}) may have been found by links; add --data.follow-links, or remove the links"
         )
     if not known.found:
         raise UserError(f"{source.root}: no images there; check --data.source")

@@ -337,6 +337,21 @@ def test_a_base_of_other_settings_is_refused(inputs, built, tmp_path, capsys, mo
     assert len(line) == 1 and expected in line[0] and "leave --base out" in line[0]
 
 
+def test_links_that_the_base_may_have_followed_are_not_taken_for_images_that_are_gone(
+    source, inputs, built, tmp_path, capsys
+):
+    """What is left out today may have been followed when the base was made, by an older version or by its settings."""
+    (tmp_path / "elsewhere").mkdir()
+    (source / path_of(0)).rename(tmp_path / "elsewhere" / "0.png")
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    assert run(source, inputs[1], tmp_path / "out", f"--base={built}") == errors.EXIT_BAD_INPUT
+    assert (
+        f"{source}: 1 link leads out of the source, left out, and images of --base that are gone (1) may "
+        "have been found by links; add --data.follow-links, or remove the links"
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "out" / "listing" / "artifact.json").exists()
+
+
 def test_a_plan_tells_what_an_update_would_find(updated, inputs, built, tmp_path, capsys):
     def plan(*more: str) -> int:
         arguments = f"--base={built}", *more
