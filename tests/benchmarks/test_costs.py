@@ -189,6 +189,7 @@ def joined(tmp_path_factory, ray_cluster):
     return made, costs.build_of(settings, ROWS, ROWS, DIM, 1, 0.0, 0.0, 0.0), index_uri
 
 
+@pytest.mark.slow
 def test_stages_write_the_bytes_that_the_model_says(joined):
     made, build, _ = joined
     written = costs.written_bytes(costs.build_index(build, costs.Fleet(1, 2.0, 1e10)))
@@ -205,6 +206,7 @@ def test_stages_write_the_bytes_that_the_model_says(joined):
     assert written["densities"] == pytest.approx(found["densities"], rel=0.25)
 
 
+@pytest.mark.slow
 def test_an_exact_search_moves_the_rows_that_the_model_says(joined, ray_cluster):
     made, build, uri = joined
     assert made["neighbors"].totals["rows_sent_per_query"] * ROWS == costs.rows_sent(build, SHARDS, ROWS)
@@ -216,6 +218,7 @@ def test_an_exact_search_moves_the_rows_that_the_model_says(joined, ray_cluster)
         assert traffic.rows_sent == costs.rows_sent(build, actors, len(queries))
 
 
+@pytest.mark.slow
 def test_a_search_by_cells_moves_as_many_rows_as_shards_are_probed(tmp_path, ray_cluster):
     dim = 8  # so few that the neighbors of a row lie in many cells
     x = clustered(4000, dim, clusters=4)
