@@ -232,6 +232,8 @@ def test_what_a_paper_says_is_in_the_code_is_there(paper: str) -> None:
     names = {name for name in told if ".py" in name or name.partition(".")[0] in MODULES}
     assert len(names) > 5
     assert {name for name in names if not _is_there(name)} == set()
+    folders = set(re.findall(r"`((?:pd_core|tests)/[\w/]*/)`", (ROOT / paper).read_text()))
+    assert [name for name in folders if not (ROOT / name).is_dir() and "ROOM" not in name] == []
 
 
 def _code(text: str) -> str:

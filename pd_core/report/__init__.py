@@ -1,1 +1,1 @@
-"""The kit that any page is made with: layout, figures and thumbnails; it knows no workflow."""
+"""The kit that any page is made with, layout and figures, and each command's template; its code knows no workflow."""
