@@ -275,7 +275,7 @@ def emptied(folder: Path) -> None:
 
 FAULTS: dict[str, Callable[[Path], object]] = {
     "does not exist.*build_index": shutil.rmtree,
-    r"is not finished \(features/.*build_index": emptied,
+    r"is no index .*build_index": emptied,
     r"is not finished \(densities/.*build_index": lambda o: (o / "densities" / "artifact.json").unlink(),
     "is gone": lambda o: next((o / "features").glob("part-*")).unlink(),
     "checkpoint .*gone.safetensors: not found": lambda o: changed(

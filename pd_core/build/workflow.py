@@ -11,7 +11,7 @@ from pd_core.core import artifacts, files
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.index import BuildIndexSettings, ResolvedBuildIndex
-from pd_core.density import densities, estimator, formula
+from pd_core.density import densities, estimator, fit, formula
 from pd_core.engine import console, resources, tasks
 from pd_core.engine.runs import REPORT, Run, checked_output, execute, failures, started
 from pd_core.images import decode, listing, sources
@@ -121,6 +121,10 @@ def _list(run: Run, settings: ResolvedBuildIndex, source: sources.Source, base: 
     if taken is not None:
         new = taken.fresh.rows if taken.fresh else 0
         console.say(f"update: {new:,} new images, {len(taken.removed):,} gone or changed, of {listed.rows:,}")
+    if listed.rows < fit.FEWEST_ROWS:
+        raise UserError(
+            f"{source.root}: holds {listed.rows} images; an index needs {fit.FEWEST_ROWS} or more; add some"
+        )
     if settings.density.k >= listed.rows:
         raise UserError(f"--density.k {settings.density.k}: needs more than k images, found {listed.rows}; lower k")
     return _Listed(listed, artifact, spec, gpus, taken)
@@ -150,9 +154,7 @@ def _extract(
         complete, added = taken, taken.added
         stage = taken.base.continued(stage_of(run.output, listed.listing), added=added and added.fingerprint)
         featured = run.stage(stage, lambda: features.merge(stage, complete, most_bad))
-    if bad := features.reasons_of(featured.parts):
-        left_out = f"{sum(bad.values()):,} of {listed.listing.rows:,} images left out ({features.told(bad)})"
-        run.say(f"quarantine: {left_out}: {files.join(run.output, 'quarantine')}")
+    run.say(*features.left_out(featured.parts, listed.listing.rows, files.join(run.output, "quarantine")))
     return featured, taken
 
 

@@ -210,7 +210,14 @@ class Stage:
             done is not None or dataclasses.replace(self, identity=dict(other)).fingerprint != self.fingerprint
         ):
             if not overwrite:
-                what = "; ".join(differences(other, self.identity)[:6]) or "the schema version"
+                changed = differences(other, self.identity)
+                what = "; ".join(changed[:6]) or "the schema version"
+                if changed and all(line.startswith("state.") for line in changed):
+                    raise UserError(
+                        f"{self.uri}: was made of a source that has changed since ({what.replace('state.', '')}); "
+                        "choose another --output (build_index takes over what is as it was by --base "
+                        f"{self.uri.rpartition('/')[0]}), or pass --overwrite"
+                    )
                 raise UserError(
                     f"{self.uri}: holds {self.kind} made with other settings or input ({what}); "
                     "choose another --output or pass --overwrite"

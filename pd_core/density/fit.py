@@ -29,6 +29,7 @@ CALIBRATION_ROWS = 5_000  # held-out rows returned for the calibration plot
 INPUT_SCALE_FLOOR = 0.01
 MIN_TRAIN_ROWS = 10
 MIN_HELDOUT_ROWS = 4
+FEWEST_ROWS = MIN_TRAIN_ROWS + MIN_HELDOUT_ROWS
 LoadPart = Callable[[], tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]]
 """Loads one part: sample_id int64 [n], feature float32 [n, D], log_density float64 [n]; the same rows at every call."""
 

@@ -169,10 +169,13 @@ def _finished(uri: str, stage: str) -> artifacts.Artifact:
     with files.explained(folder):
         artifact = artifacts.load_artifact(folder)
     if artifact is None:
-        what = "is not finished" if files.exists(uri) else "does not exist"
-        raise UserError(
-            f"--index {uri}: {what} ({stage}/ has no whole {files.ARTIFACT}); run build_index.py --output {uri}"
-        )
+        if files.exists(files.join(uri, "listing")):
+            raise UserError(
+                f"--index {uri}: is not finished ({stage}/ has no whole {files.ARTIFACT}); run build_index.py on it "
+                "again"
+            )
+        what = "is no index" if files.exists(uri) else "does not exist"
+        raise UserError(f"--index {uri}: {what} ({stage}/ is missing); name the --output of build_index.py")
     if artifact.kind != stage or artifact.schema_version != schemas.VERSIONS[stage]:
         raise UserError(
             f"--index {uri}: {stage}/ has schema {artifact.kind} {artifact.schema_version}, this pd_core reads "

@@ -308,6 +308,8 @@ def extract(
     stage = features.stage_of(folder, listed, space.spec, extraction.data, settings, device)
     work = features.Work(source, listed, space.spec, limits_of(extraction.data), settings.batch_size, stage)
     artifact = run.stage(stage, lambda: features.run(work, run.now, settings, extraction.data.max_bad_fraction))
+    quarantine = files.join(folder, "quarantine")
+    run.say(*(f"{run.name_of(folder)}: {line}" for line in features.left_out(artifact.parts, listed.rows, quarantine)))
     return features_of(stage.uri, artifact)
 
 

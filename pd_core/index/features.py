@@ -545,13 +545,21 @@ def told(bad: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items(), key=lambda item: (-item[1], item[0])))
 
 
+def left_out(parts: Iterable[artifacts.Part], listed: int, quarantine: str) -> list[str]:
+    """A line on the images that were quarantined, if any were, for a person."""
+    if not (bad := reasons_of(parts)):
+        return []
+    return [f"quarantine: {sum(bad.values()):,} of {listed:,} images left out ({told(bad)}): {quarantine}"]
+
+
 def stop_if_mostly_bad(bad: Mapping[str, int], listed: int, max_bad: int, quarantine: str) -> None:
     """Raise UserError once more than `max_bad` images are quarantined."""
     total = sum(bad.values())
     if total > max_bad:
         raise UserError(
             f"data: {total} of {listed} images are unusable so far ({told(bad)}), --data.max_bad_fraction allows "
-            f"{max_bad}; see {quarantine}, mend them or raise the limit; what is done is kept"
+            f"{max_bad} of {listed}; see {quarantine}, mend them or raise it to {total / listed + 5e-4:.3f} or more; "
+            "what is done is kept"
         )
 
 

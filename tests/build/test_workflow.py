@@ -267,7 +267,7 @@ def test_a_mostly_broken_source_stops_and_says_what_is_wrong(inputs, tmp_path, c
     output = tmp_path / "out"
     assert run(*inputs, output, "--data.max_bad_fraction=0.01") == 2
     error = capsys.readouterr().err
-    assert "of 153 images are unusable" in error and "1 empty" in error and "raise the limit" in error
+    assert "of 153 images are unusable" in error and "1 empty" in error and "raise it to 0.0" in error
     assert "Traceback" not in error
     assert run(*inputs, output, "--data.max_bad_fraction=0.02") == 0  # goes on from there
 
@@ -346,7 +346,7 @@ def test_bad_input_on_the_cluster_is_one_line_and_exit_2(inputs, tmp_path, capsy
     assert len(error) == 1 and "needs more than k images, found 153" in error[0]
     (tmp_path / "images").mkdir()
     assert run(tmp_path / "images", inputs[1], tmp_path / "empty") == 2
-    assert "no images there" in capsys.readouterr().err
+    assert f"{tmp_path / 'images'}: no files; check data.source" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", [".", "pd", "a/pd"])
@@ -372,7 +372,7 @@ def test_an_output_of_somebody_else_is_refused_and_left_alone(inputs, tmp_path, 
 def test_dry_run_prints_the_plan_and_writes_nothing(inputs, tmp_path, capsys, ray_cluster):
     assert run(*inputs, tmp_path / "out", "--dry-run", "--data.max_bad_fraction=0", "--features.batch_size=64") == 0
     text = capsys.readouterr().out
-    assert "images:    153 listed" in text and "256 dimensions" in text and "5 parts of 32 images" in text
+    assert "images:    153 listed" in text and "256 dimensions" in text and "3 parts of 64 images" in text
     assert "time:" in text and "memory:" in text
     assert "the run would stop, --data.max_bad_fraction is 0" in text
     assert not (tmp_path / "out").exists()

@@ -278,3 +278,10 @@ def test_links_are_followed_where_it_is_asked_for(argv, tmp_path):
         assert load("--config", str(file)).data.follow_links
     file.write_text(to_yaml(load(*argv)))
     assert load("--config", str(file)).data.follow_links
+
+
+@pytest.mark.parametrize("name", ["max_bad_fraction", "max-bad-fraction"])
+def test_hyphens_and_underscores_of_options_are_one(name):
+    given = [f"--data.{name}", "0.5", "--data.follow_links", "--no-tracking.enabled"]
+    settings = settings_load.load(BuildIndexSettings, given, prog="x")
+    assert (settings.data.max_bad_fraction, settings.data.follow_links, settings.tracking.enabled) == (0.5, True, False)

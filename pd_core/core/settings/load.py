@@ -258,6 +258,16 @@ def _is_list(model: type[BaseModel], name: str) -> bool:
     return any((f.alias or n) == name and get_origin(f.annotation) is list for n, f in model.model_fields.items())
 
 
+def _spelled(argument: str, known: Sequence[str]) -> str:
+    """An option with the hyphens or underscores that its setting has; anything else as it is."""
+    name, given, value = argument[2:].partition("=")
+    no, plain = ("no-", name[3:]) if name.startswith("no-") else ("", name)
+    plain = plain.replace("-", "_")
+    if not argument.startswith("--") or not (same := [k for k in known if k.replace("-", "_") == plain]):
+        return argument
+    return f"--{no}{same[0]}{given}{value}"
+
+
 def _spread(argv: Sequence[str], lists: Collection[str]) -> list[str]:
     """`--samples a b` as `--samples a --samples b`, which is what pydantic-settings reads."""
     spread: list[str] = []
@@ -320,7 +330,8 @@ def load(settings_class: type[Settings], argv: Sequence[str], prog: str) -> Sett
                 InitSettingsSource(settings_cls, from_preset),
             )
 
-    argv = _spread(argv, {name for name in known if _is_list(settings_class, name)})
+    lists = {name for name in known if _is_list(settings_class, name)}
+    argv = _spread([_spelled(argument, known) for argument in argv], lists)
     cli: CliSettingsSource[Any] = CliSettingsSource(
         Resolved,
         root_parser=parser,
