@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -128,7 +129,9 @@ def _known(leaves: Mapping[str, Any]) -> bool:
     """Whether no model comes from a hub, where it may be another one today, or from code that may read anything."""
     for section in EXTRACTORS:
         model, checkpoint = leaves.get(f"{section}.model"), leaves.get(f"{section}.checkpoint")
-        if model not in (None, "none", INCEPTION) and checkpoint is None:  # INCEPTION is known by its hash
+        if model in (None, "none", INCEPTION):  # INCEPTION is known by its hash
+            continue
+        if checkpoint is None or ":" in str(model):  # of hf_hub:... size and mean lie there
             return False
     kind = leaves.get("generator.kind")
     return kind != "python" and (kind != "stylegan" or leaves.get("generator.code") is not None)
@@ -143,7 +146,8 @@ def _root(uri: str) -> str:
 def state(uri: str, output: str) -> str | None:
     """A hash over names, sizes and versions of the files at and under a URI.
 
-    None where there are none, too many to look at, or some that cannot be listed, which may be read all the same.
+    None where there are no files, more than MANY files and folders, or some that cannot be listed, which may be read
+    all the same.
     """
     digest, count = hashlib.sha256(), 0
     try:
@@ -159,39 +163,50 @@ def state(uri: str, output: str) -> str | None:
 
 
 def _local(uri: str, output: str) -> Iterator[list[Any]]:
-    """Files of a local path, links followed; of each whatever moves when it is written, replaced or moved."""
+    """What lies at and under a local path, links followed, but no folder twice; of each file whatever moves when it is
+    written, replaced or moved.
+    """
 
     def version(path: str) -> list[Any]:
         found = os.stat(path)
         return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
-    def refuse(error: OSError) -> None:
-        raise error
-
     if os.path.isfile(uri):
         yield version(uri)
         return
-    for folder, folders, names in os.walk(uri, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if os.path.join(folder, name) != output)
-        for path in (os.path.join(folder, name) for name in sorted(names)):
-            yield version(path) if os.path.exists(path) else [path, os.readlink(path)]
+    waiting, seen = [uri], set[tuple[int, int]]()
+    while waiting:
+        folder = waiting.pop()
+        found = os.stat(folder)
+        if folder == output or (found.st_dev, found.st_ino) in seen:
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        yield [folder]
+        with os.scandir(folder) as entries:
+            inside = sorted(itertools.islice(entries, MANY + 1), key=lambda entry: entry.name)
+        waiting += [entry.path for entry in reversed(inside) if entry.is_dir()]
+        for entry in inside:
+            if not entry.is_dir():
+                yield version(entry.path) if os.path.exists(entry.path) else [entry.path, os.readlink(entry.path)]
 
 
 def _remote(uri: str, output: str) -> Iterator[list[Any]]:
-    """Objects at and under a URI of a store, with their ETags."""
+    """Objects under a URI of a store, or where there are none the object at it, with their ETags."""
     fs, path = files.filesystem(uri)
-    if fs.isfile(path):
-        yield _version(fs.info(path))
-        return
-    for folder, folders, found in fs.walk(path, detail=True, on_error="raise"):
-        for name in [name for name in folders if files.join(folder, name) == output.partition("://")[2]]:
-            del folders[name]
-        for entry in sorted(found.values(), key=lambda entry: str(entry["name"])):
-            yield _version(entry)
-
-
-def _version(entry: Mapping[str, Any]) -> list[Any]:
-    return [entry["name"], entry["size"], entry.get("ETag"), str(entry.get("LastModified"))]
+    bucket, _, key = path.strip("/").partition("/")
+    found, more = False, dict[str, Any]()
+    while True:  # a page at a time: whoever counts may have enough after the first
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
+        for item in page.get("Contents", ()):
+            found = True
+            if not f"s3://{bucket}/{item['Key']}".startswith(f"{output}/"):
+                yield [item["Key"], item["Size"], item["ETag"]]
+        if not page.get("IsTruncated"):
+            break
+        more["ContinuationToken"] = page["NextContinuationToken"]
+    if key and not found:
+        head = fs.call_s3("head_object", Bucket=bucket, Key=key)
+        yield [key, head["ContentLength"], head["ETag"]]
 
 
 @functools.cache

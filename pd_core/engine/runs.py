@@ -163,8 +163,13 @@ class Run:
         return {name: sum(artifact.timings_s.values()) for name, artifact in self.artifacts.items()}
 
     def _record(self, kept: Sequence[str], lines: Sequence[str] | None) -> None:
-        """Write run.json and log the run, with the files of the stages in `kept`."""
+        """Log the run, with the files of the stages in `kept`, then write run.json, by which it is known to be done."""
         elapsed_s = self.watch.seconds
+        self.tracker.metrics({"elapsed_s": elapsed_s})
+        for stage in kept:
+            for part in self.artifacts[stage].parts:
+                uri = core_files.join(self.output, stage, part.name)
+                self.tracker.artifact_bytes(f"{stage}/{part.name}", core_files.read_bytes(uri))
         values: dict[str, Any] = {
             "workflow": self.workflow,
             "settings": self.settings.model_dump(mode="json"),
@@ -173,14 +178,10 @@ class Run:
             "elapsed_s": round(elapsed_s, 3),
             "versions": core_artifacts.package_versions(),
         }
-        if self.facts is not None and lines is not None:
+        told = self.tracker.active or not self.settings.tracking.enabled
+        if self.facts is not None and lines is not None and told:
             values["finished"] = asdict(finished.Finished(self.facts, self._fingerprints(), tuple(lines)))
         core_files.write_bytes(core_files.join(self.output, RUN), json.dumps(values, indent=1).encode())
-        self.tracker.metrics({"elapsed_s": elapsed_s})
-        for stage in kept:
-            for part in self.artifacts[stage].parts:
-                uri = core_files.join(self.output, stage, part.name)
-                self.tracker.artifact_bytes(f"{stage}/{part.name}", core_files.read_bytes(uri))
 
     def _fingerprints(self) -> dict[str, str]:
         """Of every stage that the output consists of, by its folder."""

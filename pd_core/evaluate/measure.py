@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,16 +97,17 @@ def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[st
         job.metrics.drop_part(name)  # its scores, which were written first, are lost
     cpus = measuring_cpus(now)
     task, preparing = measuring_task(_measure_part, now, cpus), measuring_task(_prepare, now, cpus)
-    # once for all sets of a space, which come one after the other, and kept where the tasks run
-    prepared = functools.lru_cache(1)(lambda space: preparing.remote(job, space, cpus))
-
-    def submit(names: Sequence[str]) -> Any:
-        number = artifacts.part_number(names[0])
-        assert number is not None
-        return task.remote(job, number, prepared(job.comparisons[number].space.name), cpus)
-
-    names = [artifacts.part_name(i) for i in range(len(job.comparisons))]
-    parts = tasks.make_missing(job.metrics, [[n] for n in names], submit, lambda: in_flight(now, cpus), unit="sets")
+    done = job.metrics.finished_parts()
+    for space in dict.fromkeys(comparison.space.name for comparison in job.comparisons):
+        numbers = {artifacts.part_name(i): i for i, other in enumerate(job.comparisons) if other.space.name == space}
+        if numbers.keys() <= done.keys():
+            continue
+        # once for all sets of a space, and kept where the tasks run; those of one space at a time fit there
+        prepared = preparing.remote(job, space, cpus)
+        submit = lambda names, n=numbers, p=prepared: task.remote(job, n[names[0]], p, cpus)  # noqa: E731
+        tasks.make_missing(job.metrics, [[n] for n in numbers], submit, lambda: in_flight(now, cpus), unit="sets")
+    done = job.metrics.finished_parts()
+    parts = [done[artifacts.part_name(i)] for i in range(len(job.comparisons))]
     scored = job.scores.finished_parts()
     job.scores.commit(scored.values(), {"rows": sum(part.rows for part in scored.values())}, {})
     totals: dict[str, Any] = {}

@@ -7,7 +7,7 @@ measured.
     samples-00000100.parquet        a few images of that evaluation, from the same seeds each time
     evaluations.parquet, history.parquet, summary.json    written when the training is over
 
-Each part is one write with a record of its hash (storage.Stage), on any store; a state whose bytes do not have it is
+Each part is one write with a record of its hash (artifacts.Stage), on any store; a state whose bytes do not have it is
 not taken up. Ray Train's own checkpoints are not used: they are registered some time after they were reported, and a
 driver that dies in between loses them.
 """

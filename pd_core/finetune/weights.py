@@ -198,15 +198,18 @@ def run(work: Work) -> tuple[list[artifacts.Part], dict[str, Any]]:
             labels that the model or the weighting does not know; with resize `none` images of another size; all weights
             are 0.
     """
+    import ray
+
     known = None if work.pictures.own else tasks.task(_known).remote(work.real.uri, sorted(work.densities))
     weigh, add_up = (tasks.task(function, resources.IO_CPUS) for function in (_weigh_part, _add_up_part))
     names = [artifacts.part_name(number) for number in range(work.pictures.listing.parts)]
     sums: dict[str, np.ndarray] = {}  # of each part, see `_sums`
+    shared = ray.put(work)  # once: it names every part
     parts = tasks.make_missing(
-        work.stage, [[name] for name in names], lambda missing: weigh.remote(work, missing[0], known), heard=sums.update
+        work.stage, [[name] for name in names], lambda n: weigh.remote(shared, n[0], known), heard=sums.update
     )
     made_before = [name for name in names if name not in sums]
-    sums |= tasks.bounded(lambda name: add_up.remote(work, name), made_before, tasks.in_flight)
+    sums |= tasks.bounded(lambda name: add_up.remote(shared, name), made_before, tasks.in_flight)
     _check(work, parts, known)
     return parts, _totals(work, parts, np.array([sums[name] for name in names]))
 

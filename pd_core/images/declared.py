@@ -3,7 +3,7 @@ repeats.
 
 A codec takes memory and time by what is declared here, not by the size of the picture: a picture of 10 x 10 px may lie
 in one tile of 46,336 x 46,336. Whatever cannot be parsed declares nothing; the codec then refuses it. Sizes of 1 x 1
-that are declared wrongly inside a codec's own bit stream are left to the limits of the decoding process (`decoder`).
+that are declared wrongly inside a codec's own bit stream are left to the limits of the decoding process (`child`).
 """
 
 from __future__ import annotations

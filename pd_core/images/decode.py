@@ -16,7 +16,7 @@ What is decided here, so that the same bytes always give the same picture:
 - ICC profiles are ignored: samples are taken as sRGB, as torchvision, timm and the published extractors do. CMYK goes
   through Pillow's plain conversion, Adobe's inverted JPEGs included.
 
-Only Pillow and numpy are imported: decode workers stay light. Bytes of strangers go through `decoder`, whose process
+Only Pillow and numpy are imported: decode workers stay light. Bytes of strangers go through `child`, whose process
 has limits of time and memory and may die; here are the rules of what it makes of them.
 """
 
@@ -98,7 +98,7 @@ class DecodeLimits:
     """What decoding one image may take, and the RGB colour (0..255) behind transparent pixels.
 
     Bytes and pixels are checked before any pixel is decoded. CPU seconds and memory bound the process that decodes
-    (`decoder`), whatever a codec does; the same file exceeds them in the end, or does not.
+    (`child`), whatever a codec does; the same file exceeds them in the end, or does not.
 
     shows_bytes: whether the first bytes of what is no image may be told; not of files that lie anywhere, as links lead.
     """

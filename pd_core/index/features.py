@@ -472,6 +472,10 @@ def merge(
         }
         return merge_part.remote(stage, quarantine, update.listed.uri, name, origin.whole, places, removed)
 
+    bad = quarantine.finished_parts()
+    for name, part in stage.finished_parts().items():
+        if sum(part.counts.values()) != (bad[name].rows if name in bad else 0):
+            stage.drop_part(name)  # its quarantined rows, which were written first, are lost
     parts = tasks.make_missing(stage, [[name] for name in origins], submit)
     totals = _conclude(quarantine, parts, update.listed.rows, max_bad_fraction)
     return parts, update.base.artifacts["features"].totals | totals

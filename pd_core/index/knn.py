@@ -48,7 +48,7 @@ class ShardSearch:
     scores and one of rows; per call 16 bytes per (query, probe). Nothing grows with the number of pairs compared.
 
     Args:
-        rows: of index.open_rows or index.flat_rows.
+        rows: of shards.open_rows or shards.flat_rows.
         threads: used by every search.
         device: torch device of step 1; "auto" is cuda where torch sees one. Untested on a real GPU.
         heaps: keep candidates in faiss's heaps (CPU only) instead of torch.topk; None: on the CPU. False on the CPU is
@@ -70,7 +70,7 @@ class ShardSearch:
 
     @classmethod
     def open(cls, sources: Sequence[Shard], threads: int = 1, device: str = "auto") -> ShardSearch:
-        """Open shards of one kind, their cells disjoint; see index.open_rows."""
+        """Open shards of one kind, their cells disjoint; see shards.open_rows."""
         return cls(open_rows(sources), threads, device)
 
     def search(self, queries: np.ndarray, probes: np.ndarray | None, k: int) -> Found:

@@ -115,7 +115,7 @@ class OpenIndex:
     """All shards of an index in the memory of this process, searched without Ray: what `search` finds, to the bit.
 
     Raises:
-        UserError: its files are none that index.py writes, or of another index.
+        UserError: its files are none that build.py writes, or of another index.
     """
 
     def __init__(self, info: IndexInfo, threads: int, device: str) -> None:

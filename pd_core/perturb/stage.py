@@ -1,6 +1,6 @@
 """Perturbation on Ray: the first n candidates of a seed, each moved towards common or unique, and its new density.
 
-By docs/method.md, section 3. Actors hold generator, extractor and predictor and run Algorithm 1 (perturbation.py) on a
+By docs/method.md, section 3. Actors hold generator, extractor and predictor and run Algorithm 1 (algorithm.py) on a
 chunk as one batch; tasks score the images before and after by the index, so that a rise the predictor was fooled into
 is seen as one.
 """

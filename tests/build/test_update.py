@@ -337,6 +337,14 @@ def test_a_base_of_other_settings_is_refused(inputs, built, tmp_path, capsys, mo
     assert len(line) == 1 and expected in line[0] and "leave --base out" in line[0]
 
 
+def test_quarantined_rows_that_are_lost_come_back(updated, inputs, built, tmp_path):
+    source, done = updated
+    output = Path(shutil.copytree(done, tmp_path / "out"))
+    next((output / "quarantine").glob("part-*.parquet")).unlink()
+    assert run(source, inputs[1], output, f"--base={built}") == 0
+    assert rows(output, "quarantine").equals(rows(done, "quarantine"))
+
+
 def test_links_that_the_base_may_have_followed_are_not_taken_for_images_that_are_gone(
     source, inputs, built, tmp_path, capsys
 ):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pd_core.core import artifacts, schemas
+from pd_core.core import artifacts, files, schemas
 from pd_core.core.errors import UserError
 from pd_core.core.settings import load
 from pd_core.core.settings.generate import GenerateSettings
@@ -254,6 +254,44 @@ def takes_text(settings: Any, name: str) -> bool:
     return settings.model_fields.get(last) is not None and settings.model_fields[last].annotation in (
         str, str | None, list[str], list[str] | None,
     )  # fmt: skip
+
+
+def test_links_of_links_are_looked_at_once(tmp_path):
+    """2^30 ways lead to the last folder."""
+    for level in range(30):
+        (tmp_path / f"images/d{level}").mkdir(parents=True)
+        for name in "ab":
+            (tmp_path / f"images/d{level}/{name}").symlink_to(f"../d{level + 1}")
+    (tmp_path / "images/1.png").write_bytes(b"image")
+    assert finished.state(str(tmp_path / "images"), "") is not None
+
+
+def test_more_folders_than_are_looked_at_are_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(finished, "MANY", 10)
+    for number in range(11):
+        (tmp_path / f"{number}").mkdir()
+    assert finished.state(str(tmp_path), "") is None
+
+
+def test_objects_beside_one_of_the_name_of_their_folder_are_seen(s3_environment):
+    fs, bucket = files.filesystem("s3://x")[0], "finished-states"
+    fs.mkdir(bucket)
+    for key in ("images", "images/1.png"):
+        fs.pipe(f"{bucket}/{key}", b"image")
+    before = finished.state(f"s3://{bucket}/images", "")
+    fs.pipe(f"{bucket}/images/2.png", b"another")
+    assert before is not None and finished.state(f"s3://{bucket}/images", "") not in (None, before)
+    one = finished.state(f"s3://{bucket}/images/1.png", "")
+    assert one is not None and finished.state(f"s3://{bucket}/nothing", "") is None
+
+
+@pytest.mark.parametrize("model", ["hf_hub:org/name", "local-dir:/x"])
+def test_a_model_that_is_described_elsewhere_is_not_known(place, model):
+    checkpoint = str(place / "weights.safetensors")
+    known = settings_of(place, features={"model": "resnet18", "checkpoint": checkpoint})
+    elsewhere = settings_of(place, features={"model": model, "checkpoint": checkpoint})
+    assert finished.facts(known, known.output) is not None
+    assert finished.facts(elsewhere, elsewhere.output) is None
 
 
 def test_build_index_answers_by_its_records_in_a_process_without_ray(inputs, ray_cluster, tmp_path, capsys):

@@ -79,15 +79,18 @@ def run(job: Job, now: resources.Cluster) -> tuple[list[artifacts.Part], dict[st
     cpus, many = measure.measuring_cpus(now), len(job.swept)
     task, referring = (measure.measuring_task(function, now, cpus) for function in (_measure_part, _reference))
     reading = tasks.task(read_pool, resources.IO_CPUS)
-    # once for all settings in a space, which come one after the other, and kept where the tasks run
-    shared = functools.lru_cache(1)(lambda space: (referring.remote(job, space, cpus), reading.remote(job, space)))
-
-    def submit(names: Sequence[str]) -> Any:
-        space, i = divmod(artifacts.part_number(names[0]) or 0, many)
-        return task.remote(job, space, i, *shared(space), cpus)
-
-    groups = [[artifacts.part_name(i)] for i in range(many * len(job.spaces))]
-    parts = tasks.make_missing(job.stage, groups, submit, lambda: measure.in_flight(now, cpus), unit="settings")
+    done = job.stage.finished_parts()
+    for space in range(len(job.spaces)):
+        numbers = {artifacts.part_name(space * many + i): i for i in range(many)}
+        if numbers.keys() <= done.keys():
+            continue
+        # once for all settings in a space, and kept where the tasks run; those of one space at a time fit there
+        shared = space, referring.remote(job, space, cpus), reading.remote(job, space)
+        submit = lambda names, n=numbers, s=shared: task.remote(job, s[0], n[names[0]], *s[1:], cpus)  # noqa: E731
+        groups = [[name] for name in numbers]
+        tasks.make_missing(job.stage, groups, submit, lambda: measure.in_flight(now, cpus), unit="settings")
+    done = job.stage.finished_parts()
+    parts = [done[artifacts.part_name(i)] for i in range(many * len(job.spaces))]
     rows = read_curve(job.stage.uri, parts)
     return parts, {"settings": many, "measured": sum(row["precision"] is not None for row in rows)}
 

@@ -136,7 +136,7 @@ def plan_tradeoff(settings: TradeoffSettings) -> None:
     """Run the pilot, which the run itself will take over, print what is to be expected, and stop."""
     checked, real, found = prepare(settings)
     with (
-        started(checked, "tradeoff", tracked=False) as run,
+        started(checked, "tradeoff", STAGES, tracked=False) as run,
         _own_words(),
         contextlib.ExitStack() as resources,
     ):
