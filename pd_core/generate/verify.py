@@ -149,7 +149,9 @@ def check_files(
     """
     found: dict[str, list[str]] = {}
     for stage, artifact in stages.items():
-        found[f"{stage}/{core_files.ARTIFACT}"] = own_differences(artifact)
+        found[f"{stage}/{core_files.ARTIFACT}"] = own_differences(artifact) + kinship(
+            stage, artifact, stages["samples"]
+        )
         there = surplus(core_files.join(uri, stage), artifact)
         found |= {f"{stage}/{name}": texts for name, texts in there.items()}
     if stages["samples"].identity.get("keep_rejected") and "rejected" not in stages:
@@ -163,6 +165,13 @@ def check_files(
             offered = sorted([*offered, *((key, number, part.name) for key, number in ids)])[:rows]
             bar.update()
     return {name: texts for name, texts in sorted(found.items()) if texts}, [(name, n) for _, n, name in offered]
+
+
+def kinship(stage: str, artifact: artifacts.Artifact, samples: artifacts.Artifact) -> list[str]:
+    """What says that a stage is not of these samples, with or beside which it lies."""
+    beside = artifact.identity == samples.identity if stage == "rejected" else True
+    of = artifact.identity.get("samples", samples.fingerprint)
+    return [] if artifact.kind == stage and beside and of == samples.fingerprint else ["is of other samples"]
 
 
 def own_differences(artifact: artifacts.Artifact) -> list[str]:

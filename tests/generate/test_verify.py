@@ -1,5 +1,6 @@
 """generate.py --verify: whatever is changed in finished samples is found, and said in a line that names it."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -249,6 +250,16 @@ def test_a_record_whose_identity_was_changed_is_told(copy):
     artifact = artifacts.load_artifact(str(copy / "samples"))
     assert artifact is not None
     assert verify.own_differences(artifact) == ["its fingerprint is not that of its identity"]
+
+
+@pytest.mark.parametrize("stage", ["rejected", "export", "report"])
+def test_a_stage_of_other_samples_is_told(copy, stage):
+    samples, own = (artifacts.load_artifact(str(copy / name)) for name in ("samples", stage))
+    assert samples is not None and own is not None
+    assert verify.kinship(stage, own, samples) == []
+    other = dataclasses.replace(samples, fingerprint="0" * 64, identity=samples.identity | {"seed": 1})
+    assert verify.kinship(stage, own, other) == ["is of other samples"]
+    assert verify.kinship("pilot", own, samples) == ["is of other samples"]
 
 
 def test_exported_pictures_are_those_of_the_samples(copy):
