@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pd_core.core import schemas
@@ -808,10 +808,15 @@ def test_headings_of_what_is_left_out_are_bounded_and_can_be_written(tmp_path: P
 
 
 @given(st.binary(max_size=600), st.integers(0, 3 * 512))
+@example(b"BZh", 0)
 def test_no_noise_in_a_tar_raises(noise: bytes, at: int) -> None:
     whole = tar_bytes({"a.png": b"1", LONG: b"2"})
     damaged = whole[:at] + noise + whole[at + len(noise) :]
-    scanned = webdataset.scan(io.BytesIO(damaged), "x")
+    try:
+        scanned = webdataset.scan(io.BytesIO(damaged), "x")
+    except UserError as error:  # noise that begins as a compressed file does
+        assert not at and "a compressed tar cannot be read at random" in str(error)
+        return
     assert all(start + size <= len(damaged) for _, start, size in scanned.images)
 
 
