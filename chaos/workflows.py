@@ -64,18 +64,20 @@ CHAIN = {
 }
 JUDGED = {"evaluation.every": 4, "evaluation.n": 24, "evaluation.chunk": 8}
 
+
+def _source(i: Inputs) -> dict[str, Any]:
+    """Images, a few of them bad, and their extractor."""
+    return {
+        "data.source": i.images,
+        "data.labels": "parent",
+        "data.max_bad_fraction": 0.1,
+        "features.model": tiny.MODEL,
+        "features.checkpoint": i.checkpoint,
+    }
+
+
 WORKFLOWS: dict[str, Callable[[Inputs], Settings]] = {  # by the name of its file in workflows/, without --output
-    "build_index": lambda i: (
-        {
-            "data.source": i.images,
-            "data.labels": "parent",
-            "data.max_bad_fraction": 0.1,
-            "features.model": tiny.MODEL,
-            "features.checkpoint": i.checkpoint,
-        }
-        | SMALL
-        | SHORT
-    ),
+    "build_index": lambda i: _source(i) | SMALL | SHORT,
     "generate": lambda i: (
         {
             "index": i.index,
@@ -145,19 +147,7 @@ WORKFLOWS: dict[str, Callable[[Inputs], Settings]] = {  # by the name of its fil
         | TRAINING
         | JUDGED
     ),
-    "curate": lambda i: (
-        {
-            "data.source": i.images,
-            "data.labels": "parent",
-            "data.max_bad_fraction": 0.1,
-            "features.model": tiny.MODEL,
-            "features.checkpoint": i.checkpoint,
-        }
-        | SMALL
-        | {"estimator.epochs": 3}
-        | CHAIN
-        | TOY
-    ),
+    "curate": lambda i: _source(i) | SMALL | {"estimator.epochs": 3} | CHAIN | TOY,
 }
 
 

@@ -15,6 +15,17 @@ from tests import tiny
 from tests.s3 import S3Server, running_server
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread, on which its sums have one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server for the whole session; see S3Server for what it offers."""

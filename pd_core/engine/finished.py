@@ -146,7 +146,7 @@ def _root(uri: str) -> str:
 def state(uri: str, output: str) -> str | None:
     """A hash over names, sizes and versions of the files at and under a URI.
 
-    None where there are no files, more than MANY files and folders, or some that cannot be listed, which may be read
+    None where there is nothing, more than MANY files and folders, or some that cannot be listed, which may be read
     all the same.
     """
     digest, count = hashlib.sha256(), 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,11 +14,8 @@ from demo import train_ddpm, train_gan
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _alone(one_thread: None) -> None:
+    """Every test here trains on one thread."""
 
 
 def pixels(colors: int, count: int = 20, side: int = 8) -> np.ndarray:

@@ -54,12 +54,7 @@ SETTINGS = TrainingSettings(
 CLASSES = {"a": 2, "b": 0, "c": 1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- A pair in a few lines -------------------------------------------------------------------------------------------
